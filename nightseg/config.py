@@ -284,6 +284,7 @@ class Recipe(Strict):
     taxonomy: str = "cityscapes19"
     max_bad_fraction: Fraction = 0.01
     compute: Compute = Compute()
+    roots: dict[Name, str] = Field(default={}, description="folders that dataset roots refer to as {name}")
     datasets: Annotated[dict[Name, Dataset], Field(min_length=1)]
     translators: dict[Name, Translator] = {}
     network: Network = Network()

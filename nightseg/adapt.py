@@ -1,0 +1,42 @@
+"""The whole way: a recipe file in; a night model, results.json and report.html out. The CLI and the jobs call this."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from nightseg import runner
+from nightseg.config import Recipe
+from nightseg.progress import Progress
+from nightseg.recipe import load_recipe
+from nightseg.report import write_report
+from nightseg.storage import Location
+
+
+class Adapted(NamedTuple):
+    """Where the run lies, its outcome and its report."""
+
+    folder: Location
+    outcome: runner.Outcome
+    report: Location
+
+
+def adapt(
+    recipe_file: str,
+    overrides: Sequence[str] = (),
+    *,
+    run_dir: str | None = None,
+    only: str | None = None,
+    progress: Progress,
+) -> Adapted:
+    """Run a recipe to its report. Raises `UserError` before anything starts when the recipe is wrong."""
+    recipe = load_recipe(recipe_file, overrides)
+    folder = run_folder(recipe, run_dir)
+    outcome = runner.run(recipe, folder, only=only, progress=progress)
+    return Adapted(folder, outcome, write_report(folder, outcome.results))
+
+
+def run_folder(recipe: Recipe, run_dir: str | None) -> Location:
+    """`--run-dir`, else `<NIGHTSEG_RUNS or ./runs>/<recipe name>`."""
+    return Location.of(run_dir) if run_dir else Location.of(os.environ.get("NIGHTSEG_RUNS", "runs")) / recipe.name

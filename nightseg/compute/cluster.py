@@ -1,0 +1,226 @@
+"""The Ray cluster this process works on: joined where there is one, started here where there is none.
+
+`connect` is the only place that calls `ray.init`. A local Ray is meant to be unnoticed: no dashboard, no usage
+statistics, no worker output in the terminal, a small object store (only rows of paths and small results pass through
+it), and token authentication with a token that never touches the disk.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+import secrets
+import socket
+from pathlib import Path
+from typing import Any
+
+from nightseg.errors import UserError
+
+OBJECT_STORE_BYTES = 512 * 2**20
+"""Object store of a local Ray: decoded frames never enter it, so half a gibibyte is plenty."""
+
+SMALLEST_OBJECT_STORE_BYTES = 80 * 2**20
+"""Ray refuses less than 75 MiB."""
+
+REACHABLE_SECONDS = 20.0
+
+LOCAL_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    # Ray's C++ core writes to this process's standard error; errors that matter come back as exceptions.
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    # Without it Ray prints a notice about GPU visibility of actors that ask for no GPU.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+"""Read by Ray in this process and inherited by every process of a local Ray; what the user set wins."""
+
+_started_here = False
+
+
+def connect(num_cpus: int | None = None) -> None:
+    """Join the cluster of RAY_ADDRESS or of the surrounding Ray job, else start a quiet local Ray. Idempotent.
+
+    Args:
+        num_cpus: CPUs of a local Ray; null = the cores this process may use. Ignored where a cluster is joined.
+
+    Raises:
+        UserError: RAY_ADDRESS is not the address of a cluster, the cluster does not answer, or it wants a token.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return
+    for name, value in LOCAL_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    for name in ("ray", "ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    address = os.environ.get("RAY_ADDRESS", "").strip()
+    if address and address != "local":
+        _join(address)
+    else:
+        _start(num_cpus)
+
+
+def disconnect() -> None:
+    """Leave the cluster; a Ray that `connect` started here ends. Harmless when not connected."""
+    global _started_here
+    import ray
+
+    ray.shutdown()
+    _started_here = False
+
+
+def is_local() -> bool:
+    """Whether `connect` started the Ray of this process on this machine."""
+    return _started_here
+
+
+def resources() -> dict[str, float]:
+    """What the cluster has now, busy or not: "CPU", "GPU", "memory" in bytes, ..."""
+    import ray
+
+    return {name: float(amount) for name, amount in ray.cluster_resources().items()}
+
+
+def capacity(resource: str) -> float:
+    """The most of a resource ("CPU", "GPU") that this cluster can ever offer.
+
+    A cluster that adds nodes on demand has little now and much later: its limit is that of its node types, and
+    infinity when they state none, so that a request is never refused because the nodes still sleep.
+    """
+    from ray._private.state import state  # the one source of the autoscaler's limits; Ray Train reads it too
+
+    now = resources().get(resource, 0.0)
+    if _started_here or state.get_cluster_config() is None:
+        return now
+    limits = state.get_max_resources_from_cluster_config()
+    return math.inf if limits is None else max(now, float(limits.get(resource, 0.0)))
+
+
+def require(resource: str, *, count: int, each: float, what: str, recipe_key: str) -> None:
+    """Refuse a request that the cluster can never serve: Ray would wait for it without a word.
+
+    Raises:
+        UserError: names what is asked, what there is, and the recipe keys that ask for it.
+    """
+    asked, there = count * each, capacity(resource)
+    if asked > there + 1e-6:
+        raise UserError(
+            f"{count} {what} with {each:g} {resource} each need {asked:g} {resource}, but the cluster has {there:g}; "
+            f"lower {recipe_key} in the recipe, or add nodes"
+        )
+
+
+def _start(num_cpus: int | None) -> None:
+    global _started_here
+    import ray
+
+    _prepare_token(may_create=True)
+    ray.init(
+        address="local",
+        num_cpus=num_cpus or len(os.sched_getaffinity(0)),
+        include_dashboard=False,
+        object_store_memory=_object_store_bytes(),
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+    _started_here = True
+
+
+def _join(address: str) -> None:
+    global _started_here
+    import ray
+    from ray.exceptions import AuthenticationError
+
+    shown = re.sub(r"//[^/@]*@", "//", address)  # never repeat a password of an address in a message
+    if "://" in address:
+        raise UserError(
+            f"RAY_ADDRESS is {shown!r}, which is not the address of a cluster's control store (HOST:PORT): submit with "
+            "`ray job submit --working-dir . -- python jobs/...`, or unset RAY_ADDRESS to work on this machine"
+        )
+    _prepare_token(may_create=False)
+    _check_reachable(address, shown)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except AuthenticationError as error:
+        raise UserError(
+            f"the Ray cluster at {shown} (RAY_ADDRESS) wants another token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN "
+            "or RAY_AUTH_TOKEN_PATH to the cluster's token (`ray get-auth-token` on its head node)"
+        ) from error
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"no Ray cluster answers at {shown} (RAY_ADDRESS): {first_line}; start it, correct the address, or unset "
+            "RAY_ADDRESS to work on this machine"
+        ) from error
+    _started_here = False
+
+
+def _check_reachable(address: str, shown: str) -> None:
+    """Ray itself tries for minutes before it gives up on an address where nobody listens."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit():
+        return  # "auto" and the like: Ray finds the cluster, or says at once that there is none
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACHABLE_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"no Ray cluster answers at {shown} (RAY_ADDRESS): {error}; start it, correct the address, or unset "
+            "RAY_ADDRESS to work on this machine"
+        ) from error
+
+
+def _prepare_token(may_create: bool) -> None:
+    """Settle token authentication before Ray looks: Ray's own way writes a world-readable file and prints a warning.
+
+    A mode that the user set is kept. Otherwise a token that exists is used; a local Ray without one gets a fresh token
+    in the environment of this process, which its children inherit: nothing to protect on disk, and a read-only home
+    directory does not matter.
+    """
+    mode = os.environ.get("RAY_AUTH_MODE", "").lower()
+    if mode not in ("", "token"):
+        return
+    has_token = bool(os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"))
+    if not has_token:
+        has_token = _protect_token_file()
+    if not has_token and may_create:
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        has_token = True
+    if has_token and not mode:
+        os.environ["RAY_AUTH_MODE"] = "token"
+    _reload_ray_config()
+
+
+def _protect_token_file() -> bool:
+    """Whether Ray's default token file exists; one that others may read is closed to them."""
+    try:
+        file = Path.home() / ".ray" / "auth_token"
+        status = file.stat()
+    except (OSError, RuntimeError):  # no file, no home, or not ours to look at
+        return False
+    if status.st_mode & 0o077 and status.st_uid == os.getuid():
+        try:
+            file.chmod(0o600)
+        except OSError as error:  # a read-only home directory: usable, but say so
+            logging.getLogger(__name__).warning("%s can be read by others: %s", file, error)
+    return status.st_size > 0
+
+
+def _reload_ray_config() -> None:
+    """Ray caches the authentication mode and token when it is imported, which may be long before `connect`."""
+    from ray._raylet import AuthenticationTokenLoader, Config
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _object_store_bytes() -> int:
+    """Half a gibibyte, or what fits into shared memory: containers often have 64 MiB there, and Ray warns then."""
+    try:
+        status: Any = os.statvfs("/dev/shm")  # noqa: S108
+    except OSError:
+        return OBJECT_STORE_BYTES
+    free = int(status.f_bsize * status.f_bavail * 0.8)
+    return OBJECT_STORE_BYTES if free < SMALLEST_OBJECT_STORE_BYTES else min(OBJECT_STORE_BYTES, free)

@@ -1,0 +1,200 @@
+"""Passes over rows on Ray Data: a pool of actors that each load their worker once and finish one shard after another.
+
+Shards are cut by us, not by Ray, and every finished one is on disk before the driver hears of it. So a pass can die
+at any instant and be repeated: finished shards are skipped, and a shard that is done twice (its actor died between
+writing and answering) has the same name both times. Results are exactly once because their names are.
+
+Ray Data's own checkpointing is not used: with blocks from memory it writes rows twice without a word (Ray 2.60).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from nightseg.compute import cluster
+from nightseg.compute.tables import blocks, shards_of
+from nightseg.errors import UserError
+from nightseg.progress import Progress
+from nightseg.storage import Location
+from nightseg.workspace import Attempt, ShardRecord
+
+DEATHS_OF_A_SHARD = 4
+"""How often the process that works on a shard may die. Ray tries forever: a file that crashes a decoder, or a batch
+that does not fit into memory, would keep a cluster busy until someone looks."""
+
+
+class ShardWorker(Protocol):
+    """What runs in an actor. `__init__(**arguments)` loads models once; a call does one shard."""
+
+    def __call__(self, rows: pa.Table, folder: Location) -> Mapping[str, pa.Table]:
+        """Small tables out, by name; anything big is written under `folder` first, with names that the rows fix."""
+
+
+def map_shards(
+    rows: pa.Table,
+    worker: type[ShardWorker],
+    arguments: Mapping[str, Any],
+    *,
+    attempt: Attempt,
+    shard_rows: int,
+    actors: int,
+    cpus_per_actor: float,
+    gpus_per_actor: float,
+    progress: Progress,
+    title: str,
+    unit: str = "frames",
+) -> list[ShardRecord]:
+    """Does every shard of `rows` that the attempt has not finished, and returns the records of all, in order.
+
+    Args:
+        rows: plain columns of paths and small values; cut into shards of `shard_rows` in row order.
+        worker, arguments: `worker(**arguments)` is built once in every actor, when its first shard arrives.
+        attempt: where shards are written; its finished ones are skipped.
+        actors: most actors at a time; fewer start when there are fewer open shards.
+        cpus_per_actor, gpus_per_actor: what Ray reserves for each; PyTorch gets int(cpus) threads, at least one.
+
+    Raises:
+        UserError: raised by a worker, or the cluster is too small for the actors (Ray would wait forever).
+        RuntimeError: any other error of a worker, with its message; the worker's traceback is attached as a note.
+    """
+    num_shards = attempt.plan(rows.num_rows, shard_rows)
+    records = {index: record for index in range(num_shards) if (record := attempt.shard(index)) is not None}
+    todo = [index for index in range(num_shards) if index not in records]
+    with progress.task(title, rows.num_rows, unit) as task:
+        task.advance(sum(record.rows_in for record in records.values()))
+        if todo:
+            cluster.connect()
+            actors = min(actors, len(todo))
+            _check_room(actors, cpus_per_actor, gpus_per_actor)
+            actor = {"worker": worker, "arguments": dict(arguments), "attempt": attempt, "title": title}
+            tables = list(blocks(rows, todo, shard_rows))
+            for record in _run(tables, actor, actors, cpus_per_actor, gpus_per_actor):
+                records[record.index] = record
+                task.advance(record.rows_in)
+    missing = [index for index in range(num_shards) if index not in records]
+    assert not missing, f"{title}: Ray finished without shards {missing[:5]}"
+    return [records[index] for index in range(num_shards)]
+
+
+def _check_room(actors: int, cpus: float, gpus: float) -> None:
+    keys = "compute.map.actors or compute.map.{}_per_actor"
+    cluster.require("CPU", count=actors, each=cpus, what="actors", recipe_key=keys.format("cpus"))
+    cluster.require("GPU", count=actors, each=gpus, what="actors", recipe_key=keys.format("gpus"))
+
+
+def _run(
+    tables: list[pa.Table], actor: dict[str, Any], actors: int, cpus: float, gpus: float
+) -> Iterator[ShardRecord]:
+    """Records as shards finish, in any order."""
+    import ray
+
+    _quiet()
+    results = ray.data.from_arrow(tables).map_batches(
+        _ShardActor,
+        fn_constructor_kwargs=actor,
+        batch_size=None,  # a block is a shard
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+        # Two shards in flight hide the way to the driver and back, and leave the rest to whichever actor is free.
+        compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2),
+        num_cpus=cpus,
+        num_gpus=gpus or None,
+    )
+    title = actor["title"]
+    try:
+        for batch in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for outcome in batch["outcome"].to_pylist():
+                yield _record(title, *pickle.loads(outcome))  # noqa: S301 (made by our own actor)
+    except ray.exceptions.RayError as error:
+        raise RuntimeError(f"{title}: {_reason(error)}") from error
+
+
+def _record(title: str, record: ShardRecord | None, failure: tuple[bool, str, str] | None) -> ShardRecord:
+    """The record, or the worker's error as one of this process."""
+    if failure is None:
+        assert record is not None
+        return record
+    is_user_error, message, trace = failure
+    error = UserError(message) if is_user_error else RuntimeError(f"{title}: {message}")
+    error.add_note(f"In the worker:\n{trace}")
+    raise error
+
+
+class _ShardActor:
+    """Builds the worker when the first shard arrives, so that an error in it is an answer and not a dead actor."""
+
+    def __init__(self, worker: type[ShardWorker], arguments: dict[str, Any], attempt: Attempt, title: str) -> None:
+        self._worker_class = worker
+        self._arguments = arguments
+        self._attempt = attempt
+        self._title = title
+        self._worker: ShardWorker | None = None
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        outcomes = []
+        for index, rows in shards_of(batch):
+            try:
+                outcomes.append((self._finish(index, rows), None))
+            except Exception as error:
+                message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+                outcomes.append((None, (isinstance(error, UserError), message, traceback.format_exc())))
+        return pa.table({"outcome": pa.array([pickle.dumps(outcome) for outcome in outcomes], pa.binary())})
+
+    def _finish(self, index: int, rows: pa.Table) -> ShardRecord:
+        finished = self._attempt.shard(index)  # by an actor that died before it could answer
+        if finished is not None:
+            return finished
+        deaths = _times_tried()
+        if deaths >= DEATHS_OF_A_SHARD:
+            raise RuntimeError(
+                f"shard {index} (rows {index}...): the process that worked on it died {deaths} times; it ran out of memory or crashed"
+            )
+        if self._worker is None:
+            self._worker = self._worker_class(**self._arguments)
+            _set_torch_threads()
+        started = time.monotonic()
+        tables = self._worker(rows, self._attempt.folder)
+        return self._attempt.write_shard(
+            index, tables, rows_in=rows.num_rows, seconds=time.monotonic() - started
+        )
+
+
+def _times_tried() -> int:
+    """How often Ray has given this call to an actor that died on it. There is no public way to ask."""
+    import ray._private.worker
+
+    return int(ray._private.worker.global_worker.core_worker.get_current_task_attempt_number())
+
+
+def _set_torch_threads() -> None:
+    """As many threads as CPUs reserved (Ray leaves that in OMP_NUM_THREADS), if this worker uses PyTorch at all."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS") or 1)))
+
+
+def _quiet() -> None:
+    """Ray Data's bars, banners and its debug log (which grows without limit) off: our own progress is the only one."""
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # Ray Data sets it when it is imported
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost message of Ray's nested errors, one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

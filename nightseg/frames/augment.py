@@ -1,0 +1,124 @@
+"""Joint image and label transforms for training, drawn from an explicit random generator.
+
+Images are uint8 tensors 3 x H x W (RGB, [0, 255]), labels uint8 tensors H x W of train ids. Whatever moves pixels moves
+both; a label is never interpolated. The crop is cut out before it is scaled, so work follows the crop's size and not
+the frame's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as transform
+
+from nightseg.frames.taxonomy import IGNORE
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What may be drawn: scale factor range, probability of a flip, strengths s of the factor range [1 - s, 1 + s]."""
+
+    scale: tuple[float, float] = (1.0, 1.0)
+    flip: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+
+
+def sample_rng(seed: int, epoch: int, repeat: int, index: int) -> np.random.Generator:
+    """The generator of one sample: frame `index`, drawn for the `repeat`-th time in `epoch`. Workers do not matter."""
+    return np.random.default_rng((seed, epoch, repeat, index))
+
+
+def resize_image(image_3HW: Tensor, size: Sequence[int] | None) -> Tensor:
+    """To `size` = (height, width), antialiased bilinear; None keeps the native size.
+
+    The one rule by which frames reach a network's input size, in training and in inference.
+    """
+    if size is None or tuple(image_3HW.shape[-2:]) == tuple(size):
+        return image_3HW
+    resized: Tensor = transform.resize(image_3HW, list(size), InterpolationMode.BILINEAR, antialias=True)
+    return resized
+
+
+def resize_label(label_HW: Tensor, size: Sequence[int] | None) -> Tensor:
+    """Nearest by pixel centres, where the bilinear image resize puts them (plain "nearest" is half a pixel off)."""
+    if size is None or tuple(label_HW.shape) == tuple(size):
+        return label_HW
+    resized: Tensor = transform.resize(label_HW[None], list(size), InterpolationMode.NEAREST_EXACT)[0]
+    return resized
+
+
+class _Span(NamedTuple):
+    """One axis of a scaled crop: the pixels taken, the pixels they become, the pixels of padding before and after."""
+
+    start: int
+    length: int
+    scaled: int
+    before: int
+    after: int
+
+
+def _draw_span(length: int, crop: int, scale: float, rng: np.random.Generator) -> _Span:
+    place = rng.random()
+    wanted = max(1, round(crop / scale))
+    if wanted <= length:
+        return _Span(int(place * (length - wanted + 1)), wanted, crop, 0, 0)
+    scaled = min(crop, max(1, round(length * scale)))
+    before = int(place * (crop - scaled + 1))
+    return _Span(0, length, scaled, before, crop - scaled - before)
+
+
+def augment(
+    image_3HW: Tensor,
+    label_HW: Tensor,
+    rng: np.random.Generator,
+    *,
+    crop: tuple[int, int],
+    settings: Augmentation,
+    fill: tuple[int, int, int] = (0, 0, 0),
+) -> tuple[Tensor, Tensor]:
+    """A random view of a frame, exactly `crop` = (height, width) large.
+
+    A frame that is smaller than the crop is padded at a random place: the image with `fill` (the mean colour of the
+    encoder, which normalises to zero), the label with 255. The same draws are made whatever the settings, so turning
+    one transform off does not change the others.
+    """
+    scale, flip, brightness, contrast, saturation = rng.random(5)
+    low, high = settings.scale
+    factor = low + scale * (high - low)
+    rows = _draw_span(image_3HW.shape[1], crop[0], factor, rng)
+    columns = _draw_span(image_3HW.shape[2], crop[1], factor, rng)
+
+    taken = (slice(rows.start, rows.start + rows.length), slice(columns.start, columns.start + columns.length))
+    image = resize_image(image_3HW[(slice(None), *taken)], (rows.scaled, columns.scaled))
+    label = resize_label(label_HW[taken], (rows.scaled, columns.scaled))
+    if settings.brightness:
+        image = transform.adjust_brightness(image, 1 + settings.brightness * (2 * brightness - 1))
+    if settings.contrast:
+        image = transform.adjust_contrast(image, 1 + settings.contrast * (2 * contrast - 1))
+    if settings.saturation:
+        image = transform.adjust_saturation(image, 1 + settings.saturation * (2 * saturation - 1))
+    if flip < settings.flip:
+        image, label = image.flip(-1), label.flip(-1)
+    return _pad(image, label, rows, columns, fill)
+
+
+def _pad(
+    image_3HW: Tensor, label_HW: Tensor, rows: _Span, columns: _Span, fill: tuple[int, int, int]
+) -> tuple[Tensor, Tensor]:
+    height, width = rows.before + rows.scaled + rows.after, columns.before + columns.scaled + columns.after
+    if tuple(label_HW.shape) == (height, width):
+        return image_3HW.contiguous(), label_HW.contiguous()
+    inside = (slice(rows.before, rows.before + rows.scaled), slice(columns.before, columns.before + columns.scaled))
+    image = torch.tensor(fill, dtype=torch.uint8)[:, None, None].repeat(1, height, width)
+    label = torch.full((height, width), IGNORE, dtype=torch.uint8)
+    image[(slice(None), *inside)] = image_3HW
+    label[inside] = label_HW
+    return image, label

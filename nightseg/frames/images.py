@@ -1,0 +1,228 @@
+"""Decode and encode images and labels, and say why a frame is bad.
+
+Files come from users and are hostile until decoded: the format is restricted to six decoders, the size is checked
+from the header before a pixel is decoded, and whatever Pillow raises becomes a `BadFrame` with one of `REASONS`.
+`ImageFile.LOAD_TRUNCATED_IMAGES` stays off: a cut file is a bad frame, not a frame with a grey lower half.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import threading
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+
+from nightseg.storage import Location
+
+UInt8 = NDArray[np.uint8]
+
+REASONS = (
+    "missing",  # the table names a file that is not there
+    "unreadable",  # there, but its permissions or name do not let us open it, or its content has changed since
+    "zero_bytes",
+    "not_an_image",  # none of the accepted formats
+    "truncated",  # the header is fine, the pixels are cut short or damaged
+    "decompression_bomb",  # the header claims more pixels than are accepted
+    "wrong_mode",  # 16-bit, float, or a label with more than one channel
+    "label_missing",
+    "label_size",  # label and upright image differ in height or width
+    "label_value",  # ids that the label's encoding does not know
+)
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")  # the nine of pytorch-fid
+MAX_PIXELS = 64_000_000
+
+_PNG_HEADER = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
+_IMAGE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
+# Grey PNGs of 2 and 4 bits are stretched to 0..255 by Pillow; labels need the stored ids back.
+_LABEL_STRETCH = {"L": 1, "P": 1, "P;1": 1, "P;2": 1, "P;4": 1, "1": 1, "L;2": 85, "L;4": 17}
+_LABEL_FORMATS = ("PNG", "TIFF")
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# `catch_warnings` changes process-wide state, so headers are read by one thread at a time; pixels are not.
+_HEADER_LOCK = threading.Lock()
+
+
+class BadFrame(Exception):  # noqa: N818 a verdict on the data, not a fault of the program
+    """A frame that cannot be used. `reason` is one of `REASONS`; `detail` says what was found, without addresses."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        assert reason in REASONS, reason
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
+
+
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> UInt8:
+    """Upright uint8 HWC RGB in [0, 255], writable. Grey, palette, alpha (dropped) and CMYK files are accepted.
+
+    Raises BadFrame: zero_bytes, not_an_image, truncated, decompression_bomb, wrong_mode.
+    """
+    image = _open(data, max_pixels)
+    rawmode = _rawmode(image)
+    if image.mode not in _IMAGE_MODES or ";16" in rawmode:
+        raise BadFrame("wrong_mode", f"mode {image.mode} ({rawmode}) has no 8-bit colour; convert the file to 8 bits")
+    _load(image)
+    upright = _turn_upright(image)
+    # With transparency left in, Pillow warns about palettes whose entries have their own alpha.
+    upright.info.pop("transparency", None)
+    return np.array(upright.convert("RGB"), dtype=np.uint8)
+
+
+def decode_label(data: bytes, max_pixels: int = MAX_PIXELS) -> UInt8:
+    """Raw label ids, uint8 HW, writable: the values of a grey file, the indices (not the colours) of a palette file.
+
+    Raises BadFrame as `decode_image`; wrong_mode also for more than one channel and for lossy formats.
+    """
+    image = _open(data, max_pixels)
+    rawmode = _rawmode(image)
+    if image.mode not in ("1", "L", "P") or rawmode not in _LABEL_STRETCH or image.format not in _LABEL_FORMATS:
+        raise BadFrame(
+            "wrong_mode",
+            f"a label is an 8-bit grey or palette PNG, this is {image.format} mode {image.mode} ({rawmode})",
+        )
+    _load(image)
+    return np.array(_turn_upright(image), dtype=np.uint8) // np.uint8(_LABEL_STRETCH[rawmode])
+
+
+def read_image(location: Location) -> UInt8:
+    """`decode_image` of a file. Raises BadFrame, also with missing and unreadable."""
+    return decode_image(read_bytes(location))
+
+
+def read_label(location: Location) -> UInt8:
+    """`decode_label` of a file. Raises BadFrame, also with label_missing and unreadable."""
+    return decode_label(read_bytes(location, missing="label_missing"))
+
+
+def read_bytes(location: Location, missing: str = "missing") -> bytes:
+    """The bytes of one file. Faults of the file are a BadFrame; faults of the machine (a dead disk) are not."""
+    try:
+        return location.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise BadFrame(missing, f"{location.uri} is not there") from error
+    except (PermissionError, IsADirectoryError) as error:
+        raise BadFrame("unreadable", f"{location.uri} cannot be opened: {type(error).__name__}") from error
+
+
+def image_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(height, width) in pixels of the upright image, from the header only. Raises BadFrame as `decode_image`."""
+    image = _open(data, max_pixels)
+    width, height = image.size
+    return (width, height) if _orientation(image) >= 5 else (height, width)
+
+
+def encode_png(array: UInt8, palette: Sequence[Sequence[int]] | None = None) -> bytes:
+    """PNG of a uint8 HW label (grey; with `palette`, K RGB triples, indexed) or a uint8 HWC RGB image.
+
+    The bytes depend on the arguments only. Indices from K to 255 are black: 255 is "ignored" in every label.
+    """
+    _check_pixels(array)
+    buffer = io.BytesIO()
+    image = Image.fromarray(np.ascontiguousarray(array))
+    if palette is not None:
+        assert array.ndim == 2, f"a palette goes with a HW label, not with shape {array.shape}"
+        colours = np.zeros((256, 3), dtype=np.uint8)  # all 256, or Pillow stores fewer bits and cuts index 255
+        colours[: len(palette)] = palette
+        image.putpalette(colours.tobytes())
+    # Level 6 takes four times as long as level 1 and makes photographs a fifth smaller; labels are small and worth it.
+    image.save(buffer, format="PNG", compress_level=6 if array.ndim == 2 else 1)
+    return buffer.getvalue()
+
+
+def encode_jpeg(image: UInt8, quality: int = 95) -> bytes:
+    """JPEG of a uint8 HWC RGB image, without metadata."""
+    _check_pixels(image)
+    assert image.ndim == 3, f"expected HWC RGB, got shape {image.shape}"
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(image)).save(buffer, format="JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def _check_pixels(array: UInt8) -> None:
+    fits = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)
+    if array.dtype != np.uint8 or not fits:
+        raise ValueError(f"expected uint8 HW or HWC RGB, got {array.dtype} of shape {array.shape}")
+
+
+def _open(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
+    """Header only: format, mode and size are known and accepted, no pixel is decoded yet."""
+    if not data:
+        raise BadFrame("zero_bytes", "the file is empty")
+    if data.startswith(_PNG_HEADER) and len(data) >= 24:
+        # Pillow reads on to the pixels before it tells the size, and never tells that of a header alone.
+        width, height = struct.unpack(">II", data[16:24])
+        _check_size(width, height, max_pixels)
+    try:
+        with _HEADER_LOCK, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # complaints about metadata, which nobody reads
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadFrame("decompression_bomb", str(error)) from error
+    except UnidentifiedImageError as error:  # its own message holds a memory address
+        found = f"the file starts with {data[:8]!r}"
+        raise BadFrame("not_an_image", f"no intact header of {', '.join(FORMATS)}; {found}") from error
+    except Exception as error:  # hostile headers raise OSError, ValueError, OverflowError, zlib.error, ...
+        reason = "truncated" if "runcated" in str(error) else "not_an_image"
+        raise BadFrame(reason, _describe(error)) from error
+    _check_size(*image.size, max_pixels)
+    return image
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise BadFrame("decompression_bomb", f"{width} x {height} pixels, at most {max_pixels} are accepted")
+
+
+def _load(image: ImageFile.ImageFile) -> None:
+    """Decode the pixels. The header was good, so any fault from here on is damaged data."""
+    try:
+        image.load()
+    except Exception as error:  # as above: the decoders raise what they like
+        raise BadFrame("truncated", _describe(error)) from error
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _rawmode(image: ImageFile.ImageFile) -> str:
+    """How the pixels lie in the file; 16-bit colour shows only here, Pillow reports it as plain RGB."""
+    if not image.tile:
+        return image.mode  # WebP decodes as a whole
+    arguments = image.tile[0].args
+    first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
+    return first if isinstance(first, str) and first else image.mode
+
+
+def _turn_upright(image: ImageFile.ImageFile) -> Image.Image:
+    method = _UPRIGHT.get(_orientation(image))
+    return image if method is None else image.transpose(method)
+
+
+def _orientation(image: ImageFile.ImageFile) -> int:
+    """EXIF orientation, 1 (upright) to 8; 1 when there is none or the metadata is damaged."""
+    with _HEADER_LOCK, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            # The plain method: the one of PNG decodes all pixels to look behind them.
+            value = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+        except Exception:  # damaged metadata of an image that decodes: the pixels are still good
+            return 1
+    return value if isinstance(value, int) and value in _UPRIGHT else 1

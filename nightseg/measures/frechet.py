@@ -1,0 +1,278 @@
+"""The Frechet distance between two sets of feature vectors, and the statistics it needs.
+
+    d^2 = |m1 - m2|^2 + tr C1 + tr C2 - 2 tr (C1 C2)^1/2        (Heusel et al., 2017, arXiv 1706.08500, eq. 6)
+
+Everything is float64. The last trace is computed in a symmetric form: with any factors C1 = R1 R1^T and C2 = R2 R2^T it
+is the sum of the singular values of R1^T R2. That is exact for singular covariances, which have factors with few
+columns; it is never complex; and its rounding error is relative to the largest singular value. The rejected ways:
+`sqrtm(C1 @ C2)` is several times slower, returns complex numbers for fewer frames than dimensions, and needs an epsilon
+on the diagonal that changes the result; eigenvalues of C1 @ C2 turn a rounding error e into sqrt(e).
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from nightseg.storage import Location, UserError
+
+Array = npt.NDArray[np.float64]
+
+BLOCK_ROWS = 1024
+"""Rows that `moments_of` adds at a time. Fixed, so that the result does not depend on how the rows arrived."""
+
+_EXACT_ENOUGH = 1e-12  # of the sum of singular values
+
+PYTORCH_FID_DIMS = 2048
+"""Statistics with this many dimensions and no other sign of their origin are taken for pytorch-fid's own."""
+
+
+class Moments:
+    """Number, mean and covariance of feature vectors that arrive in parts and may be merged; float64.
+
+    Holds the mean and the sum of outer products of deviations from it (Chan et al., 1979), not raw sums: those lose all
+    digits when the mean is large against the spread. Memory: d * d * 8 bytes, whatever the number of vectors.
+    """
+
+    def __init__(self, dims: int) -> None:
+        self.count = 0
+        self.mean: Array = np.zeros(dims)
+        self.scatter: Array = np.zeros((dims, dims))
+
+    def update(self, features: npt.ArrayLike) -> None:
+        """Add the rows of an (N, d) array of any real type."""
+        rows_ND = np.asarray(features, dtype=np.float64)
+        if rows_ND.ndim != 2 or rows_ND.shape[1] != len(self.mean):
+            raise ValueError(f"expected features of shape (N, {len(self.mean)}), got {rows_ND.shape}")
+        if len(rows_ND) == 0:
+            return
+        mean = rows_ND.mean(axis=0)
+        centred_ND = rows_ND - mean
+        self._add(len(rows_ND), mean, centred_ND.T @ centred_ND)
+
+    def merge(self, other: Moments) -> None:
+        """Add everything that `other` has seen; `other` stays as it is."""
+        if other.mean.shape != self.mean.shape:
+            raise ValueError(f"cannot merge moments of {len(other.mean)} dimensions into {len(self.mean)}")
+        if other.count:
+            self._add(other.count, other.mean, other.scatter)
+
+    @property
+    def cov(self) -> Array:
+        """Covariance (d, d) with divisor n - 1, as numpy.cov and pytorch-fid; raises ValueError for n < 2."""
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 feature vectors, there are {self.count}")
+        return self.scatter / (self.count - 1)
+
+    def _add(self, count: int, mean: Array, scatter: Array) -> None:
+        total = self.count + count
+        shift = mean - self.mean
+        self.scatter += scatter
+        self.scatter += np.outer(shift, shift * (self.count * count / total))
+        self.mean += shift * (count / total)
+        self.count = total
+
+
+def moments_of(features: npt.ArrayLike) -> Moments:
+    """Moments of the rows of an (N, d) array, added in blocks of `BLOCK_ROWS`."""
+    rows_ND = np.asarray(features)
+    moments = Moments(rows_ND.shape[1])
+    for start in range(0, len(rows_ND), BLOCK_ROWS):
+        moments.update(rows_ND[start : start + BLOCK_ROWS])
+    return moments
+
+
+class Gaussian(NamedTuple):
+    """A normal distribution by its mean (d,) and a factor (d, r) of its covariance: cov = factor @ factor.T."""
+
+    mean: Array
+    factor: Array
+
+    @property
+    def trace(self) -> float:
+        return float(np.sum(self.factor**2))
+
+
+def gaussian_of_features(features: npt.ArrayLike) -> Gaussian:
+    """The normal distribution of at least 2 rows of an (N, d) array; no d x d matrix is made when N <= d."""
+    rows_ND = np.asarray(features, dtype=np.float64)
+    if len(rows_ND) < 2:
+        raise ValueError(f"a covariance needs at least 2 feature vectors, there are {len(rows_ND)}")
+    if len(rows_ND) > rows_ND.shape[1]:
+        moments = moments_of(rows_ND)
+        return gaussian_of_moments(moments.mean, moments.cov)
+    mean = rows_ND.mean(axis=0)
+    return Gaussian(mean, (rows_ND - mean).T / np.sqrt(len(rows_ND) - 1))
+
+
+def gaussian_of_moments(mean: npt.ArrayLike, cov: npt.ArrayLike) -> Gaussian:
+    """The normal distribution of a mean (d,) and a covariance (d, d).
+
+    The factor has one column for each eigenvalue above d * eps * the largest, numpy's rule for the rank of a matrix:
+    what lies below is rounding error, also where it is negative.
+    """
+    import torch  # the solvers of its MKL are several times faster here than scipy's, and it is installed anyway
+
+    mean_D, cov_DD = _checked(mean, cov)
+    matrix = torch.from_numpy(cov_DD)
+    tolerance = len(mean_D) * np.finfo(np.float64).eps * float(np.trace(cov_DD))
+    cholesky, failed = torch.linalg.cholesky_ex(matrix)
+    # A pivot close to zero means a rank that rounding decides; the eigenvalues then say which columns are real.
+    if not int(failed) and float(cholesky.diagonal().min()) ** 2 > tolerance:
+        return Gaussian(mean_D, cholesky.numpy())
+    values_D, vectors_DD = torch.linalg.eigh(matrix)
+    kept = values_D > len(mean_D) * np.finfo(np.float64).eps * max(float(values_D[-1]), 0.0)
+    return Gaussian(mean_D, (vectors_DD[:, kept] * values_D[kept].sqrt()).numpy())
+
+
+def gaussian_distance(first: Gaussian, second: Gaussian) -> float:
+    """Squared Frechet distance, >= 0. Costs O(d r1 r2) and the singular values of an r1 x r2 matrix."""
+    if first.mean.shape != second.mean.shape:
+        raise ValueError(f"features of {len(first.mean)} and of {len(second.mean)} dimensions do not compare")
+    shift = float(np.sum((first.mean - second.mean) ** 2))
+    overlap = _sum_of_singular_values(first.factor.T @ second.factor)
+    # The distance of a set to itself is zero but for rounding, which may fall below.
+    return max(shift + first.trace + second.trace - 2.0 * overlap, 0.0)
+
+
+def _sum_of_singular_values(matrix: Array) -> float:
+    """Roots of the eigenvalues of M M^T, three times as fast as a singular value solver, where that is exact enough.
+
+    A rounding error e of an eigenvalue moves its root by e / (2 root): nothing for large ones, sqrt(e) at zero.
+    """
+    import torch
+
+    if matrix.size == 0 or not matrix.any():
+        return 0.0
+    wide = torch.from_numpy(matrix if matrix.shape[0] <= matrix.shape[1] else np.ascontiguousarray(matrix.T))
+    values = torch.linalg.eigvalsh(wide @ wide.T).clamp(min=0.0)
+    roots = values.sqrt()
+    noise = 10 * np.finfo(np.float64).eps * float(values[-1])
+    error = (noise / (2 * roots)).clamp(max=noise**0.5).sum()
+    if float(error) <= _EXACT_ENOUGH * float(roots.sum()):
+        return float(roots.sum())
+    return float(torch.linalg.svdvals(wide).sum())
+
+
+def frechet_distance(mean1: npt.ArrayLike, cov1: npt.ArrayLike, mean2: npt.ArrayLike, cov2: npt.ArrayLike) -> float:
+    """Squared Frechet distance between N(mean1, cov1) and N(mean2, cov2), in float64: the FID of two feature sets.
+
+    Means have shape (d,), covariances (d, d), symmetric and positive semi-definite but for rounding; singular ones are
+    fine. Raises ValueError for other shapes and for values that are not finite.
+    """
+    return gaussian_distance(gaussian_of_moments(mean1, cov1), gaussian_of_moments(mean2, cov2))
+
+
+def _checked(mean: npt.ArrayLike, cov: npt.ArrayLike) -> tuple[Array, Array]:
+    mean_D = np.ascontiguousarray(mean, dtype=np.float64)
+    cov_DD = np.asarray(cov, dtype=np.float64)
+    if mean_D.ndim != 1 or cov_DD.shape != (len(mean_D), len(mean_D)):
+        raise ValueError(f"expected a mean (d,) and a covariance (d, d), got {mean_D.shape} and {cov_DD.shape}")
+    if not (np.isfinite(mean_D).all() and np.isfinite(cov_DD).all()):
+        raise ValueError("mean or covariance hold values that are not finite: were there fewer than 2 frames?")
+    return mean_D, np.ascontiguousarray((cov_DD + cov_DD.T) / 2)
+
+
+# -- statistics files ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean and covariance of a set of frames, and what made them; only statistics of the same making compare."""
+
+    mean: Array  # (d,)
+    cov: Array  # (d, d), divisor n - 1
+    count: int | None  # frames; None = the file does not say
+    extractor: str  # "" = the file does not say
+    resize: str  # how frames were resized before the network: a part of the metric
+    weights_sha256: str  # "" = the file does not say
+
+
+def write_statistics(place: Location, statistics: Statistics) -> None:
+    """An `.npz` that pytorch-fid reads too: its `mu` and `sigma`, and beside them our fields. Same content, same bytes.
+
+    Statistics of several sets merge exactly from `n`, `mu` and `sigma`.
+    """
+    buffer = io.BytesIO()
+    fields: dict[str, npt.NDArray[np.generic]] = {
+        "mu": np.asarray(statistics.mean, dtype=np.float64),
+        "sigma": np.asarray(statistics.cov, dtype=np.float64),
+        "extractor": np.array(statistics.extractor),
+        "resize": np.array(statistics.resize),
+        "weights_sha256": np.array(statistics.weights_sha256),
+    }
+    if statistics.count is not None:
+        fields["n"] = np.array(statistics.count, dtype=np.int64)
+    # Not np.savez: its zip entries would have to be trusted to carry no clock.
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name in sorted(fields):
+            entry = io.BytesIO()
+            np.lib.format.write_array(entry, np.asanyarray(fields[name]), allow_pickle=False)
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), entry.getvalue())
+    place.write_bytes(buffer.getvalue())
+
+
+def read_statistics(place: Location) -> Statistics:
+    """Statistics from our `.npz` or from pytorch-fid's (`mu`, `sigma` only; pickled objects are refused).
+
+    A bare file of 2048 dimensions counts as pytorch-fid's own: Inception, its resize rule, unknown number of frames.
+    """
+    try:
+        with np.load(io.BytesIO(place.read_bytes()), allow_pickle=False) as file:
+            fields = {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise UserError(f"{place}: there is no such file of statistics; check the path") from None
+    except (ValueError, OSError, EOFError, KeyError, AttributeError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{place}: not an .npz file of statistics, or a damaged one ({error}); make it again"
+        ) from error
+    missing = [name for name in ("mu", "sigma") if name not in fields]
+    if missing:
+        held = ", ".join(sorted(fields)) or "nothing"
+        raise UserError(f"{place}: has no {' and no '.join(missing)}, only {held}; it is no file of FID statistics")
+    try:
+        mean, cov = _checked(fields["mu"], fields["sigma"])
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{place}: {error}; make the file again") from error
+    bare = "extractor" not in fields and len(mean) == PYTORCH_FID_DIMS
+    return Statistics(
+        mean=mean,
+        cov=cov,
+        count=int(fields["n"]) if "n" in fields else None,
+        extractor="inception" if bare else str(fields.get("extractor", "")),
+        resize="pytorch-fid" if bare else str(fields.get("resize", "")),
+        weights_sha256=str(fields.get("weights_sha256", "")),
+    )
+
+
+def check_comparable(first: Statistics, second: Statistics, names: Sequence[str] = ("the first", "the second")) -> None:
+    """Raise UserError if a distance between the two would be a number without meaning."""
+    differences = [
+        f"{what} of {names[0]} is {mine or 'unknown'}, of {names[1]} {theirs or 'unknown'}"
+        for what, mine, theirs in (
+            ("the number of dimensions", str(len(first.mean)), str(len(second.mean))),
+            ("the extractor", first.extractor, second.extractor),
+            ("the resize rule", first.resize, second.resize),
+        )
+        if mine != theirs
+    ]
+    hashes = first.weights_sha256, second.weights_sha256
+    if all(hashes) and hashes[0] != hashes[1]:
+        differences.append(f"the network of {names[0]} has other weights than that of {names[1]}")
+    if differences:
+        raise UserError(
+            f"these statistics do not compare: {'; '.join(differences)}."
+            " Compute both with the same extractor (--extractor, --weights)"
+        )
+
+
+def statistics_distance(first: Statistics, second: Statistics, names: Sequence[str] = ("A", "B")) -> float:
+    """The FID of two statistics; raises UserError if they do not compare."""
+    check_comparable(first, second, names)
+    return frechet_distance(first.mean, first.cov, second.mean, second.cov)

@@ -1,0 +1,265 @@
+"""From YAML text and `--set` overrides to a checked `Recipe`, or to one message that names every error.
+
+YAML is read by a SafeLoader that refuses duplicate keys and alias bombs, and that reads `1e-4` as a number. The graph
+and the folders are checked on the raw mapping, so that a misspelt key does not hide an unknown name or a cycle.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from nightseg.config import Recipe, is_name
+from nightseg.recipe_graph import Problem, graph_problems
+from nightseg.recipe_schema import allowed_keys, allowed_values, dotted
+from nightseg.storage import Location, UserError
+
+MAX_NODES = 100_000  # after aliases are followed: a recipe is small, an alias bomb is not
+
+Settings = TypeVar("Settings", bound=BaseModel)
+Lines = dict[tuple[str, ...], str]
+
+
+class RecipeError(UserError):
+    """Everything that is wrong with a recipe, in one message."""
+
+
+class Source(NamedTuple):
+    """The raw mapping, where each of its keys was written, and what to call the file in messages."""
+
+    data: dict[str, Any]
+    places: Lines
+    file: str
+    problems: list[Problem]
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads floats as YAML 1.2 does: YAML 1.1 takes `1e-4` for a string."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in rules if tag != "tag:yaml.org,2002:float"]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(?:\d+\.\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+)$|^[-+]?\.(?:inf|nan)$", re.I
+    ),
+    list("-+0123456789."),
+)
+
+
+def load_recipe(file: str | Path | Location, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override and check a recipe; raises `RecipeError` with all errors at once."""
+    source = read_source(Location.of(file), str(file))
+    for text in overrides:
+        _override(source, text)
+    _fill_roots(source)
+    return _typed(Recipe, source, graph_problems)
+
+
+def load_settings(kind: type[Settings], file: str | Path | Location, overrides: Sequence[str] = ()) -> Settings:
+    """Read another YAML file of strict settings (a search) with the same care and the same messages."""
+    source = read_source(Location.of(file), str(file))
+    for text in overrides:
+        _override(source, text)
+    return _typed(kind, source, lambda data: [])
+
+
+def _typed(
+    kind: type[Settings], source: Source, more_problems: Callable[[Mapping[str, Any]], list[Problem]]
+) -> Settings:
+    problems = list(source.problems)
+    settings: Settings | None = None
+    try:
+        # JSON mode is strict about types and still takes a list where a tuple is meant.
+        settings = kind.model_validate_json(json.dumps(source.data, allow_nan=True))
+    except ValidationError as error:
+        problems += _typed_problems(kind, error, source)
+    except (TypeError, ValueError) as error:  # dates, bytes, sets: YAML values that no recipe key takes
+        problems.append(Problem((), f"a value is not a number, text, list or mapping: {error}"))
+    problems += more_problems(source.data)
+    if problems or settings is None:
+        raise RecipeError(_message(source, problems))
+    return settings
+
+
+def save_recipe(recipe: Recipe, file: Location) -> None:
+    """Write the resolved recipe (defaults included) as YAML that `load_recipe` reads back."""
+    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    file.write_bytes(text.encode())
+
+
+def read_source(file: Location, shown: str) -> Source:
+    """Parse the file, keeping the line of every key."""
+    try:
+        text = file.read_bytes().decode("utf-8")
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise RecipeError(f"{shown}: there is no such recipe file. Cure: give the path of a YAML file.") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{shown}: the recipe is not UTF-8 text ({error.reason} at byte {error.start}).") from None
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        problems: list[Problem] = []
+        places: Lines = {}
+        for count, (path, line, duplicate) in enumerate(_walk(node, ())):
+            if count > MAX_NODES:
+                raise RecipeError(
+                    f"{shown}: more than {MAX_NODES} entries once aliases are followed. Cure: fewer aliases."
+                )
+            if duplicate:
+                problems.append(Problem(path, "this key stands twice in the same mapping", line=f"line {line}"))
+            places.setdefault(path, f"line {line}")
+        data = loader.construct_document(node) if node is not None else {}
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}: " if mark else ""
+        raise RecipeError(f"{shown}: {where}not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    finally:
+        loader.dispose()
+    if not isinstance(data, dict):
+        raise RecipeError(
+            f"{shown}: a recipe is a mapping of sections (name, datasets, models, ...), not {_kind(data)}."
+        )
+    return Source(data, places, shown, problems)
+
+
+def _walk(node: yaml.Node | None, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], int, bool]]:
+    """Every key with its line, and whether it repeats an earlier one of its mapping."""
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            name = str(key.value)
+            if key.tag == "tag:yaml.org,2002:merge":
+                yield from _walk(value, path)
+                continue
+            yield (*path, name), key.start_mark.line + 1, name in seen
+            seen.add(name)
+            yield from _walk(value, (*path, name))
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            yield (*path, str(index)), value.start_mark.line + 1, False
+            yield from _walk(value, (*path, str(index)))
+
+
+def _override(source: Source, text: str) -> None:
+    """Apply one `a.b=c`; the value is read as YAML."""
+    key, equals, value = text.partition("=")
+    path = tuple(key.strip().split("."))
+    if not equals or not all(path):
+        source.problems.append(Problem((), f"--set {text}: write it as key.key=value"))
+        return
+    try:
+        parsed = yaml.load(value, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+    except yaml.YAMLError as error:
+        source.problems.append(Problem(path, f"--set {text}: the value is not valid YAML ({error})"))
+        return
+    target: Any = source.data
+    for depth, part in enumerate(path[:-1]):
+        if isinstance(target, list) and part.isdigit() and int(part) < len(target):
+            target = target[int(part)]
+            continue
+        if not isinstance(target, dict):
+            inside = ".".join(path[:depth])
+            source.problems.append(Problem(path, f"--set {text}: {inside} is {_kind(target)}, it has no keys"))
+            return
+        if target.get(part) is None:
+            target[part] = {}
+        target = target[part]
+    last = path[-1]
+    if isinstance(target, dict):
+        target[last] = parsed
+    elif isinstance(target, list) and last.isdigit() and int(last) < len(target):
+        target[int(last)] = parsed
+    else:
+        source.problems.append(Problem(path, f"--set {text}: {'.'.join(path[:-1])} is {_kind(target)}, it has no keys"))
+        return
+    source.places[path] = f"--set {text}"
+
+
+def _fill_roots(source: Source) -> None:
+    """Replace `{name}` in the roots of datasets by what `roots` says, so that one --set moves many datasets."""
+    roots, datasets = source.data.get("roots"), source.data.get("datasets")
+    known = {str(name): root for name, root in roots.items()} if isinstance(roots, dict) else {}
+    for name, entry in datasets.items() if isinstance(datasets, dict) else ():
+        if not isinstance(entry, dict) or not isinstance(entry.get("root"), str):
+            continue
+        for word in re.findall(r"\{([^{}]*)\}", entry["root"]):
+            if isinstance(known.get(word), str):
+                entry["root"] = entry["root"].replace(f"{{{word}}}", known[word])
+            else:
+                names = ", ".join(known) or "none"
+                message = f"there is no root {word!r}{_did_you_mean(word, list(known))}; known: {names}"
+                source.problems.append(Problem(("datasets", str(name), "root"), message))
+
+
+def _typed_problems(kind: type[BaseModel], error: ValidationError, source: Source) -> Iterator[Problem]:
+    for item in error.errors():
+        path = dotted(item["loc"], source.data)
+        fault, got = item["type"], item.get("input")
+        if fault == "extra_forbidden":
+            allowed = allowed_keys(kind, item["loc"][:-1])
+            yield Problem(path, f"unknown key{_did_you_mean(path[-1], allowed)}; allowed: {', '.join(allowed)}")
+        elif fault == "missing":
+            yield Problem(path, "this key is required")
+        elif fault == "literal_error":
+            allowed = allowed_values(kind, item["loc"])
+            yield Problem(
+                path, f"{got!r} is not allowed{_did_you_mean(str(got), allowed)}; allowed: {', '.join(allowed)}"
+            )
+        elif fault == "string_pattern_mismatch" and not is_name(str(got)):
+            yield Problem(path, f"{got!r} is not a name: letters, digits, _ and -, beginning with a letter")
+        elif fault == "value_error":
+            yield Problem(path, str(item["ctx"]["error"]))
+        else:
+            number = " (not a finite number)" if isinstance(got, float) and not math.isfinite(got) else ""
+            yield Problem(path, f"{item['msg'][0].lower()}{item['msg'][1:]}, got {_kind(got)}{number}")
+
+
+def _message(source: Source, problems: Sequence[Problem]) -> str:
+    unique = list(dict.fromkeys(problems))
+    head = f"{source.file}: {len(unique)} error{'s' if len(unique) > 1 else ''}; nothing was started."
+    return "\n".join([head, *(f"  {_where(source, problem)}{problem.message}" for problem in unique)])
+
+
+def _where(source: Source, problem: Problem) -> str:
+    place = problem.line
+    for length in range(len(problem.path), 0, -1):  # the key itself, or the nearest written one that encloses it
+        if place:
+            break
+        place = source.places.get(problem.path[:length], "")
+    words = [word for word in (place, ".".join(problem.path)) if word]
+    return ": ".join([*words, ""])
+
+
+def _did_you_mean(word: str, allowed: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, allowed, n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def _kind(value: Any) -> str:
+    match value:
+        case None:
+            return "nothing (null)"
+        case bool():
+            return f"{str(value).lower()} (true or false)"
+        case str():
+            return f"the text {value!r}"
+        case int() | float():
+            return f"the number {value}"
+        case list():
+            return "a list"
+        case dict():
+            return "a mapping"
+        case _:
+            return f"{type(value).__name__} {value!r}"

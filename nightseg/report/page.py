@@ -1,0 +1,211 @@
+"""The page: what the numbers say, in the order a reader asks for it. Layout lives in the templates beside this file."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jinja2
+
+from nightseg.report import gallery, words
+from nightseg.report.run import Run
+from nightseg.storage import Location
+
+REPORT_NAME = "report.html"
+METRICS = {"miou": "mIoU", "pa": "PA", "ca": "CA", "fwiou": "FWIoU"}
+
+_NUM_CONFUSIONS = 6
+_LISTED = 20  # quarantined frames shown before the fold
+
+
+def write_report(run_folder: Location, results: Mapping[str, Any], samples: int = 4) -> Location:
+    """Write `report.html` into the run folder: self-contained, opens without a network. Returns its place.
+
+    `results` is the content of results.json; pictures come from the commits that it names, `samples` of each kind.
+    What a run does not have (no translator, no labels, frames that were deleted) is left out of the page.
+    """
+    run = Run(run_folder, results)
+    page = _environment().get_template("report.html.j2").render(
+        run=run,
+        results=results,
+        headline=headline(run),
+        tiles=tiles(run),
+        strip=gallery.strip(run),
+        metrics=METRICS,
+        scores=score_table(run),
+        heat=[heat(run, test) for test in run.tests],
+        splits=gallery.splits(run),
+        translations=gallery.translations(run, samples),
+        selections=gallery.selections(run, samples),
+        pseudo_labels=gallery.pseudo_labels(run, samples),
+        tests=[gallery.test_samples(run, test, samples) for test in run.tests],
+        predictions=gallery.predictions(run, samples),
+        quarantine=quarantine(run),
+        stages=stages(run),
+    )  # fmt: skip
+    place = run_folder / REPORT_NAME
+    place.write_bytes(page.encode())
+    return place
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("nightseg.report", ""),
+        autoescape=True,  # frame names and recipe texts are data of the user, never markup
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "percent": words.percent,
+        "points": words.points,
+        "count": words.count,
+        "duration": words.duration,
+        "short": words.short,
+    }
+    return environment
+
+
+# -- numbers ---------------------------------------------------------------------------------------------------------
+
+
+class Headline(NamedTuple):
+    """The best model on the main test set, and what the first one reached there; fractions."""
+
+    test: str
+    best: str
+    miou: float
+    first: str
+    gain: float | None  # null when there is nothing to compare with
+
+
+def headline(run: Run) -> Headline | None:
+    """None for a run without an evaluated model."""
+    test = run.main_test
+    if test is None:
+        return None
+    best, first = run.best(test), run.scored(test)[0]
+    reached, before = run.miou(best, test), run.miou(first, test)
+    return Headline(test, best, reached, first, reached - before if best != first else None)
+
+
+def tiles(run: Run) -> list[tuple[str, str, str]]:
+    """(figure, what it counts, detail)."""
+    commits = run.results["commits"].values()
+    found = []
+    labelled = [entry["evidence"] for entry in run.results["pseudo_labels"].values()]
+    if labelled:
+        frames = max(evidence["frames"] for evidence in labelled)
+        share = words.percent(labelled[-1]["kept_share"])
+        found.append((words.count(frames), "frames labelled by a teacher", f"{share} % of their pixels kept"))
+    tested = {test: run.score(run.scored(test)[0], test) for test in run.tests}
+    if tested:
+        frames = sum(scores["frames"] for scores in tested.values() if scores)
+        found.append((words.count(frames), "labelled test frames", f"in {words.plural(len(tested), 'test set')}"))
+    seconds = sum(facts["seconds"] for facts in commits)
+    found.append((words.duration(seconds), "of work", f"in {words.plural(len(commits), 'stage')}"))
+    bad = sum(facts["quarantined"] for facts in commits)
+    found.append((words.count(bad), "bad frames set aside", "with their reasons below" if bad else "none was lost"))
+    return found
+
+
+class Cell(NamedTuple):
+    """One model on one test set; scores are fractions, published numbers percent."""
+
+    scores: Mapping[str, float]
+    is_best: bool
+    row: str
+    published: float | None
+    difference: float | None  # points, ours minus published
+
+
+def score_table(run: Run) -> dict[str, Any]:
+    """Models by test sets."""
+    cells = {model: {test: _cell(run, model, test) for test in run.tests} for model in run.models}
+    rows = [
+        {"name": model, "about": words.describe(run.results["models"][model]), "cells": cells[model]} for model in cells
+    ]
+    found = {test: [cells[model][test] for model in run.models] for test in run.tests}
+    published = {test: any(cell and cell.published is not None for cell in column) for test, column in found.items()}
+    return {"rows": rows, "published": published}
+
+
+def _cell(run: Run, model: str, test: str) -> Cell | None:
+    scores = run.score(model, test)
+    if scores is None:
+        return None
+    published = scores.get("published_miou")
+    difference = None if published is None else 100 * scores["miou"] - published
+    return Cell(
+        {key: scores[key] for key in METRICS}, model == run.best(test), scores.get("row") or "", published, difference
+    )
+
+
+def heat(run: Run, test: str) -> dict[str, Any]:
+    """IoU of every class and model on one test set, how common the class is, and what the best model confuses."""
+    models = run.scored(test)
+    best, first = run.best(test), models[0]
+    labelled = _labelled_pixels(run, best, test)
+    rows = []
+    for index, name in enumerate(run.classes.classes):
+        values = {model: (run.score(model, test) or {})["iou"].get(name) for model in models}
+        change = None if None in (values[best], values[first]) else values[best] - values[first]
+        rows.append(
+            {
+                "name": name,
+                "colour": run.classes.palette[index],
+                "share": labelled[index],
+                "values": values,
+                "change": change,
+            }
+        )
+    return {
+        "test": test,
+        "models": models,
+        "rows": rows,
+        "compared": (first, best) if best != first else None,
+        "best": best,
+        "confusions": confusions(run, best, test),
+    }
+
+
+def _labelled_pixels(run: Run, model: str, test: str) -> list[float]:
+    """Share of the labelled pixels that each class has in the test set, fractions."""
+    totals = [sum(row) for row in (run.score(model, test) or {})["confusion"]]
+    return [total / max(sum(totals), 1) for total in totals]
+
+
+def confusions(run: Run, model: str, test: str) -> list[tuple[str, str, float]]:
+    """(class, what it is taken for, share of the class's pixels): the confusions that cost the most pixels."""
+    matrix, names = (run.score(model, test) or {})["confusion"], run.classes.classes
+    wrong = [
+        (pixels, names[label], names[guess], pixels / sum(row))
+        for label, row in enumerate(matrix)
+        for guess, pixels in enumerate(row[: len(names)])
+        if label != guess and pixels
+    ]
+    return [(label, guess, share) for _, label, guess, share in sorted(wrong, reverse=True)[:_NUM_CONFUSIONS]]
+
+
+def quarantine(run: Run) -> dict[str, Any]:
+    """Frames set aside: how many for which reason, and the rows."""
+    rows = run.results["quarantine"]
+    total = sum(facts["quarantined"] for facts in run.results["commits"].values())
+    return {
+        "total": total,
+        "reasons": Counter(row["reason"] for row in rows).most_common(),
+        "first": rows[:_LISTED],
+        "rest": rows[_LISTED:],
+        "unlisted": total - len(rows),
+    }
+
+
+def stages(run: Run) -> list[dict[str, Any]]:
+    """Every commit with its counts, in the order of the work; `share` is its part of the longest stage's time."""
+    commits = run.results["commits"]
+    longest = max((facts["seconds"] for facts in commits.values()), default=0.0) or 1.0
+    return [
+        {"node": node, "share": facts["seconds"] / longest, "kind": node.partition("/")[0], **facts}
+        for node, facts in sorted(commits.items(), key=lambda item: (item[1].get("created", ""), item[0]))
+    ]

@@ -1,0 +1,78 @@
+"""Small pictures inside the page: data URIs of frames, label maps and both mixed. HW = height and width."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from nightseg.frames.images import BadFrame, read_image, read_label
+from nightseg.frames.taxonomy import IGNORE, Taxonomy
+from nightseg.storage import Location
+
+UInt8 = npt.NDArray[np.uint8]
+
+WIDTH = 480  # pixels: twice the width of most places, for sharp screens
+_DIMMED = 0.38  # brightness of a frame where its pseudo-label is ignored
+_TINT = 0.72  # share of the class colour where it is not
+
+
+def frame_pixels(uri: str | None) -> UInt8 | None:
+    """The frame as uint8 RGB (H, W, 3), or None when it is not there or damaged: a report shows what is left."""
+    if uri is None:
+        return None
+    try:
+        return read_image(Location.of(uri))
+    except BadFrame:
+        return None
+
+
+def label_pixels(uri: str | None, encoding: str | None, classes: Taxonomy) -> UInt8 | None:
+    """Train ids (H, W) of a label file, or None as in `frame_pixels`."""
+    if uri is None or encoding is None or encoding not in classes.encodings:
+        return None
+    try:
+        return classes.to_train_ids(read_label(Location.of(uri)), encoding)
+    except BadFrame:
+        return None
+
+
+def photo_uri(image_HWC: UInt8, width: int = WIDTH) -> str:
+    """A JPEG of at most `width` pixels."""
+    return _data_uri(_fit(Image.fromarray(image_HWC), width, Image.Resampling.LANCZOS), "JPEG")
+
+
+def label_map_uri(label_HW: UInt8, classes: Taxonomy, width: int = WIDTH) -> str:
+    """A PNG in the classes' colours; ignored pixels are transparent."""
+    colours = np.dstack([classes.colourize(label_HW), np.where(label_HW == IGNORE, 0, 255).astype(np.uint8)])
+    # Nearest, and few colours: the edges stay sharp and the file small.
+    picture = _fit(Image.fromarray(colours), width, Image.Resampling.NEAREST)
+    return _data_uri(picture.quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE), "PNG")
+
+
+def tinted(image_HWC: UInt8, label_HW: UInt8, classes: Taxonomy) -> UInt8:
+    """The frame in the colours of its label; where the label is ignored the frame shows through, dimmed and grey."""
+    frame = image_HWC.astype(np.float32)
+    colours = classes.colourize(label_HW).astype(np.float32)
+    grey = np.repeat(frame.mean(axis=2, keepdims=True), 3, axis=2) * _DIMMED
+    mixed = np.where((label_HW == IGNORE)[..., None], grey, _TINT * colours + (1 - _TINT) * frame)
+    picture: UInt8 = np.rint(mixed).astype(np.uint8)
+    return picture
+
+
+def _fit(picture: Image.Image, width: int, resampling: Image.Resampling) -> Image.Image:
+    if picture.width <= width:
+        return picture
+    return picture.resize((width, max(1, round(picture.height * width / picture.width))), resampling)
+
+
+def _data_uri(picture: Image.Image, kind: str) -> str:
+    buffer = io.BytesIO()
+    if kind == "JPEG":
+        picture.save(buffer, format="JPEG", quality=84)
+    else:
+        picture.save(buffer, format="PNG", optimize=True)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,0 +1,143 @@
+"""A finished run as the report sees it: results.json, and the committed tables that it points at."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+
+from nightseg.commit import Commit, read_commit, table_paths
+from nightseg.frames import table as frame
+from nightseg.frames.taxonomy import IGNORE, TRAIN_IDS, Taxonomy, taxonomy
+from nightseg.storage import Location
+
+Row = dict[str, Any]
+BUILT_IN = ("cityscapes19", "camvid11")
+
+
+class Run:
+    """Results and commits of one run folder. A commit that is not there any more is no error: its pictures are."""
+
+    def __init__(self, folder: Location, results: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.results = results
+        self._commits: dict[str, Commit | None] = {}
+
+    @cached_property
+    def classes(self) -> Taxonomy:
+        """The class list; raw ids of label files are mapped by the encodings in the results, else the built-in ones."""
+        part = self.results["taxonomy"]
+        names, palette = tuple(part["classes"]), tuple((red, green, blue) for red, green, blue in part["palette"])
+        encodings: dict[str, dict[int, int]] = {TRAIN_IDS: {raw: raw for raw in (*range(len(names)), IGNORE)}}
+        if "encodings" in part:
+            for encoding, ids in part["encodings"].items():
+                encodings[encoding] = {int(raw): train_id for raw, train_id in ids.items()}
+        elif part["name"] in BUILT_IN:
+            encodings |= {key: dict(ids) for key, ids in taxonomy(part["name"]).encodings.items()}
+        return Taxonomy(part["name"], names, palette, encodings)
+
+    @cached_property
+    def models(self) -> list[str]:
+        """Names of the models in the order in which they were trained: results.json sorts its keys."""
+        return self._by_age(self.results["models"], lambda name: [f"train_segmenter/{name}"])
+
+    @cached_property
+    def tests(self) -> list[str]:
+        """Names of the test sets in the order in which they were first evaluated."""
+        nodes: dict[str, list[str]] = {}
+        for facts in self.results["models"].values():
+            for test, scores in facts["tests"].items():
+                nodes.setdefault(test, []).append(scores.get("node", ""))
+        return self._by_age(nodes, nodes.__getitem__)
+
+    def _by_age(self, names: Iterable[str], nodes: Any) -> list[str]:
+        commits = self.results["commits"]
+        late = "~"  # after every date
+
+        def age(name: str) -> tuple[str, str]:
+            return min((commits.get(node, {}).get("created", late) for node in nodes(name)), default=late), name
+
+        return sorted(names, key=age)
+
+    def score(self, model: str, test: str) -> Mapping[str, Any] | None:
+        """The record of one model on one test set, if it was evaluated there."""
+        found: Mapping[str, Any] | None = self.results["models"][model]["tests"].get(test)
+        return found
+
+    def miou(self, model: str, test: str) -> float:
+        """Mean IoU of a model that was evaluated on a test set, a fraction."""
+        return float(self.results["models"][model]["tests"][test]["miou"])
+
+    def scored(self, test: str) -> list[str]:
+        """Models that were evaluated on a test set."""
+        return [model for model in self.models if self.score(model, test)]
+
+    def best(self, test: str) -> str:
+        """The model with the highest mIoU on a test set, the earliest of equals."""
+        return max(self.scored(test), key=lambda model: self.miou(model, test))
+
+    @cached_property
+    def main_test(self) -> str | None:
+        """The test set that the headline speaks of: the first one of night frames, else the first."""
+        for test in self.tests:
+            rows = self.rows(self._node(self.scored(test)[0], test), "predictions", limit=64)
+            domains = Counter(row[frame.DOMAIN] for row in rows)
+            if domains and domains.most_common(1)[0][0] == "night":
+                return test
+        return next((test for test in self.tests if "night" in test), next(iter(self.tests), None))
+
+    def _node(self, model: str, test: str) -> str:
+        scores = self.score(model, test)
+        return str(scores.get("node", "")) if scores else ""
+
+    def predictions(self, model: str, test: str) -> list[Row]:
+        """The predictions of a model on a test set; all uris absolute."""
+        return self.rows(self._node(model, test), "predictions")
+
+    def nodes(self, stage: str) -> list[str]:
+        """`stage/name` of every commit of a stage, in the order in which they were made."""
+        commits = self.results["commits"]
+        found = [node for node in commits if node.partition("/")[0] == stage]
+        return sorted(found, key=lambda node: (commits[node].get("created", ""), node))
+
+    def commit(self, node: str) -> Commit | None:
+        """The commit of `stage/name`: in this run folder, which may have been moved, or where it was borrowed from."""
+        if node not in self._commits:
+            self._commits[node] = self._find(node)
+        return self._commits[node]
+
+    def _find(self, node: str) -> Commit | None:
+        facts = self.results["commits"].get(node)
+        if facts is None:
+            return None
+        recorded = Location.of(facts["folder"]).parent
+        for place in (self.folder / f"stages/{node}/{recorded.name}", recorded):
+            commit = read_commit(place)
+            if commit is not None and commit.key == facts["key"]:
+                return commit
+        return None
+
+    def rows(self, node: str, table: str, limit: int | None = None, drop: Sequence[str] = ()) -> list[Row]:
+        """Rows of a committed table, uris made absolute; no more parts are read than `limit` needs."""
+        commit = self.commit(node)
+        found: list[Row] = []
+        for path in table_paths(commit.outputs, table) if commit else []:
+            part = (commit.folder / path).read_table() if commit else pa.table({})
+            found += _absolute(part.drop_columns([name for name in drop if name in part.column_names]), commit)
+            if limit is not None and len(found) >= limit:
+                return found[:limit]
+        return found
+
+
+def _absolute(table: pa.Table, commit: Commit | None) -> list[Row]:
+    assert commit is not None
+    rows: list[Row] = frame.resolve(table, commit.folder).to_pylist()
+    known = (frame.URI, frame.LABEL_URI)
+    for row in rows:
+        for name, value in row.items():
+            if name.endswith("_uri") and name not in known and value is not None:
+                row[name] = (commit.folder / value).uri
+    return rows

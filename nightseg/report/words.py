@@ -1,0 +1,94 @@
+"""Numbers and settings as people read them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_THIN = "\N{NARROW NO-BREAK SPACE}"
+_MINUS = "\N{MINUS SIGN}"
+
+
+def percent(fraction: float | None, digits: int = 1) -> str:
+    """0.4125 -> "41.2"; the sign is the page's; a dash for what is not defined."""
+    return "\N{EN DASH}" if fraction is None else f"{100 * fraction:.{digits}f}"
+
+
+def points(value: float | None) -> str:
+    """A difference in percentage points with its sign: +1.2."""
+    if value is None:
+        return ""
+    text = f"{abs(value):.1f}"
+    if text == "0.0":
+        return "\N{PLUS-MINUS SIGN}0.0"
+    return ("+" if value > 0 else _MINUS) + text
+
+
+def count(number: int) -> str:
+    """12 345 with thin spaces."""
+    return f"{number:,}".replace(",", _THIN)
+
+
+def plural(number: int, noun: str) -> str:
+    """1 stage, 2 stages."""
+    return f"{count(number)} {noun}{'' if number == 1 else 's'}"
+
+
+def duration(seconds: float) -> str:
+    """0.4 s, 42 s, 3 min 05 s, 2 h 10 min."""
+    if seconds < 10:
+        return f"{seconds:.1f}{_THIN}s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}{_THIN}s"
+    if whole < 3600:
+        return f"{whole // 60}{_THIN}min {whole % 60:02d}{_THIN}s"
+    return f"{whole // 3600}{_THIN}h {whole % 3600 // 60:02d}{_THIN}min"
+
+
+def short(text: str, letters: int = 12) -> str:
+    """The beginning of a hash."""
+    return text[:letters]
+
+
+def describe(model: Mapping[str, Any]) -> str:
+    """One line about a model: its data, start, loss and self-training."""
+    parts = [f"on {' + '.join(model['train'])}", f"from {model['start']}", _loss(model["loss"])]
+    learning = model.get("self_training")
+    if learning:
+        chosen = learning.get("select")
+        how = (
+            f"{plural(chosen['count'], 'frame')} of {learning['pool']} ({chosen['method']})"
+            if chosen
+            else f"all of {learning['pool']}"
+        )
+        parts.append(f"pseudo-labels for {how}")
+    return " \N{MIDDLE DOT} ".join(parts)
+
+
+def _loss(loss: Mapping[str, Any]) -> str:
+    match loss["kind"]:
+        case "cross_entropy":
+            return "cross-entropy"
+        case "focal":
+            return f"focal, \N{GREEK SMALL LETTER GAMMA} {loss['gamma']:g}"
+        case kind:
+            alpha, gamma = (
+                f"\N{GREEK SMALL LETTER ALPHA} {loss['alpha']:g}",
+                f"\N{GREEK SMALL LETTER GAMMA} {loss['gamma']:g}",
+            )
+            return f"{kind}, {alpha}, {gamma}"
+
+
+def threshold(rule: Mapping[str, Any]) -> str:
+    """A threshold rule in words."""
+    match rule["kind"]:
+        case "none":
+            return "every pixel is kept"
+        case "fixed":
+            return f"pixels with confidence {rule['confidence']:g} or more are kept"
+        case _:
+            return (
+                f"the surest {percent(rule['share'], 0)} % of every class are kept, "
+                f"and all pixels with confidence {rule['confidence']:g} or more"
+            )

@@ -1,0 +1,94 @@
+"""results.json: every number of a run with where it came from. The report reads it; so may anyone."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from nightseg.config import Recipe
+from nightseg.frames.taxonomy import taxonomy
+from nightseg.graph import Graph, NodeId
+from nightseg.workspace import Commit
+
+PACKAGES = ("nightseg", "torch", "torchvision", "ray", "timm", "numpy", "pyarrow", "pillow")
+MAX_QUARANTINE_ROWS = 1000  # the tables keep all of them; the results show the first
+
+
+def gather(recipe: Recipe, graph: Graph, commits: Mapping[NodeId, Commit], done: set[NodeId]) -> dict[str, Any]:
+    """The content of results.json: metrics are fractions, matrices are integers, times are seconds."""
+    classes = taxonomy(recipe.taxonomy)
+    selections = {m: nodes.select for m, nodes in graph.models.items() if nodes.select}
+    labelled = {m: nodes.pseudo_label for m, nodes in graph.models.items() if nodes.pseudo_label}
+    return {
+        "nightseg": importlib.metadata.version("nightseg"),
+        "recipe": recipe.name,
+        "seed": recipe.seed,
+        "taxonomy": {
+            "name": classes.name,
+            "classes": list(classes.classes),
+            "palette": [list(color) for color in classes.palette],
+        },
+        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
+        "hardware": _hardware(),
+        "models": {
+            name: dict(nodes.facts)
+            | {
+                "model": str(nodes.train),
+                "tests": {
+                    test: commits[node.node].json("scores.json")
+                    | {"row": node.row, "published_miou": node.published_miou, "node": str(node.node)}
+                    for test, node in nodes.tests.items()
+                },
+            }
+            for name, nodes in graph.models.items()
+        },
+        "datasets": {name: [str(view) for view in views] for name, views in graph.datasets.items()},
+        "splits": {n.name: commits[n].json("evidence.json") for n in commits if n.stage == "split"},
+        "selections": {
+            m: {"node": str(n), "evidence": commits[n].json("evidence.json")} for m, n in selections.items()
+        },
+        "pseudo_labels": {
+            m: {"node": str(n), "evidence": commits[n].json("evidence.json")} for m, n in labelled.items()
+        },
+        "predictions": {name: {"node": str(n), **p.model_dump()} for name, (n, p) in graph.predictions.items()},
+        "quarantine": _quarantine(commits),
+        "commits": {str(node): _facts(commit) | {"skipped": node not in done} for node, commit in commits.items()},
+        "seconds": {str(node): commit.seconds for node, commit in commits.items()},
+    }
+
+
+def _facts(commit: Commit) -> dict[str, Any]:
+    return {
+        "key": commit.key,
+        "content": commit.content,
+        "folder": commit.folder.uri,
+        "seconds": commit.seconds,
+        "rows_in": commit.rows_in,
+        "rows_out": commit.rows_out,
+        "quarantined": commit.quarantined,
+        "created": commit.created,
+        "code": commit.code,
+        "summary": commit.summary,
+    }
+
+
+def _quarantine(commits: Mapping[NodeId, Commit]) -> list[dict[str, Any]]:
+    rows = [
+        {"stage": node.stage, "name": node.name} | row
+        for node, commit in commits.items()
+        if commit.quarantined
+        for row in commit.table("quarantine").to_pylist()
+    ]
+    return rows[:MAX_QUARANTINE_ROWS]
+
+
+def _hardware() -> dict[str, Any]:
+    facts: dict[str, Any] = {"machine": platform.machine(), "cpus": os.cpu_count(), "system": platform.system()}
+    torch = sys.modules.get("torch")  # an unchanged rerun does not pay for importing torch
+    if torch is not None and torch.cuda.is_available():
+        facts["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return facts

@@ -1,0 +1,396 @@
+"""The order of things: a recipe as a graph of stages. No other module knows which stage follows which.
+
+`build_graph` walks down from the recipe's models to the folders and gives every stage one node, however many models
+share it: the model that four students start from is trained once, a pool is scored once for all selections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from nightseg.config import (
+    FolderDataset,
+    JoinedDataset,
+    MapCompute,
+    Model,
+    Recipe,
+    ScenesDataset,
+    SelfTraining,
+    SplitDataset,
+    TestRow,
+    TrainCompute,
+    TranslatedDataset,
+)
+from nightseg.frames import datasets as layouts
+from nightseg.frames.taxonomy import taxonomy
+from nightseg.graph import Graph, ModelNodes, Node, NodeId, TestNode, View, Views, Work
+from nightseg.recipe_graph import STARTS
+from nightseg.stages import (
+    collect,
+    evaluate,
+    predict,
+    pseudo_label,
+    score,
+    select,
+    split,
+    train_segmenter,
+    train_translator,
+    translate,
+)
+from nightseg.storage import Location, UserError, hash_of
+
+
+def build_graph(recipe: Recipe, only: str | None = None) -> Graph:
+    """The whole recipe as nodes; with `only`, what that model needs and its own evaluations."""
+    builder = _Builder(recipe)
+    if only is not None and only not in builder.models:
+        raise UserError(f"--only {only}: the recipe has no such model; known: {', '.join(builder.models) or 'none'}")
+    if only is None:
+        for name in recipe.datasets:
+            builder.dataset(name)
+        for name in recipe.translators:
+            builder.translator(name)
+    for name in builder.models if only is None else [only]:
+        builder.model(name)
+    for name in builder.models if only is None else [only]:
+        builder.tests(name)
+    for name, prediction in recipe.predictions.items():
+        if only in (None, prediction.model):
+            builder.prediction(name)
+    return builder.graph
+
+
+def expand_rounds(models: Mapping[str, Model]) -> dict[str, Model]:
+    """`rounds: 3` as the chain it stands for: m.1, m.2, m, each starting from and taught by the one before."""
+    chain: dict[str, Model] = {}
+    for name, model in models.items():
+        learning = model.self_training
+        if model.rounds == 1 or learning is None:
+            chain[name] = model
+            continue
+        previous = ""
+        for number in range(1, model.rounds + 1):
+            last = number == model.rounds
+            step = model.model_copy(update={"rounds": 1} if last else {"rounds": 1, "test": model.test})
+            if previous:
+                taught = learning.model_copy(update={"teacher": previous})
+                step = step.model_copy(update={"start": previous, "self_training": taught})
+            previous = name if last else f"{name}.{number}"
+            chain[previous] = step
+    return chain
+
+
+class _Builder:
+    """Collects nodes; every method returns where the thing it was asked for will be, making it first if need be."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.models = expand_rounds(recipe.models)
+        self.graph = Graph()
+        classes = taxonomy(recipe.taxonomy)
+        self.taxonomy = {
+            "classes": list(classes.classes),
+            "encodings": {
+                name: {str(raw): train for raw, train in sorted(ids.items())} for name, ids in classes.encodings.items()
+            },
+        }
+
+    # -- frames ------------------------------------------------------------------------------------------------------
+
+    def dataset(self, name: str) -> Views:
+        if name not in self.graph.datasets:
+            self.graph.datasets[name] = self._views(name)
+        return self.graph.datasets[name]
+
+    def datasets(self, names: Iterable[str]) -> Views:
+        return tuple(view for name in names for view in self.dataset(name))
+
+    def _views(self, name: str) -> Views:
+        match self.recipe.datasets[name]:
+            case FolderDataset() | ScenesDataset() as source:
+                return (View(self._collect(name, source)),)
+            case SplitDataset(split=heap, keep=keep, margin=margin):
+                return (View(self._split(heap, margin), keep),)
+            case JoinedDataset(join=names):
+                return self.datasets(names)
+            case TranslatedDataset() as dataset:
+                return (View(self._translate(name, dataset)),)
+        raise AssertionError(name)
+
+    def _collect(self, name: str, dataset: FolderDataset | ScenesDataset) -> NodeId:
+        recipe, part = self.recipe, dataset.model_dump(mode="json")
+        expected = dataset.count if isinstance(dataset, ScenesDataset) else None
+        if isinstance(dataset, FolderDataset):
+            layout, root = dataset.layout, Location.of(dataset.root)
+            of: dict[str, Any] = {"split": dataset.split, "labelled": dataset.labelled, "limit": dataset.limit}
+            part["listing"] = layouts.fingerprint(layout, root, **of)
+            expected = layouts.count(layout, root, **of)
+
+        def work(inputs: Any, attempt: Any, progress: Any) -> Any:
+            return collect.collect(
+                dataset,
+                name=name,
+                taxonomy=recipe.taxonomy,
+                **self._spread(attempt, progress),
+            )
+
+        part |= self._frame_pass() | {"taxonomy": hash_of(self.taxonomy)}
+        return self._add("collect", name, collect.VERSION, part, (), work, expected_rows=expected)
+
+    def _split(self, heap: str, margin: float) -> NodeId:
+        views = self.dataset(heap)
+
+        def work(inputs: Any, attempt: Any, progress: Any) -> Any:
+            return split.split(
+                inputs.frames(views),
+                margin=margin,
+                **self._spread(attempt, progress),
+            )
+
+        name = heap if margin == SplitDataset.model_fields["margin"].default else f"{heap}.margin-{margin:g}"
+        return self._add("split", name, split.VERSION, {"margin": margin, **self._frame_pass()}, views, work)
+
+    # -- translators -------------------------------------------------------------------------------------------------
+
+    def translator(self, name: str) -> NodeId:
+        settings = self.recipe.translators[name]
+        day, night = self.dataset(settings.day), self.dataset(settings.night)
+
+        def work(inputs: Any, attempt: Any, progress: Any) -> Any:
+            return train_translator.train_translator(
+                settings,
+                day=inputs.frames(day),
+                night=inputs.frames(night),
+                seed=attempt.seed,
+                attempt=attempt,
+                compute=self.recipe.compute.train,
+                progress=progress,
+            )
+
+        part = settings.model_dump(mode="json", exclude={"day", "night"})
+        part |= {"day": [str(view) for view in day], "night": [str(view) for view in night]}
+        return self._add(
+            "train_translator", name, train_translator.VERSION, part, day + night, work, seed=self.recipe.seed
+        )
+
+    def _translate(self, name: str, dataset: TranslatedDataset) -> NodeId:
+        views, translator = self.dataset(dataset.translate), self.translator(dataset.by)
+
+        def work(inputs: Any, attempt: Any, progress: Any) -> Any:
+            return translate.translate(
+                inputs.frames(views),
+                inputs[translator],
+                name=name,
+                to=dataset.to,
+                **self._spread(attempt, progress),
+            )
+
+        part = {"to": dataset.to, "of": [str(view) for view in views], **self._frame_pass()}
+        return self._add("translate", name, translate.VERSION, part, (*views, translator), work)
+
+    # -- models ------------------------------------------------------------------------------------------------------
+
+    def model(self, name: str) -> NodeId:
+        if name in self.graph.models:
+            return self.graph.models[name].train
+        model, recipe = self.models[name], self.recipe
+        start = model.start if model.start in STARTS else self.model(model.start)
+        train, validate = self.datasets(model.train), self.datasets(model.validate_on)
+        chosen, pseudo = None, None
+        if model.self_training is not None:
+            chosen, pseudo = self._pseudo_label(name, model, model.self_training)
+            train = (*train, View(pseudo))
+        network, loss, training = recipe.network_of(model), recipe.loss_of(model), recipe.training_of(model)
+
+        def work(inputs: Any, attempt: Any, progress: Any) -> Any:
+            return train_segmenter.train_segmenter(
+                inputs.frames(train),
+                inputs.frames(validate) if validate else None,
+                name=name,
+                network=network,
+                loss=loss,
+                training=training,
+                start=start if isinstance(start, str) else inputs[start],
+                taxonomy=recipe.taxonomy,
+                seed=attempt.seed,
+                attempt=attempt,
+                compute=recipe.compute.train,
+                progress=progress,
+            )
+
+        part = {
+            "network": network.model_dump(mode="json"),
+            "loss": loss.model_dump(mode="json"),
+            "training": training.model_dump(mode="json"),
+            "train": [str(view) for view in train],
+            "validate_on": [str(view) for view in validate],
+            "start": str(start),
+            "taxonomy": self.taxonomy,
+        }
+        needs: list[View | NodeId] = [*train, *validate, *([] if isinstance(start, str) else [start])]
+        node = self._add(
+            "train_segmenter", name, train_segmenter.VERSION, part, needs, work, recipe.compute.train, recipe.seed
+        )
+        facts = {
+            "start": model.start,
+            "parents": [] if isinstance(start, str) else [model.start],
+            "train": model.train,
+            "loss": loss.model_dump(mode="json"),
+            "self_training": model.self_training.model_dump(mode="json") if model.self_training else None,
+        }
+        self.graph.models[name] = ModelNodes(node, chosen, pseudo, facts, {})
+        return node
+
+    def _pseudo_label(self, name: str, model: Model, learning: SelfTraining) -> tuple[NodeId | None, NodeId]:
+        teacher = self.model(learning.teacher or model.start)
+        chosen = self._select(name, model, learning)
+        views = self.dataset(learning.pool) if chosen is None else (View(chosen),)
+
+        def work(inputs: Any, attempt: Any, progress: Any) -> Any:
+            return pseudo_label.pseudo_label(
+                inputs.frames(views),
+                inputs[teacher],
+                name=name,
+                threshold=learning.threshold,
+                taxonomy=self.recipe.taxonomy,
+                **self._spread(attempt, progress),
+            )
+
+        part = learning.threshold.model_dump(mode="json") | self._frame_pass()
+        part |= {"of": [str(view) for view in views], "teacher": str(teacher), "taxonomy": self.taxonomy}
+        return chosen, self._add("pseudo_label", name, pseudo_label.VERSION, part, (*views, teacher), work)
+
+    def _select(self, name: str, model: Model, learning: SelfTraining) -> NodeId | None:
+        choice = learning.select
+        if choice is None:
+            return None
+        pool = self.dataset(learning.pool)
+        near = [choice.reference] if choice.reference else [d for d in model.train if self._is_translated(d)]
+        scored = self._score([learning.pool], choice.extractor, choice.extractor_weights)
+        reference = self._score(near, choice.extractor, choice.extractor_weights) if near else None
+        sources = self._sources(near)
+        tests = {test: self._sources([dataset]) for test, dataset in self.recipe.test_sets.items()}
+
+        def work(inputs: Any, attempt: Any, progress: Any) -> Any:
+            return select.select(
+                inputs.frames(pool),
+                inputs[scored],
+                inputs[reference] if reference else None,
+                method=choice.method,
+                count=choice.count,
+                seed=attempt.seed,
+                reference_frames=inputs.frames(sources) if sources else None,
+                test_frames={test: inputs.frames(views) for test, views in tests.items()},
+                attempt=attempt,
+                progress=progress,
+            )
+
+        part = choice.model_dump(mode="json") | {"pool": [str(view) for view in pool], "reference": near}
+        needs: list[View | NodeId] = [*pool, scored, *([reference] if reference else []), *sources]
+        needs += [view for views in tests.values() for view in views]
+        return self._add("select", name, select.VERSION, part, needs, work, seed=self.recipe.seed)
+
+    def _score(self, names: list[str], extractor: str, weights: str | None) -> NodeId:
+        views = self.datasets(names)
+
+        def work(inputs: Any, attempt: Any, progress: Any) -> Any:
+            return score.score(
+                inputs.frames(views),
+                extractor=extractor,
+                extractor_weights=weights,
+                **self._spread(attempt, progress),
+            )
+
+        part = {"extractor": extractor, "of": [str(view) for view in views], **self._frame_pass()}
+        return self._add("score", f"{'+'.join(names)}.{extractor}", score.VERSION, part, views, work)
+
+    def _is_translated(self, name: str) -> bool:
+        return isinstance(self.recipe.datasets[name], TranslatedDataset)
+
+    def _sources(self, names: Iterable[str]) -> Views:
+        """The views that the frames of these datasets were made from: where a leak of test frames can be seen."""
+        found: list[View] = []
+        for name in names:
+            match self.recipe.datasets[name]:
+                case TranslatedDataset(translate=source):
+                    found += self._sources([source])
+                case JoinedDataset(join=parts):
+                    found += self._sources(parts)
+                case _:
+                    found += self.dataset(name)
+        return tuple(dict.fromkeys(found))
+
+    # -- evidence ----------------------------------------------------------------------------------------------------
+
+    def tests(self, name: str) -> None:
+        """Evaluate a model on its test sets, all of the recipe's unless it names its own."""
+        settings = self.models[name].test
+        rows = settings if settings is not None else {test: TestRow() for test in self.recipe.test_sets}
+        nodes = self.graph.models[name]
+        tests = {
+            test: TestNode(self._evaluate(name, test, nodes.train), row.row, row.published_miou)
+            for test, row in rows.items()
+        }
+        self.graph.models[name] = ModelNodes(nodes.train, nodes.select, nodes.pseudo_label, nodes.facts, tests)
+
+    def _evaluate(self, model: str, test: str, trained: NodeId) -> NodeId:
+        views = self.dataset(self.recipe.test_sets[test])
+
+        def work(inputs: Any, attempt: Any, progress: Any) -> Any:
+            return evaluate.evaluate(
+                inputs.frames(views),
+                inputs[trained],
+                name=f"{model}.{test}",
+                taxonomy=self.recipe.taxonomy,
+                **self._spread(attempt, progress),
+            )
+
+        part = {"of": [str(view) for view in views], "taxonomy": self.taxonomy, **self._frame_pass()}
+        return self._add("evaluate", f"{model}.{test}", evaluate.VERSION, part, (*views, trained), work)
+
+    def prediction(self, name: str) -> None:
+        wanted = self.recipe.predictions[name]
+        views, trained = self.dataset(wanted.dataset), self.model(wanted.model)
+
+        def work(inputs: Any, attempt: Any, progress: Any) -> Any:
+            return predict.predict(
+                inputs.frames(views),
+                inputs[trained],
+                name=name,
+                **self._spread(attempt, progress),
+            )
+
+        part = {"of": [str(view) for view in views], **self._frame_pass()}
+        node = self._add("predict", name, predict.VERSION, part, (*views, trained), work)
+        self.graph.predictions[name] = (node, wanted)
+
+    # -- nodes -------------------------------------------------------------------------------------------------------
+
+    def _spread(self, attempt: Any, progress: Any) -> dict[str, Any]:
+        """The arguments that every pass over frames takes."""
+        compute, bad = self.recipe.compute.map, self.recipe.max_bad_fraction
+        return {"attempt": attempt, "progress": progress, "compute": compute, "max_bad_fraction": bad}
+
+    def _frame_pass(self) -> dict[str, Any]:
+        """What shapes the output of a pass over frames: shards are files, and too many bad frames are an error."""
+        return {"shard_rows": self.recipe.compute.map.shard_rows, "max_bad_fraction": self.recipe.max_bad_fraction}
+
+    def _add(
+        self,
+        stage: str,
+        name: str,
+        version: int,
+        part: Mapping[str, Any],
+        needs: Iterable[View | NodeId],
+        work: Work,
+        compute: MapCompute | TrainCompute | None = None,
+        seed: int = 0,
+        expected_rows: int | None = None,
+    ) -> NodeId:
+        node = NodeId(stage, name)
+        if node not in self.graph.nodes:
+            inputs = dict.fromkeys(need.node if isinstance(need, View) else need for need in needs)
+            where = compute or (self.recipe.compute.train if stage.startswith("train") else self.recipe.compute.map)
+            self.graph.nodes[node] = Node(node, version, part, tuple(inputs), where, work, seed, expected_rows)
+        return node

@@ -1,0 +1,158 @@
+"""Run a graph: skip what is committed, do the rest in order, gather the results. Also says what a run would do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from typing import Any, Literal, NamedTuple
+
+from nightseg import rounds
+from nightseg.compute import cluster
+from nightseg.config import MapCompute, Recipe, TrainCompute
+from nightseg.graph import Graph, Inputs, Node, NodeId
+from nightseg.progress import Progress
+from nightseg.recipe import save_recipe
+from nightseg.results import gather
+from nightseg.storage import Location
+from nightseg.workspace import Commit, Stage, Workspace
+
+
+class Outcome(NamedTuple):
+    """What a run leaves: the results (also in results.json), and how many stages it did and skipped."""
+
+    results: dict[str, Any]
+    done: int
+    skipped: int
+    seconds: float
+
+
+class Planned(NamedTuple):
+    """One line of the dry run."""
+
+    node: NodeId
+    state: Literal["committed", "runs", "continues", "waits"]
+    changed: tuple[str, ...]  # what differs from an earlier commit of the same stage and name
+    rows: int | None  # frames it takes in; an upper bound where the stages before it have not run
+    resources: str
+
+
+def run(
+    recipe: Recipe,
+    folder: Location,
+    *,
+    only: str | None = None,
+    borrow: Sequence[Location] = (),
+    progress: Progress,
+) -> Outcome:
+    """Do every stage that is not committed yet; a rerun of the same recipe continues where the last one ended."""
+    began = time.monotonic()
+    workspace = Workspace(folder, borrow)
+    with workspace.lock():
+        save_recipe(recipe, folder / "recipe.yaml")
+        graph = rounds.build_graph(recipe, only)
+        commits, done = _work(workspace, list(graph.nodes.values()), progress)
+        results = gather(recipe, graph, commits, done)
+        (folder / "results.json").write_json(results)
+    return Outcome(results, len(done), len(commits) - len(done), time.monotonic() - began)
+
+
+def prepare(recipe: Recipe, folder: Location, nodes: Collection[NodeId], *, only: str, progress: Progress) -> None:
+    """Do some stages of a recipe, so that other runs can borrow them: what all trials of a search share."""
+    workspace = Workspace(folder)
+    with workspace.lock():
+        graph = rounds.build_graph(recipe, only)
+        _work(workspace, [node for node in graph.nodes.values() if node.id in nodes], progress)
+
+
+def _work(workspace: Workspace, nodes: Sequence[Node], progress: Progress) -> tuple[dict[NodeId, Commit], set[NodeId]]:
+    """Commit the nodes in order; returns all commits and which of them were made now."""
+    commits: dict[NodeId, Commit] = {}
+    done: set[NodeId] = set()
+    try:
+        for number, node in enumerate(nodes, 1):
+            stage = _stage(workspace, node, commits)
+            commit = stage.commit()
+            if commit is None:
+                cluster.connect()
+                progress.say(f"[{number}/{len(nodes)}] {node.id}")
+                commit = node.work(Inputs(commits), stage.open(), progress)
+                done.add(node.id)
+            commits[node.id] = commit
+    finally:
+        cluster.disconnect()
+    return commits, done
+
+
+def plan(
+    recipe: Recipe, folder: Location, *, only: str | None = None, borrow: Sequence[Location] = ()
+) -> list[Planned]:
+    """What `run` would do, without doing any of it."""
+    workspace = Workspace(folder, borrow)
+    graph = rounds.build_graph(recipe, only)
+    commits: dict[NodeId, Commit] = {}
+    rows: dict[NodeId, int | None] = {}
+    lines: list[Planned] = []
+    for node in graph.nodes.values():
+        state: Literal["committed", "runs", "continues", "waits"] = "waits"
+        changed: tuple[str, ...] = ()
+        if all(need in commits for need in node.needs):
+            stage = _stage(workspace, node, commits)
+            commit = stage.commit()
+            if commit is not None:
+                state = "committed"
+                commits[node.id] = commit
+            else:
+                state = "continues" if stage.is_open() else "runs"
+                changed = _changed(stage)
+        taken = _rows_in(graph, node, commits, rows)
+        committed = commits.get(node.id)
+        rows[node.id] = committed.rows_out if committed else taken
+        lines.append(Planned(node.id, state, changed, taken, _resources(node.compute)))
+    return lines
+
+
+def _stage(workspace: Workspace, node: Node, commits: dict[NodeId, Commit]) -> Stage:
+    inputs = {str(need): commits[need].content for need in node.needs}
+    return workspace.stage(
+        node.id.stage, node.id.name, version=node.version, recipe=node.recipe, inputs=inputs, seed=node.seed
+    )
+
+
+def _changed(stage: Stage) -> tuple[str, ...]:
+    """The parts of the key that differ from the nearest earlier commit: why the stage runs again."""
+    before = stage.nearest()
+    if before is None:
+        return ()
+    now = stage.identity
+    return tuple(
+        f"{part}.{key}" if isinstance(now[part], dict) else part
+        for part in now
+        if now[part] != before.get(part)
+        for key in (sorted(_differing(now[part], before.get(part))) if isinstance(now[part], dict) else [""])
+    )
+
+
+def _differing(now: dict[str, Any], before: Any) -> set[str]:
+    earlier = before if isinstance(before, dict) else {}
+    return {key for key in now.keys() | earlier.keys() if now.get(key) != earlier.get(key)}
+
+
+def _rows_in(graph: Graph, node: Node, commits: dict[NodeId, Commit], rows: dict[NodeId, int | None]) -> int | None:
+    if node.expected_rows is not None:
+        return node.expected_rows
+    if node.id in commits:
+        return commits[node.id].rows_in
+    known = [
+        rows[need] for need in node.needs if graph.nodes[need].id.stage not in ("train_segmenter", "train_translator")
+    ]
+    counted = [count for count in known if count is not None]
+    return sum(counted) if counted else None
+
+
+def _resources(compute: MapCompute | TrainCompute) -> str:
+    if isinstance(compute, TrainCompute):
+        count, cpus, gpus, kind = compute.workers, compute.cpus_per_worker, compute.gpus_per_worker, "worker"
+    else:
+        count, cpus, gpus, kind = compute.actors, compute.cpus_per_actor, compute.gpus_per_actor, "actor"
+    each = f"{cpus:g} CPU" + (f" + {gpus:g} GPU" if gpus else "")
+    return f"{count} {kind}{'s' if count > 1 else ''} x {each}"

@@ -1,0 +1,260 @@
+"""Read every frame of a data set once and say which are good: the first stage, the only one that sees raw folders.
+
+A frame is good when its image decodes to 8-bit RGB and its label, if the data set has labels, is a single-channel
+file of the same size as the upright image whose ids the encoding knows. All other frames go to the quarantine table
+with the reason; later stages can rely on the rest.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from nightseg.compute.inference import ShardWorker, map_shards
+from nightseg.config import FolderDataset, MapCompute, ScenesDataset
+from nightseg.frames import table as columns
+from nightseg.frames.datasets import list_frames, scene_domains
+from nightseg.frames.images import BadFrame, decode_image, decode_label, encode_png, read_bytes
+from nightseg.frames.scenes import scene
+from nightseg.frames.table import check_frames, frame_table, quarantine_table
+from nightseg.frames.taxonomy import TRAIN_IDS, Taxonomy, taxonomy
+from nightseg.progress import Progress
+from nightseg.storage import Location, UserError, sha256_of
+from nightseg.workspace import Attempt, Commit
+
+VERSION = 1
+
+TRUE_DOMAIN = "true_domain"  # of a scene, kept beside `domain`, which an unlabelled heap does not reveal
+SCENES_TAXONOMY = "camvid11"
+
+_PROBLEM = "problem"
+_INDEX = "index"
+
+
+class _Pass(NamedTuple):
+    """What is spread over the cluster: candidates, and the worker (with its arguments) that makes frames of them."""
+
+    rows: pa.Table
+    worker: type[ShardWorker]
+    arguments: dict[str, Any]
+
+
+def collect(
+    dataset: FolderDataset | ScenesDataset,
+    *,
+    name: str,
+    taxonomy: str,
+    attempt: Attempt,
+    progress: Progress,
+    compute: MapCompute,
+    max_bad_fraction: float,
+) -> Commit:
+    """Tables `frames` and `quarantine`. Scenes are drawn first: PNG files below the attempt, relative uris.
+
+    Raises UserError: a folder, split or encoding that does not exist; more than `max_bad_fraction` bad frames.
+    """
+    started = time.monotonic()
+    work = _scenes(dataset, name, taxonomy) if isinstance(dataset, ScenesDataset) else _folder(dataset, name, taxonomy)
+    records = map_shards(
+        work.rows,
+        work.worker,
+        work.arguments,
+        attempt=attempt,
+        shard_rows=compute.shard_rows,
+        actors=compute.actors,
+        cpus_per_actor=compute.cpus_per_actor,
+        gpus_per_actor=compute.gpus_per_actor,
+        progress=progress,
+        title=f"collect {name}",
+    )
+    frames = _shards(attempt, "frames", len(records))
+    quarantine = _shards(attempt, "quarantine", len(records))
+    check_frames(frames)
+    return attempt.finish(
+        rows_in=work.rows.num_rows,
+        rows_out=frames.num_rows,
+        quarantined=quarantine.num_rows,
+        max_bad_fraction=max_bad_fraction,
+        num_shards=len(records),
+        summary=_summary(frames, quarantine),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _shards(attempt: Attempt, name: str, num_shards: int) -> pa.Table:
+    paths = [attempt.shard(index) for index in range(num_shards)]
+    return pa.concat_tables([(attempt.folder / record.tables[name].path).read_table() for record in paths if record])
+
+
+def _summary(frames: pa.Table, quarantine: pa.Table) -> dict[str, Any]:
+    """Counts for people and for the report. Frames with the same bytes are counted: they leak between splits."""
+    return {
+        "frames": frames.num_rows,
+        "labelled": frames.num_rows - frames[columns.LABEL_URI].null_count,
+        "domains": dict(sorted(Counter(frames[columns.DOMAIN].to_pylist()).items())),
+        "reasons": dict(sorted(Counter(quarantine[columns.REASON].to_pylist()).items())),
+        "duplicates": frames.num_rows - len(pc.unique(frames[columns.SHA256])),
+    }
+
+
+# -- folders ---------------------------------------------------------------------------------------------------------
+
+
+def _folder(dataset: FolderDataset, name: str, classes: str) -> _Pass:
+    candidates = list_frames(
+        dataset.layout,
+        Location.of(dataset.root),
+        split=dataset.split,
+        dataset=name,
+        domain=dataset.domain,
+        labelled=dataset.labelled,
+        label_encoding=dataset.label_encoding,
+        limit=dataset.limit,
+    )
+    known = taxonomy(classes)
+    for encoding in {candidate.label_encoding for candidate in candidates} - {None}:
+        known.lut(encoding or "")  # an encoding the taxonomy does not know is an error now, not one bad frame each
+    rows = frame_table(
+        (
+            {
+                columns.FRAME_ID: candidate.frame_id,
+                columns.URI: candidate.uri,
+                columns.LABEL_URI: candidate.label_uri,
+                columns.DATASET: name,
+                columns.SPLIT: dataset.split,
+                columns.DOMAIN: candidate.domain,
+                columns.SEQUENCE: candidate.sequence,
+                columns.LABEL_ENCODING: candidate.label_encoding,
+                _PROBLEM: candidate.problem,
+            }
+            for candidate in candidates
+        ),
+        extra={_PROBLEM: pa.string()},
+    )
+    return _Pass(rows, FolderReader, {"classes": known})
+
+
+class FolderReader:
+    """Reads, hashes, decodes and checks the frames of a shard."""
+
+    def __init__(self, classes: Taxonomy) -> None:
+        self.classes = classes
+
+    def __call__(self, rows: pa.Table, folder: Location) -> Mapping[str, pa.Table]:
+        good, bad = [], []
+        for row in rows.to_pylist():
+            try:
+                good.append(self._read(row))
+            except BadFrame as fault:
+                bad.append(_quarantined(row, fault))
+        return {"frames": frame_table(good), "quarantine": quarantine_table(bad)}
+
+    def _read(self, row: dict[str, Any]) -> dict[str, Any]:
+        problem = row.pop(_PROBLEM)
+        if problem:
+            raise BadFrame("unreadable", problem)
+        data = read_bytes(Location.of(row[columns.URI]))
+        height, width = decode_image(data).shape[:2]
+        row |= {columns.HEIGHT: height, columns.WIDTH: width, columns.BYTES: len(data), columns.SHA256: sha256_of(data)}
+        if row[columns.LABEL_URI] is not None:
+            row[columns.LABEL_SHA256] = self._check_label(row, (height, width))
+        return row
+
+    def _check_label(self, row: Mapping[str, Any], size: tuple[int, int]) -> str:
+        """sha256 of the label file. A fault names the file, because the quarantine row's uri is the image."""
+        uri = row[columns.LABEL_URI]
+        try:
+            data = read_bytes(Location.of(uri), missing="label_missing")
+            label = decode_label(data)
+            if label.shape != size:
+                raise BadFrame("label_size", f"{_by(label.shape)}, but the upright image is {_by(size)}")
+            self.classes.to_train_ids(label, row[columns.LABEL_ENCODING])
+        except BadFrame as fault:
+            named = fault.detail if uri in fault.detail else f"{uri}: {fault.detail}"
+            raise BadFrame(fault.reason, f"label {named}") from fault
+        return sha256_of(data)
+
+
+def _by(height_width: tuple[int, ...]) -> str:
+    return f"{height_width[1]} x {height_width[0]} pixels"
+
+
+def _quarantined(row: Mapping[str, Any], fault: BadFrame) -> dict[str, str]:
+    return {
+        columns.FRAME_ID: row[columns.FRAME_ID],
+        columns.URI: row[columns.URI],
+        columns.REASON: fault.reason,
+        columns.DETAIL: fault.detail,
+    }
+
+
+# -- scenes ----------------------------------------------------------------------------------------------------------
+
+
+def _scenes(dataset: ScenesDataset, name: str, classes: str) -> _Pass:
+    known = taxonomy(classes)
+    if dataset.labelled and known.name != SCENES_TAXONOMY:
+        raise UserError(
+            f"dataset {name}: scenes are labelled with the classes of {SCENES_TAXONOMY}, the recipe's taxonomy is"
+            f" {known.name}. Set `taxonomy: {SCENES_TAXONOMY}`, or `labelled: false` for this dataset"
+        )
+    domains = scene_domains({str(domain): share for domain, share in dataset.mix.items()}, dataset.first, dataset.count)
+    rows = pa.table({_INDEX: range(dataset.first, dataset.first + dataset.count), columns.DOMAIN: domains})
+    height, width = dataset.size
+    arguments = {
+        "dataset": name,
+        "scene_seed": dataset.scene_seed,
+        "height": height,
+        "width": width,
+        "palette": known.palette if dataset.labelled else None,
+    }
+    return _Pass(rows, SceneWriter, arguments)
+
+
+class SceneWriter:
+    """Draws the scenes of a shard and writes them as PNG; `palette` (None = no labels) colours the label files."""
+
+    def __init__(
+        self, dataset: str, scene_seed: int, height: int, width: int, palette: Iterable[tuple[int, int, int]] | None
+    ) -> None:
+        self.dataset = dataset
+        self.scene_seed = scene_seed
+        self.height, self.width = height, width
+        self.palette = None if palette is None else tuple(palette)
+
+    def __call__(self, rows: pa.Table, folder: Location) -> Mapping[str, pa.Table]:
+        frames = [self._write(row[_INDEX], row[columns.DOMAIN], folder) for row in rows.to_pylist()]
+        return {
+            "frames": frame_table(frames, extra={TRUE_DOMAIN: pa.string()}),
+            "quarantine": quarantine_table([]),
+        }
+
+    def _write(self, index: int, domain: str, folder: Location) -> dict[str, Any]:
+        drawn = scene(self.scene_seed, index, domain, self.height, self.width)
+        image, uri = encode_png(drawn.image), f"images/{index:06d}.png"
+        (folder / uri).write_bytes(image)
+        row = {
+            columns.FRAME_ID: f"{self.dataset}/{index:06d}",
+            columns.URI: uri,
+            columns.DATASET: self.dataset,
+            columns.DOMAIN: "unknown" if self.palette is None else domain,
+            columns.WIDTH: self.width,
+            columns.HEIGHT: self.height,
+            columns.BYTES: len(image),
+            columns.SHA256: sha256_of(image),
+            TRUE_DOMAIN: domain,
+        }
+        if self.palette is not None:
+            label, label_uri = encode_png(drawn.label, self.palette), f"labels/{index:06d}.png"
+            (folder / label_uri).write_bytes(label)
+            row |= {
+                columns.LABEL_URI: label_uri,
+                columns.LABEL_SHA256: sha256_of(label),
+                columns.LABEL_ENCODING: TRAIN_IDS,
+            }
+        return row

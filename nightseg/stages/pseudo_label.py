@@ -1,0 +1,369 @@
+"""Label unlabelled frames with a teacher: its argmax where it is confident enough, 255 (ignored) elsewhere.
+
+`none` and `fixed` thresholds are known beforehand: one pass writes the labels. `class_balanced` thresholds follow from
+the confidence of all frames, so a first pass leaves drafts (labels and confidence bins, which cost no second run of
+the network) and a histogram a shard, and a second one applies the thresholds. Both passes are made of shards, so a
+crash at any time loses only the open ones; the drafts go when the labels are committed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from nightseg.compute.inference import map_shards
+from nightseg.config import MapCompute, Threshold
+from nightseg.frames import table as frame
+from nightseg.frames.images import encode_png
+from nightseg.frames.taxonomy import TRAIN_IDS, Taxonomy
+from nightseg.frames.taxonomy import taxonomy as load_taxonomy
+from nightseg.learning import self_training
+from nightseg.learning.prediction import Segmenter, UnreadRow, check_classes, quarantined, segment_rows
+from nightseg.learning.self_training import NUM_BINS, KeptPixels
+from nightseg.progress import Progress
+from nightseg.storage import Location, UserError, sha256_of
+from nightseg.workspace import Attempt, Commit, ShardRecord
+
+VERSION = 1
+
+CONFIDENCE_URI = "confidence_uri"  # grey PNG at a quarter of the frame's size, 255 = certain
+CONFIDENCE_SHA256 = "confidence_sha256"
+KEPT = "kept"  # share of the frame's pixels that keep a label, a fraction
+COUNTS = "counts"  # pixels the teacher gives to each class, K values
+KEPT_COUNTS = "kept_counts"  # those of them that keep their label, K values
+HISTOGRAM = "histogram"  # pixels by class and confidence bin, K x 256 values, row by row
+LABELS_SCHEMA = pa.schema(
+    [
+        pa.field(frame.FRAME_ID, pa.string()),
+        pa.field(CONFIDENCE_URI, pa.string()),
+        pa.field(CONFIDENCE_SHA256, pa.string()),
+        pa.field(KEPT, pa.float64()),
+        pa.field(COUNTS, pa.list_(pa.int64())),
+        pa.field(KEPT_COUNTS, pa.list_(pa.int64())),
+        pa.field(HISTOGRAM, pa.list_(pa.int64())),
+    ]
+)
+
+_DRAFT_SCHEMA = pa.schema(
+    [pa.field(frame.FRAME_ID, pa.string()), pa.field(frame.HEIGHT, pa.int32()), pa.field(frame.WIDTH, pa.int32())]
+)
+Counts = npt.NDArray[np.int64]
+Thresholds = npt.NDArray[np.float64]
+Map = Callable[..., list[ShardRecord]]
+
+
+class _Labelled(NamedTuple):
+    """What the passes leave: thresholds, shards that hold `frames` and `labels`, and the frames that were bad."""
+
+    thresholds: Thresholds
+    num_shards: int
+    quarantine: pa.Table
+    outputs: list[str]
+
+
+def pseudo_label(
+    frames: pa.Table,
+    teacher: Commit,
+    *,
+    name: str,
+    threshold: Threshold,
+    taxonomy: str,
+    attempt: Attempt,
+    compute: MapCompute,
+    progress: Progress,
+    max_bad_fraction: float,
+) -> Commit:
+    """Commit `frames` (label_uri: palette PNG of train ids and 255), `labels` (LABELS_SCHEMA), `quarantine`,
+    `histograms` (one row a class: pixels by confidence bin over all frames) and `evidence.json` (`_evidence`).
+
+    `frames` has absolute uris. Raises UserError: no frame, a teacher with other classes, no pixel kept, more bad
+    frames than `max_bad_fraction`.
+    """
+    started = time.monotonic()
+    classes = load_taxonomy(taxonomy)
+    if frames.num_rows == 0:
+        raise UserError(f"pseudo-labels for {name}: there is no frame to label; look at the pool and its selection")
+    check_classes(teacher.folder / "model", classes)
+    columns = [column for column in frames.column_names if column in frame.FRAME_SCHEMA.names]
+    rows = frame.frame_table(frames.select(columns).to_pylist())
+    device = "cuda" if compute.gpus_per_actor else "cpu"
+    model = {"model": teacher.folder / "model", "batch": compute.batch, "device": device}
+    run = _spread(compute, progress)
+    drafts = replace(attempt, folder=attempt.folder / "drafts")
+    if threshold.kind == "class_balanced":
+        done = _label_drafts(rows, threshold, classes, run, model, drafts, attempt, name, max_bad_fraction)
+    else:
+        done = _label_directly(rows, threshold, classes, run, model, attempt, name)
+    histograms_KB, pixels = _totals(attempt, done.num_shards, classes.num_classes)
+    warnings = self_training.guard(pixels, classes.classes)
+    for warning in warnings:
+        progress.say(f"pseudo-labels for {name}: {warning}")
+    num_frames = rows.num_rows - done.quarantine.num_rows
+    evidence = _evidence(teacher, threshold, classes, num_frames, done.thresholds, pixels, warnings)
+    (attempt.folder / "evidence.json").write_json(evidence)
+    (attempt.folder / "histograms.parquet").write_table(
+        pa.table({"class": list(classes.classes), HISTOGRAM: histograms_KB.tolist()})
+    )
+    commit = attempt.finish(
+        rows_in=rows.num_rows,
+        rows_out=num_frames,
+        quarantined=done.quarantine.num_rows,
+        max_bad_fraction=max_bad_fraction,
+        outputs=["evidence.json", "histograms.parquet", *done.outputs],
+        num_shards=done.num_shards,
+        summary={"kept_share": pixels.share, "warnings": len(warnings), "threshold": threshold.kind},
+        seconds=time.monotonic() - started,
+    )
+    drafts.folder.delete()
+    return commit
+
+
+def _spread(compute: MapCompute, progress: Progress) -> Map:
+    return partial(
+        map_shards,
+        shard_rows=compute.shard_rows,
+        actors=compute.actors,
+        cpus_per_actor=compute.cpus_per_actor,
+        gpus_per_actor=compute.gpus_per_actor,
+        progress=progress,
+    )
+
+
+def _label_directly(
+    rows: pa.Table,
+    threshold: Threshold,
+    classes: Taxonomy,
+    run: Map,
+    model: Mapping[str, Any],
+    attempt: Attempt,
+    name: str,
+) -> _Labelled:
+    """One pass, for thresholds that do not depend on the frames."""
+    nothing_yet = np.zeros((classes.num_classes, NUM_BINS), dtype=np.int64)
+    thresholds_K = _thresholds(threshold, nothing_yet)
+    arguments = {**model, "thresholds_K": thresholds_K, "classes": classes}
+    shards = run(rows, DirectLabeller, arguments, attempt=attempt, title=f"pseudo-labels of {name}")
+    return _Labelled(thresholds_K, len(shards), _table(attempt, "quarantine", len(shards)), [])
+
+
+def _label_drafts(
+    rows: pa.Table,
+    threshold: Threshold,
+    classes: Taxonomy,
+    run: Map,
+    model: Mapping[str, Any],
+    drafts: Attempt,
+    attempt: Attempt,
+    name: str,
+    max_bad_fraction: float,
+) -> _Labelled:
+    """Two passes, for thresholds that follow from the confidence of all frames."""
+    shards = run(rows, Drafter, dict(model), attempt=drafts, title=f"teacher of {name}")
+    quarantine = _table(drafts, "quarantine", len(shards))
+    drafted = _table(drafts, "drafts", len(shards))
+    limit = max_bad_fraction if drafted.num_rows else 0.0
+    if quarantine.num_rows > limit * rows.num_rows:
+        # Refused now, with the first pass's shards: labels made with thresholds of too few frames must not exist.
+        drafts.finish(
+            rows_in=rows.num_rows,
+            rows_out=drafted.num_rows,
+            quarantined=quarantine.num_rows,
+            max_bad_fraction=limit,
+            num_shards=len(shards),
+        )
+    (attempt.folder / "quarantine.parquet").write_table(quarantine)
+    histograms_KB = sum(_arrays(drafts, "histograms", HISTOGRAM, len(shards)), start=np.zeros(1, dtype=np.int64))
+    thresholds_K = _thresholds(threshold, histograms_KB.reshape(classes.num_classes, NUM_BINS))
+    readable = rows.filter(pc.is_in(rows[frame.FRAME_ID], value_set=drafted[frame.FRAME_ID].combine_chunks()))
+    for column in (frame.HEIGHT, frame.WIDTH):
+        readable = readable.set_column(readable.schema.get_field_index(column), column, drafted[column])
+    arguments = {"drafts": drafts.folder, "thresholds_K": thresholds_K, "classes": classes}
+    labelled = run(readable, DraftLabeller, arguments, attempt=attempt, title=f"pseudo-labels of {name}")
+    return _Labelled(thresholds_K, len(labelled), quarantine, ["quarantine.parquet"])
+
+
+def _thresholds(threshold: Threshold, histograms_KB: Counts) -> Thresholds:
+    return self_training.class_thresholds(
+        threshold.kind, confidence=threshold.confidence, share=threshold.share, histograms_KB=histograms_KB
+    )
+
+
+# -- workers ---------------------------------------------------------------------------------------------------------
+
+
+class Drafter:
+    """Runs the teacher and leaves labels and confidence bins as they are, below `folder`."""
+
+    def __init__(self, model: Location, batch: int, device: str) -> None:
+        self.segmenter = Segmenter(model, device)
+        self.batch = batch
+
+    def __call__(self, rows: pa.Table, folder: Location) -> Mapping[str, pa.Table]:
+        num_classes = self.segmenter.taxonomy.num_classes
+        histogram_KB = np.zeros((num_classes, NUM_BINS), dtype=np.int64)
+        drafts, bad = [], []
+        for result in segment_rows(self.segmenter, rows, self.batch):
+            if isinstance(result, UnreadRow):
+                bad.append(quarantined(result.row, result.fault))
+                continue
+            labels_HW, confidence_HW = result.segmented
+            histogram_KB += self_training.confidence_histogram(labels_HW, confidence_HW, num_classes)
+            frame_id = result.row[frame.FRAME_ID]
+            draft_2HW = np.stack([labels_HW, self_training.confidence_bins(confidence_HW)])
+            _draft(folder, frame_id).write_bytes(pa.compress(draft_2HW.tobytes(), codec="zstd", asbytes=True))
+            height, width = labels_HW.shape
+            drafts.append({frame.FRAME_ID: frame_id, frame.HEIGHT: height, frame.WIDTH: width})
+        return {
+            "drafts": pa.Table.from_pylist(drafts, _DRAFT_SCHEMA),
+            "histograms": pa.table({HISTOGRAM: [histogram_KB.reshape(-1).tolist()]}),
+            "quarantine": frame.quarantine_table(bad),
+        }
+
+
+class DraftLabeller:
+    """Applies thresholds to drafts; needs no network."""
+
+    def __init__(self, drafts: Location, thresholds_K: Thresholds, classes: Taxonomy) -> None:
+        self.drafts = drafts
+        self.thresholds_K = thresholds_K
+        self.classes = classes
+
+    def __call__(self, rows: pa.Table, folder: Location) -> Mapping[str, pa.Table]:
+        made = []
+        for row in rows.to_pylist():
+            size = (2, row[frame.HEIGHT], row[frame.WIDTH])
+            data = _draft(self.drafts, row[frame.FRAME_ID]).read_bytes()
+            raw = pa.decompress(data, decompressed_size=int(np.prod(size)), codec="zstd", asbytes=True)
+            labels_HW, bins_HW = np.frombuffer(raw, dtype=np.uint8).reshape(size)
+            confidence_HW = self_training.bins_to_confidence(bins_HW)
+            made.append(_write(row, labels_HW, confidence_HW, self.thresholds_K, self.classes, folder))
+        return _tables(made)
+
+
+class DirectLabeller:
+    """Runs the teacher and applies known thresholds."""
+
+    def __init__(self, model: Location, batch: int, device: str, thresholds_K: Thresholds, classes: Taxonomy) -> None:
+        self.segmenter = Segmenter(model, device)
+        self.batch = batch
+        self.thresholds_K = thresholds_K
+        self.classes = classes
+
+    def __call__(self, rows: pa.Table, folder: Location) -> Mapping[str, pa.Table]:
+        made, bad = [], []
+        for result in segment_rows(self.segmenter, rows, self.batch):
+            if isinstance(result, UnreadRow):
+                bad.append(quarantined(result.row, result.fault))
+            else:
+                made.append(_write(result.row, *result.segmented, self.thresholds_K, self.classes, folder))
+        return {**_tables(made), "quarantine": frame.quarantine_table(bad)}
+
+
+def _draft(folder: Location, frame_id: str) -> Location:
+    return folder / f"raw/{frame.file_name(frame_id, '.zst')}"
+
+
+def _write(
+    row: Mapping[str, Any],
+    labels_HW: npt.NDArray[np.uint8],
+    confidence_HW: npt.NDArray[np.float32],
+    thresholds_K: Thresholds,
+    classes: Taxonomy,
+    folder: Location,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Write the label and the confidence of one frame; its rows of `frames` and `labels`."""
+    kept_HW = self_training.apply_thresholds(labels_HW, confidence_HW, thresholds_K)
+    histogram_KB = self_training.confidence_histogram(labels_HW, confidence_HW, classes.num_classes)
+    kept_K = np.bincount(kept_HW.reshape(-1), minlength=256)[: classes.num_classes]
+    name = frame.file_name(row[frame.FRAME_ID], ".png")
+    label = encode_png(kept_HW, classes.palette)
+    confidence = encode_png(self_training.confidence_preview(confidence_HW))
+    (folder / f"masks/{name}").write_bytes(label)
+    (folder / f"confidence/{name}").write_bytes(confidence)
+    labelled = {
+        **row,
+        frame.LABEL_URI: f"masks/{name}",
+        frame.LABEL_SHA256: sha256_of(label),
+        frame.LABEL_ENCODING: TRAIN_IDS,
+    }
+    facts = {
+        frame.FRAME_ID: row[frame.FRAME_ID],
+        CONFIDENCE_URI: f"confidence/{name}",
+        CONFIDENCE_SHA256: sha256_of(confidence),
+        KEPT: int(kept_K.sum()) / labels_HW.size,
+        COUNTS: histogram_KB.sum(axis=1).tolist(),
+        KEPT_COUNTS: kept_K.tolist(),
+        HISTOGRAM: histogram_KB.reshape(-1).tolist(),
+    }
+    return labelled, facts
+
+
+def _tables(made: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, pa.Table]:
+    return {
+        "frames": frame.frame_table(labelled for labelled, _ in made),
+        "labels": pa.Table.from_pylist([facts for _, facts in made], LABELS_SCHEMA),
+    }
+
+
+# -- evidence --------------------------------------------------------------------------------------------------------
+
+
+def _evidence(
+    teacher: Commit,
+    threshold: Threshold,
+    classes: Taxonomy,
+    num_frames: int,
+    thresholds_K: Thresholds,
+    pixels: KeptPixels,
+    warnings: list[str],
+) -> dict[str, Any]:
+    """Shares are fractions; `kept_share` of a class is null where the teacher never predicts it."""
+    facts = zip(classes.classes, pixels.predicted, pixels.kept, pixels.share_by_class, thresholds_K, strict=True)
+    return {
+        "teacher": {"name": teacher.name, "key": teacher.key},
+        "threshold": threshold.model_dump(mode="json"),
+        "frames": num_frames,
+        "pixels": int(pixels.predicted.sum()),
+        "kept_share": pixels.share,
+        "by_class": {
+            name: {"predicted": int(predicted), "kept": int(kept), "kept_share": share, "threshold": float(limit)}
+            for name, predicted, kept, share, limit in facts
+        },
+        "warnings": warnings,
+    }
+
+
+def _totals(attempt: Attempt, num_shards: int, num_classes: int) -> tuple[Counts, KeptPixels]:
+    """Histograms (K, B) and pixel counts over all frames, shard by shard."""
+    histogram_KB = np.zeros((num_classes, NUM_BINS), dtype=np.int64)
+    kept_K = np.zeros(num_classes, dtype=np.int64)
+    for values in _arrays(attempt, "labels", HISTOGRAM, num_shards):
+        histogram_KB += values.reshape(-1, num_classes, NUM_BINS).sum(axis=0)
+    for values in _arrays(attempt, "labels", KEPT_COUNTS, num_shards):
+        kept_K += values.reshape(-1, num_classes).sum(axis=0)
+    return histogram_KB, KeptPixels(histogram_KB.sum(axis=1), kept_K)
+
+
+def _arrays(attempt: Attempt, table: str, column: str, num_shards: int) -> Iterator[Counts]:
+    """The lists of a column laid end to end, one array a shard."""
+    for part in _parts(attempt, table, num_shards):
+        yield part[column].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+
+
+def _table(attempt: Attempt, table: str, num_shards: int) -> pa.Table:
+    return pa.concat_tables(_parts(attempt, table, num_shards))
+
+
+def _parts(attempt: Attempt, table: str, num_shards: int) -> Iterator[pa.Table]:
+    for index in range(num_shards):
+        record = attempt.shard(index)
+        assert record is not None, f"shard {index} of {attempt.folder} is not finished"
+        yield (attempt.folder / record.tables[table].path).read_table()

@@ -1,0 +1,162 @@
+"""Separate a heap of frames into day and night by luminance histograms, and leave twilight out (thesis section 1).
+
+One pass over the frames makes their histograms; the decision looks at all of them together, and takes a second.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from nightseg.compute.inference import map_shards
+from nightseg.config import MapCompute
+from nightseg.frames import table as frame
+from nightseg.frames.images import BadFrame, read_image
+from nightseg.frames.vectors import vector_column, vectors
+from nightseg.measures.histogram import NUM_BANDS, NUM_BINS, Separation, Tone, separate, tone_of, whole
+from nightseg.progress import Progress
+from nightseg.storage import Location, UserError
+from nightseg.workspace import Attempt, Commit
+
+VERSION = 1
+
+SCORE = "score"  # -1 is night, 1 is day
+MARGIN = "margin"  # 0 to 1; frames below the recipe's margin are twilight
+BANDS = "bands"  # 128 values: histogram of the upper third, then of the rest
+CHROMA = "chroma"  # 0 to 255
+
+NUM_EXAMPLES = 8  # frames of each kind that the evidence names
+NUM_SCORE_BINS = 40
+
+_CENTRES = ("night", "day", "dusk")
+
+
+def split(
+    heap: pa.Table,
+    *,
+    margin: float,
+    attempt: Attempt,
+    progress: Progress,
+    compute: MapCompute,
+    max_bad_fraction: float,
+) -> Commit:
+    """Commit `frames` (domain set; extra columns score, margin), `histograms`, `quarantine` and evidence.json.
+
+    `heap` is a frame table with absolute uris; the domain it states is not looked at. Frames that are neither day nor
+    night stay in `frames` with the domain twilight, or unknown if they have no colour; whoever uses the split picks one
+    domain. The rule is that of `measures.histogram.separate`.
+    """
+    begun = time.monotonic()
+    if heap.num_rows == 0:
+        raise UserError("there is no frame to split into day and night; look at the counts of the heap's dataset")
+    shards = map_shards(
+        heap.select([frame.FRAME_ID, frame.URI]),
+        HistogramFrames,
+        {},
+        attempt=attempt,
+        shard_rows=compute.shard_rows,
+        actors=compute.actors,
+        cpus_per_actor=compute.cpus_per_actor,
+        gpus_per_actor=0.0,
+        progress=progress,
+        title="split",
+    )
+    seen = pa.concat_tables([(attempt.folder / shard.tables["histograms"].path).read_table() for shard in shards])
+    bands_NBH = vectors(seen[BANDS]).reshape(-1, NUM_BANDS, NUM_BINS)
+    separation = separate(bands_NBH, seen[CHROMA].to_numpy(), margin=margin)
+    frames = _frames(heap, seen, separation)
+    (attempt.folder / "frames.parquet").write_table(frames)
+    counts = dict(sorted(Counter(separation.domain).items()))
+    (attempt.folder / "evidence.json").write_json(_evidence(frames, bands_NBH, separation, margin))
+    return attempt.finish(
+        rows_in=heap.num_rows,
+        rows_out=frames.num_rows,
+        quarantined=sum(shard.rows("quarantine") for shard in shards),
+        max_bad_fraction=max_bad_fraction,
+        outputs=["frames.parquet", "evidence.json"],
+        num_shards=len(shards),
+        summary={"domains": counts},
+        seconds=time.monotonic() - begun,
+    )
+
+
+class HistogramFrames:
+    """Luminance histograms of the frames of a shard. A frame that cannot be read goes to the quarantine table."""
+
+    def __call__(self, rows: pa.Table, folder: Location) -> Mapping[str, pa.Table]:
+        names: list[str] = []
+        tones: list[Tone] = []
+        bad: list[dict[str, str]] = []
+        for row in rows.to_pylist():
+            try:
+                tones.append(tone_of(read_image(Location.of(row[frame.URI]))))
+                names.append(row[frame.FRAME_ID])
+            except BadFrame as fault:
+                bad.append({**row, frame.REASON: fault.reason, frame.DETAIL: fault.detail})
+        bands = np.array([tone.bands for tone in tones], dtype=np.float32).reshape(-1, NUM_BANDS * NUM_BINS)
+        seen = {
+            frame.FRAME_ID: pa.array(names, pa.string()),
+            BANDS: vector_column(bands),
+            CHROMA: pa.array([tone.chroma for tone in tones], pa.float64()),
+        }
+        return {"histograms": pa.table(seen), "quarantine": frame.quarantine_table(bad)}
+
+
+def _frames(heap: pa.Table, seen: pa.Table, separation: Separation) -> pa.Table:
+    """The heap's rows that have a histogram, in the heap's order, with the verdict."""
+    place = {name: row for row, name in enumerate(heap[frame.FRAME_ID].to_pylist())}
+    kept = heap.take([place[name] for name in seen[frame.FRAME_ID].to_pylist()]).select(frame.FRAME_SCHEMA.names)
+    column = kept.schema.get_field_index(frame.DOMAIN)
+    kept = kept.set_column(column, frame.DOMAIN, pa.array(separation.domain, pa.string()))
+    for name, values in ((SCORE, separation.score), (MARGIN, separation.margin)):
+        kept = kept.append_column(name, pa.array(values, pa.float64()))
+    return kept
+
+
+def _evidence(
+    frames: pa.Table, bands_NBH: npt.NDArray[np.float32], separation: Separation, margin: float
+) -> dict[str, Any]:
+    """Why each frame went where it went: what people look at when they doubt a split."""
+    domains = np.array(separation.domain)
+    edges = np.linspace(-1, 1, NUM_SCORE_BINS + 1)
+    whole_NH = whole(bands_NBH)
+    found = [name for name in frame.DOMAINS if (domains == name).any()]
+    return {
+        "margin": margin,
+        "counts": {name: int((domains == name).sum()) for name in found},
+        # fractions of pixels by luminance 0 to 255 in 64 steps, mean over the frames of the domain
+        "histograms": {name: _rounded(whole_NH[domains == name].mean(axis=0)) for name in found},
+        "scores": {
+            "edges": _rounded(edges),
+            "counts": {n: np.histogram(separation.score[domains == n], edges)[0].tolist() for n in found},
+        },
+        # root of the luminance between a frame's black and white at the quantiles 0.05, 0.15 ... 0.95
+        "centres": {
+            name: {"upper": _rounded(centre[0]), "lower": _rounded(centre[1])}
+            for name, centre in zip(_CENTRES, separation.centres, strict=True)
+        },
+        "examples": {
+            **{name: _examples(frames, -separation.margin, domains == name) for name in ("day", "night")},
+            "twilight": _examples(frames, separation.margin, domains == "twilight"),
+        },
+        "borderline": _examples(frames, np.abs(separation.margin - margin), separation.margin > 0),
+    }
+
+
+def _examples(
+    frames: pa.Table, order: npt.NDArray[np.float64], eligible: npt.NDArray[np.bool_]
+) -> list[dict[str, Any]]:
+    """The eligible frames that come first in the given order."""
+    rows = [int(row) for row in np.argsort(order, kind="stable") if eligible[row]][:NUM_EXAMPLES]
+    columns = [frame.FRAME_ID, frame.URI, frame.DOMAIN, SCORE, MARGIN]
+    return [dict(row) for row in frames.select(columns).take(rows).to_pylist()]
+
+
+def _rounded(values: npt.NDArray[np.floating[Any]]) -> list[float]:
+    return [round(float(value), 6) for value in values]

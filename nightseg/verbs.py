@@ -1,0 +1,147 @@
+"""Single stages for the command line, without a recipe: split a heap, choose from a pool.
+
+Each works in a run folder of its own beside its output, so that a pass over tens of thousands of frames that is
+interrupted continues when the command is given again; the folder is removed once the output is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow as pa
+
+from nightseg.compute import cluster
+from nightseg.config import FolderDataset, MapCompute, Selection
+from nightseg.frames import datasets as layouts
+from nightseg.frames import table as frame
+from nightseg.progress import Progress
+from nightseg.stages import collect, score, select, split
+from nightseg.storage import Location, UserError, hash_of
+from nightseg.workspace import Commit, Workspace
+
+TAXONOMY = "cityscapes19"  # unlabelled frames need none; the stage that collects asks for one
+
+
+def split_folder(images: str, out: str, *, margin: float, compute: MapCompute, progress: Progress) -> dict[str, Any]:
+    """Separate a folder of images into day, night and twilight; write one frame table with domain, score, margin.
+
+    Beside `out` lie the evidence (histograms, thresholds, borderline frames) and, if there are bad frames, why.
+    """
+    table = Location.of(out)
+    if not table.name.endswith(".parquet"):
+        raise UserError(f"--out {out}: the frame table is a Parquet file. Cure: a name that ends in .parquet.")
+    with _workshop(table.parent / f".{table.name}.work") as workspace:
+        found = _collected(workspace, images, compute, progress)
+        heap = frame.resolve(found.table("frames"), found.folder)
+        inputs, recipe = {"heap": found.content}, {"margin": margin}
+        stage = workspace.stage("split", "heap", version=split.VERSION, recipe=recipe, inputs=inputs, seed=0)
+        done = stage.commit() or split.split(
+            heap,
+            margin=margin,
+            attempt=stage.open(),
+            progress=progress,
+            compute=compute,
+            max_bad_fraction=1.0,
+        )
+        bad = [table for commit in (found, done) if commit.quarantined for table in [commit.table("quarantine")]]
+        table.write_table(frame.resolve(done.table("frames"), done.folder))
+        stem = table.name.removesuffix(".parquet")
+        (table.parent / f"{stem}.evidence.json").write_json(done.json("evidence.json"))
+        if bad:
+            (table.parent / f"{stem}.quarantine.parquet").write_table(pa.concat_tables(bad))
+        return dict(done.summary) | {"frames": table.uri, "quarantined": sum(part.num_rows for part in bad)}
+
+
+def select_frames(
+    pool: str, reference: str | None, out: str, *, choice: Selection, seed: int, compute: MapCompute, progress: Progress
+) -> dict[str, Any]:
+    """Choose frames of a pool (image folder or frame table); write frames.parquet, scores.parquet, evidence.json."""
+    folder = Location.of(out)
+    with _workshop(folder / ".work") as workspace:
+        frames = _frames(workspace, "pool", pool, compute, progress)
+        scored = _scored(workspace, "pool", frames, choice, compute, progress)
+        near = None
+        if reference is not None:
+            reference_frames = _frames(workspace, "reference", reference, compute, progress)
+            near = _scored(workspace, "reference", reference_frames, choice, compute, progress)
+        inputs = {"pool": scored.content} | ({"reference": near.content} if near else {})
+        recipe = choice.model_dump(mode="json")
+        stage = workspace.stage("select", "pool", version=select.VERSION, recipe=recipe, inputs=inputs, seed=seed)
+        done = stage.commit() or select.select(
+            frames,
+            scored,
+            near,
+            method=choice.method,
+            count=choice.count,
+            seed=seed,
+            attempt=stage.open(),
+            progress=progress,
+        )
+        for name in ("frames.parquet", "scores.parquet", "evidence.json"):
+            (folder / name).write_bytes(done.file(name).read_bytes())
+        return dict(done.summary) | {"out": folder.uri}
+
+
+@contextmanager
+def _workshop(folder: Location) -> Iterator[Workspace]:
+    """A run folder that is removed once the work is done, and kept for the next try if it is not."""
+    workspace = Workspace(folder)
+    with workspace.lock():
+        try:
+            cluster.connect()
+            yield workspace
+        finally:
+            cluster.disconnect()
+    folder.delete()
+
+
+def _collected(
+    workspace: Workspace, images: str, compute: MapCompute, progress: Progress, name: str = "heap"
+) -> Commit:
+    dataset = FolderDataset(layout="images", root=images, labelled=False)
+    listing = layouts.fingerprint("images", Location.of(images), labelled=False)
+    stage = workspace.stage("collect", name, version=collect.VERSION, recipe={"listing": listing}, inputs={}, seed=0)
+    return stage.commit() or collect.collect(
+        dataset,
+        name=name,
+        taxonomy=TAXONOMY,
+        attempt=stage.open(),
+        progress=progress,
+        compute=compute,
+        max_bad_fraction=1.0,  # of a heap from the road some are always broken; they are listed, not fatal
+    )
+
+
+def _frames(workspace: Workspace, name: str, source: str, compute: MapCompute, progress: Progress) -> pa.Table:
+    """The frames of an image folder or of a frame table."""
+    place = Location.of(source)
+    if not place.name.endswith(".parquet"):
+        found = _collected(workspace, source, compute, progress, name)
+        return frame.resolve(found.table("frames"), found.folder)
+    if not place.exists():
+        raise UserError(f"{source}: there is no such frame table. Cure: check the path.")
+    rows = frame.resolve(place.read_table(), place.parent)
+    frame.check_frames(rows)
+    missing = [name for name in frame.FRAME_SCHEMA.names if name not in rows.column_names]
+    for name in missing:  # a table made by hand may hold only frame_id and uri
+        rows = rows.append_column(name, pa.nulls(rows.num_rows, frame.FRAME_SCHEMA.field(name).type))
+    return rows
+
+
+def _scored(
+    workspace: Workspace, name: str, frames: pa.Table, choice: Selection, compute: MapCompute, progress: Progress
+) -> Commit:
+    recipe = {"extractor": choice.extractor, "weights": choice.extractor_weights}
+    inputs = {"frames": hash_of(frames.select([frame.FRAME_ID, frame.URI, frame.SHA256]).to_pylist())}
+    stage = workspace.stage("score", name, version=score.VERSION, recipe=recipe, inputs=inputs, seed=0)
+    return stage.commit() or score.score(
+        frames,
+        extractor=choice.extractor,
+        extractor_weights=choice.extractor_weights,
+        attempt=stage.open(),
+        progress=progress,
+        compute=compute,
+        max_bad_fraction=1.0,
+    )

@@ -1,0 +1,182 @@
+"""score: one feature vector and histogram a frame, statistics of all, and the distance of two sets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from nightseg.config import MapCompute
+from nightseg.frames.images import encode_png
+from nightseg.frames.table import frame_table
+from nightseg.frames.vectors import vectors
+from nightseg.measures.frechet import Statistics, frechet_distance, read_statistics, write_statistics
+from nightseg.measures.histogram import luminance_histogram
+from nightseg.networks.features import build_extractor
+from nightseg.progress import SilentProgress
+from nightseg.stages import score as stage
+from nightseg.storage import Location, UserError, sha256_of
+from nightseg.workspace import Commit, Workspace
+
+LITE0 = "efficientnet_lite0"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def image(seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return np.kron(rng.integers(0, 256, (3, 4, 3)), np.ones((8, 8 + seed % 3, 1))).astype(np.uint8)
+
+
+def folder_of(folder: Path, seeds: range, broken: int = 0) -> pa.Table:
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for seed in seeds:
+        data = encode_png(image(seed))
+        (folder / f"{seed:03d}.PNG").write_bytes(data)
+        rows.append({"frame_id": f"d/{seed:03d}", "uri": str(folder / f"{seed:03d}.PNG"), "sha256": sha256_of(data)})
+    for number in range(broken):
+        (folder / f"broken{number}.png").write_bytes(b"not a picture")
+        rows.append({"frame_id": f"d/broken{number}", "uri": str(folder / f"broken{number}.png")})
+    return frame_table(rows)
+
+
+def in_this_process(rows: pa.Table, worker: Any, arguments: Mapping[str, Any], **options: Any) -> list[Any]:
+    """What map_shards does, without Ray."""
+    attempt, size = options["attempt"], options["shard_rows"]
+    attempt.plan(rows.num_rows, size)
+    call, records = worker(**arguments), []
+    for index, start in enumerate(range(0, rows.num_rows, size)):
+        shard = rows.slice(start, size)
+        tables = call(shard, attempt.folder)
+        records.append(attempt.write_shard(index, tables, rows_in=shard.num_rows, seconds=0.0))
+    return records
+
+
+@pytest.fixture
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "map_shards", in_this_process)
+
+
+def scored(tmp_path: Path, frames: pa.Table, shard_rows: int = 3, **settings: Any) -> Commit:
+    node = Workspace(tmp_path / f"run{shard_rows}").stage(
+        "score", "d", version=stage.VERSION, recipe={}, inputs={}, seed=0
+    )
+    settings = {"extractor": LITE0, "extractor_weights": None, "max_bad_fraction": 1.0} | settings
+    return stage.score(
+        frames,
+        attempt=node.open(),
+        progress=SilentProgress(),
+        compute=MapCompute(shard_rows=shard_rows, batch=2, cpus_per_actor=0.5),
+        **settings,
+    )
+
+
+def check(commit: Commit, frames: pa.Table) -> None:
+    table = commit.table("features")
+    assert table["frame_id"].to_pylist() == frames["frame_id"].to_pylist()
+    assert table["sha256"].to_pylist() == frames["sha256"].to_pylist()
+    features = vectors(table["features"])
+    assert features.shape == (frames.num_rows, 1280)
+    wanted = build_extractor(LITE0)([image(0), image(1)])
+    np.testing.assert_allclose(features[:2], wanted, atol=1e-5 * np.abs(wanted).max())
+    histograms = vectors(table["histogram"])
+    np.testing.assert_allclose(histograms[1], luminance_histogram(image(1)), atol=1e-7)
+    statistics = read_statistics(commit.file("statistics.npz"))
+    assert (statistics.count, statistics.extractor, statistics.resize) == (frames.num_rows, LITE0, "clean")
+    np.testing.assert_allclose(statistics.mean, features.mean(0, dtype=np.float64), rtol=1e-12)
+    np.testing.assert_allclose(statistics.cov, np.cov(features.astype(np.float64).T), rtol=1e-8, atol=1e-12)
+    assert commit.summary["dims"] == 1280 and commit.summary["weights_sha256"].startswith("57934424")
+
+
+def test_features_histograms_and_statistics(without_ray: None, tmp_path: Path) -> None:
+    frames = folder_of(tmp_path / "d", range(7))
+    commit = scored(tmp_path, frames)
+    check(commit, frames)
+    other = scored(tmp_path, frames, shard_rows=100)
+    assert commit.file("statistics.npz").read_bytes() == other.file("statistics.npz").read_bytes()
+
+
+def test_broken_frames_are_quarantined(without_ray: None, tmp_path: Path) -> None:
+    commit = scored(tmp_path, folder_of(tmp_path / "d", range(2), broken=2))
+    assert commit.table("features")["frame_id"].to_pylist() == ["d/000", "d/001"]
+    assert [row["reason"] for row in commit.table("quarantine").to_pylist()] == ["not_an_image"] * 2
+    assert (commit.rows_in, commit.rows_out, commit.quarantined) == (4, 2, 2)
+
+
+def test_one_frame_has_features_but_no_statistics(without_ray: None, tmp_path: Path) -> None:
+    commit = scored(tmp_path, folder_of(tmp_path / "d", range(1)))
+    assert commit.rows_out == 1 and not commit.has("statistics.npz")
+
+
+def test_nothing_to_score_and_no_weights_are_errors(without_ray: None, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no frame to score"):
+        scored(tmp_path, frame_table([]))
+    with pytest.raises(UserError, match="no weights file"):
+        scored(tmp_path, folder_of(tmp_path / "d", range(1)), extractor="inception", extractor_weights="/absent.pth")
+
+
+# -- the distance of two sets ----------------------------------------------------------------------------------------
+
+
+def distance(a: Path | str, b: Path | str, tmp_path: Path, **settings: Any) -> stage.Fid:
+    settings = {"extractor": LITE0, "progress": SilentProgress()} | settings
+    return stage.fid(str(a), str(b), folder=Location.of(tmp_path / "work"), **settings)
+
+
+def test_fid_of_folder_table_and_file_agree(without_ray: None, tmp_path: Path) -> None:
+    folder_of(tmp_path / "a" / "nested", range(5))
+    Location.of(tmp_path / "b.parquet").write_table(folder_of(tmp_path / "b", range(5, 9)))
+    got = distance(tmp_path / "a", tmp_path / "b.parquet", tmp_path)
+    assert (got.n_a, got.n_b, got.extractor, got.resize) == (5, 4, LITE0, "clean")
+    features = [
+        build_extractor(LITE0)([image(seed) for seed in seeds]).astype(np.float64) for seeds in (range(5), range(5, 9))
+    ]
+    sides = [(rows.mean(0), np.cov(rows.T)) for rows in features]
+    assert got.fid == pytest.approx(frechet_distance(*sides[0], *sides[1]), rel=1e-5)
+    weights = build_extractor(LITE0).weights_sha256
+    write_statistics(Location.of(tmp_path / "b.npz"), Statistics(*sides[1], 4, LITE0, "clean", weights))
+    assert distance(tmp_path / "a", tmp_path / "b.npz", tmp_path).fid == pytest.approx(got.fid, rel=1e-5)
+    assert distance(tmp_path / "a", tmp_path / "a", tmp_path).fid == pytest.approx(0, abs=1e-6)
+    assert not list((tmp_path / "work").iterdir())  # nothing is left behind
+
+
+def test_fid_of_two_files_needs_no_network_and_no_weights(tmp_path: Path) -> None:
+    for name, shift in (("a", 0.0), ("b", 2.0)):
+        np.savez(tmp_path / f"{name}.npz", mu=np.full(6, shift), sigma=np.eye(6))
+    got = distance(tmp_path / "a.npz", tmp_path / "b.npz", tmp_path, extractor="inception")
+    assert got == stage.Fid(pytest.approx(24), None, None, "", "")  # type: ignore[arg-type]
+
+
+def test_fid_refuses_what_does_not_compare(without_ray: None, tmp_path: Path) -> None:
+    folder_of(tmp_path / "a", range(2))
+    np.savez(tmp_path / "pytorch_fid.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    with pytest.raises(UserError, match="extractor of .*a is efficientnet_lite0"):
+        distance(tmp_path / "a", tmp_path / "pytorch_fid.npz", tmp_path)
+    folder_of(tmp_path / "one", range(1))
+    with pytest.raises(UserError, match="at least 2"):
+        distance(tmp_path / "one", tmp_path / "a", tmp_path)
+    for missing in ("absent", "absent.parquet", "absent.npz"):
+        with pytest.raises(UserError, match="absent"):
+            distance(tmp_path / missing, tmp_path / "a", tmp_path)
+    folder_of(tmp_path / "bad", range(2), broken=1)
+    with pytest.raises(UserError, match="not_an_image"):
+        distance(tmp_path / "bad", tmp_path / "a", tmp_path)
+
+
+@pytest.mark.ray
+def test_through_ray(ray_cluster: None, tmp_path: Path) -> None:
+    frames = folder_of(tmp_path / "d", range(4))
+    check(scored(tmp_path, frames), frames)
+    assert distance(tmp_path / "d", tmp_path / "d", tmp_path).fid == pytest.approx(0, abs=1e-6)

@@ -1,0 +1,142 @@
+"""The house holds: imports run down only, the map names every module, nothing is called by a word that says nothing."""
+
+import ast
+from pathlib import Path
+
+import nightseg
+
+ROOT = Path(nightseg.__file__).parent
+PROJECT = ROOT.parent
+
+# Higher number = higher floor. A module imports from its own floor only within its own package, and else from below.
+FLOORS: dict[str, int] = {
+    "errors": 0, "faults": 0, "remote": 0, "parquet": 0, "storage": 0, "commit": 0, "lock": 0, "workspace": 0,
+    "progress": 0, "config": 0, "recipe_schema": 0, "recipe_graph": 0, "recipe": 0,
+    "frames": 1, "measures": 2, "networks": 2, "learning": 3, "compute": 3,
+    "stages": 4, "graph": 5, "rounds": 6, "results": 6, "runner": 7, "report": 8, "search": 9, "adapt": 9, "cli": 10,
+}  # fmt: skip
+MAY_USE_RAY = {"compute", "search"}
+MAY_USE_CONFIG = {
+    "recipe",
+    "recipe_schema",
+    "recipe_graph",
+    "graph",
+    "rounds",
+    "results",
+    "runner",
+    "search",
+    "adapt",
+    "stages",
+}
+NO_TORCH = {room for room, floor in FLOORS.items() if floor == 0}
+FORBIDDEN = {"utils", "util", "helpers", "helper", "common", "core", "base", "misc", "tools"}
+LONGEST_FILE, LONGEST_FUNCTION = 400, 60
+
+
+def modules() -> list[Path]:
+    return sorted(ROOT.rglob("*.py"))
+
+
+def room(module: Path) -> str:
+    """The package or module directly inside nightseg that a file belongs to."""
+    return module.relative_to(ROOT).with_suffix("").parts[0]
+
+
+def imports(module: Path) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(module.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: relative import"
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
+
+
+def test_imports_run_down_only() -> None:
+    wrong = []
+    for module in modules():
+        here = room(module)
+        if here == "__init__":
+            continue
+        for name in imports(module):
+            parts = name.split(".")
+            if parts[0] != "nightseg" or len(parts) < 2 or parts[1] not in FLOORS:
+                continue
+            there = parts[1]
+            if there != here and FLOORS[there] > FLOORS[here]:
+                wrong.append(f"{module.relative_to(PROJECT)} imports {name}")
+            if there != here and FLOORS[there] == FLOORS[here] and FLOORS[here] in (2, 3):
+                wrong.append(f"{module.relative_to(PROJECT)} imports its neighbour {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_stages_do_not_know_each_other() -> None:
+    wrong = [
+        f"{module.name} imports {name}"
+        for module in (ROOT / "stages").glob("*.py")
+        for name in imports(module)
+        if name.startswith("nightseg.stages")
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_ray_torch_and_config_stay_in_their_rooms() -> None:
+    wrong = []
+    for module in modules():
+        here = room(module)
+        for name in imports(module):
+            package = name.split(".")[0]
+            if package == "ray" and here not in MAY_USE_RAY:
+                wrong.append(f"{module.relative_to(PROJECT)} imports {name}")
+            if package in ("torch", "torchvision") and here in NO_TORCH:
+                wrong.append(f"{module.relative_to(PROJECT)} imports {name}")
+            if name.startswith("nightseg.config") and here not in MAY_USE_CONFIG:
+                wrong.append(f"{module.relative_to(PROJECT)} imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_map_names_every_module_and_nothing_else() -> None:
+    text = (nightseg.__doc__ or "").splitlines()
+    named = {
+        line.split()[0] for line in text if line.startswith("    ") and line.split() and line.split()[0].endswith(".py")
+    }
+    real = {
+        str(module.relative_to(ROOT))
+        for module in modules()
+        if module.name != "__init__.py" or module.parent.name == "report"
+    }
+    assert named == real, f"not in the map: {sorted(real - named)}; in the map only: {sorted(named - real)}"
+
+
+def test_every_room_has_a_floor() -> None:
+    rooms = {room(module) for module in modules()} - {"__init__"}
+    assert rooms == set(FLOORS), f"differs: {sorted(rooms ^ set(FLOORS))}"
+
+
+def test_no_name_says_nothing() -> None:
+    places = [*ROOT.rglob("*"), *(PROJECT / "jobs").rglob("*"), *(PROJECT / "tests").rglob("*")]
+    bad = [str(path) for path in places if path.stem.lstrip("_") in FORBIDDEN]
+    assert not bad, "\n".join(bad)
+
+
+def test_files_and_functions_stay_one_concept() -> None:
+    wrong = []
+    for module in [*modules(), *(PROJECT / "jobs").glob("*.py")]:
+        text = module.read_text()
+        lines = text.count("\n")
+        if lines > LONGEST_FILE:
+            wrong.append(f"{module.relative_to(PROJECT)}: {lines} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = (node.end_lineno or node.lineno) - node.lineno + 1
+                if length > LONGEST_FUNCTION:
+                    wrong.append(f"{module.relative_to(PROJECT)}:{node.lineno} {node.name}: {length} lines")
+            if isinstance(node, ast.ExceptHandler) and all(isinstance(step, ast.Pass) for step in node.body):
+                wrong.append(f"{module.relative_to(PROJECT)}:{node.lineno}: an error is swallowed")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_jobs_are_thin() -> None:
+    for job in (PROJECT / "jobs").glob("*.py"):
+        assert job.read_text().count("\n") <= 40, f"{job.name} is longer than 40 lines"

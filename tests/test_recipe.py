@@ -1,0 +1,160 @@
+"""A recipe is right, or one message names everything that is wrong with it."""
+
+from pathlib import Path
+
+import pytest
+
+from nightseg.config import SplitDataset, TranslatedDataset
+from nightseg.recipe import RecipeError, load_recipe, save_recipe
+from nightseg.storage import Location
+
+GOOD = """
+name: good
+datasets:
+  day: {layout: scenes, count: 4}
+  night: {split: day, keep: night}
+  made: {translate: day, by: unit}
+translators:
+  unit: {day: day, night: night}
+training: {learning_rate: 1e-4}
+models:
+  first: {train: [day, made]}
+  second: {train: [day], start: first, self_training: {pool: night}}
+test_sets: {day: day}
+"""
+
+
+def write(folder: Path, text: str) -> str:
+    file = folder / "recipe.yaml"
+    file.write_text(text)
+    return str(file)
+
+
+def errors_of(folder: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(folder, text), overrides)
+    return str(caught.value)
+
+
+def test_kinds_of_datasets_and_numbers(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, GOOD))
+    assert isinstance(recipe.datasets["night"], SplitDataset)
+    assert isinstance(recipe.datasets["made"], TranslatedDataset)
+    assert recipe.training.learning_rate == 1e-4  # YAML 1.1 reads 1e-4 as text
+
+
+def test_overrides_reach_every_depth_and_create_sections(tmp_path: Path) -> None:
+    recipe = load_recipe(
+        write(tmp_path, GOOD),
+        ["seed=7", "models.first.train.0=made", "models.first.loss.kind=focal", "compute.map.actors=3"],
+    )
+    assert recipe.seed == 7
+    assert recipe.models["first"].train == ["made", "made"]
+    assert recipe.loss_of(recipe.models["first"]).kind == "focal"
+    assert recipe.compute.map.actors == 3
+
+
+def test_a_saved_recipe_is_read_back_equal(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, GOOD))
+    saved = Location.of(tmp_path / "saved.yaml")
+    save_recipe(recipe, saved)
+    assert load_recipe(saved) == recipe
+
+
+def test_recipes_are_frozen(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, GOOD))
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.seed = 3  # type: ignore[misc]
+
+
+def test_all_errors_in_one_message_with_line_key_and_hint(tmp_path: Path) -> None:
+    text = """name: bad
+seed: one
+datasets:
+  day: {layout: camvidd, root: .}
+  other: {layout: images, root: /does/not/exist, splitt: x}
+  turn: {translate: back, by: unit}
+  back: {translate: turn, by: unitt}
+translators:
+  unit: {day: day, night: day}
+training: {batch: 2.5}
+models:
+  first: {trian: [day], train: [day]}
+  second: {train: [dya], start: fist}
+"""
+    message = errors_of(tmp_path, text)
+    assert "nothing was started" in message
+    for expected in (
+        "line 2: seed: input should be a valid integer, got the text 'one'",
+        "line 4: datasets.day.layout: 'camvidd' is not allowed, did you mean 'camvid'?",
+        "line 5: datasets.other.splitt: unknown key, did you mean 'split'?",
+        "line 5: datasets.other.root: there is no folder '/does/not/exist'",
+        "datasets.turn: a cycle",
+        "line 7: datasets.back.by: there is no translator 'unitt', did you mean 'unit'?",
+        "line 10: training.batch: ",
+        "line 12: models.first.trian: unknown key, did you mean 'train'?",
+        "line 13: models.second.train.0: there is no dataset 'dya', did you mean 'day'?",
+        "line 13: models.second.start: there is no model 'fist', did you mean 'first'?",
+    ):
+        assert expected in message, f"{expected}\nis missing in\n{message}"
+    assert "scenes" in message  # the allowed layouts are those of every kind of dataset
+
+
+def test_a_model_that_teaches_itself_is_a_cycle(tmp_path: Path) -> None:
+    message = errors_of(tmp_path, GOOD, "models.second.self_training.teacher=second")
+    assert "model second needs model second" in message
+
+
+def test_duplicate_keys_are_refused_at_every_depth(tmp_path: Path) -> None:
+    message = errors_of(tmp_path, GOOD.replace("  first:", "  first: {train: [day]}\n  first:"))
+    assert "models.first: this key stands twice" in message
+
+
+def test_an_error_in_an_override_names_the_override(tmp_path: Path) -> None:
+    message = errors_of(tmp_path, GOOD, "training.epoch=3", "nonsense", "seed.deep.er=1")
+    assert "--set training.epoch=3: training.epoch: unknown key, did you mean 'epochs'?" in message
+    assert "--set nonsense: write it as key.key=value" in message
+
+
+def test_roots_move_many_datasets_at_once(tmp_path: Path) -> None:
+    text = """name: rooted
+roots: {frames: nowhere}
+datasets:
+  one: {layout: images, root: "{frames}/one"}
+  two: {layout: images, root: "{frmaes}/two"}
+"""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    assert "there is no root 'frmaes', did you mean 'frames'?" in errors_of(tmp_path, text)
+    recipe = load_recipe(write(tmp_path, text.replace("frmaes", "frames")), [f"roots.frames={tmp_path}"])
+    assert recipe.model_dump()["datasets"]["two"]["root"] == f"{tmp_path}/two"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("name: [", "not valid YAML"),
+        ("- a\n- b", "a recipe is a mapping"),
+        ("name: !!python/object/apply:os.system [echo]", "not valid YAML"),
+        ("name: x\ndatasets: {d: {layout: scenes, count: 1, mix: {day: 0.5}}}", "must add up to 1"),
+        ("name: x y\ndatasets: {d: {layout: scenes, count: 1}}", "is not a name"),
+        ("name: x\ndatasets: {d: {layout: scenes, count: 1}}\nmodels: {m: {train: [d], rounds: 2}}", "has none"),
+        (
+            "name: x\ndatasets: {d: {layout: scenes, count: 1}}\nmodels: {m: {train: [d], self_training: {pool: d}}}",
+            "needs a teacher",
+        ),
+    ],
+)
+def test_other_faults_are_named(tmp_path: Path, text: str, expected: str) -> None:
+    assert expected in errors_of(tmp_path, text)
+
+
+def test_an_alias_bomb_is_refused(tmp_path: Path) -> None:
+    levels = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    levels += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]
+    assert "once aliases are followed" in errors_of(tmp_path, "\n".join(levels))
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(RecipeError, match="there is no such recipe file"):
+        load_recipe("/does/not/exist.yaml")
