@@ -256,11 +256,12 @@ def evaluate(
 def predict(model: str, images: str, out: str, save: str, as_json: bool) -> None:
     """Segment a folder of IMAGES with MODEL: a model folder, or RUN_DIR:MODEL_NAME of a finished run."""
     from nightseg.progress import progress_for
+    from nightseg.results import model_folder
     from nightseg.stages.predict import check_pictures, predict_folder
 
     pictures = check_pictures([word.strip() for word in save.split(",") if word.strip()])
     result = predict_folder(
-        _model_folder(model), Location.of(images), Location.of(out), save=pictures, progress=progress_for()
+        model_folder(model), Location.of(images), Location.of(out), save=pictures, progress=progress_for()
     )
     answer(result, as_json)
 
@@ -308,25 +309,6 @@ def doctor(cluster: str | None, as_json: bool) -> None:
             click.echo(f"{'ok  ' if finding.good else 'FIX '} {finding.what}: {finding.detail}")
     if not all(finding.good for finding in findings):
         sys.exit(1)
-
-
-def _model_folder(text: str) -> Location:
-    """A model folder as it is, or RUN_DIR:NAME through the run's results."""
-    folder = Location.of(text)
-    if (folder / "model.json").exists():
-        return folder
-    run_dir, colon, name = text.rpartition(":")
-    results = Location.of(run_dir) / "results.json" if colon and run_dir else folder / "results.json"
-    if not results.exists():
-        raise UserError(
-            f"{text}: neither a model folder (no model.json) nor a finished run (no results.json). "
-            "Cure: give RUN_DIR:MODEL, for example runs/demo:self_trained."
-        )
-    models = results.read_json()["models"]
-    if not colon or name not in models:
-        raise UserError(f"{text}: say which model of the run, RUN_DIR:MODEL; known: {', '.join(models)}")
-    commit = results.read_json()["commits"][models[name]["model"]]
-    return Location.of(commit["folder"]) / "model"
 
 
 if __name__ == "__main__":

@@ -21,9 +21,10 @@ class Failures(click.Group):
     """Turns exceptions into one readable message and an exit code; --debug keeps the traceback."""
 
     def main(self, args: Sequence[str] | None = None, **extra: Any) -> Any:  # type: ignore[override]
-        debug = "--debug" in (args if args is not None else sys.argv)
+        words = list(sys.argv[1:] if args is None else args)
+        debug = "--debug" in words  # understood wherever it stands
         try:
-            return super().main(args, **(extra | {"standalone_mode": False}))
+            return super().main([word for word in words if word != "--debug"], **(extra | {"standalone_mode": False}))
         except click.ClickException as error:
             error.show()
             sys.exit(2)

@@ -70,10 +70,12 @@ class Node:
     version: int
     recipe: Mapping[str, Any]  # its part of the recipe; hashed into the stage key
     needs: tuple[NodeId, ...]
+    takes: tuple[NodeId, ...]  # those whose frames it works on; the rest are models, references, tests
     compute: MapCompute | TrainCompute
     work: Work
     seed: int = 0  # only stages that draw random numbers have one: the others are shared between seeds
     expected_rows: int | None = None  # frames that lie in the folders; known before the stage has run
+    most_rows: int | None = None  # frames it hands on at most
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,13 @@ import os
 import platform
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from nightseg.config import Recipe
 from nightseg.frames.taxonomy import taxonomy
 from nightseg.graph import Graph, NodeId
+from nightseg.storage import Location, UserError
 from nightseg.workspace import Commit
 
 PACKAGES = ("nightseg", "torch", "torchvision", "ray", "timm", "numpy", "pyarrow", "pillow")
@@ -59,6 +61,30 @@ def gather(recipe: Recipe, graph: Graph, commits: Mapping[NodeId, Commit], done:
         "commits": {str(node): _facts(commit) | {"skipped": node not in done} for node, commit in commits.items()},
         "seconds": {str(node): commit.seconds for node, commit in commits.items()},
     }
+
+
+def model_folder(place: str | Path | Location) -> Location:
+    """A model folder as it is, or `RUN_DIR:MODEL` through the results of a finished run.
+
+    Raises UserError: neither is there, or the run has no such model.
+    """
+    folder = Location.of(place)
+    if (folder / "model.json").exists():
+        return folder
+    run_dir, colon, name = str(place).rpartition(":")
+    results = (Location.of(run_dir) if colon and run_dir else folder) / "results.json"
+    if not results.exists():
+        raise UserError(
+            f"{place}: neither a model folder (no model.json) nor a finished run (no results.json). "
+            "Cure: give RUN_DIR:MODEL, for example runs/demo:self_trained."
+        )
+    content = results.read_json()
+    if not colon or name not in content["models"]:
+        raise UserError(f"{place}: say which model of the run, RUN_DIR:MODEL; known: {', '.join(content['models'])}")
+    node = content["models"][name]["model"]
+    attempt = Location.of(content["commits"][node]["folder"])
+    moved = results.parent / f"stages/{node}/{attempt.parent.name}/{attempt.name}/model"  # a run folder may be moved
+    return moved if (moved / "model.json").exists() else attempt / "model"
 
 
 def _facts(commit: Commit) -> dict[str, Any]:

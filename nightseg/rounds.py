@@ -6,7 +6,7 @@ share it: the model that four students start from is trained once, a pool is sco
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from nightseg.config import (
@@ -289,7 +289,17 @@ class _Builder:
         part = choice.model_dump(mode="json") | {"pool": [str(view) for view in pool], "reference": near}
         needs: list[View | NodeId] = [*pool, scored, *([reference] if reference else []), *sources]
         needs += [view for views in tests.values() for view in views]
-        return self._add("select", name, select.VERSION, part, needs, work, seed=self.recipe.seed)
+        return self._add(
+            "select",
+            name,
+            select.VERSION,
+            part,
+            needs,
+            work,
+            seed=self.recipe.seed,
+            takes=pool,
+            most_rows=choice.count,
+        )
 
     def _score(self, names: list[str], extractor: str, weights: str | None) -> NodeId:
         views = self.datasets(names)
@@ -382,15 +392,21 @@ class _Builder:
         name: str,
         version: int,
         part: Mapping[str, Any],
-        needs: Iterable[View | NodeId],
+        needs: Sequence[View | NodeId],
         work: Work,
         compute: MapCompute | TrainCompute | None = None,
         seed: int = 0,
         expected_rows: int | None = None,
+        takes: Views | None = None,
+        most_rows: int | None = None,
     ) -> NodeId:
         node = NodeId(stage, name)
         if node not in self.graph.nodes:
             inputs = dict.fromkeys(need.node if isinstance(need, View) else need for need in needs)
+            views = takes if takes is not None else [need for need in needs if isinstance(need, View)]
+            taken = tuple(dict.fromkeys(view.node for view in views))
             where = compute or (self.recipe.compute.train if stage.startswith("train") else self.recipe.compute.map)
-            self.graph.nodes[node] = Node(node, version, part, tuple(inputs), where, work, seed, expected_rows)
+            self.graph.nodes[node] = Node(
+                node, version, part, tuple(inputs), taken, where, work, seed, expected_rows, most_rows
+            )
         return node

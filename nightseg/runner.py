@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 from nightseg import rounds
 from nightseg.compute import cluster
 from nightseg.config import MapCompute, Recipe, TrainCompute
-from nightseg.graph import Graph, Inputs, Node, NodeId
+from nightseg.graph import Inputs, Node, NodeId
 from nightseg.progress import Progress
 from nightseg.recipe import save_recipe
 from nightseg.results import gather
@@ -104,11 +104,15 @@ def plan(
             else:
                 state = "continues" if stage.is_open() else "runs"
                 changed = _changed(stage)
-        taken = _rows_in(graph, node, commits, rows)
+        taken = _rows_in(node, commits, rows)
         committed = commits.get(node.id)
-        rows[node.id] = committed.rows_out if committed else taken
+        rows[node.id] = _least(committed.rows_out if committed else taken, node.most_rows)
         lines.append(Planned(node.id, state, changed, taken, _resources(node.compute)))
     return lines
+
+
+def _least(count: int | None, limit: int | None) -> int | None:
+    return count if limit is None or count is None else min(count, limit)
 
 
 def _stage(workspace: Workspace, node: Node, commits: dict[NodeId, Commit]) -> Stage:
@@ -137,15 +141,12 @@ def _differing(now: dict[str, Any], before: Any) -> set[str]:
     return {key for key in now.keys() | earlier.keys() if now.get(key) != earlier.get(key)}
 
 
-def _rows_in(graph: Graph, node: Node, commits: dict[NodeId, Commit], rows: dict[NodeId, int | None]) -> int | None:
+def _rows_in(node: Node, commits: dict[NodeId, Commit], rows: dict[NodeId, int | None]) -> int | None:
     if node.expected_rows is not None:
         return node.expected_rows
     if node.id in commits:
         return commits[node.id].rows_in
-    known = [
-        rows[need] for need in node.needs if graph.nodes[need].id.stage not in ("train_segmenter", "train_translator")
-    ]
-    counted = [count for count in known if count is not None]
+    counted = [count for need in node.takes if (count := rows[need]) is not None]
     return sum(counted) if counted else None
 
 

@@ -151,7 +151,8 @@ def crash_after(num_points: int) -> Iterator[None]:
 
 
 NUM_SHARDS = 2
-CRASH = st.integers(0, 6)
+CRASH = st.just(0) | st.integers(1, 12)  # half of the steps run to their end
+DAMAGED = ("_shards/00000.json", "frames/part-00001.parquet")
 
 
 class CommitProtocol(RuleBasedStateMachine):
@@ -174,10 +175,12 @@ class CommitProtocol(RuleBasedStateMachine):
             attempts.append(self.stage().open())
         return attempts[0] if attempts else self.stage().open()
 
-    @rule(driver=drivers, index=st.integers(0, NUM_SHARDS - 1), crash=CRASH)
-    def write(self, driver: Attempt, index: int, crash: int) -> None:
+    @rule(driver=drivers, indices=st.sampled_from([[0], [1], [0, 1]]), crash=CRASH)
+    def write(self, driver: Attempt, indices: list[int], crash: int) -> None:
         with crash_after(crash):
-            driver.write_shard(index, {"frames": pa.table({"x": [index] * 3})}, rows_in=3, seconds=0.0)
+            for index in indices:
+                if driver.shard(index) is None:
+                    driver.write_shard(index, {"frames": pa.table({"x": [index] * 3})}, rows_in=3, seconds=0.0)
 
     @rule(driver=drivers, crash=CRASH)
     def finish(self, driver: Attempt, crash: int) -> None:
@@ -196,11 +199,7 @@ class CommitProtocol(RuleBasedStateMachine):
             driver.finish(rows_in=0, rows_out=0, outputs=["other.json"])
             raise AssertionError("two results were committed under one key")
 
-    @rule(
-        driver=drivers,
-        path=st.sampled_from(["_shards/00000.json", "frames/part-00001.parquet"]),
-        keep=st.integers(0, 99),
-    )
+    @rule(driver=drivers, path=st.sampled_from(DAMAGED), keep=st.integers(0, 99))
     @precondition(lambda self: self.published is None)
     def damage(self, driver: Attempt, path: str, keep: int) -> None:
         place = driver.folder / path

@@ -29,8 +29,10 @@ REACHABLE_SECONDS = 20.0
 LOCAL_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    # Ray's C++ core writes to this process's standard error; errors that matter come back as exceptions.
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
     # Without it Ray prints a notice about GPU visibility of actors that ask for no GPU.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
@@ -54,13 +56,15 @@ def connect(num_cpus: int | None = None) -> None:
         return
     for name, value in LOCAL_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    for name in ("ray", "ray.data", "ray.train", "ray.tune"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     address = os.environ.get("RAY_ADDRESS", "").strip()
     if address and address != "local":
         _join(address)
     else:
         _start(num_cpus)
+    if not _wants_logs():
+        # Ray prints what its daemons say to standard output, where `--json` prints its object; what matters comes back
+        # as an exception.
+        ray._private.worker._worker_logs_enabled = False
 
 
 def disconnect() -> None:
@@ -113,6 +117,11 @@ def require(resource: str, *, count: int, each: float, what: str, recipe_key: st
         )
 
 
+def _wants_logs() -> bool:
+    """RAY_LOG_TO_DRIVER=1, Ray's own switch, shows the output of workers and daemons to who looks for a fault."""
+    return os.environ.get("RAY_LOG_TO_DRIVER", "0").lower() in ("1", "true")
+
+
 def _start(num_cpus: int | None) -> None:
     global _started_here
     import ray
@@ -123,7 +132,7 @@ def _start(num_cpus: int | None) -> None:
         num_cpus=num_cpus or len(os.sched_getaffinity(0)),
         include_dashboard=False,
         object_store_memory=_object_store_bytes(),
-        log_to_driver=False,
+        log_to_driver=_wants_logs(),
         logging_level="ERROR",
     )
     _started_here = True
@@ -143,7 +152,7 @@ def _join(address: str) -> None:
     _prepare_token(may_create=False)
     _check_reachable(address, shown)
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        ray.init(address=address, log_to_driver=_wants_logs(), logging_level="ERROR")
     except AuthenticationError as error:
         raise UserError(
             f"the Ray cluster at {shown} (RAY_ADDRESS) wants another token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN "

@@ -15,6 +15,7 @@ import pickle
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
@@ -27,8 +28,8 @@ from nightseg.progress import Progress
 from nightseg.storage import Location
 from nightseg.workspace import Attempt, ShardRecord
 
-DEATHS_OF_A_SHARD = 4
-"""How often the process that works on a shard may die. Ray tries forever: a file that crashes a decoder, or a batch
+RETRIES_OF_A_SHARD = 3
+"""How often a shard is done again because its process died. Ray's default is forever: a file that crashes a decoder, or a batch
 that does not fit into memory, would keep a cluster busy until someone looks."""
 
 
@@ -94,28 +95,51 @@ def _check_room(actors: int, cpus: float, gpus: float) -> None:
 def _run(
     tables: list[pa.Table], actor: dict[str, Any], actors: int, cpus: float, gpus: float
 ) -> Iterator[ShardRecord]:
-    """Records as shards finish, in any order."""
+    """Records as shards finish, in any order. Actors end with the iterator, also when it ends with an error."""
     import ray
 
     _quiet()
-    results = ray.data.from_arrow(tables).map_batches(
-        _ShardActor,
-        fn_constructor_kwargs=actor,
-        batch_size=None,  # a block is a shard
-        batch_format="pyarrow",
-        zero_copy_batch=True,
-        # Two shards in flight hide the way to the driver and back, and leave the rest to whichever actor is free.
-        compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2),
-        num_cpus=cpus,
-        num_gpus=gpus or None,
-    )
     title = actor["title"]
+    results = _pass(tables, actor, actors, cpus, gpus)
+    batches = iter(results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
     try:
-        for batch in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        with _without_actor_notice():
+            batch = next(batches, None)
+        while batch is not None:
             for outcome in batch["outcome"].to_pylist():
                 yield _record(title, *pickle.loads(outcome))  # noqa: S301 (made by our own actor)
+            batch = next(batches, None)
+    except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError) as error:
+        raise RuntimeError(
+            f"{title}: the process of a worker died {RETRIES_OF_A_SHARD + 1} times on the same shard: it ran out of "
+            "memory (lower compute.map.batch or compute.map.actors), was killed, or a file crashed a decoder. "
+            "Finished shards are kept"
+        ) from error
     except ray.exceptions.RayError as error:
         raise RuntimeError(f"{title}: {_reason(error)}") from error
+    finally:
+        batches.close()
+
+
+def _pass(tables: list[pa.Table], actor: dict[str, Any], actors: int, cpus: float, gpus: float) -> Any:
+    """The pass as a Ray dataset, not yet started: a block in, a row with the pickled outcome out."""
+    import ray.data
+
+    with warnings.catch_warnings():
+        # The retries have no other way in (Ray 2.60); pyproject.toml holds Ray below the version that takes this away.
+        warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
+        return ray.data.from_arrow(tables).map_batches(
+            _ShardActor,
+            fn_constructor_kwargs=actor,
+            batch_size=None,  # a block is a shard
+            batch_format="pyarrow",
+            zero_copy_batch=True,
+            # Two shards in flight hide the way to the driver and back, and leave the rest to whichever actor is free.
+            compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2),
+            num_cpus=cpus,
+            num_gpus=gpus or None,
+            max_task_retries=RETRIES_OF_A_SHARD,
+        )
 
 
 def _record(title: str, record: ShardRecord | None, failure: tuple[bool, str, str] | None) -> ShardRecord:
@@ -153,11 +177,6 @@ class _ShardActor:
         finished = self._attempt.shard(index)  # by an actor that died before it could answer
         if finished is not None:
             return finished
-        deaths = _times_tried()
-        if deaths >= DEATHS_OF_A_SHARD:
-            raise RuntimeError(
-                f"shard {index} (rows {index}...): the process that worked on it died {deaths} times; it ran out of memory or crashed"
-            )
         if self._worker is None:
             self._worker = self._worker_class(**self._arguments)
             _set_torch_threads()
@@ -166,13 +185,6 @@ class _ShardActor:
         return self._attempt.write_shard(
             index, tables, rows_in=rows.num_rows, seconds=time.monotonic() - started
         )
-
-
-def _times_tried() -> int:
-    """How often Ray has given this call to an actor that died on it. There is no public way to ask."""
-    import ray._private.worker
-
-    return int(ray._private.worker.global_worker.core_worker.get_current_task_attempt_number())
 
 
 def _set_torch_threads() -> None:
@@ -186,7 +198,7 @@ def _quiet() -> None:
     """Ray Data's bars, banners and its debug log (which grows without limit) off: our own progress is the only one."""
     import ray.data
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # Ray Data sets it when it is imported
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # after the import, which sets it to DEBUG
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

@@ -210,7 +210,7 @@ def _twilight(rng: Generator) -> Weather:
         lit=rng.uniform(0.4, 0.9),
         wet=rng.uniform(0.2, 0.6) if rng.random() < 0.25 else 0.0,
         stars=0.0,
-        exposure=rng.uniform(1.0, 1.7) * (1.0 + 0.9 * deep),
+        exposure=rng.uniform(1.3, 2.2) * (1.0 + 0.8 * deep),
         read_noise=0.0025,
         shot_noise=_log_uniform(rng, 0.012, 0.03),
         blur=rng.uniform(0.001, 0.006),
@@ -224,7 +224,7 @@ def _night(rng: Generator) -> Weather:
     dark = rng.random()  # 0 a bright city street, 1 a road that hardly has a light
     town = LAMP_TINTS[int(rng.random() * len(LAMP_TINTS))]
     other = town if rng.random() < 0.7 else LAMP_TINTS[int(rng.random() * len(LAMP_TINTS))]
-    glow = 0.035 * math.pow(0.05, dark) * _log_uniform(rng, 0.6, 1.7)  # of the sky over the town
+    glow = 0.045 * math.pow(0.07, dark) * _log_uniform(rng, 0.6, 1.7)  # of the sky over the town
     orange = _blend(town, (0.8, 0.8, 1.0), rng.random())
     lamps = 0.9 * math.pow(0.3, dark) * _log_uniform(rng, 0.7, 1.4)
     late = lamps if rng.random() < 0.7 else 0.0  # saving towns switch every second lamp off
@@ -249,7 +249,7 @@ def _night(rng: Generator) -> Weather:
         disc=_times((0.9, 0.95, 1.0), moon),
         disc_place=(rng.random(), rng.uniform(0.4, 1.0)),
         disc_size=0.02,
-        ambient=_times(_blend(orange, (0.7, 0.85, 1.2), 0.4), 0.7 * glow + 0.004),
+        ambient=_times(_blend(orange, (0.7, 0.85, 1.2), 0.4), 0.5 * glow + 0.006),
         sun=(0.0, 0.0, 0.0),
         sun_way=(0.0, 1.0, 0.0),
         haze=_log_uniform(rng, 150.0, 1500.0),
@@ -261,9 +261,9 @@ def _night(rng: Generator) -> Weather:
         wet=rng.uniform(0.3, 0.8) if rng.random() < 0.3 else 0.0,
         stars=0.3 * (dark > 0.6),
         exposure=_log_uniform(rng, 0.8, 2.6),
-        read_noise=_log_uniform(rng, 0.0015, 0.006),
-        shot_noise=_log_uniform(rng, 0.02, 0.06),
-        blur=rng.uniform(0.002, 0.009),
+        read_noise=_log_uniform(rng, 0.0012, 0.0045),
+        shot_noise=_log_uniform(rng, 0.018, 0.05),
+        blur=rng.uniform(0.002, 0.007),
         bloom=_log_uniform(rng, 0.1, 0.4),
         vignette=rng.uniform(0.1, 0.6),
         cast=_cast(rng, 0.18),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jinja2
+from markupsafe import Markup
 
 from nightseg.report import gallery, words
 from nightseg.report.run import Run
@@ -63,8 +65,14 @@ def _environment() -> jinja2.Environment:
         "count": words.count,
         "duration": words.duration,
         "short": words.short,
+        "breakable": breakable,
     }
     return environment
+
+
+def breakable(name: str) -> Markup:
+    """A name that may be broken after its joints, so that long ones do not widen a table."""
+    return Markup("<wbr>").join(re.split(r"(?<=[_./-])", name))  # noqa: S704 the parts are escaped by join
 
 
 # -- numbers ---------------------------------------------------------------------------------------------------------

@@ -42,15 +42,16 @@ def label_pixels(uri: str | None, encoding: str | None, classes: Taxonomy) -> UI
 
 def photo_uri(image_HWC: UInt8, width: int = WIDTH) -> str:
     """A JPEG of at most `width` pixels."""
-    return _data_uri(_fit(Image.fromarray(image_HWC), width, Image.Resampling.LANCZOS), "JPEG")
+    return _data_uri(_fit(Image.fromarray(image_HWC), width, Image.Resampling.LANCZOS), "JPEG", quality=84)
 
 
 def label_map_uri(label_HW: UInt8, classes: Taxonomy, width: int = WIDTH) -> str:
     """A PNG in the classes' colours; ignored pixels are transparent."""
-    colours = np.dstack([classes.colourize(label_HW), np.where(label_HW == IGNORE, 0, 255).astype(np.uint8)])
-    # Nearest, and few colours: the edges stay sharp and the file small.
-    picture = _fit(Image.fromarray(colours), width, Image.Resampling.NEAREST)
-    return _data_uri(picture.quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE), "PNG")
+    palette = np.zeros((256, 3), dtype=np.uint8)
+    palette[: classes.num_classes] = classes.palette
+    picture = Image.fromarray(label_HW)
+    picture.putpalette(palette.tobytes())
+    return _data_uri(_fit(picture, width, Image.Resampling.NEAREST), "PNG", transparency=IGNORE)
 
 
 def tinted(image_HWC: UInt8, label_HW: UInt8, classes: Taxonomy) -> UInt8:
@@ -69,10 +70,7 @@ def _fit(picture: Image.Image, width: int, resampling: Image.Resampling) -> Imag
     return picture.resize((width, max(1, round(picture.height * width / picture.width))), resampling)
 
 
-def _data_uri(picture: Image.Image, kind: str) -> str:
+def _data_uri(picture: Image.Image, kind: str, **options: int) -> str:
     buffer = io.BytesIO()
-    if kind == "JPEG":
-        picture.save(buffer, format="JPEG", quality=84)
-    else:
-        picture.save(buffer, format="PNG", optimize=True)
+    picture.save(buffer, format=kind, **options)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"

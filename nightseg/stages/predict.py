@@ -13,6 +13,7 @@ from nightseg.compute.inference import map_shards
 from nightseg.config import MapCompute
 from nightseg.frames import table as frame
 from nightseg.frames.datasets import list_frames
+from nightseg.frames.images import BadFrame
 from nightseg.learning.prediction import (
     PICTURE_SUFFIX,
     PICTURES,
@@ -144,10 +145,10 @@ def predict_folder(
     started = time.monotonic()
     wanted = check_pictures(save)
     segmenter = Segmenter(model, device)
-    rows = _image_rows(images)
+    rows, bad = _image_rows(images)
     names = {row[frame.FRAME_ID]: _names(row[frame.FRAME_ID], wanted) for row in rows}
     _check_names(names)
-    bad: list[dict[str, Any]] = []
+    num_written = 0
     with progress.task("predict", len(rows), "images") as task:
         for result in segment_rows(segmenter, frame.frame_table(rows), batch):
             if isinstance(result, UnreadRow):
@@ -156,17 +157,18 @@ def predict_folder(
                 for kind, name in names[result.row[frame.FRAME_ID]].items():
                     data = picture(kind, result.image, result.segmented, segmenter.taxonomy)
                     (out / name).write_bytes(data)
+                num_written += 1
             task.advance()
     (out / "quarantine.json").write_json(bad)
-    if len(bad) == len(rows):
+    if not num_written:
         raise UserError(
-            f"none of the {len(rows)} images in {images.uri} can be used; the first, {bad[0]['uri']}, is "
+            f"none of the {len(bad)} images in {images.uri} can be used; the first, {bad[0]['uri']}, is "
             f"{bad[0]['reason']} ({bad[0]['detail']}). All are listed in {(out / 'quarantine.json').uri}"
         )
     return {
         "model": model.uri,
-        "images": len(rows),
-        "written": len(rows) - len(bad),
+        "images": num_written + len(bad),
+        "written": num_written,
         "quarantined": len(bad),
         "out": out.uri,
         "save": list(wanted),
@@ -175,12 +177,21 @@ def predict_folder(
     }
 
 
-def _image_rows(images: Location) -> list[dict[str, Any]]:
-    """Frame ids without a data set: the image's place below the folder, without suffix unless two would be the same."""
+def _image_rows(images: Location) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Images to read, and quarantine rows of those whose name no table or file system can hold.
+
+    An id is the image's place below the folder, without suffix unless two would be the same.
+    """
     if images.exists() and not images.is_folder():
-        return [{frame.FRAME_ID: images.name.rpartition(".")[0] or images.name, frame.URI: images.uri}]
-    found = list_frames("images", images, dataset="images", labelled=False)
-    return [{frame.FRAME_ID: c.frame_id.removeprefix("images/"), frame.URI: c.uri} for c in found]
+        return [{frame.FRAME_ID: images.name.rpartition(".")[0] or images.name, frame.URI: images.uri}], []
+    good, bad = [], []
+    for candidate in list_frames("images", images, dataset="images", labelled=False):
+        row = {frame.FRAME_ID: candidate.frame_id.removeprefix("images/"), frame.URI: candidate.uri}
+        if candidate.problem:
+            bad.append(quarantined(row, BadFrame("unreadable", candidate.problem)))
+        else:
+            good.append(row)
+    return good, bad
 
 
 def _names(frame_id: str, save: Sequence[Picture]) -> dict[Picture, str]:

@@ -170,7 +170,8 @@ def _chosen_frames(
     place = {name: row for row, name in enumerate(pool_frames[frame.FRAME_ID].to_pylist())}
     absent = [pool.frame_ids[row] for row in chosen if pool.frame_ids[row] not in place]
     assert not absent, f"scored, but not in the pool: {absent[:3]}"
-    frames = pool_frames.select(frame.FRAME_SCHEMA.names).take([place[pool.frame_ids[row]] for row in chosen])
+    rows = pa.array([place[pool.frame_ids[row]] for row in chosen], pa.int64())
+    frames = pool_frames.select(frame.FRAME_SCHEMA.names).take(rows)
     ranks = pa.array(range(1, len(chosen) + 1), pa.int64())
     return frames.append_column(RANK, ranks).append_column(SCORE, pa.array(scores[chosen], pa.float64()))
 

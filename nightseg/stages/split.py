@@ -111,7 +111,8 @@ class HistogramFrames:
 def _frames(heap: pa.Table, seen: pa.Table, separation: Separation) -> pa.Table:
     """The heap's rows that have a histogram, in the heap's order, with the verdict."""
     place = {name: row for row, name in enumerate(heap[frame.FRAME_ID].to_pylist())}
-    kept = heap.take([place[name] for name in seen[frame.FRAME_ID].to_pylist()]).select(frame.FRAME_SCHEMA.names)
+    rows = pa.array([place[name] for name in seen[frame.FRAME_ID].to_pylist()], pa.int64())
+    kept = heap.select(frame.FRAME_SCHEMA.names).take(rows)
     column = kept.schema.get_field_index(frame.DOMAIN)
     kept = kept.set_column(column, frame.DOMAIN, pa.array(separation.domain, pa.string()))
     for name, values in ((SCORE, separation.score), (MARGIN, separation.margin)):
@@ -155,7 +156,7 @@ def _examples(
     """The eligible frames that come first in the given order."""
     rows = [int(row) for row in np.argsort(order, kind="stable") if eligible[row]][:NUM_EXAMPLES]
     columns = [frame.FRAME_ID, frame.URI, frame.DOMAIN, SCORE, MARGIN]
-    return [dict(row) for row in frames.select(columns).take(rows).to_pylist()]
+    return [dict(row) for row in frames.select(columns).take(pa.array(rows, pa.int64())).to_pylist()]
 
 
 def _rounded(values: npt.NDArray[np.floating[Any]]) -> list[float]:

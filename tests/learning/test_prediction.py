@@ -109,7 +109,9 @@ def test_normalisation_is_the_cards(tmp_path: Path) -> None:
     assert not np.array_equal(Segmenter(usual, "cpu")(pixels).confidence, Segmenter(other, "cpu")(pixels).confidence)
 
 
-@pytest.mark.parametrize("wrong", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), np.zeros((3, 4, 4), np.uint8)])
+@pytest.mark.parametrize(
+    "wrong", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), np.zeros((3, 4, 4), np.uint8)]
+)
 def test_what_is_no_image_is_refused(model: Location, wrong: np.ndarray) -> None:
     with pytest.raises(UserError, match="uint8 RGB"):
         Segmenter(model, "cpu")(wrong)

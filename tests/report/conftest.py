@@ -204,7 +204,9 @@ class MadeUpRun:
             "nightseg": "0.1.0",
             "recipe": "demo",
             "seed": 3,
-            "taxonomy": {"name": "camvid11", "classes": list(CLASSES.classes), "palette": [list(c) for c in CLASSES.palette]},
+            "taxonomy": {
+                "name": "camvid11", "classes": list(CLASSES.classes), "palette": [list(c) for c in CLASSES.palette],
+            },
             "versions": {"python": "3.11.2", "nightseg": "0.1.0", "torch": "2.14.1"},
             "hardware": {"machine": "x86_64", "cpus": 2, "system": "Linux"},
             "models": {
@@ -213,7 +215,7 @@ class MadeUpRun:
             },
             "datasets": {"day": ["collect/day"], "night": ["collect/street:night"]},
             "splits": {"street": self.split_evidence(street)},
-            "selections": {"self_trained": {"node": "select/self_trained", "evidence": self.selection_evidence(street)}},
+            "selections": {"self_trained": {"node": "select/self_trained", "evidence": self.selection(street)}},
             "pseudo_labels": {"self_trained": {"node": "pseudo_label/self_trained", "evidence": self.evidence}},
             "predictions": {"dusk": {"node": "predict/dusk", "dataset": "night_test", "model": "self_trained"}},
             "quarantine": [
@@ -264,7 +266,7 @@ class MadeUpRun:
             "borderline": [{**row, "score": -0.19, "margin": 0.19 + 0.01 * i} for i, row in enumerate(street)],
         }
 
-    def selection_evidence(self, street: list[dict[str, Any]]) -> dict[str, Any]:
+    def selection(self, street: list[dict[str, Any]]) -> dict[str, Any]:
         values = np.sort(self.random.gamma(6, 9, 310))
         edges = np.histogram_bin_edges(values, 40)
         rows = [{"frame_id": row["frame_id"], "uri": row["uri"], "score": 20.0 + i} for i, row in enumerate(street)]
@@ -277,7 +279,11 @@ class MadeUpRun:
             "resize": "clean",
             "fid": {"selection": 41.2, "random_mean": 47.9, "random_sd": 0.8, "random_draws": 20, "pool": 44.0},
             "shared_with_tests": {"night": 0},
-            "scores": {"edges": edges.tolist(), "pool": np.histogram(values, edges)[0].tolist(), "chosen": np.histogram(values[:160], edges)[0].tolist()},
+            "scores": {
+                "edges": edges.tolist(),
+                "pool": np.histogram(values, edges)[0].tolist(),
+                "chosen": np.histogram(values[:160], edges)[0].tolist(),
+            },
             "cut": float(values[159]),
             "best": rows[:3], "last_chosen": rows[2:4], "first_left_out": rows[3:], "worst": rows[-2:],
         }  # fmt: skip

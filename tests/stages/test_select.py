@@ -113,7 +113,6 @@ def test_evidence_compares_with_chance(tmp_path: Path) -> None:
 
 
 def test_histogram_takes_the_same_light(tmp_path: Path) -> None:
-    # All reference frames but one have their light in bin 5, as pool frame 5 has.
     histograms = frames_of(3, "reference")
     reference = scored(tmp_path, histograms, REFERENCE[:3], "reference")
     commit = chosen(tmp_path, "histogram", 3, reference=reference)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from torch import Tensor, nn
 
+from nightseg.compute.training import LocalSession
 from nightseg.config import Augmentation, Loss, Network, TrainCompute, Training
 from nightseg.frames.images import encode_png
 from nightseg.frames.table import frame_table
@@ -27,12 +26,12 @@ from nightseg.stages.train_segmenter import Plan, learn, train_segmenter
 from nightseg.storage import Location, UserError
 from nightseg.workspace import Workspace
 
-NETWORK = Network(encoder="resnet18", input_size=(64, 64), pyramid_channels=8, head_channels=8)
+NETWORK = Network(encoder="efficientnet_lite0", input_size=(64, 64), pyramid_channels=8, head_channels=8)
 TRAINING = Training(
     optimizer="adamw",
     learning_rate=2e-3,
     batch=2,
-    epochs=3,
+    epochs=2,
     warmup_steps=2,
     crop=(64, 64),
     augmentation=Augmentation(scale=(0.75, 1.5), flip=0.5, brightness=0.2),
@@ -43,35 +42,17 @@ class Killed(Exception):  # noqa: N818 (an event, not an error)
     """What a SIGKILL is to this process."""
 
 
-class FakeSession:
-    """One worker without a cluster: states live in memory as the bytes that a file would hold."""
+class Session(LocalSession):
+    """A worker without a cluster, that can be killed right after a report."""
 
-    rank, world_size, device = 0, 1, torch.device("cpu")
-
-    def __init__(self, saved: bytes | None = None, die_after: int | None = None) -> None:
-        self.saved, self.die_after = saved, die_after
-        self.metrics: list[dict[str, float]] = []
-        self.figures: list[tuple[int, dict[str, float]]] = []
-
-    def wrap(self, module: nn.Module) -> nn.Module:
-        return module
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-    def restore(self) -> dict[str, Any] | None:
-        return None if self.saved is None else torch.load(io.BytesIO(self.saved), weights_only=True, map_location="cpu")
+    def __init__(self, folder: Path, die_after: int | None = None) -> None:
+        super().__init__(Location.of(folder))
+        self.die_after = die_after
 
     def report(self, metrics: Mapping[str, float], state: Mapping[str, Any] | None) -> None:
-        buffer = io.BytesIO()
-        torch.save(dict(state or {}), buffer)
-        self.saved = buffer.getvalue()
-        self.metrics.append(dict(metrics))
-        if len(self.metrics) == self.die_after:
+        super().report(metrics, state)
+        if len(self.history) == self.die_after:
             raise Killed
-
-    def progress(self, done: int, **figures: float) -> None:
-        self.figures.append((done, figures))
 
     @property
     def state(self) -> dict[str, Any]:
@@ -131,40 +112,37 @@ def plan_for(rows: pa.Table, folder: Path, training: Training = TRAINING, valida
     return Plan(rows, validate, start, classes, NETWORK, Loss(kind="combined"), training, 0, 1)
 
 
-def train(session: Any, plan: Plan) -> None:
+def train(session: Session, plan: Plan) -> dict[str, Any]:
     learn(session, {"plan": plan})
+    return session.state
 
 
 def test_loss_falls_and_validation_is_recorded(rows: pa.Table, tmp_path: Path) -> None:
-    session = FakeSession()
+    session = Session(tmp_path / "trainer")
     training = TRAINING.model_copy(update={"epochs": 4, "steps_per_epoch": 5, "validate_every": 2})
-    train(session, plan_for(rows, tmp_path, training, rows.slice(0, 3)))
-    history = session.state["history"]
+    history = train(session, plan_for(rows, tmp_path, training, rows.slice(0, 3)))["history"]
     assert [record["epoch"] for record in history] == [1, 2, 3, 4]
     assert history[-1]["loss"] < 0.5 * history[0]["loss"]
+    assert history[-1]["learning_rate"] < history[0]["learning_rate"]
     assert ["validation" in record for record in history] == [False, True, False, True]
     scores = history[-1]["validation"]
     assert scores["pa"] > 0.5
     assert set(scores["iou"]) == set(taxonomy("camvid11").classes)
-    assert session.metrics[-1]["miou"] == scores["miou"]
-    assert session.figures[-1][0] == 20
-    assert history[-1]["learning_rate"] < history[0]["learning_rate"]
+    assert session.history[-1]["miou"] == scores["miou"]
+    assert session.done == 20
 
 
 def test_resumed_training_is_bit_for_bit_the_uninterrupted_one(rows: pa.Table, tmp_path: Path) -> None:
     plan = plan_for(rows, tmp_path, validate=rows.slice(0, 2))
-    whole = FakeSession()
-    train(whole, plan)
-
-    dying = FakeSession(die_after=1)
+    expected = train(Session(tmp_path / "whole"), plan)
     with pytest.raises(Killed):
-        train(dying, plan)
-    resumed = FakeSession(saved=dying.saved)
-    train(resumed, plan)
+        train(Session(tmp_path / "killed", die_after=1), plan)
+    resumed = Session(tmp_path / "killed")
+    found = train(resumed, plan)
 
-    assert len(resumed.metrics) == 2
-    assert resumed.state["history"] == whole.state["history"]
-    expected, found = whole.state, resumed.state
+    assert found["history"] == expected["history"]
+    assert [metrics["epoch"] for metrics in resumed.history] == [1, 2]
+    assert found["pace"]["frames"] == expected["pace"]["frames"] == 12
     assert all(torch.equal(found["network"][name], value) for name, value in expected["network"].items())
     for key, moments in expected["optimizer"]["state"].items():
         assert all(torch.equal(found["optimizer"]["state"][key][name], value) for name, value in moments.items())
@@ -172,39 +150,33 @@ def test_resumed_training_is_bit_for_bit_the_uninterrupted_one(rows: pa.Table, t
 
 def test_nothing_is_left_to_do_for_a_finished_training(rows: pa.Table, tmp_path: Path) -> None:
     plan = plan_for(rows, tmp_path, TRAINING.model_copy(update={"epochs": 1}))
-    first = FakeSession()
-    train(first, plan)
-    again = FakeSession(saved=first.saved)
-    train(again, plan)
-    assert again.metrics == []
-    assert again.saved == first.saved
+    expected = train(Session(tmp_path / "trainer"), plan)
+    again = Session(tmp_path / "trainer", die_after=2)  # a second report would kill it
+    assert train(again, plan)["history"] == expected["history"]
 
 
 def test_frozen_batch_norms_keep_their_start(rows: pa.Table, tmp_path: Path) -> None:
-    plan = plan_for(
-        rows, tmp_path, TRAINING.model_copy(update={"epochs": 2, "freeze_batch_norm": True}), rows.slice(0, 2)
-    )
-    session = FakeSession()
-    train(session, plan)
-    before, after = load_tensors(plan.start)[0], session.state["network"]
+    training = TRAINING.model_copy(update={"epochs": 1, "freeze_batch_norm": True})
+    plan = plan_for(rows, tmp_path, training, rows.slice(0, 2))
+    before, after = load_tensors(plan.start)[0], train(Session(tmp_path / "trainer"), plan)["network"]
+    stem = "body.features.conv_stem.weight"
     assert all(torch.equal(before[name], after[name]) for name in before if ".bn1." in name)
-    assert not torch.equal(before["body.conv1.weight"], after["body.conv1.weight"])
+    assert not torch.equal(before[stem], after[stem])
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_batch_without_a_valid_pixel_is_harmless(rows: pa.Table, tmp_path: Path, precision: str) -> None:
     for uri in rows["label_uri"].to_pylist():
         Location.of(uri).write_bytes(encode_png(np.full((64, 80), 11, np.uint8)))  # void
-    session = FakeSession()
     training = TRAINING.model_copy(update={"epochs": 1, "precision": precision, "weight_decay": 0.0})
     plan = plan_for(rows, tmp_path, training, rows.slice(0, 2))
-    train(session, plan)
-    record = session.state["history"][0]
+    state = train(Session(tmp_path / "trainer"), plan)
+    record = state["history"][0]
     assert record["loss"] == 0
     assert record["gradient_norm"] == 0
     assert record["validation"]["miou"] is None
-    before = load_tensors(plan.start)[0]
-    assert torch.equal(before["head.predictor.weight"], session.state["network"]["head.predictor.weight"])
+    weight = "head.predictor.weight"
+    assert torch.equal(load_tensors(plan.start)[0][weight], state["network"][weight])
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_frames(
@@ -219,7 +191,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_frames(
 
     monkeypatch.setattr(stage, "combined_loss_sum", poisoned)
     plan = plan_for(rows, tmp_path)  # 3 steps an epoch: the fifth is the second of epoch 2
-    session = FakeSession()
+    session = Session(tmp_path / "trainer")
     with pytest.raises(UserError) as caught:
         train(session, plan)
     order = sample_order(6, 6, plan.seed, 1)
@@ -230,7 +202,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_frames(
     assert all(torch.isfinite(value).all() for value in session.state["network"].values())
 
 
-def test_two_workers_weigh_every_valid_pixel_alike(rows: pa.Table, tmp_path: Path) -> None:
+def test_two_workers_weigh_every_valid_pixel_alike() -> None:
     """Global normalisation: gradients of two half batches, averaged as DDP does, are those of the whole batch."""
     target = torch.full((2, 8, 8), 255, dtype=torch.uint8)
     target[0], target[1, :1] = 0, 1  # 64 valid pixels against 8
@@ -257,7 +229,7 @@ def test_what_cannot_train_is_refused_with_the_cure(rows: pa.Table) -> None:
     assert "student, train: 1 of 6 frames have no label (first toy/0)" in refuse(bare)
     assert "self_training.pool" in refuse(rows, bare)
     assert "hold no frame" in refuse(rows.slice(0, 0))
-    assert "set training.warmup_steps to" in refuse(rows, warmup_steps=9)
+    assert "set training.warmup_steps to" in refuse(rows, warmup_steps=6)
     assert "multiple of 2" in refuse(rows, workers=2, batch=3)
     assert "set training.crop to (64, 64)" in refuse(rows, crop=(128, 64))
 

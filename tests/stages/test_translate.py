@@ -127,7 +127,7 @@ def test_frames_of_the_wanted_domain_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"5 of 5 frames are day frames already \(first streets/frame 0\)"):
         run(tmp_path, frames(tmp_path, SIZES), "day")
     with pytest.raises(UserError, match="no frame to translate"):
-        run(tmp_path, frame_table([]), "night")
+        run(tmp_path / "empty", frame_table([]), "night")
 
 
 @pytest.mark.ray

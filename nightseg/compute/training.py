@@ -1,0 +1,373 @@
+"""Training loops on Ray Train: the loop is a plain function of a `Session`, and does not know what it runs on.
+
+    def loop(session: Session, settings: dict[str, Any]) -> None:
+        network = build(settings).to(session.device)
+        state = session.restore()                       # None, or what the last report carried
+        if state is not None:
+            network.load_state_dict(state["network"])
+        model = session.wrap(network)                   # gradients are averaged over the workers
+        for epoch in range(state["epoch"] if state else 0, settings["epochs"]):
+            ...
+            session.report({"loss": loss}, {"network": network.state_dict(), "epoch": epoch + 1})
+
+`fit` runs it on workers of the cluster. A worker that dies is replaced and continues after the last report; so does
+the same call after the driver was killed, because the folder is the same.
+
+Tests need no Ray: `loop(LocalSession(Location.of(tmp_path)), settings)` runs in this process, with real checkpoints;
+a second call with the same folder resumes. `LocalSession.history` holds what was reported, `.done` the progress.
+
+Reports are few (one an epoch): each is a barrier of all workers. `progress` may be called in every step.
+"""
+
+from __future__ import annotations
+
+import signal
+import tempfile
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from nightseg.compute import cluster
+from nightseg.compute.board import Failure, board
+from nightseg.compute.checkpoints import Checkpoints
+from nightseg.errors import UserError
+from nightseg.progress import Progress, Task
+from nightseg.storage import Location
+
+SECONDS_BETWEEN_LOOKS = 0.25
+"""How often the driver asks how far the workers are, and the least time between two messages of a worker."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How a training is spread: `count` processes with `cpus` and `gpus` each; `max_failures` deaths are survived."""
+
+    count: int
+    cpus: float
+    gpus: float
+    max_failures: int
+
+
+class Session(Protocol):
+    """What a training loop sees of the cluster. Every worker has one; all must make the same calls of `report`."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module on this worker's device, DistributedDataParallel if there are several workers."""
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum of the tensor over all workers, on this worker's device; the tensor itself if there is one worker."""
+
+    def restore(self) -> dict[str, Any] | None:
+        """The state of the newest whole checkpoint (tensors on the CPU), or None at the very start."""
+
+    def report(self, metrics: Mapping[str, float], state: Mapping[str, Any] | None) -> None:
+        """A barrier. Notes the metrics, and keeps rank 0's state as a checkpoint if it is given."""
+
+    def progress(self, done: int, **figures: float) -> None:
+        """`done` units of work are finished in all, not since the last call. Cheap; never waits."""
+
+
+class LocalSession:
+    """One worker in this process, for tests and small work: no Ray, the same checkpoints."""
+
+    def __init__(self, folder: Location, device: torch.device | str = "cpu") -> None:
+        self.rank = 0
+        self.world_size = 1
+        self.device = torch.device(device)
+        self.history: list[dict[str, Any]] = []
+        self.done = 0
+        self.figures: dict[str, float] = {}
+        self._checkpoints = Checkpoints(folder)
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        return module.to(self.device)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def restore(self) -> dict[str, Any] | None:
+        snapshot = self._checkpoints.newest()
+        if snapshot is None:
+            return None
+        self.history = snapshot.history
+        return snapshot.state
+
+    def report(self, metrics: Mapping[str, float], state: Mapping[str, Any] | None) -> None:
+        self.history.append(dict(metrics))
+        if state is not None:
+            self._checkpoints.save(len(self.history), state, self.history)
+
+    def progress(self, done: int, **figures: float) -> None:
+        self.done = done
+        self.figures.update(figures)
+
+
+class _WorkerSession:
+    """One worker of a cluster. Rank 0 keeps the history, the checkpoints and the board."""
+
+    def __init__(self, checkpoints: Checkpoints, board: Any, key: str) -> None:
+        import ray.train.torch
+
+        context = ray.train.get_context()
+        self.rank: int = context.get_world_rank()
+        self.world_size: int = context.get_world_size()
+        self.device: torch.device = ray.train.torch.get_device()
+        self.history: list[dict[str, Any]] = []
+        self._checkpoints = checkpoints
+        self._board = board
+        self._key = key
+        self._told = 0.0
+        self._untold: tuple[int, dict[str, float]] | None = None
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        module = module.to(self.device)
+        if self.world_size == 1:
+            return module
+        devices = [self.device] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(module, device_ids=devices)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        if self.world_size == 1:
+            return tensor
+        tensor = tensor.to(self.device)  # NCCL knows no other place
+        torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def restore(self) -> dict[str, Any] | None:
+        snapshot = self._checkpoints.newest()
+        if snapshot is None:
+            return None
+        self.history = snapshot.history
+        return snapshot.state
+
+    def report(self, metrics: Mapping[str, float], state: Mapping[str, Any] | None) -> None:
+        import ray.train
+
+        self.history.append(dict(metrics))
+        # The barrier comes first: no worker can still be in `restore` when a newer checkpoint appears.
+        ray.train.report(dict(metrics))
+        if self.rank == 0 and state is not None:
+            self._checkpoints.save(len(self.history), state, self.history)
+
+    def progress(self, done: int, **figures: float) -> None:
+        if self.rank == 0:
+            self._untold = (done, figures)
+            if time.monotonic() - self._told >= SECONDS_BETWEEN_LOOKS:
+                self.tell()
+
+    def tell(self) -> None:
+        """What `progress` held back goes to the board; nobody waits for an answer."""
+        if self._untold is not None:
+            self._board.advance.remote(self._key, *self._untold)
+            self._told, self._untold = time.monotonic(), None
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """A finished training. `metrics`: of the last report; `history`: of every report of every run, in order."""
+
+    metrics: dict[str, Any]
+    history: list[dict[str, Any]]
+    checkpoints: Checkpoints = field(repr=False)
+
+    def load(self) -> dict[str, Any]:
+        """The state of the last report that carried one, tensors on the CPU. Raises RuntimeError if none did."""
+        snapshot = self.checkpoints.newest()
+        if snapshot is None:
+            raise RuntimeError(f"the training in {self.checkpoints.folder} ended without reporting a state")
+        return snapshot.state
+
+
+def fit(
+    loop: Callable[[Session, dict[str, Any]], None],
+    settings: dict[str, Any],
+    *,
+    folder: Location,
+    name: str,
+    workers: Workers,
+    progress: Progress,
+    title: str,
+    total: int,
+    unit: str,
+) -> FitResult:
+    """Runs the loop on the workers until it returns on all of them.
+
+    Args:
+        loop, settings: called as `loop(session, settings)` on every worker; both are pickled, paths in them absolute.
+        folder, name: checkpoints lie in `folder`/`name`, on a file system that all workers reach. What is there is
+            continued, so two trainings that differ in anything must have different folders: put it under the attempt.
+        workers: what to reserve. PyTorch gets int(cpus) threads, at least one. gloo on CPUs, NCCL on GPUs.
+        total, unit: of `Session.progress`, for the display.
+
+    Raises:
+        UserError: raised in the loop (never tried again), or the cluster is too small (Ray would wait forever).
+        RuntimeError: the loop failed otherwise, or its process died, more than `max_failures` times.
+    """
+    cluster.connect()
+    keys = "compute.train.workers or compute.train.{}_per_worker"
+    for resource, each in (("CPU", workers.cpus), ("GPU", workers.gpus)):
+        recipe_key = keys.format(f"{resource.lower()}s")
+        cluster.require(resource, count=workers.count, each=each, what="training workers", recipe_key=recipe_key)
+    job = {
+        "loop": loop,
+        "settings": settings,
+        "checkpoints": Checkpoints(folder / name),
+        "threads": max(1, int(workers.cpus)),
+        "board": board(),
+        "key": uuid.uuid4().hex,
+    }
+    with progress.task(title, total, unit) as task, _shown(job["board"], job["key"], task):
+        history = _run(job, workers, name, title)
+    return FitResult(history[-1] if history else {}, history, job["checkpoints"])
+
+
+def _run(job: dict[str, Any], workers: Workers, name: str, title: str) -> list[dict[str, Any]]:
+    """The history, from rank 0. Ray's own storage holds nothing and goes away: checkpoints are ours."""
+    import ray
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchConfig
+
+    resources = {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
+    with tempfile.TemporaryDirectory(prefix="nightseg-train-", ignore_cleanup_errors=True) as storage:
+        trainer = _lean_trainer()(
+            _work,
+            train_loop_config=job,
+            torch_config=TorchConfig(backend="nccl" if workers.gpus else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=workers.count, use_gpu=workers.gpus > 0, resources_per_worker=resources
+            ),
+            run_config=RunConfig(
+                name=name,
+                storage_path=storage,
+                failure_config=FailureConfig(max_failures=workers.max_failures),
+                logging_config=LoggingConfig(log_level="ERROR"),
+            ),
+        )
+        try:
+            with _interrupts_stay_interrupts():
+                returned = trainer.fit().return_value
+        except (TrainingFailedError, ray.exceptions.RayError) as error:
+            raise _failure(job, title, error) from error
+    if returned is None:
+        raise _failure(job, title, None)
+    return list(returned)
+
+
+def _lean_trainer() -> type[Any]:
+    """TorchTrainer without helpers that start a process each (2 s of a core) and do nothing here.
+
+    We hand over no Ray dataset, and on a local Ray nothing outlives the driver, so nothing is left to clean up behind
+    it. Should a later Ray name them otherwise, they are merely back.
+    """
+    from ray.train.torch import TorchTrainer
+
+    idle = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if cluster.is_local() else set())
+
+    class LeanTrainer(TorchTrainer):  # type: ignore[misc]
+        def _create_default_callbacks(self) -> list[Any]:
+            return [one for one in super()._create_default_callbacks() if type(one).__name__ not in idle]
+
+    return LeanTrainer
+
+
+def _work(job: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """What every worker runs. None: the user's mistake that ended the training is on the board."""
+    import ray
+
+    board, key = job["board"], job["key"]
+    if ray.get(board.begin.remote(key)) is not None:
+        return None  # Ray started the workers again, but the mistake is still there
+    torch.set_num_threads(job["threads"])
+    session = _WorkerSession(job["checkpoints"], board, key)
+    try:
+        job["loop"](session, job["settings"])
+        session.tell()
+    except Exception as error:
+        is_user_error = isinstance(error, UserError)
+        message = str(error) if is_user_error else f"{type(error).__name__}: {error}"
+        ray.get(board.fail.remote(key, Failure(is_user_error, message, traceback.format_exc())))
+        if is_user_error and session.world_size == 1:
+            return None
+        raise  # the other workers wait in a collective; only a failed worker makes Ray end them
+    return session.history
+
+
+def _failure(job: dict[str, Any], title: str, error: BaseException | None) -> Exception:
+    """The error to raise: what a worker wrote on the board, else what Ray knows."""
+    import ray
+
+    failure = ray.get(job["board"].read.remote(job["key"])).failure
+    if failure is None:
+        failures = list(getattr(error, "worker_failures", {}).values())
+        died = any(isinstance(cause, ray.exceptions.RayActorError) for cause in failures)
+        reason = "a worker process died: it ran out of memory, was killed, or crashed" if died else _reason(error)
+        return RuntimeError(f"{title}: {reason}")
+    raised = UserError(failure.message) if failure.is_user_error else RuntimeError(f"{title}: {failure.message}")
+    raised.add_note(f"In the worker:\n{failure.trace}")
+    return raised
+
+
+def _reason(error: BaseException | None) -> str:
+    """Ray's error as a line: its last one, because its first announce and its middle is a traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else "the training ended without a result"
+
+
+@contextmanager
+def _shown(board: Any, key: str, task: Task) -> Iterator[None]:
+    """While the body runs, the task follows what rank 0 writes on the board."""
+    import ray
+
+    stop = threading.Event()
+    shown = 0
+
+    def look(timeout: float) -> None:
+        nonlocal shown
+        notice = ray.get(board.read.remote(key), timeout=timeout)
+        # A restarted worker begins before where its predecessor died: the bar stands still until it is past that.
+        task.advance(max(0, notice.done - shown), **notice.figures)
+        shown = max(shown, notice.done)
+
+    def follow() -> None:
+        while not stop.wait(SECONDS_BETWEEN_LOOKS):
+            try:
+                look(timeout=5.0)
+            except ray.exceptions.RayError:  # busy or starting anew: training goes on without a display
+                continue
+
+    thread = threading.Thread(target=follow, name="nightseg-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+        look(timeout=5.0)
+    finally:
+        stop.set()
+        thread.join(timeout=10.0)
+        board.forget.remote(key)
+
+
+@contextmanager
+def _interrupts_stay_interrupts() -> Iterator[None]:
+    """Ray Train answers Ctrl-C by ending the process with status 0, and leaves its handler behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGINT, handler)

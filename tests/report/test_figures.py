@@ -1,0 +1,49 @@
+"""Charts as geometry: where things lie is arithmetic."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nightseg.report.figures import curves, nice_values, overlaid_histogram, stacked_histogram
+
+
+def test_ticks_are_round_and_inside() -> None:
+    assert nice_values(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert nice_values(-1, 1) == pytest.approx([-1, -0.5, 0, 0.5, 1])
+    assert nice_values(0, 255) == [0, 100, 200]
+    assert nice_values(3, 3) == [3]
+
+
+@given(low=st.floats(-1e6, 1e6), span=st.floats(1e-3, 1e6))
+def test_ticks_are_few(low: float, span: float) -> None:
+    values = nice_values(low, low + span)
+    assert 1 <= len(values) <= 6
+    assert all(low - 1e-6 * abs(low) - 1e-9 <= value <= (low + span) * (1 + 1e-9) + 1e-6 * abs(low) for value in values)
+
+
+def test_bars_stack_without_gap_and_fill_the_height() -> None:
+    chart = stacked_histogram([0, 1, 2], {"day": [1, 0], "night": [3, 2]}, description="x", marks={"cut": 1})
+    first, second, third = chart.bars
+    assert (first.kind, second.kind, third.kind) == ("day", "night", "night")
+    assert first.y + first.height == chart.bottom
+    assert second.y + second.height == pytest.approx(first.y)
+    assert second.y == chart.top  # 1 + 3 is the highest column
+    assert third.height == pytest.approx(2 * first.height)
+    assert chart.marks[0].place == (chart.left + chart.right) / 2
+    assert second.title == "night: 3 frames, 0 to 1"
+
+
+def test_a_part_fills_its_bar_from_below() -> None:
+    chart = overlaid_histogram([0, 1], [10], [4], kinds=("pool", "chosen"), description="x")
+    chosen, rest = chart.bars
+    assert (chosen.kind, rest.kind) == ("chosen", "pool")
+    assert chosen.height * 6 == pytest.approx(rest.height * 4)
+
+
+def test_curves_span_the_chart_and_nothing_is_no_error() -> None:
+    chart = curves({"day": [0.0, 2.0, 1.0]}, x_range=(0, 255), description="x")
+    points = [tuple(map(float, pair.split(","))) for pair in chart.lines[0].points.split()]
+    assert points[0] == (chart.left, chart.bottom) and points[1][1] == chart.top
+    assert points[2] == (chart.right, (chart.top + chart.bottom) / 2)
+    assert curves({}, x_range=(0, 1), description="x").lines == ()
+    assert stacked_histogram([0, 1], {}, description="x").bars == ()
