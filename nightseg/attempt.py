@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections import Counter
@@ -16,7 +17,7 @@ from nightseg.commit import Commit, Output, code_version, outputs_below, read_co
 from nightseg.faults import fault_point
 from nightseg.parquet import format_table, table_rows
 from nightseg.progress import printable
-from nightseg.storage import Location, UserError, sha256_of
+from nightseg.storage import Location, UserError, canonical_json, sha256_of
 
 QUARANTINE = "quarantine"
 SHARDS_NAME = "_shards"
@@ -120,7 +121,7 @@ class Attempt:
         found = {output.path: output for output in outputs_below(self.folder, outputs)}
         found |= {output.path: output for record in shards for output in record.tables.values()}
         listed = tuple(found[path] for path in sorted(found))
-        if quarantined > max_bad_fraction * rows_in:
+        if rows_in and quarantined / rows_in > max_bad_fraction:
             self._reject(listed, shards, quarantined, rows_in, max_bad_fraction)
         commit = Commit(
             stage=self.identity["stage"],
@@ -133,7 +134,7 @@ class Attempt:
             rows_out=rows_out,
             quarantined=quarantined,
             seconds=round(seconds, 3),
-            summary=dict(summary or {}),
+            summary=json.loads(canonical_json(dict(summary or {}))),  # what a later run will read, already now
             outputs=listed,
             code=code_version(),
             created=datetime.now(UTC).isoformat(timespec="milliseconds"),

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -80,7 +81,8 @@ class Commit:
         paths = table_paths(self.outputs, name)
         if not paths:
             raise KeyError(f"{self.stage}/{self.name} committed no table {name!r}")
-        return pa.concat_tables([(self.folder / path).read_table() for path in paths])
+        tables = [(self.folder / path).read_table() for path in paths]
+        return pa.concat_tables(tables, promote_options="default")  # a column that is all null in one shard fits any
 
     def json(self, path: str) -> Any:
         return self.file(path).read_json()
@@ -155,16 +157,14 @@ def read_commit(stage_folder: Location) -> Commit | None:
 def check_outputs(commit: Commit) -> None:
     """Raises `DamagedCommit` if an output is missing, has another size, or is a link that leads out of the folder."""
     problems = []
+    sizes = _sizes(commit)
     for output in commit.outputs:
-        file = commit.folder / output.path
-        try:
-            size = file.size()
-        except (FileNotFoundError, NotADirectoryError):
+        size = sizes.get(output.path)
+        if size is None:
             problems.append(f"{output.path} is missing")
-            continue
-        if size != output.bytes:
+        elif size != output.bytes:
             problems.append(f"{output.path} has {size} bytes instead of {output.bytes}")
-        elif file.is_local and not _is_inside(file, commit.folder):
+        elif commit.folder.is_local and not _is_inside(commit.folder / output.path, commit.folder):
             problems.append(f"{output.path} is a link that leads out of the folder")
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
@@ -172,6 +172,19 @@ def check_outputs(commit: Commit) -> None:
             f"the committed outputs of {commit.stage}/{commit.name} in {commit.folder} are damaged: "
             f"{'; '.join(problems[:3])}{more}. Restore them, or delete {commit.folder.parent} to compute them again"
         )
+
+
+def _sizes(commit: Commit) -> dict[str, int]:
+    """Bytes of the outputs that are there. One listing on a store, where every single look takes a round trip."""
+    if not commit.folder.is_local:
+        if not commit.outputs or not commit.folder.is_folder():
+            return {}
+        return {entry.name: entry.size for entry in commit.folder.list(recursive=True) if not entry.is_folder}
+    sizes = {}
+    for output in commit.outputs:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            sizes[output.path] = (commit.folder / output.path).size()
+    return sizes
 
 
 def _is_inside(file: Location, folder: Location) -> bool:

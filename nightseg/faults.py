@@ -1,4 +1,8 @@
-"""Places where a test can kill the process, to prove that a rerun ends with the same result."""
+"""Places where a test can kill the process, to prove that a rerun ends with the same result.
+
+The commit protocol passes, in this order: `attempt`, for every shard `tables`, `shard` and `shard-<5 digits>`, then
+`hashed` and `commit`; and `temporary-<file name>` whenever a file is written but not yet in place.
+"""
 
 from __future__ import annotations
 

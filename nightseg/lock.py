@@ -106,18 +106,20 @@ def _lease(root: Location, seconds: float, settle: float) -> Iterator[None]:
     found = _read(place)
     if found is None or found.get("owner") != owner:
         raise _busy(root, found)
-    stop, lost = threading.Event(), threading.Event()
-    beat = threading.Thread(target=_renew, args=(place, mine, seconds / 4, stop, lost), daemon=True, name="lease")
+    stop = threading.Event()
+    beat = threading.Thread(target=_renew, args=(place, mine, seconds / 4, stop), daemon=True, name="lease")
     beat.start()
+    thief = None
     try:
         yield
     finally:
         stop.set()
         beat.join()
-        if not lost.is_set():
+        thief = _other_owner(place, mine)
+        if thief is None:
             place.delete()
-    if lost.is_set():
-        raise _busy(root, _read(place))
+    if thief is not None:
+        raise _busy(root, thief)
 
 
 def _wait_until_dead(root: Location, place: Location, held: dict[str, Any], seconds: float) -> None:
@@ -131,17 +133,21 @@ def _wait_until_dead(root: Location, place: Location, held: dict[str, Any], seco
         raise _busy(root, seen)
 
 
-def _renew(place: Location, mine: dict[str, Any], pause: float, stop: threading.Event, lost: threading.Event) -> None:
+def _renew(place: Location, mine: dict[str, Any], pause: float, stop: threading.Event) -> None:
     while not stop.wait(pause):
         try:
-            found = _read(place)
-            if found is not None and found.get("owner") != mine["owner"]:
-                _LOG.error("the lease on %s was taken over by %s", place.parent, _name(found))
-                lost.set()
+            thief = _other_owner(place, mine)
+            if thief is not None:
+                _LOG.error("the lease on %s was taken over by %s", place.parent, _name(thief))
                 return
             place.write_bytes(_encode(mine))
-        except OSError as error:
+        except (OSError, UserError) as error:
             _LOG.warning("cannot renew the lease %s: %s", place, error)
+
+
+def _other_owner(place: Location, mine: dict[str, Any]) -> dict[str, Any] | None:
+    found = _read(place)
+    return found if found is not None and found.get("owner") != mine["owner"] else None
 
 
 def _age(lease: dict[str, Any]) -> float:

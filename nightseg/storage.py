@@ -230,6 +230,7 @@ class Location:
         """Forces a local file, written by someone else, to disk. Remote objects are durable once written."""
         if self.is_local:
             _sync(self.uri)
+            _sync(os.path.dirname(self.uri))
 
     def make_folder(self) -> None:
         with write_errors(self):

@@ -22,13 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from nightseg.attempt import Attempt, ShardRecord
-from nightseg.commit import (
-    Commit,
-    DamagedCommit,
-    Output,
-    check_outputs,
-    read_commit,
-)
+from nightseg.commit import Commit, DamagedCommit, Output, check_outputs, read_commit
 from nightseg.faults import fault_point
 from nightseg.lock import WorkspaceBusy, hold, holder
 from nightseg.storage import Location, UserError, hash_of, safe_relative

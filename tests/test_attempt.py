@@ -134,7 +134,7 @@ def test_finish_lists_everything_and_counts(stage: Stage) -> None:
         quarantined=3,
         outputs=["evidence.json", "model"],
         num_shards=3,
-        summary={"n": 2},
+        summary={"n": (1, 2), "empty": None},
         seconds=2,
     )
     assert [output.path for output in commit.outputs] == [
@@ -148,7 +148,7 @@ def test_finish_lists_everything_and_counts(stage: Stage) -> None:
     assert (model.bytes, model.sha256, model.rows) == (5, storage.sha256_of(b"12345"), None)
     assert sum(output.rows or 0 for output in commit.outputs) == 12
     assert (commit.rows_in, commit.rows_out, commit.quarantined, commit.seconds, commit.seed) == (12, 9, 3, 2, 7)
-    assert commit.summary == {"n": 2}
+    assert commit.summary == {"n": [1, 2], "empty": None}
     assert commit.code.startswith("0.1.0+")
     assert stage.commit() == commit
     assert commit.verify() == []
@@ -191,6 +191,11 @@ def test_too_many_bad_frames_stop_the_stage(stage: Stage) -> None:
     assert stage.commit() is None
     assert fill(stage.open(), 2) == [1]  # the files may have been mended: only the shard with bad ones is read again
     stage.open().finish(rows_in=8, rows_out=8, max_bad_fraction=0.0, num_shards=2)
+
+
+def test_the_limit_itself_is_allowed(stage: Stage) -> None:
+    """0.29 * 100 is 28.999999999999996 in floating point."""
+    assert stage.open().finish(rows_in=100, rows_out=71, quarantined=29, max_bad_fraction=0.29).quarantined == 29
 
 
 def test_reasons_come_from_a_single_quarantine_table_too(stage: Stage) -> None:

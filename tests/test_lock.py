@@ -159,8 +159,29 @@ def test_the_later_of_two_claims_wins(store: Location, monkeypatch: pytest.Monke
     assert (store / LEASE_NAME).read_json()["owner"] == "rival"
 
 
-def test_a_lost_lease_is_an_error_and_left_to_its_new_owner(store: Location) -> None:
-    with pytest.raises(WorkspaceBusy, match="process 7 on far"), hold(store, lease_seconds=0.2, settle_seconds=0):
+def test_a_store_that_fails_for_a_moment_does_not_end_the_lease(
+    store: Location, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with hold(store, lease_seconds=0.2, settle_seconds=0):
+        first = (store / LEASE_NAME).read_json()["renewed"]
+        with monkeypatch.context() as patch:
+
+            def fail(self: Location, data: bytes) -> None:
+                raise OSError("503 slow down")
+
+            patch.setattr(Location, "write_bytes", fail)
+            time.sleep(0.2)
+        time.sleep(0.2)
+        assert (store / LEASE_NAME).read_json()["renewed"] > first
+    assert "cannot renew the lease" in caplog.text
+
+
+@pytest.mark.parametrize("lease_seconds", [0.2, 60.0], ids=["seen by the heartbeat", "seen at the end"])
+def test_a_lost_lease_is_an_error_and_left_to_its_new_owner(store: Location, lease_seconds: float) -> None:
+    with (
+        pytest.raises(WorkspaceBusy, match="process 7 on far"),
+        hold(store, lease_seconds=lease_seconds, settle_seconds=0),
+    ):
         lease(store, "thief", 0)
         time.sleep(0.3)
     assert (store / LEASE_NAME).read_json()["owner"] == "thief"

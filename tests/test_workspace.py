@@ -179,6 +179,16 @@ def test_shards_are_joined_in_row_order() -> None:
     ]
 
 
+def test_a_column_that_is_empty_in_one_shard_fits_the_others(workspace: Workspace) -> None:
+    attempt = split(workspace).open()
+    shards: list[list[str | None]] = [[None], ["a.png"], []]
+    for index, labels in enumerate(shards):
+        attempt.write_shard(index, {"frames": pa.table({"label_uri": labels})}, rows_in=len(labels), seconds=0)
+    table = attempt.finish(rows_in=2, rows_out=2, num_shards=3).table("frames")
+    assert table.schema == pa.schema([("label_uri", pa.string())])
+    assert table.to_pydict() == {"label_uri": [None, "a.png"]}
+
+
 def test_content_follows_from_the_outputs_alone(tmp_path: Path) -> None:
     first, second = Workspace(tmp_path / "a"), Workspace(tmp_path / "b")
     assert done(split(first)).content == done(split(second, seed=1)).content

@@ -13,9 +13,11 @@ import os
 import re
 import secrets
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nightseg.compute.quiet import hide_daemons, wants_logs
 from nightseg.errors import UserError
 
 OBJECT_STORE_BYTES = 512 * 2**20
@@ -26,17 +28,20 @@ SMALLEST_OBJECT_STORE_BYTES = 80 * 2**20
 
 REACHABLE_SECONDS = 20.0
 
-LOCAL_ENVIRONMENT = {
+ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for the next check; Ray's 2 s slow short epochs down
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers stay where they are; paths are absolute all the same
     # Without it Ray prints a notice about GPU visibility of actors that ask for no GPU.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
-"""Read by Ray in this process and inherited by every process of a local Ray; what the user set wins."""
+"""Ray's settings, read in this process and handed to its workers. What the user set wins."""
+
+LOCAL_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # nobody takes this machine away; it costs a process
+CLUSTER_ENVIRONMENT = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1800"}  # a GPU node needs minutes to come up
 
 _started_here = False
 
@@ -52,19 +57,15 @@ def connect(num_cpus: int | None = None) -> None:
     """
     import ray
 
+    _set_defaults(ENVIRONMENT)
     if ray.is_initialized():
         return
-    for name, value in LOCAL_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
     address = os.environ.get("RAY_ADDRESS", "").strip()
     if address and address != "local":
         _join(address)
     else:
         _start(num_cpus)
-    if not _wants_logs():
-        # Ray prints what its daemons say to standard output, where `--json` prints its object; what matters comes back
-        # as an exception.
-        ray._private.worker._worker_logs_enabled = False
+    hide_daemons()
 
 
 def disconnect() -> None:
@@ -117,22 +118,23 @@ def require(resource: str, *, count: int, each: float, what: str, recipe_key: st
         )
 
 
-def _wants_logs() -> bool:
-    """RAY_LOG_TO_DRIVER=1, Ray's own switch, shows the output of workers and daemons to who looks for a fault."""
-    return os.environ.get("RAY_LOG_TO_DRIVER", "0").lower() in ("1", "true")
+def _set_defaults(environment: Mapping[str, str]) -> None:
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)
 
 
 def _start(num_cpus: int | None) -> None:
     global _started_here
     import ray
 
+    _set_defaults(LOCAL_ENVIRONMENT)
     _prepare_token(may_create=True)
     ray.init(
         address="local",
         num_cpus=num_cpus or len(os.sched_getaffinity(0)),
         include_dashboard=False,
         object_store_memory=_object_store_bytes(),
-        log_to_driver=_wants_logs(),
+        log_to_driver=wants_logs(),
         logging_level="ERROR",
     )
     _started_here = True
@@ -149,10 +151,11 @@ def _join(address: str) -> None:
             f"RAY_ADDRESS is {shown!r}, which is not the address of a cluster's control store (HOST:PORT): submit with "
             "`ray job submit --working-dir . -- python jobs/...`, or unset RAY_ADDRESS to work on this machine"
         )
+    _set_defaults(CLUSTER_ENVIRONMENT)
     _prepare_token(may_create=False)
     _check_reachable(address, shown)
     try:
-        ray.init(address=address, log_to_driver=_wants_logs(), logging_level="ERROR")
+        ray.init(address=address, log_to_driver=wants_logs(), logging_level="ERROR")
     except AuthenticationError as error:
         raise UserError(
             f"the Ray cluster at {shown} (RAY_ADDRESS) wants another token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN "
@@ -219,10 +222,11 @@ def _protect_token_file() -> bool:
 
 def _reload_ray_config() -> None:
     """Ray caches the authentication mode and token when it is imported, which may be long before `connect`."""
-    from ray._raylet import AuthenticationTokenLoader, Config
+    from ray import _raylet
 
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
+    core: Any = _raylet
+    core.Config.initialize("")
+    core.AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _object_store_bytes() -> int:

@@ -9,7 +9,6 @@ Ray Data's own checkpointing is not used: with blocks from memory it writes rows
 
 from __future__ import annotations
 
-import logging
 import os
 import pickle
 import sys
@@ -22,6 +21,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from nightseg.compute import cluster
+from nightseg.compute.quiet import hide_ray_data
 from nightseg.compute.tables import blocks, shards_of
 from nightseg.errors import UserError
 from nightseg.progress import Progress
@@ -29,8 +29,8 @@ from nightseg.storage import Location
 from nightseg.workspace import Attempt, ShardRecord
 
 RETRIES_OF_A_SHARD = 3
-"""How often a shard is done again because its process died. Ray's default is forever: a file that crashes a decoder, or a batch
-that does not fit into memory, would keep a cluster busy until someone looks."""
+"""How often a shard is done again because its process died. Ray's default is forever: a file that crashes a decoder,
+or a batch that does not fit into memory, would keep a cluster busy until someone looks."""
 
 
 class ShardWorker(Protocol):
@@ -92,23 +92,18 @@ def _check_room(actors: int, cpus: float, gpus: float) -> None:
     cluster.require("GPU", count=actors, each=gpus, what="actors", recipe_key=keys.format("gpus"))
 
 
-def _run(
-    tables: list[pa.Table], actor: dict[str, Any], actors: int, cpus: float, gpus: float
-) -> Iterator[ShardRecord]:
+def _run(tables: list[pa.Table], actor: dict[str, Any], actors: int, cpus: float, gpus: float) -> Iterator[ShardRecord]:
     """Records as shards finish, in any order. Actors end with the iterator, also when it ends with an error."""
     import ray
 
-    _quiet()
+    hide_ray_data()
     title = actor["title"]
     results = _pass(tables, actor, actors, cpus, gpus)
     batches = iter(results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
     try:
-        with _without_actor_notice():
-            batch = next(batches, None)
-        while batch is not None:
+        for batch in batches:
             for outcome in batch["outcome"].to_pylist():
                 yield _record(title, *pickle.loads(outcome))  # noqa: S301 (made by our own actor)
-            batch = next(batches, None)
     except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError) as error:
         raise RuntimeError(
             f"{title}: the process of a worker died {RETRIES_OF_A_SHARD + 1} times on the same shard: it ran out of "
@@ -164,7 +159,7 @@ class _ShardActor:
         self._worker: ShardWorker | None = None
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        outcomes = []
+        outcomes: list[tuple[ShardRecord | None, tuple[bool, str, str] | None]] = []
         for index, rows in shards_of(batch):
             try:
                 outcomes.append((self._finish(index, rows), None))
@@ -182,9 +177,7 @@ class _ShardActor:
             _set_torch_threads()
         started = time.monotonic()
         tables = self._worker(rows, self._attempt.folder)
-        return self._attempt.write_shard(
-            index, tables, rows_in=rows.num_rows, seconds=time.monotonic() - started
-        )
+        return self._attempt.write_shard(index, tables, rows_in=rows.num_rows, seconds=time.monotonic() - started)
 
 
 def _set_torch_threads() -> None:
@@ -192,17 +185,6 @@ def _set_torch_threads() -> None:
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS") or 1)))
-
-
-def _quiet() -> None:
-    """Ray Data's bars, banners and its debug log (which grows without limit) off: our own progress is the only one."""
-    import ray.data
-
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # after the import, which sets it to DEBUG
-
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
 
 
 def _reason(error: BaseException) -> str:

@@ -18,7 +18,7 @@ from nightseg.frames import table as frame
 from nightseg.frames.images import BadFrame, decode_label, encode_png, read_bytes, read_label
 from nightseg.frames.taxonomy import IGNORE, TRAIN_IDS, Taxonomy
 from nightseg.frames.taxonomy import taxonomy as load_taxonomy
-from nightseg.learning.prediction import Segmenter, UnreadRow, check_classes, quarantined, segment_rows
+from nightseg.learning.prediction import PICTURES, Segmenter, UnreadRow, check_classes, quarantined, segment_rows
 from nightseg.measures.confusion import add_up, confusion_matrix, scores
 from nightseg.progress import Progress
 from nightseg.storage import Location, UserError, sha256_of
@@ -207,7 +207,7 @@ def evaluate_folders(
 
 
 def _pair_up(predictions_folder: Location, labels_folder: Location) -> list[_Pair]:
-    predictions = _label_files(predictions_folder, "predictions")
+    predictions = _label_files(predictions_folder, "predictions", skip=PICTURES)  # `nightseg predict --save color`
     labels = _label_files(labels_folder, "labels")
     by_name = _by_name(predictions)
     is_alone = {name for name, keys in _by_name(labels).items() if len(keys) == 1}
@@ -236,15 +236,16 @@ def _by_name(keys: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
-def _label_files(folder: Location, what: str) -> dict[str, str]:
-    """Key of the frame -> file name, for the PNG files below a folder."""
+def _label_files(folder: Location, what: str, skip: Sequence[str] = ()) -> dict[str, str]:
+    """Key of the frame -> file name, for the PNG files below a folder, but not below its folders in `skip`."""
     if not folder.is_folder():
         raise UserError(f"{what}: there is no folder {folder.uri}")
     files: dict[str, str] = {}
     for entry in folder.list(recursive=True):
         path = PurePosixPath(entry.name)
         hidden = any(part.startswith(".") for part in path.parts)
-        if entry.is_folder or hidden or path.suffix.lower() != ".png" or path.stem.endswith(_NOT_LABELS):
+        skipped = hidden or path.stem.endswith(_NOT_LABELS) or (len(path.parts) > 1 and path.parts[0] in skip)
+        if entry.is_folder or skipped or path.suffix.lower() != ".png":
             continue
         key = _key(path)
         # Both kinds of Cityscapes label may be there: the train ids need no map, so they win.

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from nightseg.frames.scene_sheet import Camera, Card, Sheet, Surface, facing_plane, upright_plane
-from nightseg.frames.scene_weather import DOMAINS
 from nightseg.frames.scenes import Scene, scene
+from nightseg.frames.scenes.sheet import Camera, Card, Sheet, Surface, facing_plane, upright_plane
+from nightseg.frames.scenes.weather import DOMAINS
 from nightseg.frames.taxonomy import taxonomy
 from nightseg.storage import UserError
 
@@ -37,10 +37,9 @@ def test_shapes_and_values(domain: str) -> None:
 
 
 def test_the_numbers_are_those_of_camvid11() -> None:
-    from nightseg.frames import scene_sheet
 
     for number, name in enumerate(taxonomy("camvid11").classes):
-        assert getattr(scene_sheet, name.upper().replace(" ", "_")) == number
+        assert getattr(sheet, name.upper().replace(" ", "_")) == number
 
 
 @pytest.mark.parametrize("domain", DOMAINS)

@@ -182,7 +182,7 @@ def test_cityscapes_names_belong_together(tmp_path: Path) -> None:
     guess = np.array([[0, 13], [13, 0]], dtype=np.uint8)
     where = folders(
         tmp_path,
-        {"x_000_leftImg8bit.png": guess},
+        {"x_000_leftImg8bit.png": guess, "color/x_000_leftImg8bit.png": guess},
         {"city/x_000_gtFine_labelIds.png": label_ids, "city/x_000_gtFine_color.png": label_ids,
          "city/x_000_gtFine_instanceIds.png": label_ids},
     )  # fmt: skip

@@ -98,7 +98,7 @@ def rows(tmp_path: Path) -> pa.Table:
 def plan_for(rows: pa.Table, folder: Path, training: Training = TRAINING, validate: pa.Table | None = None) -> Plan:
     classes = taxonomy("camvid11")
     initial = starting_network(
-        "scratch",
+        "imagenet",
         encoder=NETWORK.encoder,
         encoder_weights=None,
         pyramid_channels=8,

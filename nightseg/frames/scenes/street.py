@@ -1,6 +1,6 @@
 """Procedural street scenes with exact labels, by day, at twilight and at night: the data of the demo and of the tests.
 
-A street (camera, road, houses, things) follows from (seed, index) alone; `scene_light` then lights it for one domain,
+A street (camera, road, houses, things) follows from (seed, index) alone; `light` then lights it for one domain,
 so the night frame of a scene is the exact night version of its day frame and has the same label. Numpy's generators
 and Pillow's strokes only, nothing from the process, the clock or a thread: the same arguments give the same bytes.
 """
@@ -17,10 +17,10 @@ import numpy as np
 from numpy.random import Generator, SeedSequence
 from numpy.typing import NDArray
 
-from nightseg.frames.scene_cars import car, crossing_car
-from nightseg.frames.scene_light import illuminate
-from nightseg.frames.scene_lots import LAST_LOT, barrier, lots, paint_skyline
-from nightseg.frames.scene_sheet import (
+from nightseg.frames.scenes.cars import car, crossing_car
+from nightseg.frames.scenes.light import illuminate
+from nightseg.frames.scenes.lots import LAST_LOT, barrier, lots, paint_skyline
+from nightseg.frames.scenes.sheet import (
     NEAR,
     PAVEMENT_SURFACE,
     ROAD_SURFACE,
@@ -31,7 +31,7 @@ from nightseg.frames.scene_sheet import (
     pick,
     shade,
 )
-from nightseg.frames.scene_things import (
+from nightseg.frames.scenes.things import (
     bicyclist,
     bollard,
     lamp_post,
@@ -40,7 +40,7 @@ from nightseg.frames.scene_things import (
     street_tree,
     traffic_light,
 )
-from nightseg.frames.scene_weather import DOMAINS
+from nightseg.frames.scenes.weather import DOMAINS
 from nightseg.storage import UserError
 
 SMALLEST = 32  # pixels; a smaller frame has no room for a street

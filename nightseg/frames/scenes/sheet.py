@@ -133,7 +133,9 @@ def shade(colour: Colour, factor: float) -> Colour:
     return (min(255, int(red * factor)), min(255, int(green * factor)), min(255, int(blue * factor)))
 
 
-class _Frame(NamedTuple):
+class Layers(NamedTuple):
+    """What a sheet holds once painted, at the size of the frame; see Sheet.finish."""
+
     label: NDArray[np.uint8]
     surface: NDArray[np.uint8]
     albedo: NDArray[np.float32]
@@ -189,7 +191,7 @@ class Sheet:
         project = self.camera.project
         self.draw.polygon([project(x, 0.0, z) for x, z in points], (*colour, surface))
 
-    def finish(self) -> _Frame:
+    def finish(self) -> Layers:
         """label and surface numbers, uint8 HW; albedo, float32 3HW, linear in [0, 1] (the sheet's colours squared);
         sky, float32 HW, the share of each pixel that is sky (its albedo there is 0)."""
         numbers = self.image.getchannel("A")
@@ -200,7 +202,7 @@ class Sheet:
         albedo = np.ascontiguousarray(colours.transpose(2, 0, 1)).astype(np.float32)
         albedo *= np.float32(1 / 255)
         albedo *= albedo
-        return _Frame(label, surface, albedo, np.asarray(sky, np.float32) * np.float32(1 / 255))
+        return Layers(label, surface, albedo, np.asarray(sky, np.float32) * np.float32(1 / 255))
 
 
 @dataclass(slots=True)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from nightseg.frames.scene_sheet import (
+from nightseg.frames.scenes.sheet import (
     BOARD,
     BUILDING,
     FENCE,
@@ -27,7 +27,7 @@ from nightseg.frames.scene_sheet import (
     shade,
     upright_plane,
 )
-from nightseg.frames.scene_things import LEAVES, street_tree
+from nightseg.frames.scenes.things import LEAVES, street_tree
 
 LAST_LOT = 120.0  # metres; beyond it there is only the skyline
 WALLS: tuple[Colour, ...] = (

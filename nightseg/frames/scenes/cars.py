@@ -6,7 +6,7 @@ import math
 
 from numpy.random import Generator
 
-from nightseg.frames.scene_sheet import (
+from nightseg.frames.scenes.sheet import (
     CAR,
     HEAD_LIGHT,
     ROAD_SURFACE,

@@ -14,7 +14,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from nightseg.frames.scene_sheet import (
+from nightseg.frames.scenes.sheet import (
     BOARD,
     FAR,
     HEAD_LIGHT,
@@ -26,7 +26,7 @@ from nightseg.frames.scene_sheet import (
     Camera,
     Sheet,
 )
-from nightseg.frames.scene_weather import Tint, Weather, weather_for
+from nightseg.frames.scenes.weather import Tint, Weather, weather_for
 
 Plane2 = NDArray[np.float32]
 MOST_SOURCES = 14  # the nearest; what is farther lights too few pixels to see

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from nightseg.frames.scene_sheet import (
+from nightseg.frames.scenes.sheet import (
     BOARD,
     HEAD_LIGHT,
     LAMP_EARLY,

@@ -10,7 +10,7 @@ import math
 
 from numpy.random import Generator
 
-from nightseg.frames.scene_sheet import (
+from nightseg.frames.scenes.sheet import (
     BICYCLIST,
     LAMP_EARLY,
     LAMP_LATE,

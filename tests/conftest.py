@@ -1,0 +1,27 @@
+"""Fixtures of all tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A local Ray with two CPUs, for all tests that ask for it; they are marked `ray`.
+
+    Loops and workers that a test module defines reach Ray's processes by their names, so these find the tests.
+    """
+    from nightseg.compute import cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
+        cluster.connect(num_cpus=2)
+        yield
+        cluster.disconnect()
