@@ -20,22 +20,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="a.b=c")
-    parser.add_argument("--run-dir")
+    parser.add_argument("--run-dir", metavar="DIR")
     parser.add_argument("--only", metavar="MODEL")
-    arguments = parser.parse_args()
+    args = parser.parse_args()
     os.environ.setdefault("NIGHTSEG_RUNS", str(Path.home() / "nightseg-runs"))
     try:
-        adapted = adapt(
-            arguments.recipe,
-            arguments.overrides,
-            run_dir=arguments.run_dir,
-            only=arguments.only,
-            progress=progress_for(),
-        )
+        done = adapt(args.recipe, args.overrides, run_dir=args.run_dir, only=args.only, progress=progress_for())
     except UserError as error:
         print(f"nightseg: {error}", file=sys.stderr)
         return 2
-    print(f"{adapted.folder.uri}: {adapted.outcome.done} stages done, {adapted.outcome.skipped} already committed")
+    print(f"{done.folder}: {done.outcome.done} stages done, {done.outcome.skipped} already committed")
     return 0
 
 

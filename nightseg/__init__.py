@@ -1,3 +1,3 @@
-"""nightseg
-"""
+"""nightseg"""
+
 from __future__ import annotations

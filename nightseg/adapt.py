@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from nightseg import runner
-from nightseg.config import Recipe
 from nightseg.progress import Progress
 from nightseg.recipe import load_recipe
 from nightseg.report import write_report
@@ -32,11 +30,6 @@ def adapt(
 ) -> Adapted:
     """Run a recipe to its report. Raises `UserError` before anything starts when the recipe is wrong."""
     recipe = load_recipe(recipe_file, overrides)
-    folder = run_folder(recipe, run_dir)
+    folder = runner.run_folder(recipe.name, run_dir)
     outcome = runner.run(recipe, folder, only=only, progress=progress)
     return Adapted(folder, outcome, write_report(folder, outcome.results))
-
-
-def run_folder(recipe: Recipe, run_dir: str | None) -> Location:
-    """`--run-dir`, else `<NIGHTSEG_RUNS or ./runs>/<recipe name>`."""
-    return Location.of(run_dir) if run_dir else Location.of(os.environ.get("NIGHTSEG_RUNS", "runs")) / recipe.name

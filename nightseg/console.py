@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from nightseg.progress import printable
 from nightseg.storage import Location, UserError
 
 if TYPE_CHECKING:
     from nightseg.runner import Planned
 
 METRICS = {"miou": "mIoU", "pa": "PA", "ca": "CA", "fwiou": "FWIoU"}
+STATES = {"committed": "green", "runs": "yellow", "continues": "cyan", "waits": ""}
+PIPE_WIDTH = 160  # of a table that no terminal limits
+
+
+def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")(command)
 
 
 class Failures(click.Group):
-    """Turns exceptions into one readable message and an exit code; --debug keeps the traceback."""
+    """Turns exceptions into one readable message and an exit code; --debug adds the traceback."""
 
     def main(self, args: Sequence[str] | None = None, **extra: Any) -> Any:  # type: ignore[override]
         words = list(sys.argv[1:] if args is None else args)
@@ -29,43 +39,78 @@ class Failures(click.Group):
             error.show()
             sys.exit(2)
         except (click.Abort, KeyboardInterrupt):
-            click.echo("nightseg: stopped; the same command continues where this one ended.", err=True)
+            say("nightseg: stopped; the same command continues where this one ended.")
             sys.exit(1)
-        except UserError as error:
-            if debug:
-                raise
-            click.echo(f"nightseg: {error}", err=True)
-            sys.exit(2)
+        except BrokenPipeError:  # `nightseg status ... | head`: nobody is left to tell
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit complains again
+            sys.exit(1)
         except Exception as error:
             if debug:
-                raise
-            click.echo(f"nightseg: {type(error).__name__}: {error}\n(--debug shows where)", err=True)
-            sys.exit(1)
+                traceback.print_exc()
+            code, message = explained(error)
+            say(f"nightseg: {message}" + ("" if code == 2 or debug else "\n(--debug shows where)"))
+            sys.exit(code)
+
+
+def explained(error: Exception) -> tuple[int, str]:
+    """Exit code and message. What the user may not read, or what is no folder, is as wrong a request as any other."""
+    if isinstance(error, UserError):
+        return 2, str(error)
+    if isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError) and error.filename is not None:
+        return 2, f"{error.filename}: {error.strerror}. Cure: another path, or the rights to read it."
+    return 1, f"{type(error).__name__}: {error}"
+
+
+def say(message: str) -> None:
+    """To standard error, without control characters that a file's name may hold."""
+    click.echo("\n".join(map(printable, message.splitlines())), err=True)
+
+
+@contextmanager
+def libraries_on_stderr() -> Iterator[None]:
+    """Standard output carries the answer and nothing else: what a library prints meanwhile goes to standard error."""
+    with redirect_stdout(sys.stderr):
+        yield
+
+
+def print_json(answer: Mapping[str, Any]) -> None:
+    """The one object of --json, on one line."""
+    click.echo(json.dumps(answer, allow_nan=False))
 
 
 def answer(result: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps(result))
+        print_json(result)
         return
     for key, value in result.items():
-        click.echo(f"{key}: {value}")
+        click.echo(printable(f"{key}: {_words(value)}"))
+
+
+def _words(value: Any) -> str:
+    match value:
+        case None:
+            return "-"
+        case float():
+            return f"{value:.6g}"
+        case Mapping():
+            return ", ".join(f"{key} {_words(item)}" for key, item in value.items()) or "-"
+        case list() | tuple():
+            return ", ".join(map(_words, value)) or "-"
+        case _:
+            return str(value)
 
 
 def percent(fraction: float | None) -> str:
     return "-" if fraction is None else f"{100 * fraction:.1f}"
 
 
-def print_plan(folder: Location, lines: list[Planned]) -> None:
-    marks = {
-        "committed": "[green]committed[/]",
-        "runs": "[yellow]runs[/]",
-        "continues": "[cyan]continues[/]",
-        "waits": "runs later",
-    }
+def print_plan(folder: Location, lines: Sequence[Planned]) -> None:
+    from rich.text import Text
+
     rows = [
         [
-            str(line.node),
-            marks[line.state],
+            line.node,
+            Text("runs later" if line.state == "waits" else line.state, STATES[line.state]),
             "?" if line.rows is None else line.rows,
             line.resources,
             ", ".join(line.changed),
@@ -73,11 +118,11 @@ def print_plan(folder: Location, lines: list[Planned]) -> None:
         for line in lines
     ]
     print_table(
-        f"run folder {folder.uri}", ["stage", "state", "frames", "resources", "changed since the last commit"], rows
+        f"run folder {folder}", ["stage", "state", "frames", "resources", "changed since the last commit"], rows
     )
 
 
-def print_scores(results: dict[str, Any]) -> None:
+def print_scores(results: Mapping[str, Any]) -> None:
     rows = [
         [model, test, *(percent(scores[key]) for key in METRICS),
          "" if scores["published_miou"] is None else f"{scores['published_miou']:.1f}"]
@@ -88,11 +133,31 @@ def print_scores(results: dict[str, Any]) -> None:
         print_table("percent", ["model", "test set", *METRICS.values(), "published mIoU"], rows)
 
 
-def print_table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
+def print_trials(folder: Location, trials: Sequence[Mapping[str, Any]]) -> None:
+    keys = list(trials[0]["values"])
+    short = [key.rpartition(".")[2] for key in keys]
+    rows = [
+        [
+            trial["trial"],
+            *(_words(trial["values"][key]) for key in keys),
+            percent(trial["miou"]),
+            trial["epochs"],
+            trial["end"],
+        ]
+        for trial in trials
+    ]
+    columns = short if len(set(short)) == len(keys) else keys
+    print_table(str(folder), ["trial", *columns, "validation mIoU", "epochs", "end"], rows)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Cells are shown as they are: a name with square brackets or control characters changes nothing around it."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(*columns, title=title, title_justify="left")
+    table = Table(*columns)
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+        table.add_row(*(cell if isinstance(cell, Text) else Text(printable(str(cell))) for cell in row))
+    click.echo(printable(title))
+    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
 import sys
@@ -20,6 +21,7 @@ from nightseg.storage import Location, UserError
 # Oldest releases without a known way to run a stranger's code (CVE-2026-24747; CVE-2026-41486; CVE-2023-47248).
 FLOORS = {"torch": (2, 10), "ray": (2, 55), "pyarrow": (17, 0), "pillow": (12, 0), "pydantic": (2, 5)}
 LEAST_FREE_BYTES = 5 * 2**30
+WEIGHTS = {"inception": "pt_inception", "vgg16": "vgg16-", "resnet18": "resnet18-", "resnet101": "resnet101-"}
 
 
 class Finding(NamedTuple):
@@ -32,7 +34,7 @@ class Finding(NamedTuple):
 
 def examine(cluster_file: str | None = None) -> list[Finding]:
     """All findings; with a cluster.yaml, also what is wrong with that."""
-    findings = [*_versions(), _processor(), _space(), _token()]
+    findings = [*_versions(), _processor(), _weights(), _space(), _token()]
     return findings + _cluster(cluster_file) if cluster_file else findings
 
 
@@ -45,19 +47,31 @@ def _versions() -> Iterator[Finding]:
         except PackageNotFoundError:
             yield Finding(package, False, "not installed; cure: pip install -c constraints.txt -e .")
             continue
-        numbers = tuple(int(part) for part in found.split("+")[0].split(".")[:2])
+        numbers = tuple(map(int, re.findall(r"\d+", found)[:2]))
         wanted = ".".join(map(str, floor))
         yield Finding(package, numbers >= floor, found if numbers >= floor else f"{found}, but {wanted} is needed")
 
 
 def _processor() -> Finding:
-    import torch
-
+    try:
+        import torch
+    except ImportError as error:
+        return Finding("gpu", False, f"torch cannot be imported ({error}); cure: pip install -c constraints.txt -e .")
     if torch.cuda.is_available():
         names = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
         return Finding("gpu", True, names)
     capability = torch.backends.cpu.get_cpu_capability()
     return Finding("gpu", True, f"none; {os.cpu_count()} CPU cores with {capability} do the work")
+
+
+def _weights() -> Finding:
+    """Files of weights that recipes ask for by default. None is needed: EfficientNet-Lite0 brings its own."""
+    home = Path(os.environ.get("TORCH_HOME") or Path.home() / ".cache" / "torch") / "hub" / "checkpoints"
+    here = [name for name, start in WEIGHTS.items() if any(home.glob(f"{start}*"))]
+    missing = [name for name in WEIGHTS if name not in here]
+    found = f"efficientnet_lite0 (installed){''.join(f', {name}' for name in here)}"
+    cure = f"; not in {home}: {', '.join(missing)}, fetched when a recipe first asks for them" if missing else ""
+    return Finding("weights", True, found + cure)
 
 
 def _space() -> Finding:
@@ -79,12 +93,16 @@ def _token() -> Finding:
 def _cluster(file: str) -> list[Finding]:
     try:
         config: Any = yaml.safe_load(Location.of(file).read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"--cluster {file}: there is no such file.") from None
-    except yaml.YAMLError as error:
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"--cluster {file}: there is no such file. Cure: give the path of a cluster.yaml.") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8
         raise UserError(f"--cluster {file}: not valid YAML: {error}") from None
     if not isinstance(config, dict):
-        raise UserError(f"--cluster {file}: a cluster file is a mapping.")
-    bad = [Finding("cluster", False, problem) for problem in cluster_problems(config)]
-    bad += [Finding("cluster", False, f"{place} still says CHANGE-ME") for place in unfilled(config)]
+        raise UserError(f"--cluster {file}: a cluster file is a mapping, see cluster.yaml of this project.")
+    try:
+        bad = [Finding("cluster", False, problem) for problem in cluster_problems(config)]
+        bad += [Finding("cluster", False, f"{place} still says CHANGE-ME") for place in unfilled(config)]
+    except (AttributeError, TypeError) as error:
+        what = f"--cluster {file}: not shaped like a cluster file of Ray ({error})"
+        raise UserError(f"{what}. Cure: see cluster.yaml of this project.") from error
     return bad or [Finding("cluster", True, f"{file}: no open door found")]

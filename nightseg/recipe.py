@@ -6,7 +6,6 @@ and the folders are checked on the raw mapping, so that a misspelt key does not 
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import re
@@ -18,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from nightseg.config import Recipe, is_name
+from nightseg.errors import closest
 from nightseg.recipe_graph import Problem, graph_problems
 from nightseg.recipe_schema import allowed_keys, allowed_values, dotted
 from nightseg.storage import Location, UserError
@@ -69,7 +69,7 @@ def load_recipe(file: str | Path | Location, overrides: Sequence[str] = ()) -> R
 
 def load_settings(kind: type[Settings], file: str | Path | Location, overrides: Sequence[str] = ()) -> Settings:
     """Read another YAML file of strict settings (a search) with the same care and the same messages."""
-    source = read_source(Location.of(file), str(file))
+    source = read_source(Location.of(file), str(file), kind.__name__.lower())
     for text in overrides:
         _override(source, text)
     return _typed(kind, source, lambda data: [])
@@ -99,14 +99,14 @@ def save_recipe(recipe: Recipe, file: Location) -> None:
     file.write_bytes(text.encode())
 
 
-def read_source(file: Location, shown: str) -> Source:
-    """Parse the file, keeping the line of every key."""
+def read_source(file: Location, shown: str, what: str = "recipe") -> Source:
+    """Parse the file, keeping the line of every key. `what` it is stands in the messages."""
     try:
         text = file.read_bytes().decode("utf-8")
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise RecipeError(f"{shown}: there is no such recipe file. Cure: give the path of a YAML file.") from None
+        raise RecipeError(f"{shown}: there is no such {what} file. Cure: give the path of a YAML file.") from None
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{shown}: the recipe is not UTF-8 text ({error.reason} at byte {error.start}).") from None
+        raise RecipeError(f"{shown}: the {what} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
@@ -128,9 +128,7 @@ def read_source(file: Location, shown: str) -> Source:
     finally:
         loader.dispose()
     if not isinstance(data, dict):
-        raise RecipeError(
-            f"{shown}: a recipe is a mapping of sections (name, datasets, models, ...), not {_kind(data)}."
-        )
+        raise RecipeError(f"{shown}: a {what} is a mapping of keys (name, ...), not {_kind(data)}.")
     return Source(data, places, shown, problems)
 
 
@@ -199,7 +197,7 @@ def _fill_roots(source: Source) -> None:
                 entry["root"] = entry["root"].replace(f"{{{word}}}", known[word])
             else:
                 names = ", ".join(known) or "none"
-                message = f"there is no root {word!r}{_did_you_mean(word, list(known))}; known: {names}"
+                message = f"there is no root {word!r}{closest(word, list(known))}; known: {names}"
                 source.problems.append(Problem(("datasets", str(name), "root"), message))
 
 
@@ -209,14 +207,12 @@ def _typed_problems(kind: type[BaseModel], error: ValidationError, source: Sourc
         fault, got = item["type"], item.get("input")
         if fault == "extra_forbidden":
             allowed = allowed_keys(kind, item["loc"][:-1])
-            yield Problem(path, f"unknown key{_did_you_mean(path[-1], allowed)}; allowed: {', '.join(allowed)}")
+            yield Problem(path, f"unknown key{closest(path[-1], allowed)}; allowed: {', '.join(allowed)}")
         elif fault == "missing":
             yield Problem(path, "this key is required")
         elif fault == "literal_error":
             allowed = allowed_values(kind, item["loc"])
-            yield Problem(
-                path, f"{got!r} is not allowed{_did_you_mean(str(got), allowed)}; allowed: {', '.join(allowed)}"
-            )
+            yield Problem(path, f"{got!r} is not allowed{closest(str(got), allowed)}; allowed: {', '.join(allowed)}")
         elif fault == "string_pattern_mismatch" and not is_name(str(got)):
             yield Problem(path, f"{got!r} is not a name: letters, digits, _ and -, beginning with a letter")
         elif fault == "value_error":
@@ -240,11 +236,6 @@ def _where(source: Source, problem: Problem) -> str:
         place = source.places.get(problem.path[:length], "")
     words = [word for word in (place, ".".join(problem.path)) if word]
     return ": ".join([*words, ""])
-
-
-def _did_you_mean(word: str, allowed: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, allowed, n=1)
-    return f", did you mean {close[0]!r}?" if close else ""
 
 
 def _kind(value: Any) -> str:

@@ -1,15 +1,18 @@
-"""The names of a recipe as a graph: unknown names, cycles, missing folders, settings that contradict each other.
+"""What a recipe names: unknown names, cycles, missing folders and labels, settings that contradict each other.
 
 Works on the raw mapping and skips whatever has the wrong shape: the types (`config.py`) report that themselves.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from nightseg.storage import Location, UserError
+from nightseg.config import Recipe
+from nightseg.errors import UserError, closest
+from nightseg.frames.datasets import FOLDER_LAYOUTS, check_folders
+from nightseg.frames.taxonomy import taxonomy
+from nightseg.storage import Location
 
 STARTS = ("imagenet", "scratch")
 Key = tuple[str, str]  # section, name
@@ -38,6 +41,8 @@ def graph_problems(data: Mapping[str, Any]) -> list[Problem]:
     problems = [problem for reference in references if (problem := _unknown(data, reference))]
     problems += _cycles(references)
     problems += _contradictions(data)
+    problems += _unlabelled(data)
+    problems += _bad_taxonomy(data)
     problems += _missing_folders(data)
     return problems
 
@@ -96,9 +101,8 @@ def _unknown(data: Mapping[str, Any], reference: Reference) -> Problem | None:
     if reference.name in known:
         return None
     offered = [*STARTS, *known] if reference.path[-1] == "start" else known
-    close = difflib.get_close_matches(reference.name, offered, n=1)
-    hint = f", did you mean {close[0]!r}?" if close else ""
     kind = reference.section.replace("_", " ").rstrip("s")
+    hint = closest(reference.name, offered)
     return Problem(
         reference.path, f"there is no {kind} {reference.name!r}{hint}; known: {', '.join(offered) or 'none'}"
     )
@@ -147,11 +151,59 @@ def _contradictions(data: Mapping[str, Any]) -> Iterator[Problem]:
         select = learning.get("select")
         if not isinstance(select, Mapping) or select.get("method", "pooled") == "random" or select.get("reference"):
             continue
-        train = entry.get("train") if isinstance(entry.get("train"), list) else []
-        if not any(isinstance(datasets.get(item), Mapping) and "translate" in datasets[item] for item in train):
+        if not any("translate" in _mapping(datasets, item) for item in _names(entry.get("train"))):
             yield Problem(
                 (*path, "self_training", "select", "reference"),
                 "no train set of this model is translated, so say which dataset the chosen frames should be close to",
+            )
+
+
+def _unlabelled(data: Mapping[str, Any]) -> Iterator[Problem]:
+    """Learning and testing need labels. Found here, it costs nothing; in the stage, all that runs before it."""
+    uses: list[tuple[tuple[str, ...], Any]] = [
+        (("models", model, key, str(index)), dataset)
+        for model, entry in _section(data, "models").items()
+        if isinstance(entry, Mapping)
+        for key in ("train", "validate_on")
+        for index, dataset in enumerate(_names(entry.get(key)))
+    ]
+    uses += [(("test_sets", test), dataset) for test, dataset in _section(data, "test_sets").items()]
+    for path, dataset in uses:
+        bare = _without_labels(data, dataset, ()) if isinstance(dataset, str) else None
+        if bare is not None:
+            whose = "" if bare == dataset else f" (its frames come from {bare})"
+            cure = "a model learns from frames without labels through self_training.pool, and shows them by predictions"
+            yield Problem(path, f"the frames of {dataset} have no labels{whose}; {cure}")
+
+
+def _without_labels(data: Mapping[str, Any], name: str, trail: tuple[str, ...]) -> str | None:
+    """The first dataset without labels among those that the frames of this one come from."""
+    entry = _mapping(_section(data, "datasets"), name)
+    if name in trail or not entry:
+        return None
+    if "layout" in entry:
+        return name if entry.get("labelled") is False or entry["layout"] == "images" else None
+    sources = [*_names(entry.get("join")), entry.get("translate"), entry.get("split")]
+    found = (_without_labels(data, source, (*trail, name)) for source in sources if isinstance(source, str))
+    return next((bare for bare in found if bare is not None), None)
+
+
+def _bad_taxonomy(data: Mapping[str, Any]) -> Iterator[Problem]:
+    name = data.get("taxonomy", Recipe.model_fields["taxonomy"].default)
+    if not isinstance(name, str):
+        return
+    try:
+        classes = taxonomy(name)
+    except (UserError, OSError) as error:
+        yield Problem(("taxonomy",), str(error))
+        return
+    for dataset, entry in _section(data, "datasets").items():
+        encoding = _mapping({dataset: entry}, dataset).get("label_encoding")
+        if isinstance(encoding, str) and encoding not in classes.encodings:
+            hint, known = closest(encoding, classes.encodings), ", ".join(classes.encodings)
+            yield Problem(
+                ("datasets", dataset, "label_encoding"),
+                f"the taxonomy {classes.name} has no label encoding {encoding!r}{hint}; known: {known}",
             )
 
 
@@ -159,9 +211,24 @@ def _missing_folders(data: Mapping[str, Any]) -> Iterator[Problem]:
     for name, entry in _section(data, "datasets").items():
         if not isinstance(entry, Mapping) or not isinstance(entry.get("root"), str) or "{" in entry["root"]:
             continue
-        path = ("datasets", name, "root")
+        path, root = ("datasets", name, "root"), entry["root"]
+        layout, split, labelled = entry.get("layout"), entry.get("split", ""), entry.get("labelled", True)
         try:
-            if not Location.of(entry["root"]).is_folder():
-                yield Problem(path, f"there is no folder {entry['root']!r}; give it with --set roots.NAME=FOLDER or --set {'.'.join(path)}=FOLDER")
-        except (UserError, OSError) as error:
-            yield Problem(path, f"cannot look into {entry['root']!r}: {error}")
+            if not Location.of(root).is_folder():
+                cure = f"give it with --set {'.'.join(path)}=FOLDER, or --set roots.NAME=FOLDER where roots has it"
+                yield Problem(path, f"there is no folder {root!r}; {cure}")
+            elif layout in FOLDER_LAYOUTS and isinstance(split, str):
+                check_folders(layout, Location.of(root), split=split, labelled=labelled is not False)
+        except UserError as error:
+            yield Problem(path, str(error))
+        except OSError as error:
+            yield Problem(path, f"cannot look into {root!r}: {error.strerror or error}")
+
+
+def _mapping(entries: Mapping[str, Any], name: Any) -> Mapping[str, Any]:
+    entry = entries.get(name) if isinstance(name, str) else None
+    return entry if isinstance(entry, Mapping) else {}
+
+
+def _names(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from nightseg.config import Recipe
+from nightseg.errors import UserError, closest
 from nightseg.frames.taxonomy import taxonomy
 from nightseg.graph import Graph, NodeId
-from nightseg.storage import Location, UserError
+from nightseg.storage import Location
 from nightseg.workspace import Commit
 
 PACKAGES = ("nightseg", "torch", "torchvision", "ray", "timm", "numpy", "pyarrow", "pillow")
@@ -33,6 +34,9 @@ def gather(recipe: Recipe, graph: Graph, commits: Mapping[NodeId, Commit], done:
             "name": classes.name,
             "classes": list(classes.classes),
             "palette": [list(color) for color in classes.palette],
+            "encodings": {
+                name: {str(raw): train_id for raw, train_id in ids.items()} for name, ids in classes.encodings.items()
+            },
         },
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
         "hardware": _hardware(),
@@ -63,6 +67,21 @@ def gather(recipe: Recipe, graph: Graph, commits: Mapping[NodeId, Commit], done:
     }
 
 
+def read_results(run: Location) -> dict[str, Any]:
+    """The results of a finished run. Raises UserError: there are none, or the file is damaged."""
+    file = run / "results.json"
+    try:
+        content = file.read_json()
+        return {**content, "models": dict(content["models"]), "commits": dict(content["commits"])}
+    except FileNotFoundError:
+        raise UserError(f"{run}: no results.json there. Cure: finish the run first (nightseg run RECIPE).") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{file}: not the results of a run, or damaged ({error}). Cure: run the same command again; what is "
+            "committed is not computed twice."
+        ) from error
+
+
 def model_folder(place: str | Path | Location) -> Location:
     """A model folder as it is, or `RUN_DIR:MODEL` through the results of a finished run.
 
@@ -71,19 +90,23 @@ def model_folder(place: str | Path | Location) -> Location:
     folder = Location.of(place)
     if (folder / "model.json").exists():
         return folder
-    run_dir, colon, name = str(place).rpartition(":")
-    results = (Location.of(run_dir) if colon and run_dir else folder) / "results.json"
-    if not results.exists():
+    run, name = folder, ""
+    if not (folder / "results.json").exists():
+        before, _, after = str(place).rpartition(":")
+        if before and not after.startswith("//"):  # of s3://bucket/run
+            run, name = Location.of(before), after
+    if not (run / "results.json").exists():
         raise UserError(
             f"{place}: neither a model folder (no model.json) nor a finished run (no results.json). "
             "Cure: give RUN_DIR:MODEL, for example runs/demo:self_trained."
         )
-    content = results.read_json()
-    if not colon or name not in content["models"]:
-        raise UserError(f"{place}: say which model of the run, RUN_DIR:MODEL; known: {', '.join(content['models'])}")
+    content = read_results(run)
+    if name not in content["models"]:
+        wrong = f"the run has no model {name!r}{closest(name, content['models'])}" if name else "say which model"
+        raise UserError(f"{place}: {wrong}; give RUN_DIR:MODEL, known: {', '.join(content['models']) or 'none'}")
     node = content["models"][name]["model"]
     attempt = Location.of(content["commits"][node]["folder"])
-    moved = results.parent / f"stages/{node}/{attempt.parent.name}/{attempt.name}/model"  # a run folder may be moved
+    moved = run / f"stages/{node}/{attempt.parent.name}/{attempt.name}/model"  # a run folder may be moved
     return moved if (moved / "model.json").exists() else attempt / "model"
 
 

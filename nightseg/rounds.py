@@ -312,7 +312,7 @@ class _Builder:
                 **self._spread(attempt, progress),
             )
 
-        part = {"extractor": extractor, "of": [str(view) for view in views], **self._frame_pass()}
+        part = {"extractor": extractor, "weights": weights, "of": [str(view) for view in views], **self._frame_pass()}
         return self._add("score", f"{'+'.join(names)}.{extractor}", score.VERSION, part, views, work)
 
     def _is_translated(self, name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Collection, Sequence
 from typing import Any, Literal, NamedTuple
@@ -36,6 +37,11 @@ class Planned(NamedTuple):
     resources: str
 
 
+def run_folder(name: str, run_dir: str | None) -> Location:
+    """`--run-dir`, else `<NIGHTSEG_RUNS or ./runs>/<name of the recipe or search>`."""
+    return Location.of(run_dir) if run_dir else Location.of(os.environ.get("NIGHTSEG_RUNS") or "runs") / name
+
+
 def run(
     recipe: Recipe,
     folder: Location,
@@ -44,42 +50,48 @@ def run(
     borrow: Sequence[Location] = (),
     progress: Progress,
 ) -> Outcome:
-    """Do every stage that is not committed yet; a rerun of the same recipe continues where the last one ended."""
+    """Do every stage that is not committed yet; a rerun of the same recipe continues where the last one ended.
+
+    Raises UserError before the run folder is touched if the recipe cannot be a graph: no such model, no image.
+    """
     began = time.monotonic()
+    graph = rounds.build_graph(recipe, only)
     workspace = Workspace(folder, borrow)
-    with workspace.lock():
+    with workspace.lock(), cluster.left_as_found():
         save_recipe(recipe, folder / "recipe.yaml")
-        graph = rounds.build_graph(recipe, only)
         commits, done = _work(workspace, list(graph.nodes.values()), progress)
         results = gather(recipe, graph, commits, done)
         (folder / "results.json").write_json(results)
     return Outcome(results, len(done), len(commits) - len(done), time.monotonic() - began)
 
 
-def prepare(recipe: Recipe, folder: Location, nodes: Collection[NodeId], *, only: str, progress: Progress) -> None:
-    """Do some stages of a recipe, so that other runs can borrow them: what all trials of a search share."""
+def prepare(
+    recipe: Recipe, folder: Location, nodes: Collection[NodeId], *, only: str, progress: Progress
+) -> dict[NodeId, Commit]:
+    """Do some stages of a recipe, so that other runs can borrow them: what all trials of a search share.
+
+    If there was something to do, the cluster stays connected for what comes next.
+    """
+    graph = rounds.build_graph(recipe, only)
     workspace = Workspace(folder)
     with workspace.lock():
-        graph = rounds.build_graph(recipe, only)
-        _work(workspace, [node for node in graph.nodes.values() if node.id in nodes], progress)
+        commits, _ = _work(workspace, [node for node in graph.nodes.values() if node.id in nodes], progress)
+    return commits
 
 
 def _work(workspace: Workspace, nodes: Sequence[Node], progress: Progress) -> tuple[dict[NodeId, Commit], set[NodeId]]:
     """Commit the nodes in order; returns all commits and which of them were made now."""
     commits: dict[NodeId, Commit] = {}
     done: set[NodeId] = set()
-    try:
-        for number, node in enumerate(nodes, 1):
-            stage = _stage(workspace, node, commits)
-            commit = stage.commit()
-            if commit is None:
-                cluster.connect()
-                progress.say(f"[{number}/{len(nodes)}] {node.id}")
-                commit = node.work(Inputs(commits), stage.open(), progress)
-                done.add(node.id)
-            commits[node.id] = commit
-    finally:
-        cluster.disconnect()
+    for number, node in enumerate(nodes, 1):
+        stage = _stage(workspace, node, commits)
+        commit = stage.commit()
+        if commit is None:
+            cluster.connect()
+            progress.say(f"[{number}/{len(nodes)}] {node.id}")
+            commit = node.work(Inputs(commits), stage.open(), progress)
+            done.add(node.id)
+        commits[node.id] = commit
     return commits, done
 
 

@@ -1,28 +1,38 @@
 """Ray Tune over the rounds: which loss, which selection, how many frames. Optuna proposes, ASHA stops the losers early.
 
 What all trials share (base models, translations, features) is found by comparing graphs and done once, before the
-first trial; every trial is an ordinary run folder that borrows it. A trial can therefore be inspected, resumed and
-reported like any run.
+first trial; every trial is an ordinary run folder that borrows it. A trial can therefore be inspected, continued and
+reported like any run, and a search that was interrupted, or asked for more trials, continues: Optuna's proposals follow
+from its seed, so the same trials come again and find what they have committed. Nothing is read from Tune's own files.
 """
 
 from __future__ import annotations
 
+import io
+import json
+import os
+import re
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, model_validator
 
 from nightseg import rounds, runner
 from nightseg.compute import cluster
-from nightseg.config import Name, Positive, Strict
+from nightseg.config import Name, Positive, Recipe, Strict
+from nightseg.errors import UserError, closest
 from nightseg.graph import Graph, NodeId
 from nightseg.progress import Progress, SilentProgress, Task
-from nightseg.recipe import load_recipe, load_settings, save_recipe
-from nightseg.storage import Location, UserError
+from nightseg.recipe import RecipeError, load_recipe, load_settings, save_recipe
+from nightseg.storage import Location, hash_of
 
 METRIC = "miou"
+EPOCH = "epoch"
+# What Tune reserves for the driver of a trial. Its training and its passes ask for their own CPUs, and on a small
+# machine for all of them; a request for nothing is refused, so it is a byte of memory.
+DRIVER = {"memory": 1}
 
 
 class Dimension(Strict):
@@ -41,13 +51,9 @@ class Dimension(Strict):
             raise ValueError(f"the range begins at {span[0]:g} and ends at {span[1]:g}; the end must be larger")
         return self
 
-    def ends(self) -> tuple[Any, Any]:
-        """Two different values of the dimension."""
-        if self.choice is not None:
-            return self.choice[0], self.choice[1]
-        span = self.uniform or self.log_uniform
-        assert span is not None
-        return span
+    def edges(self) -> list[Any]:
+        """The values that decide what the dimension reaches: the ends of a range, or all of a choice."""
+        return list(self.choice or self.uniform or self.log_uniform or ())
 
 
 class Search(Strict):
@@ -73,136 +79,248 @@ class Found(NamedTuple):
     best_recipe: Location
 
 
-def search(file: str, overrides: tuple[str, ...] = (), *, run_dir: str | None = None, progress: Progress) -> Found:
-    """Search; raises `UserError` before anything starts when the search or its recipe is wrong."""
+class Trials(NamedTuple):
+    """What a trial needs besides its values. Picklable."""
+
+    settings: Search
+    recipe_file: Location
+    folder: Location
+    foundation: str  # hash over what all trials share: other inputs or another stage version make other trials
+
+    def recipe(self, values: Mapping[str, Any]) -> Recipe:
+        """The recipe of one trial. No test set is touched in a search: the best model is tested once, afterwards."""
+        recipe = load_recipe(self.recipe_file, [*self.settings.set, *_assignments(values)])
+        name = self.settings.model
+        untested = recipe.models[name].model_copy(update={"test": {}})
+        return recipe.model_copy(update={"models": recipe.models | {name: untested}, "predictions": {}})
+
+    def graph(self, values: Mapping[str, Any]) -> Graph:
+        return rounds.build_graph(self.recipe(values), self.settings.model)
+
+    def name(self, values: Mapping[str, Any]) -> str:
+        """The same trial has the same name, whenever it is proposed."""
+        content = self.recipe(values).model_dump(mode="json", exclude={"compute", "name"})
+        return hash_of([self.foundation, content])[:12]
+
+
+def search(file: str, overrides: Sequence[str] = (), *, run_dir: str | None = None, progress: Progress) -> Found:
+    """Search, or continue a search. Writes trials.json and best.yaml, and one run folder a trial.
+
+    Raises UserError before anything starts when the search or its recipe is wrong; RuntimeError if no trial finished.
+    """
     settings = load_settings(Search, file, overrides)
     recipe_file = _beside(Location.of(file), settings.recipe)
-    recipe = load_recipe(recipe_file, settings.set)
-    if settings.model not in recipe.models:
-        raise UserError(f"{file}: model: the recipe has no model {settings.model!r}; known: {', '.join(recipe.models)}")
-    if not recipe.models[settings.model].validate_on:
-        raise UserError(
-            f"{file}: model {settings.model} has no validate_on, so there is no score to maximise. "
-            f"Cure: set: ['models.{settings.model}.validate_on=[DATASET]'], a dataset that is not a test set."
-        )
-    folder = Location.of(run_dir or f"runs/{settings.name}")
-    shared = shared_nodes(settings, recipe_file)
+    _check(file, settings, recipe_file)
+    folder = runner.run_folder(settings.name, run_dir)
+    trials = Trials(settings, recipe_file, folder, foundation="")
+    first = {key: dimension.edges()[0] for key, dimension in settings.space.items()}
+    shared = shared_nodes(trials)
     progress.say(f"{len(shared)} stages are shared by all trials and done once")
-    runner.prepare(recipe, folder / "shared", shared, only=settings.model, progress=progress)
-    cluster.connect()
-    try:
-        trials = _tune(
-            settings, recipe_file, folder, recipe.training_of(recipe.models[settings.model]).epochs, progress
+    with cluster.left_as_found():
+        commits = runner.prepare(
+            trials.recipe(first), folder / "shared", shared, only=settings.model, progress=progress
         )
-    finally:
-        cluster.disconnect()
-    finished = [trial for trial in trials if trial[METRIC] is not None]
-    if not finished:
-        raise RuntimeError(f"no trial finished; their errors are in {folder.uri}/tune")
-    best = max(finished, key=lambda trial: float(trial[METRIC]))
+        versions = {str(node): part.version for node, part in trials.graph(first).nodes.items()}
+        contents = {str(node): commit.content for node, commit in commits.items()}
+        trials = trials._replace(foundation=hash_of([versions, contents]))
+        identity = hash_of([trials.foundation, trials.name(first), settings.model_dump(mode="json")])
+        rows = _finished(folder, identity)
+        if rows is None:
+            cluster.connect()
+            rows = _tune(trials, identity, progress)
+    best = _best(rows, folder)
     best_recipe = folder / "best.yaml"
     save_recipe(load_recipe(recipe_file, [*settings.set, *_assignments(best["values"])]), best_recipe)
-    (folder / "trials.json").write_json({"search": settings.model_dump(mode="json"), "best": best, "trials": trials})
-    return Found(folder, best, trials, best_recipe)
+    content = {"identity": identity, "search": settings.model_dump(mode="json"), "best": best, "trials": rows}
+    (folder / "trials.json").write_json(content)
+    return Found(folder, best, rows, best_recipe)
 
 
-def shared_nodes(settings: Search, recipe_file: Location) -> set[NodeId]:
-    """The stages whose settings no searched key reaches, directly or through what they need."""
-    first = {key: dimension.ends()[0] for key, dimension in settings.space.items()}
-    base = _graph(settings, recipe_file, first)
-    touched: set[NodeId] = set()
+def _finished(folder: Location, identity: str) -> list[dict[str, Any]] | None:
+    """The trials of the very same search, if it came to its end."""
+    try:
+        content = (folder / "trials.json").read_json()
+        return list(content["trials"]) if content["identity"] == identity else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _best(rows: Sequence[Mapping[str, Any]], folder: Location) -> dict[str, Any]:
+    """The best of the trials that came to their end: a trial that was stopped early has no model to show."""
+    done = [row for row in rows if row["end"] == "done"]
+    if not done:
+        errors = [str(row["error"]) for row in rows if row["error"]]
+        reason = errors[0] if errors else "none came to its last epoch"
+        raise RuntimeError(f"no trial finished: {reason}. Their run folders are in {folder / 'trials'}")
+    return dict(max(done, key=lambda row: float(row[METRIC])))
+
+
+# -- before anything starts -------------------------------------------------------------------------------------------
+
+
+def _check(file: str, settings: Search, recipe_file: Location) -> None:
+    """All that is wrong with the request, in one message: unknown model, no validation set, values no recipe takes."""
+    recipe = load_recipe(recipe_file, settings.set)
+    problems = []
+    if settings.model not in recipe.models:
+        hint, known = closest(settings.model, recipe.models), ", ".join(recipe.models) or "none"
+        problems.append(f"model: the recipe has no model {settings.model!r}{hint}; known: {known}")
+    elif not recipe.models[settings.model].validate_on:
+        problems.append(
+            f"model: {settings.model} has no validate_on, so there is no score to maximise; add "
+            f"models.{settings.model}.validate_on=[DATASET] to set, with a dataset that is not a test set"
+        )
     for key, dimension in settings.space.items():
-        other = _graph(settings, recipe_file, first | {key: dimension.ends()[1]})
-        touched |= {
-            node.id
-            for node in base.nodes.values()
-            if node.id not in other.nodes or (node.recipe, node.needs, node.seed) != _identity(other, node.id)
-        }
+        for value in dimension.edges():
+            try:
+                load_recipe(recipe_file, [*settings.set, *_assignments({key: value})])
+            except RecipeError as error:
+                details = [line.strip() for line in str(error).splitlines()]
+                problems += [f"space.{key}: {detail}" for detail in details[1:] or details]
+                break
+    if problems:
+        head = f"{file}: {len(problems)} error{'s' if len(problems) > 1 else ''}; nothing was started."
+        raise UserError("\n".join([head, *(f"  {problem}" for problem in problems)]))
+
+
+def shared_nodes(trials: Trials) -> set[NodeId]:
+    """The stages whose settings no searched key reaches, directly or through what they need."""
+    space = trials.settings.space
+    first = {key: dimension.edges()[0] for key, dimension in space.items()}
+    base = trials.graph(first)
+    touched: set[NodeId] = set()
+    for key, dimension in space.items():
+        for value in dimension.edges()[1:]:
+            other = trials.graph(first | {key: value})
+            touched |= {
+                node
+                for node in base.nodes
+                if node not in other.nodes or _settings(base, node) != _settings(other, node)
+            }
     for node in base.nodes.values():  # in order, so one pass carries a change to everything that stands on it
         if touched.intersection(node.needs):
             touched.add(node.id)
-    return {node for node in base.nodes if node not in touched and node.stage != "evaluate"}
+    return base.nodes.keys() - touched
 
 
-def _identity(graph: Graph, node: NodeId) -> tuple[Mapping[str, Any], tuple[NodeId, ...], int]:
+def _settings(graph: Graph, node: NodeId) -> tuple[Mapping[str, Any], tuple[NodeId, ...], int]:
     return graph.nodes[node].recipe, graph.nodes[node].needs, graph.nodes[node].seed
 
 
-def _graph(settings: Search, recipe_file: Location, values: Mapping[str, Any]) -> Graph:
-    return rounds.build_graph(load_recipe(recipe_file, [*settings.set, *_assignments(values)]), settings.model)
-
-
 def _assignments(values: Mapping[str, Any]) -> list[str]:
-    return [f"{key}={value}" for key, value in values.items()]
+    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
 
 def _beside(file: Location, relative: str) -> Location:
-    path = Location.of(relative) if relative.startswith("/") or "://" in relative else None
-    return path or Location.of(f"{file.uri.rpartition('/')[0]}/{relative}")
+    """The recipe of a search, which is written relative to the search's own file."""
+    if "://" in relative or relative.startswith("~"):
+        return Location.of(relative)
+    return Location.of(os.path.join(file.parent.uri, relative))
 
 
-def _tune(
-    settings: Search, recipe_file: Location, folder: Location, epochs: int, progress: Progress
-) -> list[dict[str, Any]]:
+# -- the trials -------------------------------------------------------------------------------------------------------
+
+
+def _tune(trials: Trials, identity: str, progress: Progress) -> list[dict[str, Any]]:
+    """All trials, best first. Tune's folder holds only what TensorBoard shows, so it is written anew."""
+    import optuna
     import ray.tune
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search.optuna import OptunaSearch
 
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Tune would return as if the search were finished
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    settings, logs = trials.settings, trials.folder / "tune"
+    (logs / identity[:12]).delete()
+    epochs = _epochs(trials)
+
     def trial(values: dict[str, Any]) -> None:
-        _run_trial(settings, recipe_file, folder, values)
+        run_trial(trials, values, lambda epoch, miou: ray.tune.report({METRIC: miou, EPOCH: epoch}))
 
-    tuner = ray.tune.Tuner(
-        # Almost no CPU for the trial's driver: its training and its passes ask for their own.
-        ray.tune.with_resources(trial, {"CPU": 0.01}),
-        param_space={key: _domain(dimension) for key, dimension in settings.space.items()},
-        tune_config=ray.tune.TuneConfig(
-            metric=METRIC,
-            mode="max",
-            num_samples=settings.trials,
-            max_concurrent_trials=settings.concurrent,
-            search_alg=OptunaSearch(seed=settings.seed),
-            scheduler=ASHAScheduler(max_t=max(epochs, settings.grace_epochs), grace_period=settings.grace_epochs),
-        ),
-        run_config=ray.tune.RunConfig(name="tune", storage_path=folder.uri, verbose=0),
-    )
     with progress.task("search", settings.trials, "trials") as task:
-        grid = _while_counting(tuner.fit, folder, task)
-    rows = []
-    for result in grid:
-        metrics = result.metrics or {}
-        rows.append(
-            {
-                "trial": metrics.get("trial_id"),
-                "values": {key: (result.config or {}).get(key) for key in settings.space},
-                METRIC: metrics.get(METRIC),
-                "epochs": metrics.get("training_iteration", 0),
-                "seconds": metrics.get("time_total_s"),
-                "error": str(result.error) if result.error else None,
-            }
+        tuner = ray.tune.Tuner(
+            ray.tune.with_resources(trial, DRIVER),
+            param_space={key: _domain(dimension) for key, dimension in settings.space.items()},
+            tune_config=ray.tune.TuneConfig(
+                metric=METRIC,
+                mode="max",
+                num_samples=settings.trials,
+                max_concurrent_trials=settings.concurrent,
+                search_alg=OptunaSearch(seed=settings.seed),
+                scheduler=ASHAScheduler(
+                    time_attr=EPOCH, max_t=max(epochs, settings.grace_epochs), grace_period=settings.grace_epochs
+                ),
+                trial_dirname_creator=_folder_names(),
+            ),
+            run_config=ray.tune.RunConfig(
+                name=identity[:12], storage_path=logs.uri, verbose=0, callbacks=[_progress_callback(task)]
+            ),
         )
-    return sorted(rows, key=lambda row: (row[METRIC] is None, -(row[METRIC] or 0.0)))
+        with redirect_stdout(io.StringIO()):  # a box of settings, and a wrong hint where TensorBoard finds the trials
+            grid = tuner.fit()
+    rows = [_row(trials, result, epochs) for result in grid]
+    return sorted(rows, key=lambda row: (row["end"] != "done", -(row[METRIC] or 0.0)))
 
 
-def _while_counting(fit: Any, folder: Location, task: Task) -> Any:
-    """Run `fit` and advance the task as trial folders are finished."""
-    over = threading.Event()
+def _row(trials: Trials, result: Any, epochs: int) -> dict[str, Any]:
+    metrics, values = result.metrics or {}, {key: (result.config or {}).get(key) for key in trials.settings.space}
+    reached = int(metrics.get(EPOCH, 0))
+    lines = [line.strip() for line in str(result.error or "").splitlines() if line.strip()]
+    return {
+        "trial": trials.name(values),
+        "values": values,
+        METRIC: metrics.get(METRIC),
+        "epochs": reached,
+        "end": "failed" if result.error else "done" if reached >= epochs else "stopped",
+        "seconds": metrics.get("time_total_s"),
+        "error": lines[-1] if lines else None,
+    }
 
-    def count() -> None:
-        seen = 0
-        while not over.wait(2.0):
-            place = folder / "trials"
-            finished = len([e for e in place.list(recursive=True) if e.name.endswith("/done")]) if place.exists() else 0
-            if finished > seen:
-                task.advance(finished - seen)
-                seen = finished
 
-    watcher = threading.Thread(target=count, daemon=True)
-    watcher.start()
-    try:
-        return fit()
-    finally:
-        over.set()
-        watcher.join()
+def _epochs(trials: Trials) -> int:
+    first = {key: dimension.edges()[0] for key, dimension in trials.settings.space.items()}
+    recipe = trials.recipe(first)
+    return recipe.training_of(recipe.models[trials.settings.model]).epochs
+
+
+def _folder_names() -> Callable[[Any], str]:
+    """How a trial is called in TensorBoard: its number and its values."""
+    numbers: dict[str, int] = {}
+
+    def name(trial: Any) -> str:
+        number = numbers.setdefault(trial.trial_id, len(numbers) + 1)
+        values = {key.rpartition(".")[2]: value for key, value in trial.config.items()}
+        words = (
+            f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in values.items()
+        )
+        return re.sub(r"[^\w.=,+-]", "_", ",".join([f"{number:03d}", *words]))[:120]
+
+    return name
+
+
+def _progress_callback(task: Task) -> Any:
+    import ray.tune
+
+    class Advance(ray.tune.Callback):  # type: ignore[misc]
+        """Advances the task at the end of each trial. Tune pickles its callbacks; the task stays here."""
+
+        best: float | None = None
+
+        def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Mapping[str, Any], **_: Any) -> None:
+            if METRIC in result:
+                self.best = max(float(result[METRIC]), self.best or 0.0)
+                task.advance(0, best=self.best)
+
+        def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+            task.advance(1)
+
+        def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+            task.advance(1)
+
+        def __reduce__(self) -> tuple[Callable[[], object], tuple[()]]:
+            return object, ()
+
+    return Advance()
 
 
 def _domain(dimension: Dimension) -> Any:
@@ -215,38 +333,61 @@ def _domain(dimension: Dimension) -> Any:
     return ray.tune.choice(dimension.choice)
 
 
-def _run_trial(settings: Search, recipe_file: Location, folder: Location, values: dict[str, Any]) -> None:
-    """One trial, inside a Tune actor: an ordinary run that borrows the shared stages and reports each validation."""
-    import ray.tune
+# -- one trial, in a process of its own -------------------------------------------------------------------------------
 
-    place = folder / "trials" / ray.tune.get_context().get_trial_id()
-    recipe = load_recipe(recipe_file, [*settings.set, *_assignments(values)])
-    # No test set is touched during a search: the best model is tested once, afterwards.
-    model = recipe.models[settings.model].model_copy(update={"test": {}})
-    recipe = recipe.model_copy(update={"models": recipe.models | {settings.model: model}})
-    runner.run(recipe, place, only=settings.model, borrow=[folder / "shared"], progress=_TrialProgress())
-    (place / "done").write_bytes(b"")
+
+def run_trial(trials: Trials, values: Mapping[str, Any], report: Callable[[int, float], None]) -> None:
+    """An ordinary run that borrows the shared stages; `report(epoch, miou)` hears of each validation, in order.
+
+    A trial that comes again first reports what it had reported: it is stopped where it was stopped, or goes on. The
+    last epoch is reported when its model is committed, because Tune ends the process of a trial that has reported it.
+    """
+    name = trials.settings.model
+    place, recipe = trials.folder / "trials" / trials.name(values), trials.recipe(values)
+    training = recipe.training_of(recipe.models[name])
+    note = place / "validation.json"
+    reported: dict[int, float] = {}
+
+    def on_epoch(epoch: int, miou: float) -> None:
+        if epoch % training.validate_every == 0 and max(reported, default=0) < epoch < training.epochs:
+            reported[epoch] = miou
+            note.write_json([list(pair) for pair in reported.items()])
+            report(epoch, miou)
+
+    for epoch, miou in note.read_json() if note.exists() else []:
+        on_epoch(epoch, miou)
+    progress = _TrialProgress(f"train {name}", on_epoch)
+    done = runner.run(recipe, place, only=name, borrow=[trials.folder / "shared"], progress=progress).results
+    attempt = Location.of(done["commits"][done["models"][name]["model"]]["folder"])
+    for record in (attempt / "history.json").read_json():
+        if record.get("validation"):  # also those of a training that was too quick to be watched
+            on_epoch(record["epoch"], record["validation"][METRIC] or 0.0)
+    report(training.epochs, record["validation"][METRIC] or 0.0)
 
 
 class _TrialProgress(SilentProgress):
-    """Passes the validation mIoU of every epoch on to Tune, which may stop the trial."""
+    """Passes on the validations of one task, the training of the searched model."""
+
+    def __init__(self, title: str, on_epoch: Callable[[int, float], None]) -> None:
+        self.title, self.on_epoch = title, on_epoch
 
     @contextmanager
     def task(self, title: str, total: int | None, unit: str) -> Iterator[Task]:
-        with super().task(title, total, unit) as inner:
-            yield _ReportingTask(inner)
+        with super().task(title, total, unit) as silent:
+            yield _EpochTask(self.on_epoch) if title == self.title else silent
 
 
-class _ReportingTask:
-    def __init__(self, inner: Task) -> None:
-        self.inner = inner
-        self.reported: set[Any] = set()
+class _EpochTask:
+    """The figures of a task stand until they are replaced, so an epoch is seen many times."""
+
+    def __init__(self, on_epoch: Callable[[int, float], None]) -> None:
+        self.on_epoch = on_epoch
+        self.last = 0
+        self.lock = threading.Lock()  # the training is watched by a thread
 
     def advance(self, count: int = 1, **figures: float | str) -> None:
-        self.inner.advance(count, **figures)
-        epoch = figures.get("epoch")
-        if METRIC in figures and epoch not in self.reported:
-            import ray.tune
-
-            self.reported.add(epoch)
-            ray.tune.report({METRIC: float(figures[METRIC])})
+        epoch = int(figures.get(EPOCH, 0))
+        with self.lock:
+            if epoch > self.last and METRIC in figures:
+                self.last = epoch
+                self.on_epoch(epoch, float(figures[METRIC]))

@@ -16,6 +16,7 @@ from nightseg.compute import cluster
 from nightseg.config import FolderDataset, MapCompute, Selection
 from nightseg.frames import datasets as layouts
 from nightseg.frames import table as frame
+from nightseg.networks.features import identify
 from nightseg.progress import Progress
 from nightseg.stages import collect, score, select, split
 from nightseg.storage import Location, UserError, hash_of
@@ -32,6 +33,7 @@ def split_folder(images: str, out: str, *, margin: float, compute: MapCompute, p
     table = Location.of(out)
     if not table.name.endswith(".parquet"):
         raise UserError(f"--out {out}: the frame table is a Parquet file. Cure: a name that ends in .parquet.")
+    layouts.count("images", Location.of(images), labelled=False)
     with _workshop(table.parent / f".{table.name}.work") as workspace:
         found = _collected(workspace, images, compute, progress)
         heap = frame.resolve(found.table("frames"), found.folder)
@@ -45,7 +47,7 @@ def split_folder(images: str, out: str, *, margin: float, compute: MapCompute, p
             compute=compute,
             max_bad_fraction=1.0,
         )
-        bad = [table for commit in (found, done) if commit.quarantined for table in [commit.table("quarantine")]]
+        bad = [commit.table("quarantine") for commit in (found, done) if commit.quarantined]
         table.write_table(frame.resolve(done.table("frames"), done.folder))
         stem = table.name.removesuffix(".parquet")
         (table.parent / f"{stem}.evidence.json").write_json(done.json("evidence.json"))
@@ -57,8 +59,21 @@ def split_folder(images: str, out: str, *, margin: float, compute: MapCompute, p
 def select_frames(
     pool: str, reference: str | None, out: str, *, choice: Selection, seed: int, compute: MapCompute, progress: Progress
 ) -> dict[str, Any]:
-    """Choose frames of a pool (image folder or frame table); write frames.parquet, scores.parquet, evidence.json."""
+    """Choose frames of a pool (image folder or frame table); write frames.parquet, scores.parquet, evidence.json.
+
+    Raises UserError before any frame is read: no such pool or reference, a method that needs a reference and has none,
+    an extractor whose weights are not at hand.
+    """
     folder = Location.of(out)
+    if reference is None and choice.method != "random":
+        raise UserError(
+            f"--method {choice.method} needs a reference that the chosen frames should be close to. "
+            "Cure: --reference FOLDER_OR_TABLE, or --method random."
+        )
+    for source in (pool, reference):
+        if source is not None:
+            _check_source(source)
+    identify(choice.extractor, choice.extractor_weights)
     with _workshop(folder / ".work") as workspace:
         frames = _frames(workspace, "pool", pool, compute, progress)
         scored = _scored(workspace, "pool", frames, choice, compute, progress)
@@ -88,12 +103,8 @@ def select_frames(
 def _workshop(folder: Location) -> Iterator[Workspace]:
     """A run folder that is removed once the work is done, and kept for the next try if it is not."""
     workspace = Workspace(folder)
-    with workspace.lock():
-        try:
-            cluster.connect()
-            yield workspace
-        finally:
-            cluster.disconnect()
+    with workspace.lock(), cluster.left_as_found():
+        yield workspace
     folder.delete()
 
 
@@ -114,14 +125,20 @@ def _collected(
     )
 
 
+def _check_source(source: str) -> None:
+    place = Location.of(source)
+    if not place.name.endswith(".parquet"):
+        layouts.count("images", place, labelled=False)
+    elif not place.exists():
+        raise UserError(f"{source}: there is no such frame table. Cure: check the path.")
+
+
 def _frames(workspace: Workspace, name: str, source: str, compute: MapCompute, progress: Progress) -> pa.Table:
     """The frames of an image folder or of a frame table."""
     place = Location.of(source)
     if not place.name.endswith(".parquet"):
         found = _collected(workspace, source, compute, progress, name)
         return frame.resolve(found.table("frames"), found.folder)
-    if not place.exists():
-        raise UserError(f"{source}: there is no such frame table. Cure: check the path.")
     rows = frame.resolve(place.read_table(), place.parent)
     frame.check_frames(rows)
     missing = [name for name in frame.FRAME_SCHEMA.names if name not in rows.column_names]

@@ -177,7 +177,7 @@ def test_rounds_are_a_chain_of_models(tmp_path: Path) -> None:
 
 
 def test_a_split_dataset_is_a_view_of_one_domain(tmp_path: Path) -> None:
-    graph = graph_of(tmp_path, "  a: {train: [both]}")
+    graph = graph_of(tmp_path, "  a: {train: [day]}")
     assert graph.datasets["night"] == (View(NodeId("split", "heap"), "night"),)
     assert graph.datasets["both"] == (View(NodeId("collect", "day")), View(NodeId("split", "heap"), "night"))
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 import io
 import logging
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from nightseg.errors import UserError
 from nightseg.storage import Location, sha256_of
 
 NUM_KEPT = 2
@@ -54,24 +55,24 @@ class Checkpoints:
         for old in self._names()[:-NUM_KEPT]:
             (self.folder / old).delete()
 
-    def newest(self) -> Snapshot | None:
-        """The newest checkpoint that is whole, tensors on the CPU; None without any. Damaged ones are named in the log.
+    def newest(self, warn: Callable[[str], None] = _LOG.warning) -> Snapshot | None:
+        """The newest whole checkpoint, tensors on the CPU; None without any. Each damaged one is told to `warn`.
 
-        Raises RuntimeError when there are checkpoints but none is whole: starting anew in silence would hide a loss.
+        Raises UserError when there are checkpoints but none is whole: starting anew in silence would hide a loss.
         """
         damaged = []
         for name in reversed(self._names()):
-            snapshot = self._read(name)
+            snapshot = self._read(name, warn)
             if snapshot is not None:
                 return snapshot
             damaged.append(name)
         if damaged:
-            raise RuntimeError(
+            raise UserError(
                 f"every checkpoint in {self.folder} is damaged ({', '.join(damaged)}); delete this folder to train anew"
             )
         return None
 
-    def _read(self, name: str) -> Snapshot | None:
+    def _read(self, name: str, warn: Callable[[str], None]) -> Snapshot | None:
         place = self.folder / name
         try:
             data = (place / "state.pt").read_bytes()
@@ -80,7 +81,7 @@ class Checkpoints:
             body = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
             return Snapshot(int(body["report"]), body["state"], body["history"])
         except (OSError, ValueError, KeyError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-            _LOG.warning("checkpoint %s is damaged, the one before it is used: %s", place, error)
+            warn(f"checkpoint {place} is damaged, the one before it is used: {error}")
             return None
 
     def _names(self) -> list[str]:

@@ -13,7 +13,8 @@ import os
 import re
 import secrets
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,23 @@ def disconnect() -> None:
 
     ray.shutdown()
     _started_here = False
+
+
+@contextmanager
+def left_as_found() -> Iterator[None]:
+    """What the body connects to is left when it ends; a connection that was there before stays.
+
+    A run may thus be started alone or inside other work on the same cluster: a trial of a search is a run in a worker
+    that Ray itself has connected.
+    """
+    import ray
+
+    was_connected = ray.is_initialized()
+    try:
+        yield
+    finally:
+        if not was_connected:
+            disconnect()
 
 
 def is_local() -> bool:

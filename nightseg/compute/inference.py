@@ -9,6 +9,7 @@ Ray Data's own checkpointing is not used: with blocks from memory it writes rows
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import sys
@@ -100,20 +101,21 @@ def _run(tables: list[pa.Table], actor: dict[str, Any], actors: int, cpus: float
     title = actor["title"]
     results = _pass(tables, actor, actors, cpus, gpus)
     batches = iter(results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
+    failure = None
     try:
         for batch in batches:
             for outcome in batch["outcome"].to_pylist():
                 yield _record(title, *pickle.loads(outcome))  # noqa: S301 (made by our own actor)
-    except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError) as error:
-        raise RuntimeError(
-            f"{title}: the process of a worker died {RETRIES_OF_A_SHARD + 1} times on the same shard: it ran out of "
-            "memory (lower compute.map.batch or compute.map.actors), was killed, or a file crashed a decoder. "
-            "Finished shards are kept"
-        ) from error
     except ray.exceptions.RayError as error:
-        raise RuntimeError(f"{title}: {_reason(error)}") from error
+        failure = _failure(title, error)
     finally:
         batches.close()
+    if failure is not None:
+        # Ray's error knows every frame it went through, and so the actors. Were it the cause of ours, they would keep
+        # their CPUs for as long as somebody looks at the error.
+        del results, batches
+        gc.collect()
+        raise failure
 
 
 def _pass(tables: list[pa.Table], actor: dict[str, Any], actors: int, cpus: float, gpus: float) -> Any:
@@ -187,8 +189,22 @@ def _set_torch_threads() -> None:
         torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS") or 1)))
 
 
-def _reason(error: BaseException) -> str:
-    """The innermost message of Ray's nested errors, one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+def _failure(title: str, error: BaseException) -> RuntimeError:
+    """What Ray says, in one line; its traceback as a note."""
+    import ray
+
+    if isinstance(error, ray.exceptions.RayActorError | ray.exceptions.WorkerCrashedError):
+        reason = (
+            f"the process of a worker died {RETRIES_OF_A_SHARD + 1} times on the same shard: it ran out of memory "
+            "(lower compute.map.batch or compute.map.actors), was killed, or a file crashed a decoder. Finished "
+            "shards are kept"
+        )
+    else:
+        innermost = error
+        while innermost.__cause__ is not None:
+            innermost = innermost.__cause__
+        first_line = str(innermost).strip().partition("\n")[0]
+        reason = f"{type(innermost).__name__}: {first_line}"
+    failure = RuntimeError(f"{title}: {reason}")
+    failure.add_note("".join(traceback.format_exception(error)))
+    return failure

@@ -36,14 +36,11 @@ import torch
 from torch import Tensor, nn
 
 from nightseg.compute import cluster
-from nightseg.compute.board import Failure, board
+from nightseg.compute.board import SECONDS_BETWEEN_LOOKS, Failure, board, shown
 from nightseg.compute.checkpoints import Checkpoints
 from nightseg.errors import UserError
-from nightseg.progress import Progress, Task
+from nightseg.progress import Progress
 from nightseg.storage import Location
-
-SECONDS_BETWEEN_LOOKS = 0.25
-"""How often the driver asks how far the workers are, and the least time between two messages of a worker."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +143,7 @@ class _WorkerSession:
         return tensor
 
     def restore(self) -> dict[str, Any] | None:
-        snapshot = self._checkpoints.newest()
+        snapshot = self._checkpoints.newest(self._say)
         if snapshot is None:
             return None
         self.history = snapshot.history
@@ -163,9 +160,14 @@ class _WorkerSession:
 
     def progress(self, done: int, **figures: float) -> None:
         if self.rank == 0:
-            self._untold = (done, figures)
+            held = self._untold[1] if self._untold is not None else {}
+            self._untold = (done, held | figures)  # what an epoch ended with is not lost to the next step
             if time.monotonic() - self._told >= SECONDS_BETWEEN_LOOKS:
                 self.tell()
+
+    def _say(self, message: str) -> None:
+        if self.rank == 0:
+            self._board.say.remote(self._key, message)
 
     def tell(self) -> None:
         """What `progress` held back goes to the board; nobody waits for an answer."""
@@ -228,7 +230,7 @@ def fit(
         "board": board(),
         "key": uuid.uuid4().hex,
     }
-    with progress.task(title, total, unit) as task, _shown(job["board"], job["key"], task):
+    with progress.task(title, total, unit) as task, shown(job["board"], job["key"], task, progress, title):
         history = _run(job, workers, name, title)
     return FitResult(history[-1] if history else {}, history, job["checkpoints"])
 
@@ -287,10 +289,10 @@ def _work(job: dict[str, Any]) -> list[dict[str, Any]] | None:
     import ray
 
     board, key = job["board"], job["key"]
-    if ray.get(board.begin.remote(key)) is not None:
+    session = _WorkerSession(job["checkpoints"], board, key)
+    if ray.get(board.begin.remote(key, session.rank)) is not None:
         return None  # Ray started the workers again, but the mistake is still there
     torch.set_num_threads(job["threads"])
-    session = _WorkerSession(job["checkpoints"], board, key)
     try:
         job["loop"](session, job["settings"])
         session.tell()
@@ -308,54 +310,35 @@ def _failure(job: dict[str, Any], title: str, error: BaseException | None) -> Ex
     """The error to raise: what a worker wrote on the board, else what Ray knows."""
     import ray
 
-    failure = ray.get(job["board"].read.remote(job["key"])).failure
-    if failure is None:
-        failures = list(getattr(error, "worker_failures", {}).values())
-        died = any(isinstance(cause, ray.exceptions.RayActorError) for cause in failures)
-        reason = "a worker process died: it ran out of memory, was killed, or crashed" if died else _reason(error)
-        return RuntimeError(f"{title}: {reason}")
-    raised = UserError(failure.message) if failure.is_user_error else RuntimeError(f"{title}: {failure.message}")
-    raised.add_note(f"In the worker:\n{failure.trace}")
+    try:
+        failure: Failure | None = ray.get(job["board"].read.remote(job["key"]), timeout=10.0).failure
+    except ray.exceptions.RayError:  # the cluster went down, and the board with it
+        failure = None
+    if failure is not None and failure.is_user_error:
+        raised: Exception = UserError(failure.message)
+    elif _has_died(error):  # what other workers wrote then is about the connection they lost
+        raised = RuntimeError(f"{title}: a worker process died: it ran out of memory, was killed, or crashed")
+    else:
+        raised = RuntimeError(f"{title}: {failure.message if failure else _reason(error)}")
+    if failure is not None:
+        raised.add_note(f"In the worker:\n{failure.trace}")
     return raised
+
+
+def _has_died(error: BaseException | None) -> bool:
+    """Whether a worker's process ended, rather than its loop with an exception."""
+    import ray
+
+    causes = getattr(error, "worker_failures", {}).values()
+    return any(
+        isinstance(getattr(cause, "health_check_failure", cause), ray.exceptions.RayActorError) for cause in causes
+    )
 
 
 def _reason(error: BaseException | None) -> str:
     """Ray's error as a line: its last one, because its first announce and its middle is a traceback."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else "the training ended without a result"
-
-
-@contextmanager
-def _shown(board: Any, key: str, task: Task) -> Iterator[None]:
-    """While the body runs, the task follows what rank 0 writes on the board."""
-    import ray
-
-    stop = threading.Event()
-    shown = 0
-
-    def look(timeout: float) -> None:
-        nonlocal shown
-        notice = ray.get(board.read.remote(key), timeout=timeout)
-        # A restarted worker begins before where its predecessor died: the bar stands still until it is past that.
-        task.advance(max(0, notice.done - shown), **notice.figures)
-        shown = max(shown, notice.done)
-
-    def follow() -> None:
-        while not stop.wait(SECONDS_BETWEEN_LOOKS):
-            try:
-                look(timeout=5.0)
-            except ray.exceptions.RayError:  # busy or starting anew: training goes on without a display
-                continue
-
-    thread = threading.Thread(target=follow, name="nightseg-progress", daemon=True)
-    thread.start()
-    try:
-        yield
-        look(timeout=5.0)
-    finally:
-        stop.set()
-        thread.join(timeout=10.0)
-        board.forget.remote(key)
 
 
 @contextmanager

@@ -6,18 +6,19 @@ labels) and a rule that pairs them, so a million frames cost two walks and no lo
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import PurePosixPath
 
+from nightseg.errors import closest
 from nightseg.frames.images import SUFFIXES
 from nightseg.frames.table import DOMAINS
 from nightseg.frames.taxonomy import TRAIN_IDS
 from nightseg.storage import Entry, Location, UserError, hash_of
 
+FOLDER_LAYOUTS = ("camvid", "cityscapes", "nighttime_driving", "images")
 SCENES = "scenes"  # procedural frames: no folder is read
 
 _CITYSCAPES_IMAGE = "_leftImg8bit"
@@ -38,6 +39,15 @@ class Candidate:
     domain: str
     label_encoding: str | None
     problem: str = ""
+
+
+@dataclass(frozen=True)
+class _Folders:
+    """Where a layout keeps its images (`depth` levels down, None = all), and its labels, if labels are wanted."""
+
+    images: Location
+    depth: int | None
+    labels: Location | None
 
 
 @dataclass(frozen=True)
@@ -105,6 +115,11 @@ def list_frames(
     return candidates[:limit]
 
 
+def check_folders(layout: str, root: Location, *, split: str = "", labelled: bool = True) -> None:
+    """Raises the UserError that `list_frames` would raise for a folder that is not there. No file is listed."""
+    _folders(layout, root, split, labelled)
+
+
 def count(layout: str, root: Location, *, split: str = "", labelled: bool = True, limit: int | None = None) -> int:
     """How many frames `list_frames` would give. Raises the same errors."""
     num_images = len(_list(layout, root, split, labelled).image_entries)
@@ -154,28 +169,36 @@ def scene_domains(mix: Mapping[str, float], first: int, count: int) -> list[str]
 # -- what lies where -------------------------------------------------------------------------------------------------
 
 
-def _list(layout: str, root: Location, split: str, labelled: bool) -> _Listing:
+def _folders(layout: str, root: Location, split: str, labelled: bool) -> _Folders:
     _need_folder(root, f"layout {layout}: root")
     match layout:
         case "camvid":
             part = _split_folder(layout, root, split)
             _need_folder(part / "images", "layout camvid: images")
-            labels = part / "labels" if labelled else None
-            listing = _Listing(part / "images", _images(part / "images", depth=1), labels, _labels(layout, labels))
+            found = _Folders(part / "images", 1, part / "labels" if labelled else None)
         case "cityscapes":
             images = _split_folder(layout, root / "leftImg8bit", split)
-            labels = _cityscapes_labels(root, split) if labelled else None
-            listing = _Listing(images, _images(images, depth=2), labels, _labels(layout, labels))
+            found = _Folders(images, 2, _cityscapes_labels(root, split) if labelled else None)
         case "nighttime_driving":
             images = _split_folder(layout, root / "leftImg8bit", split or "test")
-            labels = root / _NIGHTTIME_LABELS / (split or "test") if labelled else None
-            listing = _Listing(images, _images(images, depth=2), labels, _labels(layout, labels))
+            found = _Folders(images, 2, root / _NIGHTTIME_LABELS / (split or "test") if labelled else None)
         case "images":
-            images = _split_folder(layout, root, split)
-            listing = _Listing(images, _images(images, depth=None), None, [])
+            found = _Folders(_split_folder(layout, root, split), None, None)
         case _:
-            known = ("camvid", "cityscapes", "nighttime_driving", "images")
-            raise UserError(f"unknown layout '{layout}'{_did_you_mean(layout, known)}; known: {', '.join(known)}")
+            known = ", ".join(FOLDER_LAYOUTS)
+            raise UserError(f"unknown layout {layout!r}{closest(layout, FOLDER_LAYOUTS)}; known: {known}")
+    if found.labels is not None and not found.labels.is_folder():
+        raise UserError(
+            f"layout {layout}: no label folder {found.labels.uri}."
+            " Put the labels there, or set `labelled: false` if these frames have none"
+        )
+    return found
+
+
+def _list(layout: str, root: Location, split: str, labelled: bool) -> _Listing:
+    found = _folders(layout, root, split, labelled)
+    labels = _labels(found.labels) if found.labels is not None else []
+    listing = _Listing(found.images, _images(found.images, found.depth), found.labels, labels)
     if not listing.image_entries:
         raise UserError(
             f"layout {layout}: no image in {listing.images.uri}; looked for {', '.join(SUFFIXES)}."
@@ -197,7 +220,7 @@ def _split_folder(layout: str, parent: Location, split: str) -> Location:
     folder = parent / split if split else parent
     if not split or not folder.is_folder():
         found = [entry.name for entry in parent.list() if entry.is_folder]
-        wrong = f"unknown split '{split}'{_did_you_mean(split, found)}" if split else "a split is needed"
+        wrong = f"unknown split {split!r}{closest(split, found)}" if split else "a split is needed"
         raise UserError(f"layout {layout}: {wrong}; {parent.uri} has {', '.join(found) or 'no folders'}")
     return folder
 
@@ -212,14 +235,7 @@ def _images(folder: Location, depth: int | None) -> list[Entry]:
     return [entry for entry in _files(folder, depth) if entry.name.lower().endswith(SUFFIXES)]
 
 
-def _labels(layout: str, folder: Location | None) -> list[Entry]:
-    if folder is None:
-        return []
-    if not folder.is_folder():
-        raise UserError(
-            f"layout {layout}: no label folder {folder.uri}."
-            " Put the labels there, or set `labelled: false` if these frames have none"
-        )
+def _labels(folder: Location) -> list[Entry]:
     return [entry for entry in _files(folder, depth=2) if entry.name.lower().endswith(".png")]
 
 
@@ -319,8 +335,3 @@ def _file(folder: Location, name: str) -> tuple[str, str]:
 def _printable(name: str) -> str:
     """Names that are not UTF-8 reach us with surrogates, which no table can hold."""
     return name.encode("utf-8", "backslashreplace").decode()
-
-
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean '{matches[0]}'?)" if matches else ""

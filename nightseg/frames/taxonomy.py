@@ -6,7 +6,6 @@ the raw ids of one kind of label file to train ids. A raw id outside the map is 
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from nightseg.errors import closest
 from nightseg.frames.images import BadFrame
 from nightseg.storage import Location, UserError
 
@@ -45,8 +45,8 @@ class Taxonomy:
         """(train id of each raw id, uint8[256]; whether the raw id is known, bool[256])."""
         if encoding not in self.encodings:
             raise UserError(
-                f"the taxonomy {self.name} has no label encoding '{encoding}', only {', '.join(sorted(self.encodings))}"
-                f"{_did_you_mean(encoding, self.encodings)}. The encoding says what the raw ids of the label files"
+                f"the taxonomy {self.name} has no label encoding {encoding!r}{closest(encoding, self.encodings)};"
+                f" known: {', '.join(sorted(self.encodings))}. The encoding says what the raw ids of the label files"
                 " mean: set label_encoding of the dataset, or add the encoding to the taxonomy's YAML file"
             )
         train_ids = np.full(256, IGNORE, dtype=np.uint8)
@@ -86,8 +86,8 @@ def taxonomy(name_or_yaml_path: str) -> Taxonomy:
     if not re.search(r"\.ya?ml$", name_or_yaml_path, re.IGNORECASE):
         known = ("cityscapes19", "camvid11")
         raise UserError(
-            f"unknown taxonomy '{name_or_yaml_path}'{_did_you_mean(name_or_yaml_path, known)}."
-            f" Use {' or '.join(known)}, or the path of a .yaml file with name and classes"
+            f"unknown taxonomy {name_or_yaml_path!r}{closest(name_or_yaml_path, known)};"
+            f" known: {', '.join(known)}, or the path of a .yaml file with name and classes"
         )
     return _from_yaml(Location.of(name_or_yaml_path))
 
@@ -193,7 +193,7 @@ def _from_yaml(location: Location) -> Taxonomy:
     where = f"taxonomy file {location.uri}"
     try:
         data = location.read_bytes()
-    except FileNotFoundError as error:
+    except (FileNotFoundError, IsADirectoryError) as error:
         raise UserError(f"{where}: no such file") from error
     if len(data) > _MAX_YAML_BYTES:
         raise UserError(f"{where}: {len(data)} bytes; a class list has at most {_MAX_YAML_BYTES}")
@@ -228,7 +228,7 @@ def _check_keys(where: str, value: Any, *, required: dict[str, type], optional: 
         raise UserError(f"{where}: expected a mapping with {', '.join(required)}, got {type(value).__name__}")
     for key in value:
         if key not in required and key not in optional:
-            raise UserError(f"{where}: unknown key '{key}'{_did_you_mean(str(key), [*required, *optional])}")
+            raise UserError(f"{where}: unknown key '{key}'{closest(str(key), [*required, *optional])}")
     for key, kind in (required | optional).items():
         if key not in value and key in required:
             raise UserError(f"{where}: the key '{key}' is missing")
@@ -261,8 +261,3 @@ def _rest(taken: Mapping[int, int]) -> list[int]:
 
 def _is_byte(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 255
-
-
-def _did_you_mean(word: str, known: Any) -> str:
-    matches = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean '{matches[0]}'?)" if matches else ""

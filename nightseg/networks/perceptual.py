@@ -35,6 +35,8 @@ VGG16_RELU5_3 = 30  # layers of torchvision's vgg16().features up to and includi
 VGG16_POOL4 = 23  # left out as in UNIT: conv5 runs at 1/8 of the image, which keeps positions sharper
 LITE0_LEVELS = (2, 3)  # feature maps at 1/8 and 1/16 of the image: fine enough to hold a car, deep enough to know one
 
+SMALLEST_PERCEIVED = 32  # pixels a side: a map of one position has no variance to normalise
+
 
 class PerceptualFeatures(nn.Module):
     """Images in [-1, 1] -> a list of instance-normalised feature maps of a frozen network.

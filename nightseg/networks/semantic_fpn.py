@@ -24,14 +24,22 @@ LEVELS: Final = ("p2", "p3", "p4", "p5")
 _NORM_GROUPS: Final = 32
 
 
+def num_groups(channels: int) -> int:
+    """Groups of the head's GroupNorm: detectron2's 32 where they divide the channels, else about 4 channels a group.
+
+    Four is what 32 groups of the usual 128 channels hold; one channel a group would be instance norm, which forgets
+    how strong a feature is.
+    """
+    return _NORM_GROUPS if channels % _NORM_GROUPS == 0 else math.gcd(channels, max(1, channels // 4))
+
+
 class NormedConvolution(nn.Conv2d):
     """3x3 convolution without bias, then GroupNorm, then ReLU. It *is* a convolution so that its parameters are called
     `weight` and `norm.weight`, as in detectron2."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
-        # 32 groups as in the paper; a narrow head gets as many of them as divide its channels.
-        self.norm = nn.GroupNorm(math.gcd(_NORM_GROUPS, out_channels), out_channels)
+        self.norm = nn.GroupNorm(num_groups(out_channels), out_channels)
         nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, maps_BChw: Tensor) -> Tensor:

@@ -207,6 +207,8 @@ def learn(session: Session, settings: dict[str, Any]) -> None:
     training = plan.training
     frames, watched = _frames(plan, session)
     network = _network(plan).to(session.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if training.freeze_batch_norm:
+        freeze_batch_norm(network.body)  # before wrapping: DDP waits for every parameter that may have a gradient
     optimizer = build_optimizer(
         network,
         training.optimizer,

@@ -29,7 +29,7 @@ from nightseg.learning.translation import (
 )
 from nightseg.learning.unpaired import FrameReader, FrameRef, Stream, UnpairedCrops, mix_seed
 from nightseg.networks.checkpoint import save_model
-from nightseg.networks.perceptual import PerceptualFeatures, build_perceptual
+from nightseg.networks.perceptual import SMALLEST_PERCEIVED, PerceptualFeatures, build_perceptual
 from nightseg.networks.unit import (
     KIND,
     STRIDE,
@@ -159,6 +159,11 @@ def _check(name: str, settings: Translator, day: pa.Table, night: pa.Table, comp
             f"{where}: crop {tuple(settings.crop)} is too small for a discriminator with "
             f"{settings.discriminator_scales} scales, which needs {smallest} pixels a side; enlarge crop or set a "
             "smaller discriminator_scales"
+        )
+    if settings.weights.perceptual > 0 and min(settings.crop) < SMALLEST_PERCEIVED:
+        raise UserError(
+            f"{where}: crop {tuple(settings.crop)} is too small for the perceptual loss, which needs "
+            f"{SMALLEST_PERCEIVED} pixels a side; enlarge crop or set weights.perceptual to 0"
         )
 
 

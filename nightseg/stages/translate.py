@@ -27,7 +27,7 @@ from nightseg.workspace import Attempt, Commit
 
 VERSION = 1
 
-PIXELS_AT_ONCE: Final = 1 << 20  # of one forward pass: about 2 GB at width 64; a larger frame goes alone
+PIXELS_AT_ONCE: Final = 1 << 20  # of one forward pass: about 1 GB at width 64; a larger frame goes alone
 SMALLEST_SIDE: Final = 2 * STRIDE  # the latent needs two rows to reflect one
 
 Domain = Literal["day", "night"]

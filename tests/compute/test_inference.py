@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -153,9 +153,16 @@ def test_a_failed_pass_keeps_what_is_done(ray_cluster: None, attempt: Attempt) -
 
 @pytest.mark.slow
 def test_a_shard_that_kills_its_worker_ends_the_pass(ray_cluster: None, attempt: Attempt) -> None:
-    with pytest.raises(RuntimeError, match="died 4 times on the same shard.*Finished shards are kept"):
+    import ray
+
+    with pytest.raises(RuntimeError, match=r"died 4 times on the same shard.*Finished shards are kept"):
         run(attempt, actors=1, arguments={"mishap": "dies always", "at": 12})
     assert sum(call.startswith("010") for call in calls(attempt)) == 4
+    for _ in range(100):  # its CPU is free again
+        if ray.available_resources().get("CPU") == 2.0:
+            return
+        time.sleep(0.1)
+    pytest.fail("an actor of the failed pass is still there")
 
 
 @pytest.mark.parametrize(("cpus", "gpus", "key"), [(1.5, 0.0, "cpus_per_actor"), (0.5, 1.0, "gpus_per_actor")])
@@ -196,10 +203,3 @@ def test_progress_counts_rows_and_those_of_before(ray_cluster: None, attempt: At
     run(attempt, actors=1, progress=again)
     assert sorted(first.counts) == [0, 3, 5, 5, 5, 5]
     assert again.counts == [23]
-
-
-def test_no_thread_is_left_behind(ray_cluster: None, attempt: Attempt) -> None:
-    run(attempt, num_rows=5)
-    before = threading.active_count()
-    run(attempt, num_rows=10)
-    assert threading.active_count() <= before

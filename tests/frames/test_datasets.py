@@ -173,13 +173,13 @@ def test_wrong_folders_are_named(tmp_path: Path) -> None:
     root = tree(tmp_path, "train/images/a.png", "train/labels/a.png", "empty/images/readme.md", "leftImg8bit/val/x")
     for layout, where, split, message in (
         ("camvid", root / "nowhere", "", "no such folder: .*nowhere"),
-        ("camvid", root, "trian", "unknown split 'trian' .did you mean 'train'.*has empty, leftImg8bit, train"),
+        ("camvid", root, "trian", "unknown split 'trian', did you mean 'train'.*has empty, leftImg8bit, train"),
         ("camvid", root, "leftImg8bit", "no such folder: .*leftImg8bit/images"),
         ("camvid", root, "empty", "no image in .*empty/images"),
         ("camvid", root, "../x", "leads out"),
         ("cityscapes", root, "", "a split is needed; .*leftImg8bit has val"),
         ("images", root / "empty", "", "no image in"),
-        ("imagse", root, "", "unknown layout 'imagse' .did you mean 'images'"),
+        ("imagse", root, "", "unknown layout 'imagse', did you mean 'images'"),
     ):
         for ask in (lambda *a, **k: list_frames(*a, dataset="d", **k), count, fingerprint):
             with pytest.raises(UserError, match=message):

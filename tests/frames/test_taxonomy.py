@@ -88,7 +88,7 @@ def test_yaml(tmp_path: Path) -> None:
     [
         (("color: [1, 2, 3]", "color: [1, 2]"), r"classes\[0\].color: expected \[red, green, blue\]"),
         (("color: [1, 2, 3]", "color: [1, 2, 300]"), "0..255"),
-        (("color: [1, 2, 3]", "colour: [1, 2, 3]"), "unknown key 'colour' .did you mean 'color'"),
+        (("color: [1, 2, 3]", "colour: [1, 2, 3]"), "unknown key 'colour', did you mean 'color'"),
         (("mine: [7, 9]", "mine: [7, 8]"), "raw id 8 already means something else"),
         (("mine: [7, 9]", "mine: [7, 256]"), "0..255 of an 8-bit label file, got 256"),
         (("mine: [7, 9]", "train_ids: [7, 9]"), "built in"),

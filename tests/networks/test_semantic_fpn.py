@@ -54,7 +54,7 @@ def test_head_has_detectron2_names_and_structure() -> None:
     assert set(head.state_dict()) == expected | {"predictor.weight", "predictor.bias"}
 
 
-@pytest.mark.parametrize(("channels", "groups"), [(128, 32), (48, 16), (31, 1)])
+@pytest.mark.parametrize(("channels", "groups"), [(256, 32), (128, 32), (64, 32), (48, 12), (8, 2), (31, 1)])
 def test_a_narrow_head_gets_groups_that_divide_it(channels: int, groups: int) -> None:
     assert NormedConvolution(8, channels).norm.num_groups == groups
 

@@ -119,7 +119,9 @@ def train(session: Session, plan: Plan) -> dict[str, Any]:
 
 def test_loss_falls_and_validation_is_recorded(rows: pa.Table, tmp_path: Path) -> None:
     session = Session(tmp_path / "trainer")
-    training = TRAINING.model_copy(update={"epochs": 4, "steps_per_epoch": 5, "validate_every": 2})
+    training = TRAINING.model_copy(
+        update={"epochs": 4, "steps_per_epoch": 8, "validate_every": 2, "learning_rate": 0.01}
+    )
     history = train(session, plan_for(rows, tmp_path, training, rows.slice(0, 3)))["history"]
     assert [record["epoch"] for record in history] == [1, 2, 3, 4]
     assert history[-1]["loss"] < 0.5 * history[0]["loss"]
@@ -129,7 +131,7 @@ def test_loss_falls_and_validation_is_recorded(rows: pa.Table, tmp_path: Path) -
     assert scores["pa"] > 0.5
     assert set(scores["iou"]) == set(taxonomy("camvid11").classes)
     assert session.history[-1]["miou"] == scores["miou"]
-    assert session.done == 20
+    assert session.done == 32
 
 
 def test_resumed_training_is_bit_for_bit_the_uninterrupted_one(rows: pa.Table, tmp_path: Path) -> None:
@@ -239,9 +241,8 @@ def test_the_stage_commits_a_model_and_another_starts_from_it(
     rows: pa.Table, tmp_path: Path, ray_cluster: object
 ) -> None:
     workspace = Workspace(tmp_path / "run")
-    training = TRAINING.model_copy(update={"epochs": 2})
 
-    def run(name: str, start: Any) -> Any:
+    def run(name: str, start: Any, workers: int, training: Training) -> Any:
         node = workspace.stage("train_segmenter", name, version=stage.VERSION, recipe={"name": name}, inputs={}, seed=3)
         return train_segmenter(
             rows,
@@ -254,11 +255,11 @@ def test_the_stage_commits_a_model_and_another_starts_from_it(
             taxonomy="camvid11",
             seed=3,
             attempt=node.open(),
-            compute=TrainCompute(cpus_per_worker=0.5),
+            compute=TrainCompute(workers=workers, cpus_per_worker=0.5),
             progress=SilentProgress(),
         )
 
-    teacher = run("teacher", "scratch")
+    teacher = run("teacher", "scratch", 1, TRAINING)
     tensors, card = load_tensors(teacher.folder / "model")
     assert card["kind"] == "semantic_fpn"
     assert (card["num_classes"], card["input_size"], card["parents"]) == (11, [64, 64], [])
@@ -267,7 +268,7 @@ def test_the_stage_commits_a_model_and_another_starts_from_it(
     assert teacher.verify() == []
     assert not (teacher.folder / "trainer").exists()
 
-    student = run("student", teacher)
+    student = run("student", teacher, 2, TRAINING.model_copy(update={"epochs": 1, "freeze_batch_norm": True}))
     _, student_card = load_tensors(student.folder / "model")
     assert student_card["parents"] == [{"stage": "train_segmenter", "name": "teacher", "key": teacher.key}]
     assert student.json("history.json")[0]["loss"] < teacher.json("history.json")[0]["loss"]

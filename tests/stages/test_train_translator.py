@@ -238,6 +238,7 @@ def attempt_in(folder: Path) -> Attempt:
     [
         ({"batch": 3}, "batch 3 cannot be shared evenly by 2 workers"),
         ({"crop": (18, 16)}, "multiples of 4"),
+        ({"weights": UnitWeights()}, r"crop \(16, 16\) is too small for the perceptual loss"),
         ({"discriminator_scales": 2}, r"crop \(16, 16\) is too small.*32 pixels"),
     ],
 )
@@ -270,14 +271,19 @@ def test_an_empty_domain_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-def test_the_stage_commits_a_model_its_history_and_samples(tmp_path: Path) -> None:
+def test_two_workers_commit_a_model_its_history_and_samples(tmp_path: Path) -> None:
     settings = TINY.model_copy(
-        update={"perceptual_network": "efficientnet_lite0", "weights": UnitWeights(), "iterations": 2}
+        update={
+            "perceptual_network": "efficientnet_lite0",
+            "weights": UnitWeights(),
+            "crop": (32, 32),
+            "iterations": 2,
+        }
     )
     day, night = frames(tmp_path, "day", 2, 100, 255), frames(tmp_path, "night", 2, 0, 60)
     attempt = attempt_in(tmp_path)
     commit = stage.train_translator(
-        settings, day, night, seed=5, attempt=attempt, compute=TrainCompute(), progress=SilentProgress()
+        settings, day, night, seed=5, attempt=attempt, compute=TrainCompute(workers=2), progress=SilentProgress()
     )
     assert commit.rows_in == commit.rows_out == 4
     assert [output.path for output in commit.outputs] == [
@@ -295,3 +301,8 @@ def test_the_stage_commits_a_model_its_history_and_samples(tmp_path: Path) -> No
     plan = stage.Plan(stage._refs(day), stage._refs(night), settings, 5, 1)
     assert np.array_equal(sheet, stage.sample_sheet(generators, plan))
     assert not (attempt.folder / "trainer").exists()
+
+    alone = train({"plan": plan}).state()["history"]
+    for row, expected in zip(commit.json("history.json"), alone, strict=True):
+        assert row == pytest.approx(expected, rel=1e-2, abs=1e-3)  # the second step amplifies rounding (Adam)
+    assert commit.json("history.json")[0] == pytest.approx(alone[0], rel=1e-4, abs=1e-6)

@@ -1,0 +1,182 @@
+"""The verbs of `nightseg` that do one thing to folders of frames, without a recipe and without a run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import click
+
+from nightseg.console import METRICS, answer, json_option, libraries_on_stderr, percent, print_json, print_table
+from nightseg.storage import Location
+
+ExtractorName = Literal["inception", "efficientnet_lite0"]
+
+
+def _actors_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--actors", default=2, show_default=True, type=click.IntRange(1), help="Parallel readers, one CPU each."
+    )(command)
+
+
+def _extractor_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    command = click.option("--weights", metavar="FILE", help="Weights of the extractor, where it needs a file.")(
+        command
+    )
+    return click.option(
+        "--extractor",
+        default="inception",
+        show_default=True,
+        type=click.Choice(["inception", "efficientnet_lite0"]),
+        help="Network whose features are compared. inception: pytorch-fid's; efficientnet_lite0: needs no download.",
+    )(command)
+
+
+@click.command()
+@click.argument("images")
+@click.option("--out", required=True, metavar="FRAMES.parquet", help="The frame table to write.")
+@click.option(
+    "--margin", default=0.2, show_default=True, type=click.FloatRange(0, 1), help="Closer calls are twilight."
+)
+@_actors_option
+@json_option
+def split(images: str, out: str, margin: float, actors: int, as_json: bool) -> None:
+    """Separate a folder of images into day, night, twilight.
+
+    By their luminance histograms; the evidence and the list of bad frames are written beside the table.
+
+    \b
+    nightseg split /data/dashcam --out dashcam.parquet
+    """
+    from nightseg.config import MapCompute
+    from nightseg.progress import progress_for
+    from nightseg.verbs import split_folder
+
+    with libraries_on_stderr():
+        found = split_folder(images, out, margin=margin, compute=MapCompute(actors=actors), progress=progress_for())
+    answer(found, as_json)
+
+
+@click.command()
+@click.argument("a")
+@click.argument("b")
+@_extractor_options
+@_actors_option
+@json_option
+def fid(a: str, b: str, extractor: str, weights: str | None, actors: int, as_json: bool) -> None:
+    """Frechet distance between two sets of frames.
+
+    A and B are image folders, frame tables (.parquet) or statistics (.npz, also pytorch-fid's).
+
+    \b
+    nightseg fid translated/ /data/night --extractor efficientnet_lite0
+    nightseg fid translated/ night.npz --weights pt_inception-2015-12-05-6726825d.pth --json
+    """
+    from nightseg.config import MapCompute
+    from nightseg.progress import progress_for
+    from nightseg.stages.score import fid as distance
+
+    compute = MapCompute(actors=actors)
+    with libraries_on_stderr():
+        found = distance(a, b, extractor=extractor, weights=weights, compute=compute, progress=progress_for())
+    answer(found._asdict(), as_json)
+
+
+@click.command()
+@click.argument("pool")
+@click.option("--reference", metavar="REF", help="Images or frame table to be close to; random needs none.")
+@click.option("--count", required=True, type=click.IntRange(1), help="How many frames to choose.")
+@click.option("--method", default="pooled", show_default=True, type=click.Choice(["pooled", "histogram", "random"]))
+@click.option("--out", required=True, metavar="DIR", help="Gets frames.parquet, scores.parquet, evidence.json.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
+@_extractor_options
+@_actors_option
+@json_option
+def select(
+    pool: str,
+    reference: str | None,
+    count: int,
+    method: Literal["pooled", "histogram", "random"],
+    out: str,
+    seed: int,
+    extractor: ExtractorName,
+    weights: str | None,
+    actors: int,
+    as_json: bool,
+) -> None:
+    """Choose the frames of a pool that are closest to others.
+
+    POOL and REF are image folders or frame tables (.parquet).
+
+    \b
+    nightseg select night.parquet --reference translated/ --count 1600 --extractor efficientnet_lite0 --out chosen
+    """
+    from nightseg.config import MapCompute, Selection
+    from nightseg.progress import progress_for
+    from nightseg.verbs import select_frames
+
+    choice = Selection(method=method, count=count, extractor=extractor, extractor_weights=weights)
+    compute = MapCompute(actors=actors)
+    with libraries_on_stderr():
+        found = select_frames(pool, reference, out, choice=choice, seed=seed, compute=compute, progress=progress_for())
+    answer(found, as_json)
+
+
+@click.command()
+@click.argument("predictions")
+@click.argument("labels")
+@click.option("--taxonomy", required=True, help="cityscapes19, camvid11, or a YAML file.")
+@click.option(
+    "--absent-class",
+    default="cityscapes",
+    show_default=True,
+    type=click.Choice(["cityscapes", "detectron2"]),
+    help="A class that is predicted but not in the labels: counts as IoU 0, or is left out.",
+)
+@json_option
+def evaluate(
+    predictions: str, labels: str, taxonomy: str, absent_class: Literal["cityscapes", "detectron2"], as_json: bool
+) -> None:
+    """Score a folder of predictions against labels.
+
+    Both hold PNG files of the same names; predictions are train ids, as `nightseg predict` writes them.
+
+    \b
+    nightseg evaluate masks /data/camvid/day/test/labels --taxonomy camvid11
+    """
+    from nightseg.stages.evaluate import evaluate_folders
+
+    with libraries_on_stderr():
+        scores = evaluate_folders(Location.of(predictions), Location.of(labels), taxonomy, absent_class)
+    if as_json:
+        print_json(scores)
+        return
+    rows = [[name, percent(iou)] for name, iou in scores["iou"].items()]
+    rows += [[name, percent(scores[key])] for key, name in METRICS.items()]
+    print_table(f"{scores['frames']} frames, percent", ["class", "IoU"], rows)
+
+
+@click.command()
+@click.argument("model")
+@click.argument("images")
+@click.option("--out", required=True, metavar="DIR", help="Gets the masks, and a folder for each other picture.")
+@click.option("--save", default="mask", show_default=True, metavar="LIST", help="Any of mask,color,overlay,confidence.")
+@json_option
+def predict(model: str, images: str, out: str, save: str, as_json: bool) -> None:
+    """Segment a folder of images.
+
+    MODEL is a model folder, or RUN_DIR:MODEL_NAME of a finished run. IMAGES may also be one file.
+
+    \b
+    nightseg predict runs/demo:self_trained /data/night --out masks --save mask,overlay
+    """
+    from nightseg.progress import progress_for
+    from nightseg.results import model_folder
+    from nightseg.stages.predict import check_pictures, predict_folder
+
+    pictures = check_pictures([word.strip() for word in save.split(",") if word.strip()])
+    with libraries_on_stderr():
+        found = predict_folder(
+            model_folder(model), Location.of(images), Location.of(out), save=pictures, progress=progress_for()
+        )
+    answer(found, as_json)
