@@ -167,6 +167,7 @@ class Translator(Strict):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     step_every: Positive = Field(default=100_000, description="iterations between halvings of the learning rate")
+    average: Fraction = Field(default=0.0, description="decay of the generators' running mean; 0 = the last weights")
     checkpoint_every: Positive = 10_000
 
 

@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ SMALLEST_OBJECT_STORE_BYTES = 80 * 2**20
 """Ray refuses less than 75 MiB."""
 
 REACHABLE_SECONDS = 20.0
+
+ADMISSION_CURE = "set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to what `ray get-auth-token` prints on its head node"
 
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -122,18 +124,23 @@ def capacity(resource: str) -> float:
     return math.inf if limits is None else max(now, float(limits.get(resource, 0.0)))
 
 
-def require(resource: str, *, count: int, each: float, what: str, recipe_key: str) -> None:
+def require(resource: str, *, count: int, each: float, what: str, recipe_key: str, say: Callable[[str], None]) -> None:
     """Refuse a request that the cluster can never serve: Ray would wait for it without a word.
+
+    One that a growing cluster will serve later is announced through `say`.
 
     Raises:
         UserError: names what is asked, what there is, and the recipe keys that ask for it.
     """
-    asked, there = count * each, capacity(resource)
-    if asked > there + 1e-6:
+    asked, most = count * each, capacity(resource)
+    if asked > most + 1e-6:
         raise UserError(
-            f"{count} {what} with {each:g} {resource} each need {asked:g} {resource}, but the cluster has {there:g}; "
+            f"{count} {what} with {each:g} {resource} each need {asked:g} {resource}, but the cluster has {most:g}; "
             f"lower {recipe_key} in the recipe, or add nodes"
         )
+    now = resources().get(resource, 0.0)
+    if asked > now + 1e-6:
+        say(f"{count} {what} need {asked:g} {resource}, the cluster has {now:g} now: waiting for more nodes")
 
 
 def _set_defaults(environment: Mapping[str, str]) -> None:
@@ -175,15 +182,13 @@ def _join(address: str) -> None:
     try:
         ray.init(address=address, log_to_driver=wants_logs(), logging_level="ERROR")
     except AuthenticationError as error:
-        raise UserError(
-            f"the Ray cluster at {shown} (RAY_ADDRESS) wants another token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN "
-            "or RAY_AUTH_TOKEN_PATH to the cluster's token (`ray get-auth-token` on its head node)"
-        ) from error
+        raise UserError(f"the Ray cluster at {shown} (RAY_ADDRESS) wants its token: {ADMISSION_CURE}") from error
     except (ConnectionError, RuntimeError, ValueError) as error:
         first_line = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"no Ray cluster answers at {shown} (RAY_ADDRESS): {first_line}; start it, correct the address, or unset "
-            "RAY_ADDRESS to work on this machine"
+            f"the Ray cluster at {shown} (RAY_ADDRESS) does not let us in: {first_line}. Its token may be another "
+            f"({ADMISSION_CURE}), or its version of Ray (here {ray.__version__}); unset RAY_ADDRESS to work on this "
+            "machine"
         ) from error
     _started_here = False
 

@@ -76,7 +76,7 @@ def map_shards(
         if todo:
             cluster.connect()
             actors = min(actors, len(todo))
-            _check_room(actors, cpus_per_actor, gpus_per_actor)
+            _check_room(actors, cpus_per_actor, gpus_per_actor, progress)
             actor = {"worker": worker, "arguments": dict(arguments), "attempt": attempt, "title": title}
             tables = list(blocks(rows, todo, shard_rows))
             for record in _run(tables, actor, actors, cpus_per_actor, gpus_per_actor):
@@ -87,10 +87,10 @@ def map_shards(
     return [records[index] for index in range(num_shards)]
 
 
-def _check_room(actors: int, cpus: float, gpus: float) -> None:
-    keys = "compute.map.actors or compute.map.{}_per_actor"
-    cluster.require("CPU", count=actors, each=cpus, what="actors", recipe_key=keys.format("cpus"))
-    cluster.require("GPU", count=actors, each=gpus, what="actors", recipe_key=keys.format("gpus"))
+def _check_room(actors: int, cpus: float, gpus: float, progress: Progress) -> None:
+    for resource, each in (("CPU", cpus), ("GPU", gpus)):
+        key = f"compute.map.actors or compute.map.{resource.lower()}s_per_actor"
+        cluster.require(resource, count=actors, each=each, what="actors", recipe_key=key, say=progress.say)
 
 
 def _run(tables: list[pa.Table], actor: dict[str, Any], actors: int, cpus: float, gpus: float) -> Iterator[ShardRecord]:
@@ -125,7 +125,8 @@ def _pass(tables: list[pa.Table], actor: dict[str, Any], actors: int, cpus: floa
     with warnings.catch_warnings():
         # The retries have no other way in (Ray 2.60); pyproject.toml holds Ray below the version that takes this away.
         warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
-        return ray.data.from_arrow(tables).map_batches(
+        # from_blocks, not from_arrow, which first starts a task a block to count the rows that we have here.
+        return ray.data.from_blocks(tables).map_batches(
             _ShardActor,
             fn_constructor_kwargs=actor,
             batch_size=None,  # a block is a shard

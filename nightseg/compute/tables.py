@@ -18,12 +18,12 @@ def shard_slice(rows: pa.Table, index: int, shard_rows: int) -> pa.Table:
 def blocks(rows: pa.Table, indices: Iterable[int], shard_rows: int) -> Iterator[pa.Table]:
     """One contiguous block per shard, each row marked with its shard's index (int64).
 
-    Copied, because a slice of a table carries all of the table's bytes with it when it is sent to another process.
+    Copied row by row, because a slice of a table drags all of the table's bytes along when it is pickled.
     """
     for index in indices:
-        block = pa.concat_tables([shard_slice(rows, index, shard_rows)]).combine_chunks()
-        marks = pa.array([index], pa.int64()).take(pa.array([0] * block.num_rows, pa.int64()))
-        yield block.append_column(SHARD, marks)
+        part = shard_slice(rows, index, shard_rows)
+        block = part.take(pa.array(range(part.num_rows), pa.int64())).combine_chunks()
+        yield block.append_column(SHARD, pa.array([index] * block.num_rows, pa.int64()))
 
 
 def shards_of(batch: pa.Table) -> Iterator[tuple[int, pa.Table]]:

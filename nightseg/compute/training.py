@@ -218,10 +218,10 @@ def fit(
         RuntimeError: the loop failed otherwise, or its process died, more than `max_failures` times.
     """
     cluster.connect()
-    keys = "compute.train.workers or compute.train.{}_per_worker"
     for resource, each in (("CPU", workers.cpus), ("GPU", workers.gpus)):
-        recipe_key = keys.format(f"{resource.lower()}s")
-        cluster.require(resource, count=workers.count, each=each, what="training workers", recipe_key=recipe_key)
+        key = f"compute.train.workers or compute.train.{resource.lower()}s_per_worker"
+        what = "training workers"
+        cluster.require(resource, count=workers.count, each=each, what=what, recipe_key=key, say=progress.say)
     job = {
         "loop": loop,
         "settings": settings,

@@ -5,6 +5,7 @@ Letters in tensor names: B batch, 3 RGB, H, W crop size.
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
@@ -12,13 +13,13 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import pyarrow as pa
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from nightseg.compute.training import Session, Workers, fit
 from nightseg.config import TrainCompute, Translator
 from nightseg.frames import table as frame
 from nightseg.frames.images import encode_png
+from nightseg.learning.sample_sheet import sample_sheet
 from nightseg.learning.translation import (
     DiscriminatorLosses,
     GeneratorLosses,
@@ -37,22 +38,18 @@ from nightseg.networks.unit import (
     Generators,
     build_generators,
     smallest_discriminated_side,
-    to_uint8,
     to_unit_range,
 )
 from nightseg.progress import Progress
 from nightseg.storage import UserError
 from nightseg.workspace import Attempt, Commit
 
-VERSION = 1
+VERSION = 2
 
 ADAM_BETAS: Final = (0.5, 0.999)
 LEARNING_RATE_FACTOR: Final = 0.5
 HISTORY_ROWS: Final = 200  # of a short training; a long one has a row every ITERATIONS_BETWEEN_LOOKS
 ITERATIONS_BETWEEN_LOOKS: Final = 100  # reading the losses waits for the device, so it is done this seldom
-SAMPLE_ROWS: Final = 4
-SAMPLE_SIZE: Final = (256, 512)  # (height, width) of the largest tile of the sample sheet
-SAMPLE_GAP: Final = 2
 TERMS: Final = tuple(f"discriminator_{name}" for name in DiscriminatorLosses._fields) + GeneratorLosses._fields
 
 
@@ -81,6 +78,7 @@ class Networks(NamedTuple):
     discriminators: Discriminators
     generator_optimizer: torch.optim.Adam
     discriminator_optimizer: torch.optim.Adam
+    averaged: Generators  # running mean of the generators: what the model becomes
 
 
 def train_translator(
@@ -118,10 +116,11 @@ def train_translator(
         unit="iterations",
     )
     state = result.load()
-    save_model(attempt.folder / "model", state["generators"], _card(settings, attempt))
+    save_model(attempt.folder / "model", state["averaged"], _card(settings, attempt))
     (attempt.folder / "history.json").write_json(state["history"])
-    generators = build_generators(settings.width, settings.res_blocks, state["generators"])
-    (attempt.folder / "samples.png").write_bytes(encode_png(sample_sheet(generators, plan)))
+    generators = build_generators(settings.width, settings.res_blocks, state["averaged"])
+    sheet = sample_sheet(generators, plan.reader(plan.day), plan.reader(plan.night))
+    (attempt.folder / "samples.png").write_bytes(encode_png(sheet))
     num_frames = day.num_rows + night.num_rows
     last = state["history"][-1]
     commit = attempt.finish(
@@ -229,6 +228,7 @@ def learn(session: Session, settings: dict[str, Any]) -> None:
         made.total.backward()  # type: ignore[no-untyped-call]
         networks.generator_optimizer.step()
         networks.discriminators.requires_grad_(True)
+        _average(networks, min(recipe.average, (1 + iteration) / (10 + iteration)))
 
         done = iteration + 1
         window.add(judged, made)
@@ -280,7 +280,17 @@ def build_networks(recipe: Translator, seed: int, device: torch.device) -> Netwo
                 fused=True,
             )
         )
-    return Networks(generators, discriminators, *optimizers)
+    averaged = copy.deepcopy(generators).requires_grad_(False)
+    return Networks(generators, discriminators, *optimizers, averaged)
+
+
+def _average(networks: Networks, decay: float) -> None:
+    """One step of the running mean of the generators' weights; `decay` 0 keeps the latest ones.
+
+    An adversarial game circles around its solution, and the mean of the circle is nearer to it (arXiv 1806.04498).
+    """
+    parameters = list(networks.generators.parameters())
+    torch._foreach_lerp_(list(networks.averaged.parameters()), [p.detach() for p in parameters], 1 - decay)
 
 
 def _features(recipe: Translator, device: torch.device) -> PerceptualFeatures | None:
@@ -315,11 +325,12 @@ def _report(
     recipe: Translator,
 ) -> None:
     """One checkpoint. Weights that are not finite never become one, so the last checkpoint is always a good one."""
-    for module in (networks.generators, networks.discriminators):
+    for module in (networks.generators, networks.averaged, networks.discriminators):
         if not all(bool(parameter.isfinite().all()) for parameter in module.parameters()):
             raise UserError(_diverged("a weight is", done, recipe))
     state = {
         "generators": networks.generators.state_dict(),
+        "averaged": networks.averaged.state_dict(),
         "discriminators": networks.discriminators.state_dict(),
         "generator_optimizer": networks.generator_optimizer.state_dict(),
         "discriminator_optimizer": networks.discriminator_optimizer.state_dict(),
@@ -338,6 +349,7 @@ def _restore(session: Session, networks: Networks) -> tuple[list[dict[str, float
     if state is None:
         return [], Window(session.device), 0
     networks.generators.load_state_dict(state["generators"])
+    networks.averaged.load_state_dict(state["averaged"])
     networks.discriminators.load_state_dict(state["discriminators"])
     networks.generator_optimizer.load_state_dict(state["generator_optimizer"])
     networks.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
@@ -358,32 +370,3 @@ def _diverged(what: str, done: int, recipe: Translator) -> str:
         f"(iteration {kept}) is kept. Lower learning_rate (now {recipe.learning_rate:g}) or weights.adversarial and "
         "run again."
     )
-
-
-# -- after: a look at the result --------------------------------------------------------------------------------------
-
-
-def sample_sheet(generators: Generators, plan: Plan) -> NDArray[np.uint8]:
-    """uint8 HWC RGB: rows of day, night made from it, night, day made from it; frames spread over both tables."""
-    tiles = [_tiles(plan.reader(frames)) for frames in (plan.day, plan.night)]
-    height, width = (min(tile.shape[axis] for side in tiles for tile in side) for axis in (0, 1))
-    columns = []
-    for side, to in zip(tiles, ("night", "day"), strict=True):
-        images_B3HW = torch.from_numpy(np.stack([_centre(tile, height, width) for tile in side])).permute(0, 3, 1, 2)
-        with torch.inference_mode():
-            made_B3HW = torch.cat([to_uint8(generators.translate(to_unit_range(i[None]), to)) for i in images_B3HW])  # type: ignore[arg-type]
-        columns += [images_B3HW, made_B3HW]
-    rows = min(len(column) for column in columns)
-    sheet = nn.functional.pad(torch.stack([column[:rows] for column in columns], 1), (0, SAMPLE_GAP, 0, SAMPLE_GAP))
-    grid = sheet.permute(0, 3, 1, 4, 2).reshape(rows * (height + SAMPLE_GAP), 4 * (width + SAMPLE_GAP), 3)
-    return np.ascontiguousarray(grid[:-SAMPLE_GAP, :-SAMPLE_GAP].numpy())
-
-
-def _tiles(reader: FrameReader) -> list[NDArray[np.uint8]]:
-    indices = np.unique(np.linspace(0, len(reader) - 1, SAMPLE_ROWS).round().astype(int))
-    return [_centre(reader.read(int(index)), *SAMPLE_SIZE) for index in indices]
-
-
-def _centre(image: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
-    top, left = max(0, (image.shape[0] - height) // 2), max(0, (image.shape[1] - width) // 2)
-    return image[top : top + height, left : left + width]

@@ -37,10 +37,11 @@ def learn(session: Session, settings: dict[str, Any]) -> None:
         _mishap(settings, epoch, session)
         loss = ((model(x) - 2 * x) ** 2).mean()
         line.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         with torch.no_grad():
             for parameter in line.parameters():
-                parameter -= 0.05 * parameter.grad  # type: ignore[operator]
+                assert parameter.grad is not None
+                parameter.sub_(parameter.grad, alpha=0.05)
         total = float(session.sum(loss.detach().clone())) / session.world_size
         session.progress(epoch + 1, loss=total)
         session.report({"epoch": epoch + 1, "loss": total}, {"line": line.state_dict(), "epoch": epoch + 1})
@@ -246,3 +247,22 @@ def test_a_driver_that_is_killed_goes_on_when_it_is_run_again(tmp_path: Path, ex
     assert state is not None and whole is not None
     assert result.history == expected.history
     assert torch.equal(state["line"]["weight"], whole["line"]["weight"])
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_an_interrupt_is_not_a_success(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[2]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment["PYTHONPATH"] = str(root)
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(tmp_path), "waits"], env=environment, cwd=tmp_path, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 150
+    while not (tmp_path / "waits-0").exists() and time.monotonic() < deadline:
+        assert driver.poll() is None
+        time.sleep(0.2)
+    driver.send_signal(signal.SIGINT)
+    _, said = driver.communicate(timeout=60)
+    assert driver.returncode != 0
+    assert said.endswith(b"KeyboardInterrupt\n")

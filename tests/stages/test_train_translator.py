@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from nightseg.config import TrainCompute, Translator, UnitWeights
 from nightseg.frames.images import decode_image, encode_png
 from nightseg.frames.table import frame_table
+from nightseg.learning.sample_sheet import sample_sheet
 from nightseg.learning.unpaired import FrameRef
 from nightseg.networks.unit import Generators, load_generators
 from nightseg.progress import SilentProgress
@@ -220,7 +221,7 @@ def test_a_frame_gone_bad_is_named(tmp_path: Path) -> None:
 def test_the_sample_sheet_shows_both_directions(tmp_path: Path) -> None:
     plan = plan_for(tmp_path)["plan"]
     generators = Generators(2, 1).eval()
-    sheet = stage.sample_sheet(generators, plan)
+    sheet = sample_sheet(generators, plan.reader(plan.day), plan.reader(plan.night))
     assert sheet.shape == (2 * 16 + 2, 4 * 20 + 3 * 2, 3)  # two rows: there are two night frames
     with torch.no_grad():
         assert np.array_equal(sheet[:16, :20], plan.reader(plan.day).read(0))
@@ -299,10 +300,25 @@ def test_two_workers_commit_a_model_its_history_and_samples(tmp_path: Path) -> N
     generators = load_generators(commit.folder / "model")
     sheet = decode_image(commit.file("samples.png").read_bytes())
     plan = stage.Plan(stage._refs(day), stage._refs(night), settings, 5, 1)
-    assert np.array_equal(sheet, stage.sample_sheet(generators, plan))
+    assert np.array_equal(sheet, sample_sheet(generators, plan.reader(plan.day), plan.reader(plan.night)))
     assert not (attempt.folder / "trainer").exists()
 
     alone = train({"plan": plan}).state()["history"]
     for row, expected in zip(commit.json("history.json"), alone, strict=True):
         assert row == pytest.approx(expected, rel=1e-2, abs=1e-3)  # the second step amplifies rounding (Adam)
     assert commit.json("history.json")[0] == pytest.approx(alone[0], rel=1e-4, abs=1e-6)
+
+
+def test_the_model_is_the_running_mean_of_the_generators() -> None:
+    settings = Translator(day="day", night="night", width=2, res_blocks=1, discriminator_width=2)
+    networks = stage.build_networks(settings, 0, torch.device("cpu"))
+    weights = next(networks.generators.parameters())
+    begun, steps = weights.detach().clone(), (1.0, 3.0)
+    for step in steps:
+        with torch.no_grad():
+            weights.copy_(begun + step)
+        stage._average(networks, 0.75)
+    # 0.75 (0.75 b + 0.25 (b + 1)) + 0.25 (b + 3) = b + 0.9375
+    torch.testing.assert_close(next(networks.averaged.parameters()), begun + 0.9375)
+    stage._average(networks, 0.0)
+    torch.testing.assert_close(next(networks.averaged.parameters()), begun + 3.0)
