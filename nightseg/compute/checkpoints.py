@@ -81,7 +81,7 @@ class Checkpoints:
             body = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
             return Snapshot(int(body["report"]), body["state"], body["history"])
         except (OSError, ValueError, KeyError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-            warn(f"checkpoint {place} is damaged, the one before it is used: {error}")
+            warn(f"checkpoint {place} is damaged and left out: {error}")
             return None
 
     def _names(self) -> list[str]:

@@ -185,8 +185,14 @@ class FitResult:
     checkpoints: Checkpoints = field(repr=False)
 
     def load(self) -> dict[str, Any]:
-        """The state of the last report that carried one, tensors on the CPU. Raises RuntimeError if none did."""
-        snapshot = self.checkpoints.newest()
+        """The state of the last report that carried one, tensors on the CPU.
+
+        Raises RuntimeError if none did, or if it is damaged by now: an older one is not what the training ended with.
+        """
+        damaged: list[str] = []
+        snapshot = self.checkpoints.newest(damaged.append)
+        if damaged:
+            raise RuntimeError(f"{damaged[0]}; run the same command again to train the rest anew")
         if snapshot is None:
             raise RuntimeError(f"the training in {self.checkpoints.folder} ended without reporting a state")
         return snapshot.state

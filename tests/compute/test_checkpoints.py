@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nightseg.compute.checkpoints import Checkpoints
-from nightseg.compute.training import LocalSession
+from nightseg.compute.training import FitResult, LocalSession
 from nightseg.errors import UserError
 from nightseg.storage import Location, sha256_of
 
@@ -62,7 +62,7 @@ def test_a_damaged_one_falls_back_to_the_one_before(checkpoints: Checkpoints, da
     said: list[str] = []
     newest = checkpoints.newest(said.append)
     assert newest is not None and newest.report == 1
-    assert len(said) == 1 and "report-00000002 is damaged, the one before it is used" in said[0]
+    assert len(said) == 1 and "report-00000002 is damaged and left out" in said[0]
 
 
 def test_one_without_its_hash_was_never_finished(checkpoints: Checkpoints) -> None:
@@ -101,6 +101,18 @@ def test_no_code_runs_when_a_checkpoint_is_read(checkpoints: Checkpoints) -> Non
     (place / "state.sha256").write_bytes(sha256_of(stream.getvalue()).encode())
     with pytest.raises(UserError, match="damaged"):
         checkpoints.newest()
+
+
+def test_a_result_is_the_last_state_or_an_error(checkpoints: Checkpoints) -> None:
+    result = FitResult({}, [], checkpoints)
+    with pytest.raises(RuntimeError, match="ended without reporting a state"):
+        result.load()
+    save(checkpoints, 1)
+    save(checkpoints, 2)
+    assert result.load()["epoch"] == 2
+    (checkpoints.folder / "report-00000002/state.pt").write_bytes(b"x")
+    with pytest.raises(RuntimeError, match=r"report-00000002 is damaged.*run the same command again"):
+        result.load()
 
 
 def test_a_local_session_resumes_with_its_history(tmp_path: Path) -> None:

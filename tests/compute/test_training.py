@@ -180,7 +180,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_used(
     display = Display()
     assert same(train(tmp_path, display=display), expected)
     assert len(display.messages) == 1
-    assert "report-00000004 is damaged, the one before it is used" in display.messages[0]
+    assert "report-00000004 is damaged and left out" in display.messages[0]
 
 
 @pytest.mark.ray
