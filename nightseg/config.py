@@ -2,7 +2,7 @@
 
 A recipe names things and says how they are made from each other: datasets, translators, models, test sets. Every
 reference is a name, so the recipe is a graph; `check_graph` refuses unknown names and cycles before anything runs.
-Reading YAML, overrides and the wording of errors live in `recipe.py`; here are only the types and their rules.
+Reading YAML, overrides and the wording of errors live in `recipe/`; here are only the types and their rules.
 """
 
 from __future__ import annotations

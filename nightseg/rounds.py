@@ -25,7 +25,8 @@ from nightseg.config import (
 from nightseg.frames import datasets as layouts
 from nightseg.frames.taxonomy import taxonomy
 from nightseg.graph import Graph, ModelNodes, Node, NodeId, TestNode, View, Views, Work
-from nightseg.recipe_graph import STARTS
+from nightseg.recipe.chain import expand_rounds
+from nightseg.recipe.names import STARTS
 from nightseg.stages import (
     collect,
     evaluate,
@@ -59,26 +60,6 @@ def build_graph(recipe: Recipe, only: str | None = None) -> Graph:
         if only in (None, prediction.model):
             builder.prediction(name)
     return builder.graph
-
-
-def expand_rounds(models: Mapping[str, Model]) -> dict[str, Model]:
-    """`rounds: 3` as the chain it stands for: m.1, m.2, m, each starting from and taught by the one before."""
-    chain: dict[str, Model] = {}
-    for name, model in models.items():
-        learning = model.self_training
-        if model.rounds == 1 or learning is None:
-            chain[name] = model
-            continue
-        previous = ""
-        for number in range(1, model.rounds + 1):
-            last = number == model.rounds
-            step = model.model_copy(update={"rounds": 1} if last else {"rounds": 1, "test": model.test})
-            if previous:
-                taught = learning.model_copy(update={"teacher": previous})
-                step = step.model_copy(update={"start": previous, "self_training": taught})
-            previous = name if last else f"{name}.{number}"
-            chain[previous] = step
-    return chain
 
 
 class _Builder:

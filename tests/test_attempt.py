@@ -11,9 +11,9 @@ import pyarrow as pa
 import pytest
 
 from nightseg import storage
-from nightseg.attempt import Attempt
 from nightseg.storage import Location, UserError
 from nightseg.workspace import Stage, Workspace
+from nightseg.workspace.attempt import Attempt
 
 
 @pytest.fixture(params=["local", "memory"])

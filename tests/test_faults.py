@@ -16,12 +16,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from nightseg import attempt as attempt_module
 from nightseg import storage
 from nightseg import workspace as workspace_module
-from nightseg.attempt import Attempt
 from nightseg.storage import UserError
 from nightseg.workspace import Commit, Stage, Workspace
+from nightseg.workspace import attempt as attempt_module
+from nightseg.workspace.attempt import Attempt
 
 # Two stages, the second built on the first, as a run does it. Returns how many shards it wrote, and the content hashes.
 DRIVER = """

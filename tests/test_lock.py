@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from nightseg.lock import HOLDER_NAME, LEASE_NAME, WorkspaceBusy, hold
 from nightseg.storage import Location, UserError
 from nightseg.workspace import Workspace
+from nightseg.workspace.lock import HOLDER_NAME, LEASE_NAME, WorkspaceBusy, hold
 
 HOLDER = """
 import sys, time

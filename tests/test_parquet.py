@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nightseg.parquet import format_table, parse_table, table_rows
 from nightseg.storage import UserError
+from nightseg.storage.parquet import format_table, parse_table, table_rows
 
 LOADED: list[bytes] = []
 
@@ -108,7 +108,7 @@ def test_importing_ray_data_changes_nothing(tmp_path: Path) -> None:
     """The real attack: a file that names ray.data's tensor type, read in a process where Ray has registered it."""
     code = (
         "import sys, pyarrow as pa, pyarrow.parquet as pq\n"
-        "from nightseg.parquet import parse_table\n"
+        "from nightseg.storage.parquet import parse_table\n"
         "field = pa.field('a', pa.list_(pa.int64()), metadata={'ARROW:extension:name': 'ray.data.arrow_tensor',"
         " 'ARROW:extension:metadata': 'no pickle'})\n"
         "pq.write_table(pa.table({'a': [[1]]}, schema=pa.schema([field])), sys.argv[1])\n"

@@ -9,7 +9,8 @@ from nightseg.config import Recipe
 from nightseg.frames.images import encode_png
 from nightseg.graph import Graph, NodeId, View
 from nightseg.recipe import load_recipe
-from nightseg.rounds import build_graph, expand_rounds
+from nightseg.recipe.chain import expand_rounds
+from nightseg.rounds import build_graph
 from nightseg.runner import plan
 from nightseg.storage import Location, UserError
 

@@ -12,8 +12,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pytest
 
-from nightseg import remote, storage
-from nightseg.storage import Entry, Location, UserError, hash_of, sha256_of
+from nightseg.storage import Entry, Location, UserError, hash_of, remote, sha256_of, storage
 
 STORES = ("local", "memory", "subtree")
 

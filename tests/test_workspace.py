@@ -11,9 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from nightseg.commit import COMMIT_NAME, DamagedCommit, Output, table_paths
 from nightseg.storage import Location, UserError, hash_of
 from nightseg.workspace import Commit, Stage, Workspace
+from nightseg.workspace.commit import COMMIT_NAME, DamagedCommit, Output, table_paths
 
 
 @pytest.fixture(params=["local", "memory", "file-uri"])

@@ -194,7 +194,10 @@ def _failure(title: str, error: BaseException) -> RuntimeError:
     """What Ray says, in one line; its traceback as a note."""
     import ray
 
-    if isinstance(error, ray.exceptions.RayActorError | ray.exceptions.WorkerCrashedError):
+    if getattr(error, "actor_init_failed", False):
+        last_line = str(error).strip().rpartition("\n")[2].strip()
+        reason = f"an actor cannot start: {last_line}. Every node needs this version of nightseg and its packages"
+    elif isinstance(error, ray.exceptions.RayActorError | ray.exceptions.WorkerCrashedError):
         reason = (
             f"the process of a worker died {RETRIES_OF_A_SHARD + 1} times on the same shard: it ran out of memory "
             "(lower compute.map.batch or compute.map.actors), was killed, or a file crashed a decoder. Finished "

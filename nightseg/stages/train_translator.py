@@ -281,7 +281,8 @@ def build_networks(recipe: Translator, seed: int, device: torch.device) -> Netwo
             )
         )
     averaged = copy.deepcopy(generators).requires_grad_(False)
-    return Networks(generators, discriminators, *optimizers, averaged)
+    generator_optimizer, discriminator_optimizer = optimizers
+    return Networks(generators, discriminators, generator_optimizer, discriminator_optimizer, averaged)
 
 
 def _average(networks: Networks, decay: float) -> None:

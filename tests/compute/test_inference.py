@@ -165,6 +165,25 @@ def test_a_shard_that_kills_its_worker_ends_the_pass(ray_cluster: None, attempt:
     pytest.fail("an actor of the failed pass is still there")
 
 
+class OnlyHere(Double):
+    """Can be sent, but not be unpacked: as on a node that has another version of the package."""
+
+    @staticmethod
+    def unpack() -> type[Double]:
+        raise ImportError("cannot import name 'tone' from 'nightseg.measures'")
+
+
+def test_a_worker_that_a_node_cannot_import_is_told_apart(ray_cluster: None, attempt: Attempt) -> None:
+    class Sent:
+        def __reduce__(self) -> tuple[Any, tuple[()]]:
+            return (OnlyHere.unpack, ())
+
+    with pytest.raises(
+        RuntimeError, match=r"an actor cannot start: ImportError: cannot import name 'tone'.*Every node"
+    ):
+        run(attempt, actors=1, arguments={"mishap": Sent()})
+
+
 @pytest.mark.parametrize(("cpus", "gpus", "key"), [(1.5, 0.0, "cpus_per_actor"), (0.5, 1.0, "gpus_per_actor")])
 def test_actors_that_never_fit_are_refused(
     ray_cluster: None, attempt: Attempt, cpus: float, gpus: float, key: str

@@ -21,23 +21,11 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from nightseg.attempt import Attempt, ShardRecord
-from nightseg.commit import Commit, DamagedCommit, Output, check_outputs, read_commit
-from nightseg.faults import fault_point
-from nightseg.lock import WorkspaceBusy, hold, holder
 from nightseg.storage import Location, UserError, hash_of, safe_relative
-
-__all__ = [
-    "Attempt",
-    "Commit",
-    "DamagedCommit",
-    "Output",
-    "ShardRecord",
-    "Stage",
-    "Workspace",
-    "WorkspaceBusy",
-    "fault_point",
-]
+from nightseg.storage.faults import fault_point
+from nightseg.workspace.attempt import Attempt
+from nightseg.workspace.commit import Commit, DamagedCommit, check_outputs, read_commit
+from nightseg.workspace.lock import hold, holder
 
 ATTEMPT_NAME = "attempt.json"
 _KEY_LETTERS = 12  # of the key in the folder's name; the whole key is compared when reading

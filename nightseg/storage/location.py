@@ -24,21 +24,9 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from nightseg.errors import UserError
-from nightseg.faults import fault_point
-from nightseg.parquet import format_table, parse_table
-from nightseg.remote import file_system, retried
-
-__all__ = [
-    "Entry",
-    "Location",
-    "UserError",
-    "canonical_json",
-    "hash_of",
-    "hide_credentials",
-    "safe_relative",
-    "sha256_of",
-    "write_errors",
-]
+from nightseg.storage.faults import fault_point
+from nightseg.storage.parquet import format_table, parse_table
+from nightseg.storage.remote import file_system, retried
 
 TEMPORARY_PREFIX = ".nightseg-tmp-"
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")

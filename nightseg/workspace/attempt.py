@@ -13,11 +13,19 @@ from typing import Any, NoReturn
 
 import pyarrow as pa
 
-from nightseg.commit import Commit, Output, code_version, outputs_below, read_commit, table_paths, write_commit
-from nightseg.faults import fault_point
-from nightseg.parquet import format_table, table_rows
 from nightseg.progress import printable
 from nightseg.storage import Location, UserError, canonical_json, sha256_of
+from nightseg.storage.faults import fault_point
+from nightseg.storage.parquet import format_table, table_rows
+from nightseg.workspace.commit import (
+    Commit,
+    Output,
+    code_version,
+    outputs_below,
+    read_commit,
+    table_paths,
+    write_commit,
+)
 
 QUARANTINE = "quarantine"
 SHARDS_NAME = "_shards"

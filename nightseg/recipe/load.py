@@ -18,8 +18,8 @@ from pydantic import BaseModel, ValidationError
 
 from nightseg.config import Recipe, is_name
 from nightseg.errors import closest
-from nightseg.recipe_graph import Problem, graph_problems
-from nightseg.recipe_schema import allowed_keys, allowed_values, dotted
+from nightseg.recipe.names import Problem, graph_problems
+from nightseg.recipe.schema import allowed_keys, allowed_values, dotted
 from nightseg.storage import Location, UserError
 
 MAX_NODES = 100_000  # after aliases are followed: a recipe is small, an alias bomb is not

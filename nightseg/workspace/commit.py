@@ -20,8 +20,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from nightseg.parquet import table_rows
 from nightseg.storage import Location, UserError, hash_of, safe_relative
+from nightseg.storage.parquet import table_rows
 
 COMMIT_NAME = "_COMMITTED.json"
 SCHEMA = 1
@@ -217,7 +217,7 @@ def _read_body(place: Location) -> dict[str, Any] | None:
 @functools.cache
 def code_version() -> str:
     """nightseg's version and a hash of its sources, like `0.1.0+3f9c2ab01d44`."""
-    root = Path(__file__).parent
+    root = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for source in sorted(root.rglob("*.py")):
         digest.update(f"{source.relative_to(root).as_posix()}\0".encode() + source.read_bytes() + b"\0")
