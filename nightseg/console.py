@@ -63,7 +63,7 @@ def explained(error: Exception) -> tuple[int, str]:
 
 def say(message: str) -> None:
     """To standard error, without control characters that a file's name may hold."""
-    click.echo("\n".join(map(printable, message.splitlines())), err=True)
+    click.echo("\n".join(map(printable, message.split("\n"))), err=True)
 
 
 @contextmanager
@@ -148,6 +148,9 @@ def print_trials(folder: Location, trials: Sequence[Mapping[str, Any]]) -> None:
     ]
     columns = short if len(set(short)) == len(keys) else keys
     print_table(str(folder), ["trial", *columns, "validation mIoU", "epochs", "end"], rows)
+    for trial in trials:
+        if trial["error"]:
+            say(f"trial {trial['trial']} failed: {trial['error']}")
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -8,15 +8,18 @@ and find what they have committed. Nothing is read from Tune's own files.
 from __future__ import annotations
 
 import io
+import logging
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import redirect_stdout
 from typing import Any, NamedTuple
 
 from nightseg import runner
 from nightseg.compute import cluster
+from nightseg.compute.quiet import wants_logs
 from nightseg.errors import UserError, closest
+from nightseg.graph import NodeId
 from nightseg.progress import Progress, Task
 from nightseg.recipe import RecipeError, load_recipe, load_settings, save_recipe
 from nightseg.storage import Location, hash_of
@@ -46,17 +49,11 @@ def search(file: str, overrides: Sequence[str] = (), *, run_dir: str | None = No
     _check(file, settings, recipe_file)
     folder = runner.run_folder(settings.name, run_dir)
     trials = Trials(settings, recipe_file, folder, foundation="")
-    first = {key: dimension.edges()[0] for key, dimension in settings.space.items()}
     shared = shared_nodes(trials)
     progress.say(f"{len(shared)} stages are shared by all trials and done once")
     with cluster.left_as_found():
-        commits = runner.prepare(
-            trials.recipe(first), folder / "shared", shared, only=settings.model, progress=progress
-        )
-        versions = {str(node): part.version for node, part in trials.graph(first).nodes.items()}
-        contents = {str(node): commit.content for node, commit in commits.items()}
-        trials = trials._replace(foundation=hash_of([versions, contents]))
-        identity = hash_of([trials.foundation, trials.name(first), settings.model_dump(mode="json")])
+        trials = _founded(trials, shared, progress)
+        identity = hash_of([trials.name(trials.first), settings.model_dump(mode="json")])
         rows = _finished(folder, identity)
         if rows is None:
             cluster.connect()
@@ -69,11 +66,21 @@ def search(file: str, overrides: Sequence[str] = (), *, run_dir: str | None = No
     return Found(folder, best, rows, best_recipe)
 
 
+def _founded(trials: Trials, shared: Collection[NodeId], progress: Progress) -> Trials:
+    """The trials, once what they share is committed."""
+    recipe, model = trials.recipe(trials.first), trials.settings.model
+    commits = runner.prepare(recipe, trials.folder / "shared", shared, only=model, progress=progress)
+    versions = {str(node): part.version for node, part in trials.graph(trials.first).nodes.items()}
+    contents = {str(node): commit.content for node, commit in commits.items()}
+    return trials._replace(foundation=hash_of([versions, contents]))
+
+
 def _finished(folder: Location, identity: str) -> list[dict[str, Any]] | None:
-    """The trials of the very same search, if it came to its end."""
+    """The trials of the very same search, if it came to its end and none of them failed."""
     try:
         content = (folder / "trials.json").read_json()
-        return list(content["trials"]) if content["identity"] == identity else None
+        is_finished = content["identity"] == identity and all(row["end"] != "failed" for row in content["trials"])
+        return list(content["trials"]) if is_finished else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 
@@ -134,10 +141,12 @@ def _tune(trials: Trials, identity: str, progress: Progress) -> list[dict[str, A
     from ray.tune.search.optuna import OptunaSearch
 
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Tune would return as if the search were finished
+    if not wants_logs():
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # tracebacks of trials; their reasons are in the rows
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     settings, logs = trials.settings, trials.folder / "tune"
     (logs / identity[:12]).delete()
-    epochs = _epochs(trials)
+    epochs = trials.training(trials.first).epochs
 
     def trial(values: dict[str, Any]) -> None:
         run_trial(trials, values, lambda epoch, miou: ray.tune.report({METRIC: miou, EPOCH: epoch}))
@@ -170,7 +179,6 @@ def _tune(trials: Trials, identity: str, progress: Progress) -> list[dict[str, A
 def _row(trials: Trials, result: Any, epochs: int) -> dict[str, Any]:
     metrics, values = result.metrics or {}, {key: (result.config or {}).get(key) for key in trials.settings.space}
     reached = int(metrics.get(EPOCH, 0))
-    lines = [line.strip() for line in str(result.error or "").splitlines() if line.strip()]
     return {
         "trial": trials.name(values),
         "values": values,
@@ -178,14 +186,14 @@ def _row(trials: Trials, result: Any, epochs: int) -> dict[str, Any]:
         "epochs": reached,
         "end": "failed" if result.error else "done" if reached >= epochs else "stopped",
         "seconds": metrics.get("time_total_s"),
-        "error": lines[-1] if lines else None,
+        "error": _reason(str(result.error)) if result.error else None,
     }
 
 
-def _epochs(trials: Trials) -> int:
-    first = {key: dimension.edges()[0] for key, dimension in trials.settings.space.items()}
-    recipe = trials.recipe(first)
-    return recipe.training_of(recipe.models[trials.settings.model]).epochs
+def _reason(trace: str) -> str:
+    """The message of a trial's error. Tune hands over its traceback; that also lies in the folder of the trial."""
+    message = trace.rpartition(f"{UserError.__module__}.{UserError.__name__}: ")[2]
+    return message.strip() if message != trace else trace.strip().rpartition("\n")[2]
 
 
 def _folder_names() -> Callable[[Any], str]:
@@ -195,9 +203,9 @@ def _folder_names() -> Callable[[Any], str]:
     def name(trial: Any) -> str:
         number = numbers.setdefault(trial.trial_id, len(numbers) + 1)
         values = {key.rpartition(".")[2]: value for key, value in trial.config.items()}
-        words = (
+        words = [
             f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in values.items()
-        )
+        ]
         return re.sub(r"[^\w.=,+-]", "_", ",".join([f"{number:03d}", *words]))[:120]
 
     return name

@@ -1,0 +1,88 @@
+"""The entry points of `ray job submit`: thin, and as plain about a wrong recipe as the command line."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nightseg import adapt as adapt_module
+from nightseg import search as search_module
+from nightseg.runner import Outcome
+from nightseg.search import Found
+from nightseg.storage import Location
+
+JOBS = sorted((Path(__file__).parents[1] / "jobs").glob("*.py"))
+
+
+def run_job(monkeypatch: pytest.MonkeyPatch, job: str, *words: object) -> int:
+    """Exit code of `python jobs/<job>.py words...`, in this process."""
+    path = next(path for path in JOBS if path.stem == job)
+    monkeypatch.setattr(sys, "argv", [str(path), *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(path), run_name="__main__")
+    return int(ended.value.code or 0)
+
+
+@pytest.fixture(autouse=True)
+def own_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NIGHTSEG_RUNS", raising=False)
+    monkeypatch.setenv("NIGHTSEG_RUNS", "")  # so that what a job sets is taken back
+    monkeypatch.delenv("NIGHTSEG_RUNS")
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda path: path.stem)
+def test_a_job_is_thin_and_can_be_imported(job: Path) -> None:
+    assert len(job.read_text().splitlines()) <= 40
+    assert callable(runpy.run_path(str(job))["main"])
+
+
+@pytest.mark.parametrize("job", [path.stem for path in JOBS])
+def test_a_wrong_recipe_ends_a_job_with_2_and_the_reason(
+    job: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.yaml").write_text("name: bad\nmodles: {}\n")
+    assert run_job(monkeypatch, job, tmp_path / "bad.yaml", "--run-dir", tmp_path / "run") == 2
+    captured = capsys.readouterr()
+    assert "modles: unknown key" in captured.err and "nothing was started" in captured.err
+    assert captured.out == "" and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("job", [path.stem for path in JOBS])
+def test_a_file_that_is_not_there_ends_a_job_with_2(
+    job: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_job(monkeypatch, job, "/does/not/exist.yaml") == 2
+    assert "/does/not/exist.yaml: there is no such" in capsys.readouterr().err
+
+
+def test_self_train_runs_the_recipe_into_the_home_folder(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from nightseg.runner import run_folder
+
+    asked: dict[str, Any] = {}
+
+    def adapt(recipe: str, overrides: list[str], **more: Any) -> adapt_module.Adapted:
+        folder = run_folder("demo", more["run_dir"])
+        asked.update({"recipe": recipe, "overrides": overrides, "only": more["only"], "folder": folder})
+        return adapt_module.Adapted(folder, Outcome({}, 3, 1, 2.0), folder / "report.html")
+
+    monkeypatch.setattr(adapt_module, "adapt", adapt)
+    assert run_job(monkeypatch, "self_train", "r.yaml", "--set", "a=1", "--only", "m") == 0
+    home = Path.home() / "nightseg-runs/demo"
+    assert asked == {"recipe": "r.yaml", "overrides": ["a=1"], "only": "m", "folder": Location.of(home)}
+    assert capsys.readouterr().out == f"{home}: 3 stages done, 1 already committed\n"
+
+
+def test_search_tells_the_best_recipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def search(file: str, overrides: list[str], **_: Any) -> Found:
+        assert (file, overrides) == ("s.yaml", ["trials=2"])
+        return Found(Location.of("/s"), {"miou": 0.5}, [{}, {}], Location.of("/s/best.yaml"))
+
+    monkeypatch.setattr(search_module, "search", search)
+    assert run_job(monkeypatch, "search", "s.yaml", "--set", "trials=2") == 0
+    assert capsys.readouterr().out == "best of 2: {'miou': 0.5}; recipe: /s/best.yaml\n"
