@@ -11,7 +11,7 @@ import io
 import logging
 import os
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from nightseg.progress import Progress, Task
 from nightseg.recipe import RecipeError, load_recipe, load_settings, save_recipe
 from nightseg.storage import Location, hash_of
 from nightseg.trials import EPOCH, METRIC, Dimension, Search, Trials, assignments, run_trial, shared_nodes
+from nightseg.workspace import Commit
 
 # What Tune reserves for the driver of a trial. Its training and its passes ask for their own CPUs, and on a small
 # machine for all of them; a request for nothing is refused, so it is a byte of memory.
@@ -49,10 +50,8 @@ def search(file: str, overrides: Sequence[str] = (), *, run_dir: str | None = No
     _check(file, settings, recipe_file)
     folder = runner.run_folder(settings.name, run_dir)
     trials = Trials(settings, recipe_file, folder, foundation="")
-    shared = shared_nodes(trials)
-    progress.say(f"{len(shared)} stages are shared by all trials and done once")
     with cluster.left_as_found():
-        trials = _founded(trials, shared, progress)
+        trials = _founded(trials, progress)
         identity = hash_of([trials.name(trials.first), settings.model_dump(mode="json")])
         rows = _finished(folder, identity)
         if rows is None:
@@ -66,11 +65,18 @@ def search(file: str, overrides: Sequence[str] = (), *, run_dir: str | None = No
     return Found(folder, best, rows, best_recipe)
 
 
-def _founded(trials: Trials, shared: Collection[NodeId], progress: Progress) -> Trials:
+def _founded(trials: Trials, progress: Progress) -> Trials:
     """The trials, once what they share is committed."""
-    recipe, model = trials.recipe(trials.first), trials.settings.model
-    commits = runner.prepare(recipe, trials.folder / "shared", shared, only=model, progress=progress)
-    versions = {str(node): part.version for node, part in trials.graph(trials.first).nodes.items()}
+    edges = trials.edges()
+    graphs = [trials.graph(values) for values in edges]
+    shared = shared_nodes(graphs)
+    progress.say(f"{len(shared)} stages are shared by all trials and done once")
+    commits: dict[NodeId, Commit] = {}
+    for values, graph in zip(edges, graphs, strict=True):
+        if shared & graph.nodes.keys() - commits.keys():
+            recipe, place = trials.recipe(values), trials.folder / "shared"
+            commits |= runner.prepare(recipe, place, shared, only=trials.settings.model, progress=progress)
+    versions = {str(node): part.version for graph in graphs for node, part in graph.nodes.items()}
     contents = {str(node): commit.content for node, commit in commits.items()}
     return trials._replace(foundation=hash_of([versions, contents]))
 
@@ -110,6 +116,14 @@ def _check(file: str, settings: Search, recipe_file: Location) -> None:
             f"model: {settings.model} has no validate_on, so there is no score to maximise; add "
             f"models.{settings.model}.validate_on=[DATASET] to set, with a dataset that is not a test set"
         )
+    else:
+        tests = {dataset: test for test, dataset in recipe.test_sets.items()}
+        problems += [
+            f"model: {settings.model} is validated on {dataset}, which is the test set {tests[dataset]}; a search that "
+            "looks at a test set spoils it: validate on other frames"
+            for dataset in recipe.models[settings.model].validate_on
+            if dataset in tests
+        ]
     for key, dimension in settings.space.items():
         for value in dimension.edges():
             try:

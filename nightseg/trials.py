@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any, NamedTuple
 
@@ -16,13 +16,15 @@ from pydantic import Field, model_validator
 
 from nightseg import rounds, runner
 from nightseg.config import Name, Positive, Recipe, Strict, Training
-from nightseg.graph import Graph, NodeId
+from nightseg.graph import Graph, Node, NodeId
 from nightseg.progress import SilentProgress, Task
 from nightseg.recipe import load_recipe
 from nightseg.storage import Location, hash_of
 
 METRIC = "miou"
 EPOCH = "epoch"
+
+Settings = tuple[Mapping[str, Any], tuple[NodeId, ...], int]  # of a stage: its part of the recipe, needs, seed
 
 
 class Dimension(Strict):
@@ -80,6 +82,11 @@ class Trials(NamedTuple):
         """Values of some trial: the first of every dimension."""
         return {key: dimension.edges()[0] for key, dimension in self.settings.space.items()}
 
+    def edges(self) -> list[dict[str, Any]]:
+        """`first`, and all that differ from it in one dimension and lie on its edge."""
+        others = [{key: value} for key, dimension in self.settings.space.items() for value in dimension.edges()[1:]]
+        return [self.first | other for other in ({}, *others)]
+
     def training(self, values: Mapping[str, Any]) -> Training:
         recipe = self.recipe(values)
         return recipe.training_of(recipe.models[self.settings.model])
@@ -93,25 +100,36 @@ class Trials(NamedTuple):
         return hash_of([self.foundation, content])[:12]
 
 
-def shared_nodes(trials: Trials) -> set[NodeId]:
-    """The stages whose settings no searched key reaches, directly or through what they need."""
-    base = trials.graph(trials.first)
+def shared_nodes(graphs: Iterable[Graph]) -> set[NodeId]:
+    """The stages that no searched key reaches: the same in all of these graphs, one for each edge of the space.
+
+    A stage that only some of them have (one of several models to start from) is shared by the trials that need it.
+    """
+    graphs = list(graphs)
+    seen: dict[NodeId, Settings] = {}
     touched: set[NodeId] = set()
-    for key, dimension in trials.settings.space.items():
-        for value in dimension.edges()[1:]:
-            other = trials.graph(trials.first | {key: value})
-            touched |= {
-                node
-                for node in base.nodes
-                if node not in other.nodes or _settings(base, node) != _settings(other, node)
-            }
-    for node in base.nodes.values():  # in order, so one pass carries a change to everything that stands on it
-        if touched.intersection(node.needs):
-            touched.add(node.id)
-    return base.nodes.keys() - touched
+    for graph in graphs:
+        for node in graph.nodes:
+            if seen.setdefault(node, _settings(graph, node)) != _settings(graph, node):
+                touched.add(node)
+    for _ in graphs:  # a change reaches all that stands on it; what one graph adds may matter in an earlier one
+        for graph in graphs:
+            touched |= {node.id for node in _after(graph, touched)}
+    return seen.keys() - touched
 
 
-def _settings(graph: Graph, node: NodeId) -> tuple[Mapping[str, Any], tuple[NodeId, ...], int]:
+def _after(graph: Graph, touched: Collection[NodeId]) -> list[Node]:
+    """The nodes that need a touched one, directly or not."""
+    reached = set(touched)
+    found = []
+    for node in graph.nodes.values():  # in order, so one pass is enough
+        if reached.intersection(node.needs):
+            reached.add(node.id)
+            found.append(node)
+    return found
+
+
+def _settings(graph: Graph, node: NodeId) -> Settings:
     return graph.nodes[node].recipe, graph.nodes[node].needs, graph.nodes[node].seed
 
 

@@ -303,12 +303,23 @@ def test_evaluate_gives_fractions_in_json_and_percent_to_people(masks: tuple[Pat
 def test_predict_writes_masks(tmp_path: Path) -> None:
     torch.manual_seed(0)
     classes = taxonomy("camvid11")
-    sizes = {"encoder": "resnet18", "num_classes": 11, "pyramid_channels": 8, "head_channels": 8}
-    palette = [list(colour) for colour in classes.palette]
-    names = {"name": classes.name, "classes": list(classes.classes), "palette": palette}
-    card = {"kind": "semantic_fpn", "taxonomy": names, "input_size": [32, 64], "mean": [0.5] * 3, "std": [0.2] * 3}
-    network = build_semantic_fpn(**sizes)
-    save_model(Location.of(tmp_path / "model"), network.state_dict(), sizes | card)
+    card = {
+        "kind": "semantic_fpn",
+        "encoder": "resnet18",
+        "num_classes": 11,
+        "pyramid_channels": 8,
+        "head_channels": 8,
+        "input_size": [32, 64],
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.2, 0.2, 0.2],
+        "taxonomy": {
+            "name": classes.name,
+            "classes": list(classes.classes),
+            "palette": [list(colour) for colour in classes.palette],
+        },
+    }
+    network = build_semantic_fpn(encoder="resnet18", num_classes=11, pyramid_channels=8, head_channels=8)
+    save_model(Location.of(tmp_path / "model"), network.state_dict(), card)
     (tmp_path / "images").mkdir()
     (tmp_path / "images/a.png").write_bytes(encode_png(np.full((32, 64, 3), 90, np.uint8)))
     (tmp_path / "images/empty.jpg").write_bytes(b"")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import builtins
+import shutil
 import sys
 from collections import namedtuple
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ def test_old_and_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> 
 
     def version(package: str) -> str:
         if package == "ray":
-            raise doctor.PackageNotFoundError(package)
+            raise PackageNotFoundError(package)
         return versions[package]
 
     monkeypatch.setattr(doctor, "version", version)
@@ -66,7 +68,7 @@ def test_a_torch_that_does_not_import_is_a_finding(monkeypatch: pytest.MonkeyPat
 
 def test_a_full_disk_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", ["total", "used", "free"])
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: usage(2**40, 2**40, 2**30))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(2**40, 2**40, 2**30))
     found = findings()["disk"]
     assert not found.good and "1 GiB free" in found.detail and "TMPDIR" in found.detail
 

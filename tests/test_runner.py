@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 
 from nightseg import graph as words
-from nightseg import runner
+from nightseg import rounds, runner
+from nightseg.compute import cluster
 from nightseg.config import MapCompute, Recipe, TrainCompute
 from nightseg.graph import Graph, ModelNodes, Node, NodeId
 from nightseg.progress import SilentProgress
 from nightseg.recipe import load_recipe
 from nightseg.storage import Location, UserError
-from nightseg.workspace import Commit, WorkspaceBusy
+from nightseg.workspace import Attempt, Commit, WorkspaceBusy
 
 RECIPE = """
 name: made
@@ -62,8 +63,8 @@ class MadeUpGraph:
         graph.models["m"] = ModelNodes(TRAIN, None, None, facts, tests)
         return graph
 
-    def work(self, node: NodeId, needs: tuple[NodeId, ...]) -> Callable[[Any, Any, Any], Commit]:
-        def work(inputs: Any, attempt: Any, progress: Any) -> Commit:
+    def work(self, node: NodeId, needs: tuple[NodeId, ...]) -> Callable[[Any, Attempt, Any], Commit]:
+        def work(inputs: Any, attempt: Attempt, progress: Any) -> Commit:
             assert set(inputs.commits) >= set(needs), "a stage runs after what it needs"
             self.worked.append(str(node))
             self.meanwhile()
@@ -79,12 +80,12 @@ class MadeUpGraph:
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> MadeUpGraph:
     graph = MadeUpGraph()
-    monkeypatch.setattr(runner.rounds, "build_graph", graph.build)
+    monkeypatch.setattr(rounds, "build_graph", graph.build)
 
     def connect() -> None:
         graph.connected += 1
 
-    monkeypatch.setattr(runner.cluster, "connect", connect)
+    monkeypatch.setattr(cluster, "connect", connect)
     return graph
 
 

@@ -129,7 +129,14 @@ def read_source(file: Location, shown: str, what: str = "recipe") -> Source:
         loader.dispose()
     if not isinstance(data, dict):
         raise RecipeError(f"{shown}: a {what} is a mapping of keys (name, ...), not {_kind(data)}.")
-    return Source(data, places, shown, problems)
+    return Source(_unshared(data), places, shown, problems)
+
+
+def _unshared(value: Any) -> Any:
+    """Without aliases: what --set changes in one place does not change in another."""
+    if isinstance(value, dict):
+        return {key: _unshared(item) for key, item in value.items()}
+    return [_unshared(item) for item in value] if isinstance(value, list) else value
 
 
 def _walk(node: yaml.Node | None, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], int, bool]]:
@@ -162,27 +169,36 @@ def _override(source: Source, text: str) -> None:
     except yaml.YAMLError as error:
         source.problems.append(Problem(path, f"--set {text}: the value is not valid YAML ({error})"))
         return
+    path = _steps(source.data, path)
     target: Any = source.data
-    for depth, part in enumerate(path[:-1]):
+    for depth, part in enumerate(path):
+        is_last = depth == len(path) - 1
+        inside = ".".join(path[:depth])
         if isinstance(target, list) and part.isdigit() and int(part) < len(target):
-            target = target[int(part)]
-            continue
-        if not isinstance(target, dict):
-            inside = ".".join(path[:depth])
-            source.problems.append(Problem(path, f"--set {text}: {inside} is {_kind(target)}, it has no keys"))
+            place: Any = int(part)
+        elif isinstance(target, dict):
+            place = part
+        else:
+            what = f"a list of {len(target)}" if isinstance(target, list) else _kind(target)
+            source.problems.append(Problem(path, f"--set {text}: {inside} is {what}, it has no {part!r}"))
             return
-        if target.get(part) is None:
-            target[part] = {}
-        target = target[part]
-    last = path[-1]
-    if isinstance(target, dict):
-        target[last] = parsed
-    elif isinstance(target, list) and last.isdigit() and int(last) < len(target):
-        target[int(last)] = parsed
-    else:
-        source.problems.append(Problem(path, f"--set {text}: {'.'.join(path[:-1])} is {_kind(target)}, it has no keys"))
-        return
+        if is_last:
+            target[place] = parsed
+        elif isinstance(target, dict) and target.get(place) is None:
+            target[place] = {}
+        target = target[place]
     source.places[path] = f"--set {text}"
+
+
+def _steps(data: Any, path: tuple[str, ...]) -> tuple[str, ...]:
+    """The keys of a path. One that is written with dots, like those of a search's space, is one key."""
+    for length in range(len(path) if isinstance(data, dict) else 0, 0, -1):
+        key = ".".join(path[:length])
+        if key in data:
+            return (key, *_steps(data[key], path[length:]))
+    if isinstance(data, list) and path and path[0].isdigit() and int(path[0]) < len(data):
+        return (path[0], *_steps(data[int(path[0])], path[1:]))
+    return path
 
 
 def _fill_roots(source: Source) -> None:

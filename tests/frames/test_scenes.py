@@ -39,7 +39,7 @@ def test_shapes_and_values(domain: str) -> None:
 def test_the_numbers_are_those_of_camvid11() -> None:
 
     for number, name in enumerate(taxonomy("camvid11").classes):
-        assert getattr(sheet, name.upper().replace(" ", "_")) == number
+        assert getattr(numbers, name.upper().replace(" ", "_")) == number
 
 
 @pytest.mark.parametrize("domain", DOMAINS)

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pytest
 
-from nightseg.storage import Entry, Location, UserError, hash_of, remote, sha256_of, storage
+from nightseg.storage import Entry, Location, UserError, hash_of, location, remote, sha256_of
 
 STORES = ("local", "memory", "subtree")
 
@@ -25,7 +25,7 @@ def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
         return Location.of(tmp_path / name)
     if request.param == "subtree":
         system = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
-        monkeypatch.setattr(storage, "file_system", lambda uri: (system, uri.removeprefix("subtree://")))
+        monkeypatch.setattr(location, "file_system", lambda uri: (system, uri.removeprefix("subtree://")))
     return Location.of(f"{request.param}://{name}")
 
 

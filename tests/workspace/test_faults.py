@@ -16,11 +16,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from nightseg import storage
-from nightseg import workspace as workspace_module
-from nightseg.storage import UserError
+from nightseg.storage import UserError, location
 from nightseg.workspace import Commit, Stage, Workspace
 from nightseg.workspace import attempt as attempt_module
+from nightseg.workspace import stage as stage_module
 from nightseg.workspace.attempt import Attempt
 
 # Two stages, the second built on the first, as a run does it. Returns how many shards it wrote, and the content hashes.
@@ -142,7 +141,7 @@ def crash_after(num_points: int) -> Iterator[None]:
             raise Crash(name)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (storage, attempt_module, workspace_module):
+        for module in (location, attempt_module, stage_module):
             patch.setattr(module, "fault_point", point)
         try:
             yield

@@ -54,6 +54,14 @@ def test_overrides_reach_every_depth_and_create_sections(tmp_path: Path) -> None
     assert recipe.compute.map.actors == 3
 
 
+def test_an_override_of_one_alias_leaves_the_others(tmp_path: Path) -> None:
+    text = GOOD.replace("first: {train: [day, made]}", "first: {train: [day, made], loss: &loss {alpha: 0.5}}").replace(
+        "second: {train: [day],", "second: {train: [day], loss: *loss,"
+    )
+    recipe = load_recipe(write(tmp_path, text), ["models.second.loss.alpha=0.1"])
+    assert [recipe.loss_of(recipe.models[name]).alpha for name in ("first", "second")] == [0.5, 0.1]
+
+
 def test_a_saved_recipe_is_read_back_equal(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, GOOD))
     saved = Location.of(tmp_path / "saved.yaml")
@@ -111,9 +119,10 @@ def test_duplicate_keys_are_refused_at_every_depth(tmp_path: Path) -> None:
 
 
 def test_an_error_in_an_override_names_the_override(tmp_path: Path) -> None:
-    message = errors_of(tmp_path, GOOD, "training.epoch=3", "nonsense", "seed.deep.er=1")
+    message = errors_of(tmp_path, GOOD, "training.epoch=3", "nonsense", "seed.deep.er=1", "models.first.train.7=x")
     assert "--set training.epoch=3: training.epoch: unknown key, did you mean 'epochs'?" in message
     assert "--set nonsense: write it as key.key=value" in message
+    assert "--set models.first.train.7=x: models.first.train is a list of 2, it has no '7'" in message
 
 
 def test_roots_move_many_datasets_at_once(tmp_path: Path) -> None:

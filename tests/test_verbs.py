@@ -1,0 +1,127 @@
+"""Split and select from the command line, on real frames through Ray; and what is refused before Ray starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from nightseg import verbs
+from nightseg.config import MapCompute, Selection
+from nightseg.frames.images import encode_png
+from nightseg.frames.scenes.street import scene
+from nightseg.progress import SilentProgress
+from nightseg.storage import Location, UserError
+
+COMPUTE = MapCompute(actors=1, cpus_per_actor=1, batch=4, shard_rows=16)
+
+
+@pytest.fixture(scope="module")
+def heap(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four day and four night scenes, a broken image, and a file that is none."""
+    folder = tmp_path_factory.mktemp("heap")
+    for index in range(8):
+        domain = "day" if index < 4 else "night"
+        drawn = scene(0, index, domain, 32, 64)
+        (folder / f"{domain} {index}.png").write_bytes(encode_png(drawn.image))
+    (folder / "broken.png").write_bytes(encode_png(scene(0, 9, "day", 32, 64).image)[:60])
+    (folder / "notes.txt").write_text("not a frame")
+    return folder
+
+
+def choose(pool: Path, out: Path, method: str = "histogram", reference: Path | None = None) -> dict[str, object]:
+    choice = Selection(method=method, count=3, extractor="efficientnet_lite0")  # type: ignore[arg-type]
+    near = str(reference) if reference else None
+    return verbs.select_frames(
+        str(pool), near, str(out), choice=choice, seed=0, compute=COMPUTE, progress=SilentProgress()
+    )
+
+
+@pytest.mark.ray
+def test_a_heap_is_split_into_a_frame_table_with_its_evidence(ray_cluster: None, heap: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out" / "frames.parquet"
+    found = verbs.split_folder(str(heap), str(out), margin=0.1, compute=COMPUTE, progress=SilentProgress())
+    frames = Location.of(out).read_table()
+    domains = dict(zip(frames["frame_id"].to_pylist(), frames["domain"].to_pylist(), strict=True))
+    assert len(domains) == 8
+    assert {domain for name, domain in domains.items() if "day" in name} == {"day"}
+    assert {domain for name, domain in domains.items() if "night" in name} == {"night"}
+    assert all(Path(uri).exists() for uri in frames["uri"].to_pylist())
+    assert (found["frames"], found["quarantined"]) == (str(out), 1)
+    bad = Location.of(out.parent / "frames.quarantine.parquet").read_table().to_pylist()
+    assert [Path(row["uri"]).name for row in bad] == ["broken.png"] and bad[0]["reason"] == "truncated"
+    assert Location.of(out.parent / "frames.evidence.json").read_json()["margin"] == 0.1
+    assert sorted(path.name for path in out.parent.iterdir()) == [
+        "frames.evidence.json", "frames.parquet", "frames.quarantine.parquet"
+    ]  # fmt: skip
+
+
+@pytest.mark.ray
+def test_the_frames_closest_to_the_reference_are_chosen(ray_cluster: None, heap: Path, tmp_path: Path) -> None:
+    reference = tmp_path / "reference"
+    reference.mkdir()
+    for index in range(20, 23):
+        (reference / f"{index}.png").write_bytes(encode_png(scene(0, index, "night", 32, 64).image))
+    found = choose(heap, tmp_path / "chosen", reference=reference)
+    frames = Location.of(tmp_path / "chosen/frames.parquet").read_table()
+    assert frames["rank"].to_pylist() == [1, 2, 3]
+    assert all("night" in name for name in frames["frame_id"].to_pylist())
+    assert Location.of(tmp_path / "chosen/scores.parquet").read_table().num_rows == 8
+    assert Location.of(tmp_path / "chosen/evidence.json").read_json()["method"] == "histogram"
+    assert found["chosen"] == 3 and not (tmp_path / "chosen/.work").exists()
+
+
+@pytest.mark.ray
+def test_a_frame_table_made_by_hand_can_be_a_pool(ray_cluster: None, heap: Path, tmp_path: Path) -> None:
+    names = sorted(path.name for path in heap.glob("day*.png"))
+    table = pa.table({"frame_id": names, "uri": [str(heap / name) for name in names]})
+    Location.of(tmp_path / "pool.parquet").write_table(table)
+    choose(tmp_path / "pool.parquet", tmp_path / "chosen", method="random")
+    chosen = Location.of(tmp_path / "chosen/frames.parquet").read_table()["frame_id"].to_pylist()
+    assert len(set(chosen)) == 3 and set(chosen) <= set(names)
+
+
+@pytest.mark.ray
+def test_what_was_done_is_kept_for_the_next_try(ray_cluster: None, heap: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="count|choose"):  # 3 of 2
+        small = pa.table({"frame_id": ["a", "b"], "uri": [str(path) for path in sorted(heap.glob("day*.png"))[:2]]})
+        Location.of(tmp_path / "small.parquet").write_table(small)
+        choose(tmp_path / "small.parquet", tmp_path / "chosen", method="random")
+    assert (tmp_path / "chosen/.work/stages/score").is_dir()  # the frames need not be looked at again
+
+
+# -- before Ray starts ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nightseg.compute import cluster
+
+    monkeypatch.setattr(cluster, "connect", lambda: pytest.fail("Ray must not start"))
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_wrong_requests_leave_nothing_behind(heap: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for pool, method, reference, message in (
+        (heap, "histogram", None, "--method histogram needs a reference"),
+        (tmp_path / "nowhere", "random", None, "no such folder"),
+        (tmp_path / "no.parquet", "random", None, "there is no such frame table"),
+        (heap, "pooled", tmp_path / "nowhere", "no such folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            choose(pool, out, method, reference)
+    for images, table, message in ((tmp_path / "nowhere", "a.parquet", "no such folder"), (heap, "a.csv", "ends in")):
+        with pytest.raises(UserError, match=message):
+            verbs.split_folder(str(images), str(out / table), margin=0.1, compute=COMPUTE, progress=SilentProgress())
+    assert not out.exists()
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_weights_that_are_not_at_hand_are_missed_before_a_frame_is_read(heap: Path, tmp_path: Path) -> None:
+    choice = Selection(method="random", count=3, extractor="inception", extractor_weights="/no/weights.pth")
+    with pytest.raises(UserError, match="there is no weights file /no/weights.pth"):
+        verbs.select_frames(
+            str(heap), None, str(tmp_path / "o"), choice=choice, seed=0, compute=COMPUTE, progress=SilentProgress()
+        )
