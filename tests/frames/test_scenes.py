@@ -37,6 +37,7 @@ def test_shapes_and_values(domain: str) -> None:
 
 
 def test_the_numbers_are_those_of_camvid11() -> None:
+    from nightseg.frames.scenes import sheet as numbers
 
     for number, name in enumerate(taxonomy("camvid11").classes):
         assert getattr(numbers, name.upper().replace(" ", "_")) == number
