@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 from nightseg import rounds
@@ -139,18 +139,16 @@ def _changed(stage: Stage) -> tuple[str, ...]:
     before = stage.nearest()
     if before is None:
         return ()
-    now = stage.identity
-    return tuple(
-        f"{part}.{key}" if isinstance(now[part], dict) else part
-        for part in now
-        if now[part] != before.get(part)
-        for key in (sorted(_differing(now[part], before.get(part))) if isinstance(now[part], dict) else [""])
-    )
+    return tuple(_differences(stage.identity, before, ()))
 
 
-def _differing(now: dict[str, Any], before: Any) -> set[str]:
-    earlier = before if isinstance(before, dict) else {}
-    return {key for key in now.keys() | earlier.keys() if now.get(key) != earlier.get(key)}
+def _differences(now: Any, before: Any, path: tuple[str, ...]) -> Iterator[str]:
+    """Dotted paths of what is not the same."""
+    if isinstance(now, dict) and isinstance(before, dict):
+        for key in sorted(now.keys() | before.keys()):
+            yield from _differences(now.get(key), before.get(key), (*path, key))
+    elif now != before:
+        yield ".".join(path)
 
 
 def _rows_in(node: Node, commits: dict[NodeId, Commit], rows: dict[NodeId, int | None]) -> int | None:

@@ -70,9 +70,11 @@ def select_frames(
             f"--method {choice.method} needs a reference that the chosen frames should be close to. "
             "Cure: --reference FOLDER_OR_TABLE, or --method random."
         )
-    for source in (pool, reference):
-        if source is not None:
-            _check_source(source)
+    num_frames = _count(pool)
+    if choice.count > num_frames:
+        raise UserError(f"--count {choice.count}: the pool {pool} has {num_frames} frames. Cure: a smaller count.")
+    if reference is not None:
+        _count(reference)
     identify(choice.extractor, choice.extractor_weights)
     with _workshop(folder / ".work") as workspace:
         frames = _frames(workspace, "pool", pool, compute, progress)
@@ -125,12 +127,14 @@ def _collected(
     )
 
 
-def _check_source(source: str) -> None:
+def _count(source: str) -> int:
+    """The frames that an image folder or a frame table promises."""
     place = Location.of(source)
     if not place.name.endswith(".parquet"):
-        layouts.count("images", place, labelled=False)
-    elif not place.exists():
+        return layouts.count("images", place, labelled=False)
+    if not place.exists():
         raise UserError(f"{source}: there is no such frame table. Cure: check the path.")
+    return int(place.read_table().num_rows)
 
 
 def _frames(workspace: Workspace, name: str, source: str, compute: MapCompute, progress: Progress) -> pa.Table:

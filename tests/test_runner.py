@@ -37,7 +37,7 @@ class MadeUpGraph:
         self.worked: list[str] = []
         self.connected = 0
         self.text = {DAY: "frames", TRAIN: "weights", TEST: "scores"}
-        self.settings: dict[NodeId, dict[str, Any]] = {DAY: {"count": 4}, TRAIN: {"epochs": 2}, TEST: {}}
+        self.settings: dict[NodeId, dict[str, Any]] = {DAY: {"count": 4}, TRAIN: {"epochs": {"last": 2}}, TEST: {}}
         self.fails: NodeId | None = None
         self.meanwhile: Callable[[], None] = lambda: None
 
@@ -136,7 +136,7 @@ def test_an_unchanged_run_does_nothing_and_starts_no_ray(made: MadeUpGraph, reci
 def test_a_change_runs_what_stands_on_it(made: MadeUpGraph, recipe: Recipe, folder: Location) -> None:
     run(recipe, folder)
     made.worked.clear()
-    made.settings[TRAIN], made.text[TRAIN] = {"epochs": 3}, "better weights"
+    made.settings[TRAIN], made.text[TRAIN] = {"epochs": {"last": 3}}, "better weights"
     run(recipe, folder)
     assert made.worked == ["train_segmenter/m", "evaluate/m.night"]
 
@@ -219,10 +219,10 @@ def test_a_plan_of_nothing_done_counts_frames_and_resources(
 def test_a_plan_names_the_keys_that_changed(made: MadeUpGraph, recipe: Recipe, folder: Location) -> None:
     run(recipe, folder)
     assert set(states(recipe, folder).values()) == {"committed"}
-    made.settings[TRAIN] = {"epochs": 3, "batch": 8}
+    made.settings[TRAIN] = {"epochs": {"last": 3}, "batch": 8}
     lines = {line.node: line for line in runner.plan(recipe.model_copy(update={"seed": 8}), folder)}
     assert (lines[DAY].state, lines[TRAIN].state, lines[TEST].state) == ("committed", "runs", "waits")
-    assert set(lines[TRAIN].changed) == {"recipe.epochs", "recipe.batch", "seed"}
+    assert set(lines[TRAIN].changed) == {"recipe.epochs.last", "recipe.batch", "seed"}
 
 
 def test_a_plan_knows_what_can_be_borrowed(made: MadeUpGraph, recipe: Recipe, folder: Location, tmp_path: Path) -> None:

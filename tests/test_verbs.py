@@ -87,10 +87,12 @@ def test_a_frame_table_made_by_hand_can_be_a_pool(ray_cluster: None, heap: Path,
 
 @pytest.mark.ray
 def test_what_was_done_is_kept_for_the_next_try(ray_cluster: None, heap: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"3.*2"):  # 3 of 2
-        small = pa.table({"frame_id": ["a", "b"], "uri": [str(path) for path in sorted(heap.glob("day*.png"))[:2]]})
-        Location.of(tmp_path / "small.parquet").write_table(small)
-        choose(tmp_path / "small.parquet", tmp_path / "chosen", method="random")
+    pool = tmp_path / "pool"
+    pool.mkdir()
+    for path in [heap / "broken.png", *sorted(heap.glob("day*.png"))[:2]]:
+        (pool / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(UserError, match="the pool has 2 frames, 3 were asked for"):
+        choose(pool, tmp_path / "chosen", method="random")
     assert (tmp_path / "chosen/.work/stages/score").is_dir()  # the frames need not be looked at again
 
 
@@ -106,8 +108,10 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_ray")
 def test_wrong_requests_leave_nothing_behind(heap: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+    out, few = tmp_path / "out", tmp_path / "few.parquet"
+    Location.of(few).write_table(pa.table({"frame_id": ["a", "b"], "uri": ["/a.png", "/b.png"]}))
     for pool, method, reference, message in (
+        (few, "random", None, "--count 3: the pool .* has 2 frames"),
         (heap, "histogram", None, "--method histogram needs a reference"),
         (tmp_path / "nowhere", "random", None, "no such folder"),
         (tmp_path / "no.parquet", "random", None, "there is no such frame table"),

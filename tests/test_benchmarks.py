@@ -1,0 +1,105 @@
+"""The harness compares answers before it times, alternates fairly, writes what it measured. Nothing is timed here."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def contests(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT))
+    return importlib.import_module("benchmarks.contest")
+
+
+@pytest.fixture
+def command(contests: ModuleType) -> ModuleType:
+    return importlib.import_module("benchmarks.__main__")
+
+
+def test_every_benchmark_runs_at_a_tiny_size_and_leaves_its_measurements(tmp_path: Path) -> None:
+    words = [sys.executable, "-W", "error", "-m", "benchmarks", "--tiny", "--rounds", "2", "--out", str(tmp_path)]
+    ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 0, ended.stderr
+    (file,) = tmp_path.glob("*.json")
+    content = json.loads(file.read_text())
+    assert {contest["name"] for contest in content["contests"]} == {"frechet", "confusion"}
+    for contest in content["contests"]:
+        assert contest["rounds"] == len(contest["ours"]) == len(contest["theirs"]) == 2
+        assert set(contest["ours"][0]) == {"wall", "cpu"}
+        assert contest["work"] in ended.stdout and contest["peer"] in ended.stdout
+    assert content["size"] == "tiny" and {"python", "numpy", "torch"} <= content["versions"].keys()
+    assert content["machine"]["cores"] >= 1 and isinstance(content["machine"]["flags"], list)
+    table = ended.stdout.splitlines()
+    assert len(table) == 4 and len({line.count("|") for line in table}) == 1
+
+
+def contest(contests: ModuleType, log: list[str], ours: Any = 1, peer: Any = 1) -> Any:
+    def run(side: str, answer: Any) -> Any:
+        log.append(side)
+        return answer
+
+    def check(first: Any, second: Any) -> None:
+        log.append("check")
+        assert first == second, "they differ"
+
+    return contests.Contest("c", "work", "peer", lambda: run("ours", ours), lambda: run("peer", peer), check)
+
+
+def test_answers_are_compared_before_anything_is_timed(contests: ModuleType) -> None:
+    log: list[str] = []
+    with pytest.raises(AssertionError, match="they differ"):
+        contests.hold(contest(contests, log, ours=1, peer=2), rounds=3)
+    assert log == ["ours", "peer", "check"]
+
+
+def test_the_two_take_turns_and_change_places(contests: ModuleType) -> None:
+    log: list[str] = []
+    outcome = contests.hold(contest(contests, log), rounds=4)
+    assert log[3:] == ["ours", "peer", "peer", "ours", "ours", "peer", "peer", "ours"]
+    assert len(outcome.ours) == len(outcome.peer) == 4
+
+
+def test_medians_and_ratios(contests: ModuleType, command: ModuleType) -> None:
+    seconds = contests.Seconds
+    ours = [seconds(1.0, 2.0), seconds(3.0, 4.0), seconds(100.0, 6.0)]
+    peer = [seconds(6.0, 0.002)] * 3
+    outcome = contests.Outcome(contest(contests, []), ours, peer)
+    assert outcome.median("ours", "wall") == 3.0 and outcome.median("ours", "cpu") == 4.0
+    assert outcome.ratio("wall") == 2.0
+    row = command.table([outcome]).splitlines()[-1]
+    assert row == "| work | peer | 3.00 s | 6.00 s | 2.00 | 4.00 s | 2.0 ms | 0.00 |"
+
+
+def test_the_formula_of_the_peer_counts_as_ours_does(contests: ModuleType) -> None:
+    import numpy as np
+
+    confusion = importlib.import_module("benchmarks.confusion")
+    label = np.array([[0, 1, 255], [18, 0, 2]], dtype=np.uint8)
+    guess = np.array([[0, 2, 5], [18, 1, 2]], dtype=np.uint8)
+    matrix = confusion.fast_hist(label, guess)
+    assert matrix.sum() == 5 and matrix[0, 0] == matrix[1, 2] == matrix[18, 18] == matrix[0, 1] == matrix[2, 2] == 1
+
+
+def test_wrong_names_are_refused(command: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, message in ((["--only", "frechett"], "did you mean 'frechet'?"), (["--rounds", "0"], "at least 1")):
+        with pytest.raises(SystemExit) as ended:
+            command.main(words)
+        assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_processor_is_described_where_linux_says_it(command: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Some CPU\nflags\t\t: fpu avx2 avx512f amx_bf16\n")
+    assert command.cpu_facts(tmp_path / "cpuinfo") == {
+        "processor": "Some CPU", "flags": ["avx2", "avx512f", "amx_bf16"]
+    }  # fmt: skip
+    assert command.cpu_facts(tmp_path / "nothing") == {"processor": "", "flags": []}
