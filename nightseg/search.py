@@ -24,7 +24,7 @@ from nightseg.progress import Progress, Task
 from nightseg.recipe import RecipeError, load_recipe, load_settings, save_recipe
 from nightseg.storage import Location, hash_of
 from nightseg.trials import EPOCH, METRIC, Dimension, Search, Trials, assignments, run_trial, shared_nodes
-from nightseg.workspace import Commit
+from nightseg.workspace import Commit, Workspace
 
 # What Tune reserves for the driver of a trial. Its training and its passes ask for their own CPUs, and on a small
 # machine for all of them; a request for nothing is refused, so it is a byte of memory.
@@ -49,19 +49,20 @@ def search(file: str, overrides: Sequence[str] = (), *, run_dir: str | None = No
     recipe_file = _beside(Location.of(file), settings.recipe)
     _check(file, settings, recipe_file)
     folder = runner.run_folder(settings.name, run_dir)
-    trials = Trials(settings, recipe_file, folder, foundation="")
-    with cluster.left_as_found():
+    with Workspace(folder).lock(), cluster.left_as_found():
+        trials = Trials(settings, folder)
+        save_recipe(load_recipe(recipe_file, settings.set), trials.recipe_file)
         trials = _founded(trials, progress)
         identity = hash_of([trials.name(trials.first), settings.model_dump(mode="json")])
         rows = _finished(folder, identity)
         if rows is None:
             cluster.connect()
             rows = _tune(trials, identity, progress)
-    best = _best(rows, folder)
-    best_recipe = folder / "best.yaml"
-    save_recipe(load_recipe(recipe_file, [*settings.set, *assignments(best["values"])]), best_recipe)
-    content = {"identity": identity, "search": settings.model_dump(mode="json"), "best": best, "trials": rows}
-    (folder / "trials.json").write_json(content)
+        best = _best(rows, folder)
+        best_recipe = folder / "best.yaml"
+        save_recipe(load_recipe(trials.recipe_file, assignments(best["values"])), best_recipe)
+        content = {"identity": identity, "search": settings.model_dump(mode="json"), "best": best, "trials": rows}
+        (folder / "trials.json").write_json(content)
     return Found(folder, best, rows, best_recipe)
 
 

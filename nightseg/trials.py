@@ -66,13 +66,17 @@ class Trials(NamedTuple):
     """What a trial needs besides its values. Picklable."""
 
     settings: Search
-    recipe_file: Location
     folder: Location
-    foundation: str  # hash over what all trials share: other inputs or another stage version make other trials
+    foundation: str = ""  # hash over what all trials share: other inputs or another stage version make other trials
+
+    @property
+    def recipe_file(self) -> Location:
+        """The recipe without the searched values, with all that it reads, where every node of a cluster finds it."""
+        return self.folder / "recipe.yaml"
 
     def recipe(self, values: Mapping[str, Any]) -> Recipe:
         """The recipe of one trial. No test set is touched in a search: the best model is tested once, afterwards."""
-        recipe = load_recipe(self.recipe_file, [*self.settings.set, *assignments(values)])
+        recipe = load_recipe(self.recipe_file, assignments(values))
         name = self.settings.model
         untested = recipe.models[name].model_copy(update={"test": {}})
         return recipe.model_copy(update={"models": recipe.models | {name: untested}, "predictions": {}})

@@ -278,6 +278,17 @@ def test_fid_of_two_files_of_statistics_needs_no_frame(tmp_path: Path) -> None:
     assert "fid: 12\n" in good("fid", tmp_path / "a.npz", tmp_path / "b.npz").stdout
 
 
+def test_fid_of_what_does_not_compare_is_refused_before_a_frame_is_read(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / f"images/{name}.png").write_bytes(encode_png(np.full((8, 8, 3), 90, np.uint8)))
+    made = Statistics(np.zeros(3), np.eye(3), 10, "inception", "pytorch-fid", "")
+    write_statistics(Location.of(tmp_path / "a.npz"), made)
+    words = ("fid", tmp_path / "images", tmp_path / "a.npz", "--extractor", "efficientnet_lite0")
+    assert "do not compare" in refused(*words)
+    assert "no such folder" in refused("fid", tmp_path / "images", tmp_path / "gone")
+
+
 @pytest.fixture
 def masks(tmp_path: Path) -> tuple[Path, Path]:
     """Two predictions and their labels: class 0 right in 3 of 4 pixels, class 3 in all of 4."""

@@ -14,7 +14,7 @@ from nightseg import runner
 from nightseg.config import Recipe
 from nightseg.graph import NodeId
 from nightseg.progress import Progress
-from nightseg.recipe import load_recipe, load_settings
+from nightseg.recipe import load_recipe, load_settings, save_recipe
 from nightseg.runner import Outcome
 from nightseg.storage import Location
 from nightseg.trials import Dimension, Search, Trials, assignments, run_trial, shared_nodes
@@ -26,7 +26,15 @@ VALUES = {ALPHA: 0.5, "models.self_trained.loss.gamma": 1.0, COUNT: 60}
 
 def trials_of(folder: Path, *overrides: str) -> Trials:
     settings = load_settings(Search, CONFIGS / "search.yaml", overrides)
-    return Trials(settings, Location.of(CONFIGS / "demo.yaml"), Location.of(folder), foundation="shared")
+    trials = Trials(settings, Location.of(folder), foundation="shared")
+    save_recipe(load_recipe(CONFIGS / "demo.yaml", settings.set), trials.recipe_file)
+    return trials
+
+
+def changed(trials: Trials, *overrides: str) -> Trials:
+    """The same trials of a recipe with other settings."""
+    save_recipe(load_recipe(trials.recipe_file, overrides), trials.recipe_file)
+    return trials
 
 
 def shared_of(trials: Trials) -> set[NodeId]:
@@ -117,8 +125,8 @@ def test_the_same_trial_has_the_same_name(tmp_path: Path) -> None:
     assert pickle.loads(pickle.dumps(trials)).name(VALUES) == name
     assert trials.name(VALUES | {COUNT: 120}) != name
     assert trials._replace(foundation="other frames").name(VALUES) != name
-    more_readers = trials.settings.model_copy(update={"set": [*trials.settings.set, "compute.map.actors=7"]})
-    assert trials._replace(settings=more_readers).name(VALUES) == name  # how it is computed is not what is computed
+    assert changed(trials, "compute.map.actors=7").name(VALUES) == name  # how it is computed is not what is computed
+    assert changed(trials, "training.epochs=7").name(VALUES) != name
 
 
 # -- one trial --------------------------------------------------------------------------------------------------------
@@ -183,9 +191,7 @@ def test_epochs_that_nobody_watched_are_reported_from_the_history(
 
 
 def test_epochs_without_validation_are_not_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    trials = trials_of(tmp_path)
-    every_two = {"set": [*trials.settings.set, "training.validate_every=2", "training.epochs=5"]}
-    trials = trials._replace(settings=trials.settings.model_copy(update=every_two))
+    trials = changed(trials_of(tmp_path), "training.validate_every=2", "training.epochs=5")
     figures = [
         {"epoch": 1.0},
         {"epoch": 2.0, "miou": 0.2},

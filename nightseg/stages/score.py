@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,7 +19,14 @@ from nightseg.frames import table as frame
 from nightseg.frames.datasets import list_frames
 from nightseg.frames.images import BadFrame, read_image
 from nightseg.frames.vectors import vector_column, vectors
-from nightseg.measures.frechet import Statistics, moments_of, read_statistics, statistics_distance, write_statistics
+from nightseg.measures.frechet import (
+    Statistics,
+    check_comparable,
+    moments_of,
+    read_statistics,
+    statistics_distance,
+    write_statistics,
+)
 from nightseg.measures.histogram import NUM_BINS, luminance_histogram
 from nightseg.networks.features import Extractor, Identity, build_extractor, identify
 from nightseg.progress import Progress
@@ -188,9 +195,11 @@ def fid(
         max_bad_fraction=max_bad_fraction,
     )
     was_local = cluster.is_local()
+    found = [_found(Location.of(place)) for place in (a, b)]  # both, before the first is measured
+    _check_before(found, (a, b), extractor, weights)
     try:
-        first = _statistics(Location.of(a), measure, scratch / "a")
-        second = _statistics(Location.of(b), measure, scratch / "b")
+        first = _statistics(found[0], a, measure, scratch / "a")
+        second = _statistics(found[1], b, measure, scratch / "b")
     finally:
         scratch.delete()
         if cluster.is_local() and not was_local:
@@ -199,14 +208,32 @@ def fid(
     return Fid(distance, first.count, second.count, first.extractor, first.resize)
 
 
-def _statistics(place: Location, measure: Callable[..., Commit], scratch: Location) -> Statistics:
-    if place.name.lower().endswith(".npz"):
-        return read_statistics(place)
-    frames = _frames_at(place)
+def _found(place: Location) -> Statistics | pa.Table:
+    return read_statistics(place) if place.name.lower().endswith(".npz") else _frames_at(place)
+
+
+def _check_before(
+    found: Sequence[Statistics | pa.Table], names: Sequence[str], extractor: str, weights: str | None
+) -> None:
+    """Refuse what cannot be compared before hours are spent on the frames of one of them."""
+    if all(isinstance(one, Statistics) for one in found):
+        return
+    identity = identify(extractor, weights)
+    nothing = np.zeros((identity.dims, identity.dims))
+    coming = Statistics(nothing[0], nothing, None, identity.name, identity.resize, identity.weights_sha256)
+    first, second = (one if isinstance(one, Statistics) else coming for one in found)
+    check_comparable(first, second, names)
+
+
+def _statistics(
+    found: Statistics | pa.Table, name: str, measure: Callable[..., Commit], scratch: Location
+) -> Statistics:
+    if isinstance(found, Statistics):
+        return found
     stage = Workspace(scratch).stage("score", "fid", version=VERSION, recipe={}, inputs={}, seed=0)
-    commit = measure(frames, attempt=stage.open())
+    commit = measure(found, attempt=stage.open())
     if not commit.has(STATISTICS_NAME):
-        raise UserError(f"{place}: has {commit.rows_out} good frame; a covariance needs at least 2")
+        raise UserError(f"{name}: has {commit.rows_out} good frame; a covariance needs at least 2")
     return read_statistics(commit.file(STATISTICS_NAME))
 
 
