@@ -24,7 +24,8 @@ from nightseg.config import (
 )
 from nightseg.frames import datasets as layouts
 from nightseg.frames.taxonomy import taxonomy
-from nightseg.graph import Graph, ModelNodes, Node, NodeId, TestNode, View, Views, Work
+from nightseg.graph import Graph, Inputs, ModelNodes, Node, NodeId, TestNode, View, Views, Work
+from nightseg.progress import Progress
 from nightseg.recipe.chain import expand_rounds
 from nightseg.recipe.names import STARTS
 from nightseg.stages import (
@@ -40,6 +41,7 @@ from nightseg.stages import (
     translate,
 )
 from nightseg.storage import Location, UserError, hash_of
+from nightseg.workspace import Attempt, Commit
 
 
 def build_graph(recipe: Recipe, only: str | None = None) -> Graph:
@@ -108,7 +110,7 @@ class _Builder:
             part["listing"] = layouts.fingerprint(layout, root, **of)
             expected = layouts.count(layout, root, **of)
 
-        def work(inputs: Any, attempt: Any, progress: Any) -> Any:
+        def work(inputs: Inputs, attempt: Attempt, progress: Progress) -> Commit:
             return collect.collect(
                 dataset,
                 name=name,
@@ -122,7 +124,7 @@ class _Builder:
     def _split(self, heap: str, margin: float) -> NodeId:
         views = self.dataset(heap)
 
-        def work(inputs: Any, attempt: Any, progress: Any) -> Any:
+        def work(inputs: Inputs, attempt: Attempt, progress: Progress) -> Commit:
             return split.split(
                 inputs.frames(views),
                 margin=margin,
@@ -138,7 +140,7 @@ class _Builder:
         settings = self.recipe.translators[name]
         day, night = self.dataset(settings.day), self.dataset(settings.night)
 
-        def work(inputs: Any, attempt: Any, progress: Any) -> Any:
+        def work(inputs: Inputs, attempt: Attempt, progress: Progress) -> Commit:
             return train_translator.train_translator(
                 settings,
                 day=inputs.frames(day),
@@ -158,7 +160,7 @@ class _Builder:
     def _translate(self, name: str, dataset: TranslatedDataset) -> NodeId:
         views, translator = self.dataset(dataset.translate), self.translator(dataset.by)
 
-        def work(inputs: Any, attempt: Any, progress: Any) -> Any:
+        def work(inputs: Inputs, attempt: Attempt, progress: Progress) -> Commit:
             return translate.translate(
                 inputs.frames(views),
                 inputs[translator],
@@ -184,7 +186,7 @@ class _Builder:
             train = (*train, View(pseudo))
         network, loss, training = recipe.network_of(model), recipe.loss_of(model), recipe.training_of(model)
 
-        def work(inputs: Any, attempt: Any, progress: Any) -> Any:
+        def work(inputs: Inputs, attempt: Attempt, progress: Progress) -> Commit:
             return train_segmenter.train_segmenter(
                 inputs.frames(train),
                 inputs.frames(validate) if validate else None,
@@ -228,7 +230,7 @@ class _Builder:
         chosen = self._select(name, model, learning)
         views = self.dataset(learning.pool) if chosen is None else (View(chosen),)
 
-        def work(inputs: Any, attempt: Any, progress: Any) -> Any:
+        def work(inputs: Inputs, attempt: Attempt, progress: Progress) -> Commit:
             return pseudo_label.pseudo_label(
                 inputs.frames(views),
                 inputs[teacher],
@@ -253,7 +255,7 @@ class _Builder:
         sources = self._sources(near)
         tests = {test: self._sources([dataset]) for test, dataset in self.recipe.test_sets.items()}
 
-        def work(inputs: Any, attempt: Any, progress: Any) -> Any:
+        def work(inputs: Inputs, attempt: Attempt, progress: Progress) -> Commit:
             return select.select(
                 inputs.frames(pool),
                 inputs[scored],
@@ -285,7 +287,7 @@ class _Builder:
     def _score(self, names: list[str], extractor: str, weights: str | None) -> NodeId:
         views = self.datasets(names)
 
-        def work(inputs: Any, attempt: Any, progress: Any) -> Any:
+        def work(inputs: Inputs, attempt: Attempt, progress: Progress) -> Commit:
             return score.score(
                 inputs.frames(views),
                 extractor=extractor,
@@ -328,7 +330,7 @@ class _Builder:
     def _evaluate(self, model: str, test: str, trained: NodeId) -> NodeId:
         views = self.dataset(self.recipe.test_sets[test])
 
-        def work(inputs: Any, attempt: Any, progress: Any) -> Any:
+        def work(inputs: Inputs, attempt: Attempt, progress: Progress) -> Commit:
             return evaluate.evaluate(
                 inputs.frames(views),
                 inputs[trained],
@@ -344,7 +346,7 @@ class _Builder:
         wanted = self.recipe.predictions[name]
         views, trained = self.dataset(wanted.dataset), self.model(wanted.model)
 
-        def work(inputs: Any, attempt: Any, progress: Any) -> Any:
+        def work(inputs: Inputs, attempt: Attempt, progress: Progress) -> Commit:
             return predict.predict(
                 inputs.frames(views),
                 inputs[trained],
@@ -358,7 +360,7 @@ class _Builder:
 
     # -- nodes -------------------------------------------------------------------------------------------------------
 
-    def _spread(self, attempt: Any, progress: Any) -> dict[str, Any]:
+    def _spread(self, attempt: Attempt, progress: Progress) -> dict[str, Any]:
         """The arguments that every pass over frames takes."""
         compute, bad = self.recipe.compute.map, self.recipe.max_bad_fraction
         return {"attempt": attempt, "progress": progress, "compute": compute, "max_bad_fraction": bad}
