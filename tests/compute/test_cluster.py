@@ -225,3 +225,15 @@ def test_a_cluster_is_joined_with_its_token_only(tmp_path: Path) -> None:
     finally:
         head.terminate()
         head.wait(timeout=60)
+
+
+@pytest.mark.parametrize("was_connected", [False, True])
+def test_work_inside_other_work_leaves_the_connection_that_it_found(
+    monkeypatch: pytest.MonkeyPatch, was_connected: bool
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr("ray.is_initialized", lambda: was_connected)
+    monkeypatch.setattr(cluster, "disconnect", lambda: calls.append("disconnect"))
+    with pytest.raises(KeyError), cluster.left_as_found():
+        raise KeyError
+    assert calls == ([] if was_connected else ["disconnect"])
