@@ -43,7 +43,12 @@ Reading recipes: knows the layouts and class lists of the frames
 Measures: no ray
     measures/histogram.py   luminance histograms; day, night and twilight
     measures/frechet.py     mergeable moments, Frechet distance, statistics files
-    measures/subset.py      which frames to choose by their scores
+    measures/scores.py      how near one frame is to a reference, by every definition
+    measures/subset.py      the subset with the smallest FID, and its certificate
+    measures/kernel.py      KID, herding
+    measures/limits.py      near duplicates, quotas and gaps of sequences
+    measures/selection.py   the methods of choosing frames behind one function
+    measures/evidence.py    what a choice of frames has to beat
     measures/confusion.py   confusion matrix; PA, CA, mIoU, FWIoU
 
 Networks: torch, no ray
@@ -52,6 +57,7 @@ Networks: torch, no ray
     networks/unit.py        the translator and its discriminators
     networks/perceptual.py  frozen features of the perceptual loss
     networks/features.py    frozen features that FID compares
+    networks/extractors.py  the extractors by name, and where their weights lie
     networks/checkpoint.py  model folders
 
 Learning: how one step learns; torch, no ray

@@ -10,8 +10,6 @@ import click
 from nightseg.console import METRICS, answer, json_option, libraries_on_stderr, percent, print_json, print_table
 from nightseg.storage import Location
 
-ExtractorName = Literal["inception", "efficientnet_lite0"]
-
 
 def _actors_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
@@ -19,16 +17,32 @@ def _actors_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
+def _checked_extractor(context: click.Context, parameter: click.Parameter, name: str) -> str:
+    from nightseg.config import known_extractor
+
+    try:
+        return known_extractor(name)
+    except ValueError as error:
+        raise click.BadParameter(str(error), context, parameter) from error
+
+
 def _extractor_options(command: Callable[..., Any]) -> Callable[..., Any]:
     command = click.option("--weights", metavar="FILE", help="Weights of the extractor, where it needs a file.")(
         command
     )
+    command = click.option(
+        "--fast", is_flag=True, help="Compute features in bfloat16 where this machine is faster at it."
+    )(command)
+    command = click.option(
+        "--resize", type=click.Choice(["pytorch-fid", "clean"]), help="Resize rule; default: the one of the extractor."
+    )(command)
     return click.option(
         "--extractor",
         default="inception",
         show_default=True,
-        type=click.Choice(["inception", "efficientnet_lite0"]),
-        help="Network whose features are compared. inception: pytorch-fid's; efficientnet_lite0: needs no download.",
+        callback=_checked_extractor,
+        help="Network whose features are compared. inception: pytorch-fid's (also inception_768, _192, _64); "
+        "efficientnet_lite0: needs no download; resnet18 to resnet152; timm/NAME with --weights.",
     )(command)
 
 
@@ -63,8 +77,21 @@ def split(images: str, out: str, margin: float, actors: int, as_json: bool) -> N
 @_extractor_options
 @_actors_option
 @json_option
-def fid(a: str, b: str, extractor: str, weights: str | None, actors: int, as_json: bool) -> None:
-    """Frechet distance between two sets of frames.
+@click.option("--save-a", metavar="FILE.npz", help="Keep the statistics of A; pytorch-fid reads the file, too.")
+@click.option("--save-b", metavar="FILE.npz", help="Keep the statistics of B.")
+def fid(
+    a: str,
+    b: str,
+    extractor: str,
+    resize: str | None,
+    fast: bool,
+    weights: str | None,
+    actors: int,
+    as_json: bool,
+    save_a: str | None,
+    save_b: str | None,
+) -> None:
+    """FID and KID between two sets of frames.
 
     A and B are image folders, frame tables (.parquet) or statistics (.npz, also pytorch-fid's).
 
@@ -74,11 +101,19 @@ def fid(a: str, b: str, extractor: str, weights: str | None, actors: int, as_jso
     """
     from nightseg.config import MapCompute
     from nightseg.progress import progress_for
+    from nightseg.stages.score import Extraction
     from nightseg.stages.score import fid as distance
 
     compute = MapCompute(actors=actors)
     with libraries_on_stderr():
-        found = distance(a, b, extractor=extractor, weights=weights, compute=compute, progress=progress_for())
+        found = distance(
+            a,
+            b,
+            extraction=Extraction(extractor, weights, resize, "fast" if fast else "exact"),
+            compute=compute,
+            progress=progress_for(),
+            save_statistics=(save_a, save_b),
+        )
     answer(found._asdict(), as_json)
 
 
@@ -86,7 +121,17 @@ def fid(a: str, b: str, extractor: str, weights: str | None, actors: int, as_jso
 @click.argument("pool")
 @click.option("--reference", metavar="REF", help="Images or frame table to be close to; random needs none.")
 @click.option("--count", required=True, type=click.IntRange(1), help="How many frames to choose.")
-@click.option("--method", default="pooled", show_default=True, type=click.Choice(["pooled", "histogram", "random"]))
+@click.option(
+    "--method",
+    default="fid-subset",
+    show_default=True,
+    type=click.Choice(["fid-subset", "pooled", "spatial", "mahalanobis", "histogram", "herding", "random"]),
+    help="fid-subset: the set with the smallest FID, and a bound that no other set beats; pooled: frame by frame, as "
+    "the thesis; mahalanobis: by density; herding: by kernel distance; histogram: by brightness.",
+)
+@click.option("--quota", type=click.IntRange(1), help="Most frames of one sequence.")
+@click.option("--gap", type=click.IntRange(1), help="Least distance of two frames of one sequence, in frames.")
+@click.option("--duplicates", type=click.FloatRange(0, 1), help="Cosine from which a frame repeats an earlier one.")
 @click.option("--out", required=True, metavar="DIR", help="Gets frames.parquet, scores.parquet, evidence.json.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
 @_extractor_options
@@ -96,10 +141,15 @@ def select(
     pool: str,
     reference: str | None,
     count: int,
-    method: Literal["pooled", "histogram", "random"],
+    method: Literal["fid-subset", "pooled", "spatial", "mahalanobis", "histogram", "herding", "random"],
+    quota: int | None,
+    gap: int | None,
+    duplicates: float | None,
     out: str,
     seed: int,
-    extractor: ExtractorName,
+    extractor: str,
+    resize: Literal["pytorch-fid", "clean"] | None,
+    fast: bool,
     weights: str | None,
     actors: int,
     as_json: bool,
@@ -115,7 +165,17 @@ def select(
     from nightseg.progress import progress_for
     from nightseg.verbs import select_frames
 
-    choice = Selection(method=method, count=count, extractor=extractor, extractor_weights=weights)
+    choice = Selection(
+        method=method,
+        count=count,
+        quota=quota,
+        gap=gap,
+        duplicates=duplicates,
+        extractor=extractor,
+        extractor_weights=weights,
+        extractor_resize=resize,
+        extractor_mode="fast" if fast else "exact",
+    )
     compute = MapCompute(actors=actors)
     with libraries_on_stderr():
         found = select_frames(pool, reference, out, choice=choice, seed=seed, compute=compute, progress=progress_for())

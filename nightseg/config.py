@@ -10,7 +10,9 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from nightseg.errors import closest
 
 NAME_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]*$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
@@ -222,13 +224,38 @@ class Training(Strict):
     augmentation: Augmentation = Augmentation()
 
 
+EXTRACTORS = (
+    *("efficientnet_lite0", "inception", "inception_768", "inception_192", "inception_64"),
+    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
+)
+
+
+def known_extractor(name: str) -> str:
+    """The name, if there is such an extractor; else ValueError with the names there are."""
+    if name not in EXTRACTORS and not name.startswith("timm/"):
+        known = f"one of {', '.join(EXTRACTORS)}, timm/NAME"
+        raise ValueError(f"unknown extractor {name!r}{closest(name, EXTRACTORS)}; {known}")
+    return name
+
+
+ExtractorName = Annotated[str, AfterValidator(known_extractor)]
+
+
 class Selection(Strict):
     """Which unlabelled frames to learn from."""
 
-    method: Literal["pooled", "histogram", "random"] = "pooled"
+    method: Literal["fid-subset", "pooled", "spatial", "mahalanobis", "histogram", "herding", "random"] = Field(
+        default="fid-subset",
+        description="fid-subset: the set with the smallest FID, with a bound; pooled: as the thesis, frame by frame",
+    )
     count: Positive
-    extractor: Literal["efficientnet_lite0", "inception"] = "inception"
-    extractor_weights: str | None = None
+    quota: Positive | None = Field(default=None, description="most frames of one sequence")
+    gap: Positive | None = Field(default=None, description="least distance of two frames of a sequence, in frames")
+    duplicates: Fraction | None = Field(default=None, description="cosine from which a frame repeats an earlier one")
+    extractor: ExtractorName = "inception"
+    extractor_weights: str | None = Field(default=None, description="file with its weights")
+    extractor_resize: Literal["pytorch-fid", "clean"] | None = Field(default=None, description="null = the usual one")
+    extractor_mode: Literal["exact", "fast"] = Field(default="exact", description="fast: bfloat16 where it is faster")
     reference: Name | None = Field(default=None, description="dataset to be close to; null = the translated train sets")
 
 

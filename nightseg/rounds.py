@@ -16,6 +16,7 @@ from nightseg.config import (
     Model,
     Recipe,
     ScenesDataset,
+    Selection,
     SelfTraining,
     SplitDataset,
     TestRow,
@@ -250,8 +251,9 @@ class _Builder:
             return None
         pool = self.dataset(learning.pool)
         near = [choice.reference] if choice.reference else [d for d in model.train if self._is_translated(d)]
-        scored = self._score([learning.pool], choice.extractor, choice.extractor_weights)
-        reference = self._score(near, choice.extractor, choice.extractor_weights) if near else None
+        spatial = choice.method == "spatial" and bool(near)
+        reference = self._score(near, choice, positions=spatial) if near else None
+        scored = self._score([learning.pool], choice, spatial_reference=reference if spatial else None)
         sources = self._sources(near)
         tests = {test: self._sources([dataset]) for test, dataset in self.recipe.test_sets.items()}
 
@@ -262,6 +264,7 @@ class _Builder:
                 inputs[reference] if reference else None,
                 method=choice.method,
                 count=choice.count,
+                rules=select.Rules(choice.quota, choice.gap, choice.duplicates),
                 seed=attempt.seed,
                 reference_frames=inputs.frames(sources) if sources else None,
                 test_frames={test: inputs.frames(views) for test, views in tests.items()},
@@ -272,31 +275,28 @@ class _Builder:
         part = choice.model_dump(mode="json") | {"pool": [str(view) for view in pool], "reference": near}
         needs: list[View | NodeId] = [*pool, scored, *([reference] if reference else []), *sources]
         needs += [view for views in tests.values() for view in views]
-        return self._add(
-            "select",
-            name,
-            select.VERSION,
-            part,
-            needs,
-            work,
-            seed=self.recipe.seed,
-            takes=pool,
-            most_rows=choice.count,
-        )
+        sizes: dict[str, Any] = {"takes": pool, "most_rows": choice.count}
+        return self._add("select", name, select.VERSION, part, needs, work, seed=self.recipe.seed, **sizes)
 
-    def _score(self, names: list[str], extractor: str, weights: str | None) -> NodeId:
-        views = self.datasets(names)
+    def _score(
+        self, names: list[str], choice: Selection, positions: bool = False, spatial_reference: NodeId | None = None
+    ) -> NodeId:
+        views, extraction = self.datasets(names), score.Extraction.of(choice)
 
         def work(inputs: Inputs, attempt: Attempt, progress: Progress) -> Commit:
             return score.score(
                 inputs.frames(views),
-                extractor=extractor,
-                extractor_weights=weights,
+                extraction,
+                positions=positions,
+                spatial_reference=inputs[spatial_reference] if spatial_reference else None,
                 **self._spread(attempt, progress),
             )
 
-        part = {"extractor": extractor, "weights": weights, "of": [str(view) for view in views], **self._frame_pass()}
-        return self._add("score", f"{'+'.join(names)}.{extractor}", score.VERSION, part, views, work)
+        part = {**extraction._asdict(), "of": [str(view) for view in views], **self._frame_pass()}
+        part |= {"positions": positions, "spatial_reference": str(spatial_reference)}
+        needs: list[View | NodeId] = [*views, *([spatial_reference] if spatial_reference else [])]
+        near = f".near-{spatial_reference.name}" if spatial_reference else ".positions" if positions else ""
+        return self._add("score", f"{'+'.join(names)}.{extraction.label}{near}", score.VERSION, part, needs, work)
 
     def _is_translated(self, name: str) -> bool:
         return isinstance(self.recipe.datasets[name], TranslatedDataset)

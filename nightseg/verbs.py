@@ -16,7 +16,7 @@ from nightseg.compute import cluster
 from nightseg.config import FolderDataset, MapCompute, Selection
 from nightseg.frames import datasets as layouts
 from nightseg.frames import table as frame
-from nightseg.networks.features import identify
+from nightseg.networks.extractors import identify
 from nightseg.progress import Progress
 from nightseg.stages import collect, score, select, split
 from nightseg.storage import Location, UserError, hash_of
@@ -75,14 +75,14 @@ def select_frames(
         raise UserError(f"--count {choice.count}: the pool {pool} has {num_frames} frames. Cure: a smaller count.")
     if reference is not None:
         _count(reference)
-    identify(choice.extractor, choice.extractor_weights)
+    identify(choice.extractor, choice.extractor_weights, choice.extractor_resize)
     with _workshop(folder / ".work") as workspace:
         frames = _frames(workspace, "pool", pool, compute, progress)
-        scored = _scored(workspace, "pool", frames, choice, compute, progress)
         near = None
         if reference is not None:
             reference_frames = _frames(workspace, "reference", reference, compute, progress)
-            near = _scored(workspace, "reference", reference_frames, choice, compute, progress)
+            near = _scored(workspace, "reference", reference_frames, None, choice, compute, progress)
+        scored = _scored(workspace, "pool", frames, near, choice, compute, progress)
         inputs = {"pool": scored.content} | ({"reference": near.content} if near else {})
         recipe = choice.model_dump(mode="json")
         stage = workspace.stage("select", "pool", version=select.VERSION, recipe=recipe, inputs=inputs, seed=seed)
@@ -92,6 +92,7 @@ def select_frames(
             near,
             method=choice.method,
             count=choice.count,
+            rules=select.Rules(choice.quota, choice.gap, choice.duplicates),
             seed=seed,
             attempt=stage.open(),
             progress=progress,
@@ -152,15 +153,27 @@ def _frames(workspace: Workspace, name: str, source: str, compute: MapCompute, p
 
 
 def _scored(
-    workspace: Workspace, name: str, frames: pa.Table, choice: Selection, compute: MapCompute, progress: Progress
+    workspace: Workspace,
+    name: str,
+    frames: pa.Table,
+    near: Commit | None,
+    choice: Selection,
+    compute: MapCompute,
+    progress: Progress,
 ) -> Commit:
-    recipe = {"extractor": choice.extractor, "weights": choice.extractor_weights}
+    """Features of a set; with `near` and the spatial method, each frame's own distance to that reference."""
+    extraction = score.Extraction.of(choice)
+    spatial = choice.method == "spatial"
     inputs = {"frames": hash_of(frames.select([frame.FRAME_ID, frame.URI, frame.SHA256]).to_pylist())}
+    if spatial and near is not None:
+        inputs["near"] = near.content
+    recipe = extraction._asdict() | {"spatial": spatial}
     stage = workspace.stage("score", name, version=score.VERSION, recipe=recipe, inputs=inputs, seed=0)
     return stage.commit() or score.score(
         frames,
-        extractor=choice.extractor,
-        extractor_weights=choice.extractor_weights,
+        extraction,
+        positions=spatial and near is None,
+        spatial_reference=near if spatial else None,
         attempt=stage.open(),
         progress=progress,
         compute=compute,

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -80,11 +80,29 @@ class Moments:
 
 
 def moments_of(features: npt.ArrayLike) -> Moments:
-    """Moments of the rows of an (N, d) array, added in blocks of `BLOCK_ROWS`."""
+    """Moments of the rows of an (N, d) array."""
     rows_ND = np.asarray(features)
-    moments = Moments(rows_ND.shape[1])
-    for start in range(0, len(rows_ND), BLOCK_ROWS):
-        moments.update(rows_ND[start : start + BLOCK_ROWS])
+    return moments_of_parts([rows_ND], rows_ND.shape[1])
+
+
+def moments_of_parts(parts: Iterable[npt.NDArray[Any]], dims: int) -> Moments:
+    """Moments of rows that come in arrays (n, d), one in memory at a time.
+
+    Added in blocks of `BLOCK_ROWS` whatever the parts: the same rows in the same order give the same bits.
+    """
+    moments = Moments(dims)
+    open_block: list[npt.NDArray[Any]] = []
+    held = 0
+    for part_nD in parts:
+        start = 0
+        while len(part_nD) - start >= BLOCK_ROWS - held:
+            end = start + BLOCK_ROWS - held
+            moments.update(np.concatenate([*open_block, part_nD[start:end]]))
+            open_block, held, start = [], 0, end
+        open_block.append(part_nD[start:].copy())
+        held += len(part_nD) - start
+    if held:
+        moments.update(np.concatenate(open_block))
     return moments
 
 
@@ -93,6 +111,7 @@ class Gaussian(NamedTuple):
 
     mean: Array
     factor: Array
+    clipped: float = 0.0  # sum of the negative eigenvalues that were cut off: rounding error, or no covariance at all
 
     @property
     def trace(self) -> float:
@@ -128,7 +147,8 @@ def gaussian_of_moments(mean: npt.ArrayLike, cov: npt.ArrayLike) -> Gaussian:
         return Gaussian(mean_D, cholesky.numpy())
     values_D, vectors_DD = torch.linalg.eigh(matrix)
     kept = values_D > len(mean_D) * np.finfo(np.float64).eps * max(float(values_D[-1]), 0.0)
-    return Gaussian(mean_D, (vectors_DD[:, kept] * values_D[kept].sqrt()).numpy())
+    clipped = float(-values_D.clamp(max=0.0).sum())
+    return Gaussian(mean_D, (vectors_DD[:, kept] * values_D[kept].sqrt()).numpy(), clipped)
 
 
 def gaussian_distance(first: Gaussian, second: Gaussian) -> float:

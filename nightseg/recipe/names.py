@@ -149,7 +149,7 @@ def _contradictions(data: Mapping[str, Any]) -> Iterator[Problem]:
                 (*path, "self_training"), f"starting from {start} needs a teacher: the model that labels the pool"
             )
         select = learning.get("select")
-        if not isinstance(select, Mapping) or select.get("method", "pooled") == "random" or select.get("reference"):
+        if not isinstance(select, Mapping) or select.get("method") == "random" or select.get("reference"):
             continue
         if not any("translate" in _mapping(datasets, item) for item in _names(entry.get("train"))):
             yield Problem(

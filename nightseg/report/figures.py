@@ -36,6 +36,15 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Dot:
+    """The middle of a small circle."""
+
+    x: float
+    y: float
+    kind: str
+
+
+@dataclass(frozen=True)
 class Tick:
     """A labelled place on an axis."""
 
@@ -54,6 +63,7 @@ class Chart:
     y_ticks: tuple[Tick, ...]
     kinds: tuple[str, ...]  # for the legend, in drawing order
     description: str
+    dots: tuple[Dot, ...] = ()
     width: int = WIDTH
     height: int = HEIGHT
     left: int = LEFT
@@ -128,6 +138,35 @@ def curves(series: Mapping[str, Sequence[float]], *, x_range: tuple[float, float
         places = ((horizontal.place(x_range[0] + step * index), vertical.place(v)) for index, v in enumerate(values))
         lines.append(Line(" ".join(f"{x},{y}" for x, y in places), kind))
     return Chart((), tuple(lines), (), horizontal.ticks(), vertical.ticks(), tuple(series), description)
+
+
+def line(
+    x: Sequence[float],
+    y: Sequence[float],
+    *,
+    kind: str,
+    description: str,
+    marks: Mapping[str, float] | None = None,
+) -> Chart:
+    """One line through points, from zero up; `marks` are named values on the x axis."""
+    horizontal, vertical = _axes(min(x), max(x), max(y))
+    points = " ".join(f"{horizontal.place(a)},{vertical.place(b)}" for a, b in zip(x, y, strict=True))
+    named = tuple(Tick(horizontal.place(value), name) for name, value in (marks or {}).items())
+    return Chart((), (Line(points, kind),), named, horizontal.ticks(), vertical.ticks(), (kind,), description)
+
+
+def scatter(sets: Mapping[str, Sequence[Sequence[float]]], *, description: str) -> Chart | None:
+    """Dots of several kinds, the later kinds on top; None where there is no dot. The axes have no unit and no ticks."""
+    if not any(sets.values()):
+        return None
+    across = [dot[0] for dots in sets.values() for dot in dots]
+    up = [dot[1] for dots in sets.values() for dot in dots]
+    horizontal = _Axis(min(across), max(across), LEFT, WIDTH - RIGHT)
+    vertical = _Axis(min(up), max(up), HEIGHT - BOTTOM, TOP)
+    dots = tuple(
+        Dot(horizontal.place(dot[0]), vertical.place(dot[1]), kind) for kind, some in sets.items() for dot in some
+    )
+    return Chart((), (), (), (), (), tuple(sets), description, dots=dots)
 
 
 def _axes(low: float, high: float, highest: float) -> tuple[_Axis, _Axis]:

@@ -10,7 +10,7 @@ import numpy as np
 from nightseg.frames import table as frame
 from nightseg.frames.taxonomy import TRAIN_IDS
 from nightseg.report import words
-from nightseg.report.figures import curves, overlaid_histogram, stacked_histogram
+from nightseg.report.figures import Chart, curves, line, overlaid_histogram, scatter, stacked_histogram
 from nightseg.report.pictures import frame_pixels, label_map_uri, label_pixels, photo_uri, tinted
 from nightseg.report.run import Row, Run
 from nightseg.report.strip import accuracy, by_accuracy, source_of, strip_panels
@@ -100,10 +100,13 @@ def selections(run: Run, samples: int) -> list[dict[str, Any]]:
                     scores["pool"],
                     scores["chosen"],
                     kinds=("pool", "chosen"),
-                    marks={"cut": evidence["cut"]},
-                    description=f"Frames of the pool by {evidence['method']} score; those left of the cut were chosen",
+                    marks={} if evidence["cut"] is None else {"cut": evidence["cut"]},
+                    description=f"Frames of the pool by {evidence['method']} score, the chosen ones marked",
                 ),
+                "curve": distances_by_count(evidence),
+                "plane": plane(evidence),
                 "better": _share_of_gap(fid),
+                "bound": _certificate(fid),
                 "groups": [
                     (title, _scored(evidence[key][:samples], lambda row: f"score {row['score']:.4g}"))
                     for title, key in (
@@ -126,6 +129,39 @@ def _share_of_gap(fid: Mapping[str, float | None]) -> str:
     gap = mean - chosen
     sigmas = f", {abs(gap) / spread:.1f} standard deviations" if spread else ""
     return f"{abs(gap):.2f} {'below' if gap > 0 else 'above'} the mean of random choices of the same size{sigmas}"
+
+
+def distances_by_count(evidence: Mapping[str, Any]) -> Chart | None:
+    """FID against the number of frames, the chosen number marked."""
+    counts, values = evidence["curve"]["counts"], evidence["curve"]["fid"]
+    if len(counts) < 2:
+        return None
+    return line(
+        counts,
+        values,
+        kind="chosen",
+        marks={f"{evidence['count']} chosen": evidence["count"]},
+        description=f"FID to the reference of the first frames by {evidence['method']}, against their number",
+    )
+
+
+def plane(evidence: Mapping[str, Any]) -> Chart | None:
+    """Pool, choice and reference on their first two principal components."""
+    points = {kind: rows for kind, rows in evidence["plane"]["points"].items() if rows}
+    shown = {kind: points[kind] for kind in ("pool", "reference", "chosen") if kind in points}
+    return scatter(shown, description="Features of the frames on their first two principal components")
+
+
+def _certificate(fid: Mapping[str, float | None]) -> str:
+    """How far the choice can be from the best one, in words."""
+    found, bound = fid["selection_biased"], fid["lower_bound"]
+    if found is None or bound is None:
+        return ""
+    ratio = f", {found / bound:.3f} times that" if bound > 0 else ""
+    return (
+        f"No choice of as many frames has an FID below {bound:.4g}; this one has {found:.4g}{ratio}"
+        " (covariance divided by the number of frames)"
+    )
 
 
 def pseudo_labels(run: Run, samples: int) -> list[dict[str, Any]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,35 +12,49 @@ import pyarrow as pa
 
 from nightseg.frames import table as frame
 from nightseg.frames.vectors import vectors
-from nightseg.measures import subset
+from nightseg.measures.evidence import distance_curve, principal_plane, random_subset_distances, subset_distance
 from nightseg.measures.frechet import Gaussian, gaussian_distance, gaussian_of_features
-from nightseg.progress import Progress
+from nightseg.measures.limits import Limits, near_duplicates
+from nightseg.measures.selection import Choice, Described, Method, Reference, choose, every_score
+from nightseg.measures.subset import check_count, ranking
+from nightseg.progress import Progress, Task
 from nightseg.storage import UserError
 from nightseg.workspace import Attempt, Commit
 
-VERSION = 1
+VERSION = 2
 
 RANK = "rank"  # 1 = best; null in the table of all scores for frames that were not chosen
 SCORE = "score"  # of the method; smaller is better
+REPEATS = "repeats"  # frame_id of the frame that this one is a near duplicate of; null = it is none
 
-Method = Literal["pooled", "histogram", "random"]
-
-NUM_DRAWS = 20  # random subsets that the choice is compared with
-NUM_EXAMPLES = 8
-NUM_SCORE_BINS = 40
+NUM_DRAWS: Final = 20  # random subsets that the choice is compared with
+NUM_EXAMPLES: Final = 8
+NUM_SCORE_BINS: Final = 40
+NUM_PLACED: Final = 1500  # frames of the pool, and of the reference, in the picture of the plane
+CURVE_SHARES: Final = tuple(step / 20 for step in range(1, 21))  # 5 % to 100 % of the pool
 
 # Columns of the table `features` that the stage `score` writes.
 _FEATURES = "features"
 _HISTOGRAM = "histogram"
+_SPATIAL = "spatial"
+
+
+class Rules(NamedTuple):
+    """What a choice must respect beside its scores; None = no such rule."""
+
+    quota: int | None = None  # frames of one sequence
+    gap: int | None = None  # places between two frames of one sequence, in the order of their ids
+    duplicates: float | None = None  # cosine between features from which the later frame counts as a repetition
+
+
+NO_RULES = Rules()
 
 
 class _Scored(NamedTuple):
-    """The features of one scored set, in the order of its frames."""
+    """One set as the stage `score` left it."""
 
-    frame_ids: list[str]
+    described: Described
     sha256: list[str | None]
-    features: npt.NDArray[np.float32]  # (N, d)
-    histograms: npt.NDArray[np.float32]  # (N, 64)
 
 
 def select(
@@ -51,6 +65,7 @@ def select(
     method: Method,
     count: int,
     seed: int,
+    rules: Rules = NO_RULES,
     reference_frames: pa.Table | None = None,
     test_frames: Mapping[str, pa.Table] | None = None,
     attempt: Attempt,
@@ -58,72 +73,102 @@ def select(
 ) -> Commit:
     """Commit `frames` (the chosen rows of `pool_frames`, best first; columns rank, score), `scores`, evidence.json.
 
-    `pool_scores` and `reference_scores` are commits of the stage `score`, by the same extractor. `pooled` and
-    `histogram` prefer frames that are close to the reference; `random` needs none, but is measured against it if there
-    is one. `reference_frames` are the frames that the reference was made from, where it is translated.
+    `pool_scores` and `reference_scores` are commits of the stage `score`, by the same extractor. All methods prefer
+    frames that are close to the reference but `random`, which needs none, and is measured against it if there is one.
+    `reference_frames` are the frames that the reference was made from, where it is translated.
 
     Raises UserError: the reference, or what it was made from, has a frame of one of `test_frames` (by content); `count`
-    exceeds the pool; the reference is missing, or was scored by another extractor.
+    exceeds the pool or what the rules leave of it; the reference is missing, or was scored by another extractor.
     """
     begun = time.monotonic()
-    pool = _scored(pool_scores)
-    reference = _scored(reference_scores) if reference_scores else None
-    if reference is None and method != "random":
-        raise UserError(
-            f"selection by {method} needs a reference to be close to: set `reference` to a dataset, or train on a"
-            " translated dataset, which is the reference by default"
-        )
-    if reference_scores is not None and reference is not None:
+    everything, sha256 = _scored(pool_scores)
+    reference = None
+    if reference_scores is not None:
+        described, reference_sha256 = _scored(reference_scores)
         _check_same_features(pool_scores, reference_scores)
-        _refuse_test_frames(reference_scores.name, reference, reference_frames, test_frames or {})
-    target = gaussian_of_features(reference.features) if reference and len(reference.frame_ids) > 1 else None
-    scores = _scores(method, pool, reference, target, seed)
-    chosen = subset.choose(scores, pool.frame_ids, count)
-    frames = _chosen_frames(pool_frames, pool, scores, chosen)
-    (attempt.folder / "frames.parquet").write_table(frames)
-    (attempt.folder / "scores.parquet").write_table(_all_scores(pool, scores, chosen))
-    evidence = {
+        _refuse_test_frames(reference_scores.name, reference_sha256, reference_frames, test_frames or {})
+        reference = Reference.of(described)
+    check_count(count, len(everything.frame_ids))
+    repeats = _repeats(everything, rules, count)
+    kept = np.flatnonzero(repeats < 0)
+    pool = everything.rows(kept)
+    limits = _limits(pool_frames, pool, rules)
+    with progress.task(f"choose by {method}", None, "iterations") as task:
+        watch = _watcher(task)
+        choice = choose(method, pool, reference, count, limits=limits, seed=seed, watch=watch)
+    (attempt.folder / "frames.parquet").write_table(_chosen_frames(pool_frames, pool, choice))
+    (attempt.folder / "scores.parquet").write_table(_all_scores(everything, repeats, kept, choice, reference))
+    facts = {
         "method": method,
         "count": count,
-        "pool": len(pool.frame_ids),
-        "reference": len(reference.frame_ids) if reference else 0,
+        "pool": len(everything.frame_ids),
+        "duplicates": int((repeats >= 0).sum()),
+        "rules": rules._asdict(),
         "extractor": pool_scores.summary["extractor"],
         "resize": pool_scores.summary["resize"],
-        "fid": _distances(pool, target, chosen, seed, progress),
-        "shared_with_tests": _shared_with_tests(pool.sha256, test_frames or {}),
-        **_score_evidence(pool_frames, pool, scores, chosen),
+        "shared_with_tests": _shared_with_tests(sha256, test_frames or {}),
     }
+    evidence = facts | _evidence(pool_frames, pool, reference, choice, seed, progress)
     (attempt.folder / "evidence.json").write_json(evidence)
     return attempt.finish(
-        rows_in=len(pool.frame_ids),
-        rows_out=len(pool.frame_ids),
+        rows_in=len(everything.frame_ids),
+        rows_out=len(everything.frame_ids),
         outputs=["frames.parquet", "scores.parquet", "evidence.json"],
-        summary={"method": method, "chosen": count, "pool": len(pool.frame_ids), "fid": evidence["fid"]},
+        summary={"method": method, "chosen": count, "pool": len(everything.frame_ids), "fid": evidence["fid"]},
         seconds=time.monotonic() - begun,
     )
 
 
+def _watcher(task: Task) -> Callable[[float, float], None]:
+    def watch(fid: float, lower_bound: float) -> None:
+        task.advance(fid=fid, bound=lower_bound)
+
+    return watch
+
+
 def _scored(commit: Commit) -> _Scored:
     table = commit.table("features")
-    return _Scored(
+    described = Described(
         table[frame.FRAME_ID].to_pylist(),
-        table[frame.SHA256].to_pylist(),
         vectors(table[_FEATURES]),
         vectors(table[_HISTOGRAM]),
+        table[_SPATIAL].to_numpy() if _SPATIAL in table.column_names else None,
     )
+    return _Scored(described, table[frame.SHA256].to_pylist())
 
 
-def _scores(
-    method: Method, pool: _Scored, reference: _Scored | None, target: Gaussian | None, seed: int
-) -> npt.NDArray[np.float64]:
-    if method == "random":
-        return subset.random_scores(pool.frame_ids, seed)
-    assert reference is not None
-    if method == "histogram":
-        return subset.histogram_scores(pool.histograms, reference.histograms.mean(axis=0, dtype=np.float64))
-    if target is None:
-        raise UserError("selection by pooled needs a reference of at least 2 frames, it has 1; name a larger dataset")
-    return subset.pooled_scores(pool.features, target)
+def _repeats(pool: Described, rules: Rules, count: int) -> npt.NDArray[np.int64]:
+    """For each frame the earlier one, by id, that it repeats; -1 for those that are kept."""
+    repeats = np.full(len(pool.frame_ids), -1, dtype=np.int64)
+    if rules.duplicates is not None:
+        by_id = np.array(sorted(range(len(repeats)), key=pool.frame_ids.__getitem__), dtype=np.int64)
+        found = near_duplicates(pool.features[by_id], rules.duplicates)
+        repeats[by_id[found >= 0]] = by_id[found[found >= 0]]
+    kept = int((repeats < 0).sum())
+    if count > kept:
+        raise UserError(
+            f"`duplicates` {rules.duplicates} leaves {kept} of {len(repeats)} frames, {count} were asked for: raise it or"
+            " lower `count`"
+        )
+    return repeats
+
+
+def _limits(pool_frames: pa.Table, pool: Described, rules: Rules) -> Limits:
+    """Sequences as numbers and places in them; a frame without a sequence is one of its own."""
+    if rules.quota is None and rules.gap is None:
+        return Limits()
+    sequence = dict(zip(pool_frames[frame.FRAME_ID].to_pylist(), pool_frames[frame.SEQUENCE].to_pylist(), strict=True))
+    if not any(sequence.values()):
+        raise UserError(
+            "`quota` and `gap` are about frames of one sequence, but no frame of the pool has one: leave them out, or"
+            f" fill the column `{frame.SEQUENCE}` of the frame table"
+        )
+    members: dict[str, list[str]] = {}
+    for name in sorted(sequence):  # places count all frames of the pool, duplicates too
+        members.setdefault(sequence[name] or f"\0{name}", []).append(name)
+    where = {name: (group, place) for group, names in enumerate(members.values()) for place, name in enumerate(names)}
+    groups, places = zip(*(where[name] for name in pool.frame_ids), strict=True)
+    return Limits(np.array(groups), np.array(places), rules.quota, rules.gap)
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------
@@ -138,9 +183,11 @@ def _check_same_features(pool: Commit, reference: Commit) -> None:
             )
 
 
-def _refuse_test_frames(name: str, reference: _Scored, sources: pa.Table | None, tests: Mapping[str, pa.Table]) -> None:
+def _refuse_test_frames(
+    name: str, reference: list[str | None], sources: pa.Table | None, tests: Mapping[str, pa.Table]
+) -> None:
     """A reference with a test frame in it would choose what is close to the test: the score would be no score."""
-    seen = set(reference.sha256)
+    seen = set(reference)
     if sources is not None:
         seen |= set(sources[frame.SHA256].to_pylist())
     seen -= {None}
@@ -164,64 +211,121 @@ def _shared_with_tests(pool: list[str | None], tests: Mapping[str, pa.Table]) ->
 # -- what is written -------------------------------------------------------------------------------------------------
 
 
-def _chosen_frames(
-    pool_frames: pa.Table, pool: _Scored, scores: npt.NDArray[np.float64], chosen: npt.NDArray[np.int64]
-) -> pa.Table:
+def _chosen_frames(pool_frames: pa.Table, pool: Described, choice: Choice) -> pa.Table:
     place = {name: row for row, name in enumerate(pool_frames[frame.FRAME_ID].to_pylist())}
-    absent = [pool.frame_ids[row] for row in chosen if pool.frame_ids[row] not in place]
+    absent = [pool.frame_ids[row] for row in choice.chosen if pool.frame_ids[row] not in place]
     assert not absent, f"scored, but not in the pool: {absent[:3]}"
-    rows = pa.array([place[pool.frame_ids[row]] for row in chosen], pa.int64())
+    rows = pa.array([place[pool.frame_ids[row]] for row in choice.chosen], pa.int64())
     frames = pool_frames.select(frame.FRAME_SCHEMA.names).take(rows)
-    ranks = pa.array(range(1, len(chosen) + 1), pa.int64())
-    return frames.append_column(RANK, ranks).append_column(SCORE, pa.array(scores[chosen], pa.float64()))
+    ranks = pa.array(range(1, len(choice.chosen) + 1), pa.int64())
+    return frames.append_column(RANK, ranks).append_column(SCORE, pa.array(choice.scores[choice.chosen], pa.float64()))
 
 
-def _all_scores(pool: _Scored, scores: npt.NDArray[np.float64], chosen: npt.NDArray[np.int64]) -> pa.Table:
-    ranks: list[int | None] = [None] * len(scores)
-    for rank, row in enumerate(chosen, 1):
-        ranks[int(row)] = rank
+def _all_scores(
+    everything: Described,
+    repeats: npt.NDArray[np.int64],
+    kept: npt.NDArray[np.int64],
+    choice: Choice,
+    reference: Reference | None,
+) -> pa.Table:
+    """One row a frame of the pool: score of the method, rank, what it repeats, and every other score there is."""
+    ranks = np.zeros(len(repeats), dtype=np.int64)
+    ranks[kept[choice.chosen]] = np.arange(1, len(choice.chosen) + 1)
+    scores = np.full(len(repeats), np.nan)
+    scores[kept] = choice.scores
+    others = every_score(everything, kept[choice.chosen], reference)
     return pa.table(
         {
-            frame.FRAME_ID: pa.array(pool.frame_ids, pa.string()),
-            SCORE: pa.array(scores, pa.float64()),
-            RANK: pa.array(ranks, pa.int64()),
+            frame.FRAME_ID: pa.array(everything.frame_ids, pa.string()),
+            SCORE: pa.array(scores, pa.float64(), mask=repeats >= 0),
+            RANK: pa.array(ranks, pa.int64(), mask=ranks == 0),
+            REPEATS: pa.array([everything.frame_ids[row] if row >= 0 else None for row in repeats], pa.string()),
+            **{name: pa.array(values, pa.float64()) for name, values in others.items()},
         }
     )
 
 
+def _evidence(
+    pool_frames: pa.Table,
+    pool: Described,
+    reference: Reference | None,
+    choice: Choice,
+    seed: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    target = reference.gaussian if reference else None
+    return {
+        "reference": len(reference.described.frame_ids) if reference else 0,
+        "fid": _distances(pool, target, choice, seed, progress),
+        "curve": _curve(pool, target, choice, progress),
+        "plane": _plane(pool, reference, choice),
+        **_score_evidence(pool_frames, pool, choice),
+    }
+
+
 def _distances(
-    pool: _Scored, target: Gaussian | None, chosen: npt.NDArray[np.int64], seed: int, progress: Progress
+    pool: Described, target: Gaussian | None, choice: Choice, seed: int, progress: Progress
 ) -> dict[str, float | int | None]:
     """FID to the reference of the choice, of random choices of the same size, and of the whole pool; null if undefined.
 
-    FID is biased upwards for few frames: the choice compares with the random ones, not with the larger pool.
+    FID is biased upwards for few frames: the choice compares with the random ones, not with the larger pool. The bound
+    is about `selection_biased`, the covariance divided by the number of frames, not by one less.
     """
-    nothing = dict.fromkeys(("selection", "random_mean", "random_sd", "pool"))
+    certificate = {
+        "selection_biased": choice.subset.fid if choice.subset else None,
+        "lower_bound": choice.subset.lower_bound if choice.subset else None,
+    }
+    nothing = dict.fromkeys(("selection", "random_mean", "random_sd", "pool")) | certificate
     if target is None or len(pool.frame_ids) < 2:
         return {**nothing, "random_draws": 0}
     whole_pool = gaussian_distance(gaussian_of_features(pool.features), target)
-    if len(chosen) < 2:
+    if len(choice.chosen) < 2:
         return {**nothing, "pool": whole_pool, "random_draws": 0}
     drawn = []
     with progress.task("compare with random choices", NUM_DRAWS, "choices") as task:
-        for distance in subset.random_subset_distances(pool.features, target, len(chosen), draws=NUM_DRAWS, seed=seed):
+        for distance in random_subset_distances(pool.features, target, len(choice.chosen), draws=NUM_DRAWS, seed=seed):
             drawn.append(distance)
             task.advance()
     return {
-        "selection": subset.subset_distance(pool.features, chosen, target),
+        "selection": subset_distance(pool.features, choice.chosen, target),
         "random_mean": float(np.mean(drawn)),
         "random_sd": float(np.std(drawn, ddof=1)),
         "random_draws": len(drawn),
         "pool": whole_pool,
+        **certificate,
     }
 
 
-def _score_evidence(
-    pool_frames: pa.Table, pool: _Scored, scores: npt.NDArray[np.float64], chosen: npt.NDArray[np.int64]
-) -> dict[str, Any]:
+def _curve(pool: Described, target: Gaussian | None, choice: Choice, progress: Progress) -> dict[str, list[float]]:
+    """FID of the first frames in the order of the method, for 5 % to 100 % of the pool."""
+    size = len(pool.frame_ids)
+    counts = sorted({max(2, round(share * size)) for share in CURVE_SHARES}) if target and size > 1 else []
+    values: list[float] = []
+    with progress.task("FID against the number of frames", len(counts), "points") as task:
+        if target is not None and counts:
+            for value in distance_curve(pool.features, choice.order(), target, counts):
+                values.append(value)
+                task.advance()
+    return {"counts": [float(count) for count in counts], "fid": values}
+
+
+def _plane(pool: Described, reference: Reference | None, choice: Choice) -> dict[str, Any]:
+    """The pool, the choice and the reference on the first two principal components; at most NUM_PLACED of each."""
+    sets = {"pool": pool.features, "chosen": pool.features[np.sort(choice.chosen)]}
+    if reference is not None:
+        sets["reference"] = reference.described.features
+    plane = principal_plane(*(sets[name] for name in ("pool", "reference") if name in sets))
+    points = {name: plane.place(rows[:: max(1, -(-len(rows) // NUM_PLACED))]) for name, rows in sets.items()}
+    return {"share": list(plane.share), "points": {name: placed.round(4).tolist() for name, placed in points.items()}}
+
+
+def _score_evidence(pool_frames: pa.Table, pool: Described, choice: Choice) -> dict[str, Any]:
     """Histogram of all scores and of the chosen ones, and the frames at both ends and on both sides of the cut."""
     uris = dict(zip(pool_frames[frame.FRAME_ID].to_pylist(), pool_frames[frame.URI].to_pylist(), strict=True))
-    order = subset.choose(scores, pool.frame_ids, len(scores))
+    scores, count = choice.scores, len(choice.chosen)
+    by_score = ranking(scores, pool.frame_ids)
+    left_out = by_score[~np.isin(by_score, choice.chosen)]
+    a_ranking = set(by_score[:count]) == set(choice.chosen)
     edges = np.histogram_bin_edges(scores, NUM_SCORE_BINS)
 
     def named(rows: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
@@ -231,16 +335,16 @@ def _score_evidence(
             for name, row in zip(ids, rows, strict=True)
         ]
 
-    cut = len(chosen)
     return {
         "scores": {
             "edges": edges.tolist(),
             "pool": np.histogram(scores, edges)[0].tolist(),
-            "chosen": np.histogram(scores[chosen], edges)[0].tolist(),
+            "chosen": np.histogram(scores[choice.chosen], edges)[0].tolist(),
         },
-        "cut": float(scores[chosen[-1]]),
-        "best": named(order[:NUM_EXAMPLES]),
-        "last_chosen": named(order[max(cut - NUM_EXAMPLES, 0) : cut]),
-        "first_left_out": named(order[cut : cut + NUM_EXAMPLES]),
-        "worst": named(order[-NUM_EXAMPLES:]),
+        # Where the choice is more than a ranking there is no score that divides it.
+        "cut": float(scores[choice.chosen].max()) if a_ranking else None,
+        "best": named((by_score if a_ranking else choice.chosen)[:NUM_EXAMPLES]),
+        "last_chosen": named(choice.chosen[-NUM_EXAMPLES:]),
+        "first_left_out": named(left_out[:NUM_EXAMPLES]),
+        "worst": named(by_score[-NUM_EXAMPLES:]),
     }

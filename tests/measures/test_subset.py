@@ -1,82 +1,193 @@
+import itertools
+
 import numpy as np
 import pytest
 
-from nightseg.measures import subset
-from nightseg.measures.frechet import frechet_distance, gaussian_of_features
+from nightseg.measures import evidence, subset
+from nightseg.measures.frechet import frechet_distance, gaussian_of_features, gaussian_of_moments
+from nightseg.measures.limits import Limits
+from nightseg.measures.scores import influence_scores, pooled_scores
 from nightseg.storage import UserError
-
-
-def test_pooled_is_the_frechet_distance_of_a_single_frame() -> None:
-    rng = np.random.default_rng(0)
-    reference, pool = rng.normal(size=(40, 5)), rng.normal(size=(6, 5)).astype(np.float32)
-    got = subset.pooled_scores(pool, gaussian_of_features(reference))
-    cov = np.cov(reference.T)
-    for row, score in zip(pool, got, strict=True):
-        assert score == pytest.approx(frechet_distance(row, np.zeros((5, 5)), reference.mean(0), cov))
-
-
-def test_pooled_works_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = np.random.default_rng(1).normal(size=(25, 3))
-    reference = gaussian_of_features(pool[:10])
-    at_once = subset.pooled_scores(pool, reference)
-    monkeypatch.setattr(subset, "_BLOCK_ROWS", 7)
-    assert np.array_equal(subset.pooled_scores(pool, reference), at_once)
-
-
-def test_histogram_is_the_distance_light_has_to_move() -> None:
-    histograms = np.eye(5)
-    assert subset.histogram_scores(histograms, histograms[0]) == pytest.approx([0, 0.25, 0.5, 0.75, 1])
-    halves = np.array([[0.5, 0.5, 0, 0, 0]])
-    assert subset.histogram_scores(halves, histograms[0]) == pytest.approx([0.125])
-
-
-def test_random_follows_from_seed_and_name_only() -> None:
-    names = [f"frame {i}" for i in range(2000)]
-    one = subset.random_scores(names, seed=1)
-    assert np.array_equal(one, subset.random_scores(names, seed=1))
-    assert np.array_equal(one[::-1], subset.random_scores(names[::-1], seed=1))
-    assert not np.array_equal(one, subset.random_scores(names, seed=2))
-    assert (one >= 0).all() and (one < 1).all() and abs(one.mean() - 0.5) < 0.03 and len(set(one)) == 2000
 
 
 def test_choice_is_by_score_then_by_name() -> None:
     scores = [2.0, 1.0, 1.0, 0.0, 1.0]
-    assert subset.choose(scores, ["e", "d", "c", "b", "a"], 3).tolist() == [3, 4, 2]
-    assert subset.choose(scores, ["e", "d", "c", "b", "a"], 5).tolist() == [3, 4, 2, 1, 0]
+    assert subset.ranking(scores, ["e", "d", "c", "b", "a"])[:3].tolist() == [3, 4, 2]
+    assert subset.ranking(scores, ["e", "d", "c", "b", "a"])[:5].tolist() == [3, 4, 2, 1, 0]
 
 
 def test_choice_does_not_depend_on_the_order_of_the_pool() -> None:
     rng = np.random.default_rng(2)
     names, scores = [f"f{i}" for i in range(30)], rng.integers(0, 4, 30).astype(float)
     order = rng.permutation(30)
-    straight = [names[i] for i in subset.choose(scores, names, 12)]
+    straight = [names[i] for i in subset.ranking(scores, names)[:12]]
     mixed = [names[i] for i in order]
-    assert [mixed[i] for i in subset.choose(scores[order], mixed, 12)] == straight
+    assert [mixed[i] for i in subset.ranking(scores[order], mixed)[:12]] == straight
 
 
 def test_more_than_the_pool_is_refused() -> None:
     with pytest.raises(UserError, match="the pool has 2 frames, 3 were asked for"):
-        subset.choose([0.0, 1.0], ["a", "b"], 3)
+        subset.check_count(3, 2)
     with pytest.raises(UserError, match="1 or more"):
-        subset.choose([0.0], ["a"], 0)
+        subset.check_count(0, 1)
     with pytest.raises(ValueError, match="finite"):
-        subset.choose([0.0, float("nan")], ["a", "b"], 1)
+        subset.ranking([0.0, float("nan")], ["a", "b"])
 
 
 def test_a_close_choice_beats_random_ones() -> None:
     rng = np.random.default_rng(3)
     reference = gaussian_of_features(rng.normal(size=(200, 8)))
     pool = np.concatenate([rng.normal(size=(40, 8)), rng.normal(5, 1, size=(160, 8))])
-    chosen = subset.choose(subset.pooled_scores(pool, reference), [f"{i:03d}" for i in range(200)], 40)
+    chosen = subset.ranking(pooled_scores(pool, reference), [f"{i:03d}" for i in range(200)])[:40]
     assert set(chosen) == set(range(40))
-    drawn = list(subset.random_subset_distances(pool, reference, 40, draws=5, seed=0))
+    drawn = list(evidence.random_subset_distances(pool, reference, 40, draws=5, seed=0))
     assert len(drawn) == 5 and len(set(drawn)) == 5
-    assert subset.subset_distance(pool, chosen, reference) < 0.1 * min(drawn)
-    assert drawn == list(subset.random_subset_distances(pool, reference, 40, draws=5, seed=0))
+    assert evidence.subset_distance(pool, chosen, reference) < 0.1 * min(drawn)
+    assert drawn == list(evidence.random_subset_distances(pool, reference, 40, draws=5, seed=0))
 
 
 def test_the_whole_pool_is_the_only_subset_of_its_size() -> None:
     pool = np.random.default_rng(4).normal(size=(12, 3))
     reference = gaussian_of_features(pool + 1)
-    drawn = list(subset.random_subset_distances(pool, reference, 12, draws=3, seed=0))
+    drawn = list(evidence.random_subset_distances(pool, reference, 12, draws=3, seed=0))
     assert drawn == pytest.approx([3.0] * 3)
+
+
+def pool_and_reference(seed: int, size: int, dims: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A pool that is only in part like the reference, and the reference's mean and covariance."""
+    rng = np.random.default_rng(seed)
+    reference = rng.normal(size=(20 * dims, dims)) * np.linspace(0.5, 2, dims)
+    pool = rng.normal(size=(size, dims)) * np.linspace(0.8, 1.5, dims) + rng.integers(0, 3, (size, 1))
+    return pool, reference.mean(axis=0), np.cov(reference.T)
+
+
+def plain_fid(rows: np.ndarray, mean: np.ndarray, cov: np.ndarray) -> float:
+    return frechet_distance(rows.mean(axis=0), np.cov(rows.T, bias=True), mean, cov)
+
+
+@pytest.mark.parametrize(("seed", "count"), [(0, 4), (1, 5), (2, 6), (3, 2)])
+def test_the_bound_is_below_every_subset_and_the_choice_is_near_the_best(seed: int, count: int) -> None:
+    pool, mean, cov = pool_and_reference(seed, 12, 2)
+    found = subset.select_subset(pool, mean, cov, count)
+    best = min(plain_fid(pool[list(rows)], mean, cov) for rows in itertools.combinations(range(12), count))
+    assert found.lower_bound <= best + 1e-9
+    assert found.fid == pytest.approx(plain_fid(pool[found.indices], mean, cov), rel=1e-9)
+    assert found.fid <= 1.05 * best
+    assert len(set(found.indices.tolist())) == count
+
+
+def test_the_unbiased_distance_is_that_of_numpy_cov() -> None:
+    pool, mean, cov = pool_and_reference(0, 60, 4)
+    found = subset.select_subset(pool, mean, cov, 20)
+    rows = pool[found.indices]
+    assert found.fid_unbiased == pytest.approx(frechet_distance(rows.mean(axis=0), np.cov(rows.T), mean, cov), rel=1e-9)
+    assert np.isnan(subset.select_subset(pool, mean, cov, 1).fid_unbiased)
+
+
+def test_a_large_pool_is_chosen_from_to_within_a_percent_of_the_bound() -> None:
+    rng = np.random.default_rng(0)
+    reference = rng.normal(size=(500, 12))
+    parts = rng.integers(0, 4, 600)
+    pool = rng.normal(size=(600, 12)) + 2 * rng.normal(size=(4, 12))[parts]
+    mean, cov = reference.mean(axis=0), np.cov(reference.T)
+    seen: list[tuple[float, float]] = []
+    found = subset.select_subset(pool, mean, cov, 80, watch=lambda fid, bound: seen.append((fid, bound)))
+    assert 0 < found.lower_bound <= found.fid <= 1.01 * found.lower_bound
+    near = gaussian_of_features(reference)
+    pooled = subset.ranking(pooled_scores(pool, near), [f"{row:03d}" for row in range(600)])[:80]
+    assert found.fid_unbiased < evidence.subset_distance(pool, pooled, near)
+    assert found.fid_unbiased < min(evidence.random_subset_distances(pool, near, 80, draws=5, seed=0))
+    fids, bounds = zip(*seen, strict=True)
+    assert list(fids) == sorted(fids, reverse=True)
+    assert list(bounds) == sorted(bounds)
+
+
+def test_a_pool_with_fewer_rows_than_dimensions() -> None:
+    rng = np.random.default_rng(1)
+    reference, pool = rng.normal(size=(40, 64)), rng.normal(size=(30, 64))
+    mean, cov = reference.mean(axis=0), np.cov(reference.T)
+    found = subset.select_subset(pool, mean, cov, 10)
+    assert 0 <= found.lower_bound <= found.fid
+    assert found.fid == pytest.approx(plain_fid(pool[found.indices], mean, cov), rel=1e-6)
+    drawn = [plain_fid(pool[rng.choice(30, 10, replace=False)], mean, cov) for _ in range(20)]
+    assert found.fid < min(drawn)
+
+
+def test_the_whole_pool_is_its_own_certificate() -> None:
+    pool, mean, cov = pool_and_reference(0, 25, 3)
+    found = subset.select_subset(pool, mean, cov, 25)
+    assert sorted(found.indices.tolist()) == list(range(25))
+    assert found.lower_bound == pytest.approx(found.fid, rel=1e-9)
+
+
+def test_identical_frames_are_a_pool_too() -> None:
+    pool = np.ones((10, 3))
+    found = subset.select_subset(pool, np.zeros(3), np.eye(3), 4)
+    assert found.fid == pytest.approx(6.0)  # |1 - 0|^2 + tr I, no spread to match with
+    assert found.lower_bound == pytest.approx(6.0)
+
+
+def test_the_gradient_is_that_of_finite_differences() -> None:
+    pool, mean, cov = pool_and_reference(4, 30, 4)
+    reference = gaussian_of_moments(mean, cov)
+    problem = subset._Problem.of(pool, reference)
+    weights = np.random.default_rng(0).dirichlet(np.ones(30))
+
+    def value(weights: np.ndarray) -> float:
+        centre = weights @ pool
+        spread = (pool - centre).T @ ((pool - centre) * weights[:, None])
+        return frechet_distance(centre, spread, mean, cov)
+
+    at, gradient = problem.gradient(problem.weighted(weights))
+    assert at == pytest.approx(value(weights), rel=1e-9)
+    step = 1e-6
+    for row in range(5):
+        toward = (1 - step) * weights + step * np.eye(30)[row]
+        away = (1 + step) * weights - step * np.eye(30)[row]
+        slope = (value(toward) - value(away)) / (2 * step)
+        assert slope == pytest.approx(gradient[row] - weights @ gradient, rel=1e-5, abs=1e-7)
+    current = gaussian_of_features(pool)
+    influence = influence_scores(pool, current._replace(factor=current.factor * np.sqrt(29 / 30)), reference)
+    whole = problem.gradient(problem.at(np.arange(30)))[1]
+    assert influence - influence[0] == pytest.approx(whole - whole[0])
+
+
+def test_the_distance_is_convex_in_the_weights() -> None:
+    pool, mean, cov = pool_and_reference(5, 40, 5)
+    problem = subset._Problem.of(pool, gaussian_of_moments(mean, cov))
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        one, two = rng.dirichlet(np.ones(40) * 0.3, 2)
+        share = rng.random()
+        middle = problem.value(problem.weighted(share * one + (1 - share) * two))
+        ends = share * problem.value(problem.weighted(one)) + (1 - share) * problem.value(problem.weighted(two))
+        assert middle <= ends + 1e-9
+
+
+def test_quota_and_gap_are_respected_and_the_bound_still_holds() -> None:
+    pool, mean, cov = pool_and_reference(6, 60, 3)
+    groups, places = np.repeat(np.arange(6), 10), np.tile(np.arange(10), 6)
+    free = subset.select_subset(pool, mean, cov, 12)
+    limits = Limits(groups, places, quota=3)
+    under_quota = subset.select_subset(pool, mean, cov, 12, limits=limits)
+    assert np.bincount(groups[under_quota.indices]).max() <= 3
+    assert free.lower_bound <= under_quota.lower_bound + 1e-6 <= under_quota.fid + 2e-6
+    apart = subset.select_subset(pool, mean, cov, 12, limits=limits._replace(gap=4))
+    for group in range(6):
+        taken = np.sort(places[apart.indices[groups[apart.indices] == group]])
+        assert (np.diff(taken) >= 4).all()
+    assert under_quota.lower_bound <= apart.fid + 1e-9
+    with pytest.raises(UserError, match="`quota` 1 leaves 6 frames"):
+        subset.select_subset(pool, mean, cov, 12, limits=limits._replace(quota=1))
+    with pytest.raises(UserError, match="`gap` 20 leaves room for about 6"):
+        subset.select_subset(pool, mean, cov, 12, limits=Limits(groups, places, gap=20))
+
+
+def test_what_cannot_be_chosen_from_is_refused() -> None:
+    pool, mean, cov = pool_and_reference(0, 5, 2)
+    with pytest.raises(UserError, match="the pool has 5 frames, 6 were asked for"):
+        subset.select_subset(pool, mean, cov, 6)
+    with pytest.raises(ValueError, match="shape"):
+        subset.select_subset(pool[:, :1], mean, cov, 2)
+    with pytest.raises(ValueError, match="finite"):
+        subset.select_subset(np.full((5, 2), np.nan), mean, cov, 2)

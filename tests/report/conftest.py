@@ -277,7 +277,16 @@ class MadeUpRun:
             "reference": 200,
             "extractor": "efficientnet_lite0",
             "resize": "clean",
-            "fid": {"selection": 41.2, "random_mean": 47.9, "random_sd": 0.8, "random_draws": 20, "pool": 44.0},
+            "fid": {"selection": 41.2, "random_mean": 47.9, "random_sd": 0.8, "random_draws": 20, "pool": 44.0,
+                    "selection_biased": 40.9, "lower_bound": 40.7},
+            "duplicates": 3,
+            "rules": {"quota": None, "gap": None, "duplicates": 0.99},
+            "curve": {"counts": [16, 160, 310], "fid": [61.0, 41.2, 44.0]},
+            "plane": {"share": [0.3, 0.1], "points": {
+                "pool": self.random.normal(size=(310, 2)).tolist(),
+                "chosen": self.random.normal(size=(160, 2)).tolist(),
+                "reference": self.random.normal(size=(200, 2)).tolist(),
+            }},
             "shared_with_tests": {"night": 0},
             "scores": {
                 "edges": edges.tolist(),

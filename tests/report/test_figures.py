@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nightseg.report.figures import curves, nice_values, overlaid_histogram, stacked_histogram
+from nightseg.report.figures import curves, line, nice_values, overlaid_histogram, scatter, stacked_histogram
 
 
 def test_ticks_are_round_and_inside() -> None:
@@ -18,7 +18,8 @@ def test_ticks_are_round_and_inside() -> None:
 def test_ticks_are_few(low: float, span: float) -> None:
     values = nice_values(low, low + span)
     assert 1 <= len(values) <= 6
-    assert all(low - 1e-6 * abs(low) - 1e-9 <= value <= (low + span) * (1 + 1e-9) + 1e-6 * abs(low) for value in values)
+    slack = 1e-6 * (abs(low) + span)  # a tick beside the edge by less than a thousandth of a pixel is drawn on it
+    assert all(low - slack <= value <= low + span + slack for value in values)
 
 
 def test_bars_stack_without_gap_and_fill_the_height() -> None:
@@ -47,3 +48,21 @@ def test_curves_span_the_chart_and_nothing_is_no_error() -> None:
     assert points[2] == (chart.right, (chart.top + chart.bottom) / 2)
     assert curves({}, x_range=(0, 1), description="x").lines == ()
     assert stacked_histogram([0, 1], {}, description="x").bars == ()
+
+
+def test_a_line_goes_through_its_points() -> None:
+    chart = line([10, 20, 40], [4, 2, 3], kind="chosen", description="x", marks={"here": 20})
+    xs, ys = zip(*(map(float, point.split(",")) for point in chart.lines[0].points.split()), strict=True)
+    assert (xs[0], xs[-1]) == (chart.left, chart.right)
+    assert xs[1] == pytest.approx(chart.left + (chart.right - chart.left) / 3, abs=0.01)
+    assert ys[0] == chart.top and ys[1] == pytest.approx((chart.top + chart.bottom) / 2, abs=0.01)
+    assert chart.marks[0].place == xs[1]
+
+
+def test_dots_fill_the_drawing() -> None:
+    chart = scatter({"pool": [[0, 0], [2, 4]], "chosen": [[1, 2]]}, description="x")
+    assert chart is not None
+    low, high, middle = chart.dots
+    assert (low.x, low.y, high.x, high.y) == (chart.left, chart.bottom, chart.right, chart.top)
+    assert (middle.x, middle.y, middle.kind) == ((low.x + high.x) / 2, (low.y + high.y) / 2, "chosen")
+    assert scatter({"pool": []}, description="x") is None

@@ -17,7 +17,9 @@ from nightseg.frames.table import frame_table
 from nightseg.frames.vectors import vectors
 from nightseg.measures.frechet import Statistics, frechet_distance, read_statistics, write_statistics
 from nightseg.measures.histogram import luminance_histogram
-from nightseg.networks.features import build_extractor
+from nightseg.measures.kernel import kernel_distance
+from nightseg.measures.scores import spatial_reference, spatial_scores
+from nightseg.networks.extractors import build_extractor
 from nightseg.progress import SilentProgress
 from nightseg.stages import score as stage
 from nightseg.storage import Location, UserError, sha256_of
@@ -75,9 +77,11 @@ def scored(tmp_path: Path, frames: pa.Table, shard_rows: int = 3, **settings: An
     node = Workspace(tmp_path / f"run{shard_rows}").stage(
         "score", "d", version=stage.VERSION, recipe={}, inputs={}, seed=0
     )
-    settings = {"extractor": LITE0, "extractor_weights": None, "max_bad_fraction": 1.0} | settings
+    extraction = stage.Extraction(settings.pop("extractor", LITE0), settings.pop("weights", None))
+    settings = {"max_bad_fraction": 1.0} | settings
     return stage.score(
         frames,
+        extraction,
         attempt=node.open(),
         progress=SilentProgress(),
         compute=MapCompute(shard_rows=shard_rows, batch=2, cpus_per_actor=0.5),
@@ -126,14 +130,35 @@ def test_nothing_to_score_and_no_weights_are_errors(without_ray: None, tmp_path:
     with pytest.raises(UserError, match="no frame to score"):
         scored(tmp_path, frame_table([]))
     with pytest.raises(UserError, match="no weights file"):
-        scored(tmp_path, folder_of(tmp_path / "d", range(1)), extractor="inception", extractor_weights="/absent.pth")
+        scored(tmp_path, folder_of(tmp_path / "d", range(1)), extractor="inception", weights="/absent.pth")
+
+
+def test_positions_of_a_reference_and_spatial_scores_of_a_pool(without_ray: None, tmp_path: Path) -> None:
+    near = scored(tmp_path / "near", folder_of(tmp_path / "r", range(5, 9)), positions=True, shard_rows=3)
+    extractor = build_extractor(LITE0)
+    _, maps = extractor.with_positions([image(seed) for seed in range(5, 9)])
+    everywhere = maps.reshape(-1, 1280).astype(np.float64)
+    positions = read_statistics(near.file("positions.npz"))
+    assert positions.count == len(everywhere)
+    np.testing.assert_allclose(positions.mean, everywhere.mean(0), atol=1e-4)
+    np.testing.assert_allclose(positions.cov, np.cov(everywhere.T), rtol=1e-2, atol=1e-3)
+    assert not list(Path(near.folder.local).glob("**/positions/*"))
+
+    frames = folder_of(tmp_path / "d", range(4), broken=1)
+    pool = scored(tmp_path / "pool", frames, spatial_reference=near)
+    table = pool.table("features")
+    _, maps = extractor.with_positions([image(seed) for seed in range(4)])
+    wanted, error = spatial_scores(maps, spatial_reference(positions.mean, positions.cov))
+    np.testing.assert_allclose(table["spatial"].to_numpy(), wanted, rtol=1e-4)
+    np.testing.assert_allclose(table["spatial_error"].to_numpy(), error, rtol=1e-2, atol=1e-3)
 
 
 # -- the distance of two sets ----------------------------------------------------------------------------------------
 
 
 def distance(a: Path | str, b: Path | str, tmp_path: Path, **settings: Any) -> stage.Fid:
-    settings = {"extractor": LITE0, "progress": SilentProgress()} | settings
+    extraction = stage.Extraction(settings.pop("extractor", LITE0), mode=settings.pop("mode", "exact"))
+    settings = {"extraction": extraction, "progress": SilentProgress()} | settings
     return stage.fid(str(a), str(b), folder=Location.of(tmp_path / "work"), **settings)
 
 
@@ -147,9 +172,17 @@ def test_fid_of_folder_table_and_file_agree(without_ray: None, tmp_path: Path) -
     ]
     sides = [(rows.mean(0), np.cov(rows.T)) for rows in features]
     assert got.fid == pytest.approx(frechet_distance(*sides[0], *sides[1]), rel=1e-5)
+    kernel = kernel_distance(*features)
+    assert (got.kid, got.kid_deviation) == (
+        pytest.approx(kernel.kid, rel=1e-4),
+        pytest.approx(kernel.deviation, rel=1e-4),
+    )
     weights = build_extractor(LITE0).weights_sha256
     write_statistics(Location.of(tmp_path / "b.npz"), Statistics(*sides[1], 4, LITE0, "clean", weights))
-    assert distance(tmp_path / "a", tmp_path / "b.npz", tmp_path).fid == pytest.approx(got.fid, rel=1e-5)
+    half = distance(tmp_path / "a", tmp_path / "b.npz", tmp_path, save_statistics=(str(tmp_path / "a.npz"), None))
+    assert half.fid == pytest.approx(got.fid, rel=1e-5) and half.kid is None
+    kept = distance(tmp_path / "a.npz", tmp_path / "b.npz", tmp_path)
+    assert kept.fid == half.fid and kept.n_a == 5
     assert distance(tmp_path / "a", tmp_path / "a", tmp_path).fid == pytest.approx(0, abs=1e-6)
     assert not list((tmp_path / "work").iterdir())  # nothing is left behind
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ def scored(tmp_path: Path, frames: pa.Table, features: np.ndarray, name: str = "
     histograms = np.eye(64, dtype=np.float32)[np.arange(len(features)) % 64]
     table = frames.select(["frame_id", "sha256"])
     table = table.append_column("features", vector_column(features.astype(np.float32)))
+    if (spatial := summary.pop("spatial", None)) is not None:
+        table = table.append_column("spatial", pa.array(spatial, pa.float64()))
     (attempt.folder / "features.parquet").write_table(table.append_column("histogram", vector_column(histograms)))
     made = {"extractor": "x", "dims": DIMS, "resize": "clean", "weights_sha256": "ab"} | summary
     return attempt.finish(rows_in=len(features), rows_out=len(features), outputs=["features.parquet"], summary=made)
@@ -130,6 +133,83 @@ def test_random_follows_the_seed_and_needs_no_reference(tmp_path: Path) -> None:
     assert ids(measured) == ids(one) and measured.json("evidence.json")["fid"]["selection"] > 0
 
 
+def test_spatial_goes_by_what_the_score_stage_left(tmp_path: Path) -> None:
+    pool = frames_of(4)
+    made = scored(tmp_path, pool, POOL[:4], spatial=[3.0, 1.0, 2.0, 1.0])
+    commit = chosen(tmp_path, "spatial", 3, pool=pool, pool_scores=made)
+    assert ids(commit) == ["pool/01", "pool/03", "pool/02"]
+    assert commit.table("scores")["spatial"].to_pylist() == [3.0, 1.0, 2.0, 1.0]
+
+
+@pytest.mark.parametrize("method", ["fid-subset", "mahalanobis", "herding"])
+def test_other_methods_take_the_near_ones_too(tmp_path: Path, method: str) -> None:
+    commit = chosen(tmp_path, method)
+    assert set(ids(commit)) == {f"pool/{i:02d}" for i in range(10, 16)}
+    evidence = commit.json("evidence.json")
+    certified = method == "fid-subset"
+    assert (evidence["fid"]["lower_bound"] is not None) == certified
+    if certified:
+        assert 0 <= evidence["fid"]["lower_bound"] <= evidence["fid"]["selection_biased"]
+
+
+def test_the_certificate_holds_for_every_other_method(tmp_path: Path) -> None:
+    best = chosen(tmp_path / "best", "fid-subset", 8).json("evidence.json")["fid"]
+    reference = REFERENCE.astype(np.float64)
+    for method in ("pooled", "mahalanobis", "herding", "histogram", "random"):
+        rows = [int(name[-2:]) for name in ids(chosen(tmp_path / method, method, 8))]
+        part = POOL[rows].astype(np.float64)
+        fid = frechet_distance(part.mean(0), np.cov(part.T, bias=True), reference.mean(0), np.cov(reference.T))
+        assert fid >= best["lower_bound"] - 1e-9
+        assert fid >= best["selection_biased"] - 1e-9
+
+
+def test_all_scores_and_the_evidence_to_see(tmp_path: Path) -> None:
+    commit = chosen(tmp_path)
+    scores = commit.table("scores")
+    assert {"pooled", "mahalanobis", "histogram", "influence"} <= set(scores.column_names)
+    assert scores["pooled"].to_pylist() == pytest.approx(scores["score"].to_pylist())
+    evidence = commit.json("evidence.json")
+    assert evidence["curve"]["counts"][-1] == 16
+    assert evidence["curve"]["fid"][-1] == pytest.approx(evidence["fid"]["pool"])
+    points = evidence["plane"]["points"]
+    assert [len(points[name]) for name in ("pool", "chosen", "reference")] == [16, 6, 30]
+
+
+def drives(sequences: list[str | None]) -> pa.Table:
+    pool = frames_of(len(sequences))
+    column = pool.schema.get_field_index("sequence")
+    return pool.set_column(column, "sequence", pa.array(sequences, pa.string()))
+
+
+def test_rules_about_sequences(tmp_path: Path) -> None:
+    pool = drives(["a"] * 8 + ["b"] * 6 + [None] * 2)
+    of = dict(zip(pool["frame_id"].to_pylist(), pool["sequence"].to_pylist(), strict=True))
+    quota = ids(chosen(tmp_path / "1", count=6, pool=pool, rules=stage.Rules(quota=2)))
+    assert sum(of[name] == "b" for name in quota) == 2
+    gap = ids(chosen(tmp_path / "2", count=6, pool=pool, rules=stage.Rules(gap=3)))
+    for drive in "ab":
+        places = sorted(int(name[-2:]) for name in gap if of[name] == drive)
+        assert all(later - earlier >= 3 for earlier, later in itertools.pairwise(places))
+    with pytest.raises(UserError, match="no frame of the pool has one"):
+        chosen(tmp_path / "3", rules=stage.Rules(quota=2))
+    with pytest.raises(UserError, match="`gap` 9 leaves room for"):
+        chosen(tmp_path / "4", pool=pool, rules=stage.Rules(gap=9))
+
+
+def test_near_duplicates_are_left_out_and_named(tmp_path: Path) -> None:
+    pool = frames_of(16)
+    features = POOL.copy()
+    features[12] = 2 * features[11]
+    scores = scored(tmp_path, pool, features)
+    commit = chosen(tmp_path, count=5, pool=pool, pool_scores=scores, rules=stage.Rules(duplicates=0.9999))
+    assert "pool/12" not in ids(commit)
+    table = {row["frame_id"]: row for row in commit.table("scores").to_pylist()}
+    assert table["pool/12"]["repeats"] == "pool/11" and table["pool/12"]["score"] is None
+    assert commit.json("evidence.json")["duplicates"] == 1
+    with pytest.raises(UserError, match=r"`duplicates` 0.9999 leaves 15 of 16 frames"):
+        chosen(tmp_path / "2", count=16, pool=pool, pool_scores=scores, rules=stage.Rules(duplicates=0.9999))
+
+
 def test_the_same_work_gives_the_same_bytes(tmp_path: Path) -> None:
     assert chosen(tmp_path / "1").content == chosen(tmp_path / "2").content
 
@@ -162,7 +242,7 @@ def test_more_than_the_pool(tmp_path: Path) -> None:
 
 
 def test_no_reference(tmp_path: Path) -> None:
-    for method in ("pooled", "histogram"):
+    for method in ("fid-subset", "pooled", "mahalanobis", "histogram", "herding"):
         with pytest.raises(UserError, match="needs a reference"):
             chosen(tmp_path, method, reference=None)
     one = scored(tmp_path, frames_of(1, "one"), REFERENCE[:1], "one")

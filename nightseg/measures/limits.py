@@ -1,0 +1,127 @@
+"""What a choice of frames must respect beside its scores: neighbours in a drive, and near duplicates, teach the same.
+
+N frames of the pool, d feature dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from nightseg.storage import UserError
+
+Indices = npt.NDArray[np.int64]
+
+_BLOCK_ROWS = 1024
+
+
+class Limits(NamedTuple):
+    """At most `quota` frames of a group, and at least `gap` places between any two of them; None = no such limit.
+
+    `groups` (N,) and `places` (N,) are integers: the drive a frame belongs to, and its position in it.
+    """
+
+    groups: Indices | None = None
+    places: Indices | None = None
+    quota: int | None = None
+    gap: int | None = None
+
+    def check(self, count: int) -> None:
+        """Raise UserError if no choice of `count` frames respects the quota."""
+        if self.groups is None or self.quota is None:
+            return
+        room = int(np.minimum(np.unique(self.groups, return_counts=True)[1], self.quota).sum())
+        if count > room:
+            raise UserError(
+                f"`quota` {self.quota} leaves {room} frames of the pool, {count} were asked for: raise the quota or"
+                " lower `count`"
+            )
+
+    def without_gap(self) -> Limits:
+        """The quota alone: choices under it are the bases of a matroid, where greedy is the exact minimum."""
+        return self._replace(gap=None)
+
+    def first(self, order: npt.ArrayLike, count: int) -> Indices:
+        """The first `count` frames of this order that may be taken together; fewer where the gap leaves no more."""
+        order_N = np.asarray(order, dtype=np.int64)
+        if self.groups is None or (self.quota is None and self.gap is None):
+            return order_N[:count]
+        if self.gap is None:
+            return order_N[self._within_quota(order_N)][:count]
+        assert self.places is not None
+        taken: list[int] = []
+        places_of: dict[int, list[int]] = {}
+        for row in order_N.tolist():
+            if len(taken) == count:
+                break
+            near = places_of.setdefault(int(self.groups[row]), [])
+            place = int(self.places[row])
+            full = self.quota is not None and len(near) >= self.quota
+            if not full and all(abs(place - other) >= self.gap for other in near):
+                near.append(place)
+                taken.append(row)
+        return np.array(taken, dtype=np.int64)
+
+    def closed_by(self, picked: Sequence[int]) -> Indices:
+        """The rows that the last pick closes, given all picks: itself, its neighbours, its drive if that is full."""
+        row = picked[-1]
+        closed = {row}
+        if self.groups is not None:
+            same = np.flatnonzero(self.groups == self.groups[row])
+            if self.quota is not None and int((self.groups[list(picked)] == self.groups[row]).sum()) >= self.quota:
+                closed |= set(same.tolist())
+            if self.gap is not None and self.places is not None:
+                closed |= set(same[np.abs(self.places[same] - self.places[row]) < self.gap].tolist())
+        return np.array(sorted(closed), dtype=np.int64)
+
+    def _within_quota(self, order_N: Indices) -> npt.NDArray[np.bool_]:
+        assert self.groups is not None
+        assert self.quota is not None
+        groups_N = self.groups[order_N]
+        by_group = np.argsort(groups_N, kind="stable")
+        sorted_groups = groups_N[by_group]
+        allowed = np.empty(len(order_N), dtype=bool)
+        allowed[by_group] = np.arange(len(order_N)) - np.searchsorted(sorted_groups, sorted_groups) < self.quota
+        return allowed
+
+
+NO_LIMITS = Limits()
+
+
+def near_duplicates(features: npt.ArrayLike, least_cosine: float) -> Indices:
+    """For each row of (N, d) features the earlier row it repeats, -1 if it is to be kept.
+
+    A row repeats the nearest of the kept rows before it when the cosine between them is at least `least_cosine`: the
+    idea of SemDeDup (Abbas et al., 2023, arXiv 2303.09540), without its clusters, so that the answer is exact.
+    """
+    rows_ND = np.asarray(features, dtype=np.float32)
+    lengths = np.linalg.norm(rows_ND, axis=1, keepdims=True)
+    rows_ND = rows_ND / np.maximum(lengths, np.finfo(np.float32).tiny)
+    repeats = np.full(len(rows_ND), -1, dtype=np.int64)
+    kept = np.empty_like(rows_ND)  # filled from the front: a growing list would be copied for every block
+    kept_rows: list[int] = []
+    for start in range(0, len(rows_ND), _BLOCK_ROWS):
+        block = rows_ND[start : start + _BLOCK_ROWS]
+        before = len(kept_rows)
+        cosines = block @ kept[:before].T
+        within = block @ block.T
+        added: list[int] = []  # rows of the block that are kept
+        for index in range(len(block)):
+            nearest, cosine = -1, -np.inf
+            if before:
+                place = int(cosines[index].argmax())
+                nearest, cosine = kept_rows[place], float(cosines[index, place])
+            if added:
+                place = int(within[index, added].argmax())
+                if within[index, added[place]] > cosine:
+                    nearest, cosine = start + added[place], float(within[index, added[place]])
+            if cosine >= least_cosine:
+                repeats[start + index] = nearest
+            else:
+                kept[len(kept_rows)] = block[index]
+                kept_rows.append(start + index)
+                added.append(index)
+    return repeats
