@@ -19,11 +19,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks import confusion, frechet
+from benchmarks import confusion, extraction, frechet, moments, spatial
 from benchmarks.contest import Contest, Outcome, Size, hold
 from nightseg.errors import closest
 
-BENCHMARKS: dict[str, Callable[[Size], Contest]] = {"frechet": frechet.contest, "confusion": confusion.contest}
+BENCHMARKS: dict[str, Callable[[Size], Contest]] = {
+    "frechet": frechet.contest,
+    "frechet_few": frechet.few,
+    "extraction_exact": extraction.exact,
+    "extraction_fast": extraction.fast,
+    "spatial": spatial.contest,
+    "moments": moments.contest,
+    "confusion": confusion.contest,
+}
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("nightseg", "numpy", "scipy", "torch", "pytorch-fid")
 TELLING_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "neon", "asimd", "sve")
@@ -58,14 +66,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def table(outcomes: Sequence[Outcome]) -> str:
     """Medians in Markdown; the ratio is how many times as long the peer takes."""
     lines = [
-        "| work | peer | wall: ours | peer | ratio | CPU: ours | peer | ratio |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
+        "| work | peer | wall: ours | peer | ratio | CPU: ours | peer | ratio | memory: ours | peer |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for outcome in outcomes:
         cells = [outcome.contest.work, outcome.contest.peer]
         for clock in ("wall", "cpu"):
             cells += [_seconds(outcome.median("ours", clock)), _seconds(outcome.median("peer", clock))]
             cells.append(f"{outcome.ratio(clock):.2f}")
+        cells += [f"{peak / 1e6:.0f} MB" for peak in outcome.peaks] if outcome.peaks else ["", ""]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -95,6 +104,7 @@ def write(outcomes: Sequence[Outcome], size: Size, folder: Path) -> Path:
                     for side in ("ours", "peer")
                     for clock in ("wall", "cpu")
                 },
+                "peak_bytes": outcome.peaks,
                 "ratio": {clock: outcome.ratio(clock) for clock in ("wall", "cpu")},
             }
             for outcome in outcomes

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -27,6 +28,9 @@ class Contest:
     run_ours: Callable[[], Any]
     run_peer: Callable[[], Any]
     check: Callable[[Any, Any], None]
+    ours_units: int = 1  # pieces of work in one run, where the peer is too slow to do as many
+    peer_units: int = 1
+    allocations: bool = False  # compare peaks of traced memory too: NumPy's arrays are traced, PyTorch's are not
 
 
 class Seconds(NamedTuple):
@@ -42,10 +46,12 @@ class Outcome(NamedTuple):
     contest: Contest
     ours: list[Seconds]
     peer: list[Seconds]
+    peaks: tuple[int, int] | None = None  # bytes that ours and the peer allocate at most, beyond their input
 
     def median(self, side: Literal["ours", "peer"], clock: Literal["wall", "cpu"]) -> float:
-        times = self.ours if side == "ours" else self.peer
-        return statistics.median(seconds.wall if clock == "wall" else seconds.cpu for seconds in times)
+        """Seconds of one piece of work."""
+        times, units = (self.ours, self.contest.ours_units) if side == "ours" else (self.peer, self.contest.peer_units)
+        return statistics.median(seconds.wall if clock == "wall" else seconds.cpu for seconds in times) / units
 
     def ratio(self, clock: Literal["wall", "cpu"]) -> float:
         """How many times as long the peer takes; below 1 it is the faster one."""
@@ -54,13 +60,29 @@ class Outcome(NamedTuple):
 
 def hold(contest: Contest, rounds: int) -> Outcome:
     """Check that both give the same answer, which also warms them up; then time `rounds` rounds."""
-    contest.check(contest.run_ours(), contest.run_peer())
-    outcome = Outcome(contest, [], [])
+    peaks = None
+    if contest.allocations:
+        (ours, first), (peer, second) = _traced(contest.run_ours), _traced(contest.run_peer)
+        peaks = (first, second)
+        contest.check(ours, peer)
+    else:
+        contest.check(contest.run_ours(), contest.run_peer())
+    outcome = Outcome(contest, [], [], peaks)
     sides = [(contest.run_ours, outcome.ours), (contest.run_peer, outcome.peer)]
     for number in range(rounds):
         for run, times in sides if number % 2 == 0 else reversed(sides):
             times.append(_timed(run))
     return outcome
+
+
+def _traced(run: Callable[[], Any]) -> tuple[Any, int]:
+    gc.collect()
+    tracemalloc.start()
+    try:
+        answer = run()
+        return answer, tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 def _timed(run: Callable[[], Any]) -> Seconds:

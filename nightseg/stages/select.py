@@ -147,8 +147,8 @@ def _repeats(pool: Described, rules: Rules, count: int) -> npt.NDArray[np.int64]
     kept = int((repeats < 0).sum())
     if count > kept:
         raise UserError(
-            f"`duplicates` {rules.duplicates} leaves {kept} of {len(repeats)} frames, {count} were asked for: raise it or"
-            " lower `count`"
+            f"`duplicates` {rules.duplicates} leaves {kept} of {len(repeats)} frames, {count} were asked for: raise it"
+            " or lower `count`"
         )
     return repeats
 

@@ -1,0 +1,107 @@
+"""Inception features of JPEG files: nightseg against pytorch-fid's get_activations, random weights."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import numpy.typing as npt
+import pytorch_fid.inception
+import torch
+from PIL import Image
+from pytorch_fid.fid_score import get_activations
+
+from benchmarks.contest import Contest, Size
+from nightseg.frames.images import read_image
+from nightseg.frames.scenes import scene
+from nightseg.measures.frechet import gaussian_distance, gaussian_of_features
+from nightseg.networks.extractors import inception_network
+from nightseg.networks.features import Extractor, Identity
+from nightseg.storage import Location
+
+FILES: dict[Size, int] = {"tiny": 4, "default": 60, "full": 500}
+HEIGHT, WIDTH = 288, 512  # of the JPEG files
+BATCH = 50  # pytorch-fid's default
+# Relative, of the FID between the two halves of the files; the error of bfloat16 averages out over many.
+TOLERANCE: dict[str, dict[Size, float]] = {
+    "exact": {"tiny": 1e-4, "default": 1e-4, "full": 1e-4},
+    "fast": {"tiny": 2e-2, "default": 1e-2, "full": 1e-3},
+}
+LOADERS = 2  # processes that read for pytorch-fid
+
+
+def exact(size: Size) -> Contest:
+    return _contest(size, "exact")
+
+
+def fast(size: Size) -> Contest:
+    return _contest(size, "fast")
+
+
+def _contest(size: Size, mode: str) -> Contest:
+    files = _files(FILES[size])
+    theirs, state = _networks()
+    identity = Identity("inception", 2048, "pytorch-fid", "", Location.of("."))
+    ours = Extractor(identity, inception_network(dict(state)), side=299, mode=mode)
+
+    def run_ours() -> npt.NDArray[np.float32]:
+        parts = [files[start : start + BATCH] for start in range(0, len(files), BATCH)]
+        return np.concatenate([ours([read_image(Location.of(file)) for file in part]) for part in parts])
+
+    def check(mine: npt.NDArray[np.float32], peer: npt.NDArray[np.float64]) -> None:
+        distances = [_halves(features) for features in (mine, peer)]
+        apart = abs(distances[0] - distances[1]) / distances[1]
+        assert apart <= TOLERANCE[mode][size], f"extraction {mode}: FID of the halves {distances}, {apart:.2g} apart"
+
+    return Contest(
+        name=f"extraction_{mode}",
+        work=f"Inception features of {len(files)} JPEG files {WIDTH} x {HEIGHT}, {mode} mode ({ours.precision})",
+        peer=f"pytorch-fid {version('pytorch-fid')} get_activations, batch {BATCH}, {LOADERS} loaders",
+        run_ours=run_ours,
+        run_peer=lambda: get_activations(files, theirs, min(BATCH, len(files)), 2048, "cpu", num_workers=LOADERS),
+        check=check,
+    )
+
+
+def _halves(features: npt.NDArray[Any]) -> float:
+    middle = len(features) // 2
+    return gaussian_distance(gaussian_of_features(features[:middle]), gaussian_of_features(features[middle:]))
+
+
+@cache
+def _files(count: int) -> list[str]:
+    folder = Path(tempfile.mkdtemp(prefix="nightseg-benchmark-"))
+    files = []
+    for index in range(count):
+        pixels = np.asarray(scene(0, index, "day" if index < count // 2 else "night", HEIGHT, WIDTH)[0])
+        file = folder / f"{index:04d}.jpg"
+        Image.fromarray(pixels).save(file, quality=90)
+        files.append(str(file))
+    return files
+
+
+@cache
+def _networks() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """pytorch-fid's network with random weights that keep the features alive, and these weights."""
+    state: dict[str, torch.Tensor] = {}
+    original = pytorch_fid.inception._inception_v3
+
+    def build(*arguments: Any, **options: Any) -> torch.nn.Module:
+        torch.manual_seed(0)
+        network = original(*arguments, **options)
+        for module in network.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                torch.nn.init.kaiming_normal_(module.weight)
+        state.update({name: value.clone() for name, value in network.state_dict().items()})
+        return network
+
+    with (
+        mock.patch.object(pytorch_fid.inception, "_inception_v3", build),
+        mock.patch.object(pytorch_fid.inception, "load_state_dict_from_url", lambda *_, **__: state),
+    ):
+        return pytorch_fid.inception.InceptionV3([3]).eval(), state
