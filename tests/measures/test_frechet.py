@@ -17,6 +17,7 @@ from nightseg.measures.frechet import (
     gaussian_of_features,
     gaussian_of_moments,
     moments_of,
+    moments_of_parts,
     read_statistics,
     statistics_distance,
     write_statistics,
@@ -254,3 +255,19 @@ def test_damaged_and_foreign_files_are_named(tmp_path: object) -> None:
         np.savez((folder / "evil.npz").local, mu=np.array([print], dtype=object), sigma=np.eye(1))
     with pytest.raises(UserError, match=r"evil\.npz"):
         read_statistics(folder / "evil.npz")
+
+
+@pytest.mark.parametrize("sizes", [[2500], [1, 2499], [1024, 1024, 452], [700, 0, 900, 900], [1000] * 2 + [500]])
+def test_the_parts_that_features_come_in_change_no_bit(sizes: list[int]) -> None:
+    rows = np.random.default_rng(0).normal(size=(2500, 5)).astype(np.float32)
+    parts = np.split(rows, np.cumsum(sizes)[:-1])
+    found, whole = moments_of_parts(parts, 5), moments_of(rows)
+    assert found.count == 2500
+    assert np.array_equal(found.mean, whole.mean) and np.array_equal(found.scatter, whole.scatter)
+    np.testing.assert_allclose(found.cov, np.cov(rows.astype(np.float64).T), rtol=1e-10)
+
+
+def test_what_is_cut_off_of_a_covariance_is_told() -> None:
+    matrix = np.diag([4.0, 1.0, -0.25])
+    assert gaussian_of_moments(np.zeros(3), matrix).clipped == pytest.approx(0.25)
+    assert gaussian_of_moments(np.zeros(3), np.eye(3)).clipped == 0.0
