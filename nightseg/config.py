@@ -203,6 +203,7 @@ class Augmentation(Strict):
     brightness: Fraction = 0.0
     contrast: Fraction = 0.0
     saturation: Fraction = 0.0
+    noise: Fraction = Field(default=0.0, description="largest standard deviation of the noise, as a share of white")
 
 
 class Training(Strict):

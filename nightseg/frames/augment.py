@@ -29,6 +29,7 @@ class Augmentation:
     brightness: float = 0.0
     contrast: float = 0.0
     saturation: float = 0.0
+    noise: float = 0.0  # largest standard deviation, as a share of white
 
 
 def sample_rng(seed: int, epoch: int, repeat: int, index: int) -> np.random.Generator:
@@ -107,7 +108,16 @@ def augment(
         image = transform.adjust_saturation(image, 1 + settings.saturation * (2 * saturation - 1))
     if flip < settings.flip:
         image, label = image.flip(-1), label.flip(-1)
+    strength, noise_seed = rng.random(), int(rng.integers(2**63))
+    if settings.noise:
+        image = _noisy(image, 255 * settings.noise * strength, noise_seed)
     return _pad(image, label, rows, columns, fill)
+
+
+def _noisy(image_3HW: Tensor, deviation: float, seed: int) -> Tensor:
+    """Gaussian noise of a standard deviation in grey levels: what a sensor adds when there is little light."""
+    noise = torch.randn(image_3HW.shape, generator=torch.Generator().manual_seed(seed))
+    return noise.mul_(deviation).add_(image_3HW).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def _pad(

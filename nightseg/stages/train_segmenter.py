@@ -354,7 +354,7 @@ def _batches(
         seed=plan.seed,
         epoch=epoch,
         crop=plan.training.crop,
-        augmentation=Augmentation(drawn.scale, drawn.flip, drawn.brightness, drawn.contrast, drawn.saturation),
+        augmentation=Augmentation(**drawn.model_dump()),
         fill=(red, green, blue),
         threads=plan.threads,
         pin_memory=session.device.type == "cuda",

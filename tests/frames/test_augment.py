@@ -83,7 +83,7 @@ def test_a_flip_is_a_mirror() -> None:
 
 def test_the_same_generator_gives_the_same_view_and_others_give_others() -> None:
     image, label = coded(64, 96)
-    settings = Augmentation(scale=(0.5, 2.0), flip=0.5, brightness=0.3, contrast=0.3, saturation=0.3)
+    settings = Augmentation(scale=(0.5, 2.0), flip=0.5, brightness=0.3, contrast=0.3, saturation=0.3, noise=0.1)
 
     def view(*key: int) -> Tensor:
         return augment(image, label, sample_rng(*key), crop=(32, 32), settings=settings)[0]
@@ -113,3 +113,20 @@ def test_resize_keeps_native_when_asked_and_agrees_between_image_and_label() -> 
     assert small_label.shape == (32, 48)
     inside = _far_from_borders(small_label, 1)
     assert torch.equal(small[0][inside], small_label[inside] * 10)
+
+
+def test_noise_is_of_the_drawn_strength_and_leaves_label_and_other_draws_alone() -> None:
+    image = torch.full((3, 64, 64), 128, dtype=torch.uint8)
+    label = torch.zeros((64, 64), dtype=torch.uint8)
+    deviations = []
+    for index in range(60):
+        noisy, same = augment(image, label, sample_rng(0, 0, 0, index), crop=(64, 64), settings=Augmentation(noise=0.1))
+        deviations.append(float(noisy.float().std()))
+        assert torch.equal(same, label) and abs(float(noisy.float().mean()) - 128) < 2
+    assert max(deviations) < 26 and min(deviations) < 3 and abs(np.mean(deviations) - 25.5 / 2) < 3
+    plain = torch.randint(0, 256, (3, 40, 40), dtype=torch.uint8)
+    views = [
+        augment(plain, label[:40, :40], sample_rng(0, 0, 0, 7), crop=(20, 20), settings=Augmentation((0.8, 1.5), noise=n))
+        for n in (0.0, 1e-6)
+    ]
+    assert torch.equal(views[0][0], views[1][0])
