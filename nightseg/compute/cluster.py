@@ -42,12 +42,14 @@ ENVIRONMENT = {
 }
 """Ray's settings, read in this process and handed to its workers. What the user set wins."""
 
-LOCAL_ENVIRONMENT = {
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away, and it costs a process
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # reports and the end wait for the next check; Ray's 2 s are long here
+WORKER_ENVIRONMENT = {
     # OpenMP threads that wait for each other spin. With anything else on the cores (Ray's own daemons, a browser) a
     # long spin makes a training seven times slower; a short one costs a few percent where the machine is quiet.
     "GOMP_SPINCOUNT": "1000",
+}
+LOCAL_ENVIRONMENT = WORKER_ENVIRONMENT | {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away, and it costs a process
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # reports and the end wait for the next check; Ray's 2 s are long here
 }
 CLUSTER_ENVIRONMENT = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1800",  # a GPU node needs minutes to come up
@@ -187,8 +189,12 @@ def _join(address: str) -> None:
     _set_defaults(CLUSTER_ENVIRONMENT)
     _prepare_token(may_create=False)
     _check_reachable(address, shown)
+    # A cluster that others started does not pass our environment on. A job that sets a variable itself keeps it, and
+    # Ray refuses one that is set in both places.
+    variables = {name: value for name, value in WORKER_ENVIRONMENT.items() if name not in os.environ}
+    environment = {"env_vars": variables} if variables else None
     try:
-        ray.init(address=address, log_to_driver=wants_logs(), logging_level="ERROR")
+        ray.init(address=address, log_to_driver=wants_logs(), logging_level="ERROR", runtime_env=environment)
     except AuthenticationError as error:
         raise UserError(f"the Ray cluster at {shown} (RAY_ADDRESS) wants its token: {ADMISSION_CURE}") from error
     except (ConnectionError, RuntimeError, ValueError) as error:

@@ -30,15 +30,35 @@ class Limits(NamedTuple):
     gap: int | None = None
 
     def check(self, count: int) -> None:
-        """Raise UserError if no choice of `count` frames respects the quota."""
-        if self.groups is None or self.quota is None:
-            return
-        room = int(np.minimum(np.unique(self.groups, return_counts=True)[1], self.quota).sum())
-        if count > room:
+        """Raise UserError if no choice of `count` frames respects the limits."""
+        room = self.room()
+        if room is not None and count > room:
+            named = [f"`{name}` {value}" for name, value in (("quota", self.quota), ("gap", self.gap)) if value]
             raise UserError(
-                f"`quota` {self.quota} leaves {room} frames of the pool, {count} were asked for: raise the quota or"
-                " lower `count`"
+                f"{' and '.join(named)} {'leaves' if len(named) == 1 else 'leave'} room for {room} frames of the pool,"
+                f" {count} were asked for: relax them or lower `count`"
             )
+
+    def room(self) -> int | None:
+        """The most frames that can be taken together; None = all."""
+        if self.groups is None or (self.quota is None and self.gap is None):
+            return None
+        return sum(len(self._packed(group)) for group in np.unique(self.groups).tolist())
+
+    def _packed(self, group: int) -> list[int]:
+        """As many rows of a group as the limits allow: from the first place on, each as soon as it may come."""
+        assert self.groups is not None
+        rows = np.flatnonzero(self.groups == group)
+        packed: list[int] = []
+        for row in rows[np.argsort(self.places[rows], kind="stable")].tolist() if self.places is not None else rows:
+            if self.gap is None or not packed or self._apart(row, packed[-1]):
+                packed.append(int(row))
+        return packed[: self.quota]
+
+    def _apart(self, row: int, other: int) -> bool:
+        assert self.places is not None
+        assert self.gap is not None
+        return abs(int(self.places[row]) - int(self.places[other])) >= self.gap
 
     def without_gap(self) -> Limits:
         """The quota alone: choices under it are the bases of a matroid, where greedy is the exact minimum."""
@@ -64,6 +84,22 @@ class Limits(NamedTuple):
                 near.append(place)
                 taken.append(row)
         return np.array(taken, dtype=np.int64)
+
+    def filled(self, order: npt.ArrayLike, count: int) -> Indices:
+        """As `first`, but always `count` frames where there is room: a drive gives up its first frames for more."""
+        order_N = np.asarray(order, dtype=np.int64)
+        taken = self.first(order_N, count)
+        if len(taken) == count or self.groups is None:
+            return taken
+        taken = self.first(order_N, len(order_N))
+        sets = {group: taken[self.groups[taken] == group].tolist() for group in np.unique(self.groups).tolist()}
+        packings = {group: self._packed(group) for group in sets}
+        for group in sorted(sets, key=lambda group: len(sets[group]) - len(packings[group])):
+            if sum(map(len, sets.values())) >= count:
+                break
+            sets[group] = packings[group]
+        kept = np.array([row for rows in sets.values() for row in rows], dtype=np.int64)
+        return order_N[np.isin(order_N, kept)][:count]
 
     def closed_by(self, picked: Sequence[int]) -> Indices:
         """The rows that the last pick closes, given all picks: itself, its neighbours, its drive if that is full."""

@@ -52,7 +52,8 @@ class Reference(NamedTuple):
         """The normal distribution of the features."""
         if self.gaussian is None:
             raise UserError(
-                f"selection by {method} needs a reference of at least 2 frames, it has 1; name a larger dataset"
+                f"selection by {method} needs a reference of at least 2 frames, it has"
+                f" {len(self.described.frame_ids)}; name a larger dataset"
             )
         return self.gaussian
 
@@ -98,11 +99,13 @@ def choose(
         return Choice(subset.influence, subset.indices, subset)
     if method == "herding":
         assert reference is not None
-        chosen, likeness = herding_order(pool.features, reference.described.features, count, limits)
-        return Choice(-likeness, _enough(chosen, count, limits), None)
+        reference.normal(method)
+        picked, likeness = herding_order(pool.features, reference.described.features, count, limits)
+        rest = ranking(-likeness, pool.frame_ids)
+        chosen = limits.filled(np.concatenate([picked, rest[~np.isin(rest, picked)]]), count)
+        return Choice(-likeness, chosen, None)
     scores = frame_scores(method, pool, reference, seed)
-    chosen = limits.first(ranking(scores, pool.frame_ids), count)
-    return Choice(scores, _enough(chosen, count, limits), None)
+    return Choice(scores, limits.filled(ranking(scores, pool.frame_ids), count), None)
 
 
 def frame_scores(method: Method, pool: Described, reference: Reference | None, seed: int = 0) -> Floats:
@@ -140,12 +143,3 @@ def every_score(pool: Described, chosen: Indices, reference: Reference | None) -
     if pool.spatial is not None:
         found["spatial"] = pool.spatial
     return found
-
-
-def _enough(chosen: Indices, count: int, limits: Limits) -> Indices:
-    if len(chosen) < count:
-        raise UserError(
-            f"`gap` {limits.gap} leaves room for {len(chosen)} frames of the pool, {count} were asked for: lower the"
-            " gap or `count`"
-        )
-    return chosen

@@ -182,11 +182,14 @@ def test_the_users_choice_of_authentication_is_kept(tmp_path: Path) -> None:
 
 
 JOIN = """
+import os
+import ray
 from nightseg.compute import cluster
 from nightseg.errors import UserError
 try:
     cluster.connect(num_cpus=5)
-    print(cluster.resources()["CPU"], cluster.is_local())
+    spins = ray.get(ray.remote(lambda: os.environ.get("GOMP_SPINCOUNT")).remote())
+    print(cluster.resources()["CPU"], cluster.is_local(), spins)
 except UserError as error:
     print(error)
 """
@@ -218,7 +221,7 @@ def test_a_cluster_is_joined_with_its_token_only(tmp_path: Path) -> None:
             )
             return joined.stdout
 
-        assert join(token) == "1.0 False\n"
+        assert join(token) == "1.0 False 1000\n"
         refusal = join("f" * 64)
         assert f"the Ray cluster at 127.0.0.1:{port} (RAY_ADDRESS)" in refusal
         assert "RAY_AUTH_TOKEN" in refusal and token not in refusal and "f" * 64 not in refusal

@@ -126,7 +126,9 @@ def test_noise_is_of_the_drawn_strength_and_leaves_label_and_other_draws_alone()
     assert max(deviations) < 26 and min(deviations) < 3 and abs(np.mean(deviations) - 25.5 / 2) < 3
     plain = torch.randint(0, 256, (3, 40, 40), dtype=torch.uint8)
     views = [
-        augment(plain, label[:40, :40], sample_rng(0, 0, 0, 7), crop=(20, 20), settings=Augmentation((0.8, 1.5), noise=n))
+        augment(
+            plain, label[:40, :40], sample_rng(0, 0, 0, 7), crop=(20, 20), settings=Augmentation((0.8, 1.5), noise=n)
+        )
         for n in (0.0, 1e-6)
     ]
     assert torch.equal(views[0][0], views[1][0])

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from nightseg.measures.kernel import gaussian, herding_order, kernel_distance, kernel_width
+from nightseg.measures.kernel import herding_order, kernel_distance, kernel_width
 from nightseg.measures.limits import Limits
 
 
@@ -17,7 +17,6 @@ def test_kid_of_one_draw_is_the_double_sum() -> None:
     across = sum(kernel(x, y) for x in one for y in two) / 36
     got = kernel_distance(one, two, subsets=3)
     assert got.kid == pytest.approx(within - 2 * across)
-    assert got.deviation == pytest.approx(0, abs=1e-12)  # every draw is the whole set
 
 
 def test_kid_is_zero_on_average_for_two_halves_of_one_set_whatever_their_size() -> None:
@@ -42,7 +41,10 @@ def test_kid_sees_a_shift_and_follows_from_the_seed() -> None:
 def test_herding_is_the_greedy_minimum_of_the_kernel_distance() -> None:
     rng = np.random.default_rng(3)
     pool, reference = rng.normal(size=(12, 3)), rng.normal(0.5, 1, size=(30, 3))
-    width = kernel_width(reference)
+    width = kernel_width(reference, pool)
+
+    def gaussian(one: np.ndarray, two: np.ndarray, width: float) -> np.ndarray:
+        return np.exp(-((one[:, None] - two[None]) ** 2).sum(axis=2) / (2 * width**2))
 
     def discrepancy(rows: list[int]) -> float:
         chosen = pool[rows]
@@ -67,3 +69,20 @@ def test_herding_respects_limits() -> None:
     for group in range(3):
         assert (np.diff(np.sort(places[apart[groups[apart] == group]])) >= 3).all()
     assert 3 <= len(apart) <= 6
+
+
+def test_the_deviation_of_small_sets_is_that_of_new_sets_of_their_size() -> None:
+    rng = np.random.default_rng(5)
+    found = [kernel_distance(*rng.normal(size=(2, 40, 4))) for _ in range(60)]
+    true = np.std([one.kid for one in found])
+    assert 0.5 * true < np.mean([one.deviation for one in found]) < 2 * true
+
+
+def test_herding_of_repeated_and_single_references_takes_each_row_once() -> None:
+    rng = np.random.default_rng(6)
+    pool = rng.normal(size=(6, 5)) * 100
+    for reference in (np.repeat(pool[2:3], 8, axis=0), pool[2:3], np.vstack([pool[2:3]] * 7 + [pool[4:5]])):
+        picked, _ = herding_order(pool, reference, 6)
+        assert sorted(picked.tolist()) == list(range(6))
+        assert picked[0] == 2
+    assert herding_order(np.ones((3, 2)), np.ones((4, 2)), 3)[0].tolist() == [0, 1, 2]

@@ -18,7 +18,7 @@ def test_quota_takes_the_first_of_each_group() -> None:
     limits = Limits(GROUPS, PLACES, quota=1)
     assert limits.first([2, 1, 0, 4, 3, 5], 6).tolist() == [2, 4, 5]
     assert limits.first([2, 1, 0, 4, 3, 5], 2).tolist() == [2, 4]
-    with pytest.raises(UserError, match="leaves 3 frames of the pool, 4 were asked for"):
+    with pytest.raises(UserError, match="leaves room for 3 frames of the pool, 4 were asked for"):
         limits.check(4)
 
 
@@ -50,3 +50,16 @@ def test_near_duplicates_point_to_the_frame_they_repeat(monkeypatch: pytest.Monk
     monkeypatch.setattr("nightseg.measures.limits._BLOCK_ROWS", 6)
     assert near_duplicates(rows, 0.99).tolist() == want.tolist()
     assert near_duplicates(np.empty((0, 4)), 0.9).tolist() == []
+
+
+def test_a_choice_that_fits_is_found_even_if_the_best_frame_is_in_the_way() -> None:
+    limits = Limits(np.zeros(5, int), np.arange(5), gap=2)
+    limits.check(3)
+    assert limits.first([1, 0, 2, 3, 4], 3).tolist() == [1, 3]
+    assert limits.filled([1, 0, 2, 3, 4], 3).tolist() == [0, 2, 4]
+    assert limits.filled([1, 0, 2, 3, 4], 2).tolist() == [1, 3]
+    with pytest.raises(UserError, match="`gap` 2 leaves room for 3 frames of the pool, 4 were asked for"):
+        limits.check(4)
+    both = Limits(np.array([0, 0, 0, 0, 0, 1]), np.array([0, 1, 2, 3, 4, 0]), quota=2, gap=2)
+    assert both.room() == 3
+    assert both.filled([2, 1, 3, 0, 4, 5], 3).tolist() == [2, 0, 5]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from nightseg.measures import evidence, subset
+from nightseg.measures.convex import Problem
 from nightseg.measures.frechet import frechet_distance, gaussian_of_features, gaussian_of_moments
 from nightseg.measures.limits import Limits
 from nightseg.measures.scores import influence_scores, pooled_scores
@@ -130,7 +131,7 @@ def test_identical_frames_are_a_pool_too() -> None:
 def test_the_gradient_is_that_of_finite_differences() -> None:
     pool, mean, cov = pool_and_reference(4, 30, 4)
     reference = gaussian_of_moments(mean, cov)
-    problem = subset._Problem.of(pool, reference)
+    problem = Problem.of(pool, reference)
     weights = np.random.default_rng(0).dirichlet(np.ones(30))
 
     def value(weights: np.ndarray) -> float:
@@ -154,7 +155,7 @@ def test_the_gradient_is_that_of_finite_differences() -> None:
 
 def test_the_distance_is_convex_in_the_weights() -> None:
     pool, mean, cov = pool_and_reference(5, 40, 5)
-    problem = subset._Problem.of(pool, gaussian_of_moments(mean, cov))
+    problem = Problem.of(pool, gaussian_of_moments(mean, cov))
     rng = np.random.default_rng(0)
     for _ in range(50):
         one, two = rng.dirichlet(np.ones(40) * 0.3, 2)
@@ -177,9 +178,9 @@ def test_quota_and_gap_are_respected_and_the_bound_still_holds() -> None:
         taken = np.sort(places[apart.indices[groups[apart.indices] == group]])
         assert (np.diff(taken) >= 4).all()
     assert under_quota.lower_bound <= apart.fid + 1e-9
-    with pytest.raises(UserError, match="`quota` 1 leaves 6 frames"):
+    with pytest.raises(UserError, match="`quota` 1 leaves room for 6 frames"):
         subset.select_subset(pool, mean, cov, 12, limits=limits._replace(quota=1))
-    with pytest.raises(UserError, match="`gap` 20 leaves room for about 6"):
+    with pytest.raises(UserError, match="`gap` 20 leaves room for 6 frames"):
         subset.select_subset(pool, mean, cov, 12, limits=Limits(groups, places, gap=20))
 
 

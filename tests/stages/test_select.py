@@ -192,7 +192,7 @@ def test_rules_about_sequences(tmp_path: Path) -> None:
         assert all(later - earlier >= 3 for earlier, later in itertools.pairwise(places))
     with pytest.raises(UserError, match="no frame of the pool has one"):
         chosen(tmp_path / "3", rules=stage.Rules(quota=2))
-    with pytest.raises(UserError, match="`gap` 9 leaves room for"):
+    with pytest.raises(UserError, match="`gap` 9 leaves room for 4 frames"):
         chosen(tmp_path / "4", pool=pool, rules=stage.Rules(gap=9))
 
 
