@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import tempfile
 from functools import cache
 from importlib.metadata import version
@@ -21,7 +23,7 @@ from nightseg.frames.images import read_image
 from nightseg.frames.scenes import scene
 from nightseg.measures.frechet import gaussian_distance, gaussian_of_features
 from nightseg.networks.extractors import inception_network
-from nightseg.networks.features import Extractor, Identity
+from nightseg.networks.features import Extractor, Identity, fold_batch_norms
 from nightseg.storage import Location
 
 FILES: dict[Size, int] = {"tiny": 4, "default": 60, "full": 500}
@@ -47,7 +49,10 @@ def _contest(size: Size, mode: str) -> Contest:
     files = _files(FILES[size])
     theirs, state = _networks()
     identity = Identity("inception", 2048, "pytorch-fid", "", Location.of("."))
-    ours = Extractor(identity, inception_network(dict(state)), side=299, mode=mode)
+    network = fold_batch_norms(inception_network(dict(state)).eval())
+    ours = Extractor(identity, network, side=299)
+    if mode == "fast":
+        ours = Extractor(identity, network, side=299, precision=ours.faster_precision())
 
     def run_ours() -> npt.NDArray[np.float32]:
         parts = [files[start : start + BATCH] for start in range(0, len(files), BATCH)]
@@ -76,6 +81,7 @@ def _halves(features: npt.NDArray[Any]) -> float:
 @cache
 def _files(count: int) -> list[str]:
     folder = Path(tempfile.mkdtemp(prefix="nightseg-benchmark-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     files = []
     for index in range(count):
         pixels = np.asarray(scene(0, index, "day" if index < count // 2 else "night", HEIGHT, WIDTH)[0])

@@ -44,6 +44,7 @@ Measures: no ray
     measures/histogram.py   luminance histograms; day, night and twilight
     measures/frechet.py     mergeable moments, Frechet distance, statistics files
     measures/scores.py      how near one frame is to a reference, by every definition
+    measures/convex.py      the FID of weighted frames: value, gradient, exchanges
     measures/subset.py      the subset with the smallest FID, and its certificate
     measures/kernel.py      KID, herding
     measures/limits.py      near duplicates, quotas and gaps of sequences
@@ -109,6 +110,7 @@ Runs
     report/words.py         numbers and sentences
     trials.py               what a search tries, and one trial of it
     search.py               Ray Tune over the rounds
+    distance.py             FID and KID of two sets of frames
     verbs.py                single stages without a recipe
     adapt.py                recipe in, results and report out
     doctor.py               is this machine fit

@@ -100,9 +100,9 @@ def fid(
     nightseg fid translated/ night.npz --weights pt_inception-2015-12-05-6726825d.pth --json
     """
     from nightseg.config import MapCompute
+    from nightseg.distance import distance
     from nightseg.progress import progress_for
     from nightseg.stages.score import Extraction
-    from nightseg.stages.score import fid as distance
 
     compute = MapCompute(actors=actors)
     with libraries_on_stderr():
@@ -127,7 +127,8 @@ def fid(
     show_default=True,
     type=click.Choice(["fid-subset", "pooled", "spatial", "mahalanobis", "histogram", "herding", "random"]),
     help="fid-subset: the set with the smallest FID, and a bound that no other set beats; pooled: frame by frame, as "
-    "the thesis; mahalanobis: by density; herding: by kernel distance; histogram: by brightness.",
+    "the thesis; mahalanobis: by density; spatial: by the Frechet distance over positions; "
+    "herding: by kernel likeness; histogram: by brightness; random: the control.",
 )
 @click.option("--quota", type=click.IntRange(1), help="Most frames of one sequence.")
 @click.option("--gap", type=click.IntRange(1), help="Least distance of two frames of one sequence, in frames.")

@@ -292,7 +292,7 @@ class _Builder:
                 **self._spread(attempt, progress),
             )
 
-        part = {**extraction._asdict(), "of": [str(view) for view in views], **self._frame_pass()}
+        part = {**extraction.facts(), "of": [str(view) for view in views], **self._frame_pass()}
         part |= {"positions": positions, "spatial_reference": str(spatial_reference)}
         needs: list[View | NodeId] = [*views, *([spatial_reference] if spatial_reference else [])]
         near = f".near-{spatial_reference.name}" if spatial_reference else ".positions" if positions else ""

@@ -167,7 +167,7 @@ def _scored(
     inputs = {"frames": hash_of(frames.select([frame.FRAME_ID, frame.URI, frame.SHA256]).to_pylist())}
     if spatial and near is not None:
         inputs["near"] = near.content
-    recipe = extraction._asdict() | {"spatial": spatial}
+    recipe = extraction.facts() | {"spatial": spatial}
     stage = workspace.stage("score", name, version=score.VERSION, recipe=recipe, inputs=inputs, seed=0)
     return stage.commit() or score.score(
         frames,

@@ -28,6 +28,7 @@ BLOCK_ROWS = 1024
 """Rows that `moments_of` adds at a time. Fixed, so that the result does not depend on how the rows arrived."""
 
 _EXACT_ENOUGH = 1e-12  # of the sum of singular values
+_CLIPPED_AT_MOST = 1e-4  # of the trace; covariances summed up in float32 reach 1e-6
 
 PYTORCH_FID_DIMS = 2048
 """Statistics with this many dimensions and no other sign of their origin are taken for pytorch-fid's own."""
@@ -148,6 +149,10 @@ def gaussian_of_moments(mean: npt.ArrayLike, cov: npt.ArrayLike) -> Gaussian:
     values_D, vectors_DD = torch.linalg.eigh(matrix)
     kept = values_D > len(mean_D) * np.finfo(np.float64).eps * max(float(values_D[-1]), 0.0)
     clipped = float(-values_D.clamp(max=0.0).sum())
+    if clipped > _CLIPPED_AT_MOST * float(values_D.clamp(min=0.0).sum()):
+        raise ValueError(
+            f"this is no covariance: its negative eigenvalues sum to {-clipped:g}, far beyond rounding error"
+        )
     return Gaussian(mean_D, (vectors_DD[:, kept] * values_D[kept].sqrt()).numpy(), clipped)
 
 
@@ -212,6 +217,7 @@ class Statistics:
     extractor: str  # "" = the file does not say
     resize: str  # how frames were resized before the network: a part of the metric
     weights_sha256: str  # "" = the file does not say
+    precision: str = ""  # of the network's arithmetic; a note, not a difference
 
 
 def write_statistics(place: Location, statistics: Statistics) -> None:
@@ -226,6 +232,7 @@ def write_statistics(place: Location, statistics: Statistics) -> None:
         "extractor": np.array(statistics.extractor),
         "resize": np.array(statistics.resize),
         "weights_sha256": np.array(statistics.weights_sha256),
+        "precision": np.array(statistics.precision),
     }
     if statistics.count is not None:
         fields["n"] = np.array(statistics.count, dtype=np.int64)
@@ -268,6 +275,7 @@ def read_statistics(place: Location) -> Statistics:
         extractor="inception" if bare else str(fields.get("extractor", "")),
         resize="pytorch-fid" if bare else str(fields.get("resize", "")),
         weights_sha256=str(fields.get("weights_sha256", "")),
+        precision=str(fields.get("precision", "")),
     )
 
 

@@ -16,6 +16,7 @@ from nightseg.storage import UserError
 Indices = npt.NDArray[np.int64]
 
 _BLOCK_ROWS = 1024
+_COSINE_ERROR = 2e-6  # of float32: a copy of a frame is a repetition at 1.0, too
 
 
 class Limits(NamedTuple):
@@ -50,7 +51,7 @@ class Limits(NamedTuple):
         assert self.groups is not None
         rows = np.flatnonzero(self.groups == group)
         packed: list[int] = []
-        for row in rows[np.argsort(self.places[rows], kind="stable")].tolist() if self.places is not None else rows:
+        for row in (rows if self.places is None else rows[np.argsort(self.places[rows], kind="stable")]).tolist():
             if self.gap is None or not packed or self._apart(row, packed[-1]):
                 packed.append(int(row))
         return packed[: self.quota]
@@ -154,7 +155,7 @@ def near_duplicates(features: npt.ArrayLike, least_cosine: float) -> Indices:
                 place = int(within[index, added].argmax())
                 if within[index, added[place]] > cosine:
                     nearest, cosine = start + added[place], float(within[index, added[place]])
-            if cosine >= least_cosine:
+            if cosine >= least_cosine - _COSINE_ERROR:
                 repeats[start + index] = nearest
             else:
                 kept[len(kept_rows)] = block[index]

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nightseg.measures.frechet import Gaussian
+from nightseg.storage import UserError
 
 Floats = npt.NDArray[np.float64]
 
@@ -49,9 +50,12 @@ def mahalanobis_scores(features: npt.ArrayLike, reference: Gaussian, reference_c
     cov_DD = torch.from_numpy(reference.factor @ reference.factor.T)
     share = shrinkage(reference, reference_count)
     cov_DD.mul_(1 - share).diagonal().add_(share * reference.trace / dims)
-    lower_DD, failed = torch.linalg.cholesky_ex(cov_DD)
-    if int(failed):
-        raise ValueError("the reference frames are all the same: their features have no spread to compare with")
+    if reference.trace == 0.0:
+        raise UserError(
+            "the frames of the reference are all the same: without a spread there is no Mahalanobis distance to them;"
+            " name a larger dataset, or another method"
+        )
+    lower_DD = torch.linalg.cholesky(cov_DD)
     squares = [
         torch.linalg.solve_triangular(lower_DD, torch.from_numpy(block).T, upper=False).square().sum(0).numpy()
         for block in _centred(features, reference.mean)

@@ -31,11 +31,13 @@ class Described(NamedTuple):
     features: npt.NDArray[np.float32]  # (N, d)
     histograms: npt.NDArray[np.float32]  # (N, 64)
     spatial: Floats | None = None  # (N,) squared Frechet distance of the positions of each frame to the reference's
+    spatial_error: Floats | None = None  # (N,) by how much that can be too large
 
     def rows(self, rows: Indices) -> Described:
         """Some of the frames."""
-        spatial = None if self.spatial is None else self.spatial[rows]
-        return Described([self.frame_ids[row] for row in rows], self.features[rows], self.histograms[rows], spatial)
+        spatial, error = (None if values is None else values[rows] for values in (self.spatial, self.spatial_error))
+        frame_ids = [self.frame_ids[row] for row in rows]
+        return Described(frame_ids, self.features[rows], self.histograms[rows], spatial, error)
 
 
 class Reference(NamedTuple):
@@ -142,4 +144,6 @@ def every_score(pool: Described, chosen: Indices, reference: Reference | None) -
             )
     if pool.spatial is not None:
         found["spatial"] = pool.spatial
+    if pool.spatial_error is not None:
+        found["spatial_error"] = pool.spatial_error
     return found

@@ -29,7 +29,7 @@ from nightseg.networks.encoders import (
     cached_resnet_file,
     imagenet_weights,
 )
-from nightseg.networks.features import RESIZE_RULES, Extractor, Identity
+from nightseg.networks.features import RESIZE_RULES, Extractor, Identity, fold_batch_norms
 from nightseg.storage import Location, UserError, sha256_of
 
 INCEPTION_DIMS = {"inception": 2048, "inception_768": 768, "inception_192": 192, "inception_64": 64}
@@ -102,20 +102,34 @@ def build_extractor(
     device: str | torch.device = "cpu",
     *,
     resize: str | None = None,
-    mode: str = "exact",
+    precision: str = "float32",
 ) -> Extractor:
-    """The extractor of a name, see the top of this file; `mode` as in `Extractor`, errors as `identify`."""
+    """The extractor of a name, see the top of this file; `precision` as in `Extractor`, errors as `identify`."""
     identity = identify(name, weights, resize)
     if name in INCEPTION_DIMS:
-        return Extractor(identity, inception_network(_load(identity), identity.dims), 299, device, mode=mode)
+        return Extractor(
+            identity,
+            fold_batch_norms(inception_network(_load(identity), identity.dims).eval()),
+            299,
+            device,
+            precision=precision,
+        )
     if name == "efficientnet_lite0":
-        return Extractor(identity, _lite0(identity), 224, device, mode=mode)
+        return Extractor(identity, fold_batch_norms(_lite0(identity).eval()), 224, device, precision=precision)
     if name in RESNETS:
-        return Extractor(identity, _resnet(identity), 224, device, mode=mode, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+        return Extractor(
+            identity,
+            fold_batch_norms(_resnet(identity).eval()),
+            224,
+            device,
+            precision=precision,
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
+        )
     network = _timm(identity)
     known: Any = network.pretrained_cfg
     side, mean, std = known["input_size"], known["mean"], known["std"]
-    return Extractor(identity, _MapsOnly(network), int(side[-1]), device, mode=mode, mean=mean, std=std)
+    return Extractor(identity, _MapsOnly(network), int(side[-1]), device, precision=precision, mean=mean, std=std)
 
 
 class _MapsOnly(nn.Module):

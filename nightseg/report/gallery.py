@@ -133,7 +133,8 @@ def _share_of_gap(fid: Mapping[str, float | None]) -> str:
 
 def distances_by_count(evidence: Mapping[str, Any]) -> Chart | None:
     """FID against the number of frames, the chosen number marked."""
-    counts, values = evidence["curve"]["counts"], evidence["curve"]["fid"]
+    curve = evidence.get("curve", {"counts": [], "fid": []})  # runs of older versions have none
+    counts, values = curve["counts"], curve["fid"]
     if len(counts) < 2:
         return None
     return line(
@@ -147,14 +148,14 @@ def distances_by_count(evidence: Mapping[str, Any]) -> Chart | None:
 
 def plane(evidence: Mapping[str, Any]) -> Chart | None:
     """Pool, choice and reference on their first two principal components."""
-    points = {kind: rows for kind, rows in evidence["plane"]["points"].items() if rows}
+    points = {kind: rows for kind, rows in evidence.get("plane", {"points": {}})["points"].items() if rows}
     shown = {kind: points[kind] for kind in ("pool", "reference", "chosen") if kind in points}
     return scatter(shown, description="Features of the frames on their first two principal components")
 
 
 def _certificate(fid: Mapping[str, float | None]) -> str:
     """How far the choice can be from the best one, in words."""
-    found, bound = fid["selection_biased"], fid["lower_bound"]
+    found, bound = fid.get("selection_biased"), fid.get("lower_bound")
     if found is None or bound is None:
         return ""
     ratio = f", {found / bound:.3f} times that" if bound > 0 else ""

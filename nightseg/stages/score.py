@@ -3,42 +3,35 @@
 from __future__ import annotations
 
 import io
-import secrets
-import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import astuple
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from nightseg.compute import cluster
 from nightseg.compute.inference import map_shards
 from nightseg.config import MapCompute, Selection
 from nightseg.frames import table as frame
-from nightseg.frames.datasets import list_frames
 from nightseg.frames.images import BadFrame, read_image
 from nightseg.frames.vectors import vector_column, vectors
 from nightseg.measures.frechet import (
     Moments,
     Statistics,
-    check_comparable,
     moments_of_parts,
     read_statistics,
-    statistics_distance,
     write_statistics,
 )
 from nightseg.measures.histogram import NUM_BINS, luminance_histogram
-from nightseg.measures.kernel import KernelDistance, kernel_distance
 from nightseg.measures.scores import SpatialReference, spatial_scores
 from nightseg.measures.scores import spatial_reference as spatial_reference_of
 from nightseg.networks.extractors import build_extractor, identify
 from nightseg.networks.features import Extractor, Identity
 from nightseg.progress import Progress
 from nightseg.storage import Location, UserError, sha256_of
-from nightseg.workspace import Attempt, Commit, Workspace
+from nightseg.workspace import Attempt, Commit
 
 VERSION = 2
 
@@ -68,8 +61,15 @@ class Extraction(NamedTuple):
     @property
     def label(self) -> str:
         """For names of stages: other settings are other features."""
-        words = (self.extractor.replace("/", "-"), self.resize, "fast" if self.mode == "fast" else None)
+        file = sha256_of(self.weights.encode())[:8] if self.weights else None
+        words = (self.extractor.replace("/", "-"), file, self.resize, "fast" if self.mode == "fast" else None)
         return "-".join(word for word in words if word)
+
+    def facts(self) -> dict[str, Any]:
+        """For the key of a stage: what is asked for, and the content of a file of weights if it is there already."""
+        file = Location.of(self.weights) if self.weights else None
+        known = file is not None and file.exists()
+        return {**self._asdict(), "weights_sha256": sha256_of(file.read_bytes()) if file and known else None}
 
 
 def score(
@@ -95,17 +95,14 @@ def score(
     if frames.num_rows == 0:
         raise UserError("there is no frame to score; look at the counts of the datasets that it is made from")
     identity = identify(extraction.extractor, extraction.weights, extraction.resize)
+    precision = _precision(extraction, attempt, compute, progress)
     rows = _described(frames)
+    near = spatial_reference.file(POSITIONS_NAME) if spatial_reference else None
+    worker = {"extraction": extraction, "precision": precision, "weights_sha256": identity.weights_sha256}
     shards = map_shards(
         rows,
         ScoreFrames,
-        {
-            "extraction": extraction,
-            "weights_sha256": identity.weights_sha256,
-            "batch": compute.batch,
-            "positions": positions,
-            "spatial_reference": spatial_reference.file(POSITIONS_NAME) if spatial_reference else None,
-        },
+        worker | {"batch": compute.batch, "positions": positions, "spatial_reference": near},
         attempt=attempt,
         shard_rows=compute.shard_rows,
         actors=compute.actors,
@@ -116,20 +113,37 @@ def score(
     )
     parts = ((attempt.folder / shard.tables["features"].path).read_table()[FEATURES] for shard in shards)
     moments = moments_of_parts((vectors(part).reshape(-1, identity.dims) for part in parts), identity.dims)
-    outputs = _write_statistics(attempt.folder, moments, identity)
+    outputs = _write_statistics(attempt.folder, moments, identity, precision)
     if positions and moments.count:
         firsts = rows[frame.FRAME_ID].take(list(range(0, rows.num_rows, compute.shard_rows))).to_pylist()
-        outputs.append(_merge_positions(attempt.folder, firsts, identity))
-    return attempt.finish(
+        outputs.append(_merge_positions(attempt.folder, firsts, identity, precision))
+    commit = attempt.finish(
         rows_in=frames.num_rows,
         rows_out=moments.count,
         quarantined=sum(shard.rows("quarantine") for shard in shards),
         max_bad_fraction=max_bad_fraction,
         outputs=outputs,
         num_shards=len(shards),
-        summary=_summary(identity),
+        summary=_summary(identity) | {"precision": precision},
         seconds=time.monotonic() - begun,
     )
+    (attempt.folder / _POSITIONS_SCRATCH).delete()  # not before: a pass that is refused now may be given again
+    return commit
+
+
+def _precision(extraction: Extraction, attempt: Attempt, compute: MapCompute, progress: Progress) -> str:
+    """Decided once, here, for all actors and for what continues this attempt: shards must not differ in it."""
+    if extraction.mode == "exact":
+        return "float32"
+    decided = attempt.folder / "precision.json"
+    if not decided.exists():
+        name, weights, resize, _ = extraction
+        on_gpu = compute.gpus_per_actor > 0
+        found = "bfloat16" if on_gpu else build_extractor(name, weights, resize=resize).faster_precision()
+        decided.write_json({"precision": found})
+    precision = str(decided.read_json()["precision"])
+    progress.say(f"{extraction.extractor}: fast mode computes in {precision}")
+    return precision
 
 
 class ScoreFrames:
@@ -138,6 +152,7 @@ class ScoreFrames:
     def __init__(
         self,
         extraction: Extraction,
+        precision: str,
         weights_sha256: str,
         batch: int,
         positions: bool = False,
@@ -145,9 +160,9 @@ class ScoreFrames:
     ) -> None:
         import torch
 
-        name, weights, resize, mode = extraction
+        name, weights, resize, _ = extraction
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.extractor: Extractor = build_extractor(name, weights, device, resize=resize, mode=mode)
+        self.extractor: Extractor = build_extractor(name, weights, device, resize=resize, precision=precision)
         if self.extractor.weights_sha256 != weights_sha256:
             raise UserError(
                 f"{name}: the weights on this node ({self.extractor.identity.file}) are not those of the driver;"
@@ -201,20 +216,19 @@ class ScoreFrames:
         return {"features": pa.table(described), "quarantine": frame.quarantine_table(bad)}
 
 
-def _write_statistics(folder: Location, moments: Moments, identity: Identity) -> list[str]:
+def _write_statistics(folder: Location, moments: Moments, identity: Identity, precision: str) -> list[str]:
     if moments.count < 2:
         return []
-    write_statistics(folder / STATISTICS_NAME, _statistics_of(moments, identity))
+    write_statistics(folder / STATISTICS_NAME, _statistics_of(moments, identity, precision))
     return [STATISTICS_NAME]
 
 
-def _merge_positions(folder: Location, first_frames: list[str], identity: Identity) -> str:
+def _merge_positions(folder: Location, first_frames: list[str], identity: Identity, precision: str) -> str:
     """One file from those of the shards, in the order of the shards: any number of actors gives the same bits."""
     everywhere = Moments(identity.dims)
     for name in first_frames:
         everywhere.merge(_read_moments(folder / _positions_file(name)))
-    write_statistics(folder / POSITIONS_NAME, _statistics_of(everywhere, identity))
-    (folder / _POSITIONS_SCRATCH).delete()
+    write_statistics(folder / POSITIONS_NAME, _statistics_of(everywhere, identity, precision))
     return POSITIONS_NAME
 
 
@@ -236,8 +250,9 @@ def _read_moments(place: Location) -> Moments:
         return moments
 
 
-def _statistics_of(moments: Moments, identity: Identity) -> Statistics:
-    return Statistics(moments.mean, moments.cov, moments.count, identity.name, identity.resize, identity.weights_sha256)
+def _statistics_of(moments: Moments, identity: Identity, precision: str) -> Statistics:
+    name, _, resize, sha256, _ = astuple(identity)
+    return Statistics(moments.mean, moments.cov, moments.count, name, resize, sha256, precision)
 
 
 def _described(frames: pa.Table) -> pa.Table:
@@ -254,117 +269,3 @@ def _summary(identity: Identity) -> dict[str, Any]:
         "resize": identity.resize,
         "weights_sha256": identity.weights_sha256,
     }
-
-
-# -- the distance of two sets, without a run folder ------------------------------------------------------------------
-
-
-class Fid(NamedTuple):
-    """Distances of two sets of frames, and between what and how they were measured."""
-
-    fid: float
-    n_a: int | None  # frames; None = the file of statistics does not say
-    n_b: int | None
-    extractor: str
-    resize: str
-    kid: float | None = None  # None = one set is a file of statistics, which has no features
-    kid_deviation: float | None = None  # standard deviation over its draws
-
-
-class _Side(NamedTuple):
-    statistics: Statistics
-    features: npt.NDArray[np.float32] | None
-
-
-def fid(
-    a: str,
-    b: str,
-    *,
-    extraction: Extraction,
-    compute: MapCompute | None = None,
-    progress: Progress,
-    max_bad_fraction: float = 0.01,
-    folder: Location | None = None,
-    save_statistics: Sequence[str | None] = (None, None),
-) -> Fid:
-    """FID, and KID, between two sets, each an image folder (searched to the bottom), a frame table or an .npz.
-
-    Work goes into a folder below `folder` that is gone afterwards: the system's temporary folder by default; on a
-    cluster of several machines one that all of them see. Ray is joined or started only if there are frames to read.
-    `save_statistics` names .npz files, one a set, that are kept for the next time; pytorch-fid reads them too.
-
-    Raises UserError: a set does not exist, has fewer than 2 good frames, or was measured in another way than the other.
-    """
-    scratch = (folder or Location.of(tempfile.gettempdir())) / f"nightseg-fid-{secrets.token_hex(4)}"
-    measure = partial(
-        score,
-        extraction=extraction,
-        progress=progress,
-        compute=compute or MapCompute(),
-        max_bad_fraction=max_bad_fraction,
-    )
-    was_local = cluster.is_local()
-    found = [_found(Location.of(place)) for place in (a, b)]  # both, before the first is measured
-    _check_before(found, (a, b), extraction)
-    try:
-        first, second = (
-            _side(one, name, measure, scratch / place)
-            for one, name, place in zip(found, (a, b), ("a", "b"), strict=True)
-        )
-    finally:
-        scratch.delete()
-        if cluster.is_local() and not was_local:
-            cluster.disconnect()
-    for side, kept in zip((first, second), save_statistics, strict=True):
-        if kept is not None:
-            write_statistics(Location.of(kept), side.statistics)
-    distance = statistics_distance(first.statistics, second.statistics, (a, b))
-    kernel: KernelDistance | None = None
-    if first.features is not None and second.features is not None:
-        kernel = kernel_distance(first.features, second.features)
-    return Fid(
-        distance,
-        first.statistics.count,
-        second.statistics.count,
-        first.statistics.extractor,
-        first.statistics.resize,
-        kernel.kid if kernel else None,
-        kernel.deviation if kernel else None,
-    )
-
-
-def _found(place: Location) -> Statistics | pa.Table:
-    return read_statistics(place) if place.name.lower().endswith(".npz") else _frames_at(place)
-
-
-def _check_before(found: Sequence[Statistics | pa.Table], names: Sequence[str], extraction: Extraction) -> None:
-    """Refuse what cannot be compared before hours are spent on the frames of one of them."""
-    if all(isinstance(one, Statistics) for one in found):
-        return
-    identity = identify(extraction.extractor, extraction.weights, extraction.resize)
-    nothing = np.zeros((identity.dims, identity.dims))
-    coming = Statistics(nothing[0], nothing, None, identity.name, identity.resize, identity.weights_sha256)
-    first, second = (one if isinstance(one, Statistics) else coming for one in found)
-    check_comparable(first, second, names)
-
-
-def _side(found: Statistics | pa.Table, name: str, measure: Callable[..., Commit], scratch: Location) -> _Side:
-    if isinstance(found, Statistics):
-        return _Side(found, None)
-    stage = Workspace(scratch).stage("score", "fid", version=VERSION, recipe={}, inputs={}, seed=0)
-    commit = measure(found, attempt=stage.open())
-    if not commit.has(STATISTICS_NAME):
-        raise UserError(f"{name}: has {commit.rows_out} good frame; a covariance needs at least 2")
-    return _Side(read_statistics(commit.file(STATISTICS_NAME)), vectors(commit.table("features")[FEATURES]))
-
-
-def _frames_at(place: Location) -> pa.Table:
-    """A frame table from a Parquet file, or from all images below a folder."""
-    if place.name.lower().endswith(".parquet"):
-        if not place.exists():
-            raise UserError(f"{place}: there is no such frame table; check the path")
-        frames = frame.resolve(place.read_table(), place.parent)
-        frame.check_frames(frames)
-        return frames
-    found = list_frames("images", place, dataset=place.name, labelled=False)
-    return frame.frame_table({frame.FRAME_ID: one.frame_id, frame.URI: one.uri} for one in found)

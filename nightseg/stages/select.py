@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
@@ -37,6 +38,7 @@ CURVE_SHARES: Final = tuple(step / 20 for step in range(1, 21))  # 5 % to 100 % 
 _FEATURES = "features"
 _HISTOGRAM = "histogram"
 _SPATIAL = "spatial"
+_SPATIAL_ERROR = "spatial_error"
 
 
 class Rules(NamedTuple):
@@ -127,12 +129,15 @@ def _watcher(task: Task) -> Callable[[float, float], None]:
 
 
 def _scored(commit: Commit) -> _Scored:
+    if commit.rows_out == 0:
+        bad = [row[frame.REASON] for row in commit.table("quarantine").to_pylist()[:3]]
+        raise UserError(f"{commit.name}: none of its {commit.rows_in} frames could be read: {', '.join(bad)}")
     table = commit.table("features")
     described = Described(
         table[frame.FRAME_ID].to_pylist(),
         vectors(table[_FEATURES]),
         vectors(table[_HISTOGRAM]),
-        table[_SPATIAL].to_numpy() if _SPATIAL in table.column_names else None,
+        *(table[name].to_numpy() if name in table.column_names else None for name in (_SPATIAL, _SPATIAL_ERROR)),
     )
     return _Scored(described, table[frame.SHA256].to_pylist())
 
@@ -153,6 +158,11 @@ def _repeats(pool: Described, rules: Rules, count: int) -> npt.NDArray[np.int64]
     return repeats
 
 
+def _natural(frame_id: str) -> list[tuple[int, str]]:
+    """A key by which frame 9 comes before frame 10, whether or not numbers are padded with zeros."""
+    return [(int(word), "") if word.isdigit() else (-1, word) for word in re.split(r"([0-9]+)", frame_id)]
+
+
 def _limits(pool_frames: pa.Table, pool: Described, rules: Rules) -> Limits:
     """Sequences as numbers and places in them; a frame without a sequence is one of its own."""
     if rules.quota is None and rules.gap is None:
@@ -164,7 +174,7 @@ def _limits(pool_frames: pa.Table, pool: Described, rules: Rules) -> Limits:
             f" fill the column `{frame.SEQUENCE}` of the frame table"
         )
     members: dict[str, list[str]] = {}
-    for name in sorted(sequence):  # places count all frames of the pool, duplicates too
+    for name in sorted(sequence, key=_natural):  # places count all frames of the pool, duplicates too
         members.setdefault(sequence[name] or f"\0{name}", []).append(name)
     where = {name: (group, place) for group, names in enumerate(members.values()) for place, name in enumerate(names)}
     groups, places = zip(*(where[name] for name in pool.frame_ids), strict=True)
@@ -299,7 +309,8 @@ def _distances(
 def _curve(pool: Described, target: Gaussian | None, choice: Choice, progress: Progress) -> dict[str, list[float]]:
     """FID of the first frames in the order of the method, for 5 % to 100 % of the pool."""
     size = len(pool.frame_ids)
-    counts = sorted({max(2, round(share * size)) for share in CURVE_SHARES}) if target and size > 1 else []
+    marks = {*(max(2, round(share * size)) for share in CURVE_SHARES), max(2, len(choice.chosen))}
+    counts = sorted(marks) if target and size > 1 else []
     values: list[float] = []
     with progress.task("FID against the number of frames", len(counts), "points") as task:
         if target is not None and counts:

@@ -267,7 +267,8 @@ def test_the_parts_that_features_come_in_change_no_bit(sizes: list[int]) -> None
     np.testing.assert_allclose(found.cov, np.cov(rows.astype(np.float64).T), rtol=1e-10)
 
 
-def test_what_is_cut_off_of_a_covariance_is_told() -> None:
-    matrix = np.diag([4.0, 1.0, -0.25])
-    assert gaussian_of_moments(np.zeros(3), matrix).clipped == pytest.approx(0.25)
+def test_what_is_cut_off_of_a_covariance_is_told_and_must_be_small() -> None:
+    assert gaussian_of_moments(np.zeros(3), np.diag([4.0, 1.0, -1e-5])).clipped == pytest.approx(1e-5)
     assert gaussian_of_moments(np.zeros(3), np.eye(3)).clipped == 0.0
+    with pytest.raises(ValueError, match=r"negative eigenvalues sum to -0\.25"):
+        gaussian_of_moments(np.zeros(3), np.diag([4.0, 1.0, -0.25]))

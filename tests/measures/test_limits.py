@@ -63,3 +63,8 @@ def test_a_choice_that_fits_is_found_even_if_the_best_frame_is_in_the_way() -> N
     both = Limits(np.array([0, 0, 0, 0, 0, 1]), np.array([0, 1, 2, 3, 4, 0]), quota=2, gap=2)
     assert both.room() == 3
     assert both.filled([2, 1, 3, 0, 4, 5], 3).tolist() == [2, 0, 5]
+
+
+def test_copies_are_found_at_a_cosine_of_one() -> None:
+    rows = np.random.default_rng(1).normal(size=(40, 1280)).astype(np.float32)
+    assert (near_duplicates(np.vstack([rows, rows]), 1.0)[40:] == np.arange(40)).all()

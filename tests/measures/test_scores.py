@@ -3,6 +3,7 @@ import pytest
 
 from nightseg.measures import scores
 from nightseg.measures.frechet import frechet_distance, gaussian_of_features, gaussian_of_moments
+from nightseg.storage import UserError
 
 
 def test_pooled_is_the_frechet_distance_of_a_single_frame() -> None:
@@ -52,7 +53,7 @@ def test_mahalanobis_of_a_singular_covariance_is_shrunk() -> None:
     assert np.isfinite(got).all()
     assert (got > 0).all()
     assert 0 < scores.shrinkage(reference, 5) <= 1
-    with pytest.raises(ValueError, match="no spread"):
+    with pytest.raises(UserError, match="without a spread"):
         scores.mahalanobis_scores(np.zeros((1, 3)), gaussian_of_features(np.ones((4, 3))), 4)
 
 

@@ -55,16 +55,12 @@ def test_positions_average_to_the_features(lite0: Extractor) -> None:
     assert lite0.with_positions([])[0].shape == (0, 1280)
 
 
-def test_fast_mode_takes_what_a_probe_finds_faster(monkeypatch: pytest.MonkeyPatch, lite0: Extractor) -> None:
+def test_bfloat16_is_close_and_a_probe_says_whether_it_pays(lite0: Extractor) -> None:
     frames = images([(40, 60), (64, 64)])
-    for faster, precision in ((True, "bfloat16"), (False, "float32")):
-        monkeypatch.setattr(Extractor, "_bfloat16_is_faster", lambda self, faster=faster: faster)
-        fast = build_extractor("efficientnet_lite0", mode="fast")
-        assert fast.precision == precision
-        apart = np.linalg.norm(fast(frames) - lite0(frames)) / np.linalg.norm(lite0(frames))
-        assert apart < 0.1 and (apart > 0) == faster
-    monkeypatch.undo()
-    assert build_extractor("efficientnet_lite0", mode="fast").precision in ("float32", "bfloat16")
+    fast = build_extractor("efficientnet_lite0", precision="bfloat16")
+    apart = np.linalg.norm(fast(frames) - lite0(frames)) / np.linalg.norm(lite0(frames))
+    assert 0 < apart < 0.1
+    assert lite0.faster_precision() in ("float32", "bfloat16")
     assert lite0.precision == "float32"
 
 

@@ -15,14 +15,13 @@ from nightseg.config import MapCompute
 from nightseg.frames.images import encode_png
 from nightseg.frames.table import frame_table
 from nightseg.frames.vectors import vectors
-from nightseg.measures.frechet import Statistics, frechet_distance, read_statistics, write_statistics
+from nightseg.measures.frechet import read_statistics
 from nightseg.measures.histogram import luminance_histogram
-from nightseg.measures.kernel import kernel_distance
 from nightseg.measures.scores import spatial_reference, spatial_scores
 from nightseg.networks.extractors import build_extractor
 from nightseg.progress import SilentProgress
 from nightseg.stages import score as stage
-from nightseg.storage import Location, UserError, sha256_of
+from nightseg.storage import UserError, sha256_of
 from nightseg.workspace import Commit, Workspace
 
 LITE0 = "efficientnet_lite0"
@@ -151,63 +150,6 @@ def test_positions_of_a_reference_and_spatial_scores_of_a_pool(without_ray: None
     wanted, error = spatial_scores(maps, spatial_reference(positions.mean, positions.cov))
     np.testing.assert_allclose(table["spatial"].to_numpy(), wanted, rtol=1e-4)
     np.testing.assert_allclose(table["spatial_error"].to_numpy(), error, rtol=1e-2, atol=1e-3)
-
-
-# -- the distance of two sets ----------------------------------------------------------------------------------------
-
-
-def distance(a: Path | str, b: Path | str, tmp_path: Path, **settings: Any) -> stage.Fid:
-    extraction = stage.Extraction(settings.pop("extractor", LITE0), mode=settings.pop("mode", "exact"))
-    settings = {"extraction": extraction, "progress": SilentProgress()} | settings
-    return stage.fid(str(a), str(b), folder=Location.of(tmp_path / "work"), **settings)
-
-
-def test_fid_of_folder_table_and_file_agree(without_ray: None, tmp_path: Path) -> None:
-    folder_of(tmp_path / "a" / "nested", range(5))
-    Location.of(tmp_path / "b.parquet").write_table(folder_of(tmp_path / "b", range(5, 9)))
-    got = distance(tmp_path / "a", tmp_path / "b.parquet", tmp_path)
-    assert (got.n_a, got.n_b, got.extractor, got.resize) == (5, 4, LITE0, "clean")
-    features = [
-        build_extractor(LITE0)([image(seed) for seed in seeds]).astype(np.float64) for seeds in (range(5), range(5, 9))
-    ]
-    sides = [(rows.mean(0), np.cov(rows.T)) for rows in features]
-    assert got.fid == pytest.approx(frechet_distance(*sides[0], *sides[1]), rel=1e-5)
-    kernel = kernel_distance(*features)
-    assert (got.kid, got.kid_deviation) == (
-        pytest.approx(kernel.kid, rel=1e-4),
-        pytest.approx(kernel.deviation, rel=1e-4),
-    )
-    weights = build_extractor(LITE0).weights_sha256
-    write_statistics(Location.of(tmp_path / "b.npz"), Statistics(*sides[1], 4, LITE0, "clean", weights))
-    half = distance(tmp_path / "a", tmp_path / "b.npz", tmp_path, save_statistics=(str(tmp_path / "a.npz"), None))
-    assert half.fid == pytest.approx(got.fid, rel=1e-5) and half.kid is None
-    kept = distance(tmp_path / "a.npz", tmp_path / "b.npz", tmp_path)
-    assert kept.fid == half.fid and kept.n_a == 5
-    assert distance(tmp_path / "a", tmp_path / "a", tmp_path).fid == pytest.approx(0, abs=1e-6)
-    assert not list((tmp_path / "work").iterdir())  # nothing is left behind
-
-
-def test_fid_of_two_files_needs_no_network_and_no_weights(tmp_path: Path) -> None:
-    for name, shift in (("a", 0.0), ("b", 2.0)):
-        np.savez(tmp_path / f"{name}.npz", mu=np.full(6, shift), sigma=np.eye(6))
-    got = distance(tmp_path / "a.npz", tmp_path / "b.npz", tmp_path, extractor="inception")
-    assert got == stage.Fid(pytest.approx(24), None, None, "", "")  # type: ignore[arg-type]
-
-
-def test_fid_refuses_what_does_not_compare(without_ray: None, tmp_path: Path) -> None:
-    folder_of(tmp_path / "a", range(2))
-    np.savez(tmp_path / "pytorch_fid.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    with pytest.raises(UserError, match=r"extractor of .*a is efficientnet_lite0"):
-        distance(tmp_path / "a", tmp_path / "pytorch_fid.npz", tmp_path)
-    folder_of(tmp_path / "one", range(1))
-    with pytest.raises(UserError, match="at least 2"):
-        distance(tmp_path / "one", tmp_path / "a", tmp_path)
-    for missing in ("absent", "absent.parquet", "absent.npz"):
-        with pytest.raises(UserError, match="absent"):
-            distance(tmp_path / missing, tmp_path / "a", tmp_path)
-    folder_of(tmp_path / "bad", range(2), broken=1)
-    with pytest.raises(UserError, match="not_an_image"):
-        distance(tmp_path / "bad", tmp_path / "a", tmp_path)
 
 
 @pytest.mark.ray

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from nightseg.frames.table import FRAME_SCHEMA, check_frames, frame_table
+from nightseg.frames.table import FRAME_SCHEMA, check_frames, frame_table, quarantine_table
 from nightseg.frames.vectors import vector_column
 from nightseg.measures.frechet import frechet_distance
 from nightseg.progress import SilentProgress
@@ -272,3 +272,22 @@ def test_tests_that_share_nothing_pass_and_a_shared_pool_is_stated(tmp_path: Pat
     nameless = frame_table([{"frame_id": "t", "uri": "/t.png"}])
     commit = chosen(tmp_path, test_frames={"a": frames_of(2, "pool"), "b": frames_of(2, "elsewhere"), "c": nameless})
     assert commit.json("evidence.json")["shared_with_tests"] == {"a": 2, "b": 0, "c": 0}
+
+
+def test_a_set_whose_frames_are_all_broken_is_named(tmp_path: Path) -> None:
+    node = Workspace(tmp_path / "run").stage("score", "reference", version=1, recipe={}, inputs={}, seed=0)
+    attempt = node.open()
+    bad = [{"frame_id": "a", "uri": "/a.png", "reason": "not_an_image", "detail": ""}]
+    (attempt.folder / "quarantine.parquet").write_table(quarantine_table(bad))
+    broken = attempt.finish(rows_in=1, rows_out=0, quarantined=1, max_bad_fraction=1.0, outputs=["quarantine.parquet"])
+    for method in ("fid-subset", "herding", "histogram", "random"):
+        with pytest.raises(UserError, match="reference: none of its 1 frames could be read: not_an_image"):
+            chosen(tmp_path / method, method, reference=broken)
+
+
+def test_places_in_a_drive_follow_the_numbers_in_the_ids(tmp_path: Path) -> None:
+    pool = frame_table({"frame_id": f"a/{i}", "uri": f"/{i}.png", "sha256": f"{i}", "sequence": "a"} for i in range(12))
+    made = scored(tmp_path, pool, POOL[:12])
+    commit = chosen(tmp_path, count=6, pool=pool, pool_scores=made, rules=stage.Rules(gap=2))
+    places = sorted(int(name[2:]) for name in ids(commit))
+    assert all(later - earlier >= 2 for earlier, later in itertools.pairwise(places))
