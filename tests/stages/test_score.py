@@ -19,6 +19,7 @@ from nightseg.measures.frechet import read_statistics
 from nightseg.measures.histogram import luminance_histogram
 from nightseg.measures.scores import spatial_reference, spatial_scores
 from nightseg.networks.extractors import build_extractor
+from nightseg.networks.features import Extractor
 from nightseg.progress import SilentProgress
 from nightseg.stages import score as stage
 from nightseg.storage import UserError, sha256_of
@@ -76,7 +77,9 @@ def scored(tmp_path: Path, frames: pa.Table, shard_rows: int = 3, **settings: An
     node = Workspace(tmp_path / f"run{shard_rows}").stage(
         "score", "d", version=stage.VERSION, recipe={}, inputs={}, seed=0
     )
-    extraction = stage.Extraction(settings.pop("extractor", LITE0), settings.pop("weights", None))
+    extraction = stage.Extraction(
+        settings.pop("extractor", LITE0), settings.pop("weights", None), mode=settings.pop("mode", "exact")
+    )
     settings = {"max_bad_fraction": 1.0} | settings
     return stage.score(
         frames,
@@ -150,6 +153,36 @@ def test_positions_of_a_reference_and_spatial_scores_of_a_pool(without_ray: None
     wanted, error = spatial_scores(maps, spatial_reference(positions.mean, positions.cov))
     np.testing.assert_allclose(table["spatial"].to_numpy(), wanted, rtol=1e-4)
     np.testing.assert_allclose(table["spatial_error"].to_numpy(), error, rtol=1e-2, atol=1e-3)
+
+
+def test_a_pass_with_positions_that_was_refused_can_be_given_again(without_ray: None, tmp_path: Path) -> None:
+    frames = folder_of(tmp_path / "r", range(3), broken=1)
+    for _ in range(2):
+        with pytest.raises(UserError, match="not_an_image"):
+            scored(tmp_path, frames, shard_rows=2, positions=True, max_bad_fraction=0.0)
+    commit = scored(tmp_path, frames, shard_rows=2, positions=True)
+    assert read_statistics(commit.file("positions.npz")).count == 3 * 49
+
+
+def test_fast_mode_is_decided_once_and_kept(without_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = folder_of(tmp_path / "d", range(2))
+    monkeypatch.setattr(Extractor, "faster_precision", lambda self: "bfloat16")
+    with pytest.raises(UserError):
+        scored(tmp_path, folder_of(tmp_path / "d", range(2), broken=1), mode="fast", max_bad_fraction=0.0)
+    monkeypatch.setattr(Extractor, "faster_precision", lambda self: "float32")
+    commit = scored(tmp_path, frames, mode="fast")
+    assert commit.summary["precision"] == "bfloat16"
+    assert read_statistics(commit.file("statistics.npz")).precision == "bfloat16"
+
+
+def test_files_of_weights_are_part_of_name_and_key(tmp_path: Path) -> None:
+    (tmp_path / "one.pth").write_bytes(b"1")
+    one, two = (stage.Extraction("resnet18", str(tmp_path / name)) for name in ("one.pth", "two.pth"))
+    assert len({one.label, two.label, stage.Extraction("resnet18").label}) == 3
+    first = one.facts()
+    (tmp_path / "one.pth").write_bytes(b"2")
+    assert first != one.facts() and two.facts()["weights_sha256"] is None
+    assert stage.Extraction("timm/x", resize="clean", mode="fast").label == "timm-x-clean-fast"
 
 
 @pytest.mark.ray
