@@ -148,8 +148,9 @@ def line(
     description: str,
     marks: Mapping[str, float] | None = None,
 ) -> Chart:
-    """One line through points, from zero up; `marks` are named values on the x axis."""
-    horizontal, vertical = _axes(min(x), max(x), max(y))
+    """One line through points, a little room below the lowest; `marks` are named values on the x axis."""
+    horizontal = _Axis(min(x), max(x), LEFT, WIDTH - RIGHT)
+    vertical = _Axis(min(y) - 0.1 * (max(y) - min(y)), max(y), HEIGHT - BOTTOM, TOP)
     points = " ".join(f"{horizontal.place(a)},{vertical.place(b)}" for a, b in zip(x, y, strict=True))
     named = tuple(Tick(horizontal.place(value), name) for name, value in (marks or {}).items())
     return Chart((), (Line(points, kind),), named, horizontal.ticks(), vertical.ticks(), (kind,), description)
