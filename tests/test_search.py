@@ -190,6 +190,8 @@ TINY = [
     "training.warmup_steps=0",
     "training.batch=2",
     "training.crop=[64, 128]",
+    "models.day_and_night.training=null",
+    "models.self_trained.training=null",
     "models.self_trained.validate_on=[night_val]",
     "models.self_trained.loss={kind: combined}",
 ]

@@ -191,7 +191,11 @@ def test_epochs_that_nobody_watched_are_reported_from_the_history(
 
 
 def test_epochs_without_validation_are_not_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    trials = changed(trials_of(tmp_path), "training.validate_every=2", "training.epochs=5")
+    trials = changed(
+        trials_of(tmp_path),
+        "models.self_trained.training.validate_every=2",
+        "models.self_trained.training.epochs=5",
+    )
     figures = [
         {"epoch": 1.0},
         {"epoch": 2.0, "miou": 0.2},
