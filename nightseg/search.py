@@ -56,7 +56,7 @@ def search(file: str, overrides: Sequence[str] = (), *, run_dir: str | None = No
         identity = hash_of([trials.name(trials.first), settings.model_dump(mode="json")])
         rows = _finished(folder, identity)
         if rows is None:
-            cluster.connect()
+            cluster.connect(dashboard=True)
             rows = _tune(trials, identity, progress)
         best = _best(rows, folder)
         best_recipe = folder / "best.yaml"

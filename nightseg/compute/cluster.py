@@ -59,11 +59,13 @@ CLUSTER_ENVIRONMENT = {
 _started_here = False
 
 
-def connect(num_cpus: int | None = None) -> None:
+def connect(num_cpus: int | None = None, *, dashboard: bool = False) -> None:
     """Join the cluster of RAY_ADDRESS or of the surrounding Ray job, else start a quiet local Ray. Idempotent.
 
     Args:
         num_cpus: CPUs of a local Ray; null = the cores this process may use. Ignored where a cluster is joined.
+        dashboard: a local Ray serves its dashboard, on loopback. Without it Ray cannot see that a training was stopped
+            from outside, and keeps its CPUs reserved for ever: work that stops trainings early needs it.
 
     Raises:
         UserError: RAY_ADDRESS is not the address of a cluster, the cluster does not answer, or it wants a token.
@@ -77,7 +79,7 @@ def connect(num_cpus: int | None = None) -> None:
     if address and address != "local":
         _join(address)
     else:
-        _start(num_cpus)
+        _start(num_cpus, dashboard)
     hide_daemons()
 
 
@@ -158,7 +160,7 @@ def _set_defaults(environment: Mapping[str, str]) -> None:
         os.environ.setdefault(name, value)
 
 
-def _start(num_cpus: int | None) -> None:
+def _start(num_cpus: int | None, dashboard: bool) -> None:
     global _started_here
     import ray
 
@@ -167,7 +169,7 @@ def _start(num_cpus: int | None) -> None:
     ray.init(
         address="local",
         num_cpus=num_cpus or len(os.sched_getaffinity(0)),
-        include_dashboard=False,
+        include_dashboard=dashboard,
         object_store_memory=_object_store_bytes(),
         log_to_driver=wants_logs(),
         logging_level="ERROR",
