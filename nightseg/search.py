@@ -52,10 +52,14 @@ def search(file: str, overrides: Sequence[str] = (), *, run_dir: str | None = No
     with Workspace(folder).lock(), cluster.left_as_found():
         trials = Trials(settings, folder)
         save_recipe(load_recipe(recipe_file, settings.set), trials.recipe_file)
+        if not (folder / "trials.json").exists():
+            cluster.connect(dashboard=True)  # before a stage of the base starts a Ray without one
         trials = _founded(trials, progress)
         identity = hash_of([trials.name(trials.first), settings.model_dump(mode="json")])
         rows = _finished(folder, identity)
         if rows is None:
+            if cluster.is_local() and (folder / "trials.json").exists():
+                cluster.disconnect()
             cluster.connect(dashboard=True)
             rows = _tune(trials, identity, progress)
         best = _best(rows, folder)
