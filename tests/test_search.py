@@ -50,6 +50,24 @@ def test_the_search_of_the_demo_is_right() -> None:
     assert settings.trials == 4 and set(settings.space) >= {ALPHA, COUNT}
 
 
+def test_ray_is_started_with_the_dashboard_that_frees_stopped_trials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray asks its dashboard whether the training of a stopped trial still lives; without one its CPUs stay taken."""
+    from nightseg.compute import cluster
+
+    asked: list[bool] = []
+
+    def connect(*, dashboard: bool = False) -> None:
+        asked.append(dashboard)
+        raise InterruptedError
+
+    monkeypatch.setattr(cluster, "connect", connect)
+    with pytest.raises(InterruptedError):
+        search(str(CONFIGS / "search.yaml"), [], run_dir=str(tmp_path / "run"), progress=SilentProgress())
+    assert asked == [True]
+
+
 def test_everything_that_is_wrong_is_in_one_message(tmp_path: Path) -> None:
     message = refused(
         tmp_path,
