@@ -33,8 +33,8 @@ Indices = npt.NDArray[np.int64]
 TIGHT_ENOUGH: Final = 1e-3
 """Relative distance of the bound at which the search ends: frames that differ by less do not differ."""
 
-_ITERATIONS: Final = (12, 1000)  # fewest, most; in between as many as their work allows
-_EXCHANGES: Final = (4, 150)
+_ITERATIONS: Final = (45, 1000)  # fewest, most; in between as many as their work allows
+_EXCHANGES: Final = (8, 150)
 _MEMORIES: Final = (0.0, 0.8, 0.95)  # of the running means of gradients that give bounds
 _MIXED_IN = 0.1  # of the fractional solution, where a gradient at the subset itself may not exist
 _LONGEST_STEP = 0.99  # a step of 1 would end at a corner, where the covariance may be singular and has no gradient
