@@ -97,7 +97,7 @@ def score(
     identity = identify(extraction.extractor, extraction.weights, extraction.resize)
     precision = _precision(extraction, attempt, compute, progress)
     rows = _described(frames)
-    near = spatial_reference.file(POSITIONS_NAME) if spatial_reference else None
+    near = _positions_of(spatial_reference) if spatial_reference else None
     worker = {"extraction": extraction, "precision": precision, "weights_sha256": identity.weights_sha256}
     shards = map_shards(
         rows,
@@ -129,6 +129,12 @@ def score(
     )
     (attempt.folder / _POSITIONS_SCRATCH).delete()  # not before: a pass that is refused now may be given again
     return commit
+
+
+def _positions_of(reference: Commit) -> Location:
+    if not reference.has(POSITIONS_NAME):
+        raise UserError(f"{reference.name}: none of its {reference.rows_in} frames could be read to be close to")
+    return reference.file(POSITIONS_NAME)
 
 
 def _precision(extraction: Extraction, attempt: Attempt, compute: MapCompute, progress: Progress) -> str:

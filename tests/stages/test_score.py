@@ -189,3 +189,9 @@ def test_files_of_weights_are_part_of_name_and_key(tmp_path: Path) -> None:
 def test_through_ray(ray_cluster: None, tmp_path: Path) -> None:
     frames = folder_of(tmp_path / "d", range(4))
     check(scored(tmp_path, frames), frames)
+
+
+def test_a_spatial_reference_without_a_good_frame_is_named(without_ray: None, tmp_path: Path) -> None:
+    near = scored(tmp_path / "near", folder_of(tmp_path / "r", range(0), broken=2), positions=True)
+    with pytest.raises(UserError, match="d: none of its 2 frames could be read"):
+        scored(tmp_path / "pool", folder_of(tmp_path / "d", range(2)), spatial_reference=near)
