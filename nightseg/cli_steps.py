@@ -41,7 +41,7 @@ def _extractor_options(command: Callable[..., Any]) -> Callable[..., Any]:
         default="inception",
         show_default=True,
         callback=_checked_extractor,
-        help="Network whose features are compared (two .npz files need none). inception: pytorch-fid's (also inception_768, _192, _64); "
+        help="Network whose features are compared. inception: pytorch-fid's (also inception_768, _192, _64); "
         "efficientnet_lite0: needs no download; resnet18 to resnet152; timm/NAME with --weights.",
     )(command)
 
