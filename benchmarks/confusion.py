@@ -24,8 +24,9 @@ def contest(size: Size) -> Contest:
     random = np.random.default_rng(0)
     frames = [_frame(random, height, width) for _ in range(num_frames)]
 
-    def check(ours: npt.NDArray[np.int64], peer: npt.NDArray[np.int64]) -> None:
+    def check(ours: npt.NDArray[np.int64], peer: npt.NDArray[np.int64]) -> str:
         assert np.array_equal(ours, peer), "confusion: the matrices differ"
+        return "equal"
 
     return Contest(
         name="confusion",

@@ -20,17 +20,19 @@ Size = Literal["tiny", "default", "full"]
 
 @dataclass(frozen=True)
 class Contest:
-    """What is compared. `check` raises AssertionError unless the two answers are the same."""
+    """What is compared. `check` raises AssertionError unless the two answers agree, and says how closely they do."""
 
     name: str
     work: str  # in words, with its size
     peer: str  # package, version and function, or the formula
     run_ours: Callable[[], Any]
     run_peer: Callable[[], Any]
-    check: Callable[[Any, Any], None]
+    check: Callable[[Any, Any], str]
     ours_units: int = 1  # pieces of work in one run, where the peer is too slow to do as many
     peer_units: int = 1
     allocations: bool = False  # compare peaks of traced memory too: NumPy's arrays are traced, PyTorch's are not
+    elsewhere: bool = False  # work is done in other processes: the CPU time of this one says nothing
+    close: Callable[[], None] = lambda: None  # end what was started for it
 
 
 class Seconds(NamedTuple):
@@ -46,6 +48,7 @@ class Outcome(NamedTuple):
     contest: Contest
     ours: list[Seconds]
     peer: list[Seconds]
+    agreement: str
     peaks: tuple[int, int] | None = None  # bytes that ours and the peer allocate at most, beyond their input
 
     def median(self, side: Literal["ours", "peer"], clock: Literal["wall", "cpu"]) -> float:
@@ -54,24 +57,27 @@ class Outcome(NamedTuple):
         return statistics.median(seconds.wall if clock == "wall" else seconds.cpu for seconds in times) / units
 
     def ratio(self, clock: Literal["wall", "cpu"]) -> float:
-        """How many times as long the peer takes; below 1 it is the faster one."""
-        return self.median("peer", clock) / self.median("ours", clock)
+        """Our time as a share of the peer's: below 1 ours is the faster one."""
+        return self.median("ours", clock) / self.median("peer", clock)
 
 
 def hold(contest: Contest, rounds: int) -> Outcome:
     """Check that both give the same answer, which also warms them up; then time `rounds` rounds."""
-    peaks = None
-    if contest.allocations:
-        (ours, first), (peer, second) = _traced(contest.run_ours), _traced(contest.run_peer)
-        peaks = (first, second)
-        contest.check(ours, peer)
-    else:
-        contest.check(contest.run_ours(), contest.run_peer())
-    outcome = Outcome(contest, [], [], peaks)
-    sides = [(contest.run_ours, outcome.ours), (contest.run_peer, outcome.peer)]
-    for number in range(rounds):
-        for run, times in sides if number % 2 == 0 else reversed(sides):
-            times.append(_timed(run))
+    try:
+        peaks = None
+        if contest.allocations:
+            (ours, first), (peer, second) = _traced(contest.run_ours), _traced(contest.run_peer)
+            peaks = (first, second)
+            agreement = contest.check(ours, peer)
+        else:
+            agreement = contest.check(contest.run_ours(), contest.run_peer())
+        outcome = Outcome(contest, [], [], agreement, peaks)
+        sides = [(contest.run_ours, outcome.ours), (contest.run_peer, outcome.peer)]
+        for number in range(rounds):
+            for run, times in sides if number % 2 == 0 else reversed(sides):
+                times.append(_timed(run))
+    finally:
+        contest.close()
     return outcome
 
 

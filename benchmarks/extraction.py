@@ -47,7 +47,7 @@ def fast(size: Size) -> Contest:
 
 def _contest(size: Size, mode: str) -> Contest:
     files = _files(FILES[size])
-    theirs, state = _networks()
+    theirs, state = inception_networks()
     identity = Identity("inception", 2048, "pytorch-fid", "", Location.of("."))
     network = fold_batch_norms(inception_network(dict(state)).eval())
     ours = Extractor(identity, network, side=299)
@@ -58,10 +58,11 @@ def _contest(size: Size, mode: str) -> Contest:
         parts = [files[start : start + BATCH] for start in range(0, len(files), BATCH)]
         return np.concatenate([ours([read_image(Location.of(file)) for file in part]) for part in parts])
 
-    def check(mine: npt.NDArray[np.float32], peer: npt.NDArray[np.float64]) -> None:
+    def check(mine: npt.NDArray[np.float32], peer: npt.NDArray[np.float64]) -> str:
         distances = [_halves(features) for features in (mine, peer)]
         apart = abs(distances[0] - distances[1]) / distances[1]
         assert apart <= TOLERANCE[mode][size], f"extraction {mode}: FID of the halves {distances}, {apart:.2g} apart"
+        return f"FID between the halves {apart:.1g} apart"
 
     return Contest(
         name=f"extraction_{mode}",
@@ -92,7 +93,7 @@ def _files(count: int) -> list[str]:
 
 
 @cache
-def _networks() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+def inception_networks() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     """pytorch-fid's network with random weights that keep the features alive, and these weights."""
     state: dict[str, torch.Tensor] = {}
     original = pytorch_fid.inception._inception_v3

@@ -1,0 +1,103 @@
+"""The scoring pass on Ray Data, its actors' start included, against a bare loop of the same extractor, same files."""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import os
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import ray
+import torch
+from PIL import Image
+
+from benchmarks.contest import Contest, Size
+from nightseg.compute import cluster
+from nightseg.config import MapCompute
+from nightseg.frames.images import read_image
+from nightseg.frames.scenes import scene
+from nightseg.frames.table import frame_table
+from nightseg.frames.vectors import vectors
+from nightseg.networks.extractors import build_extractor
+from nightseg.progress import SilentProgress
+from nightseg.stages import score as stage
+from nightseg.storage import Location
+from nightseg.workspace import Workspace
+
+FRAMES: dict[Size, int] = {"tiny": 12, "default": 1000, "full": 6000}
+DISTINCT: dict[Size, int] = {"tiny": 4, "default": 100, "full": 200}
+HEIGHT, WIDTH = 288, 512  # of the JPEG files
+BATCH = 16
+EXTRACTOR = "efficientnet_lite0"
+
+
+def contest(size: Size) -> Contest:
+    frames = _frames(FRAMES[size], DISTINCT[size])
+    cores = torch.get_num_threads()
+    runs = Path(tempfile.mkdtemp(prefix="nightseg-benchmark-"))
+    number = itertools.count()
+    cluster.connect(cores)
+
+    def ours() -> npt.NDArray[np.float32]:
+        compute = MapCompute(actors=cores, cpus_per_actor=1, batch=BATCH, shard_rows=max(4, len(frames) // 60))
+        node = Workspace(runs / str(next(number))).stage(
+            "score", "pool", version=stage.VERSION, recipe={}, inputs={}, seed=0
+        )
+        commit = stage.score(
+            frames,
+            stage.Extraction(EXTRACTOR),
+            attempt=node.open(),
+            progress=SilentProgress(),
+            compute=compute,
+            max_bad_fraction=0.0,
+        )
+        return vectors(commit.table("features")["features"])
+
+    extractor = build_extractor(EXTRACTOR)
+
+    def bare_loop() -> npt.NDArray[np.float32]:
+        files = frames["uri"].to_pylist()
+        parts = [files[start : start + BATCH] for start in range(0, len(files), BATCH)]
+        return np.concatenate([extractor([read_image(Location.of(file)) for file in part]) for part in parts])
+
+    def check(mine: npt.NDArray[np.float32], theirs: npt.NDArray[np.float32]) -> str:
+        apart = float(np.abs(mine - theirs).max() / np.abs(theirs).max())
+        assert mine.shape == theirs.shape and apart < 1e-5, apart
+        return f"features {apart:.1g} apart"
+
+    def close() -> None:
+        ray.shutdown()
+        shutil.rmtree(runs, ignore_errors=True)
+
+    return Contest(
+        name="ray_pass",
+        work=f"scoring of {len(frames):,} JPEG files {WIDTH} x {HEIGHT} by {EXTRACTOR}, {cores} actors",
+        peer=f"bare loop of the same extractor, {cores} threads, kept in memory",
+        run_ours=ours,
+        run_peer=bare_loop,
+        check=check,
+        elsewhere=True,
+        close=close,
+    )
+
+
+@cache
+def _frames(count: int, distinct: int) -> pa.Table:
+    """A pool of `count` files; scenes take time to draw, so they recur."""
+    folder = Path(tempfile.mkdtemp(prefix="nightseg-benchmark-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for index in range(distinct):
+        pixels = np.asarray(scene(0, index, "day", HEIGHT, WIDTH)[0])
+        Image.fromarray(pixels).save(folder / f"{index}.jpg", quality=90)
+    rows = []
+    for index in range(count):
+        file = folder / f"{index:06d}.jpg"
+        os.link(folder / f"{index % distinct}.jpg", file)
+        rows.append({"frame_id": f"pool/{index:06d}", "uri": str(file), "domain": "unknown"})
+    return frame_table(rows)
