@@ -29,7 +29,7 @@ def command(contests: ModuleType) -> ModuleType:
 
 def test_every_benchmark_runs_at_a_tiny_size_and_leaves_its_measurements(command: ModuleType, tmp_path: Path) -> None:
     # Ray 2.60 warns about its own settings, as in pyproject.toml.
-    warnings = ["-W", "error", "-W", "ignore:`use_push_based_shuffle` is deprecated:DeprecationWarning"]
+    warnings = ["-W", "error", "-W", "ignore::DeprecationWarning:ray.data.context"]
     words = [sys.executable, *warnings, "-m", "benchmarks", "--tiny", "--rounds", "2", "--out", str(tmp_path)]
     ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 0, ended.stderr
