@@ -34,6 +34,7 @@ TOLERANCE: dict[str, dict[Size, float]] = {
     "exact": {"tiny": 1e-4, "default": 1e-4, "full": 1e-4},
     "fast": {"tiny": 2e-2, "default": 1e-2, "full": 1e-3},
 }
+CALIBRATION = 16  # frames
 LOADERS = 2  # processes that read for pytorch-fid
 
 
@@ -94,21 +95,32 @@ def _files(count: int) -> list[str]:
 
 @cache
 def inception_networks() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-    """pytorch-fid's network with random weights that keep the features alive, and these weights."""
-    state: dict[str, torch.Tensor] = {}
+    """pytorch-fid's network with random weights, and these weights.
+
+    Its batch norms are set by frames, as training would: else the features of a random network hardly differ from frame
+    to frame, and the rounding error of a fast mode drowns what is left.
+    """
+    made: list[torch.nn.Module] = []
     original = pytorch_fid.inception._inception_v3
 
     def build(*arguments: Any, **options: Any) -> torch.nn.Module:
         torch.manual_seed(0)
-        network = original(*arguments, **options)
-        for module in network.modules():
+        made.append(original(*arguments, **options))
+        for module in made[0].modules():
             if isinstance(module, torch.nn.Conv2d):
                 torch.nn.init.kaiming_normal_(module.weight)
-        state.update({name: value.clone() for name, value in network.state_dict().items()})
-        return network
+        return made[0]
 
     with (
         mock.patch.object(pytorch_fid.inception, "_inception_v3", build),
-        mock.patch.object(pytorch_fid.inception, "load_state_dict_from_url", lambda *_, **__: state),
+        mock.patch.object(pytorch_fid.inception, "load_state_dict_from_url", lambda *_, **__: made[0].state_dict()),
     ):
-        return pytorch_fid.inception.InceptionV3([3]).eval(), state
+        network = pytorch_fid.inception.InceptionV3([3])
+    frames = [scene(1, index, ("day", "night")[index % 2], HEIGHT, WIDTH)[0] for index in range(CALIBRATION)]
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None  # the plain mean over what it sees
+    with torch.no_grad():
+        network.train()(torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).float() / 255)
+    # The wrapper's blocks are the very modules of the network that was built.
+    return network.eval(), {name: value.clone() for name, value in made[0].state_dict().items()}
