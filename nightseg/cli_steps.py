@@ -105,6 +105,7 @@ def fid(
     from nightseg.stages.score import Extraction
 
     compute = MapCompute(actors=actors)
+    asked = click.get_current_context().get_parameter_source("extractor")
     with libraries_on_stderr():
         found = distance(
             a,
@@ -113,6 +114,7 @@ def fid(
             compute=compute,
             progress=progress_for(),
             save_statistics=(save_a, save_b),
+            insist=asked == click.core.ParameterSource.COMMANDLINE,
         )
     answer(found._asdict(), as_json)
 

@@ -62,12 +62,14 @@ def distance(
     max_bad_fraction: float = 0.01,
     folder: Location | None = None,
     save_statistics: Sequence[str | None] = (None, None),
+    insist: bool = False,
 ) -> Distance:
     """FID, and KID, between two sets, each an image folder (searched to the bottom), a frame table or an .npz.
 
     Work goes into a folder below `folder` that is gone afterwards: the system's temporary folder by default; on a
     cluster of several machines one that all of them see. Ray is joined or started only if there are frames to read.
-    `save_statistics` names .npz files, one a set, that are kept for the next time; pytorch-fid reads them too.
+    `save_statistics` names .npz files, one a set, that are kept for the next time; pytorch-fid reads them too. With
+    `insist` two .npz files must come from the extractor of `extraction`; else theirs counts, whatever it is.
 
     Raises UserError: a set does not exist, has fewer than 2 good frames, or was measured in another way than the other.
     """
@@ -81,7 +83,7 @@ def distance(
     )
     was_local = cluster.is_local()
     found = [_found(Location.of(place)) for place in (a, b)]  # both, before the first is measured
-    _check_before(found, (a, b), extraction)
+    _check_before(found, (a, b), extraction, insist)
     try:
         first, second = (
             _side(one, name, measure, scratch / place)
@@ -113,9 +115,18 @@ def _found(place: Location) -> Statistics | pa.Table:
     return read_statistics(place) if place.name.lower().endswith(".npz") else _frames_at(place)
 
 
-def _check_before(found: Sequence[Statistics | pa.Table], names: Sequence[str], extraction: Extraction) -> None:
+def _check_before(
+    found: Sequence[Statistics | pa.Table], names: Sequence[str], extraction: Extraction, insist: bool
+) -> None:
     """Refuse what cannot be compared before hours are spent on the frames of one of them."""
-    if all(isinstance(one, Statistics) for one in found):
+    made = [one for one in found if isinstance(one, Statistics)]
+    if len(made) == len(found):
+        for one, name in zip(made, names, strict=True):
+            if insist and one.extractor not in ("", extraction.extractor):
+                raise UserError(
+                    f"{name}: these statistics were made with {one.extractor}, not with {extraction.extractor}. "
+                    f"Cure: leave --extractor out, or make them again from the frames"
+                )
         return
     identity = identify(extraction.extractor, extraction.weights, extraction.resize)
     nothing = np.zeros((identity.dims, identity.dims))

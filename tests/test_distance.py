@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 
 from nightseg.distance import Distance, distance
-from nightseg.frames.images import encode_png
-from nightseg.frames.table import frame_table
 from nightseg.measures.frechet import Statistics, frechet_distance, write_statistics
 from nightseg.measures.kernel import kernel_distance
 from nightseg.networks.extractors import build_extractor
 from nightseg.progress import SilentProgress
 from nightseg.stages import score as stage
-from nightseg.storage import Location, UserError, sha256_of
+from nightseg.storage import Location, UserError
+from tests.frames_on_disk import folder_of, image, in_this_process
 
 LITE0 = "efficientnet_lite0"
 
@@ -30,38 +27,6 @@ def one_thread() -> Any:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def image(seed: int) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    return np.kron(rng.integers(0, 256, (3, 4, 3)), np.ones((8, 8 + seed % 3, 1))).astype(np.uint8)
-
-
-def folder_of(folder: Path, seeds: range, broken: int = 0) -> pa.Table:
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for seed in seeds:
-        data = encode_png(image(seed))
-        file = folder / f"{seed:03d}.PNG"
-        file.write_bytes(data)
-        digest = sha256_of(data)
-        rows.append({"frame_id": f"d/{seed:03d}", "uri": str(file), "sha256": digest, "domain": "unknown"})
-    for number in range(broken):
-        (folder / f"broken{number}.png").write_bytes(b"not a picture")
-        rows.append({"frame_id": f"d/broken{number}", "uri": str(folder / f"broken{number}.png")})
-    return frame_table(rows)
-
-
-def in_this_process(rows: pa.Table, worker: Any, arguments: Mapping[str, Any], **options: Any) -> list[Any]:
-    """What map_shards does, without Ray."""
-    attempt, size = options["attempt"], options["shard_rows"]
-    attempt.plan(rows.num_rows, size)
-    call, records = worker(**arguments), []
-    for index, start in enumerate(range(0, rows.num_rows, size)):
-        shard = rows.slice(start, size)
-        tables = call(shard, attempt.folder)
-        records.append(attempt.write_shard(index, tables, rows_in=shard.num_rows, seconds=0.0))
-    return records
 
 
 @pytest.fixture
@@ -105,6 +70,16 @@ def test_fid_of_two_files_needs_no_network_and_no_weights(tmp_path: Path) -> Non
         np.savez(tmp_path / f"{name}.npz", mu=np.full(6, shift), sigma=np.eye(6))
     got = measured(tmp_path / "a.npz", tmp_path / "b.npz", tmp_path, extractor="inception")
     assert got == Distance(pytest.approx(24), None, None, "", "")  # type: ignore[arg-type]
+
+
+def test_an_extractor_that_was_asked_for_is_not_ignored_beside_two_files(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        np.savez(tmp_path / f"{name}.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    files = (tmp_path / "a.npz", tmp_path / "b.npz", tmp_path)
+    assert measured(*files).extractor == "inception"
+    assert measured(*files, extractor="inception", insist=True).fid == 0.0
+    with pytest.raises(UserError, match=r"a\.npz: .* made with inception, not with efficientnet_lite0"):
+        measured(*files, insist=True)
 
 
 def test_fid_refuses_what_does_not_compare(without_ray: None, tmp_path: Path) -> None:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -21,6 +19,7 @@ from nightseg.progress import SilentProgress
 from nightseg.stages import collect as stage
 from nightseg.storage import Location, UserError, sha256_of
 from nightseg.workspace import Attempt, Commit, Stage, Workspace
+from tests.frames_on_disk import in_this_process
 
 HEIGHT, WIDTH = 24, 32
 
@@ -86,20 +85,6 @@ def corpus(tmp_path: Path) -> Path:
             if data is not None:
                 (root / folder / file).write_bytes(data)
     return root
-
-
-def in_this_process(rows: pa.Table, worker: Any, arguments: Mapping[str, Any], **options: Any) -> list[Any]:
-    """What map_shards does, without Ray: the contract of its shards, so that most tests start in no time."""
-    attempt, size = options["attempt"], options["shard_rows"]
-    attempt.plan(rows.num_rows, size)
-    call, records = worker(**arguments), []
-    for index, start in enumerate(range(0, rows.num_rows, size)):
-        shard = rows.slice(start, size)
-        records.append(
-            attempt.shard(index)
-            or attempt.write_shard(index, call(shard, attempt.folder), rows_in=shard.num_rows, seconds=0.0)
-        )
-    return records
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 import torch
 
 from nightseg.config import MapCompute
-from nightseg.frames.images import encode_png
 from nightseg.frames.table import frame_table
 from nightseg.frames.vectors import vectors
 from nightseg.measures.frechet import read_statistics
@@ -22,8 +20,9 @@ from nightseg.networks.extractors import build_extractor
 from nightseg.networks.features import Extractor
 from nightseg.progress import SilentProgress
 from nightseg.stages import score as stage
-from nightseg.storage import UserError, sha256_of
+from nightseg.storage import UserError
 from nightseg.workspace import Commit, Workspace
+from tests.frames_on_disk import folder_of, image, in_this_process
 
 LITE0 = "efficientnet_lite0"
 
@@ -34,38 +33,6 @@ def one_thread() -> Any:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def image(seed: int) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    return np.kron(rng.integers(0, 256, (3, 4, 3)), np.ones((8, 8 + seed % 3, 1))).astype(np.uint8)
-
-
-def folder_of(folder: Path, seeds: range, broken: int = 0) -> pa.Table:
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for seed in seeds:
-        data = encode_png(image(seed))
-        file = folder / f"{seed:03d}.PNG"
-        file.write_bytes(data)
-        digest = sha256_of(data)
-        rows.append({"frame_id": f"d/{seed:03d}", "uri": str(file), "sha256": digest, "domain": "unknown"})
-    for number in range(broken):
-        (folder / f"broken{number}.png").write_bytes(b"not a picture")
-        rows.append({"frame_id": f"d/broken{number}", "uri": str(folder / f"broken{number}.png")})
-    return frame_table(rows)
-
-
-def in_this_process(rows: pa.Table, worker: Any, arguments: Mapping[str, Any], **options: Any) -> list[Any]:
-    """What map_shards does, without Ray."""
-    attempt, size = options["attempt"], options["shard_rows"]
-    attempt.plan(rows.num_rows, size)
-    call, records = worker(**arguments), []
-    for index, start in enumerate(range(0, rows.num_rows, size)):
-        shard = rows.slice(start, size)
-        tables = call(shard, attempt.folder)
-        records.append(attempt.write_shard(index, tables, rows_in=shard.num_rows, seconds=0.0))
-    return records
 
 
 @pytest.fixture

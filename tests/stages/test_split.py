@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +18,7 @@ from nightseg.progress import SilentProgress
 from nightseg.stages import split as stage
 from nightseg.storage import UserError
 from nightseg.workspace import Commit, Workspace
+from tests.frames_on_disk import in_this_process
 
 
 def street(kind: str, seed: int) -> np.ndarray:
@@ -38,18 +38,6 @@ def heap_of(folder: Path, kinds: Mapping[str, str]) -> pa.Table:
         file.write_bytes(b"" if kind == "broken" else encode_png(street(kind, seed)))
         rows.append({"frame_id": f"heap/{name}", "uri": str(file), "dataset": "heap", "domain": "unknown"})
     return frame_table(rows)
-
-
-def in_this_process(rows: pa.Table, worker: Any, arguments: Mapping[str, Any], **options: Any) -> list[Any]:
-    """What map_shards does, without Ray."""
-    attempt, size = options["attempt"], options["shard_rows"]
-    attempt.plan(rows.num_rows, size)
-    call, records = worker(**arguments), []
-    for index, start in enumerate(range(0, rows.num_rows, size)):
-        shard = rows.slice(start, size)
-        tables = call(shard, attempt.folder)
-        records.append(attempt.write_shard(index, tables, rows_in=shard.num_rows, seconds=0.0))
-    return records
 
 
 @pytest.fixture
