@@ -20,6 +20,9 @@ from nightseg.frames.vectors import vectors
 from nightseg.measures.frechet import (
     Statistics,
     check_comparable,
+    few_frames_distance,
+    gaussian_distance,
+    gaussian_of_features,
     read_statistics,
     statistics_distance,
     write_statistics,
@@ -96,7 +99,7 @@ def distance(
     for side, kept in zip((first, second), save_statistics, strict=True):
         if kept is not None:
             write_statistics(Location.of(kept), side.statistics)
-    apart = statistics_distance(first.statistics, second.statistics, (a, b))
+    apart = _frechet(first, second, (a, b))
     kernel: KernelDistance | None = None
     if first.features is not None and second.features is not None:
         kernel = kernel_distance(first.features, second.features)
@@ -109,6 +112,22 @@ def distance(
         kernel.kid if kernel else None,
         kernel.deviation if kernel else None,
     )
+
+
+def _frechet(first: _Side, second: _Side, names: Sequence[str]) -> float:
+    """From features where a side has few frames: its covariance would be large, singular and slow."""
+    check_comparable(first.statistics, second.statistics, names)
+    few = [side.features for side in (first, second) if side.features is not None and _are_few(side.features)]
+    if len(few) == 2:
+        return gaussian_distance(gaussian_of_features(few[0]), gaussian_of_features(few[1]))
+    if few:
+        other = second if few[0] is first.features else first
+        return few_frames_distance(few[0], other.statistics.mean, other.statistics.cov)
+    return statistics_distance(first.statistics, second.statistics, names)
+
+
+def _are_few(features: npt.NDArray[np.float32]) -> bool:
+    return 2 * len(features) <= features.shape[1]
 
 
 def _found(place: Location) -> Statistics | pa.Table:

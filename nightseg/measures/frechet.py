@@ -127,6 +127,14 @@ def gaussian_of_features(features: npt.ArrayLike) -> Gaussian:
     if len(rows_ND) > rows_ND.shape[1]:
         moments = moments_of(rows_ND)
         return gaussian_of_moments(moments.mean, moments.cov)
+    return gaussian_of_few(rows_ND)
+
+
+def gaussian_of_few(features: npt.ArrayLike) -> Gaussian:
+    """The same with the centred rows as the factor, whatever their number: right, and slow where there are many."""
+    rows_ND = np.asarray(features, dtype=np.float64)
+    if rows_ND.ndim != 2 or len(rows_ND) < 2:
+        raise ValueError(f"a covariance needs features (N >= 2, d), these have shape {rows_ND.shape}")
     mean = rows_ND.mean(axis=0)
     return Gaussian(mean, (rows_ND - mean).T / np.sqrt(len(rows_ND) - 1))
 
@@ -192,6 +200,25 @@ def frechet_distance(mean1: npt.ArrayLike, cov1: npt.ArrayLike, mean2: npt.Array
     fine. Raises ValueError for other shapes and for values that are not finite.
     """
     return gaussian_distance(gaussian_of_moments(mean1, cov1), gaussian_of_moments(mean2, cov2))
+
+
+def few_frames_distance(features: npt.ArrayLike, mean: npt.ArrayLike, cov: npt.ArrayLike) -> float:
+    """Squared Frechet distance of the rows of (k, d) features, k >= 2, to N(mean, cov); the covariance is not factored.
+
+    With Z the centred rows divided by sqrt(k - 1), the last trace is the sum of the roots of the eigenvalues of
+    Z cov Z^T, a k x k matrix (Mathiasen and Hvilshoj, 2020, arXiv 2009.14075): O(k d^2) instead of O(d^3). Eigenvalues
+    near zero carry a rounding error of about eps times the largest, their roots one of its root.
+    """
+    import torch
+
+    mean_D, cov_DD = _checked(mean, cov)
+    rows = gaussian_of_few(features)
+    if rows.mean.shape != mean_D.shape:
+        raise ValueError(f"features of {len(rows.mean)} and of {len(mean_D)} dimensions do not compare")
+    factor = torch.from_numpy(np.ascontiguousarray(rows.factor.T))
+    values = torch.linalg.eigvalsh(factor @ torch.from_numpy(cov_DD) @ factor.T).clamp(min=0.0)
+    shift = float(np.sum((rows.mean - mean_D) ** 2))
+    return max(shift + rows.trace + float(np.trace(cov_DD)) - 2.0 * float(values.sqrt().sum()), 0.0)
 
 
 def _checked(mean: npt.ArrayLike, cov: npt.ArrayLike) -> tuple[Array, Array]:

@@ -12,6 +12,7 @@ from nightseg.measures.frechet import (
     Moments,
     Statistics,
     check_comparable,
+    few_frames_distance,
     frechet_distance,
     gaussian_distance,
     gaussian_of_features,
@@ -78,6 +79,19 @@ def test_fewer_frames_than_dimensions_is_exact(count1: int, count2: int) -> None
     from_features = gaussian_distance(gaussian_of_features(a), gaussian_of_features(b))
     assert from_moments == pytest.approx(known, rel=1e-9)
     assert from_features == pytest.approx(known, rel=1e-12)
+
+
+@pytest.mark.parametrize(("count", "dims"), [(2, 5), (7, 40), (40, 40), (90, 40)])
+def test_few_frames_need_no_factor_of_the_other_side(count: int, dims: int) -> None:
+    rng = np.random.default_rng(count)
+    features, other = rng.normal(1.0, 2.0, (count, dims)), rng.normal(size=(3 * dims, dims))
+    mean, cov = other.mean(axis=0), np.cov(other.T)
+    wanted = frechet_distance(features.mean(axis=0), np.cov(features.T), mean, cov)
+    assert few_frames_distance(features, mean, cov) == pytest.approx(wanted, rel=1e-7)
+    assert few_frames_distance(features, features.mean(axis=0), np.cov(features.T)) == pytest.approx(0, abs=1e-5)
+    for bad in (features[:1], features[:, 0], features[:, :-1]):
+        with pytest.raises(ValueError, match="features"):
+            few_frames_distance(bad, mean, cov)
 
 
 def test_constant_features_have_no_spread() -> None:
