@@ -186,6 +186,7 @@ class _Builder:
             chosen, pseudo = self._pseudo_label(name, model, model.self_training)
             train = (*train, View(pseudo))
         network, loss, training = recipe.network_of(model), recipe.loss_of(model), recipe.training_of(model)
+        train_segmenter.check_network(network, name)
 
         def work(inputs: Inputs, attempt: Attempt, progress: Progress) -> Commit:
             return train_segmenter.train_segmenter(
@@ -204,7 +205,7 @@ class _Builder:
             )
 
         part = {
-            "network": network.model_dump(mode="json"),
+            "network": network.identity(),
             "loss": loss.model_dump(mode="json"),
             "training": training.model_dump(mode="json"),
             "train": [str(view) for view in train],
