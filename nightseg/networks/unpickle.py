@@ -85,8 +85,9 @@ class _Array:
 
 
 def _numbers(raw: bytes | str, dtype: _Dtype, shape: tuple[int, ...], order: str) -> npt.NDArray[Any]:
+    kind = dtype.numpy()
     data = raw.encode("latin1") if isinstance(raw, str) else bytes(raw)  # Python 2 has bytes as text
-    flat = np.frombuffer(data, dtype.numpy())
+    flat = np.frombuffer(data, kind)
     if flat.size != math.prod(shape):
         raise ValueError(f"an array of shape {shape} with {flat.size} numbers")
     values = flat.reshape(shape, order="F" if order == "F" else "C")
