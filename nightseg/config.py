@@ -339,7 +339,9 @@ class Model(Strict):
 
     train: Annotated[list[Name], Field(min_length=1)]
     validate_on: list[Name] = []
-    start: str = Field(default="imagenet", description="imagenet, scratch, or the name of another model")
+    start: str = Field(
+        default="imagenet", description="imagenet, scratch, another model's name, or a model folder (a/path)"
+    )
     self_training: SelfTraining | None = None
     rounds: Positive = Field(default=1, description="repeat the self-training this many times, each from the last")
     network: Network | None = Field(default=None, description="null = the recipe's")

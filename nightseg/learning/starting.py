@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from nightseg.frames.taxonomy import Taxonomy
-from nightseg.networks.checkpoint import load_tensors
+from nightseg.networks.checkpoint import CARD, TENSORS, load_tensors
 from nightseg.networks.encoders import imagenet_weights
 from nightseg.networks.semantic_fpn import SemanticFPN, architecture_of, build_semantic_fpn
-from nightseg.storage import Location, UserError
+from nightseg.storage import Location, UserError, sha256_of
 
 PREDICTOR = ("head.predictor.weight", "head.predictor.bias")
 
@@ -28,7 +28,8 @@ def starting_network(
     say: Callable[[str], None],
     **architecture: Any,
 ) -> SemanticFPN:
-    """`start` is "imagenet" (encoder only; the rest is random), "scratch", or the folder of another model.
+    """`start` is "imagenet" (encoder only; the rest is random), "scratch", or the folder of another model (as text, a
+    path with a slash).
 
     `architecture`: arguments of `build_semantic_fpn`. From another model everything is kept; only its predictor is
     drawn anew, and that is said, when its class list differs. What is random follows from `seed`. Raises UserError:
@@ -45,10 +46,10 @@ def starting_network(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = build_semantic_fpn(**architecture, num_classes=classes.num_classes, encoder_weights=weights)
-    if isinstance(start, str):
-        assert start in ("imagenet", "scratch"), start
+    if start in ("imagenet", "scratch"):
         return network
 
+    start = Location.of(start)
     tensors, card = load_tensors(start)
     _check_same_network(start, architecture_of(card), architecture_of(architecture))
     if tuple(card["taxonomy"]["classes"]) != classes.classes:
@@ -60,6 +61,14 @@ def starting_network(
         tensors |= {name: fresh[name] for name in PREDICTOR}
     network.load_state_dict(tensors)
     return network
+
+
+def start_identity(start: str) -> str:
+    """What a training follows from by its start: the word itself, or the content of a model folder."""
+    if "/" not in start:
+        return start
+    folder = Location.of(start)
+    return " ".join(sha256_of((folder / file).read_bytes()) for file in (CARD, TENSORS))
 
 
 def _check_same_network(start: Location, theirs: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

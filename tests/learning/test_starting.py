@@ -69,6 +69,10 @@ def test_another_model_is_kept_whole(teacher: Location) -> None:
     assert said == []
 
 
+def test_a_folder_may_be_given_as_text(teacher: Location) -> None:
+    assert same(start(str(teacher)), start("scratch", seed=9)) == []
+
+
 @pytest.mark.parametrize(
     "classes",
     [
