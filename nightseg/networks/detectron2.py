@@ -19,6 +19,7 @@ from typing import Any, Final
 from torch import Tensor, nn
 
 from nightseg.networks.batch_norm import Norm
+from nightseg.networks.encoders import IMAGENET_MEAN, IMAGENET_STD
 from nightseg.storage import UserError
 
 COMMIT: Final = "02b5c4e295e990042a714712c21dc79b731e8833"
@@ -29,11 +30,9 @@ INSTALL: Final = (
 NORMS: Final[dict[Norm, str]] = {"batch": "BN", "frozen": "FrozenBN", "sync": "SyncBN"}
 _MAPS: Final = ("res2", "res3", "res4", "res5")
 _LEVELS: Final = ("p2", "p3", "p4", "p5")
-# torchvision's values for images in [0, 1], as detectron2 wants them: in [0, 255]
+# IMAGENET_MEAN and IMAGENET_STD as detectron2 has them: for bytes
 RGB_MEAN: Final = (123.675, 116.28, 103.53)
 RGB_STD: Final = (58.395, 57.12, 57.375)
-_MEAN: Final = (0.485, 0.456, 0.406)
-_STD: Final = (0.229, 0.224, 0.225)
 
 # -- names ------------------------------------------------------------------------------------------------------------
 
@@ -97,9 +96,15 @@ def semantic_segmentor(
     What its own builders make of Base-RCNN-FPN.yaml, without its model zoo, whose import fails beside setuptools 82.
     """
     require()
-    from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool
-    from detectron2.modeling.backbone.resnet import BasicStem, ResNet
-    from detectron2.modeling.meta_arch.semantic_seg import SemanticSegmentor, SemSegFPNHead
+    try:
+        from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool
+        from detectron2.modeling.backbone.resnet import BasicStem, ResNet
+        from detectron2.modeling.meta_arch.semantic_seg import SemanticSegmentor, SemSegFPNHead
+    except ImportError as error:
+        raise UserError(
+            f"network.backend: detectron2 is installed but cannot be imported ({error}). It has to be built against "
+            f"the torch that is installed:\n  {INSTALL}"
+        ) from error
 
     depth = int(encoder.removeprefix("resnet"))
     options: dict[str, Any] = {"norm": NORMS[norm]}
@@ -134,8 +139,8 @@ class Encoder(nn.Module):
         self.theirs = bottom_up
         shapes: Any = bottom_up.output_shape()  # type: ignore[operator]
         self.channels: tuple[int, ...] = tuple(shapes[level].channels for level in _MAPS)
-        self.mean: tuple[float, ...] = _MEAN
-        self.std: tuple[float, ...] = _STD
+        self.mean: tuple[float, ...] = IMAGENET_MEAN
+        self.std: tuple[float, ...] = IMAGENET_STD
 
     def forward(self, images_B3HW: Tensor) -> list[Tensor]:
         """Normalised float images (H and W divisible by 32) to four maps at strides 4, 8, 16, 32."""

@@ -21,7 +21,7 @@ from nightseg.errors import UserError, closest
 from nightseg.networks.detectron2 import RGB_STD, their_name
 from nightseg.networks.detectron2_config import Facts
 from nightseg.networks.semantic_fpn import build_semantic_fpn, num_groups
-from nightseg.networks.unpickle import unpickle_arrays
+from nightseg.networks.unpickle import asked_of_torch, refusal, unpickle_arrays
 
 CONV1: Final = "body.conv1.weight"
 DETECTRON2_GROUPS: Final = 32
@@ -62,6 +62,8 @@ def read_checkpoint(data: bytes, where: str) -> dict[str, Tensor]:
         try:
             content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, AttributeError) as error:
+            if asked := asked_of_torch(error):
+                raise refusal(where, asked) from None
             raise UserError(f"{where} is not a PyTorch file of plain tensors, or is damaged: {error}") from error
     else:
         content = unpickle_arrays(data, where)
@@ -206,7 +208,10 @@ def _add_counts(tensors: dict[str, Tensor]) -> int:
 
 def _check(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str) -> None:
     wrong = [f"{name} is missing" for name in wanted if name not in found]
-    wrong += [f"{name} is not part of a Semantic FPN{closest(name, wanted)}" for name in found if name not in wanted]
+    extra = [name for name in found if name not in wanted]
+    wrong += [f"{name} is not part of a Semantic FPN" for name in extra]
+    if len(extra) == 1:
+        wrong[-1] += closest(extra[0], wanted)
     for name in wanted.keys() & found.keys():
         tensor, like = found[name], wanted[name]
         if tensor.shape != like.shape:

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from nightseg.networks.unpickle import asked_of_torch, refusal
 from nightseg.storage import Location, UserError
 
 
@@ -30,6 +31,8 @@ def read_state_dict(file: str | Path | Location, name: str) -> dict[str, Tensor]
             return dict(safetensors.torch.load(data))
         loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, SafetensorError) as error:
+        if asked := asked_of_torch(error):
+            raise refusal(f"{name}: {file}", asked) from None
         raise UserError(f"{name}: {file} is not a file of PyTorch weights, or is damaged: {error}") from error
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise UserError(f"{name}: {file} is not a dictionary of tensors (a PyTorch state dict)")
