@@ -54,7 +54,14 @@ Measures: no ray
 
 Networks: torch, no ray
     networks/encoders.py    ResNets and EfficientNet-Lite0 as four feature maps, with their weights
+    networks/timm_encoder.py    any encoder of timm as four feature maps, with its weights
+    networks/batch_norm.py  frozen, synchronised and ordinary batch norms
+    networks/weights.py     files of weights, read safely
     networks/semantic_fpn.py    the segmenter
+    networks/detectron2.py  detectron2's modules and names behind ours
+    networks/detectron2_config.py   what its configs say about a network
+    networks/detectron2_checkpoint.py   its tensors as ours, and back
+    networks/unpickle.py    pickles of arrays that can call nothing
     networks/unit.py        the translator and its discriminators
     networks/perceptual.py  frozen features of the perceptual loss
     networks/features.py    frozen features that FID compares
@@ -112,10 +119,12 @@ Runs
     search.py               Ray Tune over the rounds
     distance.py             FID and KID of two sets of frames
     verbs.py                single stages without a recipe
+    convert.py              detectron2's checkpoints as model folders, and back
     adapt.py                recipe in, results and report out
     doctor.py               is this machine fit
     console.py              how answers and errors look
     cli.py                  `nightseg run`, `status`, `report`, `search`, `doctor`
+    cli_models.py           `nightseg convert`
     cli_steps.py            `nightseg split`, `fid`, `select`, `evaluate`, `predict`
 """
 

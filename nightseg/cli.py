@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from nightseg import cli_steps
+from nightseg import cli_models, cli_steps
 from nightseg.console import (
     Failures,
     json_option,
@@ -205,7 +205,14 @@ def doctor(cluster: str | None, as_json: bool) -> None:
         sys.exit(1)
 
 
-for step in (cli_steps.split, cli_steps.fid, cli_steps.select, cli_steps.evaluate, cli_steps.predict):
+for step in (
+    cli_steps.split,
+    cli_steps.fid,
+    cli_steps.select,
+    cli_steps.evaluate,
+    cli_steps.predict,
+    cli_models.convert,
+):
     main.add_command(step)
 
 

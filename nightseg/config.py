@@ -176,14 +176,64 @@ class Translator(Strict):
 # -- models ----------------------------------------------------------------------------------------------------------
 
 
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+BOTTLENECK_RESNETS = RESNETS[2:]
+ENCODERS = (*RESNETS, "efficientnet_lite0")
+
+
+def known_encoder(name: str) -> str:
+    """The name, if there may be such an encoder; timm's are looked up before anything runs, but not here."""
+    if name not in ENCODERS and not name.startswith("timm/"):
+        raise ValueError(f"unknown encoder {name!r}{closest(name, ENCODERS)}; one of {', '.join(ENCODERS)}, timm/NAME")
+    return name
+
+
 class Network(Strict):
     """Semantic FPN: encoder, and the size frames are resized to before training and inference."""
 
-    encoder: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "efficientnet_lite0"] = "resnet101"
-    encoder_weights: str | None = Field(default=None, description="local file with ImageNet weights of a ResNet")
+    encoder: Annotated[str, AfterValidator(known_encoder)] = Field(
+        default="resnet101", description="a ResNet, efficientnet_lite0, or timm/NAME with maps at strides 4, 8, 16, 32"
+    )
+    encoder_weights: str | None = Field(default=None, description="local file with ImageNet weights of the encoder")
     input_size: Size | None = Field(default=None, description="(height, width) frames are resized to; null = native")
     pyramid_channels: Positive = 256
     head_channels: Positive = 128
+    norm: Literal["batch", "frozen", "sync"] = Field(
+        default="batch",
+        description="the encoder's batch norms learn from a worker's batch, not at all, or from all workers' (GPUs)",
+    )
+    freeze_at: Annotated[int, Field(ge=0, le=5)] = Field(
+        default=0, description="first stages of a ResNet that do not learn; 1 = stem, 2 = stem and res2, ..."
+    )
+    stride_in_1x1: bool = Field(
+        default=False,
+        description="stages halve the size in a 1x1 convolution, as MSRA's weights want (resnet50 and up)",
+    )
+    backend: Literal["torchvision", "detectron2"] = Field(
+        default="torchvision", description="whose modules compute; detectron2 must be installed for its own"
+    )
+
+    @model_validator(mode="after")
+    def _settings_that_an_encoder_has(self) -> Network:
+        if self.stride_in_1x1 and self.encoder not in BOTTLENECK_RESNETS:
+            raise ValueError(f"stride_in_1x1 is for {', '.join(BOTTLENECK_RESNETS)}, not for {self.encoder}")
+        if self.freeze_at and self.encoder not in RESNETS:
+            raise ValueError(f"freeze_at counts the stages of {', '.join(RESNETS)}, not of {self.encoder}")
+        if self.backend == "detectron2" and self.encoder not in RESNETS:
+            raise ValueError(f"backend detectron2 computes {', '.join(RESNETS)}, not {self.encoder}")
+        return self
+
+    def architecture(self) -> dict[str, Any]:
+        """What is built, as arguments of `build_semantic_fpn`; a model card repeats it."""
+        keys = ("encoder", "pyramid_channels", "head_channels", "norm", "freeze_at", "stride_in_1x1", "backend")
+        return {key: getattr(self, key) for key in keys}
+
+    def identity(self) -> dict[str, Any]:
+        """What a stage's result follows from. Later settings count only where they say something, so that stages which
+        were done before there were such settings keep their keys."""
+        whole = self.model_dump(mode="json")
+        later = {"norm": "batch", "freeze_at": 0, "stride_in_1x1": False, "backend": "torchvision"}
+        return {key: value for key, value in whole.items() if key not in later or value != later[key]}
 
 
 class Loss(Strict):
@@ -289,7 +339,9 @@ class Model(Strict):
 
     train: Annotated[list[Name], Field(min_length=1)]
     validate_on: list[Name] = []
-    start: str = Field(default="imagenet", description="imagenet, scratch, or the name of another model")
+    start: str = Field(
+        default="imagenet", description="imagenet, scratch, another model's name, or a model folder (a/path)"
+    )
     self_training: SelfTraining | None = None
     rounds: Positive = Field(default=1, description="repeat the self-training this many times, each from the last")
     network: Network | None = Field(default=None, description="null = the recipe's")

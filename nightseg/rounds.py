@@ -26,9 +26,10 @@ from nightseg.config import (
 from nightseg.frames import datasets as layouts
 from nightseg.frames.taxonomy import taxonomy
 from nightseg.graph import Graph, Inputs, ModelNodes, Node, NodeId, TestNode, View, Views, Work
+from nightseg.learning.starting import start_identity
 from nightseg.progress import Progress
 from nightseg.recipe.chain import expand_rounds
-from nightseg.recipe.names import STARTS
+from nightseg.recipe.names import is_ready
 from nightseg.stages import (
     collect,
     evaluate,
@@ -179,13 +180,14 @@ class _Builder:
         if name in self.graph.models:
             return self.graph.models[name].train
         model, recipe = self.models[name], self.recipe
-        start = model.start if model.start in STARTS else self.model(model.start)
+        start = model.start if is_ready(model.start) else self.model(model.start)
         train, validate = self.datasets(model.train), self.datasets(model.validate_on)
         chosen, pseudo = None, None
         if model.self_training is not None:
             chosen, pseudo = self._pseudo_label(name, model, model.self_training)
             train = (*train, View(pseudo))
         network, loss, training = recipe.network_of(model), recipe.loss_of(model), recipe.training_of(model)
+        train_segmenter.check_network(network, name)
 
         def work(inputs: Inputs, attempt: Attempt, progress: Progress) -> Commit:
             return train_segmenter.train_segmenter(
@@ -204,12 +206,12 @@ class _Builder:
             )
 
         part = {
-            "network": network.model_dump(mode="json"),
+            "network": network.identity(),
             "loss": loss.model_dump(mode="json"),
             "training": training.model_dump(mode="json"),
             "train": [str(view) for view in train],
             "validate_on": [str(view) for view in validate],
-            "start": str(start),
+            "start": start_identity(start) if isinstance(start, str) else str(start),
             "taxonomy": self.taxonomy,
         }
         needs: list[View | NodeId] = [*train, *validate, *([] if isinstance(start, str) else [start])]

@@ -93,10 +93,15 @@ def test_the_verbs_are_those_of_the_design() -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_teaches_with_an_example(verb: str) -> None:
-    out = good(verb, "--help").stdout
-    examples = [line.split() for line in out.splitlines() if line.startswith(f"  nightseg {verb} ")]
-    assert examples, out
-    options = {option for parameter in main.commands[verb].params for option in parameter.opts}
+    command = main.commands[verb]
+    forms = {verb: command} | {f"{verb} {name}": form for name, form in getattr(command, "commands", {}).items()}
+    examples = []
+    for words in forms:
+        out = good(*words.split(), "--help").stdout
+        found = [line.split() for line in out.splitlines() if line.startswith(f"  nightseg {words} ")]
+        assert found, out
+        examples += found
+    options = {option for form in forms.values() for parameter in form.params for option in parameter.opts}
     for example in examples:
         assert {word for word in example if word.startswith("--")} <= options
 

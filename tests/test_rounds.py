@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nightseg.config import Recipe
+from nightseg.config import Network, Recipe
 from nightseg.frames.images import encode_png
 from nightseg.graph import Graph, NodeId, View
+from nightseg.networks import detectron2
 from nightseg.recipe import load_recipe
 from nightseg.recipe.chain import expand_rounds
 from nightseg.rounds import build_graph
@@ -187,3 +188,46 @@ def test_only_stages_that_draw_have_the_seed(tmp_path: Path) -> None:
     recipe = scenes_recipe(tmp_path, "  a: {train: [day]}", "seed: 5")
     seeds = {node.stage: found.seed for node, found in build_graph(recipe).nodes.items()}
     assert seeds == {"collect": 0, "split": 0, "train_segmenter": 5, "evaluate": 0}
+
+
+def training_part(folder: Path, models: str, more: str = "") -> dict[str, object]:
+    return dict(build_graph(scenes_recipe(folder, models, more)).nodes[NodeId("train_segmenter", "a")].recipe)
+
+
+def test_settings_that_came_later_change_a_key_only_when_they_say_something(tmp_path: Path) -> None:
+    """The keys that `network` had in recipes before there were kinds of norms."""
+    before = {"encoder", "encoder_weights", "input_size", "pyramid_channels", "head_channels"}
+    assert set(Network().identity()) == before
+    part = training_part(tmp_path, "  a: {train: [day]}", "network: {norm: frozen, encoder: resnet50}")
+    assert part["network"] == {**Network(encoder="resnet50").identity(), "norm": "frozen"}
+
+
+def test_a_start_that_is_a_folder_counts_by_its_content(tmp_path: Path) -> None:
+    folder = tmp_path / "converted"
+    folder.mkdir()
+    (folder / "model.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"one")
+    models = f"  a: {{train: [day], start: {folder}}}"
+    first = training_part(tmp_path, models)["start"]
+    moved = folder.rename(tmp_path / "moved")
+    assert training_part(tmp_path, models.replace("converted", "moved"))["start"] == first
+    (moved / "model.safetensors").write_bytes(b"two")
+    assert training_part(tmp_path, models.replace("converted", "moved"))["start"] != first
+    assert training_part(tmp_path, "  a: {train: [day]}")["start"] == "imagenet"
+
+
+@pytest.mark.parametrize(
+    ("network", "part"),
+    [
+        ("encoder: resnet18, backend: detectron2", "pip install --no-build-isolation"),
+        ("encoder: timm/vit_tiny_patch16_224", "strides"),
+        ("encoder: timm/convnext_atto, norm: frozen", "no batch norm"),
+    ],
+)
+def test_networks_that_cannot_be_built_here_fail_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: str, part: str
+) -> None:
+    monkeypatch.setattr(detectron2, "is_installed", lambda: False)
+    recipe = scenes_recipe(tmp_path, f"  a: {{train: [day], network: {{{network}}}}}")
+    with pytest.raises(UserError, match=f"(?s)model a: .*{part}"):
+        build_graph(recipe)

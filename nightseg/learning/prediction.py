@@ -22,7 +22,7 @@ from nightseg.frames.images import BadFrame, decode_image, encode_jpeg, encode_p
 from nightseg.frames.taxonomy import Taxonomy
 from nightseg.networks.checkpoint import load_card, load_tensors
 from nightseg.networks.encoders import normalise
-from nightseg.networks.semantic_fpn import build_semantic_fpn, upsample_logits
+from nightseg.networks.semantic_fpn import open_semantic_fpn, upsample_logits
 from nightseg.storage import Location, UserError, sha256_of
 
 Image = npt.NDArray[np.uint8]
@@ -70,15 +70,9 @@ class Segmenter:
         _check_kind(folder, card)
         self.card: Mapping[str, Any] = card
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        network = build_semantic_fpn(
-            encoder=card["encoder"],
-            num_classes=card["num_classes"],
-            pyramid_channels=card["pyramid_channels"],
-            head_channels=card["head_channels"],
-        )
-        network.load_state_dict(tensors)
+        network = open_semantic_fpn(tensors, card)
         # In two steps: `Module.to` has no signature for both at once.
-        self._network = network.eval().to(self.device).to(memory_format=torch.channels_last)
+        self._network = network.to(self.device).to(memory_format=torch.channels_last)
 
     @property
     def taxonomy(self) -> Taxonomy:

@@ -5,15 +5,16 @@ Every worker starts from the same tensors, so this runs once and the result is s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
 from nightseg.frames.taxonomy import Taxonomy
-from nightseg.networks.checkpoint import load_tensors
+from nightseg.networks.checkpoint import CARD, TENSORS, load_tensors
 from nightseg.networks.encoders import imagenet_weights
-from nightseg.networks.semantic_fpn import SemanticFPN, build_semantic_fpn
-from nightseg.storage import Location, UserError
+from nightseg.networks.semantic_fpn import SemanticFPN, architecture_of, build_semantic_fpn
+from nightseg.storage import Location, UserError, sha256_of
 
 PREDICTOR = ("head.predictor.weight", "head.predictor.bias")
 
@@ -21,41 +22,36 @@ PREDICTOR = ("head.predictor.weight", "head.predictor.bias")
 def starting_network(
     start: str | Location,
     *,
-    encoder: str,
     encoder_weights: str | None,
-    pyramid_channels: int,
-    head_channels: int,
     classes: Taxonomy,
     seed: int,
     say: Callable[[str], None],
+    **architecture: Any,
 ) -> SemanticFPN:
-    """`start` is "imagenet" (encoder only; the rest is random), "scratch", or the folder of another model.
+    """`start` is "imagenet" (encoder only; the rest is random), "scratch", or the folder of another model (as text, a
+    path with a slash).
 
-    From another model everything is kept; only its predictor is drawn anew, and that is said, when its class list
-    differs. What is random follows from `seed`. Raises UserError: weights missing, another encoder or other widths.
+    `architecture`: arguments of `build_semantic_fpn`. From another model everything is kept; only its predictor is
+    drawn anew, and that is said, when its class list differs. What is random follows from `seed`. Raises UserError:
+    weights missing, or of a network that is built otherwise.
     """
-    weights = imagenet_weights(encoder, encoder_weights) if start == "imagenet" else None
+    weights = None
+    if start == "imagenet":
+        if architecture.get("stride_in_1x1") and encoder_weights is None:
+            raise UserError(
+                f"the ImageNet weights of {architecture['encoder']} that nightseg fetches have no stride in 1x1 "
+                "convolutions; set network.stride_in_1x1 to false, or give network.encoder_weights that have"
+            )
+        weights = imagenet_weights(architecture["encoder"], encoder_weights)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = build_semantic_fpn(
-            encoder=encoder,
-            num_classes=classes.num_classes,
-            pyramid_channels=pyramid_channels,
-            head_channels=head_channels,
-            encoder_weights=weights,
-        )
-    if isinstance(start, str):
-        assert start in ("imagenet", "scratch"), start
+        network = build_semantic_fpn(**architecture, num_classes=classes.num_classes, encoder_weights=weights)
+    if start in ("imagenet", "scratch"):
         return network
 
+    start = Location.of(start)
     tensors, card = load_tensors(start)
-    wanted = {"encoder": encoder, "pyramid_channels": pyramid_channels, "head_channels": head_channels}
-    for key, value in wanted.items():
-        if card.get(key) != value:
-            raise UserError(
-                f"{start.uri}: this model has {key} {card.get(key)!r}, the one that starts from it wants {value!r}; "
-                f"give both models the same network.{key}"
-            )
+    _check_same_network(start, architecture_of(card), architecture_of(architecture))
     if tuple(card["taxonomy"]["classes"]) != classes.classes:
         say(
             f"{start.uri} knows the {card['num_classes']} classes of {card['taxonomy']['name']}, not the "
@@ -65,3 +61,26 @@ def starting_network(
         tensors |= {name: fresh[name] for name in PREDICTOR}
     network.load_state_dict(tensors)
     return network
+
+
+def start_identity(start: str) -> str:
+    """What a training follows from by its start: the word itself, or the content of a model folder."""
+    if "/" not in start:
+        return start
+    folder = Location.of(start)
+    return " ".join(sha256_of((folder / file).read_bytes()) for file in (CARD, TENSORS))
+
+
+def _check_same_network(start: Location, theirs: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Whose modules compute and which stages learn may change from one model to the next, the rest may not."""
+    for key in ("encoder", "pyramid_channels", "head_channels", "stride_in_1x1"):
+        if theirs[key] != wanted[key]:
+            raise UserError(
+                f"{start.uri}: this model has {key} {theirs[key]!r}, the one that starts from it wants "
+                f"{wanted[key]!r}; give both models the same network.{key}"
+            )
+    if theirs["norm"] == "frozen" != wanted["norm"]:
+        raise UserError(
+            f"{start.uri}: the batch norms of this model never learned, so their statistics need not be those of any "
+            "data; give both models network.norm: frozen, or convert the checkpoint it comes from with --thaw"
+        )

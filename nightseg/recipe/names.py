@@ -18,6 +18,11 @@ STARTS = ("imagenet", "scratch")
 Key = tuple[str, str]  # section, name
 
 
+def is_ready(start: str) -> bool:
+    """Whether what a model starts from is there already: one of STARTS, or a model folder, known by its slash."""
+    return start in STARTS or "/" in start
+
+
 class Problem(NamedTuple):
     """One thing that is wrong, at a dotted path."""
 
@@ -43,6 +48,7 @@ def graph_problems(data: Mapping[str, Any]) -> list[Problem]:
     problems += _contradictions(data)
     problems += _unlabelled(data)
     problems += _bad_taxonomy(data)
+    problems += _missing_starts(data)
     problems += _missing_folders(data)
     return problems
 
@@ -64,7 +70,7 @@ def _references(data: Mapping[str, Any]) -> Iterator[Reference]:
         yield from _named(owner, entry, {"train": "datasets", "validate_on": "datasets"})
         if not isinstance(entry, Mapping):
             continue
-        if isinstance(entry.get("start"), str) and entry["start"] not in STARTS:
+        if isinstance(entry.get("start"), str) and not is_ready(entry["start"]):
             yield Reference(owner, (*owner, "start"), "models", entry["start"])
         learning = entry.get("self_training")
         if isinstance(learning, Mapping):
@@ -144,7 +150,7 @@ def _contradictions(data: Mapping[str, Any]) -> Iterator[Problem]:
                 yield Problem((*path, "rounds"), "rounds repeat a self-training, and this model has none")
             continue
         start = entry.get("start", "imagenet")
-        if start in STARTS and not learning.get("teacher"):
+        if isinstance(start, str) and is_ready(start) and not learning.get("teacher"):
             yield Problem(
                 (*path, "self_training"), f"starting from {start} needs a teacher: the model that labels the pool"
             )
@@ -204,6 +210,17 @@ def _bad_taxonomy(data: Mapping[str, Any]) -> Iterator[Problem]:
             yield Problem(
                 ("datasets", dataset, "label_encoding"),
                 f"the taxonomy {classes.name} has no label encoding {encoding!r}{hint}; known: {known}",
+            )
+
+
+def _missing_starts(data: Mapping[str, Any]) -> Iterator[Problem]:
+    for name, entry in _section(data, "models").items():
+        start = entry.get("start") if isinstance(entry, Mapping) else None
+        if isinstance(start, str) and "/" in start and not (Location.of(start) / "model.json").exists():
+            yield Problem(
+                ("models", name, "start"),
+                f"there is no model folder {start!r} (it would hold a model.json); to start from a model of this "
+                "recipe, give its name",
             )
 
 

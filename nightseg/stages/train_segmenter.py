@@ -30,7 +30,7 @@ from nightseg.learning.validation import validation_confusion
 from nightseg.measures.confusion import scores
 from nightseg.networks.checkpoint import load_tensors, save_model
 from nightseg.networks.encoders import freeze_batch_norm, normalise
-from nightseg.networks.semantic_fpn import SemanticFPN, build_semantic_fpn, upsample_logits
+from nightseg.networks.semantic_fpn import SemanticFPN, build_semantic_fpn, check_architecture, upsample_logits
 from nightseg.progress import Progress
 from nightseg.storage import Location, UserError
 from nightseg.workspace import Attempt, Commit
@@ -93,10 +93,8 @@ def train_segmenter(
     _check(plan, name, compute)
     initial = starting_network(
         start if isinstance(start, str) else start.folder / "model",
-        encoder=network.encoder,
+        **network.architecture(),
         encoder_weights=network.encoder_weights,
-        pyramid_channels=network.pyramid_channels,
-        head_channels=network.head_channels,
         classes=classes,
         seed=seed,
         say=lambda message: progress.say(f"model {name}: {message}"),
@@ -135,6 +133,14 @@ def _commit(state: dict[str, Any], card: dict[str, Any], plan: Plan, attempt: At
 # -- before the training ----------------------------------------------------------------------------------------------
 
 
+def check_network(network: Network, name: str) -> None:
+    """Refuse a network that cannot be built here; called before any stage of the run, so that none is for nothing."""
+    try:
+        check_architecture(**network.architecture())
+    except UserError as error:
+        raise UserError(f"model {name}: {error}") from error
+
+
 def _check(plan: Plan, name: str, compute: TrainCompute) -> None:
     """Refuse what cannot train, before a worker starts."""
     network, training, total = plan.network, plan.training, plan.total_steps
@@ -153,6 +159,11 @@ def _check(plan: Plan, name: str, compute: TrainCompute) -> None:
         raise UserError(
             f"model {name}: training.batch {training.batch} cannot be shared evenly by compute.train.workers "
             f"{compute.workers}; choose a batch that is a multiple of {compute.workers}"
+        )
+    if network.norm == "sync" and compute.workers > 1 and not compute.gpus_per_worker:
+        raise UserError(
+            f"model {name}: network.norm sync is computed by GPUs only, and compute.train.gpus_per_worker is 0; use "
+            "norm batch or frozen, or give each worker a GPU"
         )
     if network.input_size is not None:
         largest = tuple(round(side * training.augmentation.scale[1]) for side in network.input_size)
@@ -179,7 +190,7 @@ def _card(initial: SemanticFPN, plan: Plan, start: str | Commit, attempt: Attemp
     classes, network = plan.classes, plan.network
     return {
         "kind": "semantic_fpn",
-        "encoder": network.encoder,
+        **network.architecture(),
         "num_classes": classes.num_classes,
         "taxonomy": {
             "name": classes.name,
@@ -189,8 +200,6 @@ def _card(initial: SemanticFPN, plan: Plan, start: str | Commit, attempt: Attemp
         "input_size": list(network.input_size) if network.input_size else None,
         "mean": list(initial.body.mean),
         "std": list(initial.body.std),
-        "pyramid_channels": network.pyramid_channels,
-        "head_channels": network.head_channels,
         "start": start if isinstance(start, str) else start.name,
         "parents": [] if isinstance(start, str) else [{"stage": start.stage, "name": start.name, "key": start.key}],
         "key": attempt.key,  # of the stage: hash of recipe part, inputs and seed
@@ -329,12 +338,7 @@ def _frames(plan: Plan, session: Session) -> tuple[LabelledFrames, LabelledFrame
 
 
 def _network(plan: Plan) -> SemanticFPN:
-    network = build_semantic_fpn(
-        encoder=plan.network.encoder,
-        num_classes=plan.classes.num_classes,
-        pyramid_channels=plan.network.pyramid_channels,
-        head_channels=plan.network.head_channels,
-    )
+    network = build_semantic_fpn(**plan.network.architecture(), num_classes=plan.classes.num_classes)
     tensors, _ = load_tensors(plan.start)
     network.load_state_dict(tensors)
     return network

@@ -69,6 +69,10 @@ def test_another_model_is_kept_whole(teacher: Location) -> None:
     assert said == []
 
 
+def test_a_folder_may_be_given_as_text(teacher: Location) -> None:
+    assert same(start(str(teacher)), start("scratch", seed=9)) == []
+
+
 @pytest.mark.parametrize(
     "classes",
     [
@@ -93,3 +97,28 @@ def test_another_architecture_is_refused_by_name(teacher: Location) -> None:
         start(teacher, encoder="resnet34")
     with pytest.raises(UserError, match=r"network\.head_channels"):
         start(teacher, head_channels=16)
+
+
+def test_where_the_strides_lie_and_frozen_norms_are_not_changed_on_the_way(tmp_path: Path) -> None:
+    folder = Location.of(tmp_path) / "msra"
+    msra: dict[str, Any] = {"encoder": "resnet50", "norm": "frozen", "stride_in_1x1": True}
+    card = {"kind": "semantic_fpn", "pyramid_channels": 8, "head_channels": 8, "num_classes": 2} | msra
+    card["taxonomy"] = {"name": "two", "classes": ["a", "b"]}
+    network = start("scratch", **msra)
+    save_model(folder, network.state_dict(), card)
+    assert same(start(folder, **msra, freeze_at=2), network) == []
+    with pytest.raises(UserError, match=r"network\.stride_in_1x1"):
+        start(folder, **(msra | {"stride_in_1x1": False}))
+    with pytest.raises(UserError, match=r"network\.norm: frozen, or .* --thaw"):
+        start(folder, **(msra | {"norm": "batch"}))
+
+
+def test_a_model_with_trained_norms_may_be_frozen(teacher: Location) -> None:
+    frozen = start(teacher, norm="frozen")
+    kept = start("scratch", seed=9).state_dict()
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in frozen.state_dict().items())
+
+
+def test_imagenet_weights_with_the_stride_in_the_3x3_are_not_taken_for_others() -> None:
+    with pytest.raises(UserError, match=r"network\.encoder_weights"):
+        start("imagenet", encoder="resnet50", stride_in_1x1=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import urllib.error
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 import torch
 import torchvision
 
+from nightseg import config
+from nightseg.networks import encoders
 from nightseg.networks.encoders import (
     build_encoder,
     freeze_batch_norm,
@@ -17,6 +20,7 @@ from nightseg.networks.encoders import (
     lite0_classifier_weights,
     normalise,
 )
+from nightseg.networks.semantic_fpn import build_semantic_fpn
 from nightseg.storage import UserError
 
 RESNET18_FILE = "resnet18-f37072fd.pth"
@@ -38,6 +42,15 @@ def test_four_maps_at_strides_4_to_32(name: str, channels: tuple[int, ...]) -> N
     assert [tuple(level.shape) for level in maps] == [
         (1, c, 64 // stride, 96 // stride) for c, stride in zip(channels, (4, 8, 16, 32), strict=True)
     ]
+
+
+def test_recipes_know_the_same_encoders() -> None:
+    assert config.ENCODERS == encoders.ENCODERS
+    assert config.RESNETS == encoders.RESNETS
+    assert config.BOTTLENECK_RESNETS == encoders.BOTTLENECK_RESNETS
+    defaults = inspect.signature(build_semantic_fpn).parameters
+    later = {key: value for key, value in config.Network().architecture().items() if key != "encoder"}
+    assert later == {key: defaults[key].default for key in later}
 
 
 def test_lite0_weights_come_with_the_installation_and_every_tensor_fits() -> None:
@@ -114,7 +127,7 @@ def test_other_files_are_refused_by_what_is_wrong_with_them(tmp_path: Path) -> N
 
 def test_files_that_would_run_code_are_refused(tmp_path: Path) -> None:
     torch.save({"conv1.weight": print}, tmp_path / "evil.pth")
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match=r"evil\.pth refused: .* asks for print"):
         imagenet_weights("resnet18", tmp_path / "evil.pth")
 
 

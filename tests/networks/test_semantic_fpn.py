@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import re
-import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
+from nightseg.networks import detectron2
+from nightseg.networks.batch_norm import Norm
+from nightseg.networks.detectron2 import their_name
 from nightseg.networks.encoders import normalise
-from nightseg.networks.semantic_fpn import NormedConvolution, SemanticFPN, build_semantic_fpn, upsample_logits
+from nightseg.networks.semantic_fpn import (
+    NormedConvolution,
+    SemanticFPN,
+    architecture_of,
+    build_semantic_fpn,
+    check_architecture,
+    open_semantic_fpn,
+    upsample_logits,
+)
+from nightseg.storage import UserError
 
-GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
+SMALL: dict[str, Any] = {"encoder": "resnet18", "num_classes": 5, "pyramid_channels": 16, "head_channels": 8}
+BOTTLENECK = SMALL | {"encoder": "resnet50"}
 
 
 @pytest.fixture(scope="module")
@@ -59,41 +71,114 @@ def test_a_narrow_head_gets_groups_that_divide_it(channels: int, groups: int) ->
     assert NormedConvolution(8, channels).norm.num_groups == groups
 
 
-def _golden_tensor(name: str, shape: list[int]) -> Tensor:
-    rng, count = np.random.default_rng(zlib.crc32(name.encode())), int(np.prod(shape))
-    if name.endswith(("norm.running_var", "norm.weight")):
-        values = rng.uniform(0.5, 1.5, count)
-    elif name.endswith(("norm.running_mean", ".bias")):
-        values = rng.normal(0, 0.1, count)
-    else:
-        values = rng.normal(0, np.sqrt(2 / np.prod(shape[1:])) * 0.7, count)
-    return torch.from_numpy(values.astype(np.float32).reshape(shape))
-
-
-def _our_name(name: str) -> str:
-    """Parameter names of detectron2 to ours: torchvision's ResNet and pyramid, detectron2's head."""
-    name = name.replace("sem_seg_head.", "head.").replace("backbone.bottom_up.", "body.").replace("body.stem.", "body.")
-    name = re.sub(r"^backbone\.fpn_lateral(\d)\.", lambda m: f"fpn.inner_blocks.{int(m[1]) - 2}.0.", name)
-    name = re.sub(r"^backbone\.fpn_output(\d)\.", lambda m: f"fpn.layer_blocks.{int(m[1]) - 2}.0.", name)
-    name = re.sub(r"^body\.res(\d)\.", lambda m: f"body.layer{int(m[1]) - 1}.", name)
-    name = re.sub(r"^(body\..*)conv(\d)\.norm\.", r"\1bn\2.", name)
-    return name.replace("shortcut.norm.", "downsample.1.").replace("shortcut.weight", "downsample.0.weight")
-
-
-@pytest.mark.skipif(not GOLDEN.exists(), reason="the golden files of detectron2 are not on this machine")
-def test_logits_are_those_of_detectron2() -> None:
-    with np.load(GOLDEN / "d2_semantic_fpn_r50.npz", allow_pickle=False) as golden:
-        logits = torch.from_numpy(golden["logits"])
-        shapes = {
-            str(key): [int(n) for n in re.findall(r"\d+", str(shape))]
-            for key, shape in zip(golden["keys"], golden["shapes"], strict=True)
-        }
-    network = build_semantic_fpn(encoder="resnet50", num_classes=19).eval()
-    tensors = {_our_name(name): _golden_tensor(name, shape) for name, shape in shapes.items() if "pixel_" not in name}
-    missing, unexpected = network.load_state_dict(tensors, strict=False)
-    assert not unexpected
-    assert all(name.endswith("num_batches_tracked") for name in missing)
-    image = torch.from_numpy(np.random.default_rng(7).integers(0, 256, (1, 3, 96, 160), dtype=np.uint8))
+@pytest.mark.parametrize(("name", "encoder"), [("r50", "resnet50"), ("r101", "resnet101")])
+def test_logits_are_those_of_detectron2(golden: Callable[[str], Any], name: str, encoder: str) -> None:
+    expected = golden(name)
+    network = build_semantic_fpn(encoder=encoder, num_classes=19).eval()
+    ours = {ours: expected.tensors[their_name(ours)] for ours in network.state_dict() if "num_batches" not in ours}
+    assert len(ours) == len(expected.tensors)
+    network.load_state_dict(ours)
     with torch.no_grad():
-        ours = upsample_logits(network(normalise(image, network.body.mean, network.body.std)), 96, 160)[0]
-    assert (ours - logits).abs().max() <= 1e-4
+        logits = upsample_logits(network(normalise(expected.image, network.body.mean, network.body.std)), 96, 160)[0]
+    assert (logits - expected.logits).abs().max() <= 1e-4
+
+
+def test_where_the_stride_lies_changes_no_shape_but_the_numbers() -> None:
+    ours, msra = (build_semantic_fpn(**BOTTLENECK, stride_in_1x1=stride).eval() for stride in (False, True))
+    msra.load_state_dict(ours.state_dict())
+    image = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        first, second = ours(image), msra(image)
+    assert first.shape == second.shape
+    assert not torch.allclose(first, second)
+    assert msra.body.get_submodule("layer2.0.conv1").stride == (2, 2)
+    assert msra.body.get_submodule("layer2.0.conv2").stride == (1, 1)
+
+
+@pytest.mark.parametrize(("freeze_at", "frozen"), [(0, ""), (1, "conv1 bn1"), (3, "conv1 bn1 layer1 layer2")])
+@pytest.mark.parametrize("norm", ["batch", "frozen"])
+def test_frozen_stages_do_not_learn_and_the_others_do(freeze_at: int, frozen: str, norm: Norm) -> None:
+    network = build_semantic_fpn(**SMALL, norm=norm, freeze_at=freeze_at).train()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        network(torch.rand(2, 3, 64, 64)).square().mean().backward()
+        optimizer.step()
+    moved = {name for name, tensor in network.state_dict().items() if not torch.equal(tensor, before[name])}
+    still = {name for name in before if name.startswith(tuple(f"body.{part}." for part in frozen.split()))}
+    norms = {name for name in before if re.search(r"bn\d|downsample\.1", name)} if norm == "frozen" else set()
+    assert moved.isdisjoint(still | norms)
+    assert moved == set(before) - still - norms
+
+
+def test_one_state_dict_fits_every_kind_of_norm() -> None:
+    networks = [
+        build_semantic_fpn(**SMALL, norm=norm, freeze_at=freeze_at).eval()
+        for norm, freeze_at in (("batch", 0), ("batch", 2), ("frozen", 0), ("sync", 0))
+    ]
+    image = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = networks[0](image)
+        for network in networks[1:]:
+            network.load_state_dict(dict(networks[0].state_dict()))
+            assert torch.equal(network(image), expected)
+            networks[0].load_state_dict(dict(network.state_dict()))
+
+
+def test_settings_that_an_encoder_does_not_have_are_refused() -> None:
+    for settings, part in (
+        ({"encoder": "resnet34", "stride_in_1x1": True}, "stride_in_1x1 is for resnet50"),
+        ({"encoder": "efficientnet_lite0", "freeze_at": 1}, "stages of resnet18"),
+        ({"encoder": "efficientnet_lite0", "backend": "detectron2"}, "use backend torchvision"),
+        ({"encoder": "resnet19"}, "did you mean 'resnet18'"),
+    ):
+        with pytest.raises(UserError, match=part):
+            build_semantic_fpn(**{"num_classes": 2, **settings})
+
+
+def test_an_old_card_opens_and_a_new_one_says_all(small: SemanticFPN) -> None:
+    old = {"encoder": "resnet18", "num_classes": 5, "pyramid_channels": 16, "head_channels": 8}
+    opened = open_semantic_fpn(small.state_dict(), old)
+    assert not opened.training
+    image = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(opened(image), small(image))
+    new = {**old, "norm": "frozen", "freeze_at": 2, "stride_in_1x1": False, "backend": "torchvision", "kind": "x"}
+    assert architecture_of(new) == {key: new[key] for key in new if key not in ("num_classes", "kind")}
+
+
+def test_a_model_of_detectron2_opens_without_it_and_that_is_said(
+    small: SemanticFPN, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(detectron2, "is_installed", lambda: False)
+    card = {"encoder": "resnet18", "num_classes": 5, "pyramid_channels": 16, "head_channels": 8}
+    open_semantic_fpn(small.state_dict(), {**card, "backend": "detectron2"})
+    assert "detectron2, which is not installed" in caplog.text
+
+
+def test_the_backend_detectron2_is_refused_with_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detectron2, "is_installed", lambda: False)
+    for build in (check_architecture, build_semantic_fpn):
+        with pytest.raises(UserError) as caught:
+            build(
+                encoder="resnet18", backend="detectron2", **({} if build is check_architecture else {"num_classes": 2})
+            )
+        assert "pip install --no-build-isolation" in str(caught.value)
+        assert detectron2.COMMIT in str(caught.value)
+
+
+def test_the_requirements_file_pins_the_same_commit() -> None:
+    lines = (Path(__file__).parents[2] / "requirements" / "detectron2.txt").read_text().splitlines()
+    pinned = [line for line in lines if not line.startswith("#")]
+    assert len(pinned) == 1
+    assert pinned[0] in detectron2.INSTALL
+    assert len(detectron2.COMMIT) == 40
+
+
+def test_checking_an_architecture_draws_no_random_number_and_takes_no_memory() -> None:
+    torch.manual_seed(1)
+    expected = torch.rand(2)
+    torch.manual_seed(1)
+    check_architecture(encoder="resnet101", pyramid_channels=8192, head_channels=8192)
+    assert torch.equal(torch.rand(2), expected)

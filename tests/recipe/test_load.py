@@ -69,6 +69,13 @@ def test_a_saved_recipe_is_read_back_equal(tmp_path: Path) -> None:
     assert load_recipe(saved) == recipe
 
 
+def test_a_model_may_start_from_a_model_folder(tmp_path: Path) -> None:
+    (tmp_path / "converted").mkdir()
+    (tmp_path / "converted" / "model.json").write_text("{}")
+    text = GOOD.replace("first: {train: [day, made]}", f"first: {{train: [day, made], start: {tmp_path}/converted}}")
+    assert load_recipe(write(tmp_path, text)).models["first"].start == f"{tmp_path}/converted"
+
+
 def test_recipes_are_frozen(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, GOOD))
     with pytest.raises(ValueError, match="frozen"):
@@ -152,6 +159,18 @@ datasets:
             "name: x\ndatasets: {d: {layout: scenes, count: 1}}\nmodels: {m: {train: [d], self_training: {pool: d}}}",
             "needs a teacher",
         ),
+        *[
+            (f"name: x\ndatasets: {{d: {{layout: scenes, count: 1}}}}\n{rest}", expected)
+            for rest, expected in (
+                ("network: {encoder: resnet5}", "unknown encoder 'resnet5', did you mean 'resnet50'?"),
+                ("network: {encoder: resnet34, stride_in_1x1: true}", "stride_in_1x1 is for resnet50"),
+                ("network: {encoder: timm/resnet50d, freeze_at: 2}", "freeze_at counts the stages of resnet18"),
+                ("network: {encoder: efficientnet_lite0, backend: detectron2}", "backend detectron2 computes resnet18"),
+                ("network: {norm: frosen}", "did you mean 'frozen'?"),
+                ("models: {m: {train: [d], start: ./nowhere}}", "there is no model folder './nowhere'"),
+                ("models: {m: {train: [d], start: ./m, self_training: {pool: d}}}", "needs a teacher"),
+            )
+        ],
     ],
 )
 def test_other_faults_are_named(tmp_path: Path, text: str, expected: str) -> None:
