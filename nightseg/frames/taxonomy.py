@@ -59,9 +59,9 @@ class Taxonomy:
     def to_train_ids(self, raw_label: UInt8, encoding: str) -> UInt8:
         """uint8 HW raw ids -> uint8 HW train ids. Raises BadFrame("label_value") that lists the unknown ids."""
         train_ids, known = self.lut(encoding)
-        counts = np.bincount(raw_label.reshape(-1), minlength=256)
-        unknown = np.flatnonzero((counts > 0) & ~known)
-        if len(unknown):
+        if not np.take(known, raw_label).all():
+            counts = np.bincount(raw_label.reshape(-1), minlength=256)
+            unknown = np.flatnonzero((counts > 0) & ~known)
             found = ", ".join(f"{raw_id} ({counts[raw_id]} pixels)" for raw_id in unknown[:8])
             more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
             raise BadFrame(
