@@ -123,7 +123,6 @@ def test_medians_and_ratios(contests: ModuleType, command: ModuleType) -> None:
 
 def test_the_formula_of_the_peer_counts_as_ours_does(contests: ModuleType) -> None:
     import numpy as np
-
     import torch
 
     confusion = importlib.import_module("benchmarks.confusion")
