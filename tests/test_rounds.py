@@ -187,3 +187,13 @@ def test_only_stages_that_draw_have_the_seed(tmp_path: Path) -> None:
     recipe = scenes_recipe(tmp_path, "  a: {train: [day]}", "seed: 5")
     seeds = {node.stage: found.seed for node, found in build_graph(recipe).nodes.items()}
     assert seeds == {"collect": 0, "split": 0, "train_segmenter": 5, "evaluate": 0}
+
+
+def test_boundary_iou_is_part_of_an_evaluations_key_only_where_it_is_asked_for(tmp_path: Path) -> None:
+    def part(more: str) -> dict[str, object]:
+        recipe = scenes_recipe(tmp_path, "  a: {train: [day]}", more)
+        return dict(build_graph(recipe).nodes[NodeId("evaluate", "a.test")].recipe)
+
+    assert part("evaluation: {boundary: 0.02}") == part("") | {"boundary": 0.02}
+    with pytest.raises(UserError, match=r"evaluation\.boundary"):
+        part("evaluation: {boundary: 2}")

@@ -131,7 +131,7 @@ def _coloured(image_3HW: Tensor, brightness: float | None, contrast: float | Non
             grey_HW[strip] = _grey(part)
         found[:, strip] = part
     bright = image_3HW if brightness is None and contrast is None else found
-    mean = None if grey_HW is None else grey_HW.mean()
+    mean = torch.zeros(()) if grey_HW is None else grey_HW.mean()
     for strip in strips if contrast is not None or saturation is not None else ():
         part = bright[:, strip]
         if contrast is not None:

@@ -14,9 +14,9 @@ from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import PIL
 import pyarrow as pa
 import torch
-from PIL import Image
 
 from nightseg.frames import table as frame
 from nightseg.frames.taxonomy import Taxonomy
@@ -131,7 +131,7 @@ def place_for(
         "ids": {name: classes.lut(name)[0].tolist() for name in encodings},
         "size": None if size is None else list(size),
         "resize_labels": resize_labels,
-        "made by": [_MAGIC.decode(), torch.__version__, Image.__version__],  # another resize, another decoder
+        "made by": [_MAGIC.decode(), torch.__version__, PIL.__version__],  # another resize, another decoder
     }
     scratch = Scratch.open(hash_of(key))
     return InMemory(room) if scratch is None else OnDisk(scratch)
