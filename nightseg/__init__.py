@@ -12,6 +12,7 @@ Words: no torch, no ray
     storage/location.py     a file or folder, local or behind a URI: all reading and writing
     storage/remote.py       file systems behind URIs
     storage/parquet.py      tables to bytes and back
+    storage/scratch.py      large files that can be made again, shared by the processes of a machine
     storage/faults.py       points at which a test may kill the process
     workspace/stage.py      the run folder; a stage and its key
     workspace/attempt.py    where a stage works until it is committed
@@ -25,6 +26,7 @@ Frames: no ray
     frames/taxonomy.py      class lists, palettes, raw-id maps
     frames/datasets.py      folder layouts
     frames/augment.py       joint transforms of image and label
+    frames/pairs.py         predictions and labels of two folders, by name
     frames/vectors.py       columns of feature vectors
     frames/scenes/street.py     procedural street scenes: plan of a street, and the function `scene`
     frames/scenes/sheet.py      camera, and strokes that carry colour and surface together
@@ -51,6 +53,7 @@ Measures: no ray
     measures/selection.py   the methods of choosing frames behind one function
     measures/evidence.py    what a choice of frames has to beat
     measures/confusion.py   confusion matrix; PA, CA, mIoU, FWIoU
+    measures/boundary.py    boundary IoU
 
 Networks: torch, no ray
     networks/encoders.py    ResNets and EfficientNet-Lite0 as four feature maps, with their weights
@@ -71,6 +74,7 @@ Networks: torch, no ray
 Learning: how one step learns; torch, no ray
     learning/segmentation.py    cross-entropy, focal and combined loss
     learning/batches.py     labelled frames as batches
+    learning/decoded.py     where decoded frames are kept
     learning/schedule.py    learning rate of a step
     learning/optimizer.py   which weights decay
     learning/starting.py    the weights a training starts from
@@ -118,6 +122,7 @@ Runs
     trials.py               what a search tries, and one trial of it
     search.py               Ray Tune over the rounds
     distance.py             FID and KID of two sets of frames
+    folder_scores.py        scores of a folder of predictions
     verbs.py                single stages without a recipe
     convert.py              detectron2's checkpoints as model folders, and back
     adapt.py                recipe in, results and report out

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import click
 
-from nightseg.console import METRICS, answer, json_option, libraries_on_stderr, percent, print_json, print_table
+from nightseg.console import answer, json_option, libraries_on_stderr, print_folder_scores, print_json
 from nightseg.storage import Location
 
 
@@ -189,6 +189,7 @@ def select(
 @click.argument("predictions")
 @click.argument("labels")
 @click.option("--taxonomy", required=True, help="cityscapes19, camvid11, or a YAML file.")
+@click.option("--label-encoding", metavar="NAME", help="What the ids of the labels mean; default: what fits them all.")
 @click.option(
     "--absent-class",
     default="cityscapes",
@@ -196,27 +197,60 @@ def select(
     type=click.Choice(["cityscapes", "detectron2"]),
     help="A class that is predicted but not in the labels: counts as IoU 0, or is left out.",
 )
+@click.option("--boundary", is_flag=True, help="Boundary IoU, too: how well contours fit.")
+@click.option(
+    "--boundary-distance",
+    default=0.02,
+    show_default=True,
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="How far a boundary reaches, as a share of the image's diagonal.",
+)
+@click.option(
+    "--actors", type=click.IntRange(1), help="Parallel readers on Ray; default: none, and 2 from 2000 frames on."
+)
+@click.option(
+    "--work", metavar="DIR", help="Where actors keep what they have done; default: a hidden folder in PREDICTIONS."
+)
 @json_option
 def evaluate(
-    predictions: str, labels: str, taxonomy: str, absent_class: Literal["cityscapes", "detectron2"], as_json: bool
+    predictions: str,
+    labels: str,
+    taxonomy: str,
+    label_encoding: str | None,
+    absent_class: Literal["cityscapes", "detectron2"],
+    boundary: bool,
+    boundary_distance: float,
+    actors: int | None,
+    work: str | None,
+    as_json: bool,
 ) -> None:
     """Score a folder of predictions against labels.
 
-    Both hold PNG files of the same names; predictions are train ids, as `nightseg predict` writes them.
+    Both hold PNG files of the same names and sizes; predictions are train ids, as `nightseg predict` writes them.
 
     \b
     nightseg evaluate masks /data/camvid/day/test/labels --taxonomy camvid11
+    nightseg evaluate masks /data/cityscapes/gtFine/val --taxonomy cityscapes19 --boundary --actors 8 --json
     """
-    from nightseg.stages.evaluate import evaluate_folders
+    from nightseg.folder_scores import evaluate_folders
+    from nightseg.progress import progress_for
 
     with libraries_on_stderr():
-        scores = evaluate_folders(Location.of(predictions), Location.of(labels), taxonomy, absent_class)
+        scores = evaluate_folders(
+            Location.of(predictions),
+            Location.of(labels),
+            taxonomy,
+            absent_class,
+            label_encoding,
+            boundary=boundary_distance if boundary else None,
+            actors=actors,
+            work=None if work is None else Location.of(work),
+            progress=progress_for(),
+        )
     if as_json:
         print_json(scores)
-        return
-    rows = [[name, percent(iou)] for name, iou in scores["iou"].items()]
-    rows += [[name, percent(scores[key])] for key, name in METRICS.items()]
-    print_table(f"{scores['frames']} frames, percent", ["class", "IoU"], rows)
+    else:
+        print_folder_scores(scores)
 
 
 @click.command()

@@ -350,6 +350,14 @@ class Model(Strict):
     test: dict[Name, TestRow] | None = Field(default=None, description="test sets; null = all of the recipe")
 
 
+class Evaluation(Strict):
+    """What is measured on the test sets beside PA, CA, mIoU and FWIoU."""
+
+    boundary: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None, description="distance of boundary IoU, a share of the diagonal (0.02 in its paper); null = none"
+    )
+
+
 class Prediction(Strict):
     """Frames without labels that the report and the user want to see segmented."""
 
@@ -373,6 +381,7 @@ class Recipe(Strict):
     training: Training = Training()
     models: dict[Name, Model] = {}
     test_sets: dict[Name, Name] = Field(default={}, description="name in the tables -> dataset")
+    evaluation: Evaluation = Evaluation()
     predictions: dict[Name, Prediction] = {}
 
     def network_of(self, model: Model) -> Network:

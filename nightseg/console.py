@@ -133,6 +133,14 @@ def print_scores(results: Mapping[str, Any]) -> None:
         print_table("percent", ["model", "test set", *METRICS.values(), "published mIoU"], rows)
 
 
+def print_folder_scores(scores: Mapping[str, Any]) -> None:
+    bands = scores.get("boundary", {"iou": {}})
+    rows = [[name, percent(iou), percent(bands["iou"].get(name))] for name, iou in scores["iou"].items()]
+    rows += [[name, percent(scores[key]), percent(bands.get(key))] for key, name in METRICS.items()]
+    columns = ["class", "IoU", "boundary IoU"][: 3 if "boundary" in scores else 2]
+    print_table(f"{scores['frames']} frames, percent", columns, [row[: len(columns)] for row in rows])
+
+
 def print_trials(folder: Location, trials: Sequence[Mapping[str, Any]]) -> None:
     keys = list(trials[0]["values"])
     short = [key.rpartition(".")[2] for key in keys]

@@ -330,7 +330,7 @@ class _Builder:
         self.graph.models[name] = ModelNodes(nodes.train, nodes.select, nodes.pseudo_label, nodes.facts, tests)
 
     def _evaluate(self, model: str, test: str, trained: NodeId) -> NodeId:
-        views = self.dataset(self.recipe.test_sets[test])
+        views, boundary = self.dataset(self.recipe.test_sets[test]), self.recipe.evaluation.boundary
 
         def work(inputs: Inputs, attempt: Attempt, progress: Progress) -> Commit:
             return evaluate.evaluate(
@@ -338,10 +338,12 @@ class _Builder:
                 inputs[trained],
                 name=f"{model}.{test}",
                 taxonomy=self.recipe.taxonomy,
+                boundary=boundary,
                 **self._spread(attempt, progress),
             )
 
         part = {"of": [str(view) for view in views], "taxonomy": self.taxonomy, **self._frame_pass()}
+        part |= {} if boundary is None else {"boundary": boundary}
         return self._add("evaluate", f"{model}.{test}", evaluate.VERSION, part, (*views, trained), work)
 
     def prediction(self, name: str) -> None:

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,7 +36,9 @@ def test_every_benchmark_runs_at_a_tiny_size_and_leaves_its_measurements(command
     assert ended.returncode == 0, ended.stderr
     (file,) = tmp_path.glob("*.json")
     content = json.loads(file.read_text())
-    assert {contest["name"] for contest in content["contests"]} == set(command.BENCHMARKS)
+    optional = {"confusion_torchmetrics", "confusion_one_hot"} if find_spec("torchmetrics") is None else set()
+    assert {contest["name"] for contest in content["contests"]} == set(command.BENCHMARKS) - optional
+    assert set(content["skipped"]) == optional
     for contest in content["contests"]:
         assert contest["rounds"] == len(contest["ours"]) == len(contest["theirs"]) == 2
         assert set(contest["ours"][0]) == {"wall", "cpu"}
@@ -43,7 +46,7 @@ def test_every_benchmark_runs_at_a_tiny_size_and_leaves_its_measurements(command
     assert content["size"] == "tiny" and {"python", "numpy", "torch"} <= content["versions"].keys()
     assert content["machine"]["cores"] >= 1 and isinstance(content["machine"]["flags"], list)
     table = ended.stdout.splitlines()
-    assert len(table) == 2 + len(command.BENCHMARKS) and len({line.count("|") for line in table}) == 1
+    assert len(table) == 2 + len(command.BENCHMARKS) - len(optional) and len({line.count("|") for line in table}) == 1
 
 
 def contest(contests: ModuleType, log: list[str], ours: Any = 1, peer: Any = 1) -> Any:
@@ -81,6 +84,24 @@ def test_one_that_disagrees_does_not_lose_what_the_others_measured(
     assert len(json.loads(file.read_text())["contests"]) == 1
 
 
+def test_a_peer_that_is_not_installed_is_skipped_with_the_way_to_get_it(
+    command: ModuleType,
+    contests: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def absent(size: str) -> Any:
+        raise contests.PeerMissing("torchmetrics")
+
+    monkeypatch.setattr(command, "BENCHMARKS", {"same": lambda size: contest(contests, []), "absent": absent})
+    assert command.main(["--rounds", "1", "--out", str(tmp_path)]) == 0
+    assert "absent: skipped: torchmetrics is not installed" in capsys.readouterr().err
+    (file,) = tmp_path.glob("*.json")
+    content = json.loads(file.read_text())
+    assert len(content["contests"]) == 1 and "pip install -e '.[peers]'" in content["skipped"]["absent"]
+
+
 def test_the_two_take_turns_and_change_places(contests: ModuleType) -> None:
     log: list[str] = []
     outcome = contests.hold(contest(contests, log), rounds=4)
@@ -102,11 +123,15 @@ def test_medians_and_ratios(contests: ModuleType, command: ModuleType) -> None:
 
 def test_the_formula_of_the_peer_counts_as_ours_does(contests: ModuleType) -> None:
     import numpy as np
+    import torch
 
     confusion = importlib.import_module("benchmarks.confusion")
     label = np.array([[0, 1, 255], [18, 0, 2]], dtype=np.uint8)
     guess = np.array([[0, 2, 5], [18, 1, 2]], dtype=np.uint8)
     matrix = confusion.fast_hist(label, guess)
+    areas = confusion.histc(torch.from_numpy(label), torch.from_numpy(guess))
+    assert areas.labelled.tolist() == matrix.sum(axis=1).tolist() and areas.predicted.tolist() == matrix.sum(0).tolist()
+    assert areas.both.tolist() == matrix.diagonal().tolist()
     assert matrix.sum() == 5 and matrix[0, 0] == matrix[1, 2] == matrix[18, 18] == matrix[0, 1] == matrix[2, 2] == 1
 
 

@@ -313,7 +313,18 @@ def test_evaluate_gives_fractions_in_json_and_percent_to_people(masks: tuple[Pat
     assert answer["iou"]["sky"] == pytest.approx(3 / 4) and answer["iou"]["road"] == pytest.approx(4 / 5)
     assert answer["iou"]["car"] is None and answer["frames"] == 2
     out = good("evaluate", *masks, "--taxonomy", "camvid11").stdout
-    assert "2 frames, percent" in out and "75.0" in out and "77.5" in out
+    assert "2 frames, percent" in out and "75.0" in out and "77.5" in out and "boundary" not in out
+
+
+def test_evaluate_measures_boundaries_and_takes_an_encoding(masks: tuple[Path, Path]) -> None:
+    words = ("evaluate", *masks, "--taxonomy", "camvid11", "--boundary", "--label-encoding", "camvid12")
+    answer = json_of(*words)
+    assert answer["boundary"]["distance"] == 0.02 and answer["label_encoding"] == "camvid12"
+    assert answer["boundary"]["iou"]["sky"] == pytest.approx(3 / 4)  # so few pixels are all boundary
+    assert json_of(*words, "--boundary-distance", "0.3")["boundary"]["distance"] == 0.3
+    assert "boundary IoU" in good(*words).stdout
+    assert "is not in the range" in refused(*words, "--boundary-distance", "0")
+    assert "no label encoding 'camvid', did you mean 'camvid12'" in refused(*words[:-1], "camvid")
 
 
 def test_predict_writes_masks(tmp_path: Path) -> None:

@@ -231,3 +231,13 @@ def test_networks_that_cannot_be_built_here_fail_before_anything_runs(
     recipe = scenes_recipe(tmp_path, f"  a: {{train: [day], network: {{{network}}}}}")
     with pytest.raises(UserError, match=f"(?s)model a: .*{part}"):
         build_graph(recipe)
+
+
+def test_boundary_iou_is_part_of_an_evaluations_key_only_where_it_is_asked_for(tmp_path: Path) -> None:
+    def part(more: str) -> dict[str, object]:
+        recipe = scenes_recipe(tmp_path, "  a: {train: [day]}", more)
+        return dict(build_graph(recipe).nodes[NodeId("evaluate", "a.test")].recipe)
+
+    assert part("evaluation: {boundary: 0.02}") == part("") | {"boundary": 0.02}
+    with pytest.raises(UserError, match=r"evaluation\.boundary"):
+        part("evaluation: {boundary: 2}")

@@ -1,8 +1,11 @@
 """Joint image and label transforms for training, drawn from an explicit random generator.
 
 Images are uint8 tensors 3 x H x W (RGB, [0, 255]), labels uint8 tensors H x W of train ids. Whatever moves pixels moves
-both; a label is never interpolated. The crop is cut out before it is scaled, so work follows the crop's size and not
-the frame's.
+both; a label is never interpolated.
+
+The crop is cut out before it is scaled, so work follows the crop's size and not the frame's. The view is that of a
+frame that is scaled as a whole and then cropped: labels are equal, images are equal up to one grey level of rounding,
+but for the outermost pixel of the crop (ceil(scale / 2) pixels for scales above 2), whose filter ends at the cut.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transform
 
 from nightseg.frames.taxonomy import IGNORE
+
+STRIP_ROWS = 64  # of a crop: its floats fit into the cache of one core
 
 
 @dataclass(frozen=True)
@@ -100,18 +105,47 @@ def augment(
     taken = (slice(rows.start, rows.start + rows.length), slice(columns.start, columns.start + columns.length))
     image = resize_image(image_3HW[(slice(None), *taken)], (rows.scaled, columns.scaled))
     label = resize_label(label_HW[taken], (rows.scaled, columns.scaled))
-    if settings.brightness:
-        image = transform.adjust_brightness(image, 1 + settings.brightness * (2 * brightness - 1))
-    if settings.contrast:
-        image = transform.adjust_contrast(image, 1 + settings.contrast * (2 * contrast - 1))
-    if settings.saturation:
-        image = transform.adjust_saturation(image, 1 + settings.saturation * (2 * saturation - 1))
+    strengths, draws = (settings.brightness, settings.contrast, settings.saturation), (brightness, contrast, saturation)
+    image = _coloured(image, *(1 + s * (2 * draw - 1) if s else None for s, draw in zip(strengths, draws, strict=True)))
     if flip < settings.flip:
         image, label = image.flip(-1), label.flip(-1)
     strength, noise_seed = rng.random(), int(rng.integers(2**63))
     if settings.noise:
         image = _noisy(image, 255 * settings.noise * strength, noise_seed)
     return _pad(image, label, rows, columns, fill)
+
+
+def _coloured(image_3HW: Tensor, brightness: float | None, contrast: float | None, saturation: float | None) -> Tensor:
+    """Brightness, contrast and saturation times a factor (None: as it is), bit for bit as torchvision's functions.
+
+    Done in strips, so that the floats between two bytes stay in the processor's cache.
+    """
+    strips = [slice(top, top + STRIP_ROWS) for top in range(0, image_3HW.shape[1], STRIP_ROWS)]
+    found = image_3HW if brightness is contrast is saturation is None else torch.empty_like(image_3HW)
+    grey_HW = torch.empty(image_3HW.shape[1:]) if contrast is not None else None
+    for strip in strips if brightness is not None or contrast is not None else ():
+        part = image_3HW[:, strip]
+        if brightness is not None:
+            part = part.mul(brightness).clamp_(0, 255).to(torch.uint8)
+        if grey_HW is not None:
+            grey_HW[strip] = _grey(part)
+        found[:, strip] = part
+    bright = image_3HW if brightness is None and contrast is None else found
+    mean = torch.zeros(()) if grey_HW is None else grey_HW.mean()
+    for strip in strips if contrast is not None or saturation is not None else ():
+        part = bright[:, strip]
+        if contrast is not None:
+            part = part.mul(contrast).add_(mean, alpha=1 - contrast).clamp_(0, 255).to(torch.uint8)
+        if saturation is not None:
+            part = part.mul(saturation).add_(_grey(part), alpha=1 - saturation).clamp_(0, 255).to(torch.uint8)
+        found[:, strip] = part
+    return found
+
+
+def _grey(image_3HW: Tensor) -> Tensor:
+    """ITU-R 601 luma of bytes, cut to whole levels: float32 (H, W)."""
+    red, green, blue = image_3HW.unbind(0)
+    return red.mul(0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114).floor_()
 
 
 def _noisy(image_3HW: Tensor, deviation: float, seed: int) -> Tensor:

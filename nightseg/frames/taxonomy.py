@@ -26,6 +26,7 @@ Colour = tuple[int, int, int]
 UInt8 = NDArray[np.uint8]
 
 _MAX_YAML_BYTES = 1_000_000
+_UNKNOWN = 256  # above all train ids
 
 
 @dataclass(frozen=True)
@@ -59,15 +60,16 @@ class Taxonomy:
     def to_train_ids(self, raw_label: UInt8, encoding: str) -> UInt8:
         """uint8 HW raw ids -> uint8 HW train ids. Raises BadFrame("label_value") that lists the unknown ids."""
         train_ids, known = self.lut(encoding)
-        counts = np.bincount(raw_label.reshape(-1), minlength=256)
-        unknown = np.flatnonzero((counts > 0) & ~known)
-        if len(unknown):
+        mapped = np.take(np.where(known, train_ids, np.uint16(_UNKNOWN)), raw_label)
+        if mapped.max(initial=0) == _UNKNOWN:
+            counts = np.bincount(raw_label.reshape(-1), minlength=256)
+            unknown = np.flatnonzero((counts > 0) & ~known)
             found = ", ".join(f"{raw_id} ({counts[raw_id]} pixels)" for raw_id in unknown[:8])
             more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
             raise BadFrame(
                 "label_value", f"ids {found}{more} are not in the encoding {encoding} of the taxonomy {self.name}"
             )
-        return np.take(train_ids, raw_label)
+        return mapped.astype(np.uint8)
 
     def colourize(self, label: UInt8) -> UInt8:
         """uint8 HW train ids -> uint8 HWC RGB; everything outside 0..K-1 is black."""

@@ -1,19 +1,23 @@
 """Labelled frames of a table as training batches: decoded once, drawn in an order that follows from the seed alone.
 
 B images, H x W pixels. Which frames a step sees, and how each is augmented, is a function of (seed, epoch, frame): not
-of the number of workers or threads, nor of what is cached.
+of the number of workers or threads, nor of what is kept decoded.
+
+Threads of this process read ahead of the training. Decoders, resampling and colour work release Python's lock, so they
+run side by side; each of them works on one core, or every one of them would start a team of PyTorch's threads.
 """
 
 from __future__ import annotations
 
-import os
 import threading
 import time
+import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -24,13 +28,11 @@ from nightseg.frames import table as frame
 from nightseg.frames.augment import Augmentation, augment, resize_image, resize_label, sample_rng
 from nightseg.frames.images import BadFrame, decode_image, decode_label
 from nightseg.frames.taxonomy import Taxonomy
+from nightseg.learning.decoded import Decoded, Kept
 from nightseg.storage import Location, UserError, sha256_of
 
 BATCHES_AHEAD: Final = 2
-CACHE_SHARE_OF_MEMORY: Final = 0.25
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+MOST_THREADS: Final = 8  # more only wait for Python's lock
 
 
 class Sample(NamedTuple):
@@ -66,6 +68,26 @@ class Pace:
                 return
             yield batch
 
+    @property
+    def images_per_second(self) -> float:
+        """Frames that went through the training, 0 before the first epoch has ended."""
+        return self.frames / self.seconds if self.seconds else 0.0
+
+    @property
+    def waiting_share(self) -> float:
+        """Share in [0, 1] of the time in which the training waited for frames."""
+        return self.waiting_seconds / self.seconds if self.seconds else 0.0
+
+
+def reading_threads(cpus: int, device_type: str) -> int:
+    """Threads that read ahead of a training that has `cpus` cores.
+
+    A GPU leaves the cores free, but for one that feeds it. On a CPU the training needs all of them: reading, a few
+    percent of the work, must not make its parallel loops wait for a thread that has lost its core.
+    """
+    free = cpus - 1 if device_type == "cuda" else cpus // 4
+    return max(1, min(MOST_THREADS, free))
+
 
 def sample_order(num_frames: int, num_samples: int, seed: int, epoch: int) -> list[Sample]:
     """The samples of one epoch: permutation after permutation of all frames, cut at `num_samples`."""
@@ -78,23 +100,18 @@ def sample_order(num_frames: int, num_samples: int, seed: int, epoch: int) -> li
     return samples[:num_samples]
 
 
-def cache_bytes(share_of: int) -> int:
-    """Bytes one of `share_of` processes may keep decoded frames in: a quarter of this machine's memory, shared."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(memory * CACHE_SHARE_OF_MEMORY) // share_of
-
-
 class LabelledFrames:
     """Random access to decoded frames: (image uint8 3 x H x W, label uint8 H x W). Safe to use from several threads.
 
-    Images are resized to `size` = (height, width), None keeps them native; labels too when `resize_labels`. Frames stay
-    in memory until `cache` bytes are full; later ones are decoded each time.
+    Images are resized to `size` = (height, width), None keeps them native; labels too when `resize_labels`. `kept` is
+    where decoded frames stay; one that is not there is decoded, and put there. The tensors may be views of it: change
+    nothing in them.
     Raises UserError for a frame that is missing, damaged, or not the file that was collected: the stage's key stands
     for these very frames, so training on fewer would be a different result under the same name.
     """
 
     def __init__(
-        self, rows: pa.Table, classes: Taxonomy, *, size: Sequence[int] | None, resize_labels: bool, cache: int
+        self, rows: pa.Table, classes: Taxonomy, *, size: Sequence[int] | None, resize_labels: bool, kept: Kept
     ) -> None:
         self._rows: list[dict[str, Any]] = rows.select(
             [frame.FRAME_ID, frame.URI, frame.LABEL_URI, frame.LABEL_ENCODING, frame.SHA256, frame.LABEL_SHA256]
@@ -102,9 +119,9 @@ class LabelledFrames:
         self._classes = classes
         self._size = size
         self._resize_labels = resize_labels
-        self._room = cache
-        self._lock = threading.Lock()
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._kept = kept
+        # However the training ends, files go when nobody holds the frames any more; a killed one leaves them.
+        self.close = weakref.finalize(self, kept.close)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -113,17 +130,13 @@ class LabelledFrames:
         return str(self._rows[index][frame.FRAME_ID])
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        if index in self._kept:
-            return self._kept[index]
-        decoded = self._decode(self._rows[index])
-        with self._lock:
-            needed = decoded[0].nbytes + decoded[1].nbytes
-            if index not in self._kept and needed <= self._room:
-                self._room -= needed
-                self._kept[index] = decoded
-        return decoded
+        decoded = self._kept.get(index)
+        if decoded is None:
+            decoded = self._decode(self._rows[index])
+            self._kept.put(index, decoded)
+        return torch.from_numpy(decoded.image).permute(2, 0, 1), torch.from_numpy(decoded.label)
 
-    def _decode(self, row: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _decode(self, row: dict[str, Any]) -> Decoded:
         try:
             pixels = decode_image(_read(row, frame.URI, frame.SHA256))
             raw_label = decode_label(_read(row, frame.LABEL_URI, frame.LABEL_SHA256))
@@ -136,9 +149,11 @@ class LabelledFrames:
                 f"  The frame was sound when it was collected: restore the files, or start a new run folder to collect "
                 f"what is there now."
             ) from bad
-        image = resize_image(torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), self._size)
-        label = torch.from_numpy(train_ids)
-        return image, resize_label(label, self._size) if self._resize_labels else label
+        image_3HW = resize_image(torch.from_numpy(pixels).permute(2, 0, 1), self._size)
+        label_HW = torch.from_numpy(train_ids)
+        if self._resize_labels:
+            label_HW = resize_label(label_HW, self._size)
+        return Decoded(image_3HW.permute(1, 2, 0).contiguous().numpy(), label_HW.contiguous().numpy())
 
 
 def _read(row: dict[str, Any], uri: str, sha256: str) -> bytes:
@@ -168,31 +183,57 @@ def training_batches(
 ) -> Iterator[Batch]:
     """This rank's part of every global batch of `batch` samples (rows rank, rank + world_size, ... of it).
 
-    `threads` decode and augment up to two batches ahead of the training.
+    `threads` decode and augment up to two batches ahead of the training, straight into the batch.
     """
 
-    def load(sample: Sample) -> tuple[Tensor, Tensor]:
+    def load(sample: Sample, image_HW3: Tensor, label_HW: Tensor) -> None:
         rng = sample_rng(seed, epoch, sample.repeat, sample.row)
-        return augment(*frames[sample.row], rng, crop=crop, settings=augmentation, fill=fill)
+        image, label = augment(*frames[sample.row], rng, crop=crop, settings=augmentation, fill=fill)
+        image_HW3.copy_(image.permute(1, 2, 0))
+        label_HW.copy_(label)
+
+    def begin(pool: ThreadPoolExecutor, samples: Sequence[Sample]) -> tuple[Batch, list[Future[None]]]:
+        images_BHW3 = torch.empty((len(samples), *crop, 3), dtype=torch.uint8, pin_memory=pin_memory)
+        labels_BHW = torch.empty((len(samples), *crop), dtype=torch.uint8, pin_memory=pin_memory)
+        places = zip(samples, images_BHW3, labels_BHW, strict=True)
+        return Batch(images_BHW3.permute(0, 3, 1, 2), labels_BHW), [pool.submit(load, *place) for place in places]
 
     mine = [order[start : start + batch][rank::world_size] for start in range(0, len(order), batch)]
-    for views in _ahead(load, mine, threads):
-        images = torch.stack([image for image, _ in views]).contiguous(memory_format=torch.channels_last)
-        labels = torch.stack([label for _, label in views])
-        yield Batch(images.pin_memory(), labels.pin_memory()) if pin_memory else Batch(images, labels)
-
-
-def _ahead(load: Callable[[Item], Result], groups: Sequence[Sequence[Item]], threads: int) -> Iterator[list[Result]]:
-    """`[load(item) for item in group]` for each group, in order, computed by threads a few groups ahead."""
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="frames")
-    waiting: deque[list[Future[Result]]] = deque()
-    try:
-        for group in groups:
-            waiting.append([pool.submit(load, item) for item in group])
+    with _reading(threads) as pool:
+        waiting: deque[tuple[Batch, list[Future[None]]]] = deque()
+        for samples in mine:
+            waiting.append(begin(pool, samples))
             if len(waiting) > BATCHES_AHEAD:
-                yield [future.result() for future in waiting.popleft()]
+                yield _finished(*waiting.popleft())
         while waiting:
-            yield [future.result() for future in waiting.popleft()]
+            yield _finished(*waiting.popleft())
+
+
+def _finished(batch: Batch, parts: Sequence[Future[None]]) -> Batch:
+    for part in parts:
+        part.result()
+    return batch
+
+
+@contextmanager
+def _reading(threads: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads whose PyTorch works on one core each. What this thread and later ones use stays as it is."""
+    own = torch.get_num_threads()
+    ready = threading.Barrier(threads + 1)
+
+    def prepare() -> None:
+        torch.get_num_threads()  # a thread takes over the common number when it first asks: now, not later
+        torch.set_num_threads(1)  # of this thread, but also the common number
+        ready.wait()
+
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="frames")
+    try:
+        started = [pool.submit(prepare) for _ in range(threads)]
+        ready.wait()
+        for thread in started:
+            thread.result()
+        torch.set_num_threads(own)
+        yield pool
     finally:
         # An error, or a training that stopped: what has not begun is dropped.
         pool.shutdown(wait=True, cancel_futures=True)

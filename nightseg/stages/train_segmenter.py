@@ -21,7 +21,16 @@ from nightseg.frames import table as frame
 from nightseg.frames.augment import Augmentation
 from nightseg.frames.taxonomy import Taxonomy
 from nightseg.frames.taxonomy import taxonomy as load_taxonomy
-from nightseg.learning.batches import Batch, LabelledFrames, Pace, Sample, cache_bytes, sample_order, training_batches
+from nightseg.learning.batches import (
+    Batch,
+    LabelledFrames,
+    Pace,
+    Sample,
+    reading_threads,
+    sample_order,
+    training_batches,
+)
+from nightseg.learning.decoded import place_for
 from nightseg.learning.optimizer import build_optimizer
 from nightseg.learning.schedule import learning_rate
 from nightseg.learning.segmentation import combined_loss_sum, mixture
@@ -330,11 +339,13 @@ def _or_null(fraction: float) -> float | None:
 
 def _frames(plan: Plan, session: Session) -> tuple[LabelledFrames, LabelledFrames | None]:
     """Training frames (labels at the input size) and validation frames (labels at their own size)."""
-    room, size = cache_bytes(2 * session.world_size), plan.network.input_size
-    frames = LabelledFrames(plan.train, plan.classes, size=size, resize_labels=True, cache=room)
-    if plan.validate is None:
-        return frames, None
-    return frames, LabelledFrames(plan.validate, plan.classes, size=size, resize_labels=False, cache=room)
+
+    def decoded(rows: pa.Table, resize_labels: bool) -> LabelledFrames:
+        where: dict[str, Any] = {"size": plan.network.input_size, "resize_labels": resize_labels}
+        kept = place_for(rows, plan.classes, **where, sharers=2 * session.world_size, workers=session.world_size)
+        return LabelledFrames(rows, plan.classes, **where, kept=kept)
+
+    return decoded(plan.train, True), None if plan.validate is None else decoded(plan.validate, False)
 
 
 def _network(plan: Plan) -> SemanticFPN:
@@ -360,7 +371,7 @@ def _batches(
         crop=plan.training.crop,
         augmentation=Augmentation(**drawn.model_dump()),
         fill=(red, green, blue),
-        threads=plan.threads,
+        threads=reading_threads(torch.get_num_threads(), session.device.type),
         pin_memory=session.device.type == "cuda",
     )
 

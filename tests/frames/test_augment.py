@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torchvision.transforms.v2 import functional
 
 from nightseg.frames.augment import Augmentation, augment, resize_image, resize_label, sample_rng
 
@@ -43,6 +48,51 @@ def _far_from_borders(label_HW: Tensor, distance: int) -> Tensor:
     highest = torch.nn.functional.max_pool2d(values, size, 1, distance)
     lowest = -torch.nn.functional.max_pool2d(-values, size, 1, distance)
     return (highest == lowest)[0, 0]
+
+
+@pytest.mark.parametrize(
+    "scale", [Fraction(1, 2), Fraction(3, 4), Fraction(1), Fraction(3, 2), Fraction(2), Fraction(4)]
+)
+def test_cutting_before_scaling_is_scaling_before_cutting(scale: Fraction) -> None:
+    """Where the cut falls between pixels of the scaled frame, so that there is something to compare with."""
+    rng = np.random.default_rng(0)
+    image = torch.from_numpy(rng.integers(0, 256, (3, 96, 144), dtype=np.uint8))  # noise: the hardest case
+    label = torch.from_numpy(rng.integers(0, 19, (96, 144), dtype=np.uint8))
+    whole_size = (int(96 * scale), int(144 * scale))
+    whole, whole_label = resize_image(image, whole_size), resize_label(label, whole_size)
+    crop, ring, compared = (36, 48), max(1, math.ceil(scale / 2)), 0
+    for index in range(300):
+        draws = sample_rng(0, 0, 0, index)
+        draws.random(5)  # scale, flip, colours
+        taken = [int(draws.random() * (side - cut / scale + 1)) for side, cut in zip((96, 144), crop, strict=True)]
+        if any((start * scale).denominator > 1 for start in taken):
+            continue
+        compared += 1
+        settings = Augmentation(scale=(float(scale), float(scale)))
+        found, found_label = augment(image, label, sample_rng(0, 0, 0, index), crop=crop, settings=settings)
+        top, left = (int(start * scale) for start in taken)
+        expected = whole[:, top : top + crop[0], left : left + crop[1]]
+        apart = (found.int() - expected.int()).abs()
+        assert apart[:, ring:-ring, ring:-ring].max() <= 1
+        if scale == 1:
+            assert torch.equal(found, expected)
+        assert torch.equal(found_label, whole_label[top : top + crop[0], left : left + crop[1]])
+    assert compared >= 15
+
+
+def test_views_do_not_depend_on_how_a_frame_lies_in_memory() -> None:
+    """Decoders give pixels, cached frames are pixels; tensors made by hand are planes."""
+    planes = torch.randint(0, 256, (3, 70, 110), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pixels = planes.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    label = torch.zeros((70, 110), dtype=torch.uint8)
+    settings = Augmentation((0.5, 2.0), 0.5, 0.3, 0.3, 0.3, 0.1)
+    for index in range(20):
+        first, second = (
+            augment(image, label, sample_rng(0, 0, 0, index), crop=(40, 60), settings=settings)[0]
+            for image in (planes, pixels)
+        )
+        assert torch.equal(first, second)
+    assert torch.equal(resize_image(planes, (31, 47)), resize_image(pixels, (31, 47)))
 
 
 def test_labels_are_never_interpolated() -> None:
@@ -103,6 +153,22 @@ def test_colour_moves_the_image_only_and_not_its_geometry() -> None:
         moved, moved_label = augment(image, label, rngs[1], crop=(32, 48), settings=coloured)
         assert torch.equal(moved_label, expected)
         assert not torch.equal(moved[0], expected * 10)
+
+
+@pytest.mark.parametrize("chosen", list(itertools.product((False, True), repeat=3)))
+def test_colours_are_those_of_torchvision_bit_for_bit(chosen: tuple[bool, bool, bool]) -> None:
+    image = torch.randint(0, 256, (3, 150, 90), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    strengths = {name: 0.6 * on for name, on in zip(("brightness", "contrast", "saturation"), chosen, strict=True)}
+    for index in range(5):
+        draws = sample_rng(0, 0, 0, index).random(5)[2:]
+        expected = image
+        for (name, strength), draw in zip(strengths.items(), draws, strict=True):
+            if strength:
+                expected = getattr(functional, f"adjust_{name}")(expected, 1 + strength * (2 * draw - 1))
+        found, _ = augment(
+            image, image[0], sample_rng(0, 0, 0, index), crop=(150, 90), settings=Augmentation(**strengths)
+        )
+        assert torch.equal(found, expected)
 
 
 def test_resize_keeps_native_when_asked_and_agrees_between_image_and_label() -> None:

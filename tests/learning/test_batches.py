@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,13 @@ import pyarrow as pa
 import pytest
 import torch
 
-from nightseg.frames.augment import Augmentation
+from nightseg.frames.augment import Augmentation, augment, sample_rng
 from nightseg.frames.images import decode_image, encode_png
 from nightseg.frames.table import frame_table
 from nightseg.frames.taxonomy import Taxonomy
 from nightseg.learning import batches as module
-from nightseg.learning.batches import Batch, LabelledFrames, Pace, cache_bytes, sample_order, training_batches
+from nightseg.learning.batches import Batch, LabelledFrames, Pace, reading_threads, sample_order, training_batches
+from nightseg.learning.decoded import InMemory
 from nightseg.storage import Location, UserError, sha256_of
 
 CLASSES = Taxonomy("three", ("a", "b", "c"), ((0, 0, 0), (1, 1, 1), (2, 2, 2)), {"raw": {7: 0, 8: 1, 9: 2, 0: 255}})
@@ -51,7 +54,7 @@ def rows(tmp_path: Path) -> pa.Table:
 
 
 def labelled(rows: pa.Table, cache: int = 1 << 20, size: tuple[int, int] | None = None) -> LabelledFrames:
-    return LabelledFrames(rows, CLASSES, size=size, resize_labels=True, cache=cache)
+    return LabelledFrames(rows, CLASSES, size=size, resize_labels=True, kept=InMemory(cache))
 
 
 def batches(
@@ -103,6 +106,19 @@ def test_threads_and_cache_change_nothing(rows: pa.Table) -> None:
         assert all(torch.equal(a.labels, b.labels) for a, b in zip(expected, found, strict=True))
 
 
+def test_batches_are_what_augmentation_of_each_frame_gives(rows: pa.Table) -> None:
+    """Also in the memory layout that convolutions want; read ahead by threads or not."""
+    frames, order = labelled(rows), sample_order(6, 10, 5, 2)
+    settings = Augmentation(scale=(0.5, 2.0), flip=0.5)
+    found = batches(frames, threads=3)
+    for place, sample in enumerate(order):
+        rng = sample_rng(5, 2, sample.repeat, sample.row)
+        image, label = augment(*frames[sample.row], rng, crop=(16, 16), settings=settings, fill=(0, 0, 0))
+        assert torch.equal(found[place // 4].images[place % 4], image)
+        assert torch.equal(found[place // 4].labels[place % 4], label)
+    assert all(batch.images.is_contiguous(memory_format=torch.channels_last) for batch in found)
+
+
 def test_a_frame_drawn_twice_is_augmented_twice(rows: pa.Table) -> None:
     first, second = (batches(labelled(rows.slice(0, 1)))[0].images[i] for i in range(2))
     assert not torch.equal(first, second)
@@ -118,7 +134,7 @@ def test_frames_and_labels_are_resized_or_the_frame_alone(rows: pa.Table) -> Non
     image, label = labelled(rows, size=(12, 16))[0]
     assert tuple(image.shape) == (3, 12, 16)
     assert tuple(label.shape) == (12, 16)
-    native = LabelledFrames(rows, CLASSES, size=(12, 16), resize_labels=False, cache=0)[0]
+    native = LabelledFrames(rows, CLASSES, size=(12, 16), resize_labels=False, kept=InMemory(0))[0]
     assert tuple(native[1].shape) == (24, 32)
 
 
@@ -139,9 +155,49 @@ def test_frames_are_decoded_once_while_they_fit(rows: pa.Table, monkeypatch: pyt
         assert len(decoded) == expected
 
 
-def test_cache_is_shared_between_processes() -> None:
-    assert cache_bytes(1) > 100 << 20
-    assert cache_bytes(4) == cache_bytes(1) // 4
+def test_readers_work_on_one_core_each_and_the_training_keeps_its_threads(
+    rows: pa.Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's number of threads belongs to the thread that asks, and new threads begin with what was set last."""
+    seen: dict[str, set[int]] = {"readers": set(), "training": set()}
+
+    def watched(*arguments: Any, **settings: Any) -> Any:
+        assert threading.current_thread() is not threading.main_thread()
+        seen["readers"].add(torch.get_num_threads())
+        return augment(*arguments, **settings)
+
+    monkeypatch.setattr(module, "augment", watched)
+    own = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        frames = labelled(rows)
+        order = sample_order(6, 12, 0, 0)
+        settings: dict[str, Any] = {"batch": 4, "rank": 0, "world_size": 1, "seed": 0, "epoch": 0, "crop": (8, 8)}
+        settings |= {"augmentation": Augmentation(), "fill": (0, 0, 0), "threads": 2, "pin_memory": False}
+        for _ in training_batches(frames, order, **settings):
+            seen["training"].add(torch.get_num_threads())
+            late = ThreadPoolExecutor(1)
+            seen["training"].add(late.submit(torch.get_num_threads).result())
+            late.shutdown()
+        seen["training"].add(torch.get_num_threads())
+    finally:
+        torch.set_num_threads(own)
+    assert seen == {"readers": {1}, "training": {3}}
+
+
+@pytest.mark.parametrize(
+    ("cpus", "device", "threads"),
+    [(1, "cpu", 1), (2, "cpu", 1), (16, "cpu", 4), (1, "cuda", 1), (6, "cuda", 5), (64, "cuda", 8)],
+)
+def test_readers_leave_the_cores_to_the_training(cpus: int, device: str, threads: int) -> None:
+    assert reading_threads(cpus, device) == threads
+
+
+def test_an_error_of_a_reader_ends_the_batches_and_its_threads(rows: pa.Table) -> None:
+    Location.of(rows["uri"][3].as_py()).delete()
+    with pytest.raises(UserError, match=r"frame3: missing"):
+        batches(labelled(rows), threads=3)
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("frames")]
 
 
 def test_a_frame_that_is_not_what_was_collected_is_refused(rows: pa.Table) -> None:
@@ -165,6 +221,12 @@ def test_a_label_value_outside_the_map_names_file_and_value(tmp_path: Path) -> N
     changed = rows.set_column(rows.schema.get_field_index("label_sha256"), "label_sha256", [[sha256_of(data)]])
     with pytest.raises(UserError, match=r"(?s)frame0: label_value: .*3 \(768 pixels\).*label0\.png"):
         labelled(changed)[0]
+
+
+def test_pace_in_words() -> None:
+    pace = Pace(seconds=20.0, waiting_seconds=5.0, frames=100)
+    assert pace.images_per_second == 5.0 and pace.waiting_share == 0.25
+    assert Pace().images_per_second == Pace().waiting_share == 0.0
 
 
 def test_waiting_time_is_counted(rows: pa.Table) -> None:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nightseg.measures.confusion import add_up, confusion_matrix, scores
+from nightseg.measures.confusion import add_up, confusion_matrix, pair_counts, scores
 
 
 def test_two_by_two_masks() -> None:
@@ -82,6 +82,26 @@ def test_counts_are_those_of_a_slow_loop(seed: int, num_classes: int) -> None:
         if row != 255:
             slow[row, column] += 1
     assert np.array_equal(confusion_matrix(label, prediction, num_classes), slow)
+
+
+@pytest.mark.parametrize("block", [1, 2, 7, 9, 16, 64])
+def test_areas_are_counted_by_runs_and_noise_by_pixels_with_the_same_result(block: int) -> None:
+    """Both ways, around the share of changes at which they change places; runs go on over the ends of rows."""
+    rng = np.random.default_rng(block)
+    coarse = rng.integers(0, 256, (2, 4, 96 // block + 1), dtype=np.uint8)
+    first, second = (np.kron(part, np.ones((16, block), np.uint8)) for part in coarse)
+    slow = np.zeros((256, 256), dtype=np.int64)
+    np.add.at(slow, (first, second), 1)
+    found = pair_counts(first, second)
+    assert found.dtype == np.int64 and np.array_equal(found, slow)
+    assert np.array_equal(pair_counts(first[:, ::3], second[:, ::3]), pair_counts(first[:, ::3].copy(), second[:, ::3]))
+
+
+def test_one_value_and_no_value() -> None:
+    same = np.full((5, 7), 3, dtype=np.uint8)
+    assert pair_counts(same, same)[3, 3] == pair_counts(same, same).sum() == 35
+    assert pair_counts(same[:0], same[:0]).sum() == 0
+    assert pair_counts(same[:1, :1], same[:1, :1]).sum() == 1
 
 
 def test_matrices_of_frames_add_up_to_that_of_the_set() -> None:

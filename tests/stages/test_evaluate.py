@@ -1,9 +1,8 @@
-"""Scores of predictions that are known: by a model whose answer is in the pixels, and between two folders."""
+"""Scores of predictions that are known: by a model whose answer is in the pixels."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from nightseg.frames.images import decode_label, encode_png
 from nightseg.frames.table import frame_table
 from nightseg.frames.taxonomy import taxonomy
 from nightseg.progress import SilentProgress
-from nightseg.stages.evaluate import evaluate, evaluate_folders
+from nightseg.stages.evaluate import evaluate
 from nightseg.storage import Location, UserError, sha256_of
 from nightseg.workspace import Attempt, Commit
 
@@ -83,6 +82,21 @@ class TestStage:
             assert np.reshape(row["confusion"], (11, 11))[0, 3] == index
             assert row["label_uri"] == frames["label_uri"][index].as_py()
 
+    def test_boundary_iou_is_measured_where_it_is_asked_for(self, frames: pa.Table, model: Commit, work: Any) -> None:
+        """4 x 6 pixels and one pixel of reach: the outer ring, and two rows at the horizon, are all there is."""
+        plain = run(frames, model, work("evaluate", "plain"))
+        commit = run(frames, model, work("evaluate", "bands"), boundary=0.02)
+        assert "boundary" not in plain.json("scores.json") and "boundary" not in plain.table("predictions").column_names
+        scores = commit.json("scores.json")
+        assert {key: value for key, value in scores.items() if key != "boundary"} == plain.json("scores.json")
+        found = scores["boundary"]
+        rows = commit.table("predictions")["boundary"].to_pylist()
+        assert found["counts"] == np.sum([np.reshape(row, (11, 3)) for row in rows], axis=0).tolist()
+        # Sky is all band in the label, 3 x 12 pixels; the model says road for 0, 1 and 2 of them.
+        assert found["counts"][0] == [36, 33, 33] and found["iou"]["sky"] == 33 / 36
+        assert found["iou"]["tree"] is None and found["distance"] == 0.02
+        assert found["miou"] == np.mean([value for value in found["iou"].values() if value is not None])
+
     def test_absent_class_rule(self, frames: pa.Table, model: Commit, work: Any, frame_file: Any) -> None:
         """A car that is nowhere in the labels: IoU 0 under Cityscapes' rule, left out under detectron2's."""
         row = frames.slice(0, 1).to_pylist()[0]
@@ -116,6 +130,11 @@ class TestStage:
             "empty": "zero_bytes", "small": "label_size", "odd": "label_value",
             "gone": "label_missing", "changed": "unreadable",
         }  # fmt: skip
+        details = dict(
+            zip(*commit.table("quarantine").select(["frame_id", "detail"]).to_pydict().values(), strict=True)
+        )
+        assert details["odd"].startswith(f"label {odd}: ids 77 (24 pixels) are not in the encoding camvid12")
+        assert small in details["small"] and details["gone"].count(small + "x") == 1
         assert commit.json("scores.json")["frames"] == 3
         with pytest.raises(UserError, match="5 of 8 frames"):
             run(rows, model, work("evaluate", "strict"))
@@ -136,95 +155,3 @@ class TestStage:
         row = frames.to_pylist()[0] | {"label_uri": void, "label_sha256": None}
         with pytest.raises(UserError, match="none of the 1 labels has a pixel with a class"):
             run(frame_table([row]), model, work("evaluate"))
-
-
-# -- folders ---------------------------------------------------------------------------------------------------------
-
-LABEL = np.array([[0, 0, 3], [3, 3, 11]], dtype=np.uint8)
-GUESS = np.array([[0, 3, 3], [3, 3, 0]], dtype=np.uint8)
-
-
-def folders(
-    tmp_path: Path, predictions: dict[str, np.ndarray], labels: dict[str, np.ndarray]
-) -> tuple[Location, Location]:
-    for folder, files in (("predictions", predictions), ("labels", labels)):
-        for name, array in files.items():
-            (Location.of(tmp_path / folder) / name).write_bytes(encode_png(array))
-    return Location.of(tmp_path / "predictions"), Location.of(tmp_path / "labels")
-
-
-def test_folders_are_paired_by_name_and_scored(tmp_path: Path) -> None:
-    where = folders(
-        tmp_path, {"a b.png": GUESS, "é.png": GUESS, "extra.png": GUESS}, {"a b.png": LABEL, "é.png": LABEL}
-    )
-    found = evaluate_folders(*where, "camvid11")
-    assert (found["frames"], found["label_encoding"], found["taxonomy"]) == (2, "camvid12", "camvid11")
-    assert found["confusion"][0][0] == 2 and found["confusion"][0][3] == 2 and found["confusion"][3][3] == 6
-    assert found["pa"] == 0.8 and found["iou"]["sky"] == 0.5 and found["iou"]["road"] == 0.75
-    assert found["miou"] == 0.625
-    assert found["iou"]["tree"] is None
-
-
-def test_train_ids_are_preferred_and_an_encoding_can_be_asked_for(tmp_path: Path) -> None:
-    train_ids = np.where(LABEL == 11, 255, LABEL).astype(np.uint8)
-    where = folders(tmp_path, {"a.png": GUESS}, {"a.png": train_ids})
-    assert evaluate_folders(*where, "camvid11")["label_encoding"] == "train_ids"
-    assert evaluate_folders(*where, "camvid11")["miou"] == 0.625
-    with pytest.raises(UserError, match=r"a\.png.*ids 255"):
-        evaluate_folders(*where, "camvid11", label_encoding="camvid12")
-    with pytest.raises(UserError, match="no label encoding 'camvid'"):
-        evaluate_folders(*where, "camvid11", label_encoding="camvid")
-
-
-def test_cityscapes_names_belong_together(tmp_path: Path) -> None:
-    """Road is 7 and car 26 in labelIds, 0 and 13 in train ids."""
-    label_ids = np.array([[7, 26], [7, 4]], dtype=np.uint8)
-    guess = np.array([[0, 13], [13, 0]], dtype=np.uint8)
-    where = folders(
-        tmp_path,
-        {"x_000_leftImg8bit.png": guess, "color/x_000_leftImg8bit.png": guess},
-        {"city/x_000_gtFine_labelIds.png": label_ids, "city/x_000_gtFine_color.png": label_ids,
-         "city/x_000_gtFine_instanceIds.png": label_ids},
-    )  # fmt: skip
-    found = evaluate_folders(*where, "cityscapes19")
-    assert found["label_encoding"] == "label_ids"
-    assert found["pa"] == 2 / 3
-    # train ids beside them are taken instead
-    train_ids = np.array([[0, 13], [0, 255]], dtype=np.uint8)
-    (where[1] / "city/x_000_gtFine_labelTrainIds.png").write_bytes(encode_png(train_ids))
-    again = evaluate_folders(*where, "cityscapes19")
-    assert again["label_encoding"] == "train_ids" and again["confusion"] == found["confusion"]
-
-
-def test_the_name_decides_where_values_could_be_either(tmp_path: Path) -> None:
-    """Raw ids 7 and 11 are also train ids, but a file called labelIds holds label ids: road and building."""
-    where = folders(
-        tmp_path, {"x.png": np.array([[0, 2]], np.uint8)}, {"x_gtFine_labelIds.png": np.array([[7, 11]], np.uint8)}
-    )
-    assert evaluate_folders(*where, "cityscapes19")["pa"] == 1.0
-
-
-def test_an_undecided_pixel_is_wrong(tmp_path: Path) -> None:
-    undecided = GUESS.copy()
-    undecided[0, 0] = 255
-    where = folders(tmp_path, {"a.png": undecided}, {"a.png": LABEL})
-    assert evaluate_folders(*where, "camvid11")["pa"] == 3 / 5
-
-
-def test_folder_errors_name_the_files(tmp_path: Path) -> None:
-    def refused(name: str, predictions: dict[str, np.ndarray], labels: dict[str, np.ndarray], match: str) -> None:
-        where = folders(tmp_path / name, predictions, labels)
-        with pytest.raises(UserError, match=match):
-            evaluate_folders(*where, "camvid11")
-
-    with pytest.raises(UserError, match="predictions: there is no folder"):
-        evaluate_folders(Location.of(tmp_path / "no"), Location.of(tmp_path / "no"), "camvid11")
-    refused("1", {"a.png": GUESS}, {"a.png": LABEL, "b.png": LABEL}, r"1 of 2 labels .* have no prediction.*b\.png")
-    refused("2", {"a.png": GUESS[:1]}, {"a.png": LABEL}, r"3 x 1, its label .* 3 x 2")
-    refused("3", {"a.png": GUESS + np.uint8(20)}, {"a.png": LABEL}, r"holds 20, 23, which are no train ids of camvid11")
-    refused("4", {"a.png": GUESS}, {"a.png": LABEL + np.uint8(60)}, r"no encoding of camvid11 knows.*camvid12 lacks 60")
-    refused("5", {"a.png": GUESS}, {"a.png": np.full((2, 3), 11, np.uint8)}, "none of the 1 labels")
-    refused("6", {"a.png": GUESS}, {"x/a.png": LABEL, "y/a.png": LABEL}, "occurs more than once")
-    (Location.of(tmp_path / "7/predictions") / "a.png").write_bytes(b"text")
-    refused("7", {}, {"a.png": LABEL}, r"a\.png: not_an_image")
-    refused("8", {"a.jpg": GUESS}, {"a.png": LABEL}, "there is no PNG")
