@@ -123,6 +123,7 @@ Runs
     report/figures.py       charts as SVG
     report/pictures.py      thumbnails as data URIs
     report/strip.py         the picture strip
+    report/translations.py  the table of translations, their best and worst frames
     report/words.py         numbers and sentences
     trials.py               what a search tries, and one trial of it
     search.py               Ray Tune over the rounds
