@@ -5,7 +5,6 @@ Each kind is a way from day to night that costs no training: optics, spectra, co
 
 from __future__ import annotations
 
-import difflib
 import re
 from typing import Annotated, Any, Literal
 
@@ -14,7 +13,6 @@ from pydantic import Field, field_validator
 from nightseg.config_strict import Fraction, Name, Positive, Strict
 from nightseg.errors import closest
 
-KINDS = ("unit", "photometric", "fourier", "colour", "command")
 PLACEHOLDERS = ("input", "output", "labels", "seed", "to")
 
 _NEEDED = {"input": "reads the frames from", "output": "writes the translated frames to"}
@@ -99,7 +97,9 @@ class CommandTranslator(Strict):
     to: Annotated[list[Literal["day", "night"]], Field(min_length=1)] = Field(
         default=["night"], description="what it can translate to"
     )
-    revision: str = Field(default="", description="change it when the program changes: frames are translated again")
+    revision: int | str = Field(
+        default="", description="change it when the program changes: frames are translated again"
+    )
     timeout_seconds: Annotated[float, Field(gt=0)] | None = Field(default=None, description="of one shard; null = none")
 
     @field_validator("argv")
@@ -119,7 +119,5 @@ UntrainedTranslator = PhotometricTranslator | FourierTranslator | ColourTranslat
 
 
 def translator_kind(value: Any) -> str:
-    """The kind of a translator, UNIT where none is given; for a misspelt one the most similar, which will refuse it."""
-    kind = value.get("kind", "unit") if isinstance(value, dict) else getattr(value, "kind", "unit")
-    near = difflib.get_close_matches(str(kind), KINDS, n=1)
-    return near[0] if near else "unit"
+    """The kind of a translator; UNIT where none is given."""
+    return str(value.get("kind", "unit") if isinstance(value, dict) else getattr(value, "kind", "unit"))

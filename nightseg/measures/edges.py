@@ -34,8 +34,9 @@ _NO_EDGE: Final = 1e-6
 def edge_agreement(source_HW3: Pixels, translated_HW3: Pixels) -> float:
     """Correlation of the edges of two uint8 RGB frames of one size, in [-1, 1].
 
-    1: the same outlines, whatever the light, as a * Y + b and also with the sign turned; about 0: none in common. Two
-    frames without any edge agree (1), one with edges and one without do not (0). Raises ValueError: sizes differ.
+    1: the same outlines, also with the sign turned; little less for a Y + b, until edges drown in the floor; about 0:
+    none in common. Two frames without any edge agree (1), one with and one without do not (0). Raises ValueError if
+    the sizes differ.
     """
     if source_HW3.shape != translated_HW3.shape:
         raise ValueError(f"frames of one size are compared, not {source_HW3.shape} and {translated_HW3.shape}")

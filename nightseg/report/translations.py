@@ -26,7 +26,7 @@ _INK, _PAPER = (87, 96, 106), (255, 255, 255)
 
 
 def judgements(run: Run) -> dict[str, Any]:
-    """The table: rows of one source stand together, the untranslated source first; `best` names the best of each column.
+    """The table: rows of one source stand together, the untranslated one first; `best` is the best of each column.
 
     Scores are fractions, KID is as it is. A score that is not there (no labels, no way back) is None.
     """
@@ -90,7 +90,7 @@ def _downstream(run: Run, models: Sequence[str], test: str, judge: str | None) -
 
 
 def _best(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    values = [row[key] for row in rows if not row["is_floor"] and row[key] is not None]
+    values: list[float] = [row[key] for row in rows if not row["is_floor"] and row[key] is not None]
     if len(values) < 2:
         return None
     return min(values) if key in _LOWER_IS_BETTER else max(values)
@@ -172,8 +172,8 @@ def translation_sheet(
     names = [node.partition("/")[2] for node in run.nodes("translate") if "." not in node]
     made = {name: {_source_id(row): row for row in run.rows(f"translate/{name}", "frames")} for name in names}
     groups: dict[frozenset[str], list[str]] = {}
-    for name, rows in made.items():
-        groups.setdefault(frozenset(rows), []).append(name)
+    for name, by_source in made.items():
+        groups.setdefault(frozenset(by_source), []).append(name)
     ids, columns = max(groups.items(), key=lambda group: len(group[1]), default=(frozenset(), []))
     chosen = [sorted(ids)[place] for place in np.linspace(0, len(ids) - 1, min(frames, len(ids))).round().astype(int)]
     lines = []
