@@ -34,14 +34,16 @@ class PhotometricTranslator(Strict):
     """Night by optics, from the day frame and its label: no training, no night frame, no way back to day."""
 
     kind: Literal["photometric"]
-    stops: Range = Field(default=(-4.5, -2.5), description="exposure of a frame, drawn from this range; at most 0")
+    stops: Range = Field(default=(-4.0, -2.0), description="exposure of a frame, drawn from this range; at most 0")
     temperature: Range = Field(default=(2400.0, 4500.0), description="kelvin of the street light, drawn likewise")
     vignette: Fraction = Field(default=0.4, description="share of the light that the lens loses in the corners")
     electrons: Annotated[float, Field(gt=0)] = Field(
         default=1500.0, description="that white frees in the sensor; shot noise has the variance signal / electrons"
     )
     read_noise: Annotated[float, Field(ge=0)] = Field(default=0.0015, description="standard deviation, 1 = white")
-    sky: Fraction = Field(default=0.06, description="what the sky keeps of the light that all else keeps")
+    sky: Annotated[float, Field(ge=0)] = Field(
+        default=0.06, description="light that the sky keeps, as a share of what all else keeps; above 1 for dusk"
+    )
     beam: Annotated[float, Field(ge=0)] = Field(default=1.5, description="our own headlights, 1 = the street's light")
     lights: Annotated[float, Field(ge=0)] = Field(default=1.0, description="strength of lamps and windows; 0 = none")
     classes: LitClasses = LitClasses()

@@ -200,6 +200,22 @@ def test_camvid_translators_yaml_fits_the_folders_of_camvid(tmp_path: Path) -> N
             assert f"by_{name}" in made.datasets
 
 
+def test_the_recipe_of_the_manual_is_right(tmp_path: Path) -> None:
+    manual = (CONFIGS.parent / "docs/translators.md").read_text()
+    block = manual.partition("```yaml\n")[2].partition("```")[0]
+    rest = """
+name: manual
+taxonomy: camvid11
+models: {day_only: {train: [day]}}
+"""
+    frames = "".join(
+        f"  {name}: {{layout: scenes, count: 2}}\n" for name in ("day", "heap_day", "heap_night", "night_test")
+    )
+    (tmp_path / "recipe.yaml").write_text(rest + block.replace("datasets:\n", f"datasets:\n{frames}", 1))
+    made = build_graph(load_recipe(tmp_path / "recipe.yaml"))
+    assert names(made, "judge_translation") == ["day_at_night"] and "converted" in made.datasets
+
+
 @pytest.mark.parametrize("name", [file.name for file in sorted(CONFIGS.glob("*.yaml"))])
 def test_every_recipe_is_named_after_its_file(name: str) -> None:
     assert (CONFIGS / name).read_text().partition("\nname: ")[2].startswith(Path(name).stem + "\n")

@@ -80,3 +80,9 @@ def test_windows_grow_with_the_frame() -> None:
     moved, moved_large = (np.roll(frame, shift, axis=1) for frame, shift in ((image, 2), (large, 8)))
     assert edge_agreement(large, moved_large) == pytest.approx(edge_agreement(image, moved), abs=0.25)
     assert edges(large).shape == (384, 576) and edges(large).min() >= 0
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (3, 2)])
+def test_the_smallest_frames_agree_with_themselves(size: tuple[int, int]) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    assert edge_agreement(image, image) == pytest.approx(1.0)

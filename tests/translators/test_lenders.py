@@ -94,3 +94,9 @@ def test_the_reader_keeps_the_latest_frames(tmp_path: Path, monkeypatch: pytest.
     Path(palette.lenders[0].uri).unlink()
     with pytest.raises(UserError, match="was to lend its light, and this node cannot read it"):
         read(palette.lenders[0])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (400, 3)])
+def test_frames_of_any_size_have_a_layout(size: tuple[int, int]) -> None:
+    described = layout(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
+    assert described.shape == (32,) and np.isfinite(described).all()

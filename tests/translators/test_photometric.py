@@ -83,6 +83,19 @@ def test_only_the_labelled_sky_goes_dark() -> None:
     assert np.array_equal(night(image, label, PLAIN)[34:], night(image, None, PLAIN)[34:])
 
 
+def test_at_dusk_the_sky_may_keep_more_light_than_the_street() -> None:
+    image, label = np.full((60, 80, 3), 150, dtype=np.uint8), np.full((60, 80), ROAD, dtype=np.uint8)
+    label[:30] = SKY
+    light = to_linear(night(image, label, PLAIN._replace(sky=2.0)))[..., 1]
+    assert light[:28].mean() / light[34:].mean() == pytest.approx(2.0, abs=0.05)
+
+
+def test_the_smallest_frames_are_frames_too() -> None:
+    for size in ((1, 1), (1, 7), (5, 2)):
+        image, label = np.full((*size, 3), 90, dtype=np.uint8), np.full(size, CAR, dtype=np.uint8)
+        assert night(image, label).shape == (*size, 3)
+
+
 def test_glow_is_only_where_the_label_says() -> None:
     image, label = picture(), np.full((64, 200), ROAD, dtype=np.uint8)
     unlit = night(image, label)
