@@ -19,6 +19,8 @@ Words: no torch, no ray
     workspace/commit.py     what a finished stage left
     workspace/lock.py       one driver at a time
     config.py               the recipe as frozen, strict types
+    config_strict.py        the base of those types, and the small words they share
+    config_translators.py   translators that need no training, as such types
 
 Frames: no ray
     frames/table.py         the frame row and its table; quarantine rows
@@ -27,6 +29,7 @@ Frames: no ray
     frames/datasets.py      folder layouts
     frames/augment.py       joint transforms of image and label
     frames/pairs.py         predictions and labels of two folders, by name
+    frames/labels.py        the label of a row as train ids
     frames/vectors.py       columns of feature vectors
     frames/scenes/street.py     procedural street scenes: plan of a street, and the function `scene`
     frames/scenes/sheet.py      camera, and strokes that carry colour and surface together
@@ -54,6 +57,7 @@ Measures: no ray
     measures/evidence.py    what a choice of frames has to beat
     measures/confusion.py   confusion matrix; PA, CA, mIoU, FWIoU
     measures/boundary.py    boundary IoU
+    measures/edges.py       do the edges of two frames agree
 
 Networks: torch, no ray
     networks/encoders.py    ResNets and EfficientNet-Lite0 as four feature maps, with their weights
@@ -70,6 +74,16 @@ Networks: torch, no ray
     networks/features.py    frozen features that FID compares
     networks/extractors.py  the extractors by name, and where their weights lie
     networks/checkpoint.py  model folders
+
+Translators that need no training: pixels in, pixels out; no ray
+    translators/photometric.py  night by optics: less light, lens, sensor
+    translators/lights.py   what shines at night, placed by the label
+    translators/fourier.py  low-frequency amplitudes of another frame
+    translators/colour.py   colours of another frame
+    translators/lenders.py  which frame lends its look
+    translators/command.py  a program of the user
+    translators/srgb.py     sRGB, linear light, Oklab
+    translators/chance.py   random numbers of a frame
 
 Learning: how one step learns; torch, no ray
     learning/segmentation.py    cross-entropy, focal and combined loss
@@ -100,6 +114,7 @@ Stages: explicit inputs, their part of the recipe, an attempt; each returns its 
     stages/split.py         day, night, twilight
     stages/train_translator.py  UNIT
     stages/translate.py     frames through a translator
+    stages/judge_translation.py how good a translation is
     stages/train_segmenter.py   Semantic FPN
     stages/score.py         features of frames; FID of two sets
     stages/select.py        the frames to learn from
@@ -110,6 +125,7 @@ Stages: explicit inputs, their part of the recipe, an attempt; each returns its 
 Runs
     graph.py                node, view, inputs: the words of the graph
     rounds.py               the recipe as a graph of stages: the only place that knows the order
+    rounds_translation.py   the part of it about sets of frames and translations
     results.py              results.json
     runner.py               do what is not committed; or say what would be done
     report/page.py          report.html
@@ -118,6 +134,7 @@ Runs
     report/figures.py       charts as SVG
     report/pictures.py      thumbnails as data URIs
     report/strip.py         the picture strip
+    report/translations.py  the table of translations, their best and worst frames
     report/words.py         numbers and sentences
     trials.py               what a search tries, and one trial of it
     search.py               Ray Tune over the rounds

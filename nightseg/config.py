@@ -10,23 +10,17 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
+from nightseg.config_strict import NAME_PATTERN, Domain, Fraction, Name, Positive, Size, Strict
+from nightseg.config_translators import (
+    ColourTranslator,
+    CommandTranslator,
+    FourierTranslator,
+    PhotometricTranslator,
+    translator_kind,
+)
 from nightseg.errors import closest
-
-NAME_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]*$"
-Name = Annotated[str, Field(pattern=NAME_PATTERN)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[int, Field(ge=1)]
-Size = Annotated[tuple[Positive, Positive], Field(description="(height, width) in pixels")]
-Domain = Literal["day", "night", "twilight", "unknown"]
-
-
-class Strict(BaseModel):
-    """The one base of all recipe types: frozen, no unknown keys, no type coercion beyond int to float."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
-
 
 # -- compute ---------------------------------------------------------------------------------------------------------
 
@@ -152,6 +146,7 @@ class UnitWeights(Strict):
 class Translator(Strict):
     """UNIT between two unlabelled datasets."""
 
+    kind: Literal["unit"] = "unit"
     day: Name
     night: Name
     width: Positive = 64
@@ -171,6 +166,16 @@ class Translator(Strict):
     step_every: Positive = Field(default=100_000, description="iterations between halvings of the learning rate")
     average: Fraction = Field(default=0.0, description="decay of the generators' running mean; 0 = the last weights")
     checkpoint_every: Positive = 10_000
+
+
+AnyTranslator = Annotated[
+    Annotated[Translator, Tag("unit")]
+    | Annotated[PhotometricTranslator, Tag("photometric")]
+    | Annotated[FourierTranslator, Tag("fourier")]
+    | Annotated[ColourTranslator, Tag("colour")]
+    | Annotated[CommandTranslator, Tag("command")],
+    Discriminator(translator_kind),
+]
 
 
 # -- models ----------------------------------------------------------------------------------------------------------
@@ -365,6 +370,21 @@ class Prediction(Strict):
     model: Name
 
 
+class Judgement(Strict):
+    """How good a translated dataset is: distances to real frames, and how much of the labels survives."""
+
+    judge: Name | None = Field(
+        default=None, description="segmenter that never saw a translated frame; null = the recipe's first model"
+    )
+    real: Name | None = Field(
+        default=None, description="real frames of the domain translated to; null = those of the translator"
+    )
+    extractor: ExtractorName | None = Field(
+        default=None, description="of FID and KID; null = that of the recipe's selections, else efficientnet_lite0"
+    )
+    extractor_weights: str | None = Field(default=None, description="file with its weights")
+
+
 class Recipe(Strict):
     """Everything a run does. Sections name things; `nightseg run --dry-run` prints the graph they make."""
 
@@ -375,7 +395,7 @@ class Recipe(Strict):
     compute: Compute = Compute()
     roots: dict[Name, str] = Field(default={}, description="folders that dataset roots refer to as {name}")
     datasets: Annotated[dict[Name, Dataset], Field(min_length=1)]
-    translators: dict[Name, Translator] = {}
+    translators: dict[Name, AnyTranslator] = {}
     network: Network = Network()
     loss: Loss = Loss()
     training: Training = Training()
@@ -383,6 +403,7 @@ class Recipe(Strict):
     test_sets: dict[Name, Name] = Field(default={}, description="name in the tables -> dataset")
     evaluation: Evaluation = Evaluation()
     predictions: dict[Name, Prediction] = {}
+    translations: dict[Name, Judgement] = Field(default={}, description="translated dataset -> how to judge it")
 
     def network_of(self, model: Model) -> Network:
         return model.network or self.network

@@ -16,7 +16,7 @@ from nightseg.compute import cluster
 from nightseg.config import MapCompute
 from nightseg.frames import table as frame
 from nightseg.frames.datasets import list_frames
-from nightseg.frames.vectors import vectors
+from nightseg.frames.vectors import sampled_vectors
 from nightseg.measures.frechet import (
     Statistics,
     check_comparable,
@@ -33,7 +33,6 @@ from nightseg.progress import Progress
 from nightseg.stages.score import FEATURES, STATISTICS_NAME, VERSION, Extraction, score
 from nightseg.storage import Location, UserError
 from nightseg.workspace import Commit, Workspace
-from nightseg.workspace.commit import table_paths
 
 ROWS_FOR_KERNEL = 20_000
 
@@ -127,7 +126,8 @@ def _frechet(first: _Side, second: _Side, names: Sequence[str]) -> float:
 
 
 def _are_few(features: npt.NDArray[np.float32]) -> bool:
-    return 2 * len(features) <= features.shape[1]
+    count, dims = features.shape
+    return 2 * count <= dims
 
 
 def _found(place: Location) -> Statistics | pa.Table:
@@ -161,21 +161,9 @@ def _side(found: Statistics | pa.Table, name: str, measure: Callable[..., Commit
     commit = measure(found, attempt=stage.open())
     if not commit.has(STATISTICS_NAME):
         raise UserError(f"{name}: has {commit.rows_out} good frame; a covariance needs at least 2")
-    return _Side(read_statistics(commit.file(STATISTICS_NAME)), _sampled_features(commit))
-
-
-def _sampled_features(commit: Commit) -> npt.NDArray[np.float32]:
-    """Features of at most ROWS_FOR_KERNEL frames, read part by part: KID looks at samples, however large the set."""
-    paths = table_paths(commit.outputs, "features")
-    size = sum(output.rows or 0 for output in commit.outputs if output.path in paths)
-    wanted = np.sort(np.random.default_rng(0).choice(size, min(size, ROWS_FOR_KERNEL), replace=False))
-    parts, start = [], 0
-    for path in paths:
-        part = vectors((commit.folder / path).read_table()[FEATURES])
-        inside = wanted[(wanted >= start) & (wanted < start + len(part))] - start
-        parts.append(part[inside])
-        start += len(part)
-    return np.concatenate([part for part in parts if len(part)])
+    return _Side(
+        read_statistics(commit.file(STATISTICS_NAME)), sampled_vectors(commit, FEATURES, FEATURES, ROWS_FOR_KERNEL)
+    )
 
 
 def _frames_at(place: Location) -> pa.Table:

@@ -98,6 +98,14 @@ class ModelNodes:
     tests: Mapping[str, TestNode]
 
 
+@dataclass(frozen=True)
+class JudgedTranslation:
+    """The judgement of one translated dataset, and how the results name what took part in it."""
+
+    node: NodeId
+    facts: Mapping[str, Any]  # translator, its kind, judge, real, source
+
+
 @dataclass
 class Graph:
     """Nodes in an order in which they can run, and where the recipe's names went."""
@@ -106,3 +114,4 @@ class Graph:
     models: dict[str, ModelNodes] = field(default_factory=dict)
     datasets: dict[str, Views] = field(default_factory=dict)
     predictions: dict[str, tuple[NodeId, Prediction]] = field(default_factory=dict)
+    judgements: dict[str, JudgedTranslation] = field(default_factory=dict)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nightseg.config import Recipe
+from nightseg.config import JoinedDataset, Recipe
 from nightseg.errors import UserError, closest
 from nightseg.frames.taxonomy import taxonomy
 from nightseg.graph import Graph, NodeId
@@ -61,6 +61,7 @@ def gather(recipe: Recipe, graph: Graph, commits: Mapping[NodeId, Commit], done:
             m: {"node": str(n), "evidence": commits[n].json("evidence.json")} for m, n in labelled.items()
         },
         "predictions": {name: {"node": str(n), **p.model_dump()} for name, (n, p) in graph.predictions.items()},
+        "translations": _translations(recipe, graph, commits),
         "quarantine": _quarantine(commits),
         "commits": {str(node): _facts(commit) | {"skipped": node not in done} for node, commit in commits.items()},
         "seconds": {str(node): commit.seconds for node, commit in commits.items()},
@@ -108,6 +109,27 @@ def model_folder(place: str | Path | Location) -> Location:
     attempt = Location.of(content["commits"][node]["folder"])
     moved = run / f"stages/{node}/{attempt.parent.name}/{attempt.name}/model"  # a run folder may be moved
     return moved if (moved / "model.json").exists() else attempt / "model"
+
+
+def _translations(recipe: Recipe, graph: Graph, commits: Mapping[NodeId, Commit]) -> dict[str, Any]:
+    """What was found about each judged translation, and how the models that learned from it do on the test sets."""
+    found = {}
+    for name, judged in graph.judgements.items():
+        models = {
+            model: {test: commits[node.node].json("scores.json")["miou"] for test, node in nodes.tests.items()}
+            for model, nodes in graph.models.items()
+            if any(_holds(recipe, dataset, name) for dataset in nodes.facts["train"])
+        }
+        judgement = commits[judged.node].json("judgement.json")
+        found[name] = {"node": str(judged.node), **judged.facts, **judgement, "models": models}
+    return found
+
+
+def _holds(recipe: Recipe, dataset: str, wanted: str) -> bool:
+    """True if a dataset is the wanted one, or joins it with others."""
+    entry = recipe.datasets[dataset]
+    parts = entry.join if isinstance(entry, JoinedDataset) else []
+    return dataset == wanted or any(_holds(recipe, part, wanted) for part in parts)
 
 
 def _facts(commit: Commit) -> dict[str, Any]:

@@ -16,12 +16,12 @@ from nightseg.config import (
     Model,
     Recipe,
     ScenesDataset,
-    Selection,
     SelfTraining,
     SplitDataset,
     TestRow,
     TrainCompute,
     TranslatedDataset,
+    Translator,
 )
 from nightseg.frames import datasets as layouts
 from nightseg.frames.taxonomy import taxonomy
@@ -30,6 +30,7 @@ from nightseg.learning.starting import start_identity
 from nightseg.progress import Progress
 from nightseg.recipe.chain import expand_rounds
 from nightseg.recipe.names import is_ready
+from nightseg.rounds_translation import judge, score_frames, translate_untrained
 from nightseg.stages import (
     collect,
     evaluate,
@@ -54,8 +55,9 @@ def build_graph(recipe: Recipe, only: str | None = None) -> Graph:
     if only is None:
         for name in recipe.datasets:
             builder.dataset(name)
-        for name in recipe.translators:
-            builder.translator(name)
+        for name, settings in recipe.translators.items():
+            if isinstance(settings, Translator):
+                builder.translator(name)
     for name in builder.models if only is None else [only]:
         builder.model(name)
     for name in builder.models if only is None else [only]:
@@ -63,6 +65,8 @@ def build_graph(recipe: Recipe, only: str | None = None) -> Graph:
     for name, prediction in recipe.predictions.items():
         if only in (None, prediction.model):
             builder.prediction(name)
+    for name in recipe.translations if only is None else ():
+        judge(builder, name)
     return builder.graph
 
 
@@ -140,6 +144,7 @@ class _Builder:
 
     def translator(self, name: str) -> NodeId:
         settings = self.recipe.translators[name]
+        assert isinstance(settings, Translator), name  # the other kinds learn nothing
         day, night = self.dataset(settings.day), self.dataset(settings.night)
 
         def work(inputs: Inputs, attempt: Attempt, progress: Progress) -> Commit:
@@ -153,13 +158,15 @@ class _Builder:
                 progress=progress,
             )
 
-        part = settings.model_dump(mode="json", exclude={"day", "night"})
+        part = settings.model_dump(mode="json", exclude={"kind", "day", "night"})
         part |= {"day": [str(view) for view in day], "night": [str(view) for view in night]}
         return self._add(
             "train_translator", name, train_translator.VERSION, part, day + night, work, seed=self.recipe.seed
         )
 
     def _translate(self, name: str, dataset: TranslatedDataset) -> NodeId:
+        if not isinstance(self.recipe.translators[dataset.by], Translator):
+            return translate_untrained(self, name, dataset)
         views, translator = self.dataset(dataset.translate), self.translator(dataset.by)
 
         def work(inputs: Inputs, attempt: Attempt, progress: Progress) -> Commit:
@@ -254,8 +261,9 @@ class _Builder:
         pool = self.dataset(learning.pool)
         near = [choice.reference] if choice.reference else [d for d in model.train if self._is_translated(d)]
         spatial = choice.method == "spatial" and bool(near)
-        reference = self._score(near, choice, positions=spatial) if near else None
-        scored = self._score([learning.pool], choice, spatial_reference=reference if spatial else None)
+        extraction = score.Extraction.of(choice)
+        reference = score_frames(self, near, extraction, positions=spatial) if near else None
+        scored = score_frames(self, [learning.pool], extraction, spatial_reference=reference if spatial else None)
         sources = self._sources(near)
         tests = {test: self._sources([dataset]) for test, dataset in self.recipe.test_sets.items()}
 
@@ -279,26 +287,6 @@ class _Builder:
         needs += [view for views in tests.values() for view in views]
         sizes: dict[str, Any] = {"takes": pool, "most_rows": choice.count}
         return self._add("select", name, select.VERSION, part, needs, work, seed=self.recipe.seed, **sizes)
-
-    def _score(
-        self, names: list[str], choice: Selection, positions: bool = False, spatial_reference: NodeId | None = None
-    ) -> NodeId:
-        views, extraction = self.datasets(names), score.Extraction.of(choice)
-
-        def work(inputs: Inputs, attempt: Attempt, progress: Progress) -> Commit:
-            return score.score(
-                inputs.frames(views),
-                extraction,
-                positions=positions,
-                spatial_reference=inputs[spatial_reference] if spatial_reference else None,
-                **self._spread(attempt, progress),
-            )
-
-        part = {**extraction.facts(), "of": [str(view) for view in views], **self._frame_pass()}
-        part |= {"positions": positions, "spatial_reference": str(spatial_reference)}
-        needs: list[View | NodeId] = [*views, *([spatial_reference] if spatial_reference else [])]
-        near = f".near-{spatial_reference.name}" if spatial_reference else ".positions" if positions else ""
-        return self._add("score", f"{'+'.join(names)}.{extraction.label}{near}", score.VERSION, part, needs, work)
 
     def _is_translated(self, name: str) -> bool:
         return isinstance(self.recipe.datasets[name], TranslatedDataset)

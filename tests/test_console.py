@@ -134,6 +134,14 @@ def test_scores_are_percent_with_the_published_value_beside_them(capsys: pytest.
     assert [cell.strip() for cell in row.split("│")[1:-1]] == ["m", "night", "38.8", "90.0", "50.0", "-", "38.8"]
 
 
+def test_judged_translations_stand_below_the_scores(capsys: pytest.CaptureFixture[str]) -> None:
+    judged = {"kind": "fourier", "fid": {"translated": 12.345}, "kid": {"translated": 0.00678}, "survival": None,
+              "agreement": {"pixels": 0.9}, "edges": 0.876}  # fmt: skip
+    console.print_scores({"models": {}, "translations": {"made": judged}})
+    row = next(line for line in capsys.readouterr().out.splitlines() if "made" in line)
+    assert [cell.strip() for cell in row.split("│")[1:-1]] == ["made", "fourier", "12.35", "6.78", "-", "90.0", "0.88"]
+
+
 def test_trials_are_named_by_the_last_word_of_their_keys(capsys: pytest.CaptureFixture[str]) -> None:
     trial = {"trial": "ab", "values": {"models.m.loss.alpha": 0.123456789, "models.m.loss.kind": "focal"},
              "miou": 0.5, "epochs": 2, "end": "done", "error": None}  # fmt: skip

@@ -98,6 +98,39 @@ def test_quarantined_frames_are_listed_but_not_without_end(run: Location) -> Non
     assert results["commits"]["collect/day"]["quarantined"] == MAX_QUARANTINE_ROWS + 5
 
 
+def test_a_judged_translation_stands_beside_the_models_that_learned_from_it(tmp_path: Path) -> None:
+    folder, judge = Location.of(tmp_path / "run"), NodeId("judge_translation", "made")
+    text = """
+name: made
+taxonomy: camvid11
+datasets: {day: {layout: scenes, count: 4}, made: {translate: day, by: optics}, all: {join: [day, made]}}
+translators: {optics: {kind: photometric}}
+"""
+    (tmp_path / "recipe.yaml").write_text(text)
+    commits = {
+        DAY: commit(folder, DAY),
+        TRAIN: commit(folder, TRAIN),
+        TEST: commit(folder, TEST, scores=SCORES),
+        judge: commit(folder, judge, judgement={"fid": {"translated": 3.5}, "edges": 0.5}),
+    }
+    graph = Graph(nodes={node: Node(node, 1, {}, (), (), MapCompute(), lambda *_: commits[DAY]) for node in commits})
+    tests = {"night": words.TestNode(TEST, "", None)}
+    for name, train in (("m", ["all"]), ("other", ["day"])):
+        graph.models[name] = ModelNodes(TRAIN, None, None, {"start": "imagenet", "parents": [], "train": train}, tests)
+    graph.judgements["made"] = words.JudgedTranslation(judge, {"kind": "photometric", "judge": "other"})
+    found = gather(load_recipe(tmp_path / "recipe.yaml"), graph, commits, set())["translations"]
+    assert found == {
+        "made": {
+            "node": "judge_translation/made",
+            "kind": "photometric",
+            "judge": "other",
+            "fid": {"translated": 3.5},
+            "edges": 0.5,
+            "models": {"m": {"night": 0.25}},
+        }
+    }
+
+
 # -- finding a model --------------------------------------------------------------------------------------------------
 
 

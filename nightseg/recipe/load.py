@@ -229,6 +229,10 @@ def _typed_problems(kind: type[BaseModel], error: ValidationError, source: Sourc
         elif fault == "literal_error":
             allowed = allowed_values(kind, item["loc"])
             yield Problem(path, f"{got!r} is not allowed{closest(str(got), allowed)}; allowed: {', '.join(allowed)}")
+        elif fault == "union_tag_invalid":
+            got, allowed = item["ctx"]["tag"], re.findall(r"'([^']*)'", item["ctx"]["expected_tags"])
+            hint = closest(got, allowed)
+            yield Problem((*path, "kind"), f"{got!r} is not allowed{hint}; allowed: {', '.join(allowed)}")
         elif fault == "string_pattern_mismatch" and not is_name(str(got)):
             yield Problem(path, f"{got!r} is not a name: letters, digits, _ and -, beginning with a letter")
         elif fault == "value_error":

@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from nightseg.config import Recipe
+from nightseg.config_translators import LitClasses
 from nightseg.errors import UserError, closest
 from nightseg.frames.datasets import FOLDER_LAYOUTS, check_folders
-from nightseg.frames.taxonomy import taxonomy
+from nightseg.frames.taxonomy import Taxonomy, taxonomy
 from nightseg.storage import Location
 
 STARTS = ("imagenet", "scratch")
@@ -46,6 +47,8 @@ def graph_problems(data: Mapping[str, Any]) -> list[Problem]:
     problems = [problem for reference in references if (problem := _unknown(data, reference))]
     problems += _cycles(references)
     problems += _contradictions(data)
+    problems += _no_way(data)
+    problems += _unjudgeable(data)
     problems += _unlabelled(data)
     problems += _bad_taxonomy(data)
     problems += _missing_starts(data)
@@ -84,6 +87,9 @@ def _references(data: Mapping[str, Any]) -> Iterator[Reference]:
             yield Reference(("test_sets", name), ("test_sets", name), "datasets", entry)
     for name, entry in _section(data, "predictions").items():
         yield from _named(("predictions", name), entry, {"dataset": "datasets", "model": "models"})
+    for name, entry in _section(data, "translations").items():
+        yield Reference(("translations", name), ("translations", name), "datasets", name)
+        yield from _named(("translations", name), entry, {"judge": "models", "real": "datasets"})
 
 
 def _named(owner: Key, entry: Any, keys: Mapping[str, str], *inside: str) -> Iterator[Reference]:
@@ -164,6 +170,80 @@ def _contradictions(data: Mapping[str, Any]) -> Iterator[Problem]:
             )
 
 
+def _no_way(data: Mapping[str, Any]) -> Iterator[Problem]:
+    """Datasets whose translator cannot go where they ask it to go."""
+    translators = _section(data, "translators")
+    for name, entry in _section(data, "datasets").items():
+        by, to = _mapping({name: entry}, name).get("by"), _mapping({name: entry}, name).get("to", "night")
+        settings = _mapping(translators, by)
+        if "translate" in _mapping({name: entry}, name) and to in ("day", "night") and settings:
+            why = way_missing(settings, to)
+            if why:
+                yield Problem(("datasets", name, "to"), f"the translator {by} has no way to {to}: {why}")
+
+
+def way_missing(settings: Mapping[str, Any], to: str) -> str:
+    """Why a translator of these raw settings cannot translate to a domain; nothing if it can."""
+    match settings.get("kind", "unit"):
+        case "photometric" if to == "day":
+            return "optics make night of day, and not the other way round"
+        case "fourier" | "colour" if not settings.get(to):
+            return f"it lacks frames that lend their light; add `{to}: DATASET` to it"
+        case "command" if to not in _names(settings.get("to", ["night"])):
+            return f"if the program can do it, add {to} to its list `to`"
+    return ""
+
+
+def _unjudgeable(data: Mapping[str, Any]) -> Iterator[Problem]:
+    """Judgements of what is not translated, without real frames, or by a judge that learned from translations."""
+    datasets, models = _section(data, "datasets"), _section(data, "models")
+    for name, entry in _section(data, "translations").items():
+        path, settings = ("translations", name), entry if isinstance(entry, Mapping) else {}
+        dataset = _mapping(datasets, name)
+        if not dataset:
+            continue
+        if "translate" not in dataset:
+            yield Problem(path, f"{name} is no translated dataset, so there is nothing to judge")
+            continue
+        translator, to = _mapping(_section(data, "translators"), dataset.get("by")), dataset.get("to", "night")
+        if not settings.get("real") and translator and not translator.get(to):
+            yield Problem((*path, "real"), f"the translator has no {to} frames to compare with: say `real: DATASET`")
+        judge = settings.get("judge") or next(iter(models), None)
+        if judge is None:
+            yield Problem((*path, "judge"), "the recipe has no model that could judge; train one on day frames")
+        taught = _translated_teacher(data, judge, ()) if isinstance(judge, str) else None
+        if taught:
+            cure = "name one that never saw any, such as a model of day frames only"
+            yield Problem(
+                (*path, "judge"), f"{judge} learned from translated frames ({taught}), so it is no judge; {cure}"
+            )
+
+
+def _translated_teacher(data: Mapping[str, Any], model: str, trail: tuple[str, ...]) -> str | None:
+    """The first translated dataset that a model, or one it starts from or is taught by, was trained on."""
+    entry = _mapping(_section(data, "models"), model)
+    if model in trail or not entry:
+        return None
+    for dataset in _names(entry.get("train")):
+        if isinstance(dataset, str) and (found := _translated(data, dataset, ())):
+            return found
+    before = [entry.get("start"), _mapping(entry, "self_training").get("teacher")]
+    found_before = (_translated_teacher(data, name, (*trail, model)) for name in before if isinstance(name, str))
+    return next((name for name in found_before if name), None)
+
+
+def _translated(data: Mapping[str, Any], name: str, trail: tuple[str, ...]) -> str | None:
+    """The dataset itself, or the first part of it, that is translated."""
+    entry = _mapping(_section(data, "datasets"), name)
+    if name in trail:
+        return None
+    if "translate" in entry:
+        return name
+    parts = [*_names(entry.get("join")), entry.get("split") if "layout" not in entry else None]
+    found = (_translated(data, part, (*trail, name)) for part in parts if isinstance(part, str))
+    return next((part for part in found if part), None)
+
+
 def _unlabelled(data: Mapping[str, Any]) -> Iterator[Problem]:
     """Learning and testing need labels. Found here, it costs nothing; in the stage, all that runs before it."""
     uses: list[tuple[tuple[str, ...], Any]] = [
@@ -203,6 +283,7 @@ def _bad_taxonomy(data: Mapping[str, Any]) -> Iterator[Problem]:
     except (UserError, OSError) as error:
         yield Problem(("taxonomy",), str(error))
         return
+    yield from _unknown_classes(data, classes)
     for dataset, entry in _section(data, "datasets").items():
         encoding = _mapping({dataset: entry}, dataset).get("label_encoding")
         if isinstance(encoding, str) and encoding not in classes.encodings:
@@ -222,6 +303,20 @@ def _missing_starts(data: Mapping[str, Any]) -> Iterator[Problem]:
                 f"there is no model folder {start!r} (it would hold a model.json); to start from a model of this "
                 "recipe, give its name",
             )
+
+
+def _unknown_classes(data: Mapping[str, Any], classes: Taxonomy) -> Iterator[Problem]:
+    """Classes that a translator is told to light and that the taxonomy lacks."""
+    for translator, entry in _section(data, "translators").items():
+        for role, names in _mapping(_mapping({translator: entry}, translator), "classes").items():
+            usual = LitClasses.model_fields.get(str(role))
+            if usual is not None and names == usual.default:  # a saved recipe holds them; no taxonomy has them all
+                continue
+            for index, name in enumerate(_names(names)):
+                if name not in classes.classes:
+                    hint, known = closest(str(name), classes.classes), ", ".join(classes.classes)
+                    path = ("translators", translator, "classes", str(role), str(index))
+                    yield Problem(path, f"{classes.name} has no class {name!r}{hint}; known: {known}")
 
 
 def _missing_folders(data: Mapping[str, Any]) -> Iterator[Problem]:

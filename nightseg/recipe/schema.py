@@ -14,10 +14,11 @@ Path = Sequence[int | str]
 
 
 def dotted(path: Path, data: Any) -> tuple[str, ...]:
-    """The place of an error as the user wrote it: without the tags that pydantic adds for kinds of datasets."""
-    tags = {tag for annotation in _members(Recipe.model_fields["datasets"].annotation) for tag in _tags(annotation)}
+    """The place of an error as the user wrote it: without the tags that pydantic adds for kinds of things."""
     words = [str(part) for part in path if part != "[key]"]
-    if len(words) > 2 and words[0] == "datasets" and words[2] in tags:
+    section = Recipe.model_fields.get(words[0]) if words else None
+    tags = {tag for kind in _members(section.annotation) for tag in _tags(kind)} if section else set()
+    if len(words) > 2 and words[2] in tags:
         del words[2]
     return tuple(words)
 
@@ -35,7 +36,7 @@ def allowed_values(kind: type[BaseModel], path: Path) -> list[str]:
     """The words allowed at `path`, over all kinds of thing that may stand there (a layout of any kind of dataset)."""
     current: Any = kind
     for part in path[:-1]:
-        if part in {tag for kind in _members(current) for tag in _tags(kind)}:
+        if not _is_dict(current) and part in {tag for kind in _members(current) for tag in _tags(kind)}:
             continue
         current = _step(current, part)
     words: list[str] = []
@@ -48,6 +49,8 @@ def allowed_values(kind: type[BaseModel], path: Path) -> list[str]:
 
 
 def _step(current: Any, part: int | str) -> Any:
+    if _is_dict(current):  # a name, even if it is also that of a kind
+        return get_args(_bare(current))[1]
     for kind in _members(current):
         if part in _tags(kind):
             return get_args(kind)[0]
@@ -60,6 +63,10 @@ def _step(current: Any, part: int | str) -> Any:
         if get_origin(bare) in (list, tuple):
             return get_args(bare)[0]
     return current
+
+
+def _is_dict(kind: Any) -> bool:
+    return get_origin(_bare(kind)) is dict
 
 
 def _bare(kind: Any) -> Any:

@@ -1,9 +1,10 @@
-"""The report of a run: one self-contained HTML page, and the picture strip of the README.
+"""The report of a run: one self-contained HTML page, and pictures for a README or a note: the strip, the sheet.
 
 It reads results.json and committed outputs, and nothing else: no stage, no torch, no ray.
 """
 
 from nightseg.report.page import write_report
 from nightseg.report.strip import strip_image
+from nightseg.report.translations import translation_sheet
 
-__all__ = ["strip_image", "write_report"]
+__all__ = ["strip_image", "translation_sheet", "write_report"]

@@ -70,6 +70,8 @@ def translations(run: Run, samples: int) -> list[dict[str, Any]]:
     """Frames beside what the translator made of them."""
     found = []
     for node in run.nodes("translate"):
+        if "." in node:  # no dataset of the recipe: translations that a judgement had translated back
+            continue
         rows = run.rows(node, "frames", limit=64)
         pairs = []
         for row in _spread(rows, samples):

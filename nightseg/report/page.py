@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jinja2
 from markupsafe import Markup
 
-from nightseg.report import gallery, words
+from nightseg.report import gallery, translations, words
 from nightseg.report.run import Run
 from nightseg.storage import Location
 
@@ -38,6 +38,8 @@ def write_report(run_folder: Location, results: Mapping[str, Any], samples: int 
         scores=score_table(run),
         heat=[heat(run, test) for test in run.tests],
         splits=gallery.splits(run),
+        judged=translations.judgements(run),
+        extremes=translations.extremes(run, samples),
         translations=gallery.translations(run, samples),
         selections=gallery.selections(run, samples),
         pseudo_labels=gallery.pseudo_labels(run, samples),
@@ -62,6 +64,7 @@ def _environment() -> jinja2.Environment:
     environment.filters |= {
         "percent": words.percent,
         "points": words.points,
+        "decimals": words.decimals,
         "count": words.count,
         "duration": words.duration,
         "short": words.short,

@@ -14,6 +14,11 @@ def percent(fraction: float | None, digits: int = 1) -> str:
     return "\N{EN DASH}" if fraction is None else f"{100 * fraction:.{digits}f}"
 
 
+def decimals(value: float | None, digits: int = 2) -> str:
+    """1.234 -> "1.23"; a dash for what is not defined."""
+    return "\N{EN DASH}" if value is None else f"{value:.{digits}f}".replace("-", _MINUS)
+
+
 def points(value: float | None) -> str:
     """A difference in percentage points with its sign: +1.2."""
     if value is None:

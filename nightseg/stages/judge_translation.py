@@ -1,0 +1,287 @@
+"""How good is a translation? Distances to real frames, and how much of the frames and their labels survives.
+
+With x a source frame, y its label, t its translation, b the translation of t back, J the judge (a segmenter that never
+saw a translated frame), all over the whole set from summed matrices, fractions in [0, 1]:
+
+    FID, KID        of all t to real frames; the same of all x is the floor that a translation has to beat
+    mIoU source     J(x) against y
+    mIoU translated J(t) against y: also pays for what J does not know about the other domain
+    mIoU back       J(b) against y: J is at home again, so what is lost was lost on the way
+    survival        mIoU back / mIoU source
+    agreement       pixels with J(t) = J(x), and the mIoU of J(t) with J(x) as its label; the same for b
+    edges           correlation of local edge strength in x and t (measures/edges.py), mean over the frames
+
+A cycle can hide what it needs to find its way back where no eye sees it (arXiv 1712.02950), so survival alone is no
+proof: agreement and edges look at t itself. A judge's mistakes that x, t and b share cost nothing in agreement.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from nightseg.compute.inference import map_shards
+from nightseg.config import MapCompute
+from nightseg.frames import table as frame
+from nightseg.frames.images import BadFrame, read_image, read_label
+from nightseg.frames.labels import train_ids_of
+from nightseg.frames.taxonomy import Taxonomy
+from nightseg.frames.taxonomy import taxonomy as load_taxonomy
+from nightseg.frames.vectors import sampled_vectors
+from nightseg.measures.confusion import add_up, confusion_matrix, scores
+from nightseg.measures.edges import edge_agreement
+from nightseg.measures.frechet import read_statistics, statistics_distance
+from nightseg.measures.kernel import kernel_distance
+from nightseg.progress import Progress
+from nightseg.storage import Location, UserError
+from nightseg.workspace import Attempt, Commit
+
+VERSION = 1
+
+JUDGEMENT_NAME: Final = "judgement.json"
+ROWS_FOR_KERNEL: Final = 20_000
+
+# Tables and files of the commits that are read here, by the names under which their stages write them.
+FEATURES, STATISTICS_NAME = "features", "statistics.npz"
+PREDICTIONS, PREDICTION_URI = "predictions", "prediction_uri"
+
+# Columns that a worker is given: absolute places of what a frame is compared with; null = it was left out somewhere.
+SOURCE_URI = "source_uri"
+MASK_URIS: Final = {"source": "source_mask_uri", "translated": "translated_mask_uri", "back": "back_mask_uri"}
+
+# Columns of `judgements`, one row a judged frame.
+SOURCE_ID, EDGES, AGREEMENT, BACK_AGREEMENT = "source_id", "edges", "agreement", "back_agreement"
+# Matrices K x K, row by row: label or J(x) against J(x), J(t) or J(b).
+MATRICES: Final = ("label_source", "label_translated", "label_back", "source_translated", "source_back")
+
+SCHEMA: Final = pa.schema(
+    [
+        *(pa.field(column, pa.string()) for column in (frame.FRAME_ID, SOURCE_ID)),
+        *(pa.field(column, pa.float64()) for column in (EDGES, AGREEMENT, BACK_AGREEMENT)),
+        *(pa.field(column, pa.list_(pa.int64())) for column in MATRICES),
+    ]
+)
+BACK_SUFFIX: Final = ".back"  # of the dataset of translations that were translated back
+
+Counts = npt.NDArray[np.int64]
+Labels = npt.NDArray[np.uint8]
+
+
+class Masks(NamedTuple):
+    """Commits of `predict` with the judge's masks."""
+
+    translated: Commit
+    source: Commit
+    back: Commit | None
+
+
+class Features(NamedTuple):
+    """Commits of `score` with one extractor."""
+
+    translated: Commit
+    source: Commit
+    real: Commit
+
+
+def judge_translation(
+    translated: pa.Table,
+    source: pa.Table,
+    *,
+    name: str,
+    masks: Masks,
+    features: Features,
+    taxonomy: str,
+    attempt: Attempt,
+    progress: Progress,
+    compute: MapCompute,
+    max_bad_fraction: float,
+) -> Commit:
+    """Commit the table `judgements` (frame_id, source_id, measures of each frame), `quarantine` and judgement.json.
+
+    Frame tables have absolute uris; `masks.back` is None where there is no way back. Labels are optional. A frame that
+    one of the passes before had to leave out is quarantined here. Raises UserError: a set with fewer than two good
+    frames, features that do not compare.
+    """
+    begun = time.monotonic()
+    classes, has_back = load_taxonomy(taxonomy), masks.back is not None
+    distances = _distances(name, features)
+    records = map_shards(
+        _rows(translated, source, masks),
+        JudgeFrames,
+        {"classes": classes, "has_back": has_back},
+        attempt=attempt,
+        shard_rows=compute.shard_rows,
+        actors=compute.actors,
+        cpus_per_actor=compute.cpus_per_actor,
+        gpus_per_actor=0.0,
+        progress=progress,
+        title=f"judge {name}",
+    )
+    parts = [(attempt.folder / record.tables["judgements"].path) for record in records]
+    found = _summed(parts, classes, has_back)
+    if found["frames"]:
+        (attempt.folder / JUDGEMENT_NAME).write_json({**distances, **found})
+    return attempt.finish(
+        rows_in=translated.num_rows,
+        rows_out=found["frames"],
+        quarantined=sum(record.rows("quarantine") for record in records),
+        max_bad_fraction=max_bad_fraction if found["frames"] else 0.0,  # without a frame there is no judgement
+        outputs=[JUDGEMENT_NAME] if found["frames"] else [],
+        num_shards=len(records),
+        summary={"fid": distances["fid"]["translated"], "agreement": found["agreement"], "edges": found["edges"]},
+        seconds=time.monotonic() - begun,
+    )
+
+
+# -- distances of the sets --------------------------------------------------------------------------------------------
+
+
+def _distances(name: str, features: Features) -> dict[str, Any]:
+    """FID and KID of translated and source frames to real ones, and between what they were measured."""
+    for what, commit in features._asdict().items():
+        if not commit.has(STATISTICS_NAME):
+            raise UserError(
+                f"translation {name}: {commit.rows_out} of the {what} frames could be read, and a distance needs 2; "
+                "look at the quarantine tables"
+            )
+    statistics = [read_statistics(commit.file(STATISTICS_NAME)) for commit in features]
+    vectors = [sampled_vectors(commit, FEATURES, FEATURES, ROWS_FOR_KERNEL) for commit in features]
+    fid, kid, deviation = {}, {}, {}
+    for place, what in ((0, "translated"), (1, "source")):
+        fid[what] = statistics_distance(statistics[place], statistics[2], (what, "real"))
+        kernel = kernel_distance(vectors[place], vectors[2])
+        kid[what], deviation[what] = kernel.kid, kernel.deviation
+    return {
+        "fid": fid,
+        "kid": kid,
+        "kid_deviation": deviation,
+        "extractor": statistics[2].extractor,
+        "resize": statistics[2].resize,
+        "compared": {what: commit.rows_out for what, commit in features._asdict().items()},
+    }
+
+
+# -- frame by frame ---------------------------------------------------------------------------------------------------
+
+
+def _rows(translated: pa.Table, source: pa.Table, masks: Masks) -> pa.Table:
+    """The translated frames with the places of their source and of all masks."""
+    sources = dict(zip(source[frame.FRAME_ID].to_pylist(), source[frame.URI].to_pylist(), strict=True))
+    seen = {what: _mask_places(commit) for what, commit in masks._asdict().items() if commit is not None}
+    rows = []
+    for row in translated.to_pylist():
+        dataset, frame_id = row[frame.DATASET], row[frame.FRAME_ID]
+        source_id = frame_id.removeprefix(f"{dataset}/")
+        ids = {"source": source_id, "translated": frame_id, "back": f"{dataset}{BACK_SUFFIX}/{frame_id}"}
+        places = {column: seen.get(what, {}).get(ids[what]) for what, column in MASK_URIS.items()}
+        rows.append(row | places | {SOURCE_ID: source_id, SOURCE_URI: sources.get(source_id)})
+    return frame.frame_table(rows, extra=dict.fromkeys((SOURCE_ID, SOURCE_URI, *MASK_URIS.values()), pa.string()))
+
+
+def _mask_places(commit: Commit) -> dict[str, str]:
+    """Frame id -> absolute place of the mask of it."""
+    table = commit.table(PREDICTIONS).select([frame.FRAME_ID, PREDICTION_URI]).to_pylist()
+    return {row[frame.FRAME_ID]: (commit.folder / row[PREDICTION_URI]).uri for row in table}
+
+
+class JudgeFrames:
+    """Measures of the frames of a shard. A frame of which something is missing goes to the quarantine table."""
+
+    def __init__(self, classes: Taxonomy, has_back: bool) -> None:
+        self.classes = classes
+        self.has_back = has_back
+
+    def __call__(self, rows: pa.Table, folder: Location) -> Mapping[str, pa.Table]:
+        good: list[dict[str, Any]] = []
+        bad: list[dict[str, Any]] = []
+        for row in rows.to_pylist():
+            try:
+                good.append({column: row[column] for column in (frame.FRAME_ID, SOURCE_ID)} | self._measures(row))
+            except BadFrame as fault:
+                keep = {column: row[column] for column in (frame.FRAME_ID, frame.URI)}
+                bad.append({**keep, frame.REASON: fault.reason, frame.DETAIL: fault.detail})
+        return {"judgements": pa.Table.from_pylist(good, schema=SCHEMA), "quarantine": frame.quarantine_table(bad)}
+
+    def _measures(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        source, translated = read_image(_place(row, SOURCE_URI)), read_image(Location.of(row[frame.URI]))
+        if source.shape != translated.shape:
+            raise BadFrame("label_size", f"the source is {source.shape[:2]}, its translation {translated.shape[:2]}")
+        seen = {what: self._mask(row, what, source.shape[:2]) for what in MASK_URIS if what != "back" or self.has_back}
+        label = train_ids_of(row, self.classes, source.shape[:2])
+        against: dict[str, Labels] = {"source": seen["source"]} | ({"label": label} if label is not None else {})
+        matrices = {
+            f"{truth}_{what}": confusion_matrix(against[truth], mask, self.classes.num_classes)
+            for truth in against
+            for what, mask in seen.items()
+            if truth != what
+        }
+        return {
+            EDGES: edge_agreement(source, translated),
+            AGREEMENT: _right(matrices["source_translated"]),
+            BACK_AGREEMENT: _right(matrices["source_back"]) if self.has_back else None,
+            **{which: matrix.reshape(-1).tolist() for which, matrix in matrices.items()},
+        }
+
+    def _mask(self, row: Mapping[str, Any], what: str, size: tuple[int, ...]) -> Labels:
+        mask = read_label(_place(row, MASK_URIS[what]))
+        if mask.shape != size:
+            raise BadFrame("label_size", f"the judge's mask is {mask.shape}, the frame {size} (height, width)")
+        return mask
+
+
+def _place(row: Mapping[str, Any], column: str) -> Location:
+    if row[column] is None:
+        what = column.removesuffix("_uri").replace("_", " ")
+        raise BadFrame("missing", f"there is no {what} of it; see the quarantine table of the pass that left it out")
+    return Location.of(row[column])
+
+
+def _right(matrix: Counts) -> float:
+    """Share of the pixels on the diagonal."""
+    return float(np.trace(matrix) / matrix.sum())
+
+
+# -- the whole set ----------------------------------------------------------------------------------------------------
+
+
+def _summed(parts: list[Location], classes: Taxonomy, has_back: bool) -> dict[str, Any]:
+    """Scores over all frames, from their matrices; null where there is no label or no way back."""
+    size = classes.num_classes
+    totals: dict[str, list[Counts]] = {which: [] for which in MATRICES}
+    frames, labelled, edges = 0, 0, 0.0
+    for part in parts:
+        table = part.read_table()
+        frames += table.num_rows
+        edges += float(np.sum(table[EDGES].to_numpy()))
+        labelled += table.num_rows - table[MATRICES[0]].null_count
+        for which in MATRICES:
+            matrices = (np.reshape(flat, (size, size)) for flat in table[which].to_pylist() if flat is not None)
+            totals[which].append(add_up(matrices, size))
+    found = {which: _miou(add_up(some, size)) for which, some in totals.items()}
+    miou = {what: found[f"label_{what}"]["miou"] for what in ("source", "translated", "back")}
+    source, back = miou["source"], miou["back"]
+    return {
+        "frames": frames,
+        "labelled": labelled,
+        "has_way_back": has_back,
+        "miou": miou,
+        "survival": back / source if source and back is not None else None,
+        "agreement": found["source_translated"],
+        "back_agreement": found["source_back"],
+        "edges": edges / frames if frames else None,
+    }
+
+
+def _miou(matrix: Counts) -> dict[str, float | None]:
+    """Share of right pixels and mIoU; null for a matrix without a pixel."""
+    result = scores(matrix)
+    return {
+        "pixels": None if math.isnan(result.pa) else result.pa,
+        "miou": None if math.isnan(result.miou) else result.miou,
+    }
