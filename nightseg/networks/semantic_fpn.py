@@ -1,7 +1,7 @@
 """Semantic FPN: the semantic branch of Panoptic FPN (arXiv 1901.02446, section 3.1) as detectron2 builds it.
 
-B images, K classes, H x W pixels, h x w = a quarter of H x W padded to multiples of 32, C channels. Head and pyramid compute what
-detectron2's SemSegFPNHead and FPN compute, and the head keeps detectron2's parameter names (p2.0.weight,
+B images, K classes, H x W pixels, h x w = a quarter of H x W padded to multiples of 32, C channels. Head and pyramid
+compute what detectron2's SemSegFPNHead and FPN compute, and the head keeps detectron2's parameter names (p2.0.weight,
 p2.0.norm.weight, ..., predictor.weight), so that a checkpoint's head needs no renaming.
 """
 
