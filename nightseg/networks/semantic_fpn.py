@@ -1,7 +1,7 @@
 """Semantic FPN: the semantic branch of Panoptic FPN (arXiv 1901.02446, section 3.1) as detectron2 builds it.
 
-B images, K classes, H x W pixels, h x w = a quarter of H x W (rounded up), C channels. Head and pyramid compute what
-detectron2's SemSegFPNHead and FPN compute, and the head keeps detectron2's parameter names (p2.0.weight,
+B images, K classes, H x W pixels, h x w = a quarter of H x W padded to multiples of 32, C channels. Head and pyramid
+compute what detectron2's SemSegFPNHead and FPN compute, and the head keeps detectron2's parameter names (p2.0.weight,
 p2.0.norm.weight, ..., predictor.weight), so that a checkpoint's head needs no renaming.
 """
 
@@ -106,7 +106,11 @@ class SemanticFPN(nn.Module):
         self.num_classes = num_classes
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
-        """Normalised float images of any size to logits_BKhw at stride 4 with h = ceil(H / 4), w = ceil(W / 4)."""
+        """Normalised float images of any size to logits_BKhw at stride 4, of the image as it is padded.
+
+        What lies beyond the image is for `upsample_logits`: its last pixels are interpolated between the last logit
+        inside and the first one outside, as in detectron2.
+        """
         height, width = images_B3HW.shape[-2:]
         # Zero after normalisation, right and below: detectron2's padding. It also makes the pyramid's nearest
         # upsampling an exact doubling.
@@ -114,7 +118,7 @@ class SemanticFPN(nn.Module):
         maps = self.body(padded)
         pyramid = self.fpn(OrderedDict(zip(LEVELS, maps, strict=True)))
         logits: Tensor = self.head(list(pyramid.values()))
-        return logits[:, :, : -(-height // COMMON_STRIDE), : -(-width // COMMON_STRIDE)]
+        return logits
 
 
 def build_semantic_fpn(

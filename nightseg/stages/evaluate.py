@@ -24,7 +24,7 @@ from nightseg.progress import Progress
 from nightseg.storage import Location, UserError, sha256_of
 from nightseg.workspace import Attempt, Commit
 
-VERSION = 1
+VERSION = 2
 
 PREDICTION_URI = "prediction_uri"  # palette PNG of train ids, relative to the commit's folder
 PREDICTION_SHA256 = "prediction_sha256"

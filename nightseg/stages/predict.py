@@ -28,7 +28,7 @@ from nightseg.progress import Progress
 from nightseg.storage import Location, UserError, sha256_of
 from nightseg.workspace import Attempt, Commit
 
-VERSION = 1
+VERSION = 2
 
 PREDICTION_URI = "prediction_uri"  # the mask: palette PNG of train ids, relative to the commit's folder
 MEAN_CONFIDENCE = "mean_confidence"

@@ -32,7 +32,7 @@ from nightseg.progress import Progress
 from nightseg.storage import Location, UserError, sha256_of
 from nightseg.workspace import Attempt, Commit, ShardRecord
 
-VERSION = 1
+VERSION = 2
 
 CONFIDENCE_URI = "confidence_uri"  # grey PNG at a quarter of the frame's size, 255 = certain
 CONFIDENCE_SHA256 = "confidence_sha256"

@@ -44,7 +44,7 @@ from nightseg.progress import Progress
 from nightseg.storage import Location, UserError
 from nightseg.workspace import Attempt, Commit
 
-VERSION = 1
+VERSION = 2
 
 STEPS_BETWEEN_CHECKS: Final = 10  # reading the loss waits for the device, so it is read this seldom
 

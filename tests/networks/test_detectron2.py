@@ -16,10 +16,11 @@ from torch import Tensor
 
 from nightseg.networks import detectron2
 from nightseg.networks.batch_norm import Norm
-from nightseg.networks.detectron2_checkpoint import from_detectron2, to_detectron2
-from nightseg.networks.detectron2_config import OURS, config_text
+from nightseg.networks.detectron2_checkpoint import from_detectron2, read_checkpoint, to_detectron2
+from nightseg.networks.detectron2_config import OURS, config_text, read_facts
 from nightseg.networks.encoders import normalise
 from nightseg.networks.semantic_fpn import SemanticFPN, build_semantic_fpn, open_semantic_fpn, upsample_logits
+from nightseg.storage import Location
 
 pytest.importorskip("detectron2")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of its own dependencies
@@ -138,3 +139,51 @@ def test_detectron2_loads_what_was_written_for_it(
         model.load_state_dict(theirs, strict=True)
         DetectionCheckpointer(model).load(str(tmp_path / "out.pth"))
         assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_panoptic_fpn_as_its_trainer_saves_it(tmp_path: Path, drawn_as_golden: Draw) -> None:
+    """Made by detectron2's default config (BGR bytes, stride in 1x1), saved with optimiser and schedule, converted."""
+    from detectron2.checkpoint import DetectionCheckpointer
+    from detectron2.config import get_cfg
+    from detectron2.modeling import build_model
+    from detectron2.solver import build_lr_scheduler, build_optimizer
+
+    settings = get_cfg()
+    settings.MODEL.META_ARCHITECTURE = "PanopticFPN"
+    settings.MODEL.DEVICE = "cpu"
+    settings.MODEL.MASK_ON = True
+    settings.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
+    settings.MODEL.RESNETS.OUT_FEATURES = settings.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+    settings.MODEL.RPN.IN_FEATURES = ["p2", "p3", "p4", "p5", "p6"]
+    settings.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
+    settings.MODEL.ROI_HEADS.IN_FEATURES = ["p2", "p3", "p4", "p5"]
+    settings.MODEL.ROI_BOX_HEAD.NAME, settings.MODEL.ROI_BOX_HEAD.NUM_FC = "FastRCNNConvFCHead", 2
+    settings.MODEL.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
+    settings.MODEL.ANCHOR_GENERATOR.SIZES = [[32], [64], [128], [256], [512]]
+    settings.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 19
+    model = build_model(settings).eval()
+    tensors = drawn_as_golden(model.state_dict())
+    stem = "backbone.bottom_up.stem.conv1.weight"
+    tensors[stem] = tensors[stem] / 58  # fed with bytes
+    model.load_state_dict(tensors)
+    optimizer = build_optimizer(settings, model)
+    trained = {"optimizer": optimizer, "scheduler": build_lr_scheduler(settings, optimizer)}
+    DetectionCheckpointer(model, str(tmp_path), **trained).save("model_final", iteration=9)
+    (tmp_path / "config.yaml").write_text(settings.dump())
+
+    where = str(tmp_path / "model_final.pth")
+    facts = read_facts(Location.of(tmp_path / "config.yaml"))
+    found = from_detectron2(read_checkpoint(Path(where).read_bytes(), where), facts, where)
+    assert set(found.left_out) == {"proposal_generator", "roi_heads"}
+    assert (found.architecture["stride_in_1x1"], found.architecture["freeze_at"]) == (True, 2)
+    ours = open_semantic_fpn(found.tensors, found.architecture)
+    height, width = SIZES[0]
+    image = torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        pixels = (image[0].flip(0).float() - model.pixel_mean) / model.pixel_std
+        padded = torch.nn.functional.pad(pixels[None], (0, -width % 32, 0, -height % 32))
+        expected = model.sem_seg_head(model.backbone(padded))[0][0, :, :height, :width]
+        logits = upsample_logits(ours(normalise(image, ours.body.mean, ours.body.std)), height, width)[0]
+    difference = float((logits - expected).abs().max())
+    print(f"PanopticFPN, folded, {height}x{width}: {difference:.2e}")
+    assert difference <= 1e-4

@@ -35,12 +35,12 @@ def small() -> SemanticFPN:
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 96), (33, 50), (32, 31)])
-def test_logits_have_a_quarter_of_the_size_and_full_logits_all_of_it(
+def test_logits_have_a_quarter_of_the_padded_size_and_full_logits_all_of_the_image(
     small: SemanticFPN, height: int, width: int
 ) -> None:
     with torch.no_grad():
         logits = small(torch.rand(2, 3, height, width))
-    assert logits.shape == (2, 5, -(-height // 4), -(-width // 4))
+    assert logits.shape == (2, 5, 8 * -(-height // 32), 8 * -(-width // 32))
     assert upsample_logits(logits, height, width).shape == (2, 5, height, width)
 
 
@@ -49,7 +49,19 @@ def test_padding_happens_inside_and_is_zero_after_normalisation(small: SemanticF
     padded = torch.zeros(1, 3, 64, 64)
     padded[:, :, :40, :50] = image
     with torch.no_grad():
-        assert torch.equal(small(image), small(padded)[:, :, :10, :13])
+        assert torch.equal(small(image), small(padded))
+
+
+def test_the_last_pixels_are_made_from_the_logits_behind_the_border_too(small: SemanticFPN) -> None:
+    """As in detectron2, which crops after the upsampling; what is cropped before it repeats the last logit instead."""
+    image = torch.rand(1, 3, 40, 64)  # 40 is a multiple of 4, not of 32
+    with torch.no_grad():
+        logits = small(image)
+    whole = torch.nn.functional.interpolate(logits, scale_factor=4, mode="bilinear")
+    assert torch.equal(upsample_logits(logits, 40, 64), whole[:, :, :40])
+    early = upsample_logits(logits[:, :, :10], 40, 64)
+    assert torch.equal(early[:, :, :38], whole[:, :, :38])
+    assert not torch.allclose(early[:, :, 38:], whole[:, :, 38:40])
 
 
 def test_upsampled_logits_are_float32_and_bilinear_without_aligned_corners() -> None:
