@@ -7,6 +7,7 @@ Letters in tensor names: B batch, 3 RGB, H, W frame size.
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -147,6 +148,7 @@ def open_translator(
             way, outputs = partial(each, Lent(palette, _transfer(settings))), (LENDERS_NAME,)
         case CommandTranslator():
             program = Program(tuple(settings.argv), to, seed, settings.timeout_seconds)
+            progress.say(f"{name}: the recipe runs a program on every shard: {shlex.join(settings.argv)}")
             way = partial(by_program, program=program, classes=classes)
     return Opened(TranslateRows, {"way": way, **where}, {"translator": settings.kind}, outputs)
 

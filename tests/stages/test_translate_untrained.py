@@ -84,6 +84,14 @@ def run(
     )
 
 
+class Talking(SilentProgress):
+    def __init__(self, said: list[str]) -> None:
+        self.said = said
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+
 def lenders_for(settings: UntrainedTranslator, folder: Path, domain: str = "night") -> pa.Table | None:
     takes = isinstance(settings, FourierTranslator | ColourTranslator)
     return frames(folder, domain, 4, labelled=False) if takes else None
@@ -183,8 +191,11 @@ def test_a_program_that_fails_stops_the_stage_with_its_words(tmp_path: Path) -> 
     broken = CommandTranslator(
         kind="command", argv=[sys.executable, "-c", "raise SystemExit('no weights')", "{input}", "{output}"]
     )
+    said: list[str] = []
     with pytest.raises(UserError, match=r"exit code 1; it printed last:\n  no weights"):
-        run(tmp_path / "run", broken, frames(tmp_path, "day"), None)
+        run(tmp_path / "run", broken, frames(tmp_path, "day"), None, progress=Talking(said))
+    assert len(said) == 1 and said[0].startswith("made: the recipe runs a program on every shard: ")
+    assert sys.executable in said[0]
 
 
 def test_a_dataset_whose_frames_cannot_lend_is_named(tmp_path: Path) -> None:
@@ -221,13 +232,9 @@ def test_an_attempt_that_goes_on_borrows_from_the_same_frames(tmp_path: Path, mo
 def test_lenders_that_cannot_be_read_are_named_and_do_without(tmp_path: Path) -> None:
     said: list[str] = []
 
-    class Talking(SilentProgress):
-        def say(self, message: str) -> None:
-            said.append(message)
-
     night = frames(tmp_path, "night", 4)
     (tmp_path / "night 1.png").write_bytes(b"no image")
-    commit = run(tmp_path / "run", WAYS["reinhard"], frames(tmp_path, "day"), night, progress=Talking())
+    commit = run(tmp_path / "run", WAYS["reinhard"], frames(tmp_path, "day"), night, progress=Talking(said))
     assert len(commit.json(stage.LENDERS_NAME)) == 3
     assert said == ["dataset night: 1 of 4 frames that were to lend their light cannot be read"]
 
