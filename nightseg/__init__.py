@@ -82,6 +82,7 @@ Translators that need no training: pixels in, pixels out; no ray
     translators/colour.py   colours of another frame
     translators/lenders.py  which frame lends its look
     translators/command.py  a program of the user
+    translators/ways.py     shards of frames through any of these
     translators/srgb.py     sRGB, linear light, Oklab
     translators/chance.py   random numbers of a frame
 

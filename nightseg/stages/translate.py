@@ -7,8 +7,9 @@ Letters in tensor names: B batch, 3 RGB, H, W frame size.
 
 from __future__ import annotations
 
+import shlex
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, Final, Literal, NamedTuple
 
@@ -28,18 +29,27 @@ from nightseg.config_translators import (
     UntrainedTranslator,
 )
 from nightseg.frames import table as frame
-from nightseg.frames.images import BadFrame, encode_png, read_image
-from nightseg.frames.labels import train_ids_of
-from nightseg.frames.taxonomy import Taxonomy, taxonomy
+from nightseg.frames.images import BadFrame, read_image
+from nightseg.frames.taxonomy import taxonomy
 from nightseg.networks.unit import STRIDE, load_generators, to_uint8, to_unit_range
 from nightseg.progress import Progress
-from nightseg.storage import Location, UserError, sha256_of
+from nightseg.storage import Location, UserError
 from nightseg.translators.colour import match_histograms, reinhard
-from nightseg.translators.command import Program, translate_by
+from nightseg.translators.command import Program
 from nightseg.translators.fourier import swap_low_amplitudes
-from nightseg.translators.lenders import LenderReader, Palette, open_palette
+from nightseg.translators.lenders import Palette, open_palette
 from nightseg.translators.lights import Roles
-from nightseg.translators.photometric import Optics, night_of
+from nightseg.translators.photometric import Optics
+from nightseg.translators.ways import (
+    Lent,
+    TranslateRows,
+    Way,
+    by_optics,
+    by_program,
+    each,
+    quarantined,
+    write_translated,
+)
 from nightseg.workspace import Attempt, Commit
 
 VERSION = 1
@@ -47,11 +57,10 @@ VERSION = 1
 PIXELS_AT_ONCE: Final = 1 << 20  # of one forward pass: about 1 GB at width 64; a larger frame goes alone
 SMALLEST_SIDE: Final = 2 * STRIDE  # the latent needs two rows to reflect one
 
-LENDER: Final = "lender"  # column: the frame whose light or colours a frame was given; null = it was given none
+LENDERS_NAME: Final = "lenders.json"  # ids of the frames that may lend
 
 Domain = Literal["day", "night"]
 Pixels = NDArray[np.uint8]
-Row = Mapping[str, Any]
 
 
 class Untrained(NamedTuple):
@@ -64,11 +73,12 @@ class Untrained(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """The worker that does the shards of a translation, its arguments, and its line in the summary."""
+    """The worker that does the shards of a translation, its arguments, a line of the summary, files already there."""
 
     worker: type[ShardWorker]
     arguments: Mapping[str, Any]
     summary: Mapping[str, Any]
+    outputs: tuple[str, ...] = ()
 
 
 def translate(
@@ -82,7 +92,8 @@ def translate(
     compute: MapCompute,
     max_bad_fraction: float,
 ) -> Commit:
-    """Commit `frames` (PNGs under `images/`, domain `to`, dataset and id prefix `name`) and `quarantine`.
+    """Commit `frames` (PNGs under `images/`, domain `to`, dataset and id prefix `name`) and `quarantine`; lenders.json
+    of kinds that have lenders.
 
     `source` is a frame table with absolute uris; frames already of domain `to` are refused (UserError). UNIT (a commit)
     translates without noise; what other kinds draw follows from the attempt's seed and the frame's id. So the same
@@ -91,7 +102,7 @@ def translate(
     """
     begun = time.monotonic()
     _check(name, source, to)
-    opened = open_translator(translator, name=name, to=to, seed=attempt.seed, batch=compute.batch)
+    opened = open_translator(translator, name=name, to=to, batch=compute.batch, attempt=attempt, progress=progress)
     shards = map_shards(
         source,
         opened.worker,
@@ -109,32 +120,37 @@ def translate(
         rows_out=sum(shard.rows("frames") for shard in shards),
         quarantined=sum(shard.rows("quarantine") for shard in shards),
         max_bad_fraction=max_bad_fraction,
+        outputs=opened.outputs,
         num_shards=len(shards),
         summary={"to": to, **opened.summary},
         seconds=time.monotonic() - begun,
     )
 
 
-def open_translator(translator: Commit | Untrained, *, name: str, to: Domain, seed: int, batch: int) -> Opened:
-    """The worker of a kind of translator. Raises UserError: no lender can be read."""
-    where = {"name": name, "to": to}
+def open_translator(
+    translator: Commit | Untrained, *, name: str, to: Domain, batch: int, attempt: Attempt, progress: Progress
+) -> Opened:
+    """The worker of a kind of translator. Raises UserError: no lender, or one this attempt began with, can be read."""
+    where, seed = {"name": name, "to": to}, attempt.seed
     if isinstance(translator, Commit):
         arguments = {"model": translator.folder / "model", **where, "batch": batch}
         return Opened(TranslateFrames, arguments, {"translator": translator.name})
     settings, classes = translator.settings, taxonomy(translator.taxonomy)
     way: Way
+    outputs: tuple[str, ...] = ()
     match settings:
         case PhotometricTranslator():
             optics = Optics(*(getattr(settings, field) for field in Optics._fields))
             roles = Roles.of(settings.classes.model_dump(), classes.classes)
-            way = partial(_each, partial(_photometric, optics=optics, roles=roles, classes=classes, seed=seed))
+            way = partial(each, partial(by_optics, optics=optics, roles=roles, classes=classes, seed=seed))
         case FourierTranslator() | ColourTranslator():
-            palette = _palette(translator, settings, seed)
-            way = partial(_each, Lent(palette, _transfer(settings)))
+            palette = _palette(translator, settings, attempt, progress)
+            way, outputs = partial(each, Lent(palette, _transfer(settings))), (LENDERS_NAME,)
         case CommandTranslator():
             program = Program(tuple(settings.argv), to, seed, settings.timeout_seconds)
-            way = partial(_by_program, program=program, classes=classes)
-    return Opened(TranslateRows, {"way": way, **where}, {"translator": settings.kind})
+            progress.say(f"{name}: the recipe runs a program on every shard: {shlex.join(settings.argv)}")
+            way = partial(by_program, program=program, classes=classes)
+    return Opened(TranslateRows, {"way": way, **where}, {"translator": settings.kind}, outputs)
 
 
 def _check(name: str, source: pa.Table, to: Domain) -> None:
@@ -183,7 +199,7 @@ class TranslateFrames:
             try:
                 image = _read(row)
             except BadFrame as error:
-                bad.append(_quarantined(row, error))
+                bad.append(quarantined(row, error))
                 continue
             fits = len(group) < self.batch and (len(group) + 1) * image.shape[0] * image.shape[1] <= PIXELS_AT_ONCE
             if group and (not fits or image.shape != group[0][1].shape):
@@ -194,7 +210,7 @@ class TranslateFrames:
             yield group
 
     def _write(self, row: dict[str, Any], image: Pixels, folder: Location) -> dict[str, Any]:
-        return _write(row, image, folder, self.name, self.to)
+        return write_translated(row, image, folder, self.name, self.to)
 
 
 def _read(row: dict[str, Any]) -> Pixels:
@@ -206,97 +222,7 @@ def _read(row: dict[str, Any]) -> Pixels:
     return image
 
 
-def _write(row: Row, image: Pixels, folder: Location, name: str, to: Domain) -> dict[str, Any]:
-    """Write the translated image; returns its row of the frame table."""
-    frame_id = f"{name}/{row[frame.FRAME_ID]}"
-    uri = f"images/{frame.file_name(frame_id, '.png')}"
-    data = encode_png(image)
-    (folder / uri).write_bytes(data)
-    kept = {column: row.get(column) for column in frame.FRAME_SCHEMA.names}
-    return kept | {
-        frame.FRAME_ID: frame_id,
-        frame.URI: uri,
-        frame.DATASET: name,
-        frame.DOMAIN: to,
-        frame.HEIGHT: image.shape[0],
-        frame.WIDTH: image.shape[1],
-        frame.BYTES: len(data),
-        frame.SHA256: sha256_of(data),
-    }
-
-
-def _quarantined(row: Row, fault: BadFrame) -> dict[str, Any]:
-    keep = {column: row[column] for column in (frame.FRAME_ID, frame.URI)}
-    return {**keep, frame.REASON: fault.reason, frame.DETAIL: fault.detail}
-
-
 # -- translators that need no training --------------------------------------------------------------------------------
-
-
-class Changed(NamedTuple):
-    """A translated frame, and the id of the frame whose look it was given."""
-
-    image: Pixels
-    lender: str | None = None
-
-
-Change = Callable[[Pixels, Row], Changed]
-Way = Callable[[Iterable[Row]], Iterator[tuple[Row, Changed | BadFrame]]]
-
-
-class TranslateRows:
-    """Translates the frames of a shard in the way of an untrained translator; bad frames go to the quarantine table."""
-
-    def __init__(self, way: Way, name: str, to: Domain) -> None:
-        self.way = way
-        self.name = name
-        self.to: Domain = to
-
-    def __call__(self, rows: pa.Table, folder: Location) -> Mapping[str, pa.Table]:
-        good: list[dict[str, Any]] = []
-        bad: list[dict[str, Any]] = []
-        for row, changed in self.way(rows.to_pylist()):
-            if isinstance(changed, BadFrame):
-                bad.append(_quarantined(row, changed))
-            else:
-                written = _write(row, changed.image, folder, self.name, self.to)
-                good.append(written | {LENDER: changed.lender})
-        frames = frame.frame_table(good, extra={LENDER: pa.string()})
-        return {"frames": frames, "quarantine": frame.quarantine_table(bad)}
-
-
-def _each(change: Change, rows: Iterable[Row]) -> Iterator[tuple[Row, Changed | BadFrame]]:
-    """One frame at a time, so one is in memory."""
-    for row in rows:
-        try:
-            yield row, change(read_image(Location.of(row[frame.URI])), row)
-        except BadFrame as fault:
-            yield row, fault
-
-
-def _by_program(
-    rows: Iterable[Row], *, program: Program, classes: Taxonomy
-) -> Iterator[tuple[Row, Changed | BadFrame]]:
-    for row, image in translate_by(program, list(rows), classes):
-        yield row, image if isinstance(image, BadFrame) else Changed(image)
-
-
-def _photometric(image: Pixels, row: Row, *, optics: Optics, roles: Roles, classes: Taxonomy, seed: int) -> Changed:
-    label = train_ids_of(row, classes, image.shape[:2])
-    return Changed(night_of(image, label, optics=optics, roles=roles, seed=seed, frame_id=row[frame.FRAME_ID]))
-
-
-class Lent:
-    """Gives a frame the look of a lender."""
-
-    def __init__(self, palette: Palette, transfer: Callable[[Pixels, Pixels], Pixels]) -> None:
-        self.palette = palette
-        self.transfer = transfer
-        self.read = LenderReader()
-
-    def __call__(self, image: Pixels, row: Row) -> Changed:
-        lender = self.palette.choose(image, row[frame.FRAME_ID])
-        return Changed(self.transfer(image, self.read(lender)), lender.frame_id)
 
 
 def _transfer(settings: FourierTranslator | ColourTranslator) -> Callable[[Pixels, Pixels], Pixels]:
@@ -305,9 +231,29 @@ def _transfer(settings: FourierTranslator | ColourTranslator) -> Callable[[Pixel
     return reinhard if settings.method == "reinhard" else match_histograms
 
 
-def _palette(translator: Untrained, settings: FourierTranslator | ColourTranslator, seed: int) -> Palette:
-    lenders = translator.lenders
+def _palette(
+    translator: Untrained, settings: FourierTranslator | ColourTranslator, attempt: Attempt, progress: Progress
+) -> Palette:
+    """Drawn once, and noted: what continues this attempt has to borrow from the same frames."""
+    lenders, what = translator.lenders, f"dataset {translator.lenders_name}"
     assert lenders is not None, f"a {settings.kind} translator without lenders"
     named = list(zip(lenders[frame.FRAME_ID].to_pylist(), lenders[frame.URI].to_pylist(), strict=True))
-    what = f"dataset {translator.lenders_name}"
-    return open_palette(named, count=settings.lenders, among=settings.among, seed=seed, what=what)
+    note = attempt.folder / LENDERS_NAME
+    begun = note.read_json() if note.exists() else None
+    if begun is not None:
+        named = [pair for pair in named if pair[0] in set(begun)]
+    palette = open_palette(named, count=settings.lenders, among=settings.among, seed=attempt.seed, what=what)
+    drawn, wanted = [lender.frame_id for lender in palette.lenders], min(settings.lenders, len(named))
+    if begun is None:
+        note.write_json(drawn)
+        if len(drawn) < wanted:
+            progress.say(
+                f"{what}: {wanted - len(drawn)} of {wanted} frames that were to lend their light cannot be read"
+            )
+    elif drawn != begun:
+        gone = next(frame_id for frame_id in begun if frame_id not in drawn)
+        raise UserError(
+            f"{what}: {gone} lends its light to this translation, and it cannot be read any more. Bring the file back, "
+            f"or delete {attempt.folder} to begin anew"
+        )
+    return palette

@@ -21,10 +21,11 @@ from nightseg.config_translators import (
 from nightseg.frames.images import encode_png, read_image
 from nightseg.frames.scenes import scene
 from nightseg.frames.table import FRAME_SCHEMA, check_frames, frame_table, resolve
-from nightseg.progress import SilentProgress
+from nightseg.progress import Progress, SilentProgress
 from nightseg.stages import translate as stage
 from nightseg.storage import Location, UserError, sha256_of
 from nightseg.translators.colour import match_histograms
+from nightseg.translators.ways import LENDER
 from nightseg.workspace import Commit, Workspace
 
 DARKEN = """
@@ -67,6 +68,7 @@ def run(
     to: stage.Domain = "night",
     shard_rows: int = 2,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> Commit:
     untrained = stage.Untrained(settings, lenders, "night", "camvid11")
     attempt = Workspace(folder).stage("translate", "made", version=1, recipe={}, inputs={}, seed=seed).open()
@@ -76,10 +78,18 @@ def run(
         name="made",
         to=to,
         attempt=attempt,
-        progress=SilentProgress(),
+        progress=progress or SilentProgress(),
         compute=MapCompute(shard_rows=shard_rows, batch=2),
         max_bad_fraction=0.5,
     )
+
+
+class Talking(SilentProgress):
+    def __init__(self, said: list[str]) -> None:
+        self.said = said
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
 
 
 def lenders_for(settings: UntrainedTranslator, folder: Path, domain: str = "night") -> pa.Table | None:
@@ -106,7 +116,7 @@ def test_the_frames_are_those_of_the_source_at_night(tmp_path: Path, way: str) -
         assert image.shape == day.shape and image.mean() < day.mean()
         data = Location.of(row["uri"]).read_bytes()
         assert (row["bytes"], row["sha256"]) == (len(data), sha256_of(data))
-    borrowed = table[stage.LENDER].to_pylist()
+    borrowed = table[LENDER].to_pylist()
     has_lender = isinstance(settings, FourierTranslator | ColourTranslator)
     assert all((lender or "").startswith("night/drive/") == has_lender for lender in borrowed)
 
@@ -167,13 +177,13 @@ def test_the_named_lender_lent_its_colours_and_the_way_back_uses_day(tmp_path: P
     commit = run(tmp_path / "run", WAYS["histogram"], source, night)
     table = resolve(commit.table("frames"), commit.folder)
     for row, before in zip(table.to_pylist(), source.to_pylist(), strict=True):
-        day, lender = read_image(Location.of(before["uri"])), read_image(Location.of(places[row[stage.LENDER]]))
+        day, lender = read_image(Location.of(before["uri"])), read_image(Location.of(places[row[LENDER]]))
         assert np.array_equal(read_image(Location.of(row["uri"])), match_histograms(day, lender))
     back = run(tmp_path / "back", WAYS["reinhard"], table.select(FRAME_SCHEMA.names), source, to="day").table("frames")
     assert set(back["domain"].to_pylist()) == {"day"}
     for row in back.to_pylist():
         assert row["frame_id"] == f"made/made/{row['frame_id'][10:]}"
-        assert row[stage.LENDER] != row["frame_id"].removeprefix("made/made/")  # never the answer itself
+        assert row[LENDER] != row["frame_id"].removeprefix("made/made/")  # never the answer itself
 
 
 @pytest.mark.usefixtures("serial")
@@ -181,8 +191,11 @@ def test_a_program_that_fails_stops_the_stage_with_its_words(tmp_path: Path) -> 
     broken = CommandTranslator(
         kind="command", argv=[sys.executable, "-c", "raise SystemExit('no weights')", "{input}", "{output}"]
     )
+    said: list[str] = []
     with pytest.raises(UserError, match=r"exit code 1; it printed last:\n  no weights"):
-        run(tmp_path / "run", broken, frames(tmp_path, "day"), None)
+        run(tmp_path / "run", broken, frames(tmp_path, "day"), None, progress=Talking(said))
+    assert len(said) == 1 and said[0].startswith("made: the recipe runs a program on every shard: ")
+    assert sys.executable in said[0]
 
 
 def test_a_dataset_whose_frames_cannot_lend_is_named(tmp_path: Path) -> None:
@@ -191,6 +204,39 @@ def test_a_dataset_whose_frames_cannot_lend_is_named(tmp_path: Path) -> None:
         file.unlink()
     with pytest.raises(UserError, match="dataset night: no frame of it can be read, so none can lend its light"):
         run(tmp_path / "run", WAYS["reinhard"], frames(tmp_path, "day"), night)
+
+
+@pytest.mark.usefixtures("serial")
+def test_an_attempt_that_goes_on_borrows_from_the_same_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, source, night = WAYS["fourier"], frames(tmp_path, "day"), frames(tmp_path, "night", 4)
+    whole = run(tmp_path / "whole", settings, source, night)
+    assert sorted(whole.json(stage.LENDERS_NAME)) == [f"night/drive/{index}" for index in range(4)]
+
+    def killed(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("the power went")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "map_shards", killed)
+        with pytest.raises(RuntimeError, match="the power went"):
+            run(tmp_path / "run", settings, source, night)
+    gone = tmp_path / "night 2.png"
+    content = gone.read_bytes()
+    gone.unlink()
+    with pytest.raises(UserError, match=r"dataset night: night/drive/2 lends its light .* cannot be read any more"):
+        run(tmp_path / "run", settings, source, night)
+    gone.write_bytes(content)
+    assert run(tmp_path / "run", settings, source, night).content == whole.content
+
+
+@pytest.mark.usefixtures("serial")
+def test_lenders_that_cannot_be_read_are_named_and_do_without(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    night = frames(tmp_path, "night", 4)
+    (tmp_path / "night 1.png").write_bytes(b"no image")
+    commit = run(tmp_path / "run", WAYS["reinhard"], frames(tmp_path, "day"), night, progress=Talking(said))
+    assert len(commit.json(stage.LENDERS_NAME)) == 3
+    assert said == ["dataset night: 1 of 4 frames that were to lend their light cannot be read"]
 
 
 @pytest.mark.ray
