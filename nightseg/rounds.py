@@ -206,7 +206,7 @@ class _Builder:
         part = {
             "network": network.model_dump(mode="json"),
             "loss": loss.model_dump(mode="json"),
-            "training": training.model_dump(mode="json"),
+            "training": training.model_dump(mode="json", exclude={"preset", "checkpoint_every"}),
             "train": [str(view) for view in train],
             "validate_on": [str(view) for view in validate],
             "start": str(start),

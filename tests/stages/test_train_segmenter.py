@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from nightseg.compute.training import LocalSession
-from nightseg.config import Augmentation, Loss, Network, TrainCompute, Training
+from nightseg.config import Network, TrainCompute
+from nightseg.config_training import Augmentation, Loss, Training
 from nightseg.frames.images import encode_png
 from nightseg.frames.table import frame_table
 from nightseg.frames.taxonomy import taxonomy
