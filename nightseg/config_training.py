@@ -37,7 +37,7 @@ class Loss(Strict):
     )
     hard_examples: HardExamples | None = Field(default=None, description="null = learn from every valid pixel")
     strips: Annotated[int, Field(ge=4, multiple_of=4)] | None = Field(
-        default=None, description="rows of full-size logits held at a time (32 is good): less memory; null = all"
+        default=None, description="rows of full-size logits held at a time (16 is good): less memory; null = all"
     )
 
 

@@ -15,10 +15,11 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nightseg.learning.hard_pixels import HardPixels, hard_pixels
-from nightseg.learning.segmentation import LossSum, Mixture, combined_loss_sum, mixed_sum, surprise
+from nightseg.learning.segmentation import LossSum, Mixture, combined_loss_sum, is_graph_kept, mixed_sum, surprise
 from nightseg.networks.semantic_fpn import COMMON_STRIDE, upsample_logits
 
 
@@ -89,9 +90,10 @@ class _Strip(NamedTuple):
     last: int
 
     def upsample(self, logits_BKhw: Tensor, width: int) -> Tensor:
-        """These rows of the upsampled logits, bit for bit: an upsampled row depends on the two nearest ones only."""
-        height = self.bottom - COMMON_STRIDE * self.first
-        return upsample_logits(logits_BKhw, height, width)[:, :, self.top - COMMON_STRIDE * self.first :]
+        """These rows of the upsampled float32 logits, bit for bit: each depends on its two nearest rows only."""
+        above = COMMON_STRIDE * self.first
+        full = F.interpolate(logits_BKhw, scale_factor=COMMON_STRIDE, mode="bilinear", align_corners=False)
+        return full[:, :, self.top - above : self.bottom - above, :width]
 
 
 def _strips(height: int, num_rows: int, rows: int) -> Iterator[_Strip]:
@@ -107,7 +109,7 @@ def _surprise_by_strips(logits_BKhw: Tensor, target_BHW: Tensor, rows: int, igno
     height, width = target_BHW.shape[-2:]
     parts = [
         surprise(
-            strip.upsample(logits_BKhw[:, :, strip.first : strip.last], width),
+            strip.upsample(logits_BKhw[:, :, strip.first : strip.last].float(), width),
             target_BHW[:, strip.top : strip.bottom],
             ignore,
         )
@@ -152,4 +154,5 @@ class _StripSum(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (gradient_BKhw,) = ctx.saved_tensors
-        return gradient * gradient_BKhw, None, None, None, None, None
+        scaled = gradient * gradient_BKhw if is_graph_kept() else gradient_BKhw.mul_(gradient)
+        return scaled, None, None, None, None, None

@@ -139,11 +139,11 @@ class _Surprise(torch.autograd.Function):
         is_ignored_BHW = target_BHW == ctx.ignore
         gradient_B1HW = gradient_BHW.masked_fill(is_ignored_BHW, 0.0)[:, None]
         true_B1HW = target_BHW.long().masked_fill_(is_ignored_BHW, 0)[:, None]
-        p_BKHW = log_p_BKHW.exp() if _is_graph_kept() else log_p_BKHW.exp_()
+        p_BKHW = log_p_BKHW.exp() if is_graph_kept() else log_p_BKHW.exp_()
         return p_BKHW.mul_(gradient_B1HW).scatter_add_(1, true_B1HW, -gradient_B1HW), None, None
 
 
-def _is_graph_kept() -> bool:
+def is_graph_kept() -> bool:
     """Whether what this backward pass saved may be asked for again (`retain_graph`); yes if torch does not say."""
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return True if ask is None else bool(ask())
