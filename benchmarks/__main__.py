@@ -3,6 +3,7 @@
     python -m benchmarks                        all of them
     python -m benchmarks --only frechet --full  one, at the size that hurts (minutes)
 
+Some peers are optional (pip install -e '.[peers]'); without them their contests are skipped.
 Close other programs first: times by turns are fair, but not small, on a busy machine.
 """
 
@@ -13,7 +14,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -76,18 +77,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"no benchmark {name!r}{closest(name, BENCHMARKS)}; known: {', '.join(BENCHMARKS)}")
     if options.rounds < 1:
         parser.error("--rounds: at least 1")
-    outcomes, disagreed = [], False
+    outcomes, skipped, disagreed = [], dict[str, str](), False
     for name in options.only or BENCHMARKS:
         print(f"{name} ...", file=sys.stderr, flush=True)
         try:
             outcomes.append(hold(BENCHMARKS[name](options.size or "default"), options.rounds))
         except PeerMissing as missing:
-            print(f"{name}: left out, {missing}", file=sys.stderr, flush=True)
-            disagreed |= bool(options.only)  # asked for by name, so this is no success
+            print(f"{name}: skipped: {missing}", file=sys.stderr, flush=True)
+            skipped[name] = str(missing)
         except AssertionError as difference:  # of this one; what the others measured is not lost
             print(f"{name}: the answers differ, so nothing was timed: {difference}", file=sys.stderr, flush=True)
             disagreed = True
-    file = write(outcomes, options.size or "default", options.out)
+    file = write(outcomes, skipped, options.size or "default", options.out)
     print(table(outcomes))
     print(f"all runs: {file}", file=sys.stderr)
     return 1 if disagreed else 0
@@ -121,8 +122,8 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
 
 
-def write(outcomes: Sequence[Outcome], size: Size, folder: Path) -> Path:
-    """Everything that was measured, and on what."""
+def write(outcomes: Sequence[Outcome], skipped: Mapping[str, str], size: Size, folder: Path) -> Path:
+    """Everything that was measured, and on what; and which contests had no peer."""
     moment = datetime.now(UTC)
     content = {
         "created": moment.isoformat(timespec="seconds"),
@@ -148,6 +149,7 @@ def write(outcomes: Sequence[Outcome], size: Size, folder: Path) -> Path:
             }
             for outcome in outcomes
         ],
+        "skipped": dict(skipped),
     }
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{moment:%Y%m%dT%H%M%S%f}.json"

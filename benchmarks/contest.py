@@ -18,6 +18,13 @@ from typing import Any, Literal, NamedTuple
 Size = Literal["tiny", "default", "full"]
 
 
+class PeerMissing(Exception):  # noqa: N818 not a fault: the peer is optional
+    """The peer of a contest is not installed; the message says how to install it."""
+
+    def __init__(self, package: str) -> None:
+        super().__init__(f"{package} is not installed; to compare with it: pip install -e '.[peers]'")
+
+
 @dataclass(frozen=True)
 class Contest:
     """What is compared. `check` raises AssertionError unless the two answers agree, and says how closely they do."""
@@ -35,10 +42,6 @@ class Contest:
     elsewhere: bool = False  # work is done in other processes: the CPU time of this one says nothing
     clock: Callable[[Any], float] | None = None  # reads the wall seconds off an answer, where starting is not the work
     close: Callable[[], None] = lambda: None  # end what was started for it
-
-
-class PeerMissing(Exception):  # noqa: N818 (what is the case, not what went wrong)
-    """The peer is not installed; the message says how to."""
 
 
 class Seconds(NamedTuple):

@@ -91,7 +91,7 @@ def focal(size: Size) -> Contest:
     try:
         from segmentation_models_pytorch.losses._functional import softmax_focal_loss_with_logits
     except ImportError:
-        raise PeerMissing("segmentation-models-pytorch is not installed: pip install -e '.[peers]'") from None
+        raise PeerMissing("segmentation-models-pytorch") from None
     logits, target = _inputs(size)
     target = target.masked_fill(target == IGNORE, 0)  # the peer knows no ignored pixels
 

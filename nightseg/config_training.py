@@ -92,7 +92,6 @@ class Training(Strict):
     )
     crop: Size = (512, 1024)
     freeze_batch_norm: bool = False
-    sync_batch_norm: bool = Field(default=False, description="batch statistics over all workers (GPUs only)")
     precision: Literal["float32", "bfloat16"] = "float32"
     compile: bool = Field(default=False, description="torch.compile the network: slow first steps, then faster ones")
     validate_every: Positive = Field(default=1, description="epochs between validations")

@@ -138,7 +138,7 @@ class _Surprise(torch.autograd.Function):
         log_p_BKHW, target_BHW = ctx.saved_tensors
         is_ignored_BHW = target_BHW == ctx.ignore
         gradient_B1HW = gradient_BHW.masked_fill(is_ignored_BHW, 0.0)[:, None]
-        true_B1HW = target_BHW.long().masked_fill_(is_ignored_BHW, 0)[:, None]
+        true_B1HW = target_BHW.long().masked_fill(is_ignored_BHW, 0)[:, None]  # `long` may be the caller's own
         p_BKHW = log_p_BKHW.exp() if is_graph_kept() else log_p_BKHW.exp_()
         return p_BKHW.mul_(gradient_B1HW).scatter_add_(1, true_B1HW, -gradient_B1HW), None, None
 

@@ -33,7 +33,13 @@ def check_training(
             f"steps ({training.epochs} epochs of {steps_per_epoch}), so the learning rate would never be reached; "
             f"set training.warmup_steps to {total // 10} or so"
         )
-    _check_shares(model, training, compute)
+    shares = compute.workers * training.accumulate
+    if training.batch % shares:
+        parts = f" in {training.accumulate} parts each (training.accumulate)" if training.accumulate > 1 else ""
+        raise UserError(
+            f"model {model}: training.batch {training.batch} cannot be shared evenly by compute.train.workers "
+            f"{compute.workers}{parts}; choose a batch that is a multiple of {shares}"
+        )
     if network.input_size is not None:
         largest = tuple(round(side * training.augmentation.scale[1]) for side in network.input_size)
         if any(crop > side for crop, side in zip(training.crop, largest, strict=True)):
@@ -42,22 +48,6 @@ def check_training(
                 f"(network.input_size times the largest training.augmentation.scale): every batch would be partly "
                 f"padding; set training.crop to {network.input_size}"
             )
-
-
-def _check_shares(model: str, training: Training, compute: TrainCompute) -> None:
-    shares = compute.workers * training.accumulate
-    if training.batch % shares:
-        parts = f" in {training.accumulate} parts each (training.accumulate)" if training.accumulate > 1 else ""
-        raise UserError(
-            f"model {model}: training.batch {training.batch} cannot be shared evenly by compute.train.workers "
-            f"{compute.workers}{parts}; choose a batch that is a multiple of {shares}"
-        )
-    if training.sync_batch_norm and compute.workers > 1 and not compute.gpus_per_worker:
-        raise UserError(
-            f"model {model}: training.sync_batch_norm needs GPUs (PyTorch has it for no other device), and "
-            f"compute.train.gpus_per_worker is 0; set it to false, or training.freeze_batch_norm to true: then a step "
-            f"is the same on any number of workers"
-        )
 
 
 def _check_labelled(rows: pa.Table, where: str) -> None:

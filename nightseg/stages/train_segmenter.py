@@ -311,10 +311,6 @@ def _learner(plan: Plan, session: Session) -> Learner:
     """Network, optimiser and running mean before the first step, the same on every worker."""
     training = plan.training
     network = _network(plan).to(session.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if training.sync_batch_norm and session.world_size > 1:
-        from timm.layers import convert_sync_batchnorm  # knows those of timm's that hold an activation, too
-
-        network = convert_sync_batchnorm(network)
     if training.freeze_batch_norm:
         freeze_batch_norm(network.body)  # before wrapping: DDP waits for every parameter that may have a gradient
     rules = training.model_dump(include=OPTIMIZER_SETTINGS)

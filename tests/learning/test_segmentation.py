@@ -85,9 +85,10 @@ def test_a_graph_that_is_kept_gives_its_gradient_again(logits: Tensor, target: T
 
 
 def test_what_the_caller_holds_is_not_written_to(logits: Tensor, target: Tensor) -> None:
-    before = logits.detach().clone()
-    combined_loss(logits, target, 0.5, 2.0).backward()
+    before, labels = logits.detach().clone(), target.long()
+    combined_loss(logits, labels, 0.5, 2.0).backward()
     assert torch.equal(logits.detach(), before)
+    assert torch.equal(labels, target.long())
 
 
 @pytest.mark.parametrize("gamma", [0.0, 1.0, 2.0])

@@ -33,15 +33,13 @@ def rows(*labels: str | None) -> pa.Table:
     )
 
 
-def refusal(
-    train: pa.Table, validate: pa.Table | None = None, gpus: float = 0.0, workers: int = 1, **changed: Any
-) -> str:
+def refusal(train: pa.Table, validate: pa.Table | None = None, workers: int = 1, **changed: Any) -> str:
     with pytest.raises(UserError) as caught:
         check_training(
             *("student", train, validate),
             network=Network(encoder="efficientnet_lite0", input_size=(64, 64)),
             training=TRAINING.model_copy(update=changed),
-            compute=TrainCompute(workers=workers, gpus_per_worker=gpus),
+            compute=TrainCompute(workers=workers),
             steps_per_epoch=3,
         )
     return str(caught.value)
@@ -62,14 +60,6 @@ def test_settings_that_contradict_each_other() -> None:
         good, workers=2, batch=9, accumulate=3
     )
     assert "set training.crop to (64, 64)" in refusal(good, crop=(160, 64))
-
-
-def test_batch_norms_of_several_cpu_workers_cannot_be_synchronised() -> None:
-    message = refusal(rows("a"), workers=2, sync_batch_norm=True)
-    assert "sync_batch_norm needs GPUs" in message and "training.freeze_batch_norm to true" in message
-    for fine in ({"workers": 2, "gpus": 1.0}, {"workers": 1}):
-        with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
-            refusal(rows("a"), sync_batch_norm=True, **fine)
 
 
 @pytest.mark.parametrize(
