@@ -20,7 +20,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks import confusion, extraction, frechet, moments, ray_pass, reading, spatial, subset
+from benchmarks import (
+    confusion,
+    extraction,
+    frechet,
+    loss,
+    moments,
+    ray_pass,
+    ray_step,
+    reading,
+    spatial,
+    subset,
+    training_step,
+)
 from benchmarks.contest import Contest, Outcome, PeerMissing, Size, hold
 from nightseg.errors import closest
 
@@ -44,6 +56,11 @@ BENCHMARKS: dict[str, Callable[[Size], Contest]] = {
     "confusion_one_hot": confusion.against_one_hot,
     "input_first_epoch": reading.first_epoch,
     "input_later_epochs": reading.later_epochs,
+    "loss": loss.contest,
+    "loss_strips": loss.strips,
+    "focal": loss.focal,
+    "training_step": training_step.contest,
+    "ray_step": ray_step.contest,
 }
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("nightseg", "numpy", "scipy", "torch", "pytorch-fid")

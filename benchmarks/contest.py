@@ -38,7 +38,9 @@ class Contest:
     ours_units: int = 1  # pieces of work in one run, where the peer is too slow to do as many
     peer_units: int = 1
     allocations: bool = False  # compare peaks of traced memory too: NumPy's arrays are traced, PyTorch's are not
+    peaks: Callable[[], tuple[int, int]] | None = None  # measures the bytes of ours and the peer, where not traceable
     elsewhere: bool = False  # work is done in other processes: the CPU time of this one says nothing
+    clock: Callable[[Any], float] | None = None  # reads the wall seconds off an answer, where starting is not the work
     close: Callable[[], None] = lambda: None  # end what was started for it
 
 
@@ -77,12 +79,14 @@ def hold(contest: Contest, rounds: int) -> Outcome:
             peaks = (first, second)
             agreement = contest.check(ours, peer)
         else:
-            agreement = contest.check(contest.run_ours(), contest.run_peer())
+            ours, peer = contest.run_ours(), contest.run_peer()
+            agreement = contest.check(ours, peer)
+            peaks = contest.peaks() if contest.peaks is not None else None
         outcome = Outcome(contest, [], [], agreement, peaks)
         sides = [(contest.run_ours, outcome.ours), (contest.run_peer, outcome.peer)]
         for number in range(rounds):
             for run, times in sides if number % 2 == 0 else reversed(sides):
-                times.append(_timed(run))
+                times.append(_timed(run, contest.clock))
     finally:
         contest.close()
     return outcome
@@ -98,12 +102,13 @@ def _traced(run: Callable[[], Any]) -> tuple[Any, int]:
         tracemalloc.stop()
 
 
-def _timed(run: Callable[[], Any]) -> Seconds:
+def _timed(run: Callable[[], Any], clock: Callable[[Any], float] | None) -> Seconds:
     gc.collect()
     gc.disable()
     try:
         wall, cpu = time.perf_counter(), time.process_time()
-        run()
-        return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
+        answer = run()
+        seconds = Seconds(time.perf_counter() - wall, time.process_time() - cpu)
+        return seconds if clock is None else seconds._replace(wall=clock(answer))
     finally:
         gc.enable()

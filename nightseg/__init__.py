@@ -13,14 +13,16 @@ Words: no torch, no ray
     storage/remote.py       file systems behind URIs
     storage/parquet.py      tables to bytes and back
     storage/scratch.py      large files that can be made again, shared by the processes of a machine
+    storage/events.py       curves and pictures as TensorBoard reads them
     storage/faults.py       points at which a test may kill the process
     workspace/stage.py      the run folder; a stage and its key
     workspace/attempt.py    where a stage works until it is committed
     workspace/commit.py     what a finished stage left
     workspace/lock.py       one driver at a time
     config.py               the recipe as frozen, strict types
-    config_strict.py        the base of those types, and the small words they share
+    config_training.py      loss, optimisation, augmentation of a segmenter
     config_translators.py   translators that need no training, as such types
+    config_strict.py        the base of those types, and the small words they share
 
 Frames: no ray
     frames/table.py         the frame row and its table; quarantine rows
@@ -42,6 +44,8 @@ Frames: no ray
 Reading recipes: knows the layouts and class lists of the frames
     recipe/load.py          YAML and overrides in, a recipe or every error at once out
     recipe/names.py         the names of a recipe as a graph
+    recipe/presets.py       trainings of others, as values to start from
+    recipe/trainable.py     what cannot train
     recipe/schema.py        which keys and words are allowed where
     recipe/chain.py         rounds of a model as the models they stand for
 
@@ -88,6 +92,13 @@ Translators that need no training: pixels in, pixels out; no ray
 
 Learning: how one step learns; torch, no ray
     learning/segmentation.py    cross-entropy, focal and combined loss
+    learning/hard_pixels.py which pixels of a frame are learned from
+    learning/pixel_loss.py  the loss of a batch; classes weighed, hard pixels, strips
+    learning/step.py        one step of a segmenter
+    learning/learner.py     all that changes while it learns; checkpoints
+    learning/averaging.py   running mean of weights
+    learning/watching.py    its curves
+    learning/label_sheet.py a look at a segmenter
     learning/batches.py     labelled frames as batches
     learning/decoded.py     where decoded frames are kept
     learning/schedule.py    learning rate of a step

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from nightseg.config_strict import NAME_PATTERN, Domain, Fraction, Name, Positive, Size, Strict
+from nightseg.config_training import Loss, Training
 from nightseg.config_translators import (
     ColourTranslator,
     CommandTranslator,
@@ -239,45 +240,6 @@ class Network(Strict):
         whole = self.model_dump(mode="json")
         later = {"norm": "batch", "freeze_at": 0, "stride_in_1x1": False, "backend": "torchvision"}
         return {key: value for key, value in whole.items() if key not in later or value != later[key]}
-
-
-class Loss(Strict):
-    """Cross-entropy, focal, or alpha CE + (1 - alpha) w focal (thesis section 3)."""
-
-    kind: Literal["cross_entropy", "focal", "combined"] = "cross_entropy"
-    alpha: Fraction = 0.5
-    gamma: Annotated[float, Field(ge=0)] = 2.0
-    focal_weight: Annotated[float, Field(gt=0)] = 1.0
-
-
-class Augmentation(Strict):
-    """Joint image and label transforms, drawn from (seed, epoch, frame)."""
-
-    scale: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.5, 2.0)
-    flip: Fraction = 0.5
-    brightness: Fraction = 0.0
-    contrast: Fraction = 0.0
-    saturation: Fraction = 0.0
-    noise: Fraction = Field(default=0.0, description="largest standard deviation of the noise, as a share of white")
-
-
-class Training(Strict):
-    """The optimisation of one segmenter."""
-
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    learning_rate: Annotated[float, Field(gt=0)] = 0.01
-    momentum: Fraction = 0.9
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    batch: Positive = 4
-    epochs: Positive = 60
-    steps_per_epoch: Positive | None = Field(default=None, description="null = one pass over the frames")
-    warmup_steps: Annotated[int, Field(ge=0)] = 200
-    poly_power: Annotated[float, Field(ge=0)] = 0.9
-    crop: Size = (512, 1024)
-    freeze_batch_norm: bool = False
-    precision: Literal["float32", "bfloat16"] = "float32"
-    validate_every: Positive = Field(default=1, description="epochs between validations")
-    augmentation: Augmentation = Augmentation()
 
 
 EXTRACTORS = (

@@ -126,8 +126,7 @@ def _frechet(first: _Side, second: _Side, names: Sequence[str]) -> float:
 
 
 def _are_few(features: npt.NDArray[np.float32]) -> bool:
-    count, dims = features.shape
-    return 2 * count <= dims
+    return bool(2 * len(features) <= features.shape[1])
 
 
 def _found(place: Location) -> Statistics | pa.Table:

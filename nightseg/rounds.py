@@ -215,7 +215,7 @@ class _Builder:
         part = {
             "network": network.identity(),
             "loss": loss.model_dump(mode="json"),
-            "training": training.model_dump(mode="json"),
+            "training": training.model_dump(mode="json", exclude={"preset", "checkpoint_every"}),
             "train": [str(view) for view in train],
             "validate_on": [str(view) for view in validate],
             "start": start_identity(start) if isinstance(start, str) else str(start),

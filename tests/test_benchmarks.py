@@ -28,17 +28,30 @@ def command(contests: ModuleType) -> ModuleType:
     return importlib.import_module("benchmarks.__main__")
 
 
-def test_every_benchmark_runs_at_a_tiny_size_and_leaves_its_measurements(command: ModuleType, tmp_path: Path) -> None:
+SLOW = {"ray_step"}  # starts eight processes that import PyTorch, and Ray
+PEERS = {  # not installed with nightseg
+    "focal": "segmentation_models_pytorch",
+    "confusion_torchmetrics": "torchmetrics",
+    "confusion_one_hot": "torchmetrics",
+}
+
+
+@pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_every_benchmark_runs_at_a_tiny_size_and_leaves_its_measurements(
+    command: ModuleType, tmp_path: Path, slow: bool
+) -> None:
+    names = [name for name in command.BENCHMARKS if (name in SLOW) == slow]
+    expected = {name for name in names if name not in PEERS or find_spec(PEERS[name]) is not None}
     # Ray 2.60 warns about its own settings, as in pyproject.toml.
     warnings = ["-W", "error", "-W", "ignore::DeprecationWarning:ray.data.context"]
-    words = [sys.executable, *warnings, "-m", "benchmarks", "--tiny", "--rounds", "2", "--out", str(tmp_path)]
+    only = [word for name in names for word in ("--only", name)]
+    words = [sys.executable, *warnings, "-m", "benchmarks", "--tiny", "--rounds", "2", "--out", str(tmp_path), *only]
     ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 0, ended.stderr
     (file,) = tmp_path.glob("*.json")
     content = json.loads(file.read_text())
-    optional = {"confusion_torchmetrics", "confusion_one_hot"} if find_spec("torchmetrics") is None else set()
-    assert {contest["name"] for contest in content["contests"]} == set(command.BENCHMARKS) - optional
-    assert set(content["skipped"]) == optional
+    assert {contest["name"] for contest in content["contests"]} == expected
+    assert set(content["skipped"]) == set(names) - expected
     for contest in content["contests"]:
         assert contest["rounds"] == len(contest["ours"]) == len(contest["theirs"]) == 2
         assert set(contest["ours"][0]) == {"wall", "cpu"}
@@ -46,7 +59,7 @@ def test_every_benchmark_runs_at_a_tiny_size_and_leaves_its_measurements(command
     assert content["size"] == "tiny" and {"python", "numpy", "torch"} <= content["versions"].keys()
     assert content["machine"]["cores"] >= 1 and isinstance(content["machine"]["flags"], list)
     table = ended.stdout.splitlines()
-    assert len(table) == 2 + len(command.BENCHMARKS) - len(optional) and len({line.count("|") for line in table}) == 1
+    assert len(table) == 2 + len(expected) and len({line.count("|") for line in table}) == 1
 
 
 def contest(contests: ModuleType, log: list[str], ours: Any = 1, peer: Any = 1) -> Any:
@@ -133,6 +146,40 @@ def test_the_formula_of_the_peer_counts_as_ours_does(contests: ModuleType) -> No
     assert areas.labelled.tolist() == matrix.sum(axis=1).tolist() and areas.predicted.tolist() == matrix.sum(0).tolist()
     assert areas.both.tolist() == matrix.diagonal().tolist()
     assert matrix.sum() == 5 and matrix[0, 0] == matrix[1, 2] == matrix[18, 18] == matrix[0, 1] == matrix[2, 2] == 1
+
+
+def test_a_missing_peer_is_said_and_the_others_are_run(
+    command: ModuleType,
+    contests: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def lonely(size: str) -> Any:
+        raise contests.PeerMissing("smp")
+
+    monkeypatch.setattr(command, "BENCHMARKS", {"lonely": lonely, "same": lambda size: contest(contests, [])})
+    assert command.main(["--rounds", "1", "--out", str(tmp_path)]) == 0
+    assert "lonely: skipped: smp is not installed; to compare with it: pip install" in capsys.readouterr().err
+    (file,) = tmp_path.glob("*.json")
+    assert json.loads(file.read_text())["skipped"].keys() == {"lonely"}
+
+
+def test_a_clock_of_the_work_itself_replaces_the_wall(contests: ModuleType) -> None:
+    timed = replace(contest(contests, [], 0.25, 0.25), clock=lambda answer: answer)
+    outcome = contests.hold(timed, rounds=2)
+    assert outcome.median("ours", "wall") == outcome.median("peer", "wall") == 0.25
+
+
+def test_peaks_may_be_measured_in_processes_of_their_own(contests: ModuleType) -> None:
+    from benchmarks import memory
+
+    outcome = contests.hold(replace(contest(contests, []), peaks=lambda: (3, 4)), rounds=1)
+    assert outcome.peaks == (3, 4)
+    ours = memory.peak_bytes("benchmarks.loss", "strips_of_ours", "default")
+    peer = memory.peak_bytes("benchmarks.loss", "strips_of_peer", "default")
+    assert 110e6 < peer < 150e6  # logits at full size, their log-softmax, its gradient: 40 MB each
+    assert ours < 0.15 * peer
 
 
 def test_wrong_names_are_refused(command: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

@@ -111,6 +111,12 @@ class LocalSession:
         self.figures.update(figures)
 
 
+def exchanging(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module with its gradients averaged over the process group; they lie in the buffers that are exchanged."""
+    devices = [device] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True)
+
+
 class _WorkerSession:
     """One worker of a cluster. Rank 0 keeps the history, the checkpoints and the board."""
 
@@ -129,11 +135,7 @@ class _WorkerSession:
         self._untold: tuple[int, dict[str, float]] | None = None
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        module = module.to(self.device)
-        if self.world_size == 1:
-            return module
-        devices = [self.device] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(module, device_ids=devices)
+        return exchanging(module.to(self.device), self.device) if self.world_size > 1 else module.to(self.device)
 
     def sum(self, tensor: Tensor) -> Tensor:
         if self.world_size == 1:

@@ -7,7 +7,7 @@ the raw ids of one kind of label file to train ids. A raw id outside the map is 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +70,24 @@ class Taxonomy:
                 "label_value", f"ids {found}{more} are not in the encoding {encoding} of the taxonomy {self.name}"
             )
         return mapped.astype(np.uint8)
+
+    def per_class(self, values: Mapping[str, float] | Sequence[float], default: float) -> tuple[float, ...]:
+        """One value a class: from a list in the order of the classes, or by name, the others having `default`.
+
+        Raises UserError for a name that is no class, and a list of another length.
+        """
+        if not isinstance(values, Mapping):
+            if len(values) != self.num_classes:
+                raise UserError(
+                    f"{len(values)} values for the {self.num_classes} classes of {self.name}; give one a class, in the "
+                    f"order {', '.join(self.classes)}, or name them: {{{self.classes[0]}: 2.0}}"
+                )
+            return tuple(float(value) for value in values)
+        for name in values:
+            if name not in self.classes:
+                known = ", ".join(self.classes)
+                raise UserError(f"{self.name} has no class {name!r}{closest(name, self.classes)}; known: {known}")
+        return tuple(float(values.get(name, default)) for name in self.classes)
 
     def colourize(self, label: UInt8) -> UInt8:
         """uint8 HW train ids -> uint8 HWC RGB; everything outside 0..K-1 is black."""

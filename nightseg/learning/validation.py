@@ -5,7 +5,9 @@ B images, K classes, H x W pixels of the label.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nightseg.learning.batches import LabelledFrames
-from nightseg.measures.confusion import Counts, confusion_matrix
+from nightseg.measures.confusion import Counts, confusion_matrix, scores
 from nightseg.networks.encoders import normalise
 from nightseg.networks.semantic_fpn import SemanticFPN, upsample_logits
 
@@ -40,6 +42,31 @@ def validation_confusion(
     if waiting:
         total += _confusion(network, waiting, device)
     return torch.from_numpy(total)
+
+
+@torch.no_grad()
+def share_statistics(network: SemanticFPN, rank: int, sum_over_workers: Callable[[Tensor], Tensor]) -> None:
+    """Rank 0's batch norm statistics for every worker: each has its own after a step, and rank 0's are those saved."""
+    buffers = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
+    if not buffers:
+        return
+    mine = torch.cat([buffer.flatten() for buffer in buffers])
+    shared = sum_over_workers(mine if rank == 0 else torch.zeros_like(mine))
+    begin = 0
+    for buffer in buffers:
+        buffer.copy_(shared[begin : begin + buffer.numel()].view_as(buffer))
+        begin += buffer.numel()
+
+
+def described(matrix: Counts, classes: Sequence[str]) -> dict[str, Any]:
+    """The scores of a confusion matrix as the history has them: fractions, null where undefined; `iou` by class."""
+    found = scores(matrix, "cityscapes")
+    iou = {name: _or_null(value) for name, value in zip(classes, found.iou, strict=True)}
+    return {key: _or_null(getattr(found, key)) for key in ("pa", "ca", "miou", "fwiou")} | {"iou": iou}
+
+
+def _or_null(fraction: float) -> float | None:
+    return None if math.isnan(fraction) else float(fraction)
 
 
 def _confusion(network: SemanticFPN, views: list[tuple[Tensor, Tensor]], device: torch.device) -> Counts:

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from nightseg.config import Recipe, is_name
 from nightseg.errors import closest
 from nightseg.recipe.names import Problem, graph_problems
+from nightseg.recipe.presets import fill_presets
 from nightseg.recipe.schema import allowed_keys, allowed_values, dotted
 from nightseg.storage import Location, UserError
 
@@ -64,6 +65,7 @@ def load_recipe(file: str | Path | Location, overrides: Sequence[str] = ()) -> R
     for text in overrides:
         _override(source, text)
     _fill_roots(source)
+    fill_presets(source.data)
     return _typed(Recipe, source, graph_problems)
 
 

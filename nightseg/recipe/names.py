@@ -292,6 +292,21 @@ def _bad_taxonomy(data: Mapping[str, Any]) -> Iterator[Problem]:
                 ("datasets", dataset, "label_encoding"),
                 f"the taxonomy {classes.name} has no label encoding {encoding!r}{hint}; known: {known}",
             )
+    yield from _bad_class_weights(data, classes)
+
+
+def _bad_class_weights(data: Mapping[str, Any], classes: Taxonomy) -> Iterator[Problem]:
+    models = [(("models", name), entry) for name, entry in _section(data, "models").items()]
+    for path, owner in [((), data), *models]:
+        weights = _mapping(owner, "loss").get("class_weights") if isinstance(owner, Mapping) else None
+        if not isinstance(weights, Mapping | list):
+            continue
+        try:
+            classes.per_class({str(name): 1.0 for name in weights} if isinstance(weights, Mapping) else weights, 1.0)
+        except (UserError, TypeError, ValueError) as error:
+            # a value that is no number is reported by the types
+            if isinstance(error, UserError):
+                yield Problem((*path, "loss", "class_weights"), str(error))
 
 
 def _missing_starts(data: Mapping[str, Any]) -> Iterator[Problem]:

@@ -6,47 +6,51 @@ B images, K classes, H x W pixels of the crop, h x w of the logits (a quarter).
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Final
 
 import pyarrow as pa
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nightseg.compute.training import Session, Workers, fit
-from nightseg.config import Loss, Network, TrainCompute, Training
-from nightseg.frames import table as frame
+from nightseg.config import Network, TrainCompute
+from nightseg.config_training import Loss, Training
 from nightseg.frames.augment import Augmentation
 from nightseg.frames.taxonomy import Taxonomy
 from nightseg.frames.taxonomy import taxonomy as load_taxonomy
-from nightseg.learning.batches import (
-    Batch,
-    LabelledFrames,
-    Pace,
-    Sample,
-    reading_threads,
-    sample_order,
-    training_batches,
-)
+from nightseg.learning.averaging import decay_of_step, update_average
+from nightseg.learning.batches import Batch, LabelledFrames, Sample, reading_threads, sample_order, training_batches
 from nightseg.learning.decoded import place_for
-from nightseg.learning.optimizer import build_optimizer
-from nightseg.learning.schedule import learning_rate
-from nightseg.learning.segmentation import combined_loss_sum, mixture
+from nightseg.learning.hard_pixels import HardPixels
+from nightseg.learning.learner import Learner, Stopwatch, step_seed
+from nightseg.learning.optimizer import build_optimizer, set_learning_rate
+from nightseg.learning.pixel_loss import PixelLoss
+from nightseg.learning.schedule import Schedule
+from nightseg.learning.segmentation import mixture
 from nightseg.learning.starting import starting_network
-from nightseg.learning.validation import validation_confusion
-from nightseg.measures.confusion import scores
+from nightseg.learning.step import parts_of, training_step
+from nightseg.learning.validation import described, share_statistics, validation_confusion
+from nightseg.learning.watching import draw_steps, draw_validation
 from nightseg.networks.checkpoint import load_tensors, save_model
-from nightseg.networks.encoders import freeze_batch_norm, normalise
-from nightseg.networks.semantic_fpn import SemanticFPN, build_semantic_fpn, check_architecture, upsample_logits
+from nightseg.networks.encoders import freeze_batch_norm
+from nightseg.networks.semantic_fpn import SemanticFPN, build_semantic_fpn, check_architecture
 from nightseg.progress import Progress
+from nightseg.recipe.trainable import check_training
 from nightseg.storage import Location, UserError
+from nightseg.storage.events import Curves
 from nightseg.workspace import Attempt, Commit
 
 VERSION = 2
 
-STEPS_BETWEEN_CHECKS: Final = 10  # reading the loss waits for the device, so it is read this seldom
+STEPS_BETWEEN_LOOKS: Final = 10  # reading the loss waits for the device, so it is read this seldom
+SECONDS_BETWEEN_CHECKPOINTS: Final = 600.0  # in an epoch, unless the recipe says after how many steps
+OPTIMIZER_SETTINGS: Final = {
+    *("learning_rate", "momentum", "weight_decay", "decay_biases", "encoder_rate", "head_rate"),
+}
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Plan:
     loss: Loss
     training: Training
     seed: int
-    threads: int  # that decode and augment, in each worker
+    curves: Location | None = None  # where TensorBoard finds them
 
     @property
     def steps_per_epoch(self) -> int:
@@ -70,6 +74,23 @@ class Plan:
     @property
     def total_steps(self) -> int:
         return self.training.epochs * self.steps_per_epoch
+
+    @property
+    def schedule(self) -> Schedule:
+        t = self.training
+        course = (t.decay, t.poly_power, t.decay_at, t.decay_factor)
+        return Schedule(t.learning_rate, self.total_steps, t.warmup_steps, *course)
+
+    @property
+    def pixel_loss(self) -> PixelLoss:
+        loss, hard = self.loss, self.loss.hard_examples
+        weights = None if loss.class_weights is None else self.classes.per_class(loss.class_weights, default=1.0)
+        return PixelLoss(
+            mixture(loss.kind, loss.alpha, loss.gamma, loss.focal_weight),
+            weights,
+            None if hard is None else HardPixels(hard.share, hard.confidence, hard.least),
+            loss.strips,
+        )
 
 
 def train_segmenter(
@@ -87,7 +108,8 @@ def train_segmenter(
     compute: TrainCompute,
     progress: Progress,
 ) -> Commit:
-    """Commit `model/` (the weights of the last epoch) and `history.json` (one entry an epoch).
+    """Commit `model/` (the last weights, or their running mean: its card says which) and `history.json` (one entry an
+    epoch). `tensorboard/` beside them has the curves and a look at validation frames; it is no part of the result.
 
     `train` and `validate` are frame tables with absolute uris, every frame labelled; each row's label is mapped by its
     own encoding. `start`: "imagenet" (encoder only), "scratch", or the commit of another model, whose predictor is
@@ -96,10 +118,11 @@ def train_segmenter(
     """
     begun = time.monotonic()
     classes = load_taxonomy(taxonomy)
-    threads = max(1, min(8, int(compute.cpus_per_worker) - 1))
     workers = Workers(compute.workers, compute.cpus_per_worker, compute.gpus_per_worker, compute.max_failures)
-    plan = Plan(train, validate, attempt.folder / "start", classes, network, loss, training, seed, threads)
-    _check(plan, name, compute)
+    begin, curves = attempt.folder / "start", attempt.folder / "tensorboard"
+    plan = Plan(train, validate, begin, classes, network, loss, training, seed, curves)
+    shape: dict[str, Any] = {"network": network, "training": training, "steps_per_epoch": plan.steps_per_epoch}
+    check_training(name, train, validate, compute=compute, **shape)
     initial = starting_network(
         start if isinstance(start, str) else start.folder / "model",
         **network.architecture(),
@@ -127,21 +150,6 @@ def train_segmenter(
     return commit
 
 
-def _commit(state: dict[str, Any], card: dict[str, Any], plan: Plan, attempt: Attempt, seconds: float) -> Commit:
-    save_model(attempt.folder / "model", state["network"], card)
-    (attempt.folder / "history.json").write_json(state["history"])
-    return attempt.finish(
-        rows_in=plan.train.num_rows,
-        rows_out=plan.train.num_rows,
-        outputs=["model/model.safetensors", "model/model.json", "history.json"],
-        summary={"steps": plan.total_steps, "pace": state["pace"], "last": state["history"][-1]},
-        seconds=seconds,
-    )
-
-
-# -- before the training ----------------------------------------------------------------------------------------------
-
-
 def check_network(network: Network, name: str) -> None:
     """Refuse a network that cannot be built here; called before any stage of the run, so that none is for nothing."""
     try:
@@ -150,49 +158,16 @@ def check_network(network: Network, name: str) -> None:
         raise UserError(f"model {name}: {error}") from error
 
 
-def _check(plan: Plan, name: str, compute: TrainCompute) -> None:
-    """Refuse what cannot train, before a worker starts."""
-    network, training, total = plan.network, plan.training, plan.total_steps
-    if plan.train.num_rows == 0:
-        raise UserError(f"model {name}: its train sets hold no frame; look at the quarantine tables of its datasets")
-    _check_labelled(plan.train, f"model {name}, train")
-    if plan.validate is not None:
-        _check_labelled(plan.validate, f"model {name}, validate_on")
-    if training.warmup_steps >= total:
-        raise UserError(
-            f"model {name}: training.warmup_steps is {training.warmup_steps}, but the whole training has {total} steps "
-            f"({training.epochs} epochs of {plan.steps_per_epoch}), so the learning rate would never be reached; "
-            f"set training.warmup_steps to {total // 10} or so"
-        )
-    if training.batch % compute.workers:
-        raise UserError(
-            f"model {name}: training.batch {training.batch} cannot be shared evenly by compute.train.workers "
-            f"{compute.workers}; choose a batch that is a multiple of {compute.workers}"
-        )
-    if network.norm == "sync" and compute.workers > 1 and not compute.gpus_per_worker:
-        raise UserError(
-            f"model {name}: network.norm sync is computed by GPUs only, and compute.train.gpus_per_worker is 0; use "
-            "norm batch or frozen, or give each worker a GPU"
-        )
-    if network.input_size is not None:
-        largest = tuple(round(side * training.augmentation.scale[1]) for side in network.input_size)
-        if any(crop > side for crop, side in zip(training.crop, largest, strict=True)):
-            raise UserError(
-                f"model {name}: training.crop {training.crop} is larger than a frame can become, {largest} "
-                f"(network.input_size times the largest training.augmentation.scale): every batch would be partly "
-                f"padding; set training.crop to {network.input_size}"
-            )
-
-
-def _check_labelled(rows: pa.Table, where: str) -> None:
-    labels = zip(rows[frame.LABEL_URI].to_pylist(), rows[frame.LABEL_ENCODING].to_pylist(), strict=True)
-    bare = [index for index, (uri, encoding) in enumerate(labels) if uri is None or encoding is None]
-    if bare:
-        raise UserError(
-            f"{where}: {len(bare)} of {rows.num_rows} frames have no label (first "
-            f"{rows[frame.FRAME_ID][bare[0]].as_py()}); train and validate on labelled datasets, and learn from "
-            f"unlabelled ones through self_training.pool"
-        )
+def _commit(state: dict[str, Any], card: dict[str, Any], plan: Plan, attempt: Attempt, seconds: float) -> Commit:
+    save_model(attempt.folder / "model", state["network"] if state["average"] is None else state["average"], card)
+    (attempt.folder / "history.json").write_json(state["history"])
+    return attempt.finish(
+        rows_in=plan.train.num_rows,
+        rows_out=plan.train.num_rows,
+        outputs=["model/model.safetensors", "model/model.json", "history.json"],
+        summary={"steps": plan.total_steps, "pace": state["pace"], "last": state["history"][-1]},
+        seconds=seconds,
+    )
 
 
 def _card(initial: SemanticFPN, plan: Plan, start: str | Commit, attempt: Attempt) -> dict[str, Any]:
@@ -209,6 +184,7 @@ def _card(initial: SemanticFPN, plan: Plan, start: str | Commit, attempt: Attemp
         "input_size": list(network.input_size) if network.input_size else None,
         "mean": list(initial.body.mean),
         "std": list(initial.body.std),
+        "weights": f"running mean, decay {plan.training.average:g}" if plan.training.average else "last",
         "start": start if isinstance(start, str) else start.name,
         "parents": [] if isinstance(start, str) else [{"stage": start.stage, "name": start.name, "key": start.key}],
         "key": attempt.key,  # of the stage: hash of recipe part, inputs and seed
@@ -220,121 +196,140 @@ def _card(initial: SemanticFPN, plan: Plan, start: str | Commit, attempt: Attemp
 
 
 def learn(session: Session, settings: dict[str, Any]) -> None:
-    """All epochs, as one worker sees them. A worker or a run that died continues after its last finished epoch."""
+    """All epochs, as one worker sees them. A worker or a run that died continues after its last checkpoint.
+
+    A checkpoint may lie anywhere in an epoch: on CPUs, the resumed training ends with the bits of an undisturbed one.
+    """
     plan: Plan = settings["plan"]
     training = plan.training
     frames, watched = _frames(plan, session)
-    network = _network(plan).to(session.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if training.freeze_batch_norm:
-        freeze_batch_norm(network.body)  # before wrapping: DDP waits for every parameter that may have a gradient
-    optimizer = build_optimizer(
-        network,
-        training.optimizer,
-        learning_rate=training.learning_rate,
-        momentum=training.momentum,
-        weight_decay=training.weight_decay,
-    )
-    history: list[dict[str, Any]] = []
-    pace = Pace()
+    learner = _learner(plan, session)
     state = session.restore()
     if state is not None:
-        network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
-        history, pace = state["history"], Pace(**state["pace"])
-    model = session.wrap(network)
+        learner.restore(state)
+    model = _model(learner, plan, session)
+    curves = Curves(plan.curves, learner.step) if session.rank == 0 and plan.curves is not None else None
 
-    for epoch in range(len(history), training.epochs):
-        record = {"epoch": epoch + 1, **_train_epoch(epoch, model, network, optimizer, frames, plan, session, pace)}
-        if watched is not None and ((epoch + 1) % training.validate_every == 0 or epoch + 1 == training.epochs):
-            record["validation"] = _validate(network, watched, plan, session)
-        history.append(record)
-        state = {
-            "network": network.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "history": history,
-            "pace": asdict(pace),
-        }
-        figures = {"epoch": float(epoch + 1), "loss": record["loss"]}
+    while learner.step < plan.total_steps:
+        _train_epoch(model, learner, frames, plan, session, curves)
+        loss, gradient_norm = learner.figures.mean(dim=0).tolist()
+        epoch, rate = learner.step // plan.steps_per_epoch, plan.schedule.learning_rate(learner.step - 1)
+        record = {"epoch": epoch, "steps": plan.steps_per_epoch, "loss": loss, "gradient_norm": gradient_norm}
+        record |= {"learning_rate": rate}
+        if watched is not None and (epoch % training.validate_every == 0 or epoch == training.epochs):
+            record["validation"] = _validate(learner, watched, plan, session)
+            if curves is not None:
+                with _autocast(session.device, training):
+                    draw_validation(curves, learner, record["validation"], watched, plan.classes)
+        learner.history.append(record)
+        figures = {"epoch": float(epoch), "loss": loss}
         if record.get("validation", {}).get("miou") is not None:
             figures["miou"] = record["validation"]["miou"]
-        session.report(figures, state if session.rank == 0 else None)
-        session.progress((epoch + 1) * plan.steps_per_epoch, **figures)
+        _checkpoint(session, learner, curves, figures)
+        session.progress(learner.step, **figures)
 
 
 def _train_epoch(
-    epoch: int,
-    model: nn.Module,
-    network: SemanticFPN,
-    optimizer: torch.optim.Optimizer,
-    frames: LabelledFrames,
-    plan: Plan,
-    session: Session,
-    pace: Pace,
-) -> dict[str, Any]:
-    """Every step of one epoch. `model` is `network` as the cluster wraps it."""
-    device, training, loss = session.device, plan.training, plan.loss
-    terms = mixture(loss.kind, loss.alpha, loss.gamma, loss.focal_weight)
+    model: nn.Module, learner: Learner, frames: LabelledFrames, plan: Plan, session: Session, curves: Curves | None
+) -> None:
+    """The rest of the epoch that is under way. `model` is the learner's network as the cluster wraps it."""
+    device, training, network = session.device, plan.training, learner.network
     network.train()
     if training.freeze_batch_norm:
         freeze_batch_norm(network.body)
+    epoch, begun = divmod(learner.step, plan.steps_per_epoch)
     order = sample_order(len(frames), plan.steps_per_epoch * training.batch, plan.seed, epoch)
-    figures = torch.zeros(plan.steps_per_epoch, 2, device=device)  # loss and gradient norm of each step
-    rate, begun = 0.0, time.perf_counter()
-    for index, batch in enumerate(pace.timed(_batches(frames, order, epoch, network, plan, session))):
-        step = epoch * plan.steps_per_epoch + index
-        rate = _set_learning_rate(optimizer, step, plan)
+    batches = _batches(frames, order[begun * training.batch :], epoch, network, plan, session)
+    schedule, loss = plan.schedule, plan.pixel_loss
+    watch, looked, saved = Stopwatch(learner.pace), learner.step, (time.monotonic(), learner.step)
+
+    def frames_of(index: int) -> list[str]:
+        samples = order[index * training.batch : (index + 1) * training.batch]
+        return [frames.frame_id(sample.row) for sample in samples]
+
+    for batch in learner.pace.timed(batches):
+        rate = schedule.learning_rate(learner.step)
+        set_learning_rate(learner.optimizer, rate)
+        torch.manual_seed(step_seed(plan.seed, learner.step, session.rank))
         images_B3HW = batch.images.to(device, non_blocking=True)
         labels_BHW = batch.labels.to(device, non_blocking=True)
-        with _autocast(device, training):
-            logits_BKhw = model(normalise(images_B3HW, network.body.mean, network.body.std))
-        total, num_valid = combined_loss_sum(upsample_logits(logits_BKhw, *training.crop), labels_BHW, *terms)
-        # A mean over the valid pixels of all workers: DDP averages gradients, hence the factor world_size.
-        all_total, all_valid = session.sum(torch.stack([total.detach(), num_valid]))
-        optimizer.zero_grad(set_to_none=True)
-        (total * session.world_size / all_valid.clamp_min(1)).backward()
-        optimizer.step()
-        figures[index, 0] = all_total / all_valid.clamp_min(1)
-        figures[index, 1] = torch.nn.utils.get_total_norm(
-            [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+        figures = training_step(
+            model,
+            learner.optimizer,
+            parts_of(images_B3HW, labels_BHW, training.accumulate),
+            loss,
+            mean=network.body.mean,
+            std=network.body.std,
+            precision=_precision(training),
+            clip_norm=training.clip_norm,
+            world_size=session.world_size,
+            sum_over_workers=session.sum,
         )
-        if (index + 1) % STEPS_BETWEEN_CHECKS == 0 or index + 1 == plan.steps_per_epoch:  # waits for the device
-            recent = _check_finite(figures[: index + 1], frames, order, training.batch, step - index)
-            session.progress(step + 1, loss=recent, learning_rate=rate)
-    pace.seconds += time.perf_counter() - begun
-    pace.frames += len(order)
-    mean_loss, gradient_norm = figures.mean(dim=0).tolist()
-    return {"steps": plan.steps_per_epoch, "loss": mean_loss, "gradient_norm": gradient_norm, "learning_rate": rate}
+        if learner.average is not None:
+            update_average(learner.average, network, decay_of_step(training.average, learner.step))
+        learner.note(figures)
+
+        is_end, is_planned = learner.steps_of_epoch == 0, learner.step % (training.checkpoint_every or math.inf) == 0
+        if not (is_end or is_planned or learner.steps_of_epoch % STEPS_BETWEEN_LOOKS == 0):
+            continue
+        recent = learner.recent(learner.step - looked, frames_of, saved[1])  # waits for the device
+        lap = watch.lap((learner.step - looked) * training.batch)
+        looked = learner.step
+        session.progress(looked, loss=recent.loss, learning_rate=rate)
+        if curves is not None:
+            draw_steps(curves, looked, recent, rate, lap)
+        if not is_end and (is_planned or (not training.checkpoint_every and _is_overdue(session, saved[0]))):
+            _checkpoint(session, learner, curves, {"epoch": float(epoch), "step": float(looked), "loss": recent.loss})
+            saved = (time.monotonic(), looked)
+            watch.restart()
 
 
-def _check_finite(figures: Tensor, frames: LabelledFrames, order: list[Sample], batch: int, first_step: int) -> float:
-    """Mean loss of the last steps; UserError with the frames of the first step whose loss or gradient is not finite."""
-    wrong = (~torch.isfinite(figures)).any(dim=1).nonzero()
-    if len(wrong):
-        index = int(wrong[0])
-        loss, norm = figures[index].tolist()
-        ids = ", ".join(frames.frame_id(sample.row) for sample in order[index * batch : (index + 1) * batch])
-        raise UserError(
-            f"training stopped at step {first_step + index + 1}: loss {loss:g}, gradient norm {norm:g}\n"
-            f"  Frames of that batch: {ids}\n"
-            f"  The checkpoint of the last whole epoch is kept. Lower training.learning_rate, lengthen "
-            f"training.warmup_steps, or use training.precision: float32."
-        )
-    return float(figures[-STEPS_BETWEEN_CHECKS:, 0].mean())
+def _is_overdue(session: Session, saved: float) -> bool:
+    """Whether the last checkpoint is long ago, by the clock of rank 0, so that all workers agree."""
+    late = session.rank == 0 and time.monotonic() - saved >= SECONDS_BETWEEN_CHECKPOINTS
+    return float(session.sum(torch.tensor([float(late)], device=session.device))) > 0
 
 
-def _validate(network: SemanticFPN, watched: LabelledFrames, plan: Plan, session: Session) -> dict[str, Any]:
+def _checkpoint(session: Session, learner: Learner, curves: Curves | None, figures: dict[str, float]) -> None:
+    if curves is not None:
+        curves.flush()  # first: whoever continues from this checkpoint finds the curves up to it
+    session.report(figures, learner.state() if session.rank == 0 else None)
+
+
+def _validate(learner: Learner, watched: LabelledFrames, plan: Plan, session: Session) -> dict[str, Any]:
     """Scores on the validation frames (fractions; null where undefined); each worker does its share of the frames."""
+    judged = learner.judged
+    if session.world_size > 1:
+        share_statistics(judged, session.rank, session.sum)
     mine = range(session.rank, len(watched), session.world_size)
     with _autocast(session.device, plan.training):
-        matrix = validation_confusion(network, watched, mine, batch=plan.training.batch, device=session.device)
-    found = scores(session.sum(matrix.to(session.device)).cpu().numpy(), "cityscapes")
-    iou = {name: _or_null(value) for name, value in zip(plan.classes.classes, found.iou, strict=True)}
-    means = {key: _or_null(getattr(found, key)) for key in ("pa", "ca", "miou", "fwiou")}
-    return {**means, "iou": iou}
+        matrix = validation_confusion(judged, watched, mine, batch=plan.training.batch, device=session.device)
+    return described(session.sum(matrix.to(session.device)).cpu().numpy(), plan.classes.classes)
 
 
-def _or_null(fraction: float) -> float | None:
-    return None if math.isnan(fraction) else float(fraction)
+# -- what it is made of -----------------------------------------------------------------------------------------------
+
+
+def _learner(plan: Plan, session: Session) -> Learner:
+    """Network, optimiser and running mean before the first step, the same on every worker."""
+    training = plan.training
+    network = _network(plan).to(session.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if training.freeze_batch_norm:
+        freeze_batch_norm(network.body)  # before wrapping: DDP waits for every parameter that may have a gradient
+    rules = training.model_dump(include=OPTIMIZER_SETTINGS)
+    optimizer = build_optimizer(network, training.optimizer, encoder=network.body, **rules)
+    return Learner.start(network, optimizer, plan.steps_per_epoch, averages=training.average > 0)
+
+
+def _model(learner: Learner, plan: Plan, session: Session) -> nn.Module:
+    """The network as a step calls it: compiled if asked for, and wrapped for the workers."""
+    network = learner.network
+    if not plan.training.compile:
+        return session.wrap(network)
+    if session.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
+        raise UserError("training.compile needs a C++ compiler (g++) on every node; install one, or set it to false")
+    compiled: Any = torch.compile(network, dynamic=False)  # a module, whatever its type says
+    return session.wrap(compiled)
 
 
 def _frames(plan: Plan, session: Session) -> tuple[LabelledFrames, LabelledFrames | None]:
@@ -376,17 +371,8 @@ def _batches(
     )
 
 
-def _set_learning_rate(optimizer: torch.optim.Optimizer, step: int, plan: Plan) -> float:
-    rate = learning_rate(
-        step,
-        peak=plan.training.learning_rate,
-        total_steps=plan.total_steps,
-        warmup_steps=plan.training.warmup_steps,
-        power=plan.training.poly_power,
-    )
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    return rate
+def _precision(training: Training) -> torch.dtype:
+    return torch.bfloat16 if training.precision == "bfloat16" else torch.float32
 
 
 def _autocast(device: torch.device, training: Training) -> torch.autocast:

@@ -41,7 +41,8 @@ from nightseg.networks.unit import (
     to_unit_range,
 )
 from nightseg.progress import Progress
-from nightseg.storage import UserError
+from nightseg.storage import Location, UserError
+from nightseg.storage.events import Curves
 from nightseg.workspace import Attempt, Commit
 
 VERSION = 2
@@ -62,6 +63,7 @@ class Plan:
     settings: Translator
     seed: int
     threads: int  # that decode frames
+    curves: Location | None = None  # where TensorBoard finds them
 
     @property
     def iterations_between_looks(self) -> int:
@@ -93,6 +95,7 @@ def train_translator(
 ) -> Commit:
     """Commit `model/` (both directions), `history.json` (mean loss terms) and `samples.png`.
 
+    `tensorboard/` beside them has the loss terms and a sample sheet of each checkpoint; it is no part of the result.
     `day` and `night` are frame tables with absolute uris. The sample sheet has the columns day, night made from it,
     night, day made from it. Raises UserError: settings that cannot train, a frame that has gone bad since it was
     collected, perceptual weights that cannot be had, a training that has diverged.
@@ -103,7 +106,7 @@ def train_translator(
     if settings.weights.perceptual > 0:
         build_perceptual(settings.perceptual_network, settings.perceptual_weights)  # fails here, not on the cluster
     threads = max(1, min(8, int(compute.cpus_per_worker) - 1))
-    plan = Plan(_refs(day), _refs(night), settings, seed, threads)
+    plan = Plan(_refs(day), _refs(night), settings, seed, threads, attempt.folder / "tensorboard")
     result = fit(
         learn,
         {"plan": plan},
@@ -193,6 +196,7 @@ def learn(session: Session, settings: dict[str, Any]) -> None:
     history, window, start = _restore(session, networks)
     if start >= recipe.iterations:
         return
+    curves = _curves(plan, session, start)
     weights = TermWeights(**recipe.weights.model_dump())
     features = _features(recipe, device)
     crops = UnpairedCrops(
@@ -214,7 +218,6 @@ def learn(session: Session, settings: dict[str, Any]) -> None:
         noise = latent_noise(plan.seed, iteration, crops.slots, latent_Chw, device)
         with autocast:
             translation = generators(day_B3HW, night_B3HW, noise, weights.needs_cycle)
-
             judged = discriminator_loss(discriminators, day_B3HW, night_B3HW, translation)
         networks.discriminator_optimizer.zero_grad(set_to_none=True)
         judged.total.backward()  # type: ignore[no-untyped-call]
@@ -229,7 +232,6 @@ def learn(session: Session, settings: dict[str, Any]) -> None:
         networks.generator_optimizer.step()
         networks.discriminators.requires_grad_(True)
         _average(networks, min(recipe.average, (1 + iteration) / (10 + iteration)))
-
         done = iteration + 1
         window.add(judged, made)
         if done % plan.iterations_between_looks == 0 or done == recipe.iterations:
@@ -237,8 +239,29 @@ def learn(session: Session, settings: dict[str, Any]) -> None:
             _check_finite(row, done, recipe)
             history.append({"iteration": done, **row})
             session.progress(done, generator=row["total"], discriminator=row["discriminator_total"])
+            _draw(curves, done, row)
         if done % recipe.checkpoint_every == 0 or done == recipe.iterations:
+            _show(curves, done, networks.averaged, plan)
             _report(session, networks, history, window, done, recipe)
+
+
+def _curves(plan: Plan, session: Session, start: int) -> Curves | None:
+    """What TensorBoard shows, written by one worker; it goes on after `start` iterations."""
+    return Curves(plan.curves, start) if session.rank == 0 and plan.curves is not None else None
+
+
+def _draw(curves: Curves | None, done: int, row: dict[str, float]) -> None:
+    if curves is not None:
+        curves.scalars(done, {f"loss/{name}": value for name, value in row.items()})
+        curves.flush_if_due()
+
+
+def _show(curves: Curves | None, done: int, generators: Generators, plan: Plan) -> None:
+    """A look at both directions. What is there is written before the checkpoint, so that a restart finds no gap."""
+    if curves is not None:
+        sheet = sample_sheet(generators, plan.reader(plan.day), plan.reader(plan.night))
+        curves.picture(done, "samples/day_night_night_day", encode_png(sheet), *sheet.shape[:2])
+        curves.flush()
 
 
 class Window:

@@ -3,6 +3,7 @@
 location.py  a file or folder; atomic writes, JSON, tables, listings, hashes
 remote.py    file systems behind URIs, with retries
 parquet.py   tables to bytes and back; refuses files that could run code when read
+events.py    curves and pictures as TensorBoard reads them
 faults.py    points at which a test may kill the process
 """
 

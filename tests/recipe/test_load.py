@@ -115,6 +115,15 @@ models:
     assert "scenes" in message  # the allowed layouts are those of every kind of dataset
 
 
+def test_class_weights_name_classes_of_the_taxonomy(tmp_path: Path) -> None:
+    text = GOOD + "loss: {class_weights: {pole: 2, car: 0.5}}\n"
+    assert load_recipe(write(tmp_path, text)).loss.class_weights == {"pole": 2.0, "car": 0.5}
+    wrong = errors_of(tmp_path, text, "loss.class_weights.poel=3", "models.first.loss={class_weights: [1, 2]}")
+    assert "--set loss.class_weights.poel=3" not in wrong  # the mapping is named, and its keys
+    assert "loss.class_weights: cityscapes19 has no class 'poel', did you mean 'pole'?" in wrong
+    assert "models.first.loss.class_weights: 2 values for the 19 classes of cityscapes19" in wrong
+
+
 def test_a_model_that_teaches_itself_is_a_cycle(tmp_path: Path) -> None:
     message = errors_of(tmp_path, GOOD, "models.second.self_training.teacher=second")
     assert "model second needs model second" in message

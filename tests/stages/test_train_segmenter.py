@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,22 @@ import pytest
 import torch
 
 from nightseg.compute.training import LocalSession
-from nightseg.config import Augmentation, Loss, Network, TrainCompute, Training
-from nightseg.frames.images import encode_png
+from nightseg.config import Network, TrainCompute
+from nightseg.config_training import Augmentation, Loss, Training
+from nightseg.frames.images import decode_image, encode_png
 from nightseg.frames.table import frame_table
 from nightseg.frames.taxonomy import taxonomy
+from nightseg.learning import step as steps
 from nightseg.learning.batches import sample_order
-from nightseg.learning.segmentation import combined_loss_sum, mixture
+from nightseg.learning.learner import step_seed
+from nightseg.learning.pixel_loss import pixel_loss_sum
 from nightseg.learning.starting import starting_network
 from nightseg.networks.checkpoint import load_tensors, save_model
 from nightseg.progress import SilentProgress
 from nightseg.stages import train_segmenter as stage
 from nightseg.stages.train_segmenter import Plan, learn, train_segmenter
 from nightseg.storage import Location, UserError
-from nightseg.workspace import Workspace
+from nightseg.workspace import Attempt, Workspace
 
 NETWORK = Network(encoder="efficientnet_lite0", input_size=(64, 64), pyramid_channels=8, head_channels=8)
 TRAINING = Training(
@@ -36,6 +40,10 @@ TRAINING = Training(
     crop=(64, 64),
     augmentation=Augmentation(scale=(0.75, 1.5), flip=0.5, brightness=0.2),
 )
+
+
+SHAPE: dict[str, Any] = {"encoder": NETWORK.encoder, "encoder_weights": None, "classes": taxonomy("camvid11")}
+SHAPE |= {"pyramid_channels": 8, "head_channels": 8}
 
 
 class Killed(Exception):  # noqa: N818 (an event, not an error)
@@ -95,21 +103,35 @@ def rows(tmp_path: Path) -> pa.Table:
     return write_frames(Location.of(tmp_path) / "frames", 6)
 
 
-def plan_for(rows: pa.Table, folder: Path, training: Training = TRAINING, validate: pa.Table | None = None) -> Plan:
+def plan_for(
+    rows: pa.Table,
+    folder: Path,
+    training: Training = TRAINING,
+    validate: pa.Table | None = None,
+    loss: Loss = Loss(kind="combined"),  # noqa: B008 frozen
+) -> Plan:
     classes = taxonomy("camvid11")
-    initial = starting_network(
-        "imagenet",
-        encoder=NETWORK.encoder,
-        encoder_weights=None,
-        pyramid_channels=8,
-        head_channels=8,
-        classes=classes,
-        seed=0,
-        say=lambda _: None,
-    )
+    initial = starting_network("imagenet", **SHAPE, seed=0, say=lambda _: None)
     start = Location.of(folder) / "start"
     save_model(start, initial.state_dict(), {"kind": "semantic_fpn"})
-    return Plan(rows, validate, start, classes, NETWORK, Loss(kind="combined"), training, 0, 1)
+    return Plan(rows, validate, start, classes, NETWORK, loss, training, 0, 1)
+
+
+def assert_same(first: Any, second: Any) -> None:
+    """Bit for bit, through nested dictionaries and lists; how long it took is left out."""
+    assert type(first) is type(second)
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second)
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key in first.keys() - {"seconds", "waiting_seconds"}:
+            assert_same(first[key], second[key])
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second)
+        for one, other in zip(first, second, strict=True):
+            assert_same(one, other)
+    else:
+        assert first == second
 
 
 def train(session: Session, plan: Plan) -> dict[str, Any]:
@@ -142,12 +164,162 @@ def test_resumed_training_is_bit_for_bit_the_uninterrupted_one(rows: pa.Table, t
     resumed = Session(tmp_path / "killed")
     found = train(resumed, plan)
 
-    assert found["history"] == expected["history"]
+    assert_same(found, expected)
     assert [metrics["epoch"] for metrics in resumed.history] == [1, 2]
-    assert found["pace"]["frames"] == expected["pace"]["frames"] == 12
-    assert all(torch.equal(found["network"][name], value) for name, value in expected["network"].items())
-    for key, moments in expected["optimizer"]["state"].items():
-        assert all(torch.equal(found["optimizer"]["state"][key][name], value) for name, value in moments.items())
+    assert found["pace"]["frames"] == 12
+
+
+EVERYTHING = TRAINING.model_copy(
+    update={"steps_per_epoch": 5, "checkpoint_every": 2, "average": 0.9, "clip_norm": 1.0, "encoder_rate": 0.3}
+    | {"decay": "step", "decay_at": [0.5], "accumulate": 2, "freeze_batch_norm": False}
+)
+ALL_LOSSES = Loss.model_validate(
+    {"kind": "combined", "class_weights": {"car": 3.0}, "hard_examples": {"share": 0.5}, "strips": 16}
+)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Session]:
+    """A training with everything that has a state, and how it ends if nothing happens to it."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("undisturbed")
+    rows = write_frames(Location.of(folder) / "frames", 6)
+    plan = plan_for(rows, folder, EVERYTHING, rows.slice(0, 2), ALL_LOSSES)
+    plan = dataclasses.replace(plan, curves=Location.of(folder) / "tensorboard")
+    session = Session(folder / "trainer")
+    train(session, plan)
+    return plan, session
+
+
+@pytest.mark.parametrize("reports", [2, 3, 4])
+def test_a_training_resumed_within_an_epoch_ends_with_the_same_bits(
+    undisturbed: tuple[Plan, Session], tmp_path: Path, reports: int
+) -> None:
+    """Checkpoints after steps 2, 4, 5 (the end of the epoch), 6, 8, 10. Only the undisturbed one draws curves."""
+    plan, whole = undisturbed
+    plan, expected = dataclasses.replace(plan, curves=None), whole.state
+    assert [metrics.get("step") for metrics in whole.history] == [2, 4, None, 6, 8, None]
+    assert expected["step"] == 10 and len(expected["history"]) == 2
+    with pytest.raises(Killed):
+        train(Session(tmp_path / "killed", die_after=reports), plan)
+    resumed = Session(tmp_path / "killed")
+    assert_same(train(resumed, plan), expected)
+    assert resumed.history == whole.history
+
+
+def test_how_often_it_is_saved_changes_nothing(
+    undisturbed: tuple[Plan, Session], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, often = undisturbed
+    training = plan.training.model_copy(update={"checkpoint_every": None})
+    plan = dataclasses.replace(plan, curves=None, training=training)
+    session, expected = Session(tmp_path / "rarely"), often.state
+    assert_same(train(session, plan), expected)
+    assert [metrics["epoch"] for metrics in session.history] == [1, 2]
+
+    monkeypatch.setattr(stage, "STEPS_BETWEEN_LOOKS", 3)
+    monkeypatch.setattr(stage, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)  # as if an epoch took hours
+    by_clock = Session(tmp_path / "clock")
+    assert_same(train(by_clock, plan), expected)
+    assert [metrics.get("step") for metrics in by_clock.history] == [3, None, 8, None]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
+    undisturbed: tuple[Plan, Session], tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan, whole = undisturbed
+    plan = dataclasses.replace(plan, curves=None)
+    with pytest.raises(Killed):
+        train(Session(tmp_path / "killed", die_after=4), plan)
+    newest = Location.of(tmp_path / "killed") / "report-00000004/state.pt"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 4
+    newest.write_bytes(bytes(data[: len(data) // 2]) if damage == "cut" else bytes(data))
+    assert_same(train(Session(tmp_path / "killed"), plan), whole.state)
+    assert "report-00000004 is damaged and left out" in caplog.text
+
+
+def test_parts_of_a_batch_learn_what_the_batch_learns(rows: pa.Table, tmp_path: Path) -> None:
+    still = TRAINING.model_copy(update={"epochs": 1, "freeze_batch_norm": True, "optimizer": "sgd"})
+    whole = train(Session(tmp_path / "whole"), plan_for(rows, tmp_path, still))
+    parts = still.model_copy(update={"accumulate": 2})
+    found = train(Session(tmp_path / "parts"), plan_for(rows, tmp_path, parts))
+    assert found["history"][0]["loss"] == pytest.approx(whole["history"][0]["loss"], rel=1e-5)
+    for name, value in whole["network"].items():
+        torch.testing.assert_close(found["network"][name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_running_mean_is_what_is_validated_and_kept(rows: pa.Table, tmp_path: Path) -> None:
+    training = TRAINING.model_copy(update={"epochs": 1, "average": 0.5})
+    plan = plan_for(rows, tmp_path, training, rows.slice(0, 3))
+    state = train(Session(tmp_path / "trainer"), plan)
+    plain = train(Session(tmp_path / "plain"), plan_for(rows, tmp_path, training.model_copy(update={"average": 0.0})))
+    assert plain["average"] is None
+    assert_same(state["network"], plain["network"])  # what is learned does not depend on it
+    weight = "head.predictor.weight"
+    assert not torch.equal(state["average"][weight], state["network"][weight])
+    session = Session(tmp_path / "judge")
+    learner = stage._learner(plan, session)
+    learner.restore(state)
+    assert stage._validate(learner, stage._frames(plan, session)[1], plan, session) == state["history"][0]["validation"]
+    initial = starting_network("scratch", **SHAPE, seed=0, say=print)
+    card = stage._card(initial, plan, "scratch", Attempt(Location.of(tmp_path), Location.of(tmp_path), "k", {}))
+    assert card["weights"] == "running mean, decay 0.5"
+
+
+def test_a_step_is_slower_in_the_encoder_if_the_recipe_says_so(rows: pa.Table, tmp_path: Path) -> None:
+    training = TRAINING.model_copy(update={"encoder_rate": 1e-12, "epochs": 1, "weight_decay": 0.0})
+    plan = plan_for(rows, tmp_path, training)
+    before, after = load_tensors(plan.start)[0], train(Session(tmp_path / "trainer"), plan)["network"]
+    moved = {name: (after[name] - before[name]).abs().max().item() for name in before if name.endswith("weight")}
+    assert max(value for name, value in moved.items() if name.startswith("body.")) < 1e-9
+    assert min(value for name, value in moved.items() if name.startswith("head.p2.0.weight")) > 1e-4
+
+
+def test_curves_of_a_resumed_training_are_those_of_an_undisturbed_one(
+    undisturbed: tuple[Plan, Session], tmp_path: Path
+) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    first, _ = undisturbed
+    plan = dataclasses.replace(first, curves=Location.of(tmp_path / "tensorboard"))
+    with pytest.raises(Killed):
+        train(Session(tmp_path / "killed", die_after=2), plan)
+    train(Session(tmp_path / "killed"), plan)
+    whole, resumed = (accumulator.EventAccumulator(one.curves.uri).Reload() for one in (first, plan) if one.curves)
+    tags = whole.Tags()["scalars"]
+    assert {"train/loss", "train/learning_rate", "train/gradient_norm", "pace/images_per_second"} <= set(tags)
+    assert {"pace/data_wait_share", "validation/miou", "iou/sky"} <= set(tags)
+    for tag in tags:
+        if not tag.startswith("pace/"):  # times differ
+            points = [[(event.step, event.value) for event in found.Scalars(tag)] for found in (whole, resumed)]
+            assert points[0] == points[1], tag
+    assert [event.step for event in resumed.Scalars("train/loss")] == [2, 4, 5, 6, 8, 10]
+    pictures = resumed.Images("validation/frame_label_prediction")
+    assert [picture.step for picture in pictures] == [5, 10]
+    sheet = decode_image(pictures[0].encoded_image_string)
+    assert sheet.shape == (2 * 64 + 2, 3 * 64 + 4, 3)  # two frames; image, label, prediction at the input size
+    sky, road = (np.array(colour) for colour in (taxonomy("camvid11").palette[0], taxonomy("camvid11").palette[3]))
+    assert (sheet[0, 66:130] == sky).all() and (sheet[63, 66:130] == road).all()
+
+
+def test_a_compiled_network_without_a_compiler_is_refused(
+    rows: pa.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"training\.compile needs a C\+\+ compiler"):
+        train(Session(tmp_path / "trainer"), plan_for(rows, tmp_path, TRAINING.model_copy(update={"compile": True})))
+
+
+@pytest.mark.slow
+def test_a_compiled_network_learns_the_same(rows: pa.Table, tmp_path: Path) -> None:
+    pytest.importorskip("torch._inductor")
+    one = TRAINING.model_copy(update={"epochs": 1})
+    expected = train(Session(tmp_path / "plain"), plan_for(rows, tmp_path, one))
+    compiled = plan_for(rows, tmp_path, one.model_copy(update={"compile": True}))
+    found = train(Session(tmp_path / "compiled"), compiled)
+    assert found["network"].keys() == expected["network"].keys()  # names of the plain network
+    assert found["history"][0]["loss"] == pytest.approx(expected["history"][0]["loss"], rel=1e-3)
 
 
 def test_nothing_is_left_to_do_for_a_finished_training(rows: pa.Table, tmp_path: Path) -> None:
@@ -188,10 +360,10 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_frames(
 
     def poisoned(*arguments: Any) -> Any:
         calls.append(1)
-        found = combined_loss_sum(*arguments)
+        found = pixel_loss_sum(*arguments)
         return found._replace(total=found.total * float("nan")) if len(calls) == 5 else found
 
-    monkeypatch.setattr(stage, "combined_loss_sum", poisoned)
+    monkeypatch.setattr(steps, "pixel_loss_sum", poisoned)
     plan = plan_for(rows, tmp_path)  # 3 steps an epoch: the fifth is the second of epoch 2
     session = Session(tmp_path / "trainer")
     with pytest.raises(UserError) as caught:
@@ -199,41 +371,16 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_frames(
     order = sample_order(6, 6, plan.seed, 1)
     assert "step 5" in str(caught.value)
     assert f"toy/{order[2].row}, toy/{order[3].row}\n" in str(caught.value)
+    assert "checkpoint (step 3) is kept" in str(caught.value)
     assert "training.learning_rate" in str(caught.value)
     assert len(session.state["history"]) == 1  # the good checkpoint of epoch 1 is there
     assert all(torch.isfinite(value).all() for value in session.state["network"].values())
 
 
-def test_two_workers_weigh_every_valid_pixel_alike() -> None:
-    """Global normalisation: gradients of two half batches, averaged as DDP does, are those of the whole batch."""
-    target = torch.full((2, 8, 8), 255, dtype=torch.uint8)
-    target[0], target[1, :1] = 0, 1  # 64 valid pixels against 8
-    logits = torch.randn(2, 11, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    terms = mixture("combined", 0.5, 2.0, 1.0)
-    whole = combined_loss_sum(logits, target, *terms)
-    (expected,) = torch.autograd.grad(whole.mean(), logits)
-    halves = [combined_loss_sum(logits[i : i + 1], target[i : i + 1], *terms) for i in range(2)]
-    everywhere = sum(half.num_valid for half in halves)
-    gradients = [torch.autograd.grad(half.total * 2 / everywhere, logits, retain_graph=True)[0] for half in halves]
-    assert torch.allclose((gradients[0] + gradients[1]) / 2, expected, atol=1e-8)
-
-
-def refuse(rows: pa.Table, validate: pa.Table | None = None, workers: int = 1, **changed: Any) -> str:
-    training = TRAINING.model_copy(update=changed)
-    plan = Plan(rows, validate, Location.of("/nowhere"), taxonomy("camvid11"), NETWORK, Loss(), training, 0, 1)
-    with pytest.raises(UserError) as caught:
-        stage._check(plan, "student", TrainCompute(workers=workers))
-    return str(caught.value)
-
-
-def test_what_cannot_train_is_refused_with_the_cure(rows: pa.Table) -> None:
-    bare = rows.set_column(rows.schema.get_field_index("label_uri"), "label_uri", [[None, *["x"] * 5]])
-    assert "student, train: 1 of 6 frames have no label (first toy/0)" in refuse(bare)
-    assert "self_training.pool" in refuse(rows, bare)
-    assert "hold no frame" in refuse(rows.slice(0, 0))
-    assert "set training.warmup_steps to" in refuse(rows, warmup_steps=6)
-    assert "multiple of 2" in refuse(rows, workers=2, batch=3)
-    assert "set training.crop to (64, 64)" in refuse(rows, crop=(128, 64))
+def test_the_random_numbers_of_a_step_follow_from_seed_step_and_worker() -> None:
+    seeds = {step_seed(seed, step, rank) for seed in (0, 1) for step in (0, 1) for rank in (0, 1)}
+    assert len(seeds) == 8 and step_seed(1, 1, 0) in seeds
+    assert all(0 <= seed < 2**63 for seed in seeds)  # torch.manual_seed takes no more
 
 
 @pytest.mark.ray

@@ -1,0 +1,113 @@
+"""A training step as nightseg takes it on a CPU, against the same network in float32 and PyTorch's default layout.
+
+Ours: channels-last memory, bfloat16 where the processor has instructions for it, our loss. The peer: the plain loop
+that most segmentation code has. Both start from the same weights and see the same batches; after fifty steps their
+losses must be the same within a percent, or the time would not count.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.contest import Contest, Size
+from nightseg.frames.scenes import scene
+from nightseg.learning.optimizer import build_optimizer
+from nightseg.learning.pixel_loss import PixelLoss
+from nightseg.learning.segmentation import Mixture
+from nightseg.learning.step import Part, training_step
+from nightseg.networks.encoders import IMAGENET_MEAN, IMAGENET_STD, normalise
+from nightseg.networks.semantic_fpn import SemanticFPN, build_semantic_fpn
+
+ENCODER: dict[Size, str] = {"tiny": "resnet18", "default": "resnet50", "full": "resnet101"}
+SIZES: dict[Size, tuple[int, int]] = {"tiny": (64, 64), "default": (256, 512), "full": (512, 1024)}
+BATCH = 4
+STEPS: dict[Size, int] = {"tiny": 3, "default": 50, "full": 50}  # after which the losses are compared
+BATCHES = 5  # that come again and again: enough to learn from, quick to make
+RATE, MOMENTUM, CLASSES = 0.01, 0.9, 11
+TOLERANCE = 0.01
+LAST = 5  # losses of so many last steps are averaged: one step's depends on its batch
+
+
+def contest(size: Size) -> Contest:
+    batches = _batches(size)
+    ours, peer = _ours(size, batches), _peer(size, batches)
+    fast = _precision()
+
+    def check(first: float, second: float) -> str:
+        assert abs(first / second - 1) < TOLERANCE, (first, second)  # before anything was learned
+        losses = [([first], ours), ([second], peer)]
+        for values, step in losses:
+            values += [step() for _ in range(STEPS[size] - 1)]
+        means = [float(np.mean(values[-LAST:])) for values, _ in losses]
+        apart = abs(means[0] / means[1] - 1)
+        assert apart < TOLERANCE, f"loss after {STEPS[size]} steps: {means[0]:.4f} against {means[1]:.4f}"
+        return f"loss after {STEPS[size]} steps {means[0]:.4f} and {means[1]:.4f}, {apart:.2%} apart"
+
+    height, width = SIZES[size]
+    return Contest(
+        name="training_step",
+        work=f"training step, {ENCODER[size]} Semantic FPN, {BATCH} x {height} x {width}, "
+        f"channels last, {str(fast).removeprefix('torch.')}",
+        peer=f"same network, eager float32 NCHW loop, torch {torch.__version__}",
+        run_ours=ours,
+        run_peer=peer,
+        check=check,
+    )
+
+
+def _precision() -> torch.dtype:
+    """bfloat16 where the processor computes with it; emulated it would be slower than float32."""
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
+def _network(size: Size) -> SemanticFPN:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return build_semantic_fpn(encoder=ENCODER[size], num_classes=CLASSES)
+
+
+def _batches(size: Size) -> list[Part]:
+    """Street scenes: frames that can be learned, as uint8."""
+    height, width = SIZES[size]
+    parts = []
+    for number in range(BATCHES):
+        drawn = [scene(0, number * BATCH + index, "day", height, width) for index in range(BATCH)]
+        images = torch.from_numpy(np.stack([one.image for one in drawn])).permute(0, 3, 1, 2)
+        parts.append(Part(images, torch.from_numpy(np.stack([one.label for one in drawn]))))
+    return parts
+
+
+def _ours(size: Size, batches: list[Part]) -> Callable[[], float]:
+    network = _network(size).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    optimizer = build_optimizer(network, "sgd", learning_rate=RATE, momentum=MOMENTUM, weight_decay=0.0)
+    loss, stream, precision = PixelLoss(Mixture(1.0, 2.0, 1.0)), itertools.cycle(batches), _precision()
+
+    def step() -> float:
+        statistics = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+        return float(training_step(network, optimizer, [next(stream)], loss, precision=precision, **statistics).loss)
+
+    return step
+
+
+def _peer(size: Size, batches: list[Part]) -> Callable[[], float]:
+    network = _network(size).train()
+    optimizer = torch.optim.SGD(network.parameters(), lr=RATE, momentum=MOMENTUM)
+    stream = itertools.cycle(batches)
+
+    def step() -> float:
+        images, labels = next(stream)
+        inputs: Tensor = normalise(images, IMAGENET_MEAN, IMAGENET_STD).contiguous()
+        logits = F.interpolate(network(inputs), scale_factor=4, mode="bilinear", align_corners=False)
+        loss = F.cross_entropy(logits, labels.long(), ignore_index=255)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach())
+
+    return step

@@ -1,0 +1,111 @@
+"""How a segmenter learns: its loss, its optimisation, its augmentation. The rest of the recipe is in `config.py`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from nightseg.config_strict import Fraction, Positive, Size, Strict
+
+
+class HardExamples(Strict):
+    """Learn from the hardest pixels of each frame only: a share of them, or those below a confidence."""
+
+    share: Annotated[float, Field(gt=0, le=1)] | None = Field(default=None, description="of a frame's valid pixels")
+    confidence: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None, description="learn from pixels whose true class has at most this probability"
+    )
+    least: Positive = Field(default=10_000, description="with confidence: pixels of a frame learned from in any case")
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> HardExamples:
+        if (self.share is None) == (self.confidence is None):
+            raise ValueError("give exactly one of share and confidence")
+        return self
+
+
+class Loss(Strict):
+    """Cross-entropy, focal, or alpha CE + (1 - alpha) w focal (thesis section 3)."""
+
+    kind: Literal["cross_entropy", "focal", "combined"] = "cross_entropy"
+    alpha: Fraction = 0.5
+    gamma: Annotated[float, Field(ge=0)] = 2.0
+    focal_weight: Annotated[float, Field(gt=0)] = 1.0
+    class_weights: dict[str, Annotated[float, Field(ge=0)]] | list[Annotated[float, Field(ge=0)]] | None = Field(
+        default=None, description="class name -> weight (others weigh 1), or a weight for every class in order"
+    )
+    hard_examples: HardExamples | None = Field(default=None, description="null = learn from every valid pixel")
+    strips: Annotated[int, Field(ge=4, multiple_of=4)] | None = Field(
+        default=None, description="rows of full-size logits held at a time (16 is good): less memory; null = all"
+    )
+
+
+class Augmentation(Strict):
+    """Joint image and label transforms, drawn from (seed, epoch, frame)."""
+
+    scale: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.5, 2.0)
+    flip: Fraction = 0.5
+    brightness: Fraction = 0.0
+    contrast: Fraction = 0.0
+    saturation: Fraction = 0.0
+    noise: Fraction = Field(default=0.0, description="largest standard deviation of the noise, as a share of white")
+
+
+Preset = Literal["thesis", "detectron2"]
+
+
+class Training(Strict):
+    """The optimisation of one segmenter."""
+
+    preset: Preset | None = Field(
+        default=None, description="values to start from (recipe/presets.py); what stands beside it in the recipe wins"
+    )
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: Annotated[float, Field(gt=0)] = 0.01
+    encoder_rate: Annotated[float, Field(gt=0)] = Field(
+        default=1.0, description="learning rate of the encoder, as a multiple of learning_rate"
+    )
+    head_rate: Annotated[float, Field(gt=0)] = Field(
+        default=1.0, description="learning rate of all that follows the encoder, as a multiple of learning_rate"
+    )
+    momentum: Fraction = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    decay_biases: bool = Field(default=False, description="biases of convolutions are decayed too, as in detectron2")
+    batch: Positive = Field(default=4, description="frames of one step, over all workers")
+    accumulate: Positive = Field(
+        default=1, description="parts in which a worker takes its frames of a step: less memory"
+    )
+    epochs: Positive = 60
+    steps_per_epoch: Positive | None = Field(default=None, description="null = one pass over the frames")
+    warmup_steps: Annotated[int, Field(ge=0)] = 200
+    decay: Literal["poly", "step", "cosine"] = Field(default="poly", description="how the learning rate falls, once")
+    poly_power: Annotated[float, Field(ge=0)] = 0.9
+    decay_at: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(min_length=1)] = Field(
+        default=[2 / 3, 8 / 9], description="step: shares of the training after which the rate falls"
+    )
+    decay_factor: Annotated[float, Field(gt=0, lt=1)] = Field(default=0.1, description="step: what it falls by")
+    clip_norm: Annotated[float, Field(gt=0)] | None = Field(default=None, description="largest norm of the gradient")
+    average: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0,
+        description="decay of the running mean of the weights, which becomes the model; 0 = the last weights",
+    )
+    crop: Size = (512, 1024)
+    freeze_batch_norm: bool = False
+    precision: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = Field(default=False, description="torch.compile the network: slow first steps, then faster ones")
+    validate_every: Positive = Field(default=1, description="epochs between validations")
+    checkpoint_every: Positive | None = Field(
+        default=None, description="steps between checkpoints; null = after each epoch, and every ten minutes in one"
+    )
+    augmentation: Augmentation = Augmentation()
+
+    @model_validator(mode="after")
+    def _holds_together(self) -> Training:
+        if self.preset is not None:
+            raise ValueError("presets are filled in when a recipe file is read; in Python use recipe.presets")
+        if self.decay_at != sorted(set(self.decay_at)):
+            raise ValueError("decay_at: the shares must rise")
+        if self.batch % self.accumulate:
+            raise ValueError(f"batch {self.batch} cannot be taken in {self.accumulate} equal parts (accumulate)")
+        return self

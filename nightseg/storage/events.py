@@ -1,0 +1,83 @@
+"""Curves and pictures of a training as TensorBoard event files, on any file system, true after every restart.
+
+TensorBoard's format is a sequence of framed protobuf messages in files that it reads in the order of their names. A
+writer appends to one file; an object store cannot, and a writer that was killed leaves steps behind that its successor
+does again. So every flush writes one new file, whole or not at all, named by the last step in it, and whoever continues
+after step s removes the files that end later. What TensorBoard shows is then the curve of an undisturbed training.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections.abc import Mapping
+from typing import Any, Final
+
+from nightseg.storage.location import Location
+
+_NAME: Final = "events.out.tfevents."  # TensorBoard finds event files by it
+SECONDS_BETWEEN_FLUSHES: Final = 30.0
+SHARE_BETWEEN_FLUSHES: Final = 0.02  # of the time so far: a week of training is a few hundred files
+
+
+class Curves:
+    """Collects what happens up to a step; `flush` makes it visible. One writer a folder: rank 0."""
+
+    def __init__(self, folder: Location, step: int = 0) -> None:
+        """Continue after `step`: what an earlier run wrote of later steps is removed."""
+        self.folder = folder
+        self._records: list[bytes] = []
+        self._last_step = step
+        self._begun = self._flushed = time.monotonic()
+        for entry in folder.list() if folder.is_folder() else ():
+            if entry.name.startswith(_NAME) and _step_of(entry.name) > step:
+                (folder / entry.name).delete()
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """One point of each curve at `step` (steps finished). Slashes in names make groups: `validation/miou`."""
+        if values:
+            self._add(step, [{"tag": tag, "simple_value": float(value)} for tag, value in values.items()])
+
+    def picture(self, step: int, tag: str, png: bytes, height: int, width: int) -> None:
+        """An RGB picture, as PNG."""
+        image = {"height": height, "width": width, "colorspace": 3, "encoded_image_string": png}
+        self._add(step, [{"tag": tag, "image": image}])
+
+    def flush_if_due(self) -> None:
+        """Write what there is if the last time was long ago: for those who watch while it runs."""
+        now = time.monotonic()
+        if now - self._flushed >= max(SECONDS_BETWEEN_FLUSHES, SHARE_BETWEEN_FLUSHES * (now - self._begun)):
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what there is. Call it before the checkpoint of the same step, so that no curve has a gap."""
+        if self._records:
+            data = b"".join([_framed({"file_version": "brain.Event:2"}), *self._records])
+            (self.folder / f"{_NAME}{self._last_step:010d}").write_bytes(data)
+            self._records = []
+        self._flushed = time.monotonic()
+
+    def _add(self, step: int, values: list[dict[str, Any]]) -> None:
+        self._records.append(_framed({"step": step, "summary": {"value": values}}))
+        self._last_step = max(self._last_step, step)
+
+
+def _step_of(name: str) -> int:
+    digits = name.removeprefix(_NAME)
+    return int(digits) if digits.isdecimal() else -1
+
+
+def _framed(event: Mapping[str, Any]) -> bytes:
+    """A TFRecord: length and content, each followed by its masked checksum (tensorflow/core/lib/io/record_writer.h)."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    data: bytes = Event(wall_time=time.time(), **event).SerializeToString()
+    length = struct.pack("<Q", len(data))
+    return length + _checksum(length) + data + _checksum(data)
+
+
+def _checksum(data: bytes) -> bytes:
+    from tensorboardX.crc32c import crc32c
+
+    crc = crc32c(data)
+    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)

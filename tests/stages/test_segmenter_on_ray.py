@@ -1,0 +1,162 @@
+"""The segmenter's loop on Ray: killed within epochs, the weights are the same; two workers learn what one learns."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nightseg.compute.training import FitResult, LocalSession, Session, Workers, fit
+from nightseg.networks.checkpoint import TENSORS, save_model
+from nightseg.progress import SilentProgress
+from nightseg.stages.train_segmenter import Plan, learn
+from nightseg.storage import Location, sha256_of
+from tests.stages.test_train_segmenter import TRAINING, plan_for, write_frames
+
+FRAIL = TRAINING.model_copy(update={"steps_per_epoch": 5, "checkpoint_every": 2, "average": 0.9})
+DIES, WAITS = 3, 8  # in these steps, counted from 0: each in the middle of an epoch
+
+
+class Frail:
+    """A session whose worker is killed in one step, and stands still in another; each only once."""
+
+    def __init__(self, session: Session, marks: Path) -> None:
+        self._session = session
+        self._marks = marks
+        self._step = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def restore(self) -> dict[str, Any] | None:
+        state = self._session.restore()
+        self._step = 0 if state is None else state["step"]
+        return state
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Of loss and weight, in every step, after the gradient and before the weights move; others pass."""
+        if tensor.shape != (2,):
+            return self._session.sum(tensor)
+        if self._step == DIES and self._is_first("dies"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self._step == WAITS and self._is_first("waits"):
+            time.sleep(300)
+        self._step += 1
+        return self._session.sum(tensor)
+
+    def _is_first(self, mishap: str) -> bool:
+        mark = self._marks / mishap
+        with mark.open("a") as stream:
+            stream.write("x")
+        return mark.stat().st_size == 1
+
+
+def frail(session: Session, settings: dict[str, Any]) -> None:
+    learn(Frail(session, Path(settings["marks"])), settings)  # type: ignore[arg-type]
+
+
+def run(folder: Path, loop: Any, count: int = 1) -> FitResult:
+    plan: Plan = pickle.loads((folder / "plan.pickle").read_bytes())
+    return fit(
+        loop,
+        {"plan": plan, "marks": str(folder)},
+        folder=Location.of(folder) / "trainer",
+        name="toy",
+        workers=Workers(count, cpus=1.0, gpus=0.0, max_failures=1),
+        progress=SilentProgress(),
+        title="train toy",
+        total=plan.total_steps,
+        unit="steps",
+    )
+
+
+def prepare(folder: Path, **changed: Any) -> Plan:
+    torch.set_num_threads(1)
+    rows = write_frames(Location.of(folder) / "frames", 6)
+    plan = plan_for(rows, folder, FRAIL.model_copy(update=changed), rows.slice(0, 2))
+    plan = dataclasses.replace(plan, curves=Location.of(folder) / "tensorboard")
+    (folder / "plan.pickle").write_bytes(pickle.dumps(plan))
+    return plan
+
+
+def weights_hash(state: dict[str, Any], folder: Path, name: str) -> str:
+    save_model(
+        Location.of(folder) / name, state["network"] | {f"mean.{k}": v for k, v in state["average"].items()}, CARD
+    )
+    return sha256_of((folder / name / TENSORS).read_bytes())
+
+
+CARD = {"kind": "semantic_fpn"}
+DRIVER = """
+import sys
+from pathlib import Path
+from nightseg.compute import cluster
+from tests.stages.test_segmenter_on_ray import frail, run
+cluster.connect(num_cpus=1)
+run(Path(sys.argv[1]), frail)
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_worker_and_driver_killed_within_epochs_leave_the_same_weights(tmp_path: Path) -> None:
+    plan = prepare(tmp_path)
+    alone = LocalSession(Location.of(tmp_path / "alone"))
+    learn(alone, {"plan": dataclasses.replace(plan, curves=None)})
+    expected = alone.restore()
+    assert expected is not None
+
+    root = Path(__file__).resolve().parents[2]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment["PYTHONPATH"] = str(root)
+    command = [sys.executable, "-c", DRIVER, str(tmp_path)]
+    driver = subprocess.Popen(command, env=environment, cwd=tmp_path)
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "waits").exists() and time.monotonic() < deadline:
+        assert driver.poll() is None, "the driver ended before it could be killed"
+        time.sleep(0.2)
+    driver.kill()
+    assert driver.wait() == -signal.SIGKILL
+    assert (tmp_path / "dies").read_text() == "xx"  # the step in which the worker was killed was done again
+    states = LocalSession(Location.of(tmp_path / "trainer/toy"))
+    cut = states.restore()
+    assert cut is not None and cut["step"] == WAITS and len(cut["history"]) == 1  # within the second epoch
+
+    finished = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=250)
+    assert (finished.returncode, finished.stdout, finished.stderr) == (0, "", "")
+    assert (tmp_path / "waits").read_text() == "xx"
+    found = states.restore()
+    assert found is not None
+    assert weights_hash(found, tmp_path, "found") == weights_hash(expected, tmp_path, "expected")
+    assert found["history"] == expected["history"]
+    assert states.history == alone.history
+
+
+@pytest.mark.ray
+def test_two_workers_draw_the_loss_curve_of_one(ray_cluster: None, tmp_path: Path) -> None:
+    """Frozen batch norms: trainable ones know only their worker's frames. Differences are those of rounding."""
+    plan = prepare(tmp_path, freeze_batch_norm=True, optimizer="sgd", batch=4, accumulate=2)
+    alone = LocalSession(Location.of(tmp_path / "alone"))
+    learn(alone, {"plan": dataclasses.replace(plan, curves=None)})
+    expected = alone.restore()
+    found = run(tmp_path, learn, count=2)
+    assert expected is not None
+    assert [row["loss"] for row in found.history] == pytest.approx([row["loss"] for row in alone.history], rel=1e-4)
+    state = found.load()
+    for name, value in expected["average"].items():
+        torch.testing.assert_close(state["average"][name], value, rtol=1e-3, atol=1e-5, msg=name)
+    assert state["history"][-1]["validation"]["pa"] == pytest.approx(
+        expected["history"][-1]["validation"]["pa"], abs=0.01
+    )
+    assert len((Location.of(tmp_path) / "tensorboard").list()) == len(found.history)  # only one worker draws

@@ -1,0 +1,110 @@
+"""Event files as TensorBoard itself reads them; a successor leaves no step twice and no gap."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nightseg.frames.images import encode_png
+from nightseg.storage import Location, events
+from nightseg.storage.events import Curves
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Location:
+    return Location.of(tmp_path) / "curves"
+
+
+def points(folder: Location, tag: str) -> list[tuple[int, float]]:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    found = accumulator.EventAccumulator(folder.uri)
+    found.Reload()
+    return [(event.step, event.value) for event in found.Scalars(tag)]
+
+
+def names(folder: Location) -> list[str]:
+    return [entry.name for entry in folder.list()]
+
+
+def test_nothing_is_written_before_there_is_something(folder: Location) -> None:
+    curves = Curves(folder)
+    curves.scalars(1, {})
+    curves.flush()
+    assert not folder.exists()
+
+
+def test_tensorboard_reads_the_curves_in_order(folder: Location) -> None:
+    curves = Curves(folder)
+    for step in (10, 20, 30):
+        curves.scalars(step, {"loss": 1 / step, "iou/traffic light": 0.5})
+        if step != 10:
+            curves.flush()
+    assert names(folder) == ["events.out.tfevents.0000000020", "events.out.tfevents.0000000030"]
+    steps, losses = zip(*points(folder, "loss"), strict=True)
+    assert steps == (10, 20, 30) and losses == pytest.approx((0.1, 0.05, 1 / 30), rel=1e-6)
+    assert points(folder, "iou/traffic light") == [(10, 0.5), (20, 0.5), (30, 0.5)]
+
+
+def test_tensorboard_reads_the_pictures(folder: Location) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    png = encode_png(np.full((4, 6, 3), 7, np.uint8))
+    curves = Curves(folder)
+    curves.picture(5, "frames", png, 4, 6)
+    curves.flush()
+    found = accumulator.EventAccumulator(folder.uri)
+    found.Reload()
+    (picture,) = found.Images("frames")
+    assert (picture.step, picture.height, picture.width) == (5, 4, 6)
+    assert picture.encoded_image_string == png
+
+
+def test_who_continues_after_a_step_removes_what_was_later(folder: Location) -> None:
+    first = Curves(folder)
+    for step in (1, 2, 3, 4):
+        first.scalars(step, {"loss": float(step)})
+        first.flush()
+    (folder / "note.txt").write_bytes(b"mine")
+    second = Curves(folder, step=2)
+    assert names(folder) == ["events.out.tfevents.0000000001", "events.out.tfevents.0000000002", "note.txt"]
+    second.scalars(3, {"loss": 30.0})
+    second.flush()
+    assert points(folder, "loss") == [(1, 1.0), (2, 2.0), (3, 30.0)]
+
+
+def test_those_who_watch_see_it_at_times(folder: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(events.time, "monotonic", lambda: now[0])
+    curves = Curves(folder)
+    for second in range(0, 100, 10):
+        now[0] = float(second)
+        curves.scalars(second, {"loss": 1.0})
+        curves.flush_if_due()
+    assert [name[-2:] for name in names(folder)] == ["30", "60", "90"]
+    now[0] = 10_000.0  # after so long, only every 200 seconds
+    curves.flush()
+    for second in range(10_010, 10_430, 10):
+        now[0] = float(second)
+        curves.scalars(second, {"loss": 1.0})
+        curves.flush_if_due()
+    assert [int(name[-5:]) for name in names(folder)][-2:] == [10_210, 10_420]
+
+
+def test_a_record_is_framed_as_the_format_says(folder: Location) -> None:
+    """Length, its checksum, content, its checksum; the checksum of nothing is known."""
+    assert events._checksum(b"") == struct.pack("<I", 0xA282EAD8)
+    assert events._checksum(b"123456789") == struct.pack(
+        "<I", (((0xE3069283 >> 15) | (0xE3069283 << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+    )
+    curves = Curves(folder)
+    curves.scalars(1, {"loss": 1.0})
+    curves.flush()
+    data, found = (folder / names(folder)[0]).read_bytes(), 0
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        assert data[8:12] == events._checksum(data[:8])
+        assert data[12 + length : 16 + length] == events._checksum(data[12 : 12 + length])
+        data, found = data[16 + length :], found + 1
+    assert found == 2
