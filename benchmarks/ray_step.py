@@ -129,7 +129,7 @@ def _plan(size: Size, folder: Location) -> Plan:
         augmentation=Augmentation(scale=(1.0, 1.0)),
     )
     settings = (Network(encoder=ENCODER), Loss(), training)
-    return Plan(frame_table(rows), None, folder / "start", classes, *settings, seed=0, threads=1)
+    return Plan(frame_table(rows), None, folder / "start", classes, *settings, seed=0)
 
 
 class _Timed:

@@ -19,7 +19,7 @@ from nightseg.frames.taxonomy import taxonomy
 from nightseg.learning.prediction import Segmenter
 from nightseg.learning.starting import starting_network
 from nightseg.networks.checkpoint import load_tensors, save_model
-from nightseg.stages import train_segmenter as stage
+from nightseg.recipe.trainable import check_training
 from nightseg.stages.train_segmenter import Plan, learn
 from nightseg.storage import Location, UserError
 
@@ -37,9 +37,7 @@ def rows(tmp_path: Path) -> pa.Table:
 
 
 def plan_for(rows: pa.Table, folder: Path, network: Network) -> Plan:
-    return Plan(
-        rows, None, Location.of(folder) / "start", taxonomy("camvid11"), network, Loss(), TRAINING, seed=0, threads=1
-    )
+    return Plan(rows, None, Location.of(folder) / "start", taxonomy("camvid11"), network, Loss(), TRAINING, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -90,9 +88,12 @@ def test_what_is_trained_is_what_was_asked_for_and_opens_again(
         assert segmenter._network.body.get_submodule("layer3.0.conv1").stride == (2, 2)
 
 
-def test_norms_of_all_workers_need_gpus(rows: pa.Table, tmp_path: Path) -> None:
-    plan = plan_for(rows, tmp_path, Network(encoder="resnet18", norm="sync"))
+def test_norms_of_all_workers_need_gpus(rows: pa.Table) -> None:
+    def check(**compute: Any) -> None:
+        settings = {"network": Network(encoder="resnet18", norm="sync"), "training": TRAINING}
+        check_training("m", rows, None, compute=TrainCompute(**compute), steps_per_epoch=10, **settings)
+
     with pytest.raises(UserError, match=r"network\.norm sync"):
-        stage._check(plan, "m", TrainCompute(workers=2))
-    stage._check(plan, "m", TrainCompute(workers=1))
-    stage._check(plan, "m", TrainCompute(workers=2, gpus_per_worker=1))
+        check(workers=2)
+    check(workers=1)
+    check(workers=2, gpus_per_worker=1)

@@ -114,7 +114,7 @@ def plan_for(
     initial = starting_network("imagenet", **SHAPE, seed=0, say=lambda _: None)
     start = Location.of(folder) / "start"
     save_model(start, initial.state_dict(), {"kind": "semantic_fpn"})
-    return Plan(rows, validate, start, classes, NETWORK, loss, training, 0, 1)
+    return Plan(rows, validate, start, classes, NETWORK, loss, training, 0)
 
 
 def assert_same(first: Any, second: Any) -> None:
