@@ -25,6 +25,8 @@ Frames: no ray
     frames/taxonomy.py      class lists, palettes, raw-id maps
     frames/datasets.py      folder layouts
     frames/augment.py       joint transforms of image and label
+    frames/sources.py       a file, folder, pattern, table or video as frames to read
+    frames/video.py         videos as frames, frames as a video
     frames/vectors.py       columns of feature vectors
     frames/scenes/street.py     procedural street scenes: plan of a street, and the function `scene`
     frames/scenes/sheet.py      camera, and strokes that carry colour and surface together
@@ -60,6 +62,7 @@ Networks: torch, no ray
     networks/features.py    frozen features that FID compares
     networks/extractors.py  the extractors by name, and where their weights lie
     networks/checkpoint.py  model folders
+    networks/normaliser.py  bytes to an encoder's numbers, as a module
 
 Learning: how one step learns; torch, no ray
     learning/segmentation.py    cross-entropy, focal and combined loss
@@ -71,6 +74,7 @@ Learning: how one step learns; torch, no ray
     learning/translation.py loss terms of UNIT
     learning/unpaired.py    day and night crops as batches
     learning/sample_sheet.py    a look at a translator
+    learning/inference.py   how a frame goes through a network: whole, in windows, mirrored, at several scales
     learning/prediction.py  a model folder as a callable segmenter
     learning/self_training.py   which pixels of a pseudo-label are kept
 
@@ -112,6 +116,7 @@ Runs
     search.py               Ray Tune over the rounds
     distance.py             FID and KID of two sets of frames
     verbs.py                single stages without a recipe
+    masks.py                masks of images and videos without a run
     adapt.py                recipe in, results and report out
     doctor.py               is this machine fit
     console.py              how answers and errors look
@@ -132,7 +137,9 @@ def load_model(path: str | Path, device: str | None = None) -> Segmenter:
     """Open a model folder, or `RUN_DIR:MODEL` of a finished run.
 
     Returns a callable: uint8 RGB image (H, W, 3) -> (uint8 train ids (H, W), float32 confidence (H, W) in (0, 1]).
-    `device` is "cpu" or "cuda"; by default CUDA where there is one. Raises UserError if there is no such model.
+    `device` is "cpu" or "cuda"; by default CUDA where there is one. It looks once at the whole frame; another way to
+    look, with the same weights: `segment.using(window=(512, 1024), flip=True, scales=(0.75, 1, 1.25))`.
+    Raises UserError if there is no such model.
     """
     from nightseg.learning.prediction import load_model as open_folder
     from nightseg.results import model_folder

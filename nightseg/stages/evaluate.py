@@ -18,6 +18,7 @@ from nightseg.frames import table as frame
 from nightseg.frames.images import BadFrame, decode_label, encode_png, read_bytes, read_label
 from nightseg.frames.taxonomy import IGNORE, TRAIN_IDS, Taxonomy
 from nightseg.frames.taxonomy import taxonomy as load_taxonomy
+from nightseg.learning.inference import WHOLE_FRAME, Inference
 from nightseg.learning.prediction import PICTURES, Segmenter, UnreadRow, check_classes, quarantined, segment_rows
 from nightseg.measures.confusion import add_up, confusion_matrix, scores
 from nightseg.progress import Progress
@@ -45,6 +46,7 @@ def evaluate(
     progress: Progress,
     max_bad_fraction: float,
     absent_class: AbsentClass = "cityscapes",
+    inference: Inference = WHOLE_FRAME,
 ) -> Commit:
     """Commit `predictions` (the frame's columns, prediction_uri, confusion), `quarantine` and `scores.json`.
 
@@ -57,15 +59,12 @@ def evaluate(
     _check_labelled(frames, name)
     check_classes(model.folder / "model", classes)
     columns = [column for column in frames.column_names if column in frame.FRAME_SCHEMA.names]
+    device = "cuda" if compute.gpus_per_actor else "cpu"
+    arguments = {"model": model.folder / "model", "batch": compute.batch, "device": device, "classes": classes}
     records = map_shards(
         frames.select(columns),
         Evaluator,
-        {
-            "model": model.folder / "model",
-            "batch": compute.batch,
-            "device": "cuda" if compute.gpus_per_actor else "cpu",
-            "classes": classes,
-        },
+        {**arguments, "inference": inference},
         attempt=attempt,
         shard_rows=compute.shard_rows,
         actors=compute.actors,
@@ -130,8 +129,10 @@ def _check_labelled(frames: pa.Table, name: str) -> None:
 class Evaluator:
     """Segments the frames of a shard, counts their pixels against the labels, and keeps the predictions."""
 
-    def __init__(self, model: Location, batch: int, device: str, classes: Taxonomy) -> None:
-        self.segmenter = Segmenter(model, device)
+    def __init__(
+        self, model: Location, batch: int, device: str, classes: Taxonomy, inference: Inference = WHOLE_FRAME
+    ) -> None:
+        self.segmenter = Segmenter(model, device, inference)
         self.batch = batch
         self.classes = classes
 
