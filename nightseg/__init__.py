@@ -76,6 +76,7 @@ Learning: how one step learns; torch, no ray
     learning/sample_sheet.py    a look at a translator
     learning/inference.py   how a frame goes through a network: whole, in windows, mirrored, at several scales
     learning/prediction.py  a model folder as a callable segmenter
+    learning/export.py      a segmenter as an ONNX file, checked before it is written
     learning/self_training.py   which pixels of a pseudo-label are kept
 
 Compute: ray, no domain words; how work is spread
@@ -122,6 +123,7 @@ Runs
     console.py              how answers and errors look
     cli.py                  `nightseg run`, `status`, `report`, `search`, `doctor`
     cli_steps.py            `nightseg split`, `fid`, `select`, `evaluate`, `predict`
+    cli_models.py           `nightseg export`
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from nightseg import cli_steps
+from nightseg import cli_models, cli_steps
 from nightseg.console import (
     Failures,
     json_option,
@@ -207,6 +207,7 @@ def doctor(cluster: str | None, as_json: bool) -> None:
 
 for step in (cli_steps.split, cli_steps.fid, cli_steps.select, cli_steps.evaluate, cli_steps.predict):
     main.add_command(step)
+main.add_command(cli_models.export)
 
 
 if __name__ == "__main__":

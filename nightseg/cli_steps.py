@@ -219,7 +219,7 @@ def evaluate(
 
 def _inference_options(command: Callable[..., Any]) -> Callable[..., Any]:
     options = [
-        click.option("--window", metavar="HxW", callback=_size, help="Slide a window over the frames, e.g. 512x1024."),
+        click.option("--window", metavar="HxW", callback=size_in_pixels, help="Slide a window over the frames, e.g. 512x1024."),
         click.option(
             "--overlap", default=0.25, show_default=True, help="Share of a window that the next one covers again."
         ),
@@ -234,11 +234,12 @@ def _inference_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def _size(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, int] | None:
+def size_in_pixels(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, int] | None:
+    """`512x1024` as (height, width)."""
     if text is None:
         return None
     high, _, wide = text.lower().partition("x")
-    if not (high.isdecimal() and wide.isdecimal()):
+    if not (high.isdecimal() and wide.isdecimal() and int(high) and int(wide)):
         raise click.BadParameter(f"{text!r} is not HEIGHTxWIDTH in pixels, like 512x1024", context, parameter)
     return int(high), int(wide)
 

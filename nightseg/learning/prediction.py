@@ -25,7 +25,7 @@ from nightseg.frames.taxonomy import Taxonomy
 from nightseg.learning.inference import WHOLE_FRAME, Inference, Look, classify, looks_at
 from nightseg.networks.checkpoint import load_card, load_tensors
 from nightseg.networks.normaliser import Normaliser
-from nightseg.networks.semantic_fpn import build_semantic_fpn
+from nightseg.networks.semantic_fpn import SemanticFPN, build_semantic_fpn
 from nightseg.storage import Location, UserError, sha256_of
 
 _READERS = 2  # threads that decode ahead; the decoders of Pillow leave the interpreter to others
@@ -97,6 +97,11 @@ class Segmenter:
         other = copy.copy(self)
         other.inference = replace(self.inference, **modes)
         return other
+
+    @property
+    def network(self) -> SemanticFPN:
+        """In evaluation mode, on `device`: normalised images to logits at stride 4. Leave it as it is."""
+        return self._network
 
     @property
     def taxonomy(self) -> Taxonomy:

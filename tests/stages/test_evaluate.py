@@ -228,3 +228,22 @@ def test_folder_errors_name_the_files(tmp_path: Path) -> None:
     (Location.of(tmp_path / "7/predictions") / "a.png").write_bytes(b"text")
     refused("7", {}, {"a.png": LABEL}, r"a\.png: not_an_image")
     refused("8", {"a.jpg": GUESS}, {"a.png": LABEL}, "there is no PNG")
+
+
+@pytest.mark.usefixtures("serial")
+def test_the_stage_looks_as_it_is_told(
+    frames: pa.Table, model_commit: Callable[..., Commit], work: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nightseg.learning.inference import Inference
+    from nightseg.stages import evaluate as stage
+
+    used: list[Inference] = []
+
+    def segment_rows(segmenter: Any, rows: pa.Table, batch: int) -> Any:
+        used.append(segmenter.inference)
+        return iter(())
+
+    monkeypatch.setattr(stage, "segment_rows", segment_rows)
+    evaluator = stage.Evaluator(model_commit(CLASSES).folder / "model", 2, "cpu", CLASSES, Inference(flip=True))
+    evaluator(frames, Location.of("/nowhere"))
+    assert used == [Inference(flip=True)]
