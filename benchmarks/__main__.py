@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks import confusion, extraction, frechet, moments, ray_pass, spatial, subset
+from benchmarks import confusion, extraction, frechet, looks, moments, ray_pass, spatial, subset
 from benchmarks.contest import Contest, Outcome, Size, hold
 from nightseg.errors import closest
 
@@ -38,6 +38,8 @@ BENCHMARKS: dict[str, Callable[[Size], Contest]] = {
     "subset_mixture": subset.mixture,
     "ray_pass": ray_pass.contest,
     "confusion": confusion.contest,
+    "classify_whole": looks.whole,
+    "classify_many": looks.many,
 }
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("nightseg", "numpy", "scipy", "torch", "pytorch-fid")

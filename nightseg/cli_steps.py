@@ -219,7 +219,7 @@ def evaluate(
 
 def _inference_options(command: Callable[..., Any]) -> Callable[..., Any]:
     options = [
-        click.option("--window", metavar="HxW", callback=size_in_pixels, help="Slide a window over the frames, e.g. 512x1024."),
+        click.option("--window", metavar="HxW", callback=size_in_pixels, help="Slide a window over frames: 512x1024."),
         click.option(
             "--overlap", default=0.25, show_default=True, help="Share of a window that the next one covers again."
         ),
