@@ -24,6 +24,7 @@ from benchmarks import (
     confusion,
     extraction,
     frechet,
+    looks,
     loss,
     moments,
     ray_pass,
@@ -61,6 +62,8 @@ BENCHMARKS: dict[str, Callable[[Size], Contest]] = {
     "focal": loss.focal,
     "training_step": training_step.contest,
     "ray_step": ray_step.contest,
+    "classify_whole": looks.whole,
+    "classify_many": looks.many,
 }
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("nightseg", "numpy", "scipy", "torch", "pytorch-fid")

@@ -32,6 +32,8 @@ Frames: no ray
     frames/augment.py       joint transforms of image and label
     frames/pairs.py         predictions and labels of two folders, by name
     frames/labels.py        the label of a row as train ids
+    frames/sources.py       a file, folder, pattern, table or video as frames to read
+    frames/video.py         videos as frames, frames as a video
     frames/vectors.py       columns of feature vectors
     frames/scenes/street.py     procedural street scenes: plan of a street, and the function `scene`
     frames/scenes/sheet.py      camera, and strokes that carry colour and surface together
@@ -78,6 +80,7 @@ Networks: torch, no ray
     networks/features.py    frozen features that FID compares
     networks/extractors.py  the extractors by name, and where their weights lie
     networks/checkpoint.py  model folders
+    networks/normaliser.py  bytes to an encoder's numbers, as a module
 
 Translators that need no training: pixels in, pixels out; no ray
     translators/photometric.py  night by optics: less light, lens, sensor
@@ -108,7 +111,9 @@ Learning: how one step learns; torch, no ray
     learning/translation.py loss terms of UNIT
     learning/unpaired.py    day and night crops as batches
     learning/sample_sheet.py    a look at a translator
+    learning/inference.py   how a frame goes through a network: whole, in windows, mirrored, at several scales
     learning/prediction.py  a model folder as a callable segmenter
+    learning/export.py      a segmenter as an ONNX file, checked before it is written
     learning/self_training.py   which pixels of a pseudo-label are kept
 
 Compute: ray, no domain words; how work is spread
@@ -154,12 +159,13 @@ Runs
     folder_scores.py        scores of a folder of predictions
     verbs.py                single stages without a recipe
     convert.py              detectron2's checkpoints as model folders, and back
+    masks.py                masks of images and videos without a run
     adapt.py                recipe in, results and report out
     doctor.py               is this machine fit
     console.py              how answers and errors look
     cli.py                  `nightseg run`, `status`, `report`, `search`, `doctor`
-    cli_models.py           `nightseg convert`
     cli_steps.py            `nightseg split`, `fid`, `select`, `evaluate`, `predict`
+    cli_models.py           `nightseg convert`, `export`
 """
 
 from __future__ import annotations
@@ -175,7 +181,9 @@ def load_model(path: str | Path, device: str | None = None) -> Segmenter:
     """Open a model folder, or `RUN_DIR:MODEL` of a finished run.
 
     Returns a callable: uint8 RGB image (H, W, 3) -> (uint8 train ids (H, W), float32 confidence (H, W) in (0, 1]).
-    `device` is "cpu" or "cuda"; by default CUDA where there is one. Raises UserError if there is no such model.
+    `device` is "cpu" or "cuda"; by default CUDA where there is one. It looks once at the whole frame; another way to
+    look, with the same weights: `segment.using(window=(512, 1024), flip=True, scales=(0.75, 1, 1.25))`.
+    Raises UserError if there is no such model.
     """
     from nightseg.learning.prediction import load_model as open_folder
     from nightseg.results import model_folder

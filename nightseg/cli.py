@@ -215,6 +215,7 @@ for step in (
     cli_models.convert,
 ):
     main.add_command(step)
+main.add_command(cli_models.export)
 
 
 if __name__ == "__main__":

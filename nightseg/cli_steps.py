@@ -253,27 +253,87 @@ def evaluate(
         print_folder_scores(scores)
 
 
+def _inference_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    options = [
+        click.option("--window", metavar="HxW", callback=size_in_pixels, help="Slide a window over frames: 512x1024."),
+        click.option(
+            "--overlap", default=0.25, show_default=True, help="Share of a window that the next one covers again."
+        ),
+        click.option("--flip", is_flag=True, help="Look at the mirrored frame as well."),
+        click.option("--scales", default="1", show_default=True, metavar="LIST", callback=_factors,
+                     help="Look once at each scale, e.g. 0.75,1,1.25."),
+        click.option("--precision", default="float32", show_default=True,
+                     type=click.Choice(["float32", "bfloat16"]), help="Of the network."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def size_in_pixels(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, int] | None:
+    """`512x1024` as (height, width)."""
+    if text is None:
+        return None
+    high, _, wide = text.lower().partition("x")
+    if not (high.isdecimal() and wide.isdecimal() and int(high) and int(wide)):
+        raise click.BadParameter(f"{text!r} is not HEIGHTxWIDTH in pixels, like 512x1024", context, parameter)
+    return int(high), int(wide)
+
+
+def _factors(context: click.Context, parameter: click.Parameter, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(word) for word in text.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is not a list of numbers, like 0.75,1,1.25", context, parameter) from error
+
+
 @click.command()
 @click.argument("model")
-@click.argument("images")
+@click.argument("source")
 @click.option("--out", required=True, metavar="DIR", help="Gets the masks, and a folder for each other picture.")
 @click.option("--save", default="mask", show_default=True, metavar="LIST", help="Any of mask,color,overlay,confidence.")
+@click.option("--overlay-video", is_flag=True, help="Of a video: the overlays as NAME.overlay.mp4, too.")
+@_inference_options
+@click.option("--device", help="cpu, cuda or cuda:N. Default: CUDA where there is one; with --actors, cpu.")
+@click.option("--batch", default=8, show_default=True, type=click.IntRange(1), help="Frames, or windows, at a time.")
+@click.option("--actors", type=click.IntRange(1), help="Spread images over this many actors of Ray, one CPU each.")
 @json_option
-def predict(model: str, images: str, out: str, save: str, as_json: bool) -> None:
-    """Segment a folder of images.
+def predict(
+    model: str,
+    source: str,
+    out: str,
+    save: str,
+    overlay_video: bool,
+    device: str | None,
+    batch: int,
+    actors: int | None,
+    as_json: bool,
+    **modes: Any,
+) -> None:
+    """Segment images and videos.
 
-    MODEL is a model folder, or RUN_DIR:MODEL_NAME of a finished run. IMAGES may also be one file.
+    MODEL is a model folder, or RUN_DIR:MODEL_NAME of a finished run. SOURCE is a file, a folder (its images, to the
+    bottom), a quoted pattern (** stands for any folders), a frame table (.parquet) or a video, whose frames are named
+    by number. Where windows overlap logits are averaged, over mirror and scales probabilities.
+
+    What cannot be read is listed in quarantine.json with a reason. An interrupted command that is given again
+    continues, if model, settings and files are still the same; a finished one makes everything anew.
 
     \b
     nightseg predict runs/demo:self_trained /data/night --out masks --save mask,overlay
+    nightseg predict runs/demo:self_trained 'drives/**/*.jpg' --out masks --flip --scales 0.75,1,1.25
+    nightseg predict runs/demo:self_trained drive.mp4 --out drive --window 512x1024 --overlay-video
     """
+    from nightseg.learning.inference import Inference
+    from nightseg.masks import Wishes, predict_frames
     from nightseg.progress import progress_for
     from nightseg.results import model_folder
-    from nightseg.stages.predict import check_pictures, predict_folder
+    from nightseg.stages.predict import check_pictures
 
     pictures = check_pictures([word.strip() for word in save.split(",") if word.strip()])
+    wishes = Wishes(pictures, Inference(**modes), batch, device, overlay_video)
     with libraries_on_stderr():
-        found = predict_folder(
-            model_folder(model), Location.of(images), Location.of(out), save=pictures, progress=progress_for()
+        found = predict_frames(
+            model_folder(model), source, Location.of(out), wishes=wishes, actors=actors, progress=progress_for()
         )
     answer(found, as_json)

@@ -242,6 +242,24 @@ class Network(Strict):
         return {key: value for key, value in whole.items() if key not in later or value != later[key]}
 
 
+class Inference(Strict):
+    """How a trained model looks at frames in evaluation, pseudo-labels, predictions. Validation sees whole frames."""
+
+    window: Size | None = Field(default=None, description="(height, width) of a sliding window; null = whole frames")
+    overlap: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.25, description="share of a window covered again")
+    flip: bool = Field(default=False, description="look at the mirrored frame as well; probabilities are averaged")
+    scales: Annotated[tuple[Annotated[float, Field(gt=0, le=4)], ...], Field(min_length=1)] = Field(
+        default=(1.0,), description="factors of the input size, one look each; probabilities are averaged"
+    )
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+    @model_validator(mode="after")
+    def _every_scale_once(self) -> Inference:
+        if len(set(self.scales)) != len(self.scales):
+            raise ValueError("a scale stands there twice, which would count its look double")
+        return self
+
+
 EXTRACTORS = (
     *("efficientnet_lite0", "inception", "inception_768", "inception_192", "inception_64"),
     *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
@@ -292,6 +310,7 @@ class SelfTraining(Strict):
     teacher: Name | None = Field(default=None, description="null = the model this one starts from")
     select: Selection | None = Field(default=None, description="null = every frame of the pool")
     threshold: Threshold = Threshold()
+    inference: Inference | None = Field(default=None, description="how the teacher looks; null = the recipe's")
 
 
 class TestRow(Strict):
@@ -361,6 +380,7 @@ class Recipe(Strict):
     network: Network = Network()
     loss: Loss = Loss()
     training: Training = Training()
+    inference: Inference = Inference()
     models: dict[Name, Model] = {}
     test_sets: dict[Name, Name] = Field(default={}, description="name in the tables -> dataset")
     evaluation: Evaluation = Evaluation()

@@ -11,6 +11,7 @@ from typing import Any
 
 from nightseg.config import (
     FolderDataset,
+    Inference,
     JoinedDataset,
     MapCompute,
     Model,
@@ -26,6 +27,7 @@ from nightseg.config import (
 from nightseg.frames import datasets as layouts
 from nightseg.frames.taxonomy import taxonomy
 from nightseg.graph import Graph, Inputs, ModelNodes, Node, NodeId, TestNode, View, Views, Work
+from nightseg.learning import inference as modes
 from nightseg.learning.starting import start_identity
 from nightseg.progress import Progress
 from nightseg.recipe.chain import expand_rounds
@@ -236,7 +238,7 @@ class _Builder:
         return node
 
     def _pseudo_label(self, name: str, model: Model, learning: SelfTraining) -> tuple[NodeId | None, NodeId]:
-        teacher = self.model(learning.teacher or model.start)
+        teacher, looks = self.model(learning.teacher or model.start), learning.inference or self.recipe.inference
         chosen = self._select(name, model, learning)
         views = self.dataset(learning.pool) if chosen is None else (View(chosen),)
 
@@ -247,10 +249,10 @@ class _Builder:
                 name=name,
                 threshold=learning.threshold,
                 taxonomy=self.recipe.taxonomy,
-                **self._spread(attempt, progress),
+                **self._spread(attempt, progress, looks),
             )
 
-        part = learning.threshold.model_dump(mode="json") | self._frame_pass()
+        part = learning.threshold.model_dump(mode="json") | self._frame_pass(looks)
         part |= {"of": [str(view) for view in views], "teacher": str(teacher), "taxonomy": self.taxonomy}
         return chosen, self._add("pseudo_label", name, pseudo_label.VERSION, part, (*views, teacher), work)
 
@@ -259,7 +261,8 @@ class _Builder:
         if choice is None:
             return None
         pool = self.dataset(learning.pool)
-        near = [choice.reference] if choice.reference else [d for d in model.train if self._is_translated(d)]
+        translated = [name for name in model.train if isinstance(self.recipe.datasets[name], TranslatedDataset)]
+        near = [choice.reference] if choice.reference else translated
         spatial = choice.method == "spatial" and bool(near)
         extraction = score.Extraction.of(choice)
         reference = score_frames(self, near, extraction, positions=spatial) if near else None
@@ -288,9 +291,6 @@ class _Builder:
         sizes: dict[str, Any] = {"takes": pool, "most_rows": choice.count}
         return self._add("select", name, select.VERSION, part, needs, work, seed=self.recipe.seed, **sizes)
 
-    def _is_translated(self, name: str) -> bool:
-        return isinstance(self.recipe.datasets[name], TranslatedDataset)
-
     def _sources(self, names: Iterable[str]) -> Views:
         """The views that the frames of these datasets were made from: where a leak of test frames can be seen."""
         found: list[View] = []
@@ -318,7 +318,8 @@ class _Builder:
         self.graph.models[name] = ModelNodes(nodes.train, nodes.select, nodes.pseudo_label, nodes.facts, tests)
 
     def _evaluate(self, model: str, test: str, trained: NodeId) -> NodeId:
-        views, boundary = self.dataset(self.recipe.test_sets[test]), self.recipe.evaluation.boundary
+        views, looks = self.dataset(self.recipe.test_sets[test]), self.recipe.inference
+        boundary = self.recipe.evaluation.boundary
 
         def work(inputs: Inputs, attempt: Attempt, progress: Progress) -> Commit:
             return evaluate.evaluate(
@@ -327,39 +328,42 @@ class _Builder:
                 name=f"{model}.{test}",
                 taxonomy=self.recipe.taxonomy,
                 boundary=boundary,
-                **self._spread(attempt, progress),
+                **self._spread(attempt, progress, looks),
             )
 
-        part = {"of": [str(view) for view in views], "taxonomy": self.taxonomy, **self._frame_pass()}
+        part = {"of": [str(view) for view in views], "taxonomy": self.taxonomy, **self._frame_pass(looks)}
         part |= {} if boundary is None else {"boundary": boundary}
         return self._add("evaluate", f"{model}.{test}", evaluate.VERSION, part, (*views, trained), work)
 
     def prediction(self, name: str) -> None:
         wanted = self.recipe.predictions[name]
-        views, trained = self.dataset(wanted.dataset), self.model(wanted.model)
+        views, trained, looks = self.dataset(wanted.dataset), self.model(wanted.model), self.recipe.inference
 
         def work(inputs: Inputs, attempt: Attempt, progress: Progress) -> Commit:
             return predict.predict(
                 inputs.frames(views),
                 inputs[trained],
                 name=name,
-                **self._spread(attempt, progress),
+                **self._spread(attempt, progress, looks),
             )
 
-        part = {"of": [str(view) for view in views], **self._frame_pass()}
+        part = {"of": [str(view) for view in views], **self._frame_pass(looks)}
         node = self._add("predict", name, predict.VERSION, part, (*views, trained), work)
         self.graph.predictions[name] = (node, wanted)
 
     # -- nodes -------------------------------------------------------------------------------------------------------
 
-    def _spread(self, attempt: Attempt, progress: Progress) -> dict[str, Any]:
-        """The arguments that every pass over frames takes."""
+    def _spread(self, attempt: Attempt, progress: Progress, looks: Inference | None = None) -> dict[str, Any]:
+        """The arguments that every pass over frames takes, and how a pass with a segmenter looks at them."""
         compute, bad = self.recipe.compute.map, self.recipe.max_bad_fraction
-        return {"attempt": attempt, "progress": progress, "compute": compute, "max_bad_fraction": bad}
+        seen = {"inference": modes.Inference(**looks.model_dump())} if looks else {}
+        return {"attempt": attempt, "progress": progress, "compute": compute, "max_bad_fraction": bad, **seen}
 
-    def _frame_pass(self) -> dict[str, Any]:
+    def _frame_pass(self, looks: Inference | None = None) -> dict[str, Any]:
         """What shapes the output of a pass over frames: shards are files, and too many bad frames are an error."""
-        return {"shard_rows": self.recipe.compute.map.shard_rows, "max_bad_fraction": self.recipe.max_bad_fraction}
+        part = {"shard_rows": self.recipe.compute.map.shard_rows, "max_bad_fraction": self.recipe.max_bad_fraction}
+        # Whole frames leave no trace, so what was made before there were other ways to look is not made again.
+        return part if looks is None or looks == Inference() else part | {"inference": looks.model_dump(mode="json")}
 
     def _add(
         self,

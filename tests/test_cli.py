@@ -13,12 +13,16 @@ from click.testing import CliRunner, Result
 
 from nightseg import adapt as adapt_module
 from nightseg import doctor as doctor_module
+from nightseg import masks as masks_module
 from nightseg import search as search_module
 from nightseg import verbs
 from nightseg.cli import main
 from nightseg.doctor import Finding
 from nightseg.frames.images import encode_png
 from nightseg.frames.taxonomy import taxonomy
+from nightseg.learning import export as export_module
+from nightseg.learning.inference import Inference
+from nightseg.masks import Wishes
 from nightseg.measures.frechet import Statistics, write_statistics
 from nightseg.networks.checkpoint import save_model
 from nightseg.networks.semantic_fpn import build_semantic_fpn
@@ -29,7 +33,7 @@ from nightseg.workspace import Workspace
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 VERBS = sorted(main.commands)
-JSON_VERBS = ["doctor", "evaluate", "fid", "predict", "run", "search", "select", "split", "status"]
+JSON_VERBS = ["doctor", "evaluate", "export", "fid", "predict", "run", "search", "select", "split", "status"]
 BAD = """
 name: bad
 seed: one
@@ -139,6 +143,14 @@ def test_verbs_that_answer_can_answer_in_json(verb: str) -> None:
         (("evaluate", "a", "b", "--taxonomy", "no.yaml"), "no such file"),
         (("predict", "/does/not/exist", "a", "--out", "o"), "neither a model folder"),
         (("predict", "m", "a", "--out", "o", "--save", "maks"), "unknown picture 'maks'"),
+        (("predict", "m", "a", "--out", "o", "--window", "512"), "'512' is not HEIGHTxWIDTH in pixels, like 512x1024"),
+        (("predict", "m", "a", "--out", "o", "--window", "0x8"), "'0x8' is not HEIGHTxWIDTH in pixels, like 512x1024"),
+        (("predict", "m", "a", "--out", "o", "--scales", "1;2"), "'1;2' is not a list of numbers, like 0.75,1,1.25"),
+        (("predict", "m", "a", "--out", "o", "--scales", "1,9"), "above 0, at most 4"),
+        (("predict", "m", "a", "--out", "o", "--overlap", "1"), "overlap 1.0"),
+        (("export", "/does/not/exist", "--out", "o.onnx"), "neither a model folder"),
+        (("export", "m", "--out", "o.onnx", "--size", "0x4"), "'0x4' is not HEIGHTxWIDTH in pixels, like 512x1024"),
+        (("export", "m", "--out", "o.onnx", "--tolerance", "0"), "--tolerance"),
         (("doctor", "--cluster", "/does/not/exist"), "there is no such file"),
         (("doctor", "--cluster", CONFIGS), "there is no such file"),
     ],
@@ -355,7 +367,66 @@ def test_predict_writes_masks(tmp_path: Path) -> None:
     assert (answer["written"], answer["quarantined"], answer["save"]) == (1, 1, ["mask", "color"])
     assert (tmp_path / "masks/a.png").exists()
     assert "quarantined: 1\n" in good(*words).stdout
-    assert "no such folder" in refused("predict", tmp_path / "model", tmp_path / "gone", "--out", tmp_path / "o")
+    gone = refused("predict", tmp_path / "model", tmp_path / "gone", "--out", tmp_path / "o")
+    assert "no such file or folder" in gone
+
+
+def test_predict_passes_on_what_it_was_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {}
+
+    def predict_frames(model: Location, source: str, out: Location, **more: Any) -> dict[str, Any]:
+        asked.update(more, source=source, out=out)
+        return {"written": 3}
+
+    monkeypatch.setattr(masks_module, "predict_frames", predict_frames)
+    (tmp_path / "model.json").write_text("{}")
+    words = ("predict", tmp_path, "drives/**/*.jpg", "--out", "o")
+    assert json_of(*words) == {"written": 3}
+    assert (asked["wishes"], asked["actors"], asked["source"]) == (Wishes(), None, "drives/**/*.jpg")
+    looks = (
+        "--window",
+        "512x1024",
+        "--overlap",
+        "0.5",
+        "--flip",
+        "--scales",
+        "0.75, 1,1.25",
+        "--precision",
+        "bfloat16",
+    )
+    rest = ("--batch", "3", "--device", "cpu", "--actors", "2", "--overlay-video", "--save", "color")
+    json_of(*words, *looks, *rest)
+    inference = Inference((512, 1024), 0.5, True, (0.75, 1.0, 1.25), "bfloat16")
+    assert asked["wishes"] == Wishes(("color",), inference, 3, "cpu", True) and asked["actors"] == 2
+
+
+def test_export_shows_the_check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    check = {"batch": 2, "height": 65, "width": 93, "max_abs_difference": 1.5e-6}
+    check |= {"label_agreement": 1.0, "segmenter_agreement": 0.9965}
+    asked: dict[str, Any] = {}
+
+    def export_onnx(model: Location, out: Location, **more: Any) -> dict[str, Any]:
+        asked.update(more)
+        return {"out": "night.onnx", "checks": [check]}
+
+    monkeypatch.setattr(export_module, "export_onnx", export_onnx)
+    (tmp_path / "model.json").write_text("{}")
+    words = (
+        "export",
+        tmp_path,
+        "--out",
+        "night.onnx",
+        "--size",
+        "512x1024",
+        "--output",
+        "logits",
+        "--tolerance",
+        "1e-5",
+    )
+    assert json_of(*words) == {"out": "night.onnx", "checks": [check]}
+    assert asked == {"size": (512, 1024), "output": "logits", "tolerance": 1e-5}
+    out = good(*words).stdout
+    assert "2 x 65 x 93" in out and "1.5e-06" in out and "100.000" in out and "99.650" in out
 
 
 @pytest.mark.parametrize(

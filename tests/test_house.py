@@ -15,7 +15,7 @@ FLOORS: dict[str, int] = {
     "frames": 3, "recipe": 4, "measures": 5, "networks": 5, "learning": 6, "compute": 6, "translators": 6,
     "stages": 7, "graph": 8, "rounds": 9, "rounds_translation": 9, "results": 9,
     "runner": 10, "report": 11, "trials": 11, "search": 12, "verbs": 12,
-    "distance": 12, "folder_scores": 12, "adapt": 12, "convert": 12, "doctor": 12, "console": 13,
+    "distance": 12, "folder_scores": 12, "masks": 12, "adapt": 12, "convert": 12, "doctor": 12, "console": 13,
     "cli_steps": 14, "cli_models": 14, "cli": 15,
 }  # fmt: skip
 NEIGHBOURS = (5, 6)  # floors whose rooms do not know each other

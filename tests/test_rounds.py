@@ -241,3 +241,54 @@ def test_boundary_iou_is_part_of_an_evaluations_key_only_where_it_is_asked_for(t
     assert part("evaluation: {boundary: 0.02}") == part("") | {"boundary": 0.02}
     with pytest.raises(UserError, match=r"evaluation\.boundary"):
         part("evaluation: {boundary: 2}")
+
+
+def test_other_ways_to_look_make_other_stages_and_whole_frames_the_old_ones(tmp_path: Path) -> None:
+    """A key is a hash of the stage's part of the recipe: without modes it must not even mention them."""
+    models = "  a: {train: [day]}\n  b: {train: [day], start: a, self_training: {pool: night%s}}"
+    show = "predictions: {p: {dataset: night, model: b}}\n"
+    careful = "{flip: true, scales: [0.75, 1.0]}"
+
+    def parts(own: str = "", more: str = "") -> dict[str, object]:
+        graph = build_graph(scenes_recipe(tmp_path, models % own, show + more))
+        return {str(node): found.recipe for node, found in graph.nodes.items()}
+
+    plain = parts()
+    assert "inference" not in str(plain)
+    assert parts(more="inference: {overlap: 0.25, scales: [1.0], window: null}") == plain
+    looked = parts(more=f"inference: {careful}")
+    assert {node for node in plain if looked[node] != plain[node]} == {
+        "pseudo_label/b", "predict/p", "evaluate/a.test", "evaluate/b.test"
+    }  # fmt: skip
+    taught = parts(own=f", inference: {careful}")
+    assert {node for node in plain if taught[node] != plain[node]} == {"pseudo_label/b"}
+    with pytest.raises(UserError, match=r"inference\.windw: unknown key, did you mean 'window'"):
+        parts(more="inference: {windw: [4, 4]}")
+    with pytest.raises(UserError, match="a scale stands there twice"):
+        parts(more="inference: {scales: [1.0, 1.0]}")
+
+
+def test_a_pass_gets_the_modes_of_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nightseg.learning.inference import Inference
+    from nightseg.rounds import evaluate, predict, pseudo_label
+
+    asked: dict[str, Inference] = {}
+    for module in (evaluate, predict, pseudo_label):
+        name = module.__name__.rpartition(".")[2]
+        monkeypatch.setattr(module, name, lambda *_, _of=name, **more: asked.update({_of: more["inference"]}))
+    models = "  a: {train: [day]}\n  b: {train: [day], start: a, self_training: {pool: day, inference: {flip: true}}}"
+    more = "predictions: {p: {dataset: day, model: a}}\ninference: {window: [64, 128], precision: bfloat16}"
+    graph = build_graph(scenes_recipe(tmp_path, models, more))
+
+    class Anything:
+        def frames(self, views: object) -> None:
+            return None
+
+        def __getitem__(self, node: object) -> None:
+            return None
+
+    for node, found in graph.nodes.items():
+        if node.stage in ("evaluate", "predict", "pseudo_label"):
+            found.work(Anything(), None, None)  # type: ignore[arg-type]
+    windows = Inference(window=(64, 128), precision="bfloat16")
+    assert asked == {"evaluate": windows, "predict": windows, "pseudo_label": Inference(flip=True)}

@@ -93,7 +93,18 @@ def list_frames(
     Files whose name starts with a dot are not frames. Raises UserError: no such folder, no such split, no image.
     """
     listing = _list(layout, root, split, labelled)
-    pairs = _pairs(layout, listing, label_encoding)
+    candidates = _candidates(listing, _pairs(layout, listing, label_encoding), dataset, domain)
+    candidates.sort(key=lambda candidate: candidate.frame_id)
+    return candidates[:limit]
+
+
+def named_frames(root: Location, names: Iterable[str], dataset: str) -> list[Candidate]:
+    """The candidates that `list_frames` would make of these files (names below `root`), in the order of the names."""
+    entries = [Entry(name, 0, 0, False) for name in names]
+    return _candidates(_Listing(root, entries, None, []), [_plain_pair(e.name) for e in entries], dataset, "unknown")
+
+
+def _candidates(listing: _Listing, pairs: list[_Pair], dataset: str, domain: str) -> list[Candidate]:
     candidates = []
     for pair, name in zip(pairs, _unique_names(pairs), strict=True):
         uri, image_problem = _file(listing.images, pair.image)
@@ -111,8 +122,7 @@ def list_frames(
                 problem=image_problem or label_problem,
             )
         )
-    candidates.sort(key=lambda candidate: candidate.frame_id)
-    return candidates[:limit]
+    return candidates
 
 
 def check_folders(layout: str, root: Location, *, split: str = "", labelled: bool = True) -> None:

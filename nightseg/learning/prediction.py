@@ -1,11 +1,14 @@
 """A model folder as a callable: frames in, train ids and confidence out, at the frames' own size.
 
-B = batch, K = classes, H W = height and width of a frame or of the network's input, h w = of the logits (stride 4).
+B = batch, C = colours, H W = height and width of a frame or of the network's input, h w = of the logits (stride 4).
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,18 +16,19 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nightseg.frames import table as frame
 from nightseg.frames.augment import resize_image
 from nightseg.frames.images import BadFrame, decode_image, encode_jpeg, encode_png, read_bytes
 from nightseg.frames.taxonomy import Taxonomy
+from nightseg.learning.inference import WHOLE_FRAME, Inference, Look, classify, looks_at
 from nightseg.networks.checkpoint import load_card, load_tensors
-from nightseg.networks.encoders import normalise
-from nightseg.networks.semantic_fpn import open_semantic_fpn, upsample_logits
+from nightseg.networks.normaliser import Normaliser
+from nightseg.networks.semantic_fpn import SemanticFPN, open_semantic_fpn
 from nightseg.storage import Location, UserError, sha256_of
 
+_READERS = 2  # threads that decode ahead; the decoders of Pillow leave the interpreter to others
 Image = npt.NDArray[np.uint8]
 Picture = Literal["mask", "color", "overlay", "confidence"]
 PICTURES: tuple[Picture, ...] = ("mask", "color", "overlay", "confidence")
@@ -63,16 +67,35 @@ def load_model(path: str | Path | Location, device: str | None = None) -> Segmen
 
 
 class Segmenter:
-    """A segmenter in evaluation mode. It resizes, normalises and scales back by what its model card says."""
+    """A segmenter in evaluation mode. It resizes, normalises and scales back by what its model card says.
 
-    def __init__(self, folder: Location, device: str | None = None) -> None:
+    `inference` says how frames are looked at: whole by default, or in windows, mirrored, at several scales.
+    """
+
+    def __init__(self, folder: Location, device: str | None = None, inference: Inference = WHOLE_FRAME) -> None:
         tensors, card = load_tensors(folder)
-        _check_kind(folder, card)
+        check_kind(folder, card)
         self.card: Mapping[str, Any] = card
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = usable_device(device)
+        self.inference = inference
         network = open_semantic_fpn(tensors, card)
         # In two steps: `Module.to` has no signature for both at once.
-        self._network = network.to(self.device).to(memory_format=torch.channels_last)
+        self._network = network.eval().to(self.device).to(memory_format=torch.channels_last)
+        self._normalise = Normaliser(card["mean"], card["std"]).to(self.device)
+
+    def using(self, **modes: Any) -> Segmenter:
+        """The same network with other modes: `segment.using(flip=True, scales=(0.75, 1, 1.25))`. Copies no weights.
+
+        `modes` are fields of `Inference`; those that are not named stay. Raises UserError for what cannot be meant.
+        """
+        other = copy.copy(self)
+        other.inference = replace(self.inference, **modes)
+        return other
+
+    @property
+    def network(self) -> SemanticFPN:
+        """In evaluation mode, on `device`: normalised images to logits at stride 4. Leave it as it is."""
+        return self._network
 
     @property
     def taxonomy(self) -> Taxonomy:
@@ -87,35 +110,75 @@ class Segmenter:
 
     @torch.inference_mode()
     def batch(self, images: Sequence[Image]) -> list[Segmented]:
-        """Several frames, of mixed sizes if need be; those that reach the network in one size share a pass."""
-        inputs = [self._input(image) for image in images]
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for place, input_CHW in enumerate(inputs):
-            groups.setdefault(tuple(input_CHW.shape), []).append(place)
-        results: dict[int, Segmented] = {}
-        for (_, height, width), places in groups.items():
-            inputs_BCHW = torch.stack([inputs[place] for place in places])
-            logits_BKhw = self._network(normalise(inputs_BCHW, self.card["mean"], self.card["std"]))
-            for place, logits_Khw in zip(places, logits_BKhw, strict=True):
-                logits_1KHW = upsample_logits(logits_Khw[None], height, width)
-                results[place] = _segment(_to_size(logits_1KHW, images[place].shape[:2]))
-        return [results[place] for place in range(len(images))]
+        """Several frames, of mixed sizes if need be; those that reach the network in one size share a pass.
 
-    def _input(self, image_HWC: Image) -> Tensor:
+        On a GPU everything is queued, and waited for once, at the end.
+        """
+        looks: list[list[Look]] = [[] for _ in images]
+        for scale in self.inference.scales:
+            inputs = [self._input(image, scale) for image in images]
+            groups: dict[tuple[int, ...], list[int]] = {}
+            for place, input_CHW in enumerate(inputs):
+                groups.setdefault(tuple(input_CHW.shape), []).append(place)
+            for places in groups.values():
+                inputs_BCHW = torch.stack([inputs[place] for place in places])
+                for mirrored in (False, True) if self.inference.flip else (False,):
+                    found = looks_at(self._logits, inputs_BCHW, self.inference, mirrored=mirrored)
+                    for place, look in zip(places, found, strict=True):
+                        looks[place].append(look)
+        sizes = [(image.shape[0], image.shape[1]) for image in images]
+        return self._on_host([classify(seen, size) for seen, size in zip(looks, sizes, strict=True)])
+
+    def _logits(self, inputs_BCHW: Tensor) -> Tensor:
+        logits_BKhw: Tensor = self._network(self._normalise(inputs_BCHW))
+        return logits_BKhw
+
+    def _input(self, image_HWC: Image, scale: float) -> Tensor:
         if image_HWC.dtype != np.uint8 or image_HWC.ndim != 3 or image_HWC.shape[2] != 3:
             raise UserError(
                 f"an image must be uint8 RGB of shape (height, width, 3), this one is {image_HWC.dtype} "
                 f"{tuple(image_HWC.shape)}; convert it first, grey images by repeating the channel"
             )
+        size = self.card["input_size"] or image_HWC.shape[:2]
         # On the CPU like in training: another device may round the resized bytes differently.
         image_CHW = torch.from_numpy(np.ascontiguousarray(image_HWC.transpose(2, 0, 1)))
-        return resize_image(image_CHW, self.card["input_size"]).to(self.device)
+        resized_CHW = resize_image(image_CHW, [max(1, round(side * scale)) for side in size])
+        return (resized_CHW.pin_memory() if self.device.type == "cuda" else resized_CHW).to(
+            self.device, non_blocking=True
+        )
+
+    def _on_host(self, found: Sequence[tuple[Tensor, Tensor]]) -> list[Segmented]:
+        if self.device.type != "cuda":
+            return [Segmented(labels_HW.cpu().numpy(), sure_HW.cpu().numpy()) for labels_HW, sure_HW in found]
+        pinned = [tuple(torch.empty_like(part, device="cpu", pin_memory=True) for part in pair) for pair in found]
+        for pair, there in zip(found, pinned, strict=True):
+            for part, copied in zip(pair, there, strict=True):
+                copied.copy_(part, non_blocking=True)
+        torch.cuda.current_stream(self.device).synchronize()
+        # Copied once more: results that somebody keeps must not keep pinned memory, which the whole machine shares.
+        return [Segmented(labels_HW.numpy().copy(), sure_HW.numpy().copy()) for labels_HW, sure_HW in pinned]
+
+
+def usable_device(name: str | None) -> torch.device:
+    """The named device, or CUDA where there is one, or the CPU. Raises UserError if the named one is not there."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device {name!r}: unknown; known: cpu, cuda, cuda:0, ...") from error
+    if device.type == "cuda" and not 0 <= (device.index or 0) < torch.cuda.device_count():
+        raise UserError(
+            f"device {name!r}: PyTorch sees {torch.cuda.device_count()} CUDA GPUs here. Cure: --device cpu, or a "
+            "machine and an installation of PyTorch with CUDA"
+        )
+    return device
 
 
 def check_classes(folder: Location, classes: Taxonomy) -> None:
     """Raise UserError unless the folder holds a segmenter of exactly these classes. Reads the card only."""
     card = load_card(folder)
-    _check_kind(folder, card)
+    check_kind(folder, card)
     known = tuple(card["taxonomy"]["classes"])
     if known != classes.classes:
         raise UserError(
@@ -125,7 +188,8 @@ def check_classes(folder: Location, classes: Taxonomy) -> None:
         )
 
 
-def _check_kind(folder: Location, card: Mapping[str, Any]) -> None:
+def check_kind(folder: Location, card: Mapping[str, Any]) -> None:
+    """Raise UserError unless the card is a segmenter's."""
     if card["kind"] != "semantic_fpn":
         raise UserError(
             f"{folder.uri} holds a model of kind {card['kind']!r}, but a segmenter (semantic_fpn) is needed; "
@@ -133,30 +197,27 @@ def _check_kind(folder: Location, card: Mapping[str, Any]) -> None:
         )
 
 
-def _to_size(logits_1KHW: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Logits of the network's input -> (K, H, W) at the frame's own size, bilinear; one frame, to bound the memory."""
-    if tuple(logits_1KHW.shape[2:]) != size:
-        logits_1KHW = F.interpolate(logits_1KHW, size, mode="bilinear", align_corners=False)
-    return logits_1KHW[0]
-
-
-def _segment(logits_KHW: Tensor) -> Segmented:
-    highest_HW, labels_HW = logits_KHW.max(dim=0)
-    # The softmax of the winner alone, exp(u_max - u_max) = 1 over the sum: no K probabilities are kept.
-    confidence_HW = torch.exp(logits_KHW - highest_HW).sum(dim=0).reciprocal()
-    return Segmented(labels_HW.to(torch.uint8).cpu().numpy(), confidence_HW.cpu().numpy())
-
-
 # -- rows of a frame table -------------------------------------------------------------------------------------------
 
 
 def segment_rows(segmenter: Segmenter, rows: pa.Table, batch: int) -> Iterator[SegmentedRow | UnreadRow]:
     """Read and segment the frames of a resolved table, in its order; a frame that cannot be used does not stop it."""
-    for start in range(0, rows.num_rows, batch):
-        read = [_read(row) for row in rows.slice(start, batch).to_pylist()]
+    for read in _read_ahead(rows, batch):
         found = iter(segmenter.batch([image for _, image in read if not isinstance(image, BadFrame)]))
         for row, image in read:
             yield UnreadRow(row, image) if isinstance(image, BadFrame) else SegmentedRow(row, image, next(found))
+
+
+def _read_ahead(rows: pa.Table, batch: int) -> Iterator[list[tuple[dict[str, Any], Image | BadFrame]]]:
+    """The frames of one batch after another; the next is read while the present one is worked on."""
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="nightseg-read") as readers:
+        waiting: list[Future[tuple[dict[str, Any], Image | BadFrame]]] = []
+        for start in range(0, rows.num_rows, batch):
+            coming = [readers.submit(_read, row) for row in rows.slice(start, batch).to_pylist()]
+            if waiting:
+                yield [future.result() for future in waiting]
+            waiting = coming
+        yield [future.result() for future in waiting]
 
 
 def _read(row: dict[str, Any]) -> tuple[dict[str, Any], Image | BadFrame]:

@@ -17,6 +17,7 @@ from nightseg.frames import table as frame
 from nightseg.frames.images import BadFrame, decode_label, encode_png, read_bytes
 from nightseg.frames.taxonomy import Taxonomy
 from nightseg.frames.taxonomy import taxonomy as load_taxonomy
+from nightseg.learning.inference import WHOLE_FRAME, Inference
 from nightseg.learning.prediction import Segmenter, UnreadRow, check_classes, quarantined, segment_rows
 from nightseg.measures.boundary import boundary_counts, boundary_scores
 from nightseg.measures.confusion import Counts, add_up, confusion_matrix, scores
@@ -46,6 +47,7 @@ def evaluate(
     max_bad_fraction: float,
     absent_class: AbsentClass = "cityscapes",
     boundary: float | None = None,
+    inference: Inference = WHOLE_FRAME,
 ) -> Commit:
     """Commit `predictions` (the frame's columns, prediction_uri, confusion), `quarantine` and `scores.json`.
 
@@ -59,16 +61,12 @@ def evaluate(
     _check_labelled(frames, name)
     check_classes(model.folder / "model", classes)
     columns = [column for column in frames.column_names if column in frame.FRAME_SCHEMA.names]
+    device = "cuda" if compute.gpus_per_actor else "cpu"
+    arguments = {"model": model.folder / "model", "batch": compute.batch, "device": device, "classes": classes}
     records = map_shards(
         frames.select(columns),
         Evaluator,
-        {
-            "model": model.folder / "model",
-            "batch": compute.batch,
-            "device": "cuda" if compute.gpus_per_actor else "cpu",
-            "classes": classes,
-            "boundary": boundary,
-        },
+        arguments | {"boundary": boundary, "inference": inference},
         attempt=attempt,
         shard_rows=compute.shard_rows,
         actors=compute.actors,
@@ -160,9 +158,15 @@ class Evaluator:
     """Segments the frames of a shard, counts their pixels against the labels, and keeps the predictions."""
 
     def __init__(
-        self, model: Location, batch: int, device: str, classes: Taxonomy, boundary: float | None = None
+        self,
+        model: Location,
+        batch: int,
+        device: str,
+        classes: Taxonomy,
+        boundary: float | None = None,
+        inference: Inference = WHOLE_FRAME,
     ) -> None:
-        self.segmenter = Segmenter(model, device)
+        self.segmenter = Segmenter(model, device, inference)
         self.batch = batch
         self.classes = classes
         self.boundary = boundary

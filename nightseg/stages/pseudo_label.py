@@ -26,6 +26,7 @@ from nightseg.frames.images import encode_png
 from nightseg.frames.taxonomy import TRAIN_IDS, Taxonomy
 from nightseg.frames.taxonomy import taxonomy as load_taxonomy
 from nightseg.learning import self_training
+from nightseg.learning.inference import WHOLE_FRAME, Inference
 from nightseg.learning.prediction import Segmenter, UnreadRow, check_classes, quarantined, segment_rows
 from nightseg.learning.self_training import NUM_BINS, KeptPixels
 from nightseg.progress import Progress
@@ -80,6 +81,7 @@ def pseudo_label(
     compute: MapCompute,
     progress: Progress,
     max_bad_fraction: float,
+    inference: Inference = WHOLE_FRAME,
 ) -> Commit:
     """Commit `frames` (label_uri: palette PNG of train ids and 255), `labels` (LABELS_SCHEMA), `quarantine`,
     `histograms` (one row a class: pixels by confidence bin over all frames) and `evidence.json` (`_evidence`).
@@ -95,7 +97,7 @@ def pseudo_label(
     columns = [column for column in frames.column_names if column in frame.FRAME_SCHEMA.names]
     rows = frame.frame_table(frames.select(columns).to_pylist())
     device = "cuda" if compute.gpus_per_actor else "cpu"
-    model = {"model": teacher.folder / "model", "batch": compute.batch, "device": device}
+    model = {"model": teacher.folder / "model", "batch": compute.batch, "device": device, "inference": inference}
     run = _spread(compute, progress)
     drafts = replace(attempt, folder=attempt.folder / "drafts")
     if threshold.kind == "class_balanced":
@@ -202,8 +204,8 @@ def _thresholds(threshold: Threshold, histograms_KB: Counts) -> Thresholds:
 class Drafter:
     """Runs the teacher and leaves labels and confidence bins as they are, below `folder`."""
 
-    def __init__(self, model: Location, batch: int, device: str) -> None:
-        self.segmenter = Segmenter(model, device)
+    def __init__(self, model: Location, batch: int, device: str, inference: Inference = WHOLE_FRAME) -> None:
+        self.segmenter = Segmenter(model, device, inference)
         self.batch = batch
 
     def __call__(self, rows: pa.Table, folder: Location) -> Mapping[str, pa.Table]:
@@ -251,8 +253,16 @@ class DraftLabeller:
 class DirectLabeller:
     """Runs the teacher and applies known thresholds."""
 
-    def __init__(self, model: Location, batch: int, device: str, thresholds_K: Thresholds, classes: Taxonomy) -> None:
-        self.segmenter = Segmenter(model, device)
+    def __init__(
+        self,
+        model: Location,
+        batch: int,
+        device: str,
+        thresholds_K: Thresholds,
+        classes: Taxonomy,
+        inference: Inference = WHOLE_FRAME,
+    ) -> None:
+        self.segmenter = Segmenter(model, device, inference)
         self.batch = batch
         self.thresholds_K = thresholds_K
         self.classes = classes

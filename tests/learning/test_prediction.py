@@ -7,9 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nightseg.frames.augment import resize_image
 from nightseg.frames.images import decode_image, decode_label, encode_png
 from nightseg.frames.table import frame_table
 from nightseg.frames.taxonomy import Taxonomy, taxonomy
+from nightseg.learning.inference import WHOLE_FRAME, Inference
 from nightseg.learning.prediction import (
     PICTURES,
     Segmented,
@@ -107,6 +109,59 @@ def test_normalisation_is_the_cards(tmp_path: Path) -> None:
     usual, other = save(tmp_path / "a"), save(tmp_path / "b", mean=[0.1, 0.9, 0.5], std=[1.0, 0.5, 0.2])
     pixels = image(32, 64)
     assert not np.array_equal(Segmenter(usual, "cpu")(pixels).confidence, Segmenter(other, "cpu")(pixels).confidence)
+
+
+def test_other_modes_share_the_weights_and_are_those_of_the_plain_loop(tmp_path: Path) -> None:
+    """Scales are factors of the input size, each from the frame's own pixels; probabilities are averaged."""
+    segmenter = Segmenter(save(tmp_path / "model"), "cpu")
+    careful = segmenter.using(flip=True, scales=(0.5, 1.0, 1.5))
+    assert careful._network is segmenter._network and segmenter.inference == WHOLE_FRAME
+    pixels = image(45, 77)
+    total = torch.zeros(3, 45, 77)
+    for size in ([16, 32], [32, 64], [48, 96]):
+        seen_1CHW = resize_image(torch.from_numpy(pixels).permute(2, 0, 1), size)[None]
+        for mirrored in (False, True):
+            inputs_1CHW = seen_1CHW.flip(-1) if mirrored else seen_1CHW
+            with torch.inference_mode():
+                logits_1Khw = segmenter._network(normalise(inputs_1CHW, CARD["mean"], CARD["std"]))
+            logits_1KHW = upsample_logits(logits_1Khw, *size)
+            logits_1KHW = F.interpolate(logits_1KHW.flip(-1) if mirrored else logits_1KHW, (45, 77), mode="bilinear")
+            total += logits_1KHW.softmax(dim=1)[0]
+    wanted = (total / 6).max(dim=0)
+    labels, confidence = careful(pixels)
+    np.testing.assert_allclose(confidence, wanted.values.numpy(), rtol=1e-5)
+    assert (labels == wanted.indices.numpy()).mean() > 0.999
+    windowed = careful.using(window=(16, 16), overlap=0.5, flip=False)
+    assert windowed.inference == Inference((16, 16), 0.5, False, (0.5, 1.0, 1.5))
+    assert windowed(pixels).labels.shape == (45, 77)
+    with pytest.raises(UserError, match="overlap 2"):
+        segmenter.using(overlap=2)
+
+
+@pytest.mark.parametrize("modes", [{}, {"flip": True, "scales": (0.25, 1.0)}, {"window": (8, 8)}])
+def test_frames_of_one_pixel_and_one_row(tmp_path: Path, modes: dict[str, object]) -> None:
+    segmenter = Segmenter(save(tmp_path / "model", input_size=None), "cpu").using(**modes)
+    for shape, (labels, confidence) in zip(
+        shapes := [(1, 1), (1, 40), (33, 1)], segmenter.batch([image(*shape) for shape in shapes]), strict=True
+    ):
+        assert labels.shape == confidence.shape == shape
+        assert (confidence > 0).all() and (confidence <= 1).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_gpu_is_waited_for_once_a_batch(model: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    segmenter = Segmenter(model, "cuda").using(flip=True, window=(16, 32), scales=(1.0, 0.5))
+    images = [image(40, 60, 1), image(32, 64, 2)]
+    wanted = segmenter.batch(images)  # also warms up what is set up once
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    monkeypatch.setattr(Segmenter, "_on_host", lambda self, results: found.extend(results) or [])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        segmenter.batch(images)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for (labels_HW, _), alone in zip(found, wanted, strict=True):
+        assert (labels_HW.cpu().numpy() == alone.labels).all()
 
 
 @pytest.mark.parametrize(

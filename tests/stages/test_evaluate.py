@@ -155,3 +155,22 @@ class TestStage:
         row = frames.to_pylist()[0] | {"label_uri": void, "label_sha256": None}
         with pytest.raises(UserError, match="none of the 1 labels has a pixel with a class"):
             run(frame_table([row]), model, work("evaluate"))
+
+
+@pytest.mark.usefixtures("serial")
+def test_the_stage_looks_as_it_is_told(
+    frames: pa.Table, model_commit: Callable[..., Commit], work: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nightseg.learning.inference import Inference
+    from nightseg.stages import evaluate as stage
+
+    used: list[Inference] = []
+
+    def segment_rows(segmenter: Any, rows: pa.Table, batch: int) -> Any:
+        used.append(segmenter.inference)
+        return iter(())
+
+    monkeypatch.setattr(stage, "segment_rows", segment_rows)
+    evaluator = stage.Evaluator(model_commit(CLASSES).folder / "model", 2, "cpu", CLASSES, Inference(flip=True))
+    evaluator(frames, Location.of("/nowhere"))
+    assert used == [Inference(flip=True)]
