@@ -171,7 +171,7 @@ def test_translators_yaml_compares_every_way_on_equal_terms(tmp_path: Path) -> N
     assert set(found.translations) == set(made.judgements) == set(compared)
     assert names(made, "train_translator") == ["unit"]
     further = [name for name in found.models if name != "day_only"]
-    trainings = {found.models[name].training for name in further}
+    trainings = {str(found.models[name].training) for name in further}
     assert len(trainings) == 1 and {found.models[name].start for name in further} == {"day_only"}
     for dataset in compared:
         assert any(dataset in found.models[name].train for name in further), dataset

@@ -26,7 +26,7 @@ from nightseg.frames.scenes import scene
 from nightseg.learning.prediction import Segmenter
 from nightseg.networks.checkpoint import TENSORS
 from nightseg.networks.normaliser import Normaliser
-from nightseg.networks.semantic_fpn import COMMON_STRIDE, SIZE_DIVISOR, upsample_logits
+from nightseg.networks.semantic_fpn import SIZE_DIVISOR, upsample_logits
 from nightseg.storage import Location, UserError, sha256_of
 
 Output = Literal["labels", "logits"]
@@ -126,8 +126,6 @@ class PortableSegmenter(nn.Module):
         # The network pads as well. Here it is written so that the tracer sees a multiple of 32, whatever the size is.
         below, right = _multiple(high) - high, _multiple(wide) - wide
         logits_BKhw = self.network(F.pad(self.normalise(seen_B3HW), (0, right, 0, below)))
-        # As the network does when it pads itself: upsampling must not look at what lies beyond the image.
-        logits_BKhw = logits_BKhw[:, :, : _quarter(high), : _quarter(wide)]
         logits_BKHW = upsample_logits(logits_BKhw, high, wide)
         if self.input_size is not None:
             logits_BKHW = F.interpolate(logits_BKHW, (height, width), mode="bilinear", align_corners=False)
@@ -140,10 +138,6 @@ class PortableSegmenter(nn.Module):
 
 def _multiple(length: int) -> int:
     return SIZE_DIVISOR * ((length + SIZE_DIVISOR - 1) // SIZE_DIVISOR)
-
-
-def _quarter(length: int) -> int:
-    return (length + COMMON_STRIDE - 1) // COMMON_STRIDE
 
 
 class HalvingConvolution(nn.Module):
