@@ -17,6 +17,7 @@ Words: no torch, no ray
     workspace/attempt.py    where a stage works until it is committed
     workspace/commit.py     what a finished stage left
     workspace/lock.py       one driver at a time
+    presets.py              settings of translators by a name
     config.py               the recipe as frozen, strict types
 
 Frames: no ray
@@ -56,6 +57,9 @@ Networks: torch, no ray
     networks/encoders.py    ResNets and EfficientNet-Lite0 as four feature maps, with their weights
     networks/semantic_fpn.py    the segmenter
     networks/unit.py        the translator and its discriminators
+    networks/upsampling.py  upsampling and convolution as one layer
+    networks/winograd.py    3x3 convolutions with a quarter of the multiplications
+    networks/tiles.py       large images a tile at a time
     networks/perceptual.py  frozen features of the perceptual loss
     networks/features.py    frozen features that FID compares
     networks/extractors.py  the extractors by name, and where their weights lie
@@ -69,6 +73,8 @@ Learning: how one step learns; torch, no ray
     learning/starting.py    the weights a training starts from
     learning/validation.py  confusion of a network in training
     learning/translation.py loss terms of UNIT
+    learning/adversarial.py one step of the generators, and of the discriminators
+    learning/collapse.py    when a training of UNIT has gone wrong
     learning/unpaired.py    day and night crops as batches
     learning/sample_sheet.py    a look at a translator
     learning/prediction.py  a model folder as a callable segmenter

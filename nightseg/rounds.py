@@ -152,7 +152,7 @@ class _Builder:
                 progress=progress,
             )
 
-        part = settings.model_dump(mode="json", exclude={"day", "night"})
+        part = settings.facts()
         part |= {"day": [str(view) for view in day], "night": [str(view) for view in night]}
         return self._add(
             "train_translator", name, train_translator.VERSION, part, day + night, work, seed=self.recipe.seed
@@ -160,6 +160,7 @@ class _Builder:
 
     def _translate(self, name: str, dataset: TranslatedDataset) -> NodeId:
         views, translator = self.dataset(dataset.translate), self.translator(dataset.by)
+        tile = self.recipe.translators[dataset.by].tile
 
         def work(inputs: Inputs, attempt: Attempt, progress: Progress) -> Commit:
             return translate.translate(
@@ -167,10 +168,12 @@ class _Builder:
                 inputs[translator],
                 name=name,
                 to=dataset.to,
+                tile=tile,
                 **self._spread(attempt, progress),
             )
 
         part = {"to": dataset.to, "of": [str(view) for view in views], **self._frame_pass()}
+        part |= {"tile": list(tile)} if tile else {}
         return self._add("translate", name, translate.VERSION, part, (*views, translator), work)
 
     # -- models ------------------------------------------------------------------------------------------------------

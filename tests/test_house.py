@@ -10,7 +10,7 @@ PROJECT = ROOT.parent
 
 # Higher number = higher floor. A module imports from its own floor only within its own package, and else from below.
 FLOORS: dict[str, int] = {
-    "errors": 0, "progress": 0, "storage": 1, "workspace": 2, "config": 2,
+    "errors": 0, "progress": 0, "storage": 1, "presets": 1, "workspace": 2, "config": 2,
     "frames": 3, "recipe": 4, "measures": 5, "networks": 5, "learning": 6, "compute": 6, "stages": 7,
     "graph": 8, "rounds": 9, "results": 9, "runner": 10, "report": 11, "trials": 11, "search": 12, "verbs": 12,
     "distance": 12, "adapt": 12, "doctor": 12, "console": 13, "cli_steps": 14, "cli": 15,

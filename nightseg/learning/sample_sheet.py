@@ -19,14 +19,15 @@ SAMPLE_GAP: Final = 2
 
 def sample_sheet(generators: Generators, day: FrameReader, night: FrameReader) -> NDArray[np.uint8]:
     """uint8 HWC RGB: rows of day, night made from it, night, day made from it; frames spread over both tables."""
+    device = next(generators.parameters()).device
     tiles = [_tiles(reader) for reader in (day, night)]
     height, width = (min(tile.shape[axis] for side in tiles for tile in side) for axis in (0, 1))
     columns = []
     for side, to in zip(tiles, ("night", "day"), strict=True):
         images_B3HW = torch.from_numpy(np.stack([_centre(tile, height, width) for tile in side])).permute(0, 3, 1, 2)
         with torch.inference_mode():
-            made_B3HW = torch.cat([to_uint8(generators.translate(to_unit_range(i[None]), to)) for i in images_B3HW])  # type: ignore[arg-type]
-        columns += [images_B3HW, made_B3HW]
+            made = [generators.translate(to_unit_range(image[None].to(device)), to) for image in images_B3HW]  # type: ignore[arg-type]
+        columns += [images_B3HW, to_uint8(torch.cat(made)).cpu()]
     rows = min(len(column) for column in columns)
     sheet = nn.functional.pad(torch.stack([column[:rows] for column in columns], 1), (0, SAMPLE_GAP, 0, SAMPLE_GAP))
     grid = sheet.permute(0, 3, 1, 4, 2).reshape(rows * (height + SAMPLE_GAP), 4 * (width + SAMPLE_GAP), 3)

@@ -25,7 +25,7 @@ from nightseg.progress import Progress
 from nightseg.storage import Location, UserError, sha256_of
 from nightseg.workspace import Attempt, Commit
 
-VERSION = 1
+VERSION = 2
 
 PIXELS_AT_ONCE: Final = 1 << 20  # of one forward pass: about 1 GB at width 64; a larger frame goes alone
 SMALLEST_SIDE: Final = 2 * STRIDE  # the latent needs two rows to reflect one
@@ -44,18 +44,20 @@ def translate(
     progress: Progress,
     compute: MapCompute,
     max_bad_fraction: float,
+    tile: tuple[int, int] | None = None,
 ) -> Commit:
     """Commit `frames` (PNGs under `images/`, domain `to`, dataset and id prefix `name`) and `quarantine`.
 
     `source` is a frame table with absolute uris; frames already of domain `to` are refused (UserError). Without noise,
-    so the same frame, translator and hardware give the same bytes.
+    so the same frame, translator and hardware give the same bytes, and the frames of a sequence do not flicker.
+    Frames larger than `tile` (height, width) are translated in tiles with blended seams, in the memory of one tile.
     """
     begun = time.monotonic()
     _check(name, source, to)
     shards = map_shards(
         source,
         TranslateFrames,
-        {"model": translator.folder / "model", "name": name, "to": to, "batch": compute.batch},
+        {"model": translator.folder / "model", "name": name, "to": to, "batch": compute.batch, "tile": tile},
         attempt=attempt,
         shard_rows=compute.shard_rows,
         actors=compute.actors,
@@ -90,12 +92,13 @@ def _check(name: str, source: pa.Table, to: Domain) -> None:
 class TranslateFrames:
     """Translates the frames of a shard. A frame that cannot be read goes to the quarantine table."""
 
-    def __init__(self, model: Location, name: str, to: Domain, batch: int) -> None:
+    def __init__(self, model: Location, name: str, to: Domain, batch: int, tile: tuple[int, int] | None = None) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.generators = load_generators(model).to(self.device)
         self.name = name
         self.to: Domain = to
         self.batch = batch
+        self.tile = tile
 
     def __call__(self, rows: pa.Table, folder: Location) -> Mapping[str, pa.Table]:
         good: list[dict[str, Any]] = []
@@ -109,7 +112,7 @@ class TranslateFrames:
         """uint8 HWC RGB images of one size -> the same in domain `to`."""
         images_B3HW = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(self.device)
         with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
-            made_B3HW = to_uint8(self.generators.translate(to_unit_range(images_B3HW), self.to))
+            made_B3HW = to_uint8(self.generators.translate(to_unit_range(images_B3HW), self.to, self.tile))
         return list(made_B3HW.permute(0, 2, 3, 1).contiguous().cpu().numpy())
 
     def _groups(
