@@ -19,7 +19,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks import confusion, extraction, frechet, moments, ray_pass, spatial, subset
+from benchmarks import (
+    confusion,
+    extraction,
+    frechet,
+    moments,
+    ray_pass,
+    spatial,
+    subset,
+    translate_pass,
+    unit_step,
+    unit_workers,
+)
 from benchmarks.contest import Contest, Outcome, Size, hold
 from nightseg.errors import closest
 
@@ -37,6 +48,9 @@ BENCHMARKS: dict[str, Callable[[Size], Contest]] = {
     "subset_biased": subset.biased,
     "subset_mixture": subset.mixture,
     "ray_pass": ray_pass.contest,
+    "unit_step": unit_step.contest,
+    "unit_workers": unit_workers.contest,
+    "translate_pass": translate_pass.contest,
     "confusion": confusion.contest,
 }
 RESULTS = Path(__file__).parent / "results"

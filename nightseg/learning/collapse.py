@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 WON_SHARE: Final = 1e-3  # of the loss of a coin
-DEAD_SPREAD: Final = 1e-4  # of scores that aim at 0 and 1
+DEAD_GAP: Final = 1e-4  # between scores that aim at 0 and 1
 
 Row = Mapping[str, float]  # "iteration", and the mean of every loss term since the row before
 
@@ -31,8 +31,8 @@ def ailing(row: Row, coin: float) -> str | None:
         if row[f"discriminator_{domain}"] < WON_SHARE * coin:
             loss = f"its loss is below {WON_SHARE * coin:.2g}, a thousandth of a coin's"
             return f"the {domain} discriminator has won: {loss}"
-        if row[f"discriminator_spread_{domain}"] < DEAD_SPREAD:
-            return f"the {domain} discriminator is dead: it gives every patch the same score, to {DEAD_SPREAD:g}"
+        if row[f"discriminator_gap_{domain}"] < DEAD_GAP:
+            return f"the {domain} discriminator is dead: it gives every patch the same score, to {DEAD_GAP:g}"
     return None
 
 

@@ -42,13 +42,13 @@ class TermWeights(NamedTuple):
 
 
 class DiscriminatorLosses(NamedTuple):
-    """Terms of the two judges, `total` weighted; and how far apart their scores are, which is 0 for a dead judge."""
+    """Terms of the two judges, `total` weighted; and how differently they score real and translated patches."""
 
     total: Tensor
     day: Tensor
     night: Tensor
-    spread_day: Tensor  # standard deviation of all scores of a scale; that of the scale where it is largest
-    spread_night: Tensor
+    gap_day: Tensor  # mean distance of the scores of a real and a translated patch: 0 when a judge sees nothing
+    gap_night: Tensor
 
 
 class GeneratorLosses(NamedTuple):
@@ -119,9 +119,9 @@ def latent_kl(latent_BChw: Tensor) -> Tensor:
     return latent_BChw.float().square().mean()
 
 
-def absolute_error(images_B3HW: Tensor, aim_B3HW: Tensor) -> Tensor:
-    """Mean absolute difference of images in [-1, 1]."""
-    return (images_B3HW.float() - aim_B3HW.float()).abs().mean()
+def absolute_error(found: Tensor, aim: Tensor) -> Tensor:
+    """Mean absolute difference, of images in [-1, 1] for example."""
+    return (found.float() - aim.float()).abs().mean()
 
 
 def discriminator_loss(
@@ -137,12 +137,13 @@ def discriminator_loss(
         torch.cat((day_B3HW, translation.day_from_night.detach().to(day_B3HW.dtype))),
         torch.cat((night_B3HW, translation.night_from_day.detach().to(night_B3HW.dtype))),
     )
-    terms, spreads = [], []
+    terms, gaps = [], []
     for scores in (day_scores, night_scores):
         real, translated = zip(*(score.tensor_split(2) for score in scores), strict=True)
         terms.append(adversarial(translated, 0.0) + adversarial(real, 1.0))
-        spreads.append(torch.stack([score.detach().float().std(correction=0) for score in scores]).max())
-    return DiscriminatorLosses(weight * (terms[0] + terms[1]), terms[0], terms[1], spreads[0], spreads[1])
+        pairs = zip(real, translated, strict=True)
+        gaps.append(torch.stack([absolute_error(first.detach(), second.detach()) for first, second in pairs]).mean())
+    return DiscriminatorLosses(weight * (terms[0] + terms[1]), terms[0], terms[1], gaps[0], gaps[1])
 
 
 def generator_loss(

@@ -38,8 +38,7 @@ class UpsamplingConvolution(nn.Module):
         assert self.bias is not None
         taps = self.get_buffer("taps")
         phases = torch.einsum("pty,qux,oiyx->opqitu", taps, taps, self.weight).flatten(0, 2)
-        padded = F.pad(features_BCHW, (1, 1, 1, 1), mode="replicate")
-        output = F.pixel_shuffle(convolve_3x3(padded, phases, self.bias.repeat_interleave(4)), 2)
+        output = F.pixel_shuffle(convolve_3x3(_replicated(features_BCHW), phases, self.bias.repeat_interleave(4)), 2)
         top = self._edge(features_BCHW[:, :, :2], self.weight)
         bottom = self._edge(features_BCHW[:, :, -2:].flip(2), self.weight.flip(2))
         columns, weight = features_BCHW.transpose(2, 3), self.weight.transpose(2, 3)
@@ -53,6 +52,17 @@ class UpsamplingConvolution(nn.Module):
         rows = torch.stack((weight[:, :, 1:4].sum(2), weight[:, :, 0] + weight[:, :, 4]), dim=2)
         wide = F.pad(strip_BC2W.repeat_interleave(2, dim=3), (2, 2, 0, 0), mode="reflect")
         return F.conv2d(wide, rows, self.bias)[:, :, 0]
+
+
+def _replicated(features_BCHW: Tensor) -> Tensor:
+    """One more pixel on every side, the same as its neighbour."""
+    if not torch.compiler.is_compiling():
+        return F.pad(features_BCHW, (1, 1, 1, 1), mode="replicate")
+    # The compiler of PyTorch 2.14 takes the gradient of that padding for contiguous, and stops when it is not.
+    for axis in (2, 3):
+        first, last = features_BCHW.narrow(axis, 0, 1), features_BCHW.narrow(axis, -1, 1)
+        features_BCHW = torch.cat((first, features_BCHW, last), axis)
+    return features_BCHW
 
 
 class _PasteRing(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -199,15 +200,19 @@ def test_bfloat16_steps_keep_float32_weights_and_terms() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_networks_take_the_same_steps() -> None:
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch means to hide it
+def test_compiled_networks_take_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced as torch.compile traces, and run without its C++ compiler, which takes minutes."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     found = []
     for wanted in (False, True):
         networks = tiny()
         generators, judges = compiled(networks.generators, wanted), compiled(networks.discriminators, wanted)
+        assert wanted == (generators is not networks.generators)
         made = generators(*crops(), latent_noise(0, 0, [0, 1], (16, 4, 4), CPU))
         game = (*crops(), made, TermWeights(), least_squares, FLOAT32)
         judged = discriminator_step(networks, judges, *game)
         losses = generator_step(networks, judges, None, *game)
         found.append([term.item() for term in (*judged, *losses)])
         assert "day_encoder.layers.0.weight" in networks.state()["generators"]
-    assert found[1] == pytest.approx(found[0], rel=1e-3, abs=1e-5)
+    assert found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-6)

@@ -13,15 +13,15 @@ COIN = 1.5  # least squares, three scales
 
 def row(iteration: int, **changes: float) -> dict[str, float]:
     healthy = {"discriminator_day": 0.4, "discriminator_night": 0.5}
-    healthy |= {"discriminator_spread_day": 0.2, "discriminator_spread_night": 0.1}
+    healthy |= {"discriminator_gap_day": 0.2, "discriminator_gap_night": 0.1}
     return {"iteration": iteration, **healthy, **changes}
 
 
 def test_terms_that_are_no_numbers_are_named() -> None:
     assert not_finite(row(1)) == []
-    assert not_finite(row(1, discriminator_day=math.nan, discriminator_spread_night=math.inf)) == [
+    assert not_finite(row(1, discriminator_day=math.nan, discriminator_gap_night=math.inf)) == [
         "discriminator_day",
-        "discriminator_spread_night",
+        "discriminator_gap_night",
     ]
 
 
@@ -33,8 +33,8 @@ def test_terms_that_are_no_numbers_are_named() -> None:
         ({"discriminator_day": 0.0016}, None),
         ({"discriminator_day": 0.0014}, "day discriminator has won"),
         ({"discriminator_night": 0.0014}, "night discriminator has won"),
-        ({"discriminator_spread_night": 2e-4}, None),
-        ({"discriminator_spread_night": 5e-5, "discriminator_night": COIN}, "night discriminator is dead"),
+        ({"discriminator_gap_night": 2e-4}, None),
+        ({"discriminator_gap_night": 5e-5, "discriminator_night": COIN}, "night discriminator is dead"),
     ],
 )
 def test_ailments(changes: dict[str, float], words: str | None) -> None:
@@ -56,6 +56,6 @@ def test_an_ailment_must_last() -> None:
 
 
 def test_two_ailments_by_turns_are_no_collapse() -> None:
-    rows = [row(10, discriminator_day=1e-4), row(20, discriminator_spread_night=0.0)]
+    rows = [row(10, discriminator_day=1e-4), row(20, discriminator_gap_night=0.0)]
     assert collapsed(rows, lasting=20, coin=COIN) is None
     assert collapsed(rows, lasting=10, coin=COIN) is not None

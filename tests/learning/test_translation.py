@@ -70,13 +70,11 @@ def test_discriminator_terms_against_plain_loops() -> None:
     assert [losses.day.item(), losses.night.item()] == pytest.approx(expected, abs=1e-6)
     assert losses.total.item() == pytest.approx(sum(expected), abs=1e-6)
 
-    def spread(domain: int) -> float:
-        scales = [torch.cat((r, f)).flatten().tolist() for r, f in zip(real[domain], fake[domain], strict=True)]
-        means = [sum(scale) / len(scale) for scale in scales]
-        squares = [sum((s - m) ** 2 for s in scale) / len(scale) for scale, m in zip(scales, means, strict=True)]
-        return math.sqrt(max(squares))
+    def gap(domain: int) -> float:
+        pairs = zip(real[domain], fake[domain], strict=True)
+        return sum(loop_mean(lambda r, f: abs(r - f), first, second) for first, second in pairs) / 2
 
-    assert [losses.spread_day.item(), losses.spread_night.item()] == pytest.approx([spread(0), spread(1)], abs=1e-6)
+    assert [losses.gap_day.item(), losses.gap_night.item()] == pytest.approx([gap(0), gap(1)], abs=1e-6)
     weighted = discriminator_loss(judges, day, night, made, weight=3.0)
     assert weighted.total.item() == pytest.approx(3 * sum(expected), rel=1e-6) and weighted.day == losses.day
 
@@ -121,7 +119,7 @@ def test_means_of_terms_over_iterations_and_workers() -> None:
     assert means.count == 0 and not means.sums.any()
     twice = TermMeans(CPU, sums, count).close(lambda tensor: 2 * tensor, 2)  # another worker has as much
     assert twice == pytest.approx(expected, rel=1e-6)
-    assert {"discriminator_total", "discriminator_spread_night", "total", "perceptual_day"} <= set(TERMS)
+    assert {"discriminator_total", "discriminator_gap_night", "total", "perceptual_day"} <= set(TERMS)
 
 
 def test_generator_terms_against_plain_loops() -> None:
