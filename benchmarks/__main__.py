@@ -33,6 +33,9 @@ from benchmarks import (
     spatial,
     subset,
     training_step,
+    translate_pass,
+    unit_step,
+    unit_workers,
 )
 from benchmarks.contest import Contest, Outcome, PeerMissing, Size, hold
 from nightseg.errors import closest
@@ -51,6 +54,9 @@ BENCHMARKS: dict[str, Callable[[Size], Contest]] = {
     "subset_biased": subset.biased,
     "subset_mixture": subset.mixture,
     "ray_pass": ray_pass.contest,
+    "unit_step": unit_step.contest,
+    "unit_workers": unit_workers.contest,
+    "translate_pass": translate_pass.contest,
     "confusion": confusion.contest,
     "confusion_histc": confusion.against_histc,
     "confusion_torchmetrics": confusion.against_torchmetrics,

@@ -38,7 +38,7 @@ EXTRACTOR = "efficientnet_lite0"
 
 
 def contest(size: Size) -> Contest:
-    frames = _frames(FRAMES[size], DISTINCT[size])
+    frames = frames_of(FRAMES[size], DISTINCT[size])
     cores = torch.get_num_threads()
     runs = Path(tempfile.mkdtemp(prefix="nightseg-benchmark-"))
     number = itertools.count()
@@ -88,7 +88,7 @@ def contest(size: Size) -> Contest:
 
 
 @cache
-def _frames(count: int, distinct: int) -> pa.Table:
+def frames_of(count: int, distinct: int) -> pa.Table:
     """A pool of `count` files; scenes take time to draw, so they recur."""
     folder = Path(tempfile.mkdtemp(prefix="nightseg-benchmark-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

@@ -25,7 +25,7 @@ from benchmarks.contest import Contest, Size
 from nightseg.compute import cluster
 from nightseg.compute.training import LocalSession, Session, Workers, exchanging, fit
 from nightseg.config import Network
-from nightseg.config_training import Augmentation, Loss, Training
+from nightseg.config.training import Augmentation, Loss, Training
 from nightseg.frames.images import encode_png
 from nightseg.frames.scenes import scene
 from nightseg.frames.table import frame_table

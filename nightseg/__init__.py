@@ -19,10 +19,15 @@ Words: no torch, no ray
     workspace/attempt.py    where a stage works until it is committed
     workspace/commit.py     what a finished stage left
     workspace/lock.py       one driver at a time
-    config.py               the recipe as frozen, strict types
-    config_training.py      loss, optimisation, augmentation of a segmenter
-    config_translators.py   translators that need no training, as such types
-    config_strict.py        the base of those types, and the small words they share
+    config/recipe.py        the recipe as frozen, strict types
+    config/compute.py       its resources
+    config/datasets.py      where frames come from
+    config/unit.py          the translator that is trained
+    config/translators.py   translators that need no training
+    config/models.py        segmenters, teachers, selections
+    config/training.py      loss, optimisation, augmentation of a segmenter
+    config/presets.py       settings known by a name
+    config/strict.py        the base of all these types, and the small words they share
 
 Frames: no ray
     frames/table.py         the frame row and its table; quarantine rows
@@ -76,6 +81,9 @@ Networks: torch, no ray
     networks/detectron2_checkpoint.py   its tensors as ours, and back
     networks/unpickle.py    pickles of arrays that can call nothing
     networks/unit.py        the translator and its discriminators
+    networks/upsampling.py  upsampling and convolution as one layer
+    networks/winograd.py    3x3 convolutions with a quarter of the multiplications
+    networks/tiles.py       large images a tile at a time
     networks/perceptual.py  frozen features of the perceptual loss
     networks/features.py    frozen features that FID compares
     networks/extractors.py  the extractors by name, and where their weights lie
@@ -109,6 +117,8 @@ Learning: how one step learns; torch, no ray
     learning/starting.py    the weights a training starts from
     learning/validation.py  confusion of a network in training
     learning/translation.py loss terms of UNIT
+    learning/adversarial.py one step of the generators, and of the discriminators
+    learning/collapse.py    when a training of UNIT has gone wrong
     learning/unpaired.py    day and night crops as batches
     learning/sample_sheet.py    a look at a translator
     learning/inference.py   how a frame goes through a network: whole, in windows, mirrored, at several scales

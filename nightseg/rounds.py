@@ -160,16 +160,17 @@ class _Builder:
                 progress=progress,
             )
 
-        part = settings.model_dump(mode="json", exclude={"kind", "day", "night"})
+        part = settings.facts()
         part |= {"day": [str(view) for view in day], "night": [str(view) for view in night]}
         return self._add(
             "train_translator", name, train_translator.VERSION, part, day + night, work, seed=self.recipe.seed
         )
 
     def _translate(self, name: str, dataset: TranslatedDataset) -> NodeId:
-        if not isinstance(self.recipe.translators[dataset.by], Translator):
+        settings = self.recipe.translators[dataset.by]
+        if not isinstance(settings, Translator):
             return translate_untrained(self, name, dataset)
-        views, translator = self.dataset(dataset.translate), self.translator(dataset.by)
+        views, translator, tile = self.dataset(dataset.translate), self.translator(dataset.by), settings.tile
 
         def work(inputs: Inputs, attempt: Attempt, progress: Progress) -> Commit:
             return translate.translate(
@@ -177,10 +178,12 @@ class _Builder:
                 inputs[translator],
                 name=name,
                 to=dataset.to,
+                tile=tile,
                 **self._spread(attempt, progress),
             )
 
         part = {"to": dataset.to, "of": [str(view) for view in views], **self._frame_pass()}
+        part |= {"tile": list(tile)} if tile else {}
         return self._add("translate", name, translate.VERSION, part, (*views, translator), work)
 
     # -- models ------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from nightseg.config import Judgement, TranslatedDataset, Translator
-from nightseg.config_translators import ColourTranslator, CommandTranslator, FourierTranslator, PhotometricTranslator
+from nightseg.config.translators import ColourTranslator, CommandTranslator, FourierTranslator, PhotometricTranslator
 from nightseg.graph import Inputs, JudgedTranslation, NodeId, View, Views
 from nightseg.progress import Progress
 from nightseg.recipe.names import way_missing

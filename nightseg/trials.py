@@ -16,8 +16,8 @@ from pydantic import Field, model_validator
 
 from nightseg import rounds, runner
 from nightseg.config import Recipe
-from nightseg.config_strict import Name, Positive, Strict
-from nightseg.config_training import Training
+from nightseg.config.strict import Name, Positive, Strict
+from nightseg.config.training import Training
 from nightseg.graph import Graph, Node, NodeId
 from nightseg.progress import SilentProgress, Task
 from nightseg.recipe import load_recipe

@@ -11,7 +11,6 @@ PROJECT = ROOT.parent
 # Higher number = higher floor. A module imports from its own floor only within its own package, and else from below.
 FLOORS: dict[str, int] = {
     "errors": 0, "progress": 0, "storage": 1, "workspace": 2, "config": 2,
-    "config_strict": 2, "config_training": 2, "config_translators": 2,
     "frames": 3, "recipe": 4, "measures": 5, "networks": 5, "learning": 6, "compute": 6, "translators": 6,
     "stages": 7, "graph": 8, "rounds": 9, "rounds_translation": 9, "results": 9,
     "runner": 10, "report": 11, "trials": 11, "search": 12, "verbs": 12,
@@ -21,7 +20,7 @@ FLOORS: dict[str, int] = {
 NEIGHBOURS = (5, 6)  # floors whose rooms do not know each other
 MAY_USE_RAY = {"compute", "search"}
 MAY_USE_CONFIG = {room for room, floor in FLOORS.items() if floor >= FLOORS["stages"]} | {"recipe"}
-MAY_USE_CONFIG |= {"config", "config_training", "config_translators"}
+MAY_USE_CONFIG |= {"config"}
 NO_TORCH = {room for room, floor in FLOORS.items() if floor < FLOORS["frames"]}
 FORBIDDEN = {"utils", "util", "helpers", "helper", "common", "core", "base", "misc", "tools"}
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nightseg.config import Recipe, TranslatedDataset
-from nightseg.config_translators import UntrainedTranslator
+from nightseg.config.translators import UntrainedTranslator
 from nightseg.frames.images import encode_png
 from nightseg.graph import Graph, Node, NodeId
 from nightseg.recipe import load_recipe

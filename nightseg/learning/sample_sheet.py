@@ -30,8 +30,7 @@ def sample_sheet(generators: Generators, day: FrameReader, night: FrameReader) -
         images_B3HW = torch.from_numpy(np.stack([_centre(tile, height, width) for tile in side])).permute(0, 3, 1, 2)
         with torch.inference_mode():
             made = [generators.translate(to_unit_range(image[None].to(device)), to) for image in images_B3HW]  # type: ignore[arg-type]
-        made_B3HW = torch.cat([to_uint8(image_13HW) for image_13HW in made]).cpu()
-        columns += [images_B3HW, made_B3HW]
+        columns += [images_B3HW, to_uint8(torch.cat(made)).cpu()]
     rows = min(len(column) for column in columns)
     sheet = nn.functional.pad(torch.stack([column[:rows] for column in columns], 1), (0, SAMPLE_GAP, 0, SAMPLE_GAP))
     grid = sheet.permute(0, 3, 1, 4, 2).reshape(rows * (height + SAMPLE_GAP), 4 * (width + SAMPLE_GAP), 3)

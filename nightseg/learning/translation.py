@@ -8,8 +8,9 @@ Letters in tensor names: B batch, 3 RGB, H, W image size; C, h, w of the latent.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +21,12 @@ from nightseg.networks.unit import LatentNoise, Translation
 
 Judges = Callable[[Tensor, Tensor], tuple[list[Tensor], list[Tensor]]]  # networks.unit.Discriminators, or its wrapper
 Features = Callable[[Tensor], list[Tensor]]  # networks.perceptual.PerceptualFeatures
+Adversarial = Callable[[Sequence[Tensor], float], Tensor]  # how far scores are from an aim: below
+AdversarialName = Literal["least_squares", "cross_entropy"]
 
 
 class TermWeights(NamedTuple):
-    """What each term of the generators counts; the defaults are UNIT's."""
+    """What each term of the generators counts; the defaults are UNIT's of 2018. `discriminator`: both judges' own."""
 
     adversarial: float = 1.0
     reconstruction: float = 10.0
@@ -31,6 +34,7 @@ class TermWeights(NamedTuple):
     cycle: float = 10.0
     cycle_kl: float = 0.01
     perceptual: float = 1.0
+    discriminator: float = 1.0
 
     @property
     def needs_cycle(self) -> bool:
@@ -38,11 +42,13 @@ class TermWeights(NamedTuple):
 
 
 class DiscriminatorLosses(NamedTuple):
-    """Least-squares terms of the two judges."""
+    """Terms of the two judges, `total` weighted; and how differently they score real and translated patches."""
 
     total: Tensor
     day: Tensor
     night: Tensor
+    gap_day: Tensor  # mean distance of the scores of a real and a translated patch: 0 when a judge sees nothing
+    gap_night: Tensor
 
 
 class GeneratorLosses(NamedTuple):
@@ -63,9 +69,49 @@ class GeneratorLosses(NamedTuple):
     perceptual_night: Tensor
 
 
+TERMS: Final = tuple(f"discriminator_{name}" for name in DiscriminatorLosses._fields) + GeneratorLosses._fields
+
+
+class TermMeans:
+    """Sums of all terms (TERMS) since the last row of a history, kept on the device so that no step waits for them."""
+
+    def __init__(self, device: torch.device, sums: Tensor | None = None, count: int = 0) -> None:
+        self.sums = torch.zeros(len(TERMS), device=device) if sums is None else sums.to(device)
+        self.count = count
+
+    def add(self, judged: DiscriminatorLosses, made: GeneratorLosses) -> None:
+        self.sums += torch.stack([term.detach().float() for term in (*judged, *made)])
+        self.count += 1
+
+    def close(self, over_workers: Callable[[Tensor], Tensor], num_workers: int) -> dict[str, float]:
+        """Mean of every term over the iterations and all workers; counting starts anew. `over_workers` sums."""
+        means = over_workers(self.sums.clone()) / (num_workers * max(1, self.count))
+        self.sums.zero_()
+        self.count = 0
+        return dict(zip(TERMS, means.tolist(), strict=True))
+
+
 def least_squares(scores: Sequence[Tensor], aim: float) -> Tensor:
     """Mean squared distance of the scores to `aim`, summed over the scales (LSGAN, arXiv 1611.04076 equation 9)."""
     return torch.stack([(score.float() - aim).square().mean() for score in scores]).sum()
+
+
+def cross_entropy(scores: Sequence[Tensor], aim: float) -> Tensor:
+    """Binary cross-entropy of sigmoid(score) against `aim`, in nats, summed over the scales (arXiv 1406.2661, with
+    the generator's loss of its section 3: -log D). The scores are logits, so a sure judge gives no infinities."""
+    return torch.stack(
+        [F.binary_cross_entropy_with_logits(score.float(), torch.full_like(score, aim).float()) for score in scores]
+    ).sum()
+
+
+def adversarial_loss(name: AdversarialName) -> Adversarial:
+    """`least_squares` or `cross_entropy`."""
+    return {"least_squares": least_squares, "cross_entropy": cross_entropy}[name]
+
+
+def loss_of_a_coin(name: AdversarialName) -> float:
+    """A judge's loss a scale when it cannot tell real from translated and knows it."""
+    return {"least_squares": 0.5, "cross_entropy": 2 * math.log(2)}[name]
 
 
 def latent_kl(latent_BChw: Tensor) -> Tensor:
@@ -73,24 +119,31 @@ def latent_kl(latent_BChw: Tensor) -> Tensor:
     return latent_BChw.float().square().mean()
 
 
-def absolute_error(images_B3HW: Tensor, aim_B3HW: Tensor) -> Tensor:
-    """Mean absolute difference of images in [-1, 1]."""
-    return (images_B3HW.float() - aim_B3HW.float()).abs().mean()
+def absolute_error(found: Tensor, aim: Tensor) -> Tensor:
+    """Mean absolute difference, of images in [-1, 1] for example."""
+    return (found.float() - aim.float()).abs().mean()
 
 
 def discriminator_loss(
-    judges: Judges, day_B3HW: Tensor, night_B3HW: Tensor, translation: Translation
+    judges: Judges,
+    day_B3HW: Tensor,
+    night_B3HW: Tensor,
+    translation: Translation,
+    adversarial: Adversarial = least_squares,
+    weight: float = 1.0,
 ) -> DiscriminatorLosses:
     """Real images aim at 1, translated ones (cut off from the generators) at 0; one pass a judge over both halves."""
     day_scores, night_scores = judges(
         torch.cat((day_B3HW, translation.day_from_night.detach().to(day_B3HW.dtype))),
         torch.cat((night_B3HW, translation.night_from_day.detach().to(night_B3HW.dtype))),
     )
-    terms = []
+    terms, gaps = [], []
     for scores in (day_scores, night_scores):
         real, translated = zip(*(score.tensor_split(2) for score in scores), strict=True)
-        terms.append(least_squares(translated, 0.0) + least_squares(real, 1.0))
-    return DiscriminatorLosses(total=terms[0] + terms[1], day=terms[0], night=terms[1])
+        terms.append(adversarial(translated, 0.0) + adversarial(real, 1.0))
+        pairs = zip(real, translated, strict=True)
+        gaps.append(torch.stack([absolute_error(first.detach(), second.detach()) for first, second in pairs]).mean())
+    return DiscriminatorLosses(weight * (terms[0] + terms[1]), terms[0], terms[1], gaps[0], gaps[1])
 
 
 def generator_loss(
@@ -100,6 +153,7 @@ def generator_loss(
     night_B3HW: Tensor,
     translation: Translation,
     weights: TermWeights,
+    adversarial: Adversarial = least_squares,
 ) -> GeneratorLosses:
     """All terms of both generators; the judges are expected to be frozen (`requires_grad_(False)`) by the caller.
 
@@ -119,8 +173,8 @@ def generator_loss(
     if features is not None:
         perceptual_day, perceptual_night = perceptual_terms(features, day_B3HW, night_B3HW, translation)
     terms = {
-        "adversarial_day": least_squares(day_scores, 1.0),
-        "adversarial_night": least_squares(night_scores, 1.0),
+        "adversarial_day": adversarial(day_scores, 1.0),
+        "adversarial_night": adversarial(night_scores, 1.0),
         "reconstruction_day": absolute_error(translation.day_from_day, day_B3HW),
         "reconstruction_night": absolute_error(translation.night_from_night, night_B3HW),
         "kl_day": latent_kl(translation.latent_day),
@@ -134,7 +188,8 @@ def generator_loss(
     }
     total = zero
     for name, weight in weights._asdict().items():
-        total = total + weight * (terms[f"{name}_day"] + terms[f"{name}_night"])
+        if name != "discriminator":
+            total = total + weight * (terms[f"{name}_day"] + terms[f"{name}_night"])
     return GeneratorLosses(total=total, **terms)
 
 

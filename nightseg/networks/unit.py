@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nightseg.networks.checkpoint import load_tensors
+from nightseg.networks.tiles import tiled
+from nightseg.networks.upsampling import UpsamplingConvolution
+from nightseg.networks.winograd import convolve_3x3
 from nightseg.storage import Location, UserError
 
 KIND = "unit"  # of the model card
@@ -27,10 +30,6 @@ NORM_EPSILON = 1e-5
 LEAK = 0.2
 DISCRIMINATOR_LAYERS = 4
 DISCRIMINATOR_DEVIATION = 0.02
-
-# Rows: the three source pixels i-1, i, i+1; columns: the five kernel taps that fall on them after nearest upsampling.
-EVEN_TAPS = ((1, 1, 0, 0, 0), (0, 0, 1, 1, 0), (0, 0, 0, 0, 1))
-ODD_TAPS = ((1, 0, 0, 0, 0), (0, 1, 1, 0, 0), (0, 0, 0, 1, 1))
 
 
 def to_unit_range(images: Tensor) -> Tensor:
@@ -66,80 +65,50 @@ class LayerNorm(nn.Module):
         return F.group_norm(features_BCHW, 1, gain, self.shift, eps=NORM_EPSILON**2)
 
 
+class InstanceNorm(nn.Module):
+    """Zero mean and unit variance a channel and image; nothing is learnt (arXiv 1607.08022).
+
+    It is the batch norm of one image; on a CPU PyTorch's own is a fifth as fast, because it leaves channels last.
+    """
+
+    def forward(self, features_BCHW: Tensor) -> Tensor:
+        if features_BCHW.device.type != "cpu":
+            return F.instance_norm(features_BCHW, eps=NORM_EPSILON)
+        samples = [
+            F.batch_norm(sample_1CHW, None, None, training=True, eps=NORM_EPSILON)
+            for sample_1CHW in features_BCHW.split(1)
+        ]
+        return samples[0] if len(samples) == 1 else torch.cat(samples)
+
+
+class ResidualConvolution(nn.Module):
+    """A 3x3 convolution with reflect padding that keeps the number of channels."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        plain = nn.Conv2d(channels, channels, 3)
+        self.weight, self.bias = plain.weight, plain.bias
+
+    def forward(self, features_BCHW: Tensor) -> Tensor:
+        return convolve_3x3(F.pad(features_BCHW, (1, 1, 1, 1), mode="reflect"), self.weight, self.bias)
+
+
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions with instance norm around a skip; no activation after the sum."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            _convolution(channels, channels, 3, padding=1),
-            nn.InstanceNorm2d(channels),
+            ResidualConvolution(channels),
+            InstanceNorm(),
             nn.ReLU(inplace=True),
-            _convolution(channels, channels, 3, padding=1),
-            nn.InstanceNorm2d(channels),
+            ResidualConvolution(channels),
+            InstanceNorm(),
         )
 
     def forward(self, features_BCHW: Tensor) -> Tensor:
         output: Tensor = features_BCHW + self.layers(features_BCHW)
         return output
-
-
-class UpsamplingConvolution(nn.Module):
-    """Nearest upsampling by 2, then a 5x5 convolution with reflect padding, at 36 % of the multiplications.
-
-    After nearest upsampling the five taps of a row or column fall on three source pixels, so each of the four output
-    phases is a 3x3 convolution of the small image with summed weights. Only the outermost ring of output pixels sees
-    the reflection differently; it is computed from two-pixel strips. The result equals the plain form to rounding.
-    """
-
-    def __init__(self, channels_in: int, channels_out: int) -> None:
-        super().__init__()
-        plain = nn.Conv2d(channels_in, channels_out, 5)
-        self.weight, self.bias = plain.weight, plain.bias
-        self.register_buffer("taps", torch.tensor([EVEN_TAPS, ODD_TAPS], dtype=torch.float32), persistent=False)
-
-    def forward(self, features_BCHW: Tensor) -> Tensor:
-        if min(features_BCHW.shape[2:]) < 2:
-            raise ValueError(f"UpsamplingConvolution needs at least 2x2 features, got {tuple(features_BCHW.shape)}")
-        assert self.bias is not None
-        taps = self.get_buffer("taps")
-        phases = torch.einsum("pty,qux,oiyx->opqitu", taps, taps, self.weight).flatten(0, 2)
-        padded = F.pad(features_BCHW, (1, 1, 1, 1), mode="replicate")
-        output = F.pixel_shuffle(F.conv2d(padded, phases, self.bias.repeat_interleave(4)), 2)
-        top = self._edge(features_BCHW[:, :, :2], self.weight)
-        bottom = self._edge(features_BCHW[:, :, -2:].flip(2), self.weight.flip(2))
-        columns, weight = features_BCHW.transpose(2, 3), self.weight.transpose(2, 3)
-        left = self._edge(columns[:, :, :2], weight)
-        right = self._edge(columns[:, :, -2:].flip(2), weight.flip(2))
-        pasted: Tensor = _PasteRing.apply(output, top, bottom, left, right)
-        return pasted
-
-    def _edge(self, strip_BC2W: Tensor, weight: Tensor) -> Tensor:
-        """First output row: the reflected taps 0..4 fall on source rows 1, 0, 0, 0, 1."""
-        rows = torch.stack((weight[:, :, 1:4].sum(2), weight[:, :, 0] + weight[:, :, 4]), dim=2)
-        wide = F.pad(strip_BC2W.repeat_interleave(2, dim=3), (2, 2, 0, 0), mode="reflect")
-        return F.conv2d(wide, rows, self.bias)[:, :, 0]
-
-
-class _PasteRing(torch.autograd.Function):
-    """Overwrites the outermost rows and columns; autograd's own slice assignment copies the image for each of them."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, output_BCHW: Tensor, top_BCW: Tensor, bottom_BCW: Tensor, left_BCH: Tensor, right_BCH: Tensor
-    ) -> Tensor:
-        ctx.mark_dirty(output_BCHW)
-        output_BCHW[:, :, 0], output_BCHW[:, :, -1] = top_BCW, bottom_BCW
-        output_BCHW[:, :, :, 0], output_BCHW[:, :, :, -1] = left_BCH, right_BCH  # these own the corners
-        return output_BCHW
-
-    @staticmethod
-    def backward(ctx: Any, gradient_BCHW: Tensor) -> tuple[Tensor, ...]:
-        inner_BCHW = gradient_BCHW.clone()
-        inner_BCHW[:, :, :, 0] = inner_BCHW[:, :, :, -1] = 0.0
-        rows = (inner_BCHW[:, :, 0].clone(), inner_BCHW[:, :, -1].clone())
-        inner_BCHW[:, :, 0] = inner_BCHW[:, :, -1] = 0.0
-        return inner_BCHW, *rows, gradient_BCHW[:, :, :, 0], gradient_BCHW[:, :, :, -1]
 
 
 class Encoder(nn.Module):
@@ -152,13 +121,13 @@ class Encoder(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(
             _convolution(3, width, 7, padding=3),
-            nn.InstanceNorm2d(width),
+            InstanceNorm(),
             nn.ReLU(inplace=True),
             _convolution(width, 2 * width, 4, stride=2, padding=1),
-            nn.InstanceNorm2d(2 * width),
+            InstanceNorm(),
             nn.ReLU(inplace=True),
             _convolution(2 * width, 4 * width, 4, stride=2, padding=1),
-            nn.InstanceNorm2d(4 * width),
+            InstanceNorm(),
             nn.ReLU(inplace=True),
             *(ResidualBlock(4 * width) for _ in range(res_blocks)),
         )
@@ -235,10 +204,10 @@ def _patch_scorer(width: int, norm: str) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def _initialise(generator: nn.Module) -> None:
+def _initialise(part: nn.Module) -> None:
     """Kaiming normal by fan-in, biases 0."""
-    for layer in generator.modules():
-        if isinstance(layer, nn.Conv2d | UpsamplingConvolution):
+    for layer in part.modules():
+        if isinstance(layer, nn.Conv2d | ResidualConvolution | UpsamplingConvolution):
             nn.init.kaiming_normal_(layer.weight, a=0.0, mode="fan_in")
             assert layer.bias is not None
             nn.init.zeros_(layer.bias)
@@ -269,26 +238,42 @@ class Translation(NamedTuple):
 
 
 class Generators(nn.Module):
-    """An encoder and a decoder for day, and for night; one module, so that one gradient exchange covers them all."""
+    """An encoder and a decoder for day, and for night; one module, so that one gradient exchange covers them all.
 
-    def __init__(self, width: int = 64, res_blocks: int = 4) -> None:
+    The last `shared_blocks` of the `res_blocks` residual blocks of both encoders are one and the same, and so are the
+    first ones of both decoders: UNIT's weight sharing (section 3 of the paper), which its 2018 network gave up (0).
+    """
+
+    def __init__(self, width: int = 64, res_blocks: int = 4, shared_blocks: int = 0) -> None:
         super().__init__()
-        self.day_encoder = Encoder(width, res_blocks)
-        self.day_decoder = Decoder(width, res_blocks)
-        self.night_encoder = Encoder(width, res_blocks)
-        self.night_decoder = Decoder(width, res_blocks)
+        if not 0 <= shared_blocks <= res_blocks:
+            raise ValueError(f"shared_blocks {shared_blocks} of {res_blocks} residual blocks")
+        self.res_blocks = res_blocks
+        own_blocks = res_blocks - shared_blocks
+        self.day_encoder = Encoder(width, own_blocks)
+        self.day_decoder = Decoder(width, own_blocks)
+        self.night_encoder = Encoder(width, own_blocks)
+        self.night_decoder = Decoder(width, own_blocks)
+        self.shared_encoding = nn.Sequential(*(ResidualBlock(4 * width) for _ in range(shared_blocks)))
+        self.shared_decoding = nn.Sequential(*(ResidualBlock(4 * width) for _ in range(shared_blocks)))
+        _initialise(self.shared_encoding)
+        _initialise(self.shared_decoding)
 
     def forward(self, day_B3HW: Tensor, night_B3HW: Tensor, noise: LatentNoise, cycle: bool = True) -> Translation:
         """Each image is encoded once, and each decoder runs once over both codes: reconstruction and translation."""
-        latent_day, latent_night = self.day_encoder(day_B3HW), self.night_encoder(night_B3HW)
-        codes_2B = torch.cat((latent_day + noise.day, latent_night + noise.night))
+        latent_day, latent_night = _both(
+            self.shared_encoding, self.day_encoder(day_B3HW), self.night_encoder(night_B3HW)
+        )
+        codes_2B = self.shared_decoding(torch.cat((latent_day + noise.day, latent_night + noise.night)))
         day_from_day, day_from_night = self.day_decoder(codes_2B).tensor_split(2)
         night_from_day, night_from_night = self.night_decoder(codes_2B).tensor_split(2)
         day_cycled = night_cycled = day_again = night_again = None
         if cycle:
-            day_again, night_again = self.night_encoder(night_from_day), self.day_encoder(day_from_night)
-            day_cycled = self.day_decoder(day_again + noise.day_again)
-            night_cycled = self.night_decoder(night_again + noise.night_again)
+            day_again, night_again = _both(
+                self.shared_encoding, self.night_encoder(night_from_day), self.day_encoder(day_from_night)
+            )
+            codes = _both(self.shared_decoding, day_again + noise.day_again, night_again + noise.night_again)
+            day_cycled, night_cycled = self.day_decoder(codes[0]), self.night_decoder(codes[1])
         return Translation(
             day_from_day=day_from_day,
             night_from_night=night_from_night,
@@ -302,19 +287,54 @@ class Generators(nn.Module):
             latent_night_again=night_again,
         )
 
-    def translate(self, images_B3HW: Tensor, to: Literal["day", "night"]) -> Tensor:
-        """(B, 3, H, W) of the other domain -> the same scene in domain `to`, without noise, at the same size.
+    def translate(
+        self, images_B3HW: Tensor, to: Literal["day", "night"], tile: tuple[int, int] | None = None
+    ) -> Tensor:
+        """(B, 3, H, W) of the other domain -> the same scene in domain `to`, at the same size.
 
-        Sides that are no multiple of 4 are reflected up to one and cropped back.
+        There is no noise: the code is the mean, so a frame becomes the same image whatever came before it, and a
+        sequence does not flicker. Sides that are no multiple of 4 are reflected up to one and cropped back.
+
+        `tile` (height, width): larger images go through in tiles whose overlaps, `seam_width` pixels, are blended.
+        Instance and layer norms then see a tile's statistics instead of the image's: between the seams the result is
+        that of the whole image only as far as the tile is a fair sample of it.
         """
         height, width = images_B3HW.shape[2:]
         padded = F.pad(images_B3HW, (0, -width % STRIDE, 0, -height % STRIDE), mode="reflect")
-        if to == "night":
-            translated = self.night_decoder(self.day_encoder(padded))
-        else:
-            translated = self.day_decoder(self.night_encoder(padded))
-        cropped: Tensor = translated[:, :, :height, :width]
-        return cropped
+        encoder, decoder = (
+            (self.day_encoder, self.night_decoder) if to == "night" else (self.night_encoder, self.day_decoder)
+        )
+
+        def whole(images_B3hw: Tensor) -> Tensor:
+            made: Tensor = decoder(self.shared_decoding(self.shared_encoding(encoder(images_B3hw))))
+            return made
+
+        if tile is None:
+            return whole(padded)[:, :, :height, :width]
+        return tiled(whole, padded, tile, seam_width(self.res_blocks))[:, :, :height, :width]
+
+
+def seam_width(res_blocks: int) -> int:
+    """Pixels that a pixel of a translation depends on in each direction, norms left aside, rounded up to the stride.
+
+    First and last convolution 3 each; the two strided ones 2 and 4; upsampling twice 2 + 4 and 1 + 2; a residual block
+    two latent positions, in the encoder and in the decoder.
+    """
+    reach = 3 + 2 + 4 + 2 * 2 * STRIDE * res_blocks + (2 + 4) + (1 + 2) + 3
+    return -(-reach // STRIDE) * STRIDE
+
+
+def smallest_tile(res_blocks: int) -> int:
+    """Fewest pixels a side of a tile, so that some of it is no seam."""
+    return 2 * seam_width(res_blocks) + STRIDE
+
+
+def _both(blocks: nn.Sequential, day_BChw: Tensor, night_BChw: Tensor) -> tuple[Tensor, Tensor]:
+    """What the blocks make of each; in one pass, because they are the same for both domains."""
+    if len(blocks) == 0:
+        return day_BChw, night_BChw
+    day, night = blocks(torch.cat((day_BChw, night_BChw))).tensor_split(2)
+    return day, night
 
 
 class Discriminators(nn.Module):
@@ -330,14 +350,15 @@ class Discriminators(nn.Module):
         return self.day(day_B3HW), self.night(night_B3HW)
 
 
-def build_generators(width: int, res_blocks: int, tensors: Mapping[str, Tensor]) -> Generators:
+def build_generators(width: int, res_blocks: int, tensors: Mapping[str, Tensor], shared_blocks: int = 0) -> Generators:
     """Generators with the given tensors, for translation only. UserError when they belong to another architecture."""
-    generators = Generators(width, res_blocks)
+    generators = Generators(width, res_blocks, shared_blocks)
     try:
         generators.load_state_dict(dict(tensors))
     except RuntimeError as error:
         raise UserError(
-            f"these are not the tensors of a UNIT of width {width} with {res_blocks} blocks: {error}"
+            f"these are not the tensors of a UNIT of width {width} with {res_blocks} blocks, {shared_blocks} of them "
+            f"shared: {error}"
         ) from error
     return generators.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
@@ -349,4 +370,4 @@ def load_generators(folder: Location) -> Generators:
         raise UserError(
             f"{folder.uri} holds a model of kind {card.get('kind')!r}; translation needs one of kind {KIND!r}"
         )
-    return build_generators(int(card["width"]), int(card["res_blocks"]), tensors)
+    return build_generators(int(card["width"]), int(card["res_blocks"]), tensors, int(card.get("shared_blocks", 0)))

@@ -1,6 +1,6 @@
 """What a recipe names: unknown names, cycles, missing folders and labels, settings that contradict each other.
 
-Works on the raw mapping and skips whatever has the wrong shape: the types (`config.py`) report that themselves.
+Works on the raw mapping and skips whatever has the wrong shape: the types (`config/`) report that themselves.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from nightseg.config import Recipe
-from nightseg.config_translators import LitClasses
+from nightseg.config.translators import LitClasses
 from nightseg.errors import UserError, closest
 from nightseg.frames.datasets import FOLDER_LAYOUTS, check_folders
 from nightseg.frames.taxonomy import Taxonomy, taxonomy

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 
 from nightseg.config import Network, TrainCompute
-from nightseg.config_training import Training
+from nightseg.config.training import Training
 from nightseg.errors import UserError
 from nightseg.frames import table as frame
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from nightseg.compute.training import Session, Workers, fit
 from nightseg.config import Network, TrainCompute
-from nightseg.config_training import Loss, Training
+from nightseg.config.training import Loss, Training
 from nightseg.frames.augment import Augmentation
 from nightseg.frames.taxonomy import Taxonomy
 from nightseg.frames.taxonomy import taxonomy as load_taxonomy

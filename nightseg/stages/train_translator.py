@@ -5,12 +5,10 @@ Letters in tensor names: B batch, 3 RGB, H, W crop size.
 
 from __future__ import annotations
 
-import copy
 import time
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
-import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -19,25 +17,36 @@ from nightseg.compute.training import Session, Workers, fit
 from nightseg.config import TrainCompute, Translator
 from nightseg.frames import table as frame
 from nightseg.frames.images import encode_png
+from nightseg.learning.adversarial import (
+    Networks,
+    average,
+    build_networks,
+    compiled,
+    discriminator_step,
+    generator_step,
+    set_learning_rate,
+    stepped_rate,
+)
+from nightseg.learning.collapse import ailing, collapsed, not_finite
 from nightseg.learning.sample_sheet import sample_sheet
 from nightseg.learning.translation import (
-    DiscriminatorLosses,
-    GeneratorLosses,
+    TERMS,
+    TermMeans,
     TermWeights,
-    discriminator_loss,
-    generator_loss,
+    adversarial_loss,
     latent_noise,
+    loss_of_a_coin,
 )
-from nightseg.learning.unpaired import FrameReader, FrameRef, Stream, UnpairedCrops, mix_seed
+from nightseg.learning.unpaired import FrameReader, FrameRef, UnpairedCrops
 from nightseg.networks.checkpoint import save_model
-from nightseg.networks.perceptual import SMALLEST_PERCEIVED, PerceptualFeatures, build_perceptual
+from nightseg.networks.perceptual import PerceptualFeatures, build_perceptual, smallest_perceived
 from nightseg.networks.unit import (
     KIND,
     STRIDE,
-    Discriminators,
     Generators,
     build_generators,
     smallest_discriminated_side,
+    smallest_tile,
     to_unit_range,
 )
 from nightseg.progress import Progress
@@ -45,13 +54,10 @@ from nightseg.storage import Location, UserError
 from nightseg.storage.events import Curves
 from nightseg.workspace import Attempt, Commit
 
-VERSION = 2
+VERSION = 3
 
-ADAM_BETAS: Final = (0.5, 0.999)
-LEARNING_RATE_FACTOR: Final = 0.5
 HISTORY_ROWS: Final = 200  # of a short training; a long one has a row every ITERATIONS_BETWEEN_LOOKS
 ITERATIONS_BETWEEN_LOOKS: Final = 100  # reading the losses waits for the device, so it is done this seldom
-TERMS: Final = tuple(f"discriminator_{name}" for name in DiscriminatorLosses._fields) + GeneratorLosses._fields
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ class Plan:
     settings: Translator
     seed: int
     threads: int  # that decode frames
-    curves: Location | None = None  # where TensorBoard finds them
+    journal: Location | None = None  # where the training is to be looked at while it goes on
 
     @property
     def iterations_between_looks(self) -> int:
@@ -72,15 +78,9 @@ class Plan:
     def reader(self, frames: tuple[FrameRef, ...]) -> FrameReader:
         return FrameReader(frames, short_side=self.settings.short_side, crop=self.settings.crop)
 
-
-class Networks(NamedTuple):
-    """What is trained, and the two optimisers that do it."""
-
-    generators: Generators
-    discriminators: Discriminators
-    generator_optimizer: torch.optim.Adam
-    discriminator_optimizer: torch.optim.Adam
-    averaged: Generators  # running mean of the generators: what the model becomes
+    def sample_sheet(self, generators: Generators) -> bytes:
+        """PNG."""
+        return encode_png(sample_sheet(generators, self.reader(self.day), self.reader(self.night)))
 
 
 def train_translator(
@@ -97,16 +97,17 @@ def train_translator(
 
     `tensorboard/` beside them has the loss terms and a sample sheet of each checkpoint; it is no part of the result.
     `day` and `night` are frame tables with absolute uris. The sample sheet has the columns day, night made from it,
-    night, day made from it. Raises UserError: settings that cannot train, a frame that has gone bad since it was
-    collected, perceptual weights that cannot be had, a training that has diverged.
+    night, day made from it. With `samples_every` there is one under `samples/` every so many iterations, written while
+    the training goes on. Raises UserError: settings that cannot train, a frame that has gone bad since it was
+    collected, perceptual weights that cannot be had, a training that has diverged or whose discriminator collapsed.
     """
     begun = time.monotonic()
     name = str(attempt.identity["name"])
     _check(name, settings, day, night, compute)
     if settings.weights.perceptual > 0:
-        build_perceptual(settings.perceptual_network, settings.perceptual_weights)  # fails here, not on the cluster
+        _features(settings, torch.device("cpu"))  # fails here, not on the cluster
     threads = max(1, min(8, int(compute.cpus_per_worker) - 1))
-    plan = Plan(_refs(day), _refs(night), settings, seed, threads, attempt.folder / "tensorboard")
+    plan = Plan(_refs(day), _refs(night), settings, seed, threads, attempt.folder)
     result = fit(
         learn,
         {"plan": plan},
@@ -121,15 +122,17 @@ def train_translator(
     state = result.load()
     save_model(attempt.folder / "model", state["averaged"], _card(settings, attempt))
     (attempt.folder / "history.json").write_json(state["history"])
-    generators = build_generators(settings.width, settings.res_blocks, state["averaged"])
-    sheet = sample_sheet(generators, plan.reader(plan.day), plan.reader(plan.night))
-    (attempt.folder / "samples.png").write_bytes(encode_png(sheet))
+    generators = build_generators(settings.width, settings.res_blocks, state["averaged"], settings.shared_blocks)
+    (attempt.folder / "samples.png").write_bytes(plan.sample_sheet(generators))
     num_frames = day.num_rows + night.num_rows
     last = state["history"][-1]
     commit = attempt.finish(
         rows_in=num_frames,
         rows_out=num_frames,
-        outputs=["model/model.safetensors", "model/model.json", "history.json", "samples.png"],
+        outputs=[
+            *("model/model.safetensors", "model/model.json", "history.json", "samples.png"),
+            *(["samples"] if settings.samples_every else []),
+        ],
         summary={"day": day.num_rows, "night": night.num_rows, **{term: last[term] for term in ("iteration", *TERMS)}},
         seconds=time.monotonic() - begun,
     )
@@ -162,10 +165,17 @@ def _check(name: str, settings: Translator, day: pa.Table, night: pa.Table, comp
             f"{settings.discriminator_scales} scales, which needs {smallest} pixels a side; enlarge crop or set a "
             "smaller discriminator_scales"
         )
-    if settings.weights.perceptual > 0 and min(settings.crop) < SMALLEST_PERCEIVED:
+    smallest = smallest_perceived(settings.perceptual_network, settings.perceptual_layers)
+    if settings.weights.perceptual > 0 and min(settings.crop) < smallest:
         raise UserError(
-            f"{where}: crop {tuple(settings.crop)} is too small for the perceptual loss, which needs "
-            f"{SMALLEST_PERCEIVED} pixels a side; enlarge crop or set weights.perceptual to 0"
+            f"{where}: crop {tuple(settings.crop)} is too small for the perceptual loss, which needs {smallest} pixels "
+            "a side; enlarge crop or set weights.perceptual to 0"
+        )
+    smallest = smallest_tile(settings.res_blocks)
+    if settings.tile is not None and (min(settings.tile) < smallest or any(side % STRIDE for side in settings.tile)):
+        raise UserError(
+            f"{where}: tile {tuple(settings.tile)} must be multiples of {STRIDE}, {smallest} or more: with "
+            f"{settings.res_blocks} residual blocks a pixel depends on so many around it"
         )
 
 
@@ -175,8 +185,9 @@ def _refs(table: pa.Table) -> tuple[FrameRef, ...]:
 
 
 def _card(settings: Translator, attempt: Attempt) -> dict[str, Any]:
-    training = settings.model_dump(mode="json", exclude={"width", "res_blocks", "perceptual_weights"})
-    card = {"kind": KIND, "width": settings.width, "res_blocks": settings.res_blocks, "directions": ["night", "day"]}
+    network = {name: getattr(settings, name) for name in ("width", "res_blocks", "shared_blocks")}
+    training = settings.model_dump(mode="json", exclude={*network, "perceptual_weights", "tile"})
+    card = {"kind": KIND, **network, "directions": ["night", "day"]}
     return {**card, "training": training, "parents": [], "key": attempt.key, "seed": attempt.seed}
 
 
@@ -192,13 +203,16 @@ def learn(session: Session, settings: dict[str, Any]) -> None:
     """
     plan: Plan = settings["plan"]
     recipe, device = plan.settings, session.device
-    networks = build_networks(recipe, plan.seed, device)
-    history, window, start = _restore(session, networks)
+    networks = _networks(recipe, plan.seed, device)
+    history, means, start = _restore(session, networks)
     if start >= recipe.iterations:
         return
-    curves = _curves(plan, session, start)
-    weights = TermWeights(**recipe.weights.model_dump())
-    features = _features(recipe, device)
+    weights, adversarial = TermWeights(**recipe.weights.model_dump()), adversarial_loss(recipe.adversarial_loss)
+    features, precision, journal = _features(recipe, device), _precision(recipe, device), Journal(session, plan, start)
+    latent_Chw = (4 * recipe.width, recipe.crop[0] // STRIDE, recipe.crop[1] // STRIDE)
+    judges = compiled(networks.discriminators, recipe.compile)
+    generators = session.wrap(compiled(networks.generators, recipe.compile))
+    discriminators = session.wrap(judges)
     crops = UnpairedCrops(
         plan.reader(plan.day),
         plan.reader(plan.night),
@@ -208,120 +222,95 @@ def learn(session: Session, settings: dict[str, Any]) -> None:
         world_size=session.world_size,
     )
     ahead = 0 if crops.keep_in_memory(plan.threads) else plan.threads
-    latent_Chw = (4 * recipe.width, recipe.crop[0] // STRIDE, recipe.crop[1] // STRIDE)
-    generators, discriminators = session.wrap(networks.generators), session.wrap(networks.discriminators)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    kept = start
 
     for iteration, batch in enumerate(crops.batches(start, recipe.iterations, ahead), start):
-        _set_learning_rate(networks, recipe.learning_rate * LEARNING_RATE_FACTOR ** (iteration // recipe.step_every))
+        set_learning_rate(networks, stepped_rate(recipe.learning_rate, iteration, recipe.step_every))
         day_B3HW, night_B3HW = (_to_device(crop, device) for crop in batch)
         noise = latent_noise(plan.seed, iteration, crops.slots, latent_Chw, device)
-        with autocast:
+        with precision:
             translation = generators(day_B3HW, night_B3HW, noise, weights.needs_cycle)
-            judged = discriminator_loss(discriminators, day_B3HW, night_B3HW, translation)
-        networks.discriminator_optimizer.zero_grad(set_to_none=True)
-        judged.total.backward()  # type: ignore[no-untyped-call]
-        networks.discriminator_optimizer.step()
+        game = (day_B3HW, night_B3HW, translation, weights, adversarial, precision)
+        judged = discriminator_step(networks, discriminators, *game)
+        made = generator_step(networks, judges, features, *game)
+        average(networks, min(recipe.average, (1 + iteration) / (10 + iteration)))
 
-        networks.discriminators.requires_grad_(False)  # its gradients are not wanted in the generators' step
-        with autocast:
-            # The bare discriminators: nothing of theirs is exchanged between the workers in this step.
-            made = generator_loss(networks.discriminators, features, day_B3HW, night_B3HW, translation, weights)
-        networks.generator_optimizer.zero_grad(set_to_none=True)
-        made.total.backward()  # type: ignore[no-untyped-call]
-        networks.generator_optimizer.step()
-        networks.discriminators.requires_grad_(True)
-        _average(networks, min(recipe.average, (1 + iteration) / (10 + iteration)))
         done = iteration + 1
-        window.add(judged, made)
+        means.add(judged, made)
         if done % plan.iterations_between_looks == 0 or done == recipe.iterations:
-            row = window.close(session)
-            _check_finite(row, done, recipe)
-            history.append({"iteration": done, **row})
-            session.progress(done, generator=row["total"], discriminator=row["discriminator_total"])
-            _draw(curves, done, row)
-        if done % recipe.checkpoint_every == 0 or done == recipe.iterations:
-            _show(curves, done, networks.averaged, plan)
-            _report(session, networks, history, window, done, recipe)
+            history.append({"iteration": done, **means.close(session.sum, session.world_size)})
+            _check_health(history, kept, recipe)
+            journal.terms(history[-1])
+        if recipe.samples_every is not None and (done % recipe.samples_every == 0 or done == recipe.iterations):
+            journal.samples(done, networks.averaged, history)
+        is_good = not _is_ailing(history, recipe)  # what is kept is what a training can go on from
+        if done == recipe.iterations or (done % recipe.checkpoint_every == 0 and is_good):
+            journal.look(done, networks.averaged)
+            _report(session, networks, history, means, done, kept, recipe)
+            kept = done
 
 
-def _curves(plan: Plan, session: Session, start: int) -> Curves | None:
-    """What TensorBoard shows, written by one worker; it goes on after `start` iterations."""
-    return Curves(plan.curves, start) if session.rank == 0 and plan.curves is not None else None
+class Journal:
+    """What can be looked at while the training goes on; rank 0 writes it, and the same again after a restart."""
+
+    def __init__(self, session: Session, plan: Plan, start: int) -> None:
+        self.session = session
+        self.plan = plan
+        self.folder = plan.journal if session.rank == 0 else None
+        self.curves = None if self.folder is None else Curves(self.folder / "tensorboard", start)
+
+    def terms(self, row: dict[str, float]) -> None:
+        """Every row of the history as it is made: mean loss terms (TERMS) since the row before, and `iteration`."""
+        done = int(row["iteration"])
+        self.session.progress(done, generator=row["total"], discriminator=row["discriminator_total"])
+        if self.curves is not None:
+            self.curves.scalars(done, {f"loss/{name}": row[name] for name in row.keys() - {"iteration"}})
+            self.curves.flush_if_due()
+
+    def look(self, done: int, generators: Generators) -> None:
+        """Both directions, for TensorBoard; written before the checkpoint, so that a restart finds no gap."""
+        if self.curves is not None:
+            sheet = sample_sheet(generators, self.plan.reader(self.plan.day), self.plan.reader(self.plan.night))
+            self.curves.picture(done, "samples/day_night_night_day", encode_png(sheet), *sheet.shape[:2])
+            self.curves.flush()
+
+    def samples(self, done: int, generators: Generators, history: list[dict[str, float]]) -> None:
+        """`samples/<iteration>.png`, and the loss terms so far as `history.json`."""
+        if self.folder is not None:
+            (self.folder / "samples" / f"{done:07d}.png").write_bytes(self.plan.sample_sheet(generators))
+            (self.folder / "history.json").write_json(history)
 
 
-def _draw(curves: Curves | None, done: int, row: dict[str, float]) -> None:
-    if curves is not None:
-        curves.scalars(done, {f"loss/{name}": value for name, value in row.items()})
-        curves.flush_if_due()
-
-
-def _show(curves: Curves | None, done: int, generators: Generators, plan: Plan) -> None:
-    """A look at both directions. What is there is written before the checkpoint, so that a restart finds no gap."""
-    if curves is not None:
-        sheet = sample_sheet(generators, plan.reader(plan.day), plan.reader(plan.night))
-        curves.picture(done, "samples/day_night_night_day", encode_png(sheet), *sheet.shape[:2])
-        curves.flush()
-
-
-class Window:
-    """Sums of the loss terms since the last row of the history, kept on the device."""
-
-    def __init__(self, device: torch.device, sums: Tensor | None = None, count: int = 0) -> None:
-        self.sums = torch.zeros(len(TERMS), device=device) if sums is None else sums.to(device)
-        self.count = count
-
-    def add(self, judged: DiscriminatorLosses, made: GeneratorLosses) -> None:
-        self.sums += torch.stack([term.detach().float() for term in (*judged, *made)])
-        self.count += 1
-
-    def close(self, session: Session) -> dict[str, float]:
-        """Mean of every term over the window and all workers; the window starts anew."""
-        means = session.sum(self.sums.clone()) / (session.world_size * max(1, self.count))
-        self.sums.zero_()
-        self.count = 0
-        return dict(zip(TERMS, means.tolist(), strict=True))
-
-
-def build_networks(recipe: Translator, seed: int, device: torch.device) -> Networks:
-    """New networks, the same on every worker, and their optimisers."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(mix_seed(seed, Stream.WEIGHTS))
-        generators = Generators(recipe.width, recipe.res_blocks)
-        discriminators = Discriminators(
-            recipe.discriminator_width, recipe.discriminator_scales, recipe.discriminator_norm
-        )
-    optimizers = []
-    for module in (generators, discriminators):
-        module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        optimizers.append(
-            torch.optim.Adam(
-                module.parameters(),
-                lr=recipe.learning_rate,
-                betas=ADAM_BETAS,
-                weight_decay=recipe.weight_decay,
-                fused=True,
-            )
-        )
-    averaged = copy.deepcopy(generators).requires_grad_(False)
-    generator_optimizer, discriminator_optimizer = optimizers
-    return Networks(generators, discriminators, generator_optimizer, discriminator_optimizer, averaged)
-
-
-def _average(networks: Networks, decay: float) -> None:
-    """One step of the running mean of the generators' weights; `decay` 0 keeps the latest ones.
-
-    An adversarial game circles around its solution, and the mean of the circle is nearer to it (arXiv 1806.04498).
-    """
-    parameters = list(networks.generators.parameters())
-    torch._foreach_lerp_(list(networks.averaged.parameters()), [p.detach() for p in parameters], 1 - decay)
+def _networks(recipe: Translator, seed: int, device: torch.device) -> Networks:
+    return build_networks(
+        width=recipe.width,
+        res_blocks=recipe.res_blocks,
+        shared_blocks=recipe.shared_blocks,
+        discriminator_width=recipe.discriminator_width,
+        discriminator_scales=recipe.discriminator_scales,
+        discriminator_norm=recipe.discriminator_norm,
+        learning_rate=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        seed=seed,
+        device=device,
+    )
 
 
 def _features(recipe: Translator, device: torch.device) -> PerceptualFeatures | None:
     if recipe.weights.perceptual == 0:
         return None
-    features = build_perceptual(recipe.perceptual_network, recipe.perceptual_weights)
+    features = build_perceptual(
+        recipe.perceptual_network,
+        recipe.perceptual_weights,
+        sha256=recipe.perceptual_sha256,
+        layers=recipe.perceptual_layers,
+    )
     return features.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+def _precision(recipe: Translator, device: torch.device) -> torch.autocast:
+    is_low = recipe.precision == "bfloat16" or (recipe.precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=is_low)
 
 
 def _to_device(crops_B3HW: Tensor, device: torch.device) -> Tensor:
@@ -331,12 +320,6 @@ def _to_device(crops_B3HW: Tensor, device: torch.device) -> Tensor:
     return to_unit_range(crops_B3HW)
 
 
-def _set_learning_rate(networks: Networks, learning_rate: float) -> None:
-    for optimizer in (networks.generator_optimizer, networks.discriminator_optimizer):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-
-
 # -- checkpoints ------------------------------------------------------------------------------------------------------
 
 
@@ -344,53 +327,63 @@ def _report(
     session: Session,
     networks: Networks,
     history: list[dict[str, float]],
-    window: Window,
+    means: TermMeans,
     done: int,
+    kept: int,
     recipe: Translator,
 ) -> None:
     """One checkpoint. Weights that are not finite never become one, so the last checkpoint is always a good one."""
-    for module in (networks.generators, networks.averaged, networks.discriminators):
-        if not all(bool(parameter.isfinite().all()) for parameter in module.parameters()):
-            raise UserError(_diverged("a weight is", done, recipe))
-    state = {
-        "generators": networks.generators.state_dict(),
-        "averaged": networks.averaged.state_dict(),
-        "discriminators": networks.discriminators.state_dict(),
-        "generator_optimizer": networks.generator_optimizer.state_dict(),
-        "discriminator_optimizer": networks.discriminator_optimizer.state_dict(),
+    broken = networks.first_not_finite()
+    if broken is not None:
+        raise UserError(_gone_wrong(f"it has diverged: the weight {broken} is not finite", done, kept, recipe))
+    state = networks.state() | {
         "iteration": done,
         "history": history,
-        "window_sums": window.sums,
-        "window_count": window.count,
+        "sums": means.sums,
+        "count": means.count,
     }
     latest = {name: value for name, value in history[-1].items()} if history else {"iteration": done}
     session.report(latest, state if session.rank == 0 else None)
 
 
-def _restore(session: Session, networks: Networks) -> tuple[list[dict[str, float]], Window, int]:
-    """History, open window and number of finished iterations; the networks and optimisers are set."""
+def _restore(session: Session, networks: Networks) -> tuple[list[dict[str, float]], TermMeans, int]:
+    """History, open means and number of finished iterations; the networks and optimisers are set."""
     state = session.restore()
     if state is None:
-        return [], Window(session.device), 0
-    networks.generators.load_state_dict(state["generators"])
-    networks.averaged.load_state_dict(state["averaged"])
-    networks.discriminators.load_state_dict(state["discriminators"])
-    networks.generator_optimizer.load_state_dict(state["generator_optimizer"])
-    networks.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
-    window = Window(session.device, state["window_sums"], int(state["window_count"]))
-    return list(state["history"]), window, int(state["iteration"])
+        return [], TermMeans(session.device), 0
+    networks.load(state)
+    means = TermMeans(session.device, state["sums"], int(state["count"]))
+    return list(state["history"]), means, int(state["iteration"])
 
 
-def _check_finite(row: dict[str, float], done: int, recipe: Translator) -> None:
-    broken = [name for name, value in row.items() if not np.isfinite(value)]
+def _check_health(history: list[dict[str, float]], kept: int, recipe: Translator) -> None:
+    """UserError when the training has gone wrong; nothing of this iteration has become a checkpoint yet."""
+    done, broken = int(history[-1]["iteration"]), not_finite(history[-1])
     if broken:
-        raise UserError(_diverged(f"the loss terms {', '.join(broken)} are", done, recipe))
+        what = f"it has diverged: the loss terms {', '.join(broken)} are not finite"
+        raise UserError(_gone_wrong(what, done, kept, recipe))
+    if recipe.collapse_after is not None:
+        ailment = collapsed(history, lasting=recipe.collapse_after, coin=_coin(recipe))
+        if ailment is not None:
+            more = " To train on all the same, set collapse_after: null."
+            raise UserError(_gone_wrong(ailment, done, kept, recipe) + more)
 
 
-def _diverged(what: str, done: int, recipe: Translator) -> str:
-    kept = (done - 1) // recipe.checkpoint_every * recipe.checkpoint_every
+def _is_ailing(history: list[dict[str, float]], recipe: Translator) -> bool:
+    """Whether a discriminator teaches nothing right now. At the start none does, and that counts for nothing."""
+    lasting = recipe.collapse_after
+    if lasting is None or not history or history[-1]["iteration"] < lasting:
+        return False
+    return ailing(history[-1], _coin(recipe)) is not None
+
+
+def _coin(recipe: Translator) -> float:
+    return loss_of_a_coin(recipe.adversarial_loss) * recipe.discriminator_scales
+
+
+def _gone_wrong(what: str, done: int, kept: int, recipe: Translator) -> str:
+    checkpoint = f"The last good checkpoint (iteration {kept}) is kept" if kept else "There was no checkpoint yet"
     return (
-        f"the training of the translator has diverged: {what} not finite at iteration {done}. The last good checkpoint "
-        f"(iteration {kept}) is kept. Lower learning_rate (now {recipe.learning_rate:g}) or weights.adversarial and "
-        "run again."
+        f"the training of the translator stopped at iteration {done}: {what}. {checkpoint}. Lower learning_rate (now "
+        f"{recipe.learning_rate:g}) or weights.adversarial and run again."
     )

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from nightseg.compute.inference import ShardWorker, map_shards
 from nightseg.config import MapCompute
-from nightseg.config_translators import (
+from nightseg.config.translators import (
     ColourTranslator,
     CommandTranslator,
     FourierTranslator,
@@ -52,7 +52,7 @@ from nightseg.translators.ways import (
 )
 from nightseg.workspace import Attempt, Commit
 
-VERSION = 1
+VERSION = 2
 
 PIXELS_AT_ONCE: Final = 1 << 20  # of one forward pass: about 1 GB at width 64; a larger frame goes alone
 SMALLEST_SIDE: Final = 2 * STRIDE  # the latent needs two rows to reflect one
@@ -91,18 +91,21 @@ def translate(
     progress: Progress,
     compute: MapCompute,
     max_bad_fraction: float,
+    tile: tuple[int, int] | None = None,
 ) -> Commit:
     """Commit `frames` (PNGs under `images/`, domain `to`, dataset and id prefix `name`) and `quarantine`; lenders.json
     of kinds that have lenders.
 
     `source` is a frame table with absolute uris; frames already of domain `to` are refused (UserError). UNIT (a commit)
-    translates without noise; what other kinds draw follows from the attempt's seed and the frame's id. So the same
-    frame, translator, seed and hardware give the same bytes, however the frames are cut into shards. A program of the
-    user is deterministic if it says so.
+    translates without noise, so a sequence does not flicker, and frames larger than `tile` (height, width) in tiles
+    with blended seams, in the memory of one tile; what other kinds draw follows from the attempt's seed and the frame's
+    id. So the same frame, translator, seed and hardware give the same bytes, however the frames are cut into shards. A
+    program of the user is deterministic if it says so.
     """
     begun = time.monotonic()
     _check(name, source, to)
-    opened = open_translator(translator, name=name, to=to, batch=compute.batch, attempt=attempt, progress=progress)
+    pixels = {"batch": compute.batch, "tile": tile}
+    opened = open_translator(translator, pixels, name=name, to=to, attempt=attempt, progress=progress)
     shards = map_shards(
         source,
         opened.worker,
@@ -128,12 +131,21 @@ def translate(
 
 
 def open_translator(
-    translator: Commit | Untrained, *, name: str, to: Domain, batch: int, attempt: Attempt, progress: Progress
+    translator: Commit | Untrained,
+    pixels: Mapping[str, Any],
+    *,
+    name: str,
+    to: Domain,
+    attempt: Attempt,
+    progress: Progress,
 ) -> Opened:
-    """The worker of a kind of translator. Raises UserError: no lender, or one this attempt began with, can be read."""
+    """The worker of a kind of translator; `pixels`: how many a network sees at once.
+
+    Raises UserError: no lender, or one this attempt began with, can be read.
+    """
     where, seed = {"name": name, "to": to}, attempt.seed
     if isinstance(translator, Commit):
-        arguments = {"model": translator.folder / "model", **where, "batch": batch}
+        arguments = {"model": translator.folder / "model", **where, **pixels}
         return Opened(TranslateFrames, arguments, {"translator": translator.name})
     settings, classes = translator.settings, taxonomy(translator.taxonomy)
     way: Way
@@ -168,12 +180,13 @@ def _check(name: str, source: pa.Table, to: Domain) -> None:
 class TranslateFrames:
     """Translates the frames of a shard. A frame that cannot be read goes to the quarantine table."""
 
-    def __init__(self, model: Location, name: str, to: Domain, batch: int) -> None:
+    def __init__(self, model: Location, name: str, to: Domain, batch: int, tile: tuple[int, int] | None = None) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.generators = load_generators(model).to(self.device)
         self.name = name
         self.to: Domain = to
         self.batch = batch
+        self.tile = tile
 
     def __call__(self, rows: pa.Table, folder: Location) -> Mapping[str, pa.Table]:
         good: list[dict[str, Any]] = []
@@ -187,7 +200,7 @@ class TranslateFrames:
         """uint8 HWC RGB images of one size -> the same in domain `to`."""
         images_B3HW = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(self.device)
         with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
-            made_B3HW = to_uint8(self.generators.translate(to_unit_range(images_B3HW), self.to))
+            made_B3HW = to_uint8(self.generators.translate(to_unit_range(images_B3HW), self.to, self.tile))
         return list(made_B3HW.permute(0, 2, 3, 1).contiguous().cpu().numpy())
 
     def _groups(

@@ -6,22 +6,24 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from nightseg.networks.checkpoint import save_model
+from nightseg.networks.tiles import spans
 from nightseg.networks.unit import (
     Decoder,
     Discriminator,
     Discriminators,
     Encoder,
     Generators,
+    InstanceNorm,
     LatentNoise,
     LayerNorm,
-    UpsamplingConvolution,
     build_generators,
     load_generators,
+    seam_width,
     smallest_discriminated_side,
+    smallest_tile,
     to_uint8,
     to_unit_range,
 )
@@ -69,35 +71,69 @@ def test_start_values_are_those_of_unit() -> None:
             assert layer.bias is not None and not layer.bias.any()
 
 
-def test_norm_and_padding_are_those_of_unit() -> None:
+SHAPES_AT_256 = {
+    Encoder: [
+        *[(64, 256, 256)] * 3,  # convolution, norm, ReLU
+        *[(128, 128, 128)] * 3,
+        *[(256, 64, 64)] * (3 + 4 * 5),  # and four residual blocks of five layers
+    ],
+    Decoder: [
+        *[(256, 64, 64)] * (4 * 5),
+        *[(128, 128, 128)] * 3,
+        *[(64, 256, 256)] * 3,
+        *[(3, 256, 256)] * 2,
+    ],
+    Discriminator: [
+        shape
+        for side in (256, 128, 64)
+        for shape in (
+            *[(64, side // 2, side // 2)] * 2,
+            *[(128, side // 4, side // 4)] * 2,
+            *[(256, side // 8, side // 8)] * 2,
+            *[(512, side // 16, side // 16)] * 2,
+            (1, side // 16, side // 16),
+        )
+    ],
+}
+
+
+@pytest.mark.parametrize("network", list(SHAPES_AT_256))
+def test_every_layer_has_the_shape_it_has_in_unit_at_256_x_256(network: type[nn.Module]) -> None:
+    found: list[tuple[int, ...]] = []
+    with torch.device("meta"):  # shapes need no arithmetic
+        module = network()
+        for layer in module.modules():
+            if not list(layer.children()):
+                layer.register_forward_hook(lambda _, __, output: found.append(tuple(output.shape)))
+        module(torch.zeros(1, 256, 64, 64) if network is Decoder else torch.zeros(1, 3, 256, 256))
+    assert found == [(1, *shape) for shape in SHAPES_AT_256[network]]
+
+
+def test_padding_reflects() -> None:
+    """A convolution that copies one neighbour shows what lies beyond the edge."""
     for module in (Encoder(4, 1), Decoder(4, 1), Discriminator(4)):
         for layer in module.modules():
             if isinstance(layer, nn.Conv2d) and layer.padding != (0, 0):
                 assert layer.padding_mode == "reflect"
-            if isinstance(layer, nn.InstanceNorm2d):
-                assert not layer.affine and not layer.track_running_stats
+    layer = Encoder(1, 1).layers[-1].layers[0]
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.weight[0, 0, 1, 0] = 1.0  # the left neighbour
+    row = torch.arange(4.0).expand(1, 4, 4, 4)
+    assert layer(row)[0, 0, 0].tolist() == [1.0, 0.0, 1.0, 2.0]
 
 
-@pytest.mark.parametrize("size", [(2, 2), (2, 5), (5, 7), (8, 3)])
-def test_upsampling_convolution_equals_its_plain_form_and_gradients(size: tuple[int, int]) -> None:
-    layer = UpsamplingConvolution(3, 4).double()
-    features = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
-
-    def plain() -> Tensor:
-        wide = F.interpolate(features, scale_factor=2, mode="nearest")
-        return F.conv2d(F.pad(wide, (2, 2, 2, 2), mode="reflect"), layer.weight, layer.bias)
-
-    torch.testing.assert_close(layer(features), plain(), rtol=1e-12, atol=1e-12)
-    inputs = (features, layer.weight, layer.bias)
-    ours = torch.autograd.grad(layer(features).pow(3).sum(), inputs)
-    theirs = torch.autograd.grad(plain().pow(3).sum(), inputs)
-    for mine, expected in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-9)
-
-
-def test_upsampling_convolution_refuses_a_single_row() -> None:
-    with pytest.raises(ValueError, match="2x2"):
-        UpsamplingConvolution(1, 1)(torch.zeros(1, 1, 1, 4))
+def test_instance_norm_is_that_of_pytorch_and_leaves_channels_last() -> None:
+    features = (torch.randn(3, 4, 5, 6) * 3 + 1).to(memory_format=torch.channels_last).requires_grad_()
+    plain = features.detach().clone().requires_grad_()
+    ours, expected = InstanceNorm()(features), nn.InstanceNorm2d(4)(plain)
+    torch.testing.assert_close(ours, expected)
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+    weights = torch.randn(3, 4, 5, 6)
+    (ours * weights).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(features.grad, plain.grad)
+    assert not list(InstanceNorm().parameters())
 
 
 def test_layer_norm_divides_by_the_unbiased_deviation_of_each_sample() -> None:
@@ -143,6 +179,92 @@ def test_generators_pass_equals_its_parts() -> None:
     other = generators.day_decoder(generators.night_encoder(night) + noise.night)
     torch.testing.assert_close(made.day_from_night, other)
     assert generators(day, night, noise, cycle=False).day_cycled is None
+
+
+@pytest.mark.parametrize("cycle", [True, False])
+def test_shared_blocks_are_one_module_for_both_domains(cycle: bool) -> None:
+    generators = Generators(width=4, res_blocks=3, shared_blocks=2).double()
+    block = num_parameters(generators.shared_encoding[0])
+    assert num_parameters(generators) == num_parameters(Generators(4, 3)) - 2 * 2 * block
+    day, night = torch.rand(2, 1, 3, 16, 16, dtype=torch.float64)
+    noise = LatentNoise(*torch.randn(4, 1, 16, 4, 4, dtype=torch.float64))
+    made = generators(day, night, noise, cycle)
+    code = generators.shared_encoding(generators.day_encoder(day))
+    torch.testing.assert_close(made.latent_day, code)
+    night_from_day = generators.night_decoder(generators.shared_decoding(code + noise.day))
+    torch.testing.assert_close(made.night_from_day, night_from_day)
+    if cycle:
+        again = generators.shared_encoding(generators.night_encoder(night_from_day))
+        torch.testing.assert_close(made.latent_day_again, again)
+        decoded = generators.day_decoder(generators.shared_decoding(again + noise.day_again))
+        torch.testing.assert_close(made.day_cycled, decoded)
+    torch.testing.assert_close(
+        generators.translate(day, "night"), generators.night_decoder(generators.shared_decoding(code))
+    )
+    names = [name for name, _ in generators.named_parameters()]
+    assert len(names) == len(set(names)) and any(name.startswith("shared_encoding") for name in names)
+
+
+def test_more_shared_blocks_than_there_are_are_refused() -> None:
+    with pytest.raises(ValueError, match="shared_blocks 3 of 2"):
+        Generators(4, 2, 3)
+
+
+def without_norms(module: nn.Module) -> nn.Module:
+    """The same network without norms, and not saturated: what a pixel then depends on is what its kernels reach."""
+    for child in module.modules():
+        for name, layer in child.named_children():
+            if isinstance(layer, InstanceNorm | LayerNorm | nn.Tanh):
+                setattr(child, name, nn.Identity())
+            elif isinstance(layer, nn.ReLU):
+                setattr(child, name, nn.LeakyReLU(0.9))  # nothing dies
+    return module
+
+
+@pytest.mark.parametrize("res_blocks", [1, 2])
+def test_seams_are_as_wide_as_a_pixel_reaches(res_blocks: int) -> None:
+    generators = without_norms(Generators(width=1, res_blocks=res_blocks)).double()
+    side = 2 * smallest_tile(res_blocks)
+    image = torch.rand(1, 3, side, side, dtype=torch.float64, requires_grad=True)
+    reach = 0
+    for pixel in range(side // 2, side // 2 + 4):  # the four places that a pixel can have in a stride
+        made = generators.translate(image, "night")
+        (gradient,) = torch.autograd.grad(made[0, :, pixel, pixel].sum(), image)
+        touched = gradient[0].abs().amax(0).amax(0).nonzero().flatten()
+        reach = max(reach, pixel - int(touched.min()), int(touched.max()) - pixel)
+    assert seam_width(res_blocks) - 8 < reach <= seam_width(res_blocks)
+
+
+def test_tiles_equal_the_whole_image_but_for_the_norms_and_the_seams() -> None:
+    generators = without_norms(Generators(width=2, res_blocks=1)).double()
+    seam = seam_width(1)
+    tile = (smallest_tile(1), smallest_tile(1) + 8)
+    images = torch.rand(2, 3, 2 * tile[0] + 3, 2 * tile[1] - 5, dtype=torch.float64) * 2 - 1
+    with torch.no_grad():
+        whole = generators.translate(images, "night").float()
+        tiles = generators.translate(images, "night", tile)
+        assert torch.equal(generators.translate(images, "night", (4000, 4000)), whole)  # never cut
+    assert tiles.shape == images.shape
+    apart = (whole - tiles).abs().amax((0, 1))
+    padded = [-(-size // 4) * 4 for size in images.shape[2:]]
+    in_a_seam = torch.zeros(padded[0], padded[1], dtype=torch.bool)
+    for axis, size in enumerate(padded):
+        for begin, end in spans(size, tile[axis], seam):
+            lines = in_a_seam if axis == 0 else in_a_seam.T
+            lines[begin : begin + seam] |= begin > 0
+            lines[end - seam : end] |= end < size
+    free = ~in_a_seam[: images.shape[2], : images.shape[3]]
+    assert free.float().mean() > 0.02 and apart[free].max() < 1e-6 * whole.abs().max()
+    assert apart.max() > 1e-3  # the padding of a tile shows in its seams
+
+
+def test_tiles_of_an_even_texture_look_like_the_whole() -> None:
+    """With norms: a tile that is a fair sample of the image has nearly its statistics."""
+    generators = Generators(width=2, res_blocks=1)
+    images = torch.nn.functional.avg_pool2d(torch.rand(1, 3, 302, 302), 7, 1, 0)[:, :, :296, :296] * 2 - 1
+    with torch.no_grad():
+        whole, tiles = generators.translate(images, "night"), generators.translate(images, "night", (160, 160))
+    assert (whole - tiles).abs().mean() < 0.1 * whole.std()
 
 
 def test_translate_keeps_any_size_and_adds_no_noise() -> None:

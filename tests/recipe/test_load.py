@@ -1,10 +1,12 @@
 """A recipe is right, or one message names everything that is wrong with it."""
 
+import json
 from pathlib import Path
 
 import pytest
+import yaml
 
-from nightseg.config import SplitDataset, TranslatedDataset
+from nightseg.config import SplitDataset, TranslatedDataset, Translator, UnitWeights
 from nightseg.recipe import RecipeError, load_recipe, save_recipe
 from nightseg.storage import Location
 
@@ -195,3 +197,67 @@ def test_an_alias_bomb_is_refused(tmp_path: Path) -> None:
 def test_a_missing_file_is_named() -> None:
     with pytest.raises(RecipeError, match="there is no such recipe file"):
         load_recipe("/does/not/exist.yaml")
+
+
+def test_a_preset_fills_what_is_not_said(tmp_path: Path) -> None:
+    text = GOOD.replace(
+        "unit: {day: day, night: night}",
+        "unit: {preset: paper, day: day, night: night, crop: [64, 128], weights: {cycle: 7, perceptual: 0.5}}",
+    )
+    unit = load_recipe(write(tmp_path, text), ["translators.unit.batch=3"]).translators["unit"]
+    assert (unit.crop, unit.batch, unit.weights.cycle, unit.weights.perceptual) == ((64, 128), 3, 7.0, 0.5)
+    assert (unit.adversarial_loss, unit.shared_blocks, unit.iterations) == ("cross_entropy", 1, 500_000)
+    assert (unit.weights.adversarial, unit.weights.reconstruction, unit.weights.cycle_kl) == (10.0, 100.0, 0.1)
+    recipe = load_recipe(write(tmp_path, text))
+    saved = Location.of(tmp_path / "saved.yaml")
+    save_recipe(recipe, saved)
+    assert load_recipe(saved) == recipe
+
+
+def test_a_translator_and_the_preset_with_the_same_words_are_the_same(tmp_path: Path) -> None:
+    small = Translator(preset="small", day="day", night="night")
+    written = small.model_dump(mode="json", exclude={"preset"})
+    spelt = GOOD.replace("unit: {day: day, night: night}", f"unit: {json.dumps(written)}")
+    assert load_recipe(write(tmp_path, spelt)).translators["unit"].facts() == small.facts()
+
+
+@pytest.mark.parametrize(("preset", "config", "name"), [("thesis", "thesis", "unit"), ("small", "camvid", "unit")])
+def test_presets_are_what_the_recipes_say(preset: str, config: str, name: str) -> None:
+    text = (Path(__file__).parents[2] / "configs" / f"{config}.yaml").read_text()
+    entry = yaml.safe_load(text)["translators"][name]
+    of_recipe = Translator.model_validate_json(json.dumps(entry)).facts()
+    of_preset = Translator.model_validate({"preset": preset, "day": "day", "night": "night"}).facts()
+    assert of_preset.pop("samples_every") is not None and of_preset == of_recipe
+
+
+def test_settings_that_came_later_leave_the_key_of_a_translator_alone() -> None:
+    facts = Translator(day="day", night="night", tile=(512, 512), collapse_after=None).facts()
+    assert set(facts) == {
+        *("width", "res_blocks", "discriminator_width", "discriminator_scales", "discriminator_norm", "weights"),
+        *("perceptual_network", "perceptual_weights", "iterations", "batch", "short_side", "crop", "learning_rate"),
+        *("weight_decay", "step_every", "average", "checkpoint_every"),
+    }
+    assert set(facts["weights"]) == {"adversarial", "reconstruction", "kl", "cycle", "cycle_kl", "perceptual"}
+    changed = Translator(
+        day="day", night="night", shared_blocks=1, precision="float32", weights=UnitWeights(discriminator=2.0)
+    ).facts()
+    assert changed["shared_blocks"] == 1 and changed["precision"] == "float32"
+    assert changed["weights"]["discriminator"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ("preset: smal", "translators.unit.preset: 'smal' is not allowed, did you mean 'small'?"),
+        ("perceptual_layers: [relu5_4]", "vgg16 has no layer 'relu5_4', did you mean"),
+        ("preset: small, perceptual_layers: [relu5_3]", "efficientnet_lite0 has no layer 'relu5_3'; it has stride_2"),
+        ("shared_blocks: 5", "shared_blocks 5 of res_blocks 4"),
+        ("preset: small, iterationz: 5", "translators.unit.iterationz: unknown key, did you mean 'iterations'?"),
+        ("preset: small, crop: [64]", "translators.unit.crop"),
+        ("adversarial_loss: hinge", "allowed: least_squares, cross_entropy"),
+        ("perceptual_sha256: abc", "translators.unit.perceptual_sha256"),
+    ],
+)
+def test_faults_of_translators_are_named(tmp_path: Path, keys: str, expected: str) -> None:
+    text = GOOD.replace("unit: {day: day, night: night}", f"unit: {{day: day, night: night, {keys}}}")
+    assert expected in errors_of(tmp_path, text)

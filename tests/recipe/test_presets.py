@@ -9,7 +9,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from nightseg.config_training import Training
+from nightseg.config.training import Training
 from nightseg.recipe import load_recipe
 from nightseg.recipe.load import RecipeError, save_recipe
 from nightseg.recipe.presets import PRESETS

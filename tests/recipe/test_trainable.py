@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from nightseg.config import Network, TrainCompute
-from nightseg.config_training import HardExamples, Loss, Training
+from nightseg.config.training import HardExamples, Loss, Training
 from nightseg.errors import UserError
 from nightseg.frames.table import frame_table
 from nightseg.frames.taxonomy import taxonomy

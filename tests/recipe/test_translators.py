@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nightseg.config import Judgement, Translator
-from nightseg.config_translators import (
+from nightseg.config.translators import (
     ColourTranslator,
     CommandTranslator,
     FourierTranslator,

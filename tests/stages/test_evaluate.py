@@ -171,6 +171,8 @@ def test_the_stage_looks_as_it_is_told(
         return iter(())
 
     monkeypatch.setattr(stage, "segment_rows", segment_rows)
-    evaluator = stage.Evaluator(model_commit(CLASSES).folder / "model", 2, "cpu", CLASSES, inference=Inference(flip=True))
+    evaluator = stage.Evaluator(
+        model_commit(CLASSES).folder / "model", 2, "cpu", CLASSES, inference=Inference(flip=True)
+    )
     evaluator(frames, Location.of("/nowhere"))
     assert used == [Inference(flip=True)]

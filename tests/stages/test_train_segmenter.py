@@ -14,7 +14,7 @@ import torch
 
 from nightseg.compute.training import LocalSession
 from nightseg.config import Network, TrainCompute
-from nightseg.config_training import Augmentation, Loss, Training
+from nightseg.config.training import Augmentation, Loss, Training
 from nightseg.frames.images import decode_image, encode_png
 from nightseg.frames.table import frame_table
 from nightseg.frames.taxonomy import taxonomy

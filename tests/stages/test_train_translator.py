@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +19,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from nightseg.compute.training import LocalSession
 from nightseg.config import TrainCompute, Translator, UnitWeights
 from nightseg.frames.images import decode_image, encode_png
 from nightseg.frames.table import frame_table
 from nightseg.learning.sample_sheet import sample_sheet
 from nightseg.learning.unpaired import FrameRef
-from nightseg.networks.unit import Generators, load_generators
+from nightseg.networks.unit import Generators, build_generators, load_generators
 from nightseg.progress import SilentProgress
 from nightseg.stages import train_translator as stage
 from nightseg.storage import Location, UserError, sha256_of
@@ -191,7 +197,9 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> 
     state["generators"][first][0] = float("nan")
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    with pytest.raises(UserError, match=r"(?s)diverged.*iteration 5\..*iteration 4\) is kept.*learning_rate"):
+    with pytest.raises(
+        UserError, match=r"(?s)iteration 5: it has diverged: the loss .*iteration 4\) is kept.*learning_rate"
+    ):
         train(settings, [buffer.getvalue()])
 
 
@@ -209,6 +217,155 @@ def test_weights_that_are_not_finite_never_become_a_checkpoint(tmp_path: Path, m
     with pytest.raises(UserError, match="weight"):
         train(plan_for(tmp_path), saved)
     assert saved == []
+
+
+def with_dead_judges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Discriminators without weights: their last bias alone learns, and every patch gets the same score."""
+    build = stage._networks
+
+    def built(*arguments: Any) -> Any:
+        networks = build(*arguments)
+        with torch.no_grad():
+            for parameter in networks.discriminators.parameters():
+                parameter.zero_()
+        return networks
+
+    monkeypatch.setattr(stage, "_networks", built)
+
+
+def test_a_collapsed_discriminator_stops_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_dead_judges(monkeypatch)
+    settings = TINY.model_copy(update={"iterations": 9, "checkpoint_every": 2, "collapse_after": 5})
+    saved: list[bytes] = []
+    words = r"iteration 5: the day discriminator is dead: .* last 5 .*\(iteration 4\) is kept.*collapse_after: null"
+    with pytest.raises(UserError, match=words):
+        train(plan_for(tmp_path, settings), saved)
+    assert torch.load(io.BytesIO(saved[-1]), weights_only=True)["iteration"] == 4
+    with pytest.raises(UserError, match="iteration 5: the day discriminator is dead"):
+        train(plan_for(tmp_path, settings), saved)  # again, from there
+    unguarded = settings.model_copy(update={"collapse_after": None})
+    assert train(plan_for(tmp_path, unguarded)).state()["iteration"] == 9
+
+
+def test_what_is_kept_is_from_before_the_collapse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"iterations": 12, "checkpoint_every": 1, "collapse_after": 3, "discriminator_width": 16}
+    settings = TINY.model_copy(update=changes)
+    saved: list[bytes] = []
+    with pytest.raises(Killed):
+        train(plan_for(tmp_path, settings), saved, dies_after=5)
+    state = torch.load(io.BytesIO(saved[-1]), weights_only=True)
+    for name in state["discriminators"]:
+        state["discriminators"][name].zero_()
+    state["discriminator_optimizer"]["state"] = {}
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    saved = [buffer.getvalue()]
+    with pytest.raises(UserError, match=r"iteration 8: .* dead.*\(iteration 5\) is kept"):
+        train(plan_for(tmp_path, settings), saved)
+    assert len(saved) == 1  # 6 and 7 were no good
+    monkeypatch.setattr(stage, "_is_ailing", lambda history, recipe: False)
+    with pytest.raises(UserError, match=r"iteration 8: .*\(iteration 7\) is kept"):
+        train(plan_for(tmp_path, settings), saved)
+
+
+def test_samples_and_terms_can_be_looked_at_while_it_trains(tmp_path: Path) -> None:
+    settings = TINY.model_copy(update={"samples_every": 2, "average": 0.5, "precision": "float32"})
+    plan = plan_for(tmp_path, settings)["plan"]
+    folders = [Location.of(tmp_path / "undisturbed"), Location.of(tmp_path / "killed")]
+    train({"plan": replace(plan, journal=folders[0])})
+    saved: list[bytes] = []
+    with pytest.raises(Killed):
+        train({"plan": replace(plan, journal=folders[1])}, saved, dies_after=1)
+    half = (folders[1] / "history.json").read_json()
+    assert [row["iteration"] for row in half] == [1, 2] and set(half[0]) == {"iteration", *stage.TERMS}
+    assert not (folders[1] / "samples" / "0000004.png").exists()
+    train({"plan": replace(plan, journal=folders[1])}, saved)
+    for name in ("samples/0000002.png", "samples/0000004.png", "samples/0000006.png", "samples/0000007.png"):
+        first, second = ((folder / name).read_bytes() for folder in folders)
+        assert first == second
+        assert decode_image(first).shape == (2 * 16 + 2, 4 * 20 + 3 * 2, 3)
+    histories = [(folder / "history.json").read_json() for folder in folders]
+    assert histories[0] == histories[1] and histories[0][-1]["iteration"] == 7
+    other = FakeSession([])
+    other.rank = 1
+    journal = stage.Journal(other, replace(plan, journal=Location.of(tmp_path / "none")))  # type: ignore[arg-type]
+    journal.samples(2, Generators(2, 1), [])
+    assert not (tmp_path / "none").exists()
+
+
+TRAINING = """
+import os, signal, sys
+import torch
+from nightseg.compute.training import LocalSession
+from nightseg.stages import train_translator as stage
+from nightseg.storage import Location
+sys.path.insert(0, {tests!r})
+from test_train_translator import plan_for, TINY
+from pathlib import Path
+
+torch.set_num_threads(1)
+steps, begun = 0, stage.generator_step
+
+def step(*arguments):
+    global steps
+    steps += 1
+    if steps == {kill_in}:
+        os.kill(os.getpid(), signal.SIGKILL)  # the discriminators of this iteration have learnt, the generators not
+    return begun(*arguments)
+
+stage.generator_step = step
+stage.learn(LocalSession(Location.of({folder!r})), plan_for(Path({data!r}), TINY.model_copy(update={{"average": 0.9}})))
+"""
+
+
+def test_a_training_that_was_killed_ends_with_the_same_weights(tmp_path: Path) -> None:
+    settings = plan_for(tmp_path / "data", TINY.model_copy(update={"average": 0.9}))
+    undisturbed = train(settings).state()
+    folder = tmp_path / "trainer"
+    words = {"tests": str(Path(__file__).parent), "folder": str(folder), "data": str(tmp_path / "data")}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def run(kill_in: int) -> int:
+        code = TRAINING.format(**words, kill_in=kill_in)
+        return subprocess.run([sys.executable, "-c", code], env=environment, timeout=240, check=False).returncode
+
+    assert run(kill_in=5) == -signal.SIGKILL
+    assert LocalSession(Location.of(folder)).restore()["iteration"] == 3  # type: ignore[index]
+    stage.learn(LocalSession(Location.of(folder)), settings)  # type: ignore[arg-type]
+    resumed = LocalSession(Location.of(folder)).restore()
+    assert_same(resumed, undisturbed)
+    assert weights_hash(resumed) == weights_hash(undisturbed)
+
+
+def weights_hash(state: dict[str, Any] | None) -> str:
+    assert state is not None
+    digest = hashlib.sha256()
+    for side in ("generators", "averaged", "discriminators"):
+        for name, tensor in sorted(state[side].items()):
+            digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def odd_frames(folder: Path, name: str, pixels: np.ndarray) -> tuple[FrameRef, ...]:
+    file = folder / f"{name}.png"
+    Location.of(file).write_bytes(encode_png(pixels))
+    return (FrameRef(f"{name}/0", str(file), *pixels.shape[:2]),)
+
+
+@pytest.mark.parametrize("shape", [(16, 20), (16, 16), (5, 9), (1, 1), (16, 20, 3), (3, 40, 3)])
+def test_one_image_a_domain_small_or_grey_is_enough(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """Frames smaller than the crop are enlarged until it fits; grey ones are taken as colour."""
+    random = np.random.default_rng(1)
+    day = odd_frames(tmp_path, "day", random.integers(120, 256, shape, dtype=np.uint8))
+    night = odd_frames(tmp_path, "night", random.integers(0, 90, shape, dtype=np.uint8))
+    plan = stage.Plan(day, night, TINY, seed=5, threads=1)
+    state = train({"plan": plan}).state()
+    assert state["iteration"] == 7 and np.isfinite([list(row.values()) for row in state["history"]]).all()
+    sheet = decode_image(plan.sample_sheet(build_generators(2, 1, state["averaged"])))
+    assert sheet.shape[0] >= 16 and sheet.shape[2] == 3
+    if len(shape) == 2:
+        image = plan.reader(day).read(0)
+        assert np.array_equal(image[..., 0], image[..., 1]) and np.array_equal(image[..., 0], image[..., 2])
 
 
 def test_a_frame_gone_bad_is_named(tmp_path: Path) -> None:
@@ -241,6 +398,8 @@ def attempt_in(folder: Path) -> Attempt:
         ({"crop": (18, 16)}, "multiples of 4"),
         ({"weights": UnitWeights()}, r"crop \(16, 16\) is too small for the perceptual loss"),
         ({"discriminator_scales": 2}, r"crop \(16, 16\) is too small.*32 pixels"),
+        ({"tile": (80, 200)}, r"tile \(80, 200\) must be multiples of 4, 84 or more"),
+        ({"tile": (86, 200)}, "multiples of 4"),
     ],
 )
 def test_settings_that_cannot_train_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -278,7 +437,8 @@ def test_two_workers_commit_a_model_its_history_and_samples(tmp_path: Path) -> N
             "perceptual_network": "efficientnet_lite0",
             "weights": UnitWeights(),
             "crop": (32, 32),
-            "iterations": 2,
+            "iterations": 5,
+            "samples_every": 4,
         }
     )
     day, night = frames(tmp_path, "day", 2, 100, 255), frames(tmp_path, "night", 2, 0, 60)
@@ -292,11 +452,14 @@ def test_two_workers_commit_a_model_its_history_and_samples(tmp_path: Path) -> N
         "model/model.json",
         "model/model.safetensors",
         "samples.png",
+        "samples/0000004.png",
+        "samples/0000005.png",
     ]
-    assert commit.summary["iteration"] == 2 and commit.summary["perceptual_night"] > 0
-    assert commit.json("history.json")[-1]["iteration"] == 2
+    assert commit.file("samples/0000005.png").read_bytes() == commit.file("samples.png").read_bytes()
+    assert commit.summary["iteration"] == 5 and commit.summary["perceptual_night"] > 0
+    assert commit.json("history.json")[-1]["iteration"] == 5
     card = commit.json("model/model.json")
-    assert (card["kind"], card["width"], card["res_blocks"]) == ("unit", 2, 1)
+    assert (card["kind"], card["width"], card["res_blocks"], card["shared_blocks"]) == ("unit", 2, 1, 0)
     generators = load_generators(commit.folder / "model")
     sheet = decode_image(commit.file("samples.png").read_bytes())
     plan = stage.Plan(stage._refs(day), stage._refs(night), settings, 5, 1)
@@ -307,18 +470,3 @@ def test_two_workers_commit_a_model_its_history_and_samples(tmp_path: Path) -> N
     for row, expected in zip(commit.json("history.json"), alone, strict=True):
         assert row == pytest.approx(expected, rel=1e-2, abs=1e-3)  # the second step amplifies rounding (Adam)
     assert commit.json("history.json")[0] == pytest.approx(alone[0], rel=1e-4, abs=1e-6)
-
-
-def test_the_model_is_the_running_mean_of_the_generators() -> None:
-    settings = Translator(day="day", night="night", width=2, res_blocks=1, discriminator_width=2)
-    networks = stage.build_networks(settings, 0, torch.device("cpu"))
-    weights = next(networks.generators.parameters())
-    begun, steps = weights.detach().clone(), (1.0, 3.0)
-    for step in steps:
-        with torch.no_grad():
-            weights.copy_(begun + step)
-        stage._average(networks, 0.75)
-    # 0.75 (0.75 b + 0.25 (b + 1)) + 0.25 (b + 3) = b + 0.9375
-    torch.testing.assert_close(next(networks.averaged.parameters()), begun + 0.9375)
-    stage._average(networks, 0.0)
-    torch.testing.assert_close(next(networks.averaged.parameters()), begun + 3.0)

@@ -82,6 +82,54 @@ def test_the_same_frames_give_the_same_bytes(tmp_path: Path) -> None:
     assert other["sha256"] != tables[0]["sha256"]
 
 
+def test_a_sequence_does_not_flicker(tmp_path: Path) -> None:
+    """Nothing is drawn: a frame becomes the same image wherever it stands, alone or in a batch, in any shard."""
+    source, model = frames(tmp_path, [(16, 20)] * 5), model_in(tmp_path)
+    still = (tmp_path / "frame 0.png").read_bytes()
+    for index in (2, 4):
+        (tmp_path / f"frame {index}.png").write_bytes(still)
+    torch.manual_seed(7)
+    together = stage.TranslateFrames(model, "n", "night", batch=5)(source, Location.of(tmp_path / "a"))["frames"]
+    torch.manual_seed(8)
+    alone = [
+        stage.TranslateFrames(model, "n", "night", batch=1)(source.slice(index), Location.of(tmp_path / "b"))["frames"]
+        for index in (0, 2, 4)
+    ]
+    images = [read_image(Location.of(tmp_path / "a") / together["uri"][index].as_py()) for index in (0, 2, 4)]
+    images += [read_image(Location.of(tmp_path / "b") / table["uri"][0].as_py()) for table in alone]
+    assert all(np.array_equal(image, images[0]) for image in images)
+
+
+def test_large_frames_go_through_in_tiles(tmp_path: Path) -> None:
+    sizes = [(100, 84), (84, 84), (100, 203)]
+    source, model, out = frames(tmp_path, sizes), model_in(tmp_path), Location.of(tmp_path / "out")
+    worker = stage.TranslateFrames(model, "n", "night", batch=4, tile=(84, 84))
+    seen: list[tuple[int, int]] = []
+    for part in (worker.generators.day_encoder, worker.generators.night_encoder):
+        part.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[2:])))
+    table = worker(source, out)["frames"]
+    assert set(seen) == {(84, 84)} and len(seen) == 2 + 1 + 2 * 4  # rows x columns, 204 pixels being 4 tiles of 84
+    for row, (height, width) in zip(resolve(table, out).to_pylist(), sizes, strict=True):
+        assert read_image(Location.of(row["uri"])).shape == (height, width, 3)
+    whole = stage.TranslateFrames(model, "n", "night", batch=1)(source, Location.of(tmp_path / "whole"))["frames"]
+    same = [
+        first == second for first, second in zip(table["sha256"].to_pylist(), whole["sha256"].to_pylist(), strict=True)
+    ]
+    assert same == [False, True, False]
+
+
+def test_grey_frames_are_translated_as_colour(tmp_path: Path) -> None:
+    source = frames(tmp_path, [(16, 20)])
+    grey = np.random.default_rng(0).integers(0, 256, (16, 20), dtype=np.uint8)
+    (tmp_path / "frame 0.png").write_bytes(encode_png(grey))
+    worker = stage.TranslateFrames(model_in(tmp_path), "n", "night", batch=1)
+    tables = worker(source, Location.of(tmp_path / "out"))
+    assert tables["quarantine"].num_rows == 0
+    made = read_image(Location.of(tmp_path / "out") / tables["frames"]["uri"][0].as_py())
+    expected = worker.translate([np.stack([grey] * 3, axis=2)])[0]
+    assert made.shape == (16, 20, 3) and np.array_equal(made, expected)
+
+
 def test_batches_stay_below_the_pixel_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, worker = frames(tmp_path, [(16, 20)] * 5), stage.TranslateFrames(model_in(tmp_path), "n", "night", batch=8)
     monkeypatch.setattr(stage, "PIXELS_AT_ONCE", 2 * 16 * 20)

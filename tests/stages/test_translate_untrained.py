@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from nightseg.config import MapCompute
-from nightseg.config_translators import (
+from nightseg.config.translators import (
     ColourTranslator,
     CommandTranslator,
     FourierTranslator,

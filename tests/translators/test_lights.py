@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from nightseg.config_translators import LitClasses
+from nightseg.config.translators import LitClasses
 from nightseg.frames.taxonomy import taxonomy
 from nightseg.translators.lights import Roles, sources
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nightseg.config_translators import LitClasses, PhotometricTranslator
+from nightseg.config.translators import LitClasses, PhotometricTranslator
 from nightseg.frames.taxonomy import taxonomy
 from nightseg.translators.lights import Roles
 from nightseg.translators.photometric import Optics, black_body, expose, night_of

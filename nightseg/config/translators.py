@@ -1,4 +1,4 @@
-"""Translators that nightseg does not train: what a recipe may say about them. UNIT stands in `config.py`.
+"""Translators that nightseg does not train: what a recipe may say about them. UNIT stands in `unit.py`.
 
 Each kind is a way from day to night that costs no training: optics, spectra, colours, or a program of the user.
 """
@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from nightseg.config_strict import Fraction, Name, Positive, Strict
+from nightseg.config.strict import Fraction, Name, Positive, Strict
 from nightseg.errors import closest
 
 PLACEHOLDERS = ("input", "output", "labels", "seed", "to")

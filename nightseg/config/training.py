@@ -1,4 +1,4 @@
-"""How a segmenter learns: its loss, its optimisation, its augmentation. The rest of the recipe is in `config.py`."""
+"""How a segmenter learns: its loss, its optimisation, its augmentation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from nightseg.config_strict import Fraction, Positive, Size, Strict
+from nightseg.config.strict import Fraction, Positive, Size, Strict
 
 
 class HardExamples(Strict):
