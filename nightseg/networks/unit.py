@@ -76,7 +76,7 @@ class InstanceNorm(nn.Module):
             return F.instance_norm(features_BCHW, eps=NORM_EPSILON)
         samples = [
             F.batch_norm(sample_1CHW, None, None, training=True, eps=NORM_EPSILON)
-            for sample_1CHW in features_BCHW.split(1)
+            for sample_1CHW in features_BCHW.tensor_split(len(features_BCHW))
         ]
         return samples[0] if len(samples) == 1 else torch.cat(samples)
 

@@ -96,7 +96,7 @@ class _Winograd(torch.autograd.Function):
         return _output(torch.bmm(input_PTC, kernel_PKC.transpose(1, 2)), padded_BCHW.shape)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient_BKHW: Tensor) -> tuple[Tensor | None, Tensor | None]:
         input_PTC, kernel_PKC = ctx.saved_tensors
         num_channels = kernel_PKC.shape[2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import os
@@ -19,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nightseg.compute.training import LocalSession
+from nightseg.compute.training import LocalSession, fit
 from nightseg.config import TrainCompute, Translator, UnitWeights
 from nightseg.frames.images import decode_image, encode_png
 from nightseg.frames.table import frame_table
@@ -470,3 +471,45 @@ def test_two_workers_commit_a_model_its_history_and_samples(tmp_path: Path) -> N
     for row, expected in zip(commit.json("history.json"), alone, strict=True):
         assert row == pytest.approx(expected, rel=1e-2, abs=1e-3)  # the second step amplifies rounding (Adam)
     assert commit.json("history.json")[0] == pytest.approx(alone[0], rel=1e-4, abs=1e-6)
+
+
+def learn_and_die_once(session: Any, settings: dict[str, Any]) -> None:
+    """The loop, in a worker that is killed in the middle of its fifth iteration, the first time."""
+    marker = Location.of(settings["plan"].day[0].uri).parent / "died"
+    steps, whole_step = 0, stage.generator_step
+
+    def step(*arguments: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 5 and not marker.exists():
+            marker.write_bytes(b"")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole_step(*arguments)
+
+    stage.generator_step = step
+    try:
+        stage.learn(session, settings)
+    finally:
+        stage.generator_step = whole_step
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_killed_worker_leaves_the_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    day, night = frames(tmp_path, "day", 2, 100, 255), frames(tmp_path, "night", 2, 0, 60)
+    commits = []
+    for name in ("undisturbed", "killed"):
+        workspace = Workspace(tmp_path / name)
+        attempt = workspace.stage("train_translator", "unit", version=1, recipe={}, inputs={}, seed=5).open()
+        rest = {"seed": 5, "attempt": attempt, "compute": TrainCompute(), "progress": SilentProgress()}
+        commits.append(stage.train_translator(TINY, day, night, **rest))
+        monkeypatch.setattr(stage, "fit", functools.partial(fit_another, learn_and_die_once))
+    assert (tmp_path / "day" / "died").exists()
+    first, second = ({output.path: output.sha256 for output in commit.outputs} for commit in commits)
+    assert first.pop("model/model.json") and second.pop("model/model.json")
+    assert first == second
+
+
+def fit_another(loop: Any, _: Any, *arguments: Any, **settings: Any) -> Any:
+    return fit(loop, *arguments, **settings)
