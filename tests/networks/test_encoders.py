@@ -11,7 +11,7 @@ import pytest
 import torch
 import torchvision
 
-from nightseg import config
+from nightseg.config import models as config
 from nightseg.networks import encoders
 from nightseg.networks.encoders import (
     build_encoder,

@@ -289,7 +289,7 @@ def test_samples_and_terms_can_be_looked_at_while_it_trains(tmp_path: Path) -> N
     assert histories[0] == histories[1] and histories[0][-1]["iteration"] == 7
     other = FakeSession([])
     other.rank = 1
-    journal = stage.Journal(other, replace(plan, journal=Location.of(tmp_path / "none")))  # type: ignore[arg-type]
+    journal = stage.Journal(other, replace(plan, journal=Location.of(tmp_path / "none")), 0)  # type: ignore[arg-type]
     journal.samples(2, Generators(2, 1), [])
     assert not (tmp_path / "none").exists()
 
