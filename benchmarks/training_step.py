@@ -8,7 +8,7 @@ losses must be the same within a percent, or the time would not count.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -17,11 +17,12 @@ from torch import Tensor
 
 from benchmarks.contest import Contest, Size
 from nightseg.frames.scenes import scene
-from nightseg.learning.optimizer import build_optimizer
+from nightseg.learning.optimizer import build_optimizer, set_learning_rate
 from nightseg.learning.pixel_loss import PixelLoss
+from nightseg.learning.schedule import linear_warmup
 from nightseg.learning.segmentation import Mixture
 from nightseg.learning.step import Part, training_step
-from nightseg.networks.encoders import IMAGENET_MEAN, IMAGENET_STD, normalise
+from nightseg.networks.encoders import IMAGENET_MEAN, IMAGENET_STD, freeze_batch_norm, normalise
 from nightseg.networks.semantic_fpn import SemanticFPN, build_semantic_fpn
 
 ENCODER: dict[Size, str] = {"tiny": "resnet18", "default": "resnet50", "full": "resnet101"}
@@ -29,9 +30,9 @@ SIZES: dict[Size, tuple[int, int]] = {"tiny": (64, 64), "default": (256, 512), "
 BATCH = 4
 STEPS: dict[Size, int] = {"tiny": 3, "default": 50, "full": 50}  # after which the losses are compared
 BATCHES = 5  # that come again and again: enough to learn from, quick to make
-RATE, MOMENTUM, CLASSES = 0.01, 0.9, 11
+RATE, WARM_UP, MOMENTUM, CLASSES = 0.01, 25, 0.9, 11  # the usual training; the warm-up is in steps
 TOLERANCE = 0.01
-LAST = 5  # losses of so many last steps are averaged: one step's depends on its batch
+LAST = 10  # losses of so many last steps are averaged: one step's depends on its batch
 
 
 def contest(size: Size) -> Contest:
@@ -66,10 +67,24 @@ def _precision() -> torch.dtype:
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
-def _network(size: Size) -> SemanticFPN:
+def _rates() -> Iterator[float]:
+    """Learning rate of every step, the same for both."""
+    return (RATE * linear_warmup(step, WARM_UP) for step in itertools.count())
+
+
+def _network(size: Size, batches: list[Part]) -> SemanticFPN:
+    """A random network whose batch norms know the frames and stay as they are, as in detectron2's trainings."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return build_semantic_fpn(encoder=ENCODER[size], num_classes=CLASSES)
+        network = build_semantic_fpn(encoder=ENCODER[size], num_classes=CLASSES)
+    norms = [module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None  # the mean over all batches
+    with torch.no_grad():
+        for images, _ in batches:
+            network.train()(normalise(images, IMAGENET_MEAN, IMAGENET_STD).contiguous())
+    freeze_batch_norm(network.body)
+    return network
 
 
 def _batches(size: Size) -> list[Part]:
@@ -84,24 +99,29 @@ def _batches(size: Size) -> list[Part]:
 
 
 def _ours(size: Size, batches: list[Part]) -> Callable[[], float]:
-    network = _network(size).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    network = _network(size, batches).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = build_optimizer(network, "sgd", learning_rate=RATE, momentum=MOMENTUM, weight_decay=0.0)
     loss, stream, precision = PixelLoss(Mixture(1.0, 2.0, 1.0)), itertools.cycle(batches), _precision()
 
+    rates = _rates()
+
     def step() -> float:
         statistics = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+        set_learning_rate(optimizer, next(rates))
         return float(training_step(network, optimizer, [next(stream)], loss, precision=precision, **statistics).loss)
 
     return step
 
 
 def _peer(size: Size, batches: list[Part]) -> Callable[[], float]:
-    network = _network(size).train()
+    network = _network(size, batches)
     optimizer = torch.optim.SGD(network.parameters(), lr=RATE, momentum=MOMENTUM)
-    stream = itertools.cycle(batches)
+    stream, rates = itertools.cycle(batches), _rates()
 
     def step() -> float:
         images, labels = next(stream)
+        for group in optimizer.param_groups:
+            group["lr"] = next(rates)
         inputs: Tensor = normalise(images, IMAGENET_MEAN, IMAGENET_STD).contiguous()
         logits = F.interpolate(network(inputs), scale_factor=4, mode="bilinear", align_corners=False)
         loss = F.cross_entropy(logits, labels.long(), ignore_index=255)
