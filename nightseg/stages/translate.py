@@ -20,7 +20,8 @@ from nightseg.compute.inference import map_shards
 from nightseg.config import MapCompute
 from nightseg.frames import table as frame
 from nightseg.frames.images import BadFrame, encode_png, read_image
-from nightseg.networks.unit import STRIDE, load_generators, to_uint8, to_unit_range
+from nightseg.networks.checkpoint import load_card
+from nightseg.networks.unit import STRIDE, check_tile, load_generators, to_uint8, to_unit_range
 from nightseg.progress import Progress
 from nightseg.storage import Location, UserError, sha256_of
 from nightseg.workspace import Attempt, Commit
@@ -54,6 +55,8 @@ def translate(
     """
     begun = time.monotonic()
     _check(name, source, to)
+    if tile is not None:
+        check_tile(tile, int(load_card(translator.folder / "model")["res_blocks"]))
     shards = map_shards(
         source,
         TranslateFrames,
