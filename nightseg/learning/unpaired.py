@@ -70,6 +70,11 @@ class FrameReader:
         scale = max(scale, self.crop[0] / height, self.crop[1] / width)
         return max(self.crop[0], round(height * scale)), max(self.crop[1], round(width * scale))
 
+    def is_too_small(self, height: int, width: int) -> bool:
+        """Whether a frame must be made larger than the recipe asks for, because the crop does not fit into it."""
+        scale = 1.0 if self.short_side is None else self.short_side / min(height, width)
+        return round(height * scale) < self.crop[0] or round(width * scale) < self.crop[1]
+
     def num_bytes(self) -> int:
         """Memory that all decoded frames need."""
         return sum(3 * h * w for h, w in (self.target_size(frame.height, frame.width) for frame in self.frames))

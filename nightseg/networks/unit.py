@@ -324,9 +324,14 @@ def seam_width(res_blocks: int) -> int:
     return -(-reach // STRIDE) * STRIDE
 
 
-def smallest_tile(res_blocks: int) -> int:
-    """Fewest pixels a side of a tile, so that some of it is no seam."""
-    return 2 * seam_width(res_blocks) + STRIDE
+def check_tile(tile: tuple[int, int], res_blocks: int) -> None:
+    """UserError unless some of a tile is no seam and tiles stay in phase with the strides."""
+    smallest = 2 * seam_width(res_blocks) + STRIDE
+    if min(tile) < smallest or any(side % STRIDE for side in tile):
+        raise UserError(
+            f"tile {tuple(tile)} must be multiples of {STRIDE}, {smallest} or more: with {res_blocks} residual blocks "
+            f"a pixel depends on {seam_width(res_blocks)} around it"
+        )
 
 
 def _both(blocks: nn.Sequential, day_BChw: Tensor, night_BChw: Tensor) -> tuple[Tensor, Tensor]:

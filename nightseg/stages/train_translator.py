@@ -45,8 +45,8 @@ from nightseg.networks.unit import (
     STRIDE,
     Generators,
     build_generators,
+    check_tile,
     smallest_discriminated_side,
-    smallest_tile,
     to_unit_range,
 )
 from nightseg.progress import Progress
@@ -108,6 +108,7 @@ def train_translator(
         _features(settings, torch.device("cpu"))  # fails here, not on the cluster
     threads = max(1, min(8, int(compute.cpus_per_worker) - 1))
     plan = Plan(_refs(day), _refs(night), settings, seed, threads, attempt.folder)
+    _say_what_is_odd(name, plan, progress)
     result = fit(
         learn,
         {"plan": plan},
@@ -171,12 +172,23 @@ def _check(name: str, settings: Translator, day: pa.Table, night: pa.Table, comp
             f"{where}: crop {tuple(settings.crop)} is too small for the perceptual loss, which needs {smallest} pixels "
             "a side; enlarge crop or set weights.perceptual to 0"
         )
-    smallest = smallest_tile(settings.res_blocks)
-    if settings.tile is not None and (min(settings.tile) < smallest or any(side % STRIDE for side in settings.tile)):
-        raise UserError(
-            f"{where}: tile {tuple(settings.tile)} must be multiples of {STRIDE}, {smallest} or more: with "
-            f"{settings.res_blocks} residual blocks a pixel depends on so many around it"
-        )
+    if settings.tile is not None:
+        check_tile(settings.tile, settings.res_blocks)
+
+
+def _say_what_is_odd(name: str, plan: Plan, progress: Progress) -> None:
+    """What can be trained on and may not be meant."""
+    for domain, frames in (("day", plan.day), ("night", plan.night)):
+        reader = plan.reader(frames)
+        small = [frame_ref for frame_ref in frames if reader.is_too_small(frame_ref.height, frame_ref.width)]
+        if small:
+            progress.say(
+                f"translator {name}: {len(small)} of {len(frames)} {domain} frames are smaller than the crop "
+                f"{tuple(plan.settings.crop)} and are enlarged until it fits (first {small[0].frame_id}, "
+                f"{small[0].height} x {small[0].width})"
+            )
+        if len(frames) == 1:
+            progress.say(f"translator {name}: there is only one {domain} frame, so its look is all there is to learn")
 
 
 def _refs(table: pa.Table) -> tuple[FrameRef, ...]:

@@ -31,7 +31,8 @@ from nightseg.config.translators import (
 from nightseg.frames import table as frame
 from nightseg.frames.images import BadFrame, read_image
 from nightseg.frames.taxonomy import taxonomy
-from nightseg.networks.unit import STRIDE, load_generators, to_uint8, to_unit_range
+from nightseg.networks.checkpoint import load_card
+from nightseg.networks.unit import STRIDE, check_tile, load_generators, to_uint8, to_unit_range
 from nightseg.progress import Progress
 from nightseg.storage import Location, UserError
 from nightseg.translators.colour import match_histograms, reinhard
@@ -145,7 +146,10 @@ def open_translator(
     """
     where, seed = {"name": name, "to": to}, attempt.seed
     if isinstance(translator, Commit):
-        arguments = {"model": translator.folder / "model", **where, **pixels}
+        model, tile = translator.folder / "model", pixels["tile"]
+        if tile is not None:
+            check_tile(tile, int(load_card(model)["res_blocks"]))
+        arguments = {"model": model, **where, **pixels}
         return Opened(TranslateFrames, arguments, {"translator": translator.name})
     settings, classes = translator.settings, taxonomy(translator.taxonomy)
     way: Way

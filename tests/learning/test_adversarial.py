@@ -169,8 +169,7 @@ def test_networks_follow_from_the_seed_and_their_state_brings_them_back() -> Non
     assert first.first_not_finite() == "averaged.day_encoder.layers.0.weight"
 
 
-@pytest.mark.parametrize("adversarial", [least_squares, cross_entropy])
-@pytest.mark.parametrize("shared_blocks", [0, 1])
+@pytest.mark.parametrize(("adversarial", "shared_blocks"), [(least_squares, 0), (cross_entropy, 1)])
 def test_loss_falls_in_twenty_steps(adversarial: Any, shared_blocks: int) -> None:
     networks = tiny(shared_blocks=shared_blocks)
     history = []

@@ -100,7 +100,10 @@ def test_frames_that_do_not_fit_in_memory_are_read_when_needed(tmp_path: Path, m
 def test_target_size(
     size: tuple[int, int], short_side: int | None, crop: tuple[int, int], expected: tuple[int, int]
 ) -> None:
-    assert FrameReader([], short_side=short_side, crop=crop).target_size(*size) == expected
+    reader = FrameReader([], short_side=short_side, crop=crop)
+    assert reader.target_size(*size) == expected
+    plain = 1.0 if short_side is None else short_side / min(size)
+    assert reader.is_too_small(*size) == any(round(plain * s) < c for s, c in zip(size, crop, strict=True))
 
 
 def test_frames_are_resized_as_they_are_read(tmp_path: Path) -> None:

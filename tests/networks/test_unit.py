@@ -20,10 +20,10 @@ from nightseg.networks.unit import (
     LatentNoise,
     LayerNorm,
     build_generators,
+    check_tile,
     load_generators,
     seam_width,
     smallest_discriminated_side,
-    smallest_tile,
     to_uint8,
     to_unit_range,
 )
@@ -224,7 +224,7 @@ def without_norms(module: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("res_blocks", [1, 2])
 def test_seams_are_as_wide_as_a_pixel_reaches(res_blocks: int) -> None:
     generators = without_norms(Generators(width=1, res_blocks=res_blocks)).double()
-    side = 2 * smallest_tile(res_blocks)
+    side = 4 * seam_width(res_blocks) + 8
     image = torch.rand(1, 3, side, side, dtype=torch.float64, requires_grad=True)
     reach = 0
     for pixel in range(side // 2, side // 2 + 4):  # the four places that a pixel can have in a stride
@@ -238,7 +238,8 @@ def test_seams_are_as_wide_as_a_pixel_reaches(res_blocks: int) -> None:
 def test_tiles_equal_the_whole_image_but_for_the_norms_and_the_seams() -> None:
     generators = without_norms(Generators(width=2, res_blocks=1)).double()
     seam = seam_width(1)
-    tile = (smallest_tile(1), smallest_tile(1) + 8)
+    tile = (2 * seam + 4, 2 * seam + 12)
+    check_tile(tile, 1)
     images = torch.rand(2, 3, 2 * tile[0] + 3, 2 * tile[1] - 5, dtype=torch.float64) * 2 - 1
     with torch.no_grad():
         whole = generators.translate(images, "night").float()
@@ -256,6 +257,12 @@ def test_tiles_equal_the_whole_image_but_for_the_norms_and_the_seams() -> None:
     free = ~in_a_seam[: images.shape[2], : images.shape[3]]
     assert free.float().mean() > 0.02 and apart[free].max() < 1e-6 * whole.abs().max()
     assert apart.max() > 1e-3  # the padding of a tile shows in its seams
+
+
+@pytest.mark.parametrize("tile", [(80, 200), (200, 80), (86, 200)])
+def test_tiles_that_are_all_seam_or_out_of_phase_are_refused(tile: tuple[int, int]) -> None:
+    with pytest.raises(UserError, match=r"multiples of 4, 84 or more: with 1 residual blocks a pixel depends on 40"):
+        check_tile(tile, 1)
 
 
 def test_tiles_of_an_even_texture_look_like_the_whole() -> None:

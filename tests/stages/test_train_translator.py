@@ -347,6 +347,29 @@ def weights_hash(state: dict[str, Any] | None) -> str:
     return digest.hexdigest()
 
 
+def test_what_may_not_be_meant_is_said(tmp_path: Path) -> None:
+    plan = plan_for(tmp_path)["plan"]
+    progress = SaidProgress()
+    stage._say_what_is_odd("unit", plan, progress)  # type: ignore[arg-type]
+    assert progress.said == []
+    small = replace(plan, settings=TINY.model_copy(update={"crop": (16, 32)}), night=plan.night[:1])
+    stage._say_what_is_odd("unit", small, progress)  # type: ignore[arg-type]
+    assert [line.partition(" (first")[0] for line in progress.said] == [
+        "translator unit: 3 of 3 day frames are smaller than the crop (16, 32) and are enlarged until it fits",
+        "translator unit: 1 of 1 night frames are smaller than the crop (16, 32) and are enlarged until it fits",
+        "translator unit: there is only one night frame, so its look is all there is to learn",
+    ]
+    assert "(first day/0, 16 x 20)" in progress.said[0]
+
+
+class SaidProgress:
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+
 def odd_frames(folder: Path, name: str, pixels: np.ndarray) -> tuple[FrameRef, ...]:
     file = folder / f"{name}.png"
     Location.of(file).write_bytes(encode_png(pixels))

@@ -153,7 +153,7 @@ def test_frames_that_have_gone_bad_are_quarantined(tmp_path: Path) -> None:
     ]
 
 
-def run(folder: Path, source: pa.Table, to: stage.Domain) -> Commit:
+def run(folder: Path, source: pa.Table, to: stage.Domain, tile: tuple[int, int] | None = None) -> Commit:
     workspace = Workspace(folder / "run")
     parent = workspace.stage("train_translator", "unit", version=1, recipe={}, inputs={}, seed=0).open()
     save_model(parent.folder / "model", Generators(2, 1).state_dict(), {"kind": "unit", "width": 2, "res_blocks": 1})
@@ -168,6 +168,7 @@ def run(folder: Path, source: pa.Table, to: stage.Domain) -> Commit:
         progress=SilentProgress(),
         compute=MapCompute(shard_rows=2, batch=2),
         max_bad_fraction=0.5,
+        tile=tile,
     )
 
 
@@ -176,6 +177,11 @@ def test_frames_of_the_wanted_domain_are_refused(tmp_path: Path) -> None:
         run(tmp_path, frames(tmp_path, SIZES), "day")
     with pytest.raises(UserError, match="no frame to translate"):
         run(tmp_path / "empty", frame_table([]), "night")
+
+
+def test_a_tile_that_the_translator_cannot_have_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"tile \(64, 84\) must be multiples of 4, 84 or more"):
+        run(tmp_path, frames(tmp_path, SIZES), "night", tile=(64, 84))
 
 
 @pytest.mark.ray
