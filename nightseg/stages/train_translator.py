@@ -348,12 +348,8 @@ def _report(
     broken = networks.first_not_finite()
     if broken is not None:
         raise UserError(_gone_wrong(f"it has diverged: the weight {broken} is not finite", done, kept, recipe))
-    state = networks.state() | {
-        "iteration": done,
-        "history": history,
-        "sums": means.sums,
-        "count": means.count,
-    }
+    progress = {"iteration": done, "history": history, "sums": means.sums, "count": means.count}
+    state = networks.state() | progress
     latest = {name: value for name, value in history[-1].items()} if history else {"iteration": done}
     session.report(latest, state if session.rank == 0 else None)
 
