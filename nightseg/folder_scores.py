@@ -73,8 +73,8 @@ def evaluate_folders(
     distance of boundary IoU, a share of the diagonal; None leaves it out.
 
     `actors` None: threads of this process, and two actors from FRAMES_FOR_ACTORS frames on. A pass of actors keeps what
-    it has done in `work` (default: a hidden folder in that of the predictions) until it is finished, so the same call
-    continues one that was interrupted.
+    it has done in a hidden folder of its own below `work` (default: below the predictions) until it is finished, so the
+    same call continues one that was interrupted.
 
     Raises UserError: no folder, no label, a label without prediction, sizes that differ, unknown ids.
     """
@@ -88,7 +88,7 @@ def evaluate_folders(
     if actors is None:
         counted = _here(counter, pairs, progress)
     else:
-        counted = _on_actors(counter, pairs, actors, work or predictions_folder / WORK_NAME, progress)
+        counted = _on_actors(counter, pairs, actors, (work or predictions_folder) / WORK_NAME, progress)
     total, faults = np.zeros((256, 256), dtype=np.int64), dict[str, str]()
     boundaries = {name: np.zeros((classes.num_classes, 3), dtype=np.int64) for name in encodings}
     for frame in counted:

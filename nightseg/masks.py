@@ -16,6 +16,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import count, islice
+from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
@@ -150,6 +151,14 @@ def _check_source(found: Source, wishes: Wishes, actors: int | None, source: str
                     f"the images {owner[file]} and {row[frame.FRAME_ID]} would both write {file}; rename their folder, "
                     "or save one kind of picture at a time"
                 )
+    for video in found.videos:
+        folders = {str(PurePosixPath(file).parent) for file in _names(f"{video.name}/000000", wishes.save).values()}
+        taken = [file for file in owner if str(PurePosixPath(file).parent) in folders]
+        if taken:
+            raise UserError(
+                f"the frames of the video {video.name} and the image {owner[taken[0]]} would be written to one folder; "
+                "rename either, or give them one after the other"
+            )
 
 
 def _stage(workspace: Workspace, name: str, wishes: Wishes, identity: Mapping[str, str]) -> Stage:

@@ -28,7 +28,7 @@ from nightseg.frames import datasets as layouts
 from nightseg.frames.taxonomy import taxonomy
 from nightseg.graph import Graph, Inputs, ModelNodes, Node, NodeId, TestNode, View, Views, Work
 from nightseg.learning import inference as modes
-from nightseg.learning.starting import start_identity
+from nightseg.learning.starting import start_identity, weights_identity
 from nightseg.progress import Progress
 from nightseg.recipe.chain import expand_rounds
 from nightseg.recipe.names import is_ready
@@ -218,7 +218,7 @@ class _Builder:
             )
 
         part = {
-            "network": network.identity(),
+            "network": network.identity() | {"encoder_weights": weights_identity(network.encoder_weights, str(start))},
             "loss": loss.model_dump(mode="json"),
             "training": training.model_dump(mode="json", exclude={"preset", "checkpoint_every"}),
             "train": [str(view) for view in train],

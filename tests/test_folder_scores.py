@@ -255,9 +255,10 @@ def test_a_place_where_nothing_can_be_kept_is_an_error_with_its_cure(
 @pytest.mark.ray
 def test_through_ray_data(ray_cluster: None, many: tuple[Location, Location], tmp_path: Path) -> None:
     work = Location.of(tmp_path / "work")
+    (work / "keep.txt").write_bytes(b"of the user")
     found = evaluate_folders(*many, "camvid11", actors=2, boundary=0.02, work=work)
     assert found == evaluate_folders(*many, "camvid11", boundary=0.02)
-    assert not work.exists()
+    assert [entry.name for entry in work.list()] == ["keep.txt"]
     (many[1] / "03.png").write_bytes(encode_png(np.full((40, 60), 99, np.uint8)))
     with pytest.raises(UserError, match=r"ids 99 \(2400 pixels\) of .*03\.png are not in the encoding camvid12"):
         evaluate_folders(*many, "camvid11", actors=1, work=work)

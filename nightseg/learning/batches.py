@@ -235,5 +235,6 @@ def _reading(threads: int) -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(own)
         yield pool
     finally:
+        ready.abort()  # had a thread not started, the others would wait for it for ever
         # An error, or a training that stopped: what has not begun is dropped.
         pool.shutdown(wait=True, cancel_futures=True)

@@ -10,6 +10,7 @@ import os
 import struct
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
 import numpy as np
@@ -23,6 +24,10 @@ from nightseg.frames.taxonomy import Taxonomy
 from nightseg.storage import hash_of
 from nightseg.storage.scratch import Scratch
 
+_CONTAINER_LIMITS: Final = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
 SHARE_OF_MEMORY: Final = 0.25  # of the machine, for the frames of all its processes
 
 _HEADER: Final = struct.Struct("<8s4I")  # height and width of the image, height and width of the label
@@ -139,8 +144,16 @@ def place_for(
 
 def memory_share(sharers: int) -> int:
     """Bytes that one of `sharers` tables may keep in memory: a quarter of this machine's, shared evenly."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(memory * SHARE_OF_MEMORY) // sharers
+    return int(_memory() * SHARE_OF_MEMORY) // sharers
+
+
+def _memory() -> int:
+    """Bytes of this machine, or of the container that is all this process may use of it."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for file in _CONTAINER_LIMITS:
+        if file.exists() and (text := file.read_text().strip()).isdecimal():  # "max" where there is no limit
+            limits.append(int(text))
+    return min(limits)
 
 
 def decoded_bytes(rows: pa.Table, *, size: Sequence[int] | None, resize_labels: bool) -> int | None:

@@ -141,12 +141,12 @@ def _multiple(length: int) -> int:
 
 
 class HalvingConvolution(nn.Module):
-    """TensorFlow's "SAME" convolution of stride 2 on maps with even sides: there its padding is always k - 2."""
+    """TensorFlow's "SAME" convolution of stride 2 on maps with even sides: its padding is k - 2, or 0, there."""
 
     def __init__(self, convolution: nn.Conv2d) -> None:
         super().__init__()
         self.convolution = convolution
-        high, wide = (side - 2 for side in convolution.kernel_size)
+        high, wide = (max(0, side - 2) for side in convolution.kernel_size)
         self.padding = (wide // 2, wide - wide // 2, high // 2, high - high // 2)
 
     def forward(self, maps_BChw: Tensor) -> Tensor:

@@ -80,12 +80,15 @@ class Learner:
         figures = self.figures[end - steps : end]
         wrong = (~torch.isfinite(figures)).any(dim=1).nonzero()
         if len(wrong):
+            kept = "There is no checkpoint yet"
+            if saved_step:
+                kept = f"The last good checkpoint (step {saved_step}) is kept"
             index = end - steps + int(wrong[0])
             loss, norm = self.figures[index].tolist()
             raise UserError(
                 f"training stopped at step {self.step - end + index + 1}: loss {loss:g}, gradient norm {norm:g}\n"
                 f"  Frames of that batch: {', '.join(frames_of(index))}\n"
-                f"  The last good checkpoint (step {saved_step}) is kept. Lower training.learning_rate, lengthen "
+                f"  {kept}. Lower training.learning_rate, lengthen "
                 f"training.warmup_steps, set training.clip_norm, or use training.precision: float32."
             )
         return Recent(*figures.mean(dim=0).tolist())

@@ -51,6 +51,10 @@ def starting_network(
 
     start = Location.of(start)
     tensors, card = load_tensors(start)
+    if card.get("kind") != "semantic_fpn":
+        raise UserError(
+            f"{start.uri} holds a model of kind {card.get('kind')!r}; a segmenter starts from one of kind semantic_fpn"
+        )
     _check_same_network(start, architecture_of(card), architecture_of(architecture))
     if tuple(card["taxonomy"]["classes"]) != classes.classes:
         say(
@@ -61,6 +65,14 @@ def starting_network(
         tensors |= {name: fresh[name] for name in PREDICTOR}
     network.load_state_dict(tensors)
     return network
+
+
+def weights_identity(file: str | None, start: str) -> str | None:
+    """What a training follows from by a file of encoder weights: its content, and nothing where it is not read."""
+    if file is None or start != "imagenet":
+        return None
+    place = Location.of(file)
+    return sha256_of(place.read_bytes()) if place.exists() else file  # a missing file is an error of the training
 
 
 def start_identity(start: str) -> str:

@@ -22,7 +22,7 @@ from nightseg.storage import UserError
 
 # Of builtins: what holds data and does nothing.
 _PLAIN: Final = (
-    *("bool", "int", "float", "complex", "str", "bytes", "bytearray"),
+    *("bool", "int", "float", "complex", "str"),
     *("list", "tuple", "dict", "set", "frozenset"),
 )
 _NUMPY: Final = (
@@ -112,6 +112,8 @@ class _Reader(pickle.Unpickler):
         self._stand_ins = _stand_ins()
 
     def find_class(self, module: str, name: str) -> Any:
+        if module in ("builtins", "__builtin__") and name in ("bytes", "bytearray"):
+            return _bytes
         if module in ("builtins", "__builtin__") and name in _PLAIN:
             return getattr(builtins, name)
         if (module, name) == ("collections", "OrderedDict"):
@@ -122,6 +124,15 @@ class _Reader(pickle.Unpickler):
 
     def persistent_load(self, key: Any) -> Any:
         raise _Refused(f"an object outside of the file ({key!r})")
+
+
+def _bytes(content: bytes | str | list[int] = b"", encoding: str = "latin1") -> bytes:
+    """What a pickle may make bytes of. A number would make as many zeros: a small file could fill the memory."""
+    if isinstance(content, str):
+        return content.encode(encoding)
+    if not isinstance(content, bytes | list | tuple):
+        raise _Refused(f"bytes from a {type(content).__name__}")
+    return bytes(content)
 
 
 def _stand_ins() -> dict[str, Any]:

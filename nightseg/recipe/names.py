@@ -312,11 +312,13 @@ def _bad_class_weights(data: Mapping[str, Any], classes: Taxonomy) -> Iterator[P
 def _missing_starts(data: Mapping[str, Any]) -> Iterator[Problem]:
     for name, entry in _section(data, "models").items():
         start = entry.get("start") if isinstance(entry, Mapping) else None
-        if isinstance(start, str) and "/" in start and not (Location.of(start) / "model.json").exists():
+        if not isinstance(start, str) or "/" not in start:
+            continue
+        if not all((Location.of(start) / file).exists() for file in ("model.json", "model.safetensors")):
             yield Problem(
                 ("models", name, "start"),
-                f"there is no model folder {start!r} (it would hold a model.json); to start from a model of this "
-                "recipe, give its name",
+                f"there is no model folder {start!r} (it would hold a model.json and a model.safetensors); to start "
+                "from a model of this recipe, give its name",
             )
 
 

@@ -2,8 +2,9 @@
 
 TensorBoard's format is a sequence of framed protobuf messages in files that it reads in the order of their names. A
 writer appends to one file; an object store cannot, and a writer that was killed leaves steps behind that its successor
-does again. So every flush writes one new file, whole or not at all, named by the last step in it, and whoever continues
-after step s removes the files that end later. What TensorBoard shows is then the curve of an undisturbed training.
+does again. So every flush writes one new file, whole or not at all, named by the last step in it and a number, as
+several may end with the same step; whoever continues after step s removes the files that end later. What TensorBoard
+shows is then the curve of an undisturbed training.
 """
 
 from __future__ import annotations
@@ -29,9 +30,12 @@ class Curves:
         self._records: list[bytes] = []
         self._last_step = step
         self._begun = self._flushed = time.monotonic()
+        self._parts = 0  # files that end with the last step
         for entry in folder.list() if folder.is_folder() else ():
             if entry.name.startswith(_NAME) and _step_of(entry.name) > step:
                 (folder / entry.name).delete()
+            elif entry.name.startswith(_NAME) and _step_of(entry.name) == step:
+                self._parts += 1
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One point of each curve at `step` (steps finished). Slashes in names make groups: `validation/miou`."""
@@ -53,17 +57,19 @@ class Curves:
         """Write what there is. Call it before the checkpoint of the same step, so that no curve has a gap."""
         if self._records:
             data = b"".join([_framed({"file_version": "brain.Event:2"}), *self._records])
-            (self.folder / f"{_NAME}{self._last_step:010d}").write_bytes(data)
+            (self.folder / f"{_NAME}{self._last_step:010d}.{self._parts:03d}").write_bytes(data)
             self._records = []
+            self._parts += 1
         self._flushed = time.monotonic()
 
     def _add(self, step: int, values: list[dict[str, Any]]) -> None:
         self._records.append(_framed({"step": step, "summary": {"value": values}}))
-        self._last_step = max(self._last_step, step)
+        if step > self._last_step:
+            self._last_step, self._parts = step, 0
 
 
 def _step_of(name: str) -> int:
-    digits = name.removeprefix(_NAME)
+    digits = name.removeprefix(_NAME).partition(".")[0]
     return int(digits) if digits.isdecimal() else -1
 
 

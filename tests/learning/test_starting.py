@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nightseg.frames.taxonomy import Taxonomy
-from nightseg.learning.starting import PREDICTOR, starting_network
+from nightseg.learning.starting import PREDICTOR, starting_network, weights_identity
 from nightseg.networks.checkpoint import save_model
 from nightseg.networks.encoders import imagenet_weights
 from nightseg.networks.semantic_fpn import SemanticFPN
@@ -122,3 +122,15 @@ def test_a_model_with_trained_norms_may_be_frozen(teacher: Location) -> None:
 def test_imagenet_weights_with_the_stride_in_the_3x3_are_not_taken_for_others() -> None:
     with pytest.raises(UserError, match=r"network\.encoder_weights"):
         start("imagenet", encoder="resnet50", stride_in_1x1=True)
+
+
+def test_encoder_weights_count_by_their_content_and_only_where_they_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "w.pth"
+    file.write_bytes(b"one")
+    first = weights_identity(str(file), "imagenet")
+    file = file.rename(tmp_path / "moved.pth")
+    assert weights_identity(str(file), "imagenet") == first
+    file.write_bytes(b"two")
+    assert weights_identity(str(file), "imagenet") not in (first, None)
+    assert weights_identity(str(file), "scratch") is weights_identity(None, "imagenet") is None
+    assert weights_identity(str(tmp_path / "gone"), "imagenet") == str(tmp_path / "gone")

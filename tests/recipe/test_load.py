@@ -74,6 +74,7 @@ def test_a_saved_recipe_is_read_back_equal(tmp_path: Path) -> None:
 def test_a_model_may_start_from_a_model_folder(tmp_path: Path) -> None:
     (tmp_path / "converted").mkdir()
     (tmp_path / "converted" / "model.json").write_text("{}")
+    (tmp_path / "converted" / "model.safetensors").write_bytes(b"")
     text = GOOD.replace("first: {train: [day, made]}", f"first: {{train: [day, made], start: {tmp_path}/converted}}")
     assert load_recipe(write(tmp_path, text)).models["first"].start == f"{tmp_path}/converted"
 

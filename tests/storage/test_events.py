@@ -42,7 +42,7 @@ def test_tensorboard_reads_the_curves_in_order(folder: Location) -> None:
         curves.scalars(step, {"loss": 1 / step, "iou/traffic light": 0.5})
         if step != 10:
             curves.flush()
-    assert names(folder) == ["events.out.tfevents.0000000020", "events.out.tfevents.0000000030"]
+    assert names(folder) == ["events.out.tfevents.0000000020.000", "events.out.tfevents.0000000030.000"]
     steps, losses = zip(*points(folder, "loss"), strict=True)
     assert steps == (10, 20, 30) and losses == pytest.approx((0.1, 0.05, 1 / 30), rel=1e-6)
     assert points(folder, "iou/traffic light") == [(10, 0.5), (20, 0.5), (30, 0.5)]
@@ -68,7 +68,7 @@ def test_who_continues_after_a_step_removes_what_was_later(folder: Location) -> 
         first.flush()
     (folder / "note.txt").write_bytes(b"mine")
     second = Curves(folder, step=2)
-    assert names(folder) == ["events.out.tfevents.0000000001", "events.out.tfevents.0000000002", "note.txt"]
+    assert names(folder) == ["events.out.tfevents.0000000001.000", "events.out.tfevents.0000000002.000", "note.txt"]
     second.scalars(3, {"loss": 30.0})
     second.flush()
     assert points(folder, "loss") == [(1, 1.0), (2, 2.0), (3, 30.0)]
@@ -82,14 +82,14 @@ def test_those_who_watch_see_it_at_times(folder: Location, monkeypatch: pytest.M
         now[0] = float(second)
         curves.scalars(second, {"loss": 1.0})
         curves.flush_if_due()
-    assert [name[-2:] for name in names(folder)] == ["30", "60", "90"]
+    assert [name[-6:-4] for name in names(folder)] == ["30", "60", "90"]
     now[0] = 10_000.0  # after so long, only every 200 seconds
     curves.flush()
     for second in range(10_010, 10_430, 10):
         now[0] = float(second)
         curves.scalars(second, {"loss": 1.0})
         curves.flush_if_due()
-    assert [int(name[-5:]) for name in names(folder)][-2:] == [10_210, 10_420]
+    assert [int(name[-9:-4]) for name in names(folder)][-2:] == [10_210, 10_420]
 
 
 def test_a_record_is_framed_as_the_format_says(folder: Location) -> None:
@@ -108,3 +108,14 @@ def test_a_record_is_framed_as_the_format_says(folder: Location) -> None:
         assert data[12 + length : 16 + length] == events._checksum(data[12 : 12 + length])
         data, found = data[16 + length :], found + 1
     assert found == 2
+
+
+def test_two_flushes_at_one_step_keep_both_and_so_does_a_restart(tmp_path: Path) -> None:
+    folder = Location.of(tmp_path)
+    for value in (1.0, 2.0):
+        curves = Curves(folder, 10)
+        curves.scalars(10, {"train/loss": value})
+        curves.flush()
+        curves.scalars(10, {"validation/miou": value})
+        curves.flush()
+    assert names(folder) == [f"events.out.tfevents.0000000010.{part:03d}" for part in range(4)]
