@@ -138,7 +138,7 @@ class _Surprise(torch.autograd.Function):
         log_p_BKHW, target_BHW = ctx.saved_tensors
         is_ignored_BHW = target_BHW == ctx.ignore
         gradient_B1HW = gradient_BHW.masked_fill(is_ignored_BHW, 0.0)[:, None]
-        true_B1HW = target_BHW.long().masked_fill(is_ignored_BHW, 0)[:, None]  # `long` may be the caller's own
+        true_B1HW = target_BHW.masked_fill(is_ignored_BHW, 0).long()[:, None]
         p_BKHW = log_p_BKHW.exp() if is_graph_kept() else log_p_BKHW.exp_()
         return p_BKHW.mul_(gradient_B1HW).scatter_add_(1, true_B1HW, -gradient_B1HW), None, None
 
@@ -152,8 +152,8 @@ def is_graph_kept() -> bool:
 class _FocalSum(torch.autograd.Function):
     """`mixed_sum` with its derivative computed on the way: autograd would keep and read back ten maps of this size.
 
-    With d = 1 - p_t, so that dd/dc = 1 - d, and s = (1 - alpha) w:
-    f(c) = c (alpha + s d^gamma),  f'(c) = alpha + s [d^gamma + gamma d^(gamma - 1) (1 - d) c].
+    With d = 1 - p_t, so that dd/dc = 1 - d, s = (1 - alpha) w and g = alpha + s d^gamma:
+    f(c) = c g,  f'(c) = g + s gamma (d^(gamma - 1) - d^gamma) c.
     """
 
     @staticmethod
@@ -161,12 +161,12 @@ class _FocalSum(torch.autograd.Function):
         share = (1 - terms.alpha) * terms.focal_weight
         doubt_BHW = torch.expm1(-surprise_BHW).neg_().clamp_min_(_LEAST_DOUBT)
         focal_BHW = doubt_BHW**terms.gamma
-        if ctx.needs_input_grad[0]:
-            slope_BHW = doubt_BHW ** (terms.gamma - 1)
-            slope_BHW.mul_(doubt_BHW.neg_().add_(1)).mul_(surprise_BHW).mul_(terms.gamma)
-            slope_BHW.add_(focal_BHW).mul_(share).add_(terms.alpha)
+        steepness_BHW = doubt_BHW.pow_(terms.gamma - 1).sub_(focal_BHW) if ctx.needs_input_grad[0] else None
+        factor_BHW = focal_BHW.mul_(share).add_(terms.alpha)
+        if steepness_BHW is not None:
+            slope_BHW = torch.addcmul(factor_BHW, steepness_BHW, surprise_BHW, value=share * terms.gamma)
             ctx.save_for_backward(slope_BHW if weight_BHW is None else slope_BHW.mul_(weight_BHW))
-        loss_BHW = focal_BHW.mul_(share).add_(terms.alpha).mul_(surprise_BHW)
+        loss_BHW = factor_BHW.mul_(surprise_BHW)
         return (loss_BHW if weight_BHW is None else loss_BHW.mul_(weight_BHW)).sum()
 
     @staticmethod

@@ -312,6 +312,7 @@ def test_a_compiled_network_without_a_compiler_is_refused(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_compiled_network_learns_the_same(rows: pa.Table, tmp_path: Path) -> None:
     pytest.importorskip("torch._inductor")
     one = TRAINING.model_copy(update={"epochs": 1})
