@@ -161,6 +161,25 @@ def test_a_resumed_training_ends_with_the_same_bits(
     assert len(saved) == before
 
 
+def test_curves_change_no_result_and_a_restart_leaves_no_gap(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    settings = plan_for(tmp_path)
+    plain = train(settings)
+    drawn = {"plan": replace(settings["plan"], journal=Location.of(tmp_path))}
+    saved: list[bytes] = []
+    with pytest.raises(Killed):
+        train(drawn, saved, dies_after=1)
+    assert_same(train(drawn, saved).state(), plain.state())
+    curves = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert set(curves.Tags()["scalars"]) == {f"loss/{term}" for term in stage.TERMS}
+    points = curves.Scalars("loss/total")
+    assert [point.step for point in points] == [1, 2, 3, 4, 5, 6, 7]
+    assert [point.value for point in points] == pytest.approx([row["total"] for row in plain.state()["history"]])
+    sheets = curves.Images("samples/day_night_night_day")
+    assert [sheet.step for sheet in sheets] == [3, 6, 7]
+    assert decode_image(sheets[-1].encoded_image_string).shape == (sheets[-1].height, sheets[-1].width, 3)
+
+
 def test_history_holds_every_term_and_the_learning_rate_is_halved(tmp_path: Path) -> None:
     state = train(plan_for(tmp_path)).state()
     assert set(state["history"][0]) == {"iteration", *stage.TERMS}
