@@ -26,7 +26,7 @@ Words: no torch, no ray
     config/translators.py   translators that need no training
     config/models.py        segmenters, teachers, selections
     config/training.py      loss, optimisation, augmentation of a segmenter
-    config/presets.py       settings known by a name
+    config/presets.py       settings of UNIT known by a name
     config/strict.py        the base of all these types, and the small words they share
 
 Frames: no ray

@@ -20,14 +20,20 @@ def train_ids_of(
     """uint8 HW train ids, 255 = ignored; None for a row without label.
 
     Raises BadFrame: label_missing, unreadable (it has changed since it was collected), label_value, label_size if it is
-    not `size` = (height, width), and what `decode_label` raises.
+    not `size` = (height, width), and what `decode_label` raises. Each names the label's file, because the uri of a
+    quarantine row is the image.
     """
-    if row.get(frame.LABEL_URI) is None or row.get(frame.LABEL_ENCODING) is None:
+    uri = row.get(frame.LABEL_URI)
+    if uri is None or row.get(frame.LABEL_ENCODING) is None:
         return None
-    data = read_bytes(Location.of(row[frame.LABEL_URI]), missing="label_missing")
-    if row.get(frame.LABEL_SHA256) not in (None, sha256_of(data)):
-        raise BadFrame("unreadable", f"the label {row[frame.LABEL_URI]} has changed since it was collected (sha256)")
-    label_HW = decode_label(data)
-    if size is not None and label_HW.shape != tuple(size):
-        raise BadFrame("label_size", f"the label is {label_HW.shape}, the image {tuple(size)} (height, width)")
-    return classes.to_train_ids(label_HW, row[frame.LABEL_ENCODING])
+    try:
+        data = read_bytes(Location.of(uri), missing="label_missing")
+        if row.get(frame.LABEL_SHA256) not in (None, sha256_of(data)):
+            raise BadFrame("unreadable", "it has changed since it was collected (sha256)")
+        label_HW = decode_label(data)
+        if size is not None and label_HW.shape != tuple(size):
+            raise BadFrame("label_size", f"it is {label_HW.shape}, the image {tuple(size)} (height, width)")
+        return classes.to_train_ids(label_HW, row[frame.LABEL_ENCODING])
+    except BadFrame as fault:
+        named = fault.detail if uri in fault.detail else f"{uri}: {fault.detail}"
+        raise BadFrame(fault.reason, f"label {named}") from fault

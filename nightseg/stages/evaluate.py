@@ -14,7 +14,8 @@ import pyarrow as pa
 from nightseg.compute.inference import map_shards
 from nightseg.config import MapCompute
 from nightseg.frames import table as frame
-from nightseg.frames.images import BadFrame, decode_label, encode_png, read_bytes
+from nightseg.frames.images import BadFrame, encode_png
+from nightseg.frames.labels import train_ids_of
 from nightseg.frames.taxonomy import Taxonomy
 from nightseg.frames.taxonomy import taxonomy as load_taxonomy
 from nightseg.learning.inference import WHOLE_FRAME, Inference
@@ -177,10 +178,11 @@ class Evaluator:
             try:
                 if isinstance(result, UnreadRow):
                     raise result.fault
-                label_HW = self._label(result.row, result.image.shape[:2])
+                label_HW = train_ids_of(result.row, self.classes, result.image.shape[:2])
             except BadFrame as fault:
                 bad.append(quarantined(result.row, fault))
                 continue
+            assert label_HW is not None, "frames without label were refused before the pass"
             prediction_HW = result.segmented.labels
             mask = encode_png(prediction_HW, self.classes.palette)
             uri = f"masks/{frame.file_name(result.row[frame.FRAME_ID], '.png')}"
@@ -195,18 +197,3 @@ class Evaluator:
         if self.boundary is not None:
             extra[BOUNDARY] = pa.list_(pa.int64())
         return {"predictions": frame.frame_table(made, extra=extra), "quarantine": frame.quarantine_table(bad)}
-
-    def _label(self, row: Mapping[str, Any], size: tuple[int, ...]) -> npt.NDArray[np.uint8]:
-        """Train ids. A fault names the label's file, because the quarantine row's uri is the image."""
-        uri = row[frame.LABEL_URI]
-        try:
-            data = read_bytes(Location.of(uri), missing="label_missing")
-            if row.get(frame.LABEL_SHA256) not in (None, sha256_of(data)):
-                raise BadFrame("unreadable", "it has changed since it was collected (sha256)")
-            label_HW = decode_label(data)
-            if label_HW.shape != size:
-                raise BadFrame("label_size", f"it is {label_HW.shape}, the image {size} (height, width)")
-            return self.classes.to_train_ids(label_HW, row[frame.LABEL_ENCODING])
-        except BadFrame as fault:
-            named = fault.detail if uri in fault.detail else f"{uri}: {fault.detail}"
-            raise BadFrame(fault.reason, f"label {named}") from fault
