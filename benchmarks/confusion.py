@@ -42,17 +42,13 @@ class Areas(NamedTuple):
 def contest(size: Size) -> Contest:
     frames = _frames(size)
 
-    def check(ours: Counts, peer: Counts) -> str:
-        assert np.array_equal(ours, peer), "confusion: the matrices differ"
-        return "equal"
-
     return Contest(
         name="confusion",
         work=_work(size),
         peer=f"fast_hist formula, numpy {np.__version__}",
         run_ours=lambda: _ours(frames),
         run_peer=lambda: sum(fast_hist(label, guess) for label, guess in frames),
-        check=check,
+        check=_equal,
     )
 
 
@@ -86,17 +82,13 @@ def against_torchmetrics(size: Size) -> Contest:
             metric.update(guess, label)
         return np.asarray(metric.compute().numpy(), dtype=np.int64)
 
-    def check(ours: Counts, peer: Counts) -> str:
-        assert np.array_equal(ours, peer), "confusion: the matrices differ"
-        return "equal"
-
     return Contest(
         name="confusion_torchmetrics",
         work=_work(size),
         peer=f"torchmetrics {version('torchmetrics')} MulticlassConfusionMatrix",
         run_ours=lambda: _ours(frames),
         run_peer=run_peer,
-        check=check,
+        check=_equal,
     )
 
 
@@ -126,6 +118,11 @@ def against_one_hot(size: Size) -> Contest:
         run_peer=run_peer,
         check=check,
     )
+
+
+def _equal(ours: Counts, peer: Counts) -> str:
+    assert np.array_equal(ours, peer), "confusion: the matrices differ"
+    return "equal"
 
 
 def fast_hist(label: Map, guess: Map) -> Counts:
