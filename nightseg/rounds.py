@@ -217,7 +217,7 @@ class _Builder:
                 progress=progress,
             )
 
-        part = {
+        part: dict[str, Any] = {
             "network": network.identity() | {"encoder_weights": weights_identity(network.encoder_weights, str(start))},
             "loss": loss.model_dump(mode="json"),
             "training": training.model_dump(mode="json", exclude={"preset", "checkpoint_every"}),
@@ -226,6 +226,8 @@ class _Builder:
             "start": start_identity(start) if isinstance(start, str) else str(start),
             "taxonomy": self.taxonomy,
         }
+        if recipe.compute.train.workers > 1 and network.norm == "batch" and not training.freeze_batch_norm:
+            part["workers"] = recipe.compute.train.workers  # each norm sees a worker's share of the batch only
         needs: list[View | NodeId] = [*train, *validate, *([] if isinstance(start, str) else [start])]
         node = self._add(
             "train_segmenter", name, train_segmenter.VERSION, part, needs, work, recipe.compute.train, recipe.seed

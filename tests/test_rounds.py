@@ -292,3 +292,13 @@ def test_a_pass_gets_the_modes_of_the_recipe(tmp_path: Path, monkeypatch: pytest
             found.work(Anything(), None, None)  # type: ignore[arg-type]
     windows = Inference(window=(64, 128), precision="bfloat16")
     assert asked == {"evaluate": windows, "predict": windows, "pseudo_label": Inference(flip=True)}
+
+
+def test_the_number_of_workers_counts_where_batch_norms_see_it(tmp_path: Path) -> None:
+    def part(more: str) -> dict[str, object]:
+        return training_part(tmp_path, "  a: {train: [day]}", more)
+
+    two = "compute: {train: {workers: 2}}\n"
+    assert part(two) == part("") | {"workers": 2}
+    assert part(two + "network: {norm: frozen}") == part("network: {norm: frozen}")
+    assert part(two + "training: {freeze_batch_norm: true}") == part("training: {freeze_batch_norm: true}")
