@@ -82,7 +82,7 @@ class OnDisk:
     """Frames as memory-mapped files, shared by all processes of this machine that train on the same table.
 
     A file is written whole or not at all, so a killed process leaves no torn frame; a file whose size is not that of
-    its frame is not there. Frames are kept while a tenth of the disk stays free.
+    its frame is not there. Frames are kept while a tenth of the disk, or 4 GiB, stays free.
     """
 
     def __init__(self, scratch: Scratch) -> None:

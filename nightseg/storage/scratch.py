@@ -27,7 +27,8 @@ from typing import Self
 
 from nightseg.storage.faults import fault_point
 
-KEPT_FREE = 0.1  # share of the disk that is left to others
+KEPT_FREE = 0.1  # share of the disk that is left to others,
+MOST_KEPT_FREE = 4 * 2**30  # bytes: but no more than this of a large one
 ABANDONED_SECONDS = 24 * 3600.0
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _LOCK = "lock"
@@ -62,11 +63,12 @@ class Scratch:
             raise
 
     def write(self, name: str, parts: Sequence[bytes | memoryview]) -> bool:
-        """Put the file there as a whole. False, and nothing is there, if that left less than KEPT_FREE of the disk."""
+        """Put the file there as a whole. False, and nothing is there, if that left others too little of the disk."""
         temporary = self.folder / f".{secrets.token_hex(8)}"
         try:
             usage = shutil.disk_usage(self.folder)
-            if usage.free - sum(memoryview(part).nbytes for part in parts) < KEPT_FREE * usage.total:
+            left = usage.free - sum(memoryview(part).nbytes for part in parts)
+            if left < min(KEPT_FREE * usage.total, MOST_KEPT_FREE):
                 return False
             with temporary.open("xb") as stream:
                 for part in parts:

@@ -9,12 +9,24 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from nightseg.storage import scratch
 from nightseg.storage.faults import VARIABLE
 from nightseg.storage.scratch import Scratch
+
+
+@pytest.fixture(autouse=True)
+def room_on_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the disk of the tests looks like."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: disk(total=1000 * 2**30, free=500 * 2**30))
+
+
+def disk(total: int, free: int) -> Any:
+    return SimpleNamespace(total=total, used=total - free, free=free)
 
 
 def opened(key: str, below: Path) -> Scratch:
@@ -74,10 +86,20 @@ def test_a_killed_writer_leaves_the_files_it_finished(tmp_path: Path) -> None:
 
 def test_a_tenth_of_the_disk_stays_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = opened("a", tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(1000, 800, 200))  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: disk(total=1000, free=200))
     assert place.write("x", [b"x" * 60, b"y" * 40])
     assert not place.write("y", [b"x" * 60, b"y" * 41])
     assert [path.name for path in place.folder.iterdir() if path.name != "lock"] == ["x"]
+
+
+def test_of_a_large_disk_no_more_than_a_few_gibibytes_stay_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = opened("a", tmp_path)
+    free = scratch.MOST_KEPT_FREE + 100
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: disk(total=1000 * 2**30, free=free))
+    assert place.write("x", [b"x" * 100])
+    assert not place.write("y", [b"x" * 101])
 
 
 @pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EDQUOT])
