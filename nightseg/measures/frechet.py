@@ -211,24 +211,31 @@ def few_frames_distance(features: npt.ArrayLike, mean: npt.ArrayLike, cov: npt.A
     """
     import torch
 
-    mean_D, cov_DD = _checked(mean, cov)
+    mean_D, cov_DD = _finite(mean, cov)
     rows = gaussian_of_few(features)
     if rows.mean.shape != mean_D.shape:
         raise ValueError(f"features of {len(rows.mean)} and of {len(mean_D)} dimensions do not compare")
     factor = torch.from_numpy(np.ascontiguousarray(rows.factor.T))
-    values = torch.linalg.eigvalsh(factor @ torch.from_numpy(cov_DD) @ factor.T).clamp(min=0.0)
+    seen_kk = factor @ torch.from_numpy(cov_DD) @ factor.T
+    # Made symmetric here and not before: transposing d x d costs more than the product with it.
+    values = torch.linalg.eigvalsh((seen_kk + seen_kk.T) / 2).clamp(min=0.0)
     shift = float(np.sum((rows.mean - mean_D) ** 2))
     return max(shift + rows.trace + float(np.trace(cov_DD)) - 2.0 * float(values.sqrt().sum()), 0.0)
 
 
 def _checked(mean: npt.ArrayLike, cov: npt.ArrayLike) -> tuple[Array, Array]:
+    mean_D, cov_DD = _finite(mean, cov)
+    return mean_D, np.ascontiguousarray((cov_DD + cov_DD.T) / 2)
+
+
+def _finite(mean: npt.ArrayLike, cov: npt.ArrayLike) -> tuple[Array, Array]:
     mean_D = np.ascontiguousarray(mean, dtype=np.float64)
-    cov_DD = np.asarray(cov, dtype=np.float64)
+    cov_DD = np.ascontiguousarray(cov, dtype=np.float64)
     if mean_D.ndim != 1 or cov_DD.shape != (len(mean_D), len(mean_D)):
         raise ValueError(f"expected a mean (d,) and a covariance (d, d), got {mean_D.shape} and {cov_DD.shape}")
     if not (np.isfinite(mean_D).all() and np.isfinite(cov_DD).all()):
         raise ValueError("mean or covariance hold values that are not finite: were there fewer than 2 frames?")
-    return mean_D, np.ascontiguousarray((cov_DD + cov_DD.T) / 2)
+    return mean_D, cov_DD
 
 
 # -- statistics files ------------------------------------------------------------------------------------------------
