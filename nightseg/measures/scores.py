@@ -170,7 +170,7 @@ def spatial_scores(maps_NPd: npt.ArrayLike, reference: SpatialReference) -> tupl
     means = torch.empty(num_frames, dims, dtype=torch.float64)
     traces = torch.empty(num_frames, dtype=torch.float64)
     seen = torch.empty(num_frames, num_positions, num_positions, dtype=torch.float64)
-    # One frame at a time through one buffer that stays in the cache: over all frames at once half of the time is memory.
+    # A frame at a time through a buffer that stays in the cache: over all at once, half of the time goes to memory.
     centred_Pd = torch.empty(num_positions, dims, dtype=torch.float64)
     for frame in range(num_frames):
         np.copyto(centred_Pd.numpy(), maps[frame])
