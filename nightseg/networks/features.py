@@ -48,8 +48,9 @@ class Extractor:
     up with blank frames: libraries choose their convolution by batch size, and the features of a frame must not depend
     on how many others came with it.
 
-    `precision` "bfloat16" is three times as fast on processors made for it: features then differ by a percent or so,
-    distances of sets by much less. `faster_precision` finds out.
+    `precision` "bfloat16" is about twice as fast on processors made for it (`faster_precision` finds out). It rounds
+    the weights of `network` in place (`round_weights`): features then differ by some percent, distances of sets by
+    half a percent or so.
     """
 
     def __init__(
@@ -65,6 +66,8 @@ class Extractor:
     ) -> None:
         assert precision in PRECISIONS, precision
         self.identity = identity
+        if precision == "bfloat16":
+            round_weights(network)
         self._device = torch.device(device)
         self._network = network.eval().requires_grad_(False).to(self._device).to(memory_format=torch.channels_last)
         self._side = side
@@ -166,3 +169,23 @@ def resized(image: npt.NDArray[np.uint8], side: int, rule: str) -> Tensor:
         assert rule == "clean", rule
         scaled = F.interpolate(pixels_1CHW, (side, side), mode="bicubic", align_corners=False, antialias=True)
     return scaled[0].clamp(0.0, 1.0)
+
+
+@torch.no_grad()
+def round_weights(network: nn.Module) -> None:
+    """Round the weights of convolutions to bfloat16 in place, each with the error of those before it in its filter.
+
+    Rounded one by one, the errors of a filter add up to a change of all that it answers; carried along, they cancel
+    over neighbouring positions and channels, whose inputs are much alike. It is the error diffusion of printing (Floyd
+    and Steinberg, 1976). Distances of sets of frames were three times nearer to those of float32 with it.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            weights_KO = module.weight.flatten(1).T.contiguous()  # K weights of O filters
+            carried_O = torch.zeros_like(weights_KO[0])
+            for wanted_O in weights_KO:
+                wanted_O += carried_O
+                rounded_O = wanted_O.bfloat16().to(wanted_O.dtype)
+                torch.sub(wanted_O, rounded_O, out=carried_O)
+                wanted_O.copy_(rounded_O)
+            module.weight.copy_(weights_KO.T.reshape(module.weight.shape))

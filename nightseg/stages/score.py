@@ -33,7 +33,7 @@ from nightseg.progress import Progress
 from nightseg.storage import Location, UserError, sha256_of
 from nightseg.workspace import Attempt, Commit
 
-VERSION = 2
+VERSION = 3
 
 FEATURES = "features"  # float32, as many as the extractor has dimensions
 HISTOGRAM = "histogram"  # float32 (64,), luminance of the whole frame, sums to 1

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nightseg.networks.extractors import build_extractor
-from nightseg.networks.features import Extractor, fold_batch_norms, resized
+from nightseg.networks.features import Extractor, fold_batch_norms, resized, round_weights
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -62,6 +62,18 @@ def test_bfloat16_is_close_and_a_probe_says_whether_it_pays(lite0: Extractor) ->
     assert 0 < apart < 0.1
     assert lite0.faster_precision() in ("float32", "bfloat16")
     assert lite0.precision == "float32"
+
+
+def test_rounding_errors_of_a_filter_cancel() -> None:
+    convolution = nn.Conv2d(4, 2, 3)
+    nn.init.constant_(convolution.weight, 1 + 2**-9)  # bfloat16 has nothing between 1 and 1 + 2^-7
+    exact = convolution.weight.detach().clone()
+    round_weights(nn.Sequential(convolution))
+    assert torch.equal(convolution.weight.bfloat16().float(), convolution.weight)
+    assert torch.equal(exact.bfloat16().float(), torch.ones_like(exact))  # one by one, all are lost
+    left_over = (convolution.weight - exact).sum(dim=(1, 2, 3)).abs()
+    assert left_over.max() <= 2**-8  # half a step, whatever the number of weights
+    assert convolution.weight.unique().tolist() == [1.0, 1 + 2**-7]
 
 
 def test_folding_changes_nothing_but_the_last_digits() -> None:
