@@ -2,7 +2,8 @@
 
 Ours: channels-last memory, bfloat16 where the processor has instructions for it, our loss. The peer: the plain loop
 that most segmentation code has. Both go on from the same weights and see the same batches; after fifty steps their
-losses must be the same within a percent, or the time would not count.
+losses must be the same within two percent, or the time would not count: float32 in two memory layouts, which only
+round differently, was four percent apart at five times this rate.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ BATCH = 4
 STEPS: dict[Size, int] = {"tiny": 3, "default": 50, "full": 50}  # after which the losses are compared
 BATCHES = 5  # that come again and again: enough to learn from, quick to make
 FIRST_STEPS: dict[Size, int] = {"tiny": 2, "default": 60, "full": 60}  # before, by AdamW, the same for both
-RATE, WARM_UP, MOMENTUM, CLASSES = 0.01, 10, 0.9, 11  # the usual training; the warm-up is in steps
+RATE, WARM_UP, MOMENTUM, CLASSES = 0.002, 10, 0.9, 11  # the warm-up is in steps; at 0.01 the loss climbs first
 LOSS = PixelLoss(Mixture(1.0, 2.0, 1.0))  # cross-entropy, as the peer's
-TOLERANCE = 0.01
+TOLERANCE = 0.02
 LAST = 10  # losses of so many last steps are averaged: one step's depends on its batch
 
 
