@@ -60,7 +60,8 @@ Measures: no ray
     measures/histogram.py   luminance histograms; day, night and twilight
     measures/frechet.py     mergeable moments, Frechet distance, statistics files
     measures/scores.py      how near one frame is to a reference, by every definition
-    measures/convex.py      the FID of weighted frames: value, gradient, exchanges
+    measures/convex.py      the FID of weighted frames: value and gradient
+    measures/exchange.py    exchanges of chosen rows for better ones, rated exactly
     measures/subset.py      the subset with the smallest FID, and its certificate
     measures/kernel.py      KID, herding
     measures/limits.py      near duplicates, quotas and gaps of sequences

@@ -86,6 +86,25 @@ class Limits(NamedTuple):
                 taken.append(row)
         return np.array(taken, dtype=np.int64)
 
+    def exchangeable(self, chosen: Indices, given: Indices, taken: Indices) -> npt.NDArray[np.bool_]:
+        """(given, taken): whether the chosen rows are within the limits after one of them is exchanged for another.
+
+        They must be before; `given` are some of them, `taken` are not.
+        """
+        allowed = np.ones((len(given), len(taken)), dtype=bool)
+        if self.groups is None or (self.quota is None and self.gap is None):
+            return allowed
+        same_chosen = self.groups[chosen][:, None] == self.groups[taken]
+        same_given = self.groups[given][:, None] == self.groups[taken]
+        if self.quota is not None:
+            allowed &= same_given | (same_chosen.sum(axis=0) < self.quota)
+        if self.gap is not None:
+            assert self.places is not None
+            near_chosen = same_chosen & (np.abs(self.places[chosen][:, None] - self.places[taken]) < self.gap)
+            near_given = same_given & (np.abs(self.places[given][:, None] - self.places[taken]) < self.gap)
+            allowed &= near_chosen.sum(axis=0) - near_given == 0
+        return allowed
+
     def filled(self, order: npt.ArrayLike, count: int) -> Indices:
         """As `first`, but always `count` frames where there is room: a drive gives up its first frames for more."""
         order_N = np.asarray(order, dtype=np.int64)

@@ -7,7 +7,8 @@ Then, for a reference N(m2, C2) with C2 = R R^T,
 
 is the squared Frechet distance of the weighted frames, C(w) their covariance with divisor 1. C(w) is concave in w and
 tr (.)^1/2 is monotone and concave, so F is convex. A subset of k frames is a corner of the polytope {0 <= w_i <= 1/k},
-so a minimum over the polytope is below the FID of every subset: minimised by Frank and Wolfe's method (1956; Jaggi,
+so a minimum over the polytope is below the FID of every subset (of F, or of the closer function of measures/convex.py,
+where k is smaller than r): minimised by Frank and Wolfe's method (1956; Jaggi,
 2013), whose linear step is "take the k frames with the smallest gradient". Every gradient met on the way bounds F from
 below at all corners, and so does every mean of them. The weights are then rounded to a subset, which exchanges improve.
 
@@ -23,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nightseg.measures.convex import Point, Problem, between
+from nightseg.measures.exchange import exchanged
 from nightseg.measures.frechet import Gaussian, gaussian_distance, gaussian_of_moments
 from nightseg.measures.limits import NO_LIMITS, Limits
 from nightseg.storage import UserError
@@ -34,9 +36,8 @@ TIGHT_ENOUGH: Final = 1e-3
 """Relative distance of the bound at which the search ends: frames that differ by less do not differ."""
 
 _ITERATIONS: Final = (45, 1000)  # fewest, most; in between as many as their work allows
-_EXCHANGES: Final = (8, 150)
+_ROUNDS: Final = (8, 150)  # of exchanges, likewise
 _MEMORIES: Final = (0.0, 0.8, 0.95)  # of the running means of gradients that give bounds
-_MIXED_IN = 0.1  # of the fractional solution, where a gradient at the subset itself may not exist
 _LONGEST_STEP = 0.99  # a step of 1 would end at a corner, where the covariance may be singular and has no gradient
 _SHORTEST_STEP = 1e-9
 
@@ -98,12 +99,12 @@ def select_subset(
     check_count(count, len(rows_ND))
     limits.check(count)
 
-    problem = Problem.of(rows_ND, reference)
+    problem = Problem.of(rows_ND, reference, count)
     weights_N, influence_N, lower_bound = _minimise(problem, count, limits.without_gap(), watch)
     surest = np.lexsort((influence_N, -np.round(weights_N * count, 9)))
     starts = [limits.filled(order, count) for order in _starts(problem, surest, influence_N)]
     start = min(starts, key=lambda rows: problem.value(problem.at(rows)))
-    chosen = _exchange(problem, start, weights_N, limits, lower_bound)
+    chosen = _improve(problem, start, limits, lower_bound)
     # Best first, so that a shorter choice can be cut from a longer one.
     place = np.empty(len(rows_ND), dtype=np.int64)
     place[surest] = np.arange(len(rows_ND))
@@ -202,46 +203,15 @@ def _line_search(problem: Problem, start: Point, end: Point, value: float, slope
 # -- from weights to rows --------------------------------------------------------------------------------------------
 
 
-def _exchange(problem: Problem, chosen: Indices, weights_N: Floats, limits: Limits, lower_bound: float) -> Indices:
-    """The chosen rows after exchanges that lower F: many at once while that works, then one by one, tried out."""
-    count, size = len(chosen), len(weights_N)
-    if count == size:
-        return chosen
-    fractional = problem.weighted(weights_N)
-    point = problem.at(chosen)
-    value = problem.value(point)
-    at_once = max(1, count // 10)
-    for _ in range(problem.affordable(*_EXCHANGES)):
+def _improve(problem: Problem, chosen: Indices, limits: Limits, lower_bound: float) -> Indices:
+    """The chosen rows after rounds of exchanges, as long as they lower F and its distance from the bound matters."""
+    value = problem.value(problem.at(chosen))
+    for _ in range(problem.affordable(*_ROUNDS)):
         if value - lower_bound <= TIGHT_ENOUGH * value:
             break
-        # With more rows than dimensions the subset has a gradient of its own.
-        smooth = point if count > 2 * problem.dims else between(point, fractional, _MIXED_IN)
-        proposals = problem.exchanges(smooth, chosen)
-        found: tuple[Indices, Point, float] | None = None
-        while at_once and found is None:
-            out, into = proposals.disjoint(at_once)
-            found = _tried(problem, chosen, out, into, limits, value)
-            at_once = at_once if found else min(at_once, len(out)) // 2
-        if found is None:
-            best = problem.best_single(point, chosen, proposals, limits)
-            found = None if best is None else _tried(problem, chosen, *best, limits, value)
-            at_once = 0 if found is None else 1
-        if found is None:
+        better = exchanged(problem, chosen, limits)
+        reached = problem.value(problem.at(better))
+        if not reached < value:
             break
-        chosen, point, value = found
+        chosen, value = better, reached
     return chosen
-
-
-def _tried(
-    problem: Problem, chosen: Indices, out: Indices, into: Indices, limits: Limits, value: float
-) -> tuple[Indices, Point, float] | None:
-    """The subset after the exchange, if it respects the limits and is better."""
-    if len(out) == 0:
-        return None
-    wanted = np.concatenate([into, chosen[~np.isin(chosen, out)]])
-    rows = limits.first(np.concatenate([wanted, out]), len(chosen))
-    if len(rows) < len(chosen):
-        return None
-    point = problem.at(rows)
-    reached = problem.value(point)
-    return (rows, point, reached) if reached < value - 1e-12 * abs(value) else None

@@ -66,15 +66,22 @@ def plain_fid(rows: np.ndarray, mean: np.ndarray, cov: np.ndarray) -> float:
     return frechet_distance(rows.mean(axis=0), np.cov(rows.T, bias=True), mean, cov)
 
 
-@pytest.mark.parametrize(("seed", "count"), [(0, 4), (1, 5), (2, 6), (3, 2)])
-def test_the_bound_is_below_every_subset_and_the_choice_is_near_the_best(seed: int, count: int) -> None:
-    pool, mean, cov = pool_and_reference(seed, 12, 2)
+@pytest.mark.parametrize(("seed", "count", "dims"), [(0, 4, 2), (1, 5, 2), (2, 6, 2), (3, 2, 2), (4, 3, 5), (5, 4, 8)])
+def test_the_bound_is_below_every_subset_and_the_choice_is_near_the_best(seed: int, count: int, dims: int) -> None:
+    pool, mean, cov = pool_and_reference(seed, 12, dims)
     found = subset.select_subset(pool, mean, cov, count)
     best = min(plain_fid(pool[list(rows)], mean, cov) for rows in itertools.combinations(range(12), count))
     assert found.lower_bound <= best + 1e-9
-    assert found.fid == pytest.approx(plain_fid(pool[found.indices], mean, cov), rel=1e-9)
+    assert found.fid == pytest.approx(plain_fid(pool[found.indices], mean, cov), rel=1e-7)
     assert found.fid <= 1.05 * best
     assert len(set(found.indices.tolist())) == count
+
+
+def test_one_frame_has_a_bound_that_is_its_distance() -> None:
+    pool, mean, cov = pool_and_reference(0, 30, 4)
+    found = subset.select_subset(pool, mean, cov, 1)
+    nearest = np.square(pool - mean).sum(axis=1).min() + np.trace(cov)
+    assert found.fid == pytest.approx(nearest) and found.lower_bound == pytest.approx(nearest)
 
 
 def test_the_unbiased_distance_is_that_of_numpy_cov() -> None:
@@ -128,25 +135,27 @@ def test_identical_frames_are_a_pool_too() -> None:
     assert found.lower_bound == pytest.approx(6.0)
 
 
+def slopes_by_difference(problem: Problem, weights: np.ndarray, rows: int) -> list[float]:
+    """How fast the value changes from `weights` towards each of the first rows."""
+    step, corners = 1e-6, np.eye(len(weights))
+    ends = [
+        [problem.value(problem.weighted((1 - share) * weights + share * corners[row])) for share in (step, -step)]
+        for row in range(rows)
+    ]
+    return [(toward - away) / (2 * step) for toward, away in ends]
+
+
 def test_the_gradient_is_that_of_finite_differences() -> None:
     pool, mean, cov = pool_and_reference(4, 30, 4)
     reference = gaussian_of_moments(mean, cov)
-    problem = Problem.of(pool, reference)
+    problem = Problem.of(pool, reference, len(pool))
     weights = np.random.default_rng(0).dirichlet(np.ones(30))
-
-    def value(weights: np.ndarray) -> float:
-        centre = weights @ pool
-        spread = (pool - centre).T @ ((pool - centre) * weights[:, None])
-        return frechet_distance(centre, spread, mean, cov)
-
+    centre = weights @ pool
+    spread = (pool - centre).T @ ((pool - centre) * weights[:, None])
     at, gradient = problem.gradient(problem.weighted(weights))
-    assert at == pytest.approx(value(weights), rel=1e-9)
-    step = 1e-6
-    for row in range(5):
-        toward = (1 - step) * weights + step * np.eye(30)[row]
-        away = (1 + step) * weights - step * np.eye(30)[row]
-        slope = (value(toward) - value(away)) / (2 * step)
-        assert slope == pytest.approx(gradient[row] - weights @ gradient, rel=1e-5, abs=1e-7)
+    assert at == pytest.approx(frechet_distance(centre, spread, mean, cov), rel=1e-9)
+    slopes = slopes_by_difference(problem, weights, rows=5)
+    assert slopes == pytest.approx(gradient[:5] - weights @ gradient, rel=1e-5, abs=1e-7)
     current = gaussian_of_features(pool)
     influence = influence_scores(pool, current._replace(factor=current.factor * np.sqrt(29 / 30)), reference)
     whole = problem.gradient(problem.at(np.arange(30)))[1]
@@ -155,7 +164,7 @@ def test_the_gradient_is_that_of_finite_differences() -> None:
 
 def test_the_distance_is_convex_in_the_weights() -> None:
     pool, mean, cov = pool_and_reference(5, 40, 5)
-    problem = Problem.of(pool, gaussian_of_moments(mean, cov))
+    problem = Problem.of(pool, gaussian_of_moments(mean, cov), len(pool))
     rng = np.random.default_rng(0)
     for _ in range(50):
         one, two = rng.dirichlet(np.ones(40) * 0.3, 2)
@@ -163,6 +172,30 @@ def test_the_distance_is_convex_in_the_weights() -> None:
         middle = problem.value(problem.weighted(share * one + (1 - share) * two))
         ends = share * problem.value(problem.weighted(one)) + (1 - share) * problem.value(problem.weighted(two))
         assert middle <= ends + 1e-9
+
+
+def test_few_frames_in_many_dimensions_have_a_closer_function() -> None:
+    rng = np.random.default_rng(6)
+    pool, reference = rng.normal(size=(40, 9)) * np.linspace(0.3, 2, 9), gaussian_of_features(rng.normal(size=(50, 9)))
+    few, many = Problem.of(pool, reference, 5), Problem.of(pool, reference, 40)
+    assert (few.rank, many.rank) == (4, 9)
+    subset_of_five = few.at(rng.permutation(40)[:5])
+    assert few.value(subset_of_five) == pytest.approx(many.value(subset_of_five), rel=1e-6)
+    for _ in range(20):
+        weights, other = rng.dirichlet(np.ones(40), 2)
+        point = few.weighted(weights)
+        value, gradient = few.gradient(point)
+        assert value == pytest.approx(few.value(point), rel=1e-9)
+        assert value > many.value(point)
+        # No P gives less than the smallest bound, and the tangent is below the function everywhere.
+        factor = rng.normal(size=(9, 9))
+        positive = factor @ factor.T + 0.1 * np.eye(9)
+        bound = (
+            np.trace(np.linalg.solve(positive, point.covariance_rr.numpy())) + np.linalg.eigvalsh(positive)[-4:].sum()
+        )
+        assert value >= point.distance + few.trace - bound
+        assert few.value(few.weighted(other)) >= value + gradient @ (other - weights) - 1e-9
+    assert slopes_by_difference(few, weights, rows=5) == pytest.approx(gradient[:5] - weights @ gradient, rel=1e-5)
 
 
 def test_quota_and_gap_are_respected_and_the_bound_still_holds() -> None:

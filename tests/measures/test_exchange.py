@@ -1,0 +1,87 @@
+import itertools
+
+import numpy as np
+import pytest
+
+from nightseg.measures.convex import Problem
+from nightseg.measures.exchange import _Rated, exchanged
+from nightseg.measures.frechet import gaussian_of_features
+from nightseg.measures.limits import NO_LIMITS, Limits
+
+
+def problem_of(size: int, dims: int, count: int, seed: int = 0) -> Problem:
+    """A pool with a steep spectrum, beside its reference."""
+    rng = np.random.default_rng(seed)
+    scale = np.arange(1, dims + 1) ** -1.0
+    reference = gaussian_of_features(rng.normal(size=(5 * dims, dims)) * scale)
+    return Problem.of(rng.normal(0.4, 1.0, size=(size, dims)) * scale, reference, count)
+
+
+def swapped(chosen: np.ndarray, out: int, into: int) -> np.ndarray:
+    return np.where(chosen == out, into, chosen)
+
+
+@pytest.mark.parametrize(("count", "dims"), [(12, 4), (6, 16), (1, 5), (2, 3), (30, 8)])
+def test_every_exchange_is_rated_as_what_it_does_before_and_after_others(count: int, dims: int) -> None:
+    problem = problem_of(60, dims, count)
+    chosen = np.arange(0, 60, 60 // count)[:count]
+    rated = _Rated.of(problem, chosen)
+    for _ in range(min(3, count)):  # the second and third from updated products
+        before = problem.value(problem.at(chosen))
+        found = rated.changes()
+        pairs = list(itertools.product(range(len(rated.given)), range(len(rated.taken))))
+        live = [pair for pair in pairs if not rated.is_done_ab[pair]]
+        exact = [
+            problem.value(problem.at(swapped(chosen, rated.given[give], rated.taken[take]))) - before
+            for give, take in live
+        ]
+        assert [found[pair] for pair in live] == pytest.approx(exact, rel=2e-3, abs=2e-4 * float(np.abs(exact).max()))
+        assert all(found[pair] == np.inf for pair in set(pairs) - set(live))
+        give, take = live[int(np.argmin(exact))]
+        chosen = swapped(chosen, rated.given[give], rated.taken[take])
+        rated = rated.after(give, take)
+
+
+def test_no_single_exchange_is_better_in_the_end() -> None:
+    problem, chosen = problem_of(40, 6, 10), np.arange(10)
+    first = problem.value(problem.at(chosen))
+    while (better := exchanged(problem, chosen, NO_LIMITS)).tolist() != chosen.tolist():
+        assert problem.value(problem.at(better)) < problem.value(problem.at(chosen))
+        assert len(set(better.tolist())) == 10
+        chosen = better
+    last = problem.value(problem.at(chosen))
+    assert last < 0.8 * first
+    outside = np.setdiff1d(np.arange(40), chosen)
+    tried = [problem.value(problem.at(swapped(chosen, out, into))) for out in chosen for into in outside]
+    assert min(tried) > last * (1 - 1e-4)
+
+
+def test_exchanges_respect_quota_and_gap() -> None:
+    problem = problem_of(60, 6, 12)
+    limits = Limits(groups=np.arange(60) // 15, places=np.arange(60) % 15, quota=3, gap=3)
+    chosen = limits.first(np.arange(60), 12)
+    better = exchanged(problem, chosen, limits)
+    assert problem.value(problem.at(better)) < problem.value(problem.at(chosen))
+    assert sorted(limits.first(better, 12).tolist()) == sorted(better.tolist())
+    free = exchanged(problem, chosen, NO_LIMITS)
+    assert len(limits.first(free, 12)) < 12  # the limits were in the way
+
+
+@pytest.mark.parametrize("limits", [{"quota": 3}, {"gap": 2}, {"quota": 4, "gap": 2}, {}])
+def test_what_may_be_exchanged_is_what_would_fit(limits: dict[str, int]) -> None:
+    rng = np.random.default_rng(1)
+    rules = Limits(groups=rng.integers(0, 3, 30), places=rng.permutation(30), **limits)
+    chosen = rules.first(rng.permutation(30), 9)
+    outside = np.setdiff1d(np.arange(30), chosen)
+    allowed = rules.exchangeable(chosen, chosen, outside)
+    for (row, out), (column, into) in itertools.product(enumerate(chosen), enumerate(outside)):
+        assert allowed[row, column] == (len(rules.first(swapped(chosen, out, into), 9)) == 9)
+    assert bool(limits) != allowed.all()
+
+
+def test_rows_without_spread_are_exchanged_by_distance_alone() -> None:
+    rows = np.zeros((5, 2))
+    problem = Problem.of(rows, gaussian_of_features(np.zeros((4, 2))), 2)
+    problem = problem._replace(distance_N=np.array([3.0, 1, 4, 1, 5]))
+    assert problem.dims == 0
+    assert sorted(exchanged(problem, np.array([0, 2]), NO_LIMITS).tolist()) == [1, 3]
