@@ -29,10 +29,11 @@ from nightseg.storage import Location
 FILES: dict[Size, int] = {"tiny": 4, "default": 60, "full": 500}
 HEIGHT, WIDTH = 288, 512  # of the JPEG files
 BATCH = 50  # pytorch-fid's default
-# Relative, of the FID between the two halves of the files; the error of bfloat16 averages out over many.
+# Relative, of the FID between the two halves of the files. A random network makes more of rounding than a trained one:
+# fast features were 0.03 to 0.3 percent apart, with as many files more or less.
 TOLERANCE: dict[str, dict[Size, float]] = {
     "exact": {"tiny": 1e-4, "default": 1e-4, "full": 1e-4},
-    "fast": {"tiny": 2e-2, "default": 1e-2, "full": 1e-3},
+    "fast": {"tiny": 2e-2, "default": 5e-3, "full": 5e-3},
 }
 CALIBRATION = 16  # frames
 LOADERS = 2  # processes that read for pytorch-fid

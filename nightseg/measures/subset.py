@@ -36,7 +36,7 @@ TIGHT_ENOUGH: Final = 1e-3
 """Relative distance of the bound at which the search ends: frames that differ by less do not differ."""
 
 _ITERATIONS: Final = (45, 1000)  # fewest, most; in between as many as their work allows
-_ROUNDS: Final = (8, 150)  # of exchanges, likewise
+_ROUNDS: Final = (12, 150)  # of exchanges, likewise
 _MEMORIES: Final = (0.0, 0.8, 0.95)  # of the running means of gradients that give bounds
 _LONGEST_STEP = 0.99  # a step of 1 would end at a corner, where the covariance may be singular and has no gradient
 _SHORTEST_STEP = 1e-9
