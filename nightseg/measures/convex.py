@@ -8,7 +8,8 @@ eigenvalues l of C = A^T A from the largest on,
 
     h(C) = sum_{j <= J} l_j^1/2 + [(m - J) sum_{j > J} l_j]^1/2,    l_J > 1/(m - J) sum_{j > J} l_j >= l_{J+1}
 
-which is tr C^1/2 if C has m directions or fewer: P is C^1/2 with its smallest eigenvalues made alike. As a minimum of
+with the smallest J >= 0 for which the right side holds; it is tr C^1/2 if C has m directions or fewer. P is C^1/2 with
+its smallest eigenvalues made alike. As a minimum of
 functions that are linear in C and grow with it, h is concave in the weights.
 
 The letters are those of measures/subset.py, which minimises it.
@@ -16,6 +17,7 @@ The letters are those of measures/subset.py, which minimises it.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +28,7 @@ from nightseg.measures.frechet import Gaussian
 Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
 
+_ROUNDINGS = 64.0  # of a distance, in what is added up from them
 _WORK = 3e11  # floating-point operations of one search: seconds for small pools, a few minutes for large ones
 
 
@@ -54,6 +57,7 @@ class Problem(NamedTuple):
     distance_N: Floats  # noqa: N815 (|x - m2|^2)
     trace: float  # tr C2
     rank: int  # m: of the covariance of z, at most, for the subsets that are asked for
+    doubt: float  # no value of a subset is wrong by more: what rounding and the directions left out can do
 
     @classmethod
     def of(cls, rows_ND: Floats, reference: Gaussian, count: int) -> Problem:
@@ -66,9 +70,14 @@ class Problem(NamedTuple):
         rows -= rows.mean(dim=0)
         values, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
         kept = values > len(values) * np.finfo(np.float64).eps * (values[-1] if len(values) else 0.0)
+        doubt = _ROUNDINGS * np.finfo(np.float64).eps * float(distance_N.max())
         if not bool(kept.all()):
+            # What a subset has in the other directions, at most: tr C^1/2 of m directions is at most (m tr C)^1/2.
+            left_N = (rows @ vectors[:, ~kept]).square().sum(dim=1)
+            most = float(left_N.topk(min(count, len(left_N))).values.mean())
+            doubt += 2 * math.sqrt(min(count, int((~kept).sum())) * most)
             rows = rows @ vectors[:, kept]
-        return cls(rows, distance_N, reference.trace, min(count - 1, int(rows.shape[1])))
+        return cls(rows, distance_N, reference.trace, min(count - 1, int(rows.shape[1])), doubt)
 
     @property
     def dims(self) -> int:
@@ -109,9 +118,12 @@ class Problem(NamedTuple):
         import torch
 
         values, vectors = torch.linalg.eigh(point.covariance_rr)
-        total, roots = _roots(values, self.rank)
-        above_rounding = roots.square() > len(values) * np.finfo(np.float64).eps * (values[-1] if len(values) else 0.0)
-        to_unit = vectors[:, above_rounding] * roots[above_rounding] ** -0.5
+        _, roots = _roots(values, self.rank)
+        # Every P gives a tangent from below: one that rounding leaves standing, and its own value.
+        least = len(values) * np.finfo(np.float64).eps * (values[-1].clamp(min=0) if len(values) else 0.0)
+        roots = roots.clamp(min=max(float(least), np.finfo(np.float64).tiny) ** 0.5)
+        total = float((values.clamp(min=0) / roots).sum() + roots.topk(self.rank).values.sum()) / 2
+        to_unit = vectors * roots**-0.5
         spread = self.rows_Nr @ to_unit - point.mean_r @ to_unit
         return point.distance + self.trace - 2 * total, self.distance_N - spread.square_().sum(dim=1).numpy()
 

@@ -30,33 +30,32 @@ from nightseg.measures.limits import Limits
 
 Indices = npt.NDArray[np.int64]
 
-_GIVEN, _TAKEN = 160, 320  # rows on either side that are rated as pairs, the best ones alone
-_LEAST_GAIN: Final = 1e-6  # of F: what the integral does not know for sure is not taken
+BREADTHS: Final = (1, 2, 4)
+_GIVEN, _TAKEN = 96, 192  # rows on either side that are rated as pairs, times the breadth: the best ones alone
+_LEAST_GAIN: Final = 1e-5  # of F; smaller ones drown in the error of the integral
 
-# s in units of the pool's spread. The integrand is smooth in log s, so few nodes give it to 1e-5.
+# s in units of the root of the rows' spread. The integrand is smooth in log s, so few nodes give what an exchange does
+# to some 1e-5 of F.
 _LOWEST, _HIGHEST, _STEP = 1e-6, 100.0, 0.8
 
 
-def exchanged(problem: Problem, chosen: Indices, limits: Limits) -> Indices:
-    """The chosen rows after exchanges that lower F, the best first, until none of those looked at does; or as given.
+def exchanged(problem: Problem, chosen: Indices, limits: Limits, breadth: int = 1) -> Indices:
+    """The chosen rows after exchanges that should lower F, the best first, until none of those looked at does.
 
-    `limits` are respected. One call costs the eigenvectors of one covariance and each exchange a few milliseconds.
+    `limits` are respected; `breadth` multiplies how many rows are looked at. One call costs the eigenvectors of one
+    covariance, and each exchange some ten milliseconds, which grow with the square of the breadth.
     """
-    rated = _Rated.of(problem, chosen)
-    point = problem.at(chosen)
-    least = _LEAST_GAIN * abs(problem.value(point))
+    rated = _Rated.of(problem, chosen, limits, breadth)
+    least = _LEAST_GAIN * abs(problem.value(problem.at(chosen)))
     current = chosen.copy()
-    place = {int(row): index for index, row in enumerate(current)}
-    for _ in range(min(len(rated.given), len(rated.taken))):
-        change = rated.changes()
-        change[~limits.exchangeable(current, rated.given, rated.taken)] = np.inf
-        give, take = np.unravel_index(int(change.argmin()), change.shape)
-        if not change[give, take] < -least:
+    for _ in range(min(rated.is_done_ab.shape)):
+        change_ab = rated.changes()
+        change_ab[~limits.exchangeable(current, rated.given, rated.taken)] = np.inf
+        give, take = np.unravel_index(int(change_ab.argmin()), change_ab.shape)
+        if not change_ab[give, take] < -least:
             break
-        index = place.pop(int(rated.given[give]))
-        current[index] = rated.taken[take]
-        place[int(rated.taken[take])] = index
-        rated = rated.after(int(give), int(take))
+        current[current == rated.given[give]] = rated.taken[take]
+        rated.exchange(int(give), int(take))
     return current
 
 
@@ -88,16 +87,17 @@ class _Rated(NamedTuple):
     distance_c: Any
     products_ncc: Any
     weights_n: Any
-    count: int
+    size: int  # k
 
     @classmethod
-    def of(cls, problem: Problem, chosen: Indices) -> _Rated:
+    def of(cls, problem: Problem, chosen: Indices, limits: Limits, breadth: int = 1) -> _Rated:
         import torch
 
         point, count = problem.at(chosen), len(chosen)
         values_r, vectors_rr = torch.linalg.eigh(point.covariance_rr)
         rows_Nr = (problem.rows_Nr - point.mean_r) @ vectors_rr
-        nodes = _Nodes.of(float(problem.rows_Nr.square().sum(dim=1).mean()))
+        spread_N = rows_Nr.square().sum(dim=1)  # its median, since one row far away is no measure of the others
+        nodes = _Nodes.of(float(spread_N.median() + spread_N[chosen].mean()) or float(spread_N.mean()))
         inverse_rn = 1 / (values_r.clamp(min=0)[:, None] + nodes.squares_n)
         # Which rows are worth a try: by what giving or taking each of them alone does, were k to stay as it is.
         length_Nn = rows_Nr.square() @ inverse_rn + 1.0
@@ -105,8 +105,11 @@ class _Rated(NamedTuple):
         take_N = distance_N - 2 * (_safe_log(1 + length_Nn / count) @ nodes.weights_n).numpy()
         give_N = -distance_N - 2 * (_safe_log(1 - length_Nn / count) @ nodes.weights_n).numpy()
         outside = np.setdiff1d(np.arange(len(distance_N)), chosen)
-        given = chosen[np.argsort(give_N[chosen], kind="stable")[:_GIVEN]]
-        taken = outside[np.argsort(take_N[outside], kind="stable")[:_TAKEN]]
+        given = chosen[np.argsort(give_N[chosen], kind="stable")]
+        taken = outside[np.argsort(take_N[outside], kind="stable")]
+        # Half of the rows to give are the best of their group: a full group takes only what it gives.
+        given = _alternately(given, limits.by_turns(given))[: breadth * _GIVEN]
+        taken = taken[limits.exchangeable(chosen, given, taken).any(axis=0)][: breadth * _TAKEN]
         both = np.concatenate([given, taken])
         rows_cr = rows_Nr[both]
         # Seen from the mean, y_i.y_j is (z_i - m)^T (C + s^2)^-1 (z_j - m) + 1.
@@ -119,26 +122,36 @@ class _Rated(NamedTuple):
         """(a, b) what exchanging one row for another does to F; infinity where one has had its turn."""
         import torch
 
-        a, count = len(self.given), self.count
-        lengths_nc = self.products_ncc.diagonal(dim1=1, dim2=2) / count
-        across_nab = self.products_ncc[:, :a, a:] / count
+        a, size = len(self.given), self.size
+        lengths_nc = self.products_ncc.diagonal(dim1=1, dim2=2) / size
+        across_nab = self.products_ncc[:, :a, a:] / size
         factor_nab = (1 - lengths_nc[:, :a, None]) * (1 + lengths_nc[:, None, a:]) + across_nab.square_()
-        distance_ab = (self.distance_c[None, a:] - self.distance_c[:a, None]) / count
+        distance_ab = (self.distance_c[None, a:] - self.distance_c[:a, None]) / size
         change_ab = distance_ab - 2 * torch.tensordot(self.weights_n, _safe_log(factor_nab), dims=1)
         found: npt.NDArray[np.float64] = change_ab.numpy()
         found[self.is_done_ab] = np.inf
         return found
 
-    def after(self, give: int, take: int) -> _Rated:
-        """After the exchange of one pair."""
-        products_ncc, count = self.products_ncc, self.count
-        for row, sign in ((len(self.given) + take, 1), (give, -1)):
-            with_row_nc = products_ncc[:, :, row]
-            share_n = sign / (count + sign * with_row_nc[:, row])
-            products_ncc = products_ncc - (with_row_nc * share_n[:, None])[:, :, None] * with_row_nc[:, None, :]
-        is_done_ab = self.is_done_ab.copy()
-        is_done_ab[give], is_done_ab[:, take] = True, True
-        return self._replace(products_ncc=products_ncc, is_done_ab=is_done_ab)
+    def exchange(self, give: int, take: int) -> None:
+        """One pair changes places; products and what is done are changed in place."""
+        import torch
+
+        taken = self.products_ncc[:, :, len(self.given) + take].clone()
+        given = self.products_ncc[:, :, give].clone()
+        share_taken_n = 1 / (self.size + taken[:, len(self.given) + take])
+        given -= (share_taken_n * taken[:, give])[:, None] * taken
+        share_given_n = 1 / (self.size - given[:, give])
+        rows_n2c = torch.stack([taken, given], dim=1)
+        shares_n12 = torch.stack([-share_taken_n, share_given_n], dim=1)[:, None, :]
+        self.products_ncc.baddbmm_(rows_n2c.mT * shares_n12, rows_n2c)
+        self.is_done_ab[give], self.is_done_ab[:, take] = True, True
+
+
+def _alternately(first: Indices, second: Indices) -> Indices:
+    """The rows of two orders of the same rows, by turns, each once."""
+    both = np.stack([first, second], axis=1).ravel()
+    _, places = np.unique(both, return_index=True)
+    return both[np.sort(places)]
 
 
 def _safe_log(factor: Any) -> Any:

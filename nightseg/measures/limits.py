@@ -105,6 +105,12 @@ class Limits(NamedTuple):
             allowed &= near_chosen.sum(axis=0) - near_given == 0
         return allowed
 
+    def by_turns(self, order: Indices) -> Indices:
+        """The first frame of each group, then the second of each, ...; within a turn in the given order."""
+        if self.groups is None or (self.quota is None and self.gap is None):
+            return order
+        return order[np.argsort(self._turns(order), kind="stable")]
+
     def filled(self, order: npt.ArrayLike, count: int) -> Indices:
         """As `first`, but always `count` frames where there is room: a drive gives up its first frames for more."""
         order_N = np.asarray(order, dtype=np.int64)
@@ -133,15 +139,20 @@ class Limits(NamedTuple):
                 closed |= set(same[np.abs(self.places[same] - self.places[row]) < self.gap].tolist())
         return np.array(sorted(closed), dtype=np.int64)
 
-    def _within_quota(self, order_N: Indices) -> npt.NDArray[np.bool_]:
+    def _turns(self, order_N: Indices) -> Indices:
+        """How many frames of its group come before each."""
         assert self.groups is not None
-        assert self.quota is not None
         groups_N = self.groups[order_N]
         by_group = np.argsort(groups_N, kind="stable")
         sorted_groups = groups_N[by_group]
-        allowed = np.empty(len(order_N), dtype=bool)
-        allowed[by_group] = np.arange(len(order_N)) - np.searchsorted(sorted_groups, sorted_groups) < self.quota
-        return allowed
+        turns_N = np.empty(len(order_N), dtype=np.int64)
+        turns_N[by_group] = np.arange(len(order_N)) - np.searchsorted(sorted_groups, sorted_groups)
+        return turns_N
+
+    def _within_quota(self, order_N: Indices) -> npt.NDArray[np.bool_]:
+        assert self.groups is not None
+        assert self.quota is not None
+        return self._turns(order_N) < self.quota
 
 
 NO_LIMITS = Limits()

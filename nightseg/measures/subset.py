@@ -7,8 +7,8 @@ Then, for a reference N(m2, C2) with C2 = R R^T,
 
 is the squared Frechet distance of the weighted frames, C(w) their covariance with divisor 1. C(w) is concave in w and
 tr (.)^1/2 is monotone and concave, so F is convex. A subset of k frames is a corner of the polytope {0 <= w_i <= 1/k},
-so a minimum over the polytope is below the FID of every subset (of F, or of the closer function of measures/convex.py,
-where k is smaller than r): minimised by Frank and Wolfe's method (1956; Jaggi,
+so a minimum over the polytope is below the FID of every subset (of F, or of the closer function of measures/convex.py
+where k is at most r): minimised by Frank and Wolfe's method (1956; Jaggi,
 2013), whose linear step is "take the k frames with the smallest gradient". Every gradient met on the way bounds F from
 below at all corners, and so does every mean of them. The weights are then rounded to a subset, which exchanges improve.
 
@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nightseg.measures.convex import Point, Problem, between
-from nightseg.measures.exchange import exchanged
+from nightseg.measures.exchange import BREADTHS, exchanged
 from nightseg.measures.frechet import Gaussian, gaussian_distance, gaussian_of_moments
 from nightseg.measures.limits import NO_LIMITS, Limits
 from nightseg.storage import UserError
@@ -148,7 +148,8 @@ def _minimise(
         for tangent in tangents:
             tangent.add(value - float(gradient_N @ weights_N), gradient_N)
             corners.append(limits.first(np.argsort(tangent.slope_N, kind="stable"), count))
-            lower_bound = max(lower_bound, tangent.offset + float(tangent.slope_N[corners[-1]].mean()))
+            below = tangent.offset + float(tangent.slope_N[corners[-1]].mean()) - problem.doubt
+            lower_bound = max(lower_bound, below)
         watch(value, lower_bound)
         if value - lower_bound <= TIGHT_ENOUGH / 2 * max(value, 0.0):
             break
@@ -204,14 +205,19 @@ def _line_search(problem: Problem, start: Point, end: Point, value: float, slope
 
 
 def _improve(problem: Problem, chosen: Indices, limits: Limits, lower_bound: float) -> Indices:
-    """The chosen rows after rounds of exchanges, as long as they lower F and its distance from the bound matters."""
+    """The chosen rows after rounds of exchanges, of ever more rows, while they lower F and the bound is not near."""
     value = problem.value(problem.at(chosen))
+    breadths = iter(BREADTHS)
+    breadth = next(breadths)
     for _ in range(problem.affordable(*_ROUNDS)):
         if value - lower_bound <= TIGHT_ENOUGH * value:
             break
-        better = exchanged(problem, chosen, limits)
+        better = exchanged(problem, chosen, limits, breadth)
         reached = problem.value(problem.at(better))
-        if not reached < value:
+        if reached < value:
+            chosen, value = better, reached
+        elif (broader := next(breadths, None)) is not None:
+            breadth = broader
+        else:
             break
-        chosen, value = better, reached
     return chosen

@@ -5,7 +5,7 @@ import pytest
 
 from nightseg.measures.convex import Problem
 from nightseg.measures.exchange import _Rated, exchanged
-from nightseg.measures.frechet import gaussian_of_features
+from nightseg.measures.frechet import gaussian_of_features, gaussian_of_moments
 from nightseg.measures.limits import NO_LIMITS, Limits
 
 
@@ -25,7 +25,7 @@ def swapped(chosen: np.ndarray, out: int, into: int) -> np.ndarray:
 def test_every_exchange_is_rated_as_what_it_does_before_and_after_others(count: int, dims: int) -> None:
     problem = problem_of(60, dims, count)
     chosen = np.arange(0, 60, 60 // count)[:count]
-    rated = _Rated.of(problem, chosen)
+    rated = _Rated.of(problem, chosen, NO_LIMITS)
     for _ in range(min(3, count)):  # the second and third from updated products
         before = problem.value(problem.at(chosen))
         found = rated.changes()
@@ -39,7 +39,7 @@ def test_every_exchange_is_rated_as_what_it_does_before_and_after_others(count: 
         assert all(found[pair] == np.inf for pair in set(pairs) - set(live))
         give, take = live[int(np.argmin(exact))]
         chosen = swapped(chosen, rated.given[give], rated.taken[take])
-        rated = rated.after(give, take)
+        rated.exchange(give, take)
 
 
 def test_no_single_exchange_is_better_in_the_end() -> None:
@@ -85,3 +85,15 @@ def test_rows_without_spread_are_exchanged_by_distance_alone() -> None:
     problem = problem._replace(distance_N=np.array([3.0, 1, 4, 1, 5]))
     assert problem.dims == 0
     assert sorted(exchanged(problem, np.array([0, 2]), NO_LIMITS).tolist()) == [1, 3]
+
+
+def test_a_full_group_still_exchanges_within_itself() -> None:
+    """More rows of full groups wait outside than are looked at, and the best to give are of other groups."""
+    rng = np.random.default_rng(0)
+    near, far = rng.normal(0, 0.8, (600, 6)), rng.normal(1, 1.6, (300, 6))
+    limits = Limits(groups=np.repeat([0, 1, 2], [600, 150, 150]), quota=200)
+    problem = Problem.of(np.concatenate([near, far]), gaussian_of_moments(np.zeros(6), np.eye(6)), 500)
+    chosen = np.concatenate([np.arange(200), np.arange(600, 900)])
+    better = exchanged(problem, chosen, limits)
+    assert problem.value(problem.at(better)) < 0.99 * problem.value(problem.at(chosen))
+    assert len(limits.first(better, 500)) == 500

@@ -68,3 +68,9 @@ def test_a_choice_that_fits_is_found_even_if_the_best_frame_is_in_the_way() -> N
 def test_copies_are_found_at_a_cosine_of_one() -> None:
     rows = np.random.default_rng(1).normal(size=(40, 1280)).astype(np.float32)
     assert (near_duplicates(np.vstack([rows, rows]), 1.0)[40:] == np.arange(40)).all()
+
+
+def test_turns_take_one_of_each_group_before_the_second() -> None:
+    limits = Limits(groups=np.array([0, 0, 0, 1, 1, 2]), quota=9)
+    assert limits.by_turns(np.array([2, 0, 3, 5, 1, 4])).tolist() == [2, 3, 5, 0, 4, 1]
+    assert Limits().by_turns(np.array([2, 0, 1])).tolist() == [2, 0, 1]

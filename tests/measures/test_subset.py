@@ -77,6 +77,27 @@ def test_the_bound_is_below_every_subset_and_the_choice_is_near_the_best(seed: i
     assert len(set(found.indices.tolist())) == count
 
 
+@pytest.mark.parametrize(("small", "far"), [(1e-3, 0.0), (3e-4, 0.0), (1e-4, 0.0), (1e-5, 0.0), (1.0, 1e8)])
+def test_the_bound_holds_where_rounding_hides_what_is_small(small: float, far: float) -> None:
+    """A direction that is left out for being small, and a frame so far away that the others drown beside it."""
+    rng = np.random.default_rng(4)
+    pool = rng.normal(size=(12, 4)) * small
+    pool[:, 0] = np.tile([1.0, -1.0], 6)
+    pool[0] += far
+    root = np.diag([1.0, small, small, small])
+
+    def exact(rows: np.ndarray) -> float:
+        centred = (rows - rows.mean(axis=0)) / np.sqrt(len(rows))
+        roots = np.linalg.svd(centred @ root, compute_uv=False)
+        return float(
+            np.square(rows.mean(axis=0)).sum() + np.square(centred).sum() + np.square(root).sum() - 2 * roots.sum()
+        )
+
+    found = subset.select_subset(pool, np.zeros(4), root @ root, 6)
+    best = min(exact(pool[list(rows)]) for rows in itertools.combinations(range(12), 6))
+    assert found.lower_bound <= best
+
+
 def test_one_frame_has_a_bound_that_is_its_distance() -> None:
     pool, mean, cov = pool_and_reference(0, 30, 4)
     found = subset.select_subset(pool, mean, cov, 1)
