@@ -61,7 +61,7 @@ Measures: no ray
     measures/frechet.py     mergeable moments, Frechet distance, statistics files
     measures/scores.py      how near one frame is to a reference, by every definition
     measures/convex.py      the FID of weighted frames: value and gradient
-    measures/exchange.py    exchanges of chosen rows for better ones, rated exactly
+    measures/exchange.py    exchanges of chosen rows for better ones, each rated by what it does
     measures/subset.py      the subset with the smallest FID, and its certificate
     measures/kernel.py      KID, herding
     measures/limits.py      near duplicates, quotas and gaps of sequences

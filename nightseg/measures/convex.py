@@ -9,8 +9,8 @@ eigenvalues l of C = A^T A from the largest on,
     h(C) = sum_{j <= J} l_j^1/2 + [(m - J) sum_{j > J} l_j]^1/2,    l_J > 1/(m - J) sum_{j > J} l_j >= l_{J+1}
 
 with the smallest J >= 0 for which the right side holds; it is tr C^1/2 if C has m directions or fewer. P is C^1/2 with
-its smallest eigenvalues made alike. As a minimum of
-functions that are linear in C and grow with it, h is concave in the weights.
+its smallest eigenvalues made alike. As a minimum of functions that are linear in C and grow with it, h is concave in
+the weights.
 
 The letters are those of measures/subset.py, which minimises it.
 """

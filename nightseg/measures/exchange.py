@@ -39,14 +39,15 @@ _LEAST_GAIN: Final = 1e-5  # of F; smaller ones drown in the error of the integr
 _LOWEST, _HIGHEST, _STEP = 1e-6, 100.0, 0.8
 
 
-def exchanged(problem: Problem, chosen: Indices, limits: Limits, breadth: int = 1) -> Indices:
+def exchanged(problem: Problem, chosen: Indices, value: float, limits: Limits, breadth: int = 1) -> Indices:
     """The chosen rows after exchanges that should lower F, the best first, until none of those looked at does.
 
-    `limits` are respected; `breadth` multiplies how many rows are looked at. One call costs the eigenvectors of one
-    covariance, and each exchange some ten milliseconds, which grow with the square of the breadth.
+    `value` is F of the chosen rows; `limits` are respected; `breadth` multiplies how many rows are looked at. One call
+    costs the eigenvectors of one covariance, and each exchange some ten milliseconds, which grow with the square of the
+    breadth.
     """
     rated = _Rated.of(problem, chosen, limits, breadth)
-    least = _LEAST_GAIN * abs(problem.value(problem.at(chosen)))
+    least = _LEAST_GAIN * abs(value)
     current = chosen.copy()
     for _ in range(min(rated.is_done_ab.shape)):
         change_ab = rated.changes()

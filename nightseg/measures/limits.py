@@ -94,15 +94,21 @@ class Limits(NamedTuple):
         allowed = np.ones((len(given), len(taken)), dtype=bool)
         if self.groups is None or (self.quota is None and self.gap is None):
             return allowed
-        same_chosen = self.groups[chosen][:, None] == self.groups[taken]
-        same_given = self.groups[given][:, None] == self.groups[taken]
+        groups = self.groups[taken]
+        same_given = self.groups[given][:, None] == groups
         if self.quota is not None:
-            allowed &= same_given | (same_chosen.sum(axis=0) < self.quota)
+            held = np.sort(self.groups[chosen])
+            of_group = np.searchsorted(held, groups, "right") - np.searchsorted(held, groups, "left")
+            allowed &= same_given | (of_group < self.quota)
         if self.gap is not None:
             assert self.places is not None
-            near_chosen = same_chosen & (np.abs(self.places[chosen][:, None] - self.places[taken]) < self.gap)
+            # One line of places for all groups, farther apart than any gap: no matrix of the chosen and the pool.
+            line = self.groups * (int(np.ptp(self.places)) + self.gap) + self.places
+            held = np.sort(line[chosen])
+            first = np.searchsorted(held, line[taken] - self.gap, "right")
+            near_chosen = np.searchsorted(held, line[taken] + self.gap, "left") - first
             near_given = same_given & (np.abs(self.places[given][:, None] - self.places[taken]) < self.gap)
-            allowed &= near_chosen.sum(axis=0) - near_given == 0
+            allowed &= near_given == near_chosen
         return allowed
 
     def by_turns(self, order: Indices) -> Indices:

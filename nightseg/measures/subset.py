@@ -7,10 +7,10 @@ Then, for a reference N(m2, C2) with C2 = R R^T,
 
 is the squared Frechet distance of the weighted frames, C(w) their covariance with divisor 1. C(w) is concave in w and
 tr (.)^1/2 is monotone and concave, so F is convex. A subset of k frames is a corner of the polytope {0 <= w_i <= 1/k},
-so a minimum over the polytope is below the FID of every subset (of F, or of the closer function of measures/convex.py
-where k is at most r): minimised by Frank and Wolfe's method (1956; Jaggi,
+so a minimum over the polytope is below the FID of every subset: minimised by Frank and Wolfe's method (1956; Jaggi,
 2013), whose linear step is "take the k frames with the smallest gradient". Every gradient met on the way bounds F from
-below at all corners, and so does every mean of them. The weights are then rounded to a subset, which exchanges improve.
+below at all corners, and so does every mean of them. Where k is at most r, a larger function takes the place of F and
+bounds it more closely (measures/convex.py). The weights are then rounded to a subset, which exchanges improve.
 
 N frames, d dimensions, r columns of R that matter, k = count.
 """
@@ -212,7 +212,7 @@ def _improve(problem: Problem, chosen: Indices, limits: Limits, lower_bound: flo
     for _ in range(problem.affordable(*_ROUNDS)):
         if value - lower_bound <= TIGHT_ENOUGH * value:
             break
-        better = exchanged(problem, chosen, limits, breadth)
+        better = exchanged(problem, chosen, value, limits, breadth)
         reached = problem.value(problem.at(better))
         if reached < value:
             chosen, value = better, reached

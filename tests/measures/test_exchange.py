@@ -21,6 +21,10 @@ def swapped(chosen: np.ndarray, out: int, into: int) -> np.ndarray:
     return np.where(chosen == out, into, chosen)
 
 
+def improved(problem: Problem, chosen: np.ndarray, limits: Limits) -> np.ndarray:
+    return exchanged(problem, chosen, problem.value(problem.at(chosen)), limits)
+
+
 @pytest.mark.parametrize(("count", "dims"), [(12, 4), (6, 16), (1, 5), (2, 3), (30, 8)])
 def test_every_exchange_is_rated_as_what_it_does_before_and_after_others(count: int, dims: int) -> None:
     problem = problem_of(60, dims, count)
@@ -45,7 +49,7 @@ def test_every_exchange_is_rated_as_what_it_does_before_and_after_others(count: 
 def test_no_single_exchange_is_better_in_the_end() -> None:
     problem, chosen = problem_of(40, 6, 10), np.arange(10)
     first = problem.value(problem.at(chosen))
-    while (better := exchanged(problem, chosen, NO_LIMITS)).tolist() != chosen.tolist():
+    while (better := improved(problem, chosen, NO_LIMITS)).tolist() != chosen.tolist():
         assert problem.value(problem.at(better)) < problem.value(problem.at(chosen))
         assert len(set(better.tolist())) == 10
         chosen = better
@@ -60,10 +64,10 @@ def test_exchanges_respect_quota_and_gap() -> None:
     problem = problem_of(60, 6, 12)
     limits = Limits(groups=np.arange(60) // 15, places=np.arange(60) % 15, quota=3, gap=3)
     chosen = limits.first(np.arange(60), 12)
-    better = exchanged(problem, chosen, limits)
+    better = improved(problem, chosen, limits)
     assert problem.value(problem.at(better)) < problem.value(problem.at(chosen))
     assert sorted(limits.first(better, 12).tolist()) == sorted(better.tolist())
-    free = exchanged(problem, chosen, NO_LIMITS)
+    free = improved(problem, chosen, NO_LIMITS)
     assert len(limits.first(free, 12)) < 12  # the limits were in the way
 
 
@@ -84,7 +88,7 @@ def test_rows_without_spread_are_exchanged_by_distance_alone() -> None:
     problem = Problem.of(rows, gaussian_of_features(np.zeros((4, 2))), 2)
     problem = problem._replace(distance_N=np.array([3.0, 1, 4, 1, 5]))
     assert problem.dims == 0
-    assert sorted(exchanged(problem, np.array([0, 2]), NO_LIMITS).tolist()) == [1, 3]
+    assert sorted(improved(problem, np.array([0, 2]), NO_LIMITS).tolist()) == [1, 3]
 
 
 def test_a_full_group_still_exchanges_within_itself() -> None:
@@ -94,6 +98,6 @@ def test_a_full_group_still_exchanges_within_itself() -> None:
     limits = Limits(groups=np.repeat([0, 1, 2], [600, 150, 150]), quota=200)
     problem = Problem.of(np.concatenate([near, far]), gaussian_of_moments(np.zeros(6), np.eye(6)), 500)
     chosen = np.concatenate([np.arange(200), np.arange(600, 900)])
-    better = exchanged(problem, chosen, limits)
+    better = improved(problem, chosen, limits)
     assert problem.value(problem.at(better)) < 0.99 * problem.value(problem.at(chosen))
     assert len(limits.first(better, 500)) == 500
