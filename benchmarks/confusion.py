@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from benchmarks.contest import Contest, PeerMissing, Size
-from nightseg.measures.confusion import confusion_matrix, scores
+from nightseg.metrics.confusion import confusion_matrix, scores
 
 NUM_CLASSES, IGNORE = 19, 255
 SHAPES: dict[Size, tuple[int, int, int]] = {  # frames, height, width

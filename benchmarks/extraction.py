@@ -19,11 +19,11 @@ from PIL import Image
 from pytorch_fid.fid_score import get_activations
 
 from benchmarks.contest import Contest, Size
-from nightseg.frames.images import read_image
-from nightseg.frames.scenes import scene
-from nightseg.measures.frechet import gaussian_distance, gaussian_of_features
-from nightseg.networks.extractors import inception_network
-from nightseg.networks.features import Extractor, Identity, fold_batch_norms
+from nightseg.data.images import read_image
+from nightseg.data.scenes import scene
+from nightseg.selection.extractors import inception_network
+from nightseg.selection.features import Extractor, Identity, fold_batch_norms
+from nightseg.selection.frechet import gaussian_distance, gaussian_of_features
 from nightseg.storage import Location
 
 FILES: dict[Size, int] = {"tiny": 4, "default": 60, "full": 500}

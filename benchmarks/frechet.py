@@ -11,7 +11,7 @@ from pytorch_fid.fid_score import calculate_frechet_distance
 from scipy.linalg import LinAlgWarning
 
 from benchmarks.contest import Contest, Size
-from nightseg.measures.frechet import few_frames_distance, frechet_distance
+from nightseg.selection.frechet import few_frames_distance, frechet_distance
 
 DIMS: dict[Size, int] = {"tiny": 16, "default": 512, "full": 2048}  # 2048 is Inception's
 FEW = 8  # one side has so many times fewer images than dimensions: 256 at Inception's

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.contest import Contest, Size
-from nightseg.learning.inference import Inference, Look, classify, looks_at
+from nightseg.segmenter.inference import Inference, Look, classify, looks_at
 
 NUM_CLASSES, STRIDE = 19, 4
 SHAPES: dict[Size, tuple[int, int]] = {"tiny": (64, 96), "default": (512, 1024), "full": (1024, 2048)}

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from benchmarks.contest import Contest, PeerMissing, Size
 from benchmarks.memory import peak_bytes
-from nightseg.learning.pixel_loss import PixelLoss, pixel_loss_sum
-from nightseg.learning.segmentation import Mixture, combined_loss
+from nightseg.segmenter.loss import Mixture, combined_loss
+from nightseg.segmenter.pixel_loss import PixelLoss, pixel_loss_sum
 
 NUM_CLASSES, IGNORE, STRIDE = 19, 255, 4
 SIZES: dict[Size, tuple[int, int]] = {"tiny": (64, 128), "default": (512, 1024), "full": (1024, 2048)}

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.contest import Contest, Size
-from nightseg.measures.frechet import Moments, moments_of_parts
+from nightseg.selection.frechet import Moments, moments_of_parts
 
 SIZES: dict[Size, tuple[int, int]] = {"tiny": (500, 16), "default": (10_000, 512), "full": (100_000, 2048)}
 PART = 50  # pytorch-fid's batch

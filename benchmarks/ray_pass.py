@@ -18,17 +18,16 @@ import torch
 from PIL import Image
 
 from benchmarks.contest import Contest, Size
-from nightseg.compute import cluster
-from nightseg.config import MapCompute
-from nightseg.frames.images import read_image
-from nightseg.frames.scenes import scene
-from nightseg.frames.table import frame_table
-from nightseg.frames.vectors import vectors
-from nightseg.networks.extractors import build_extractor
+from nightseg.cluster import ray as cluster
+from nightseg.cluster.settings import MapCompute
+from nightseg.data.images import read_image
+from nightseg.data.scenes import scene
+from nightseg.data.table import frame_table
+from nightseg.data.vectors import vectors
 from nightseg.progress import SilentProgress
+from nightseg.selection.extractors import build_extractor
 from nightseg.stages import score as stage
-from nightseg.storage import Location
-from nightseg.workspace import Workspace
+from nightseg.storage import Location, Workspace
 
 FRAMES: dict[Size, int] = {"tiny": 12, "default": 1000, "full": 6000}
 DISTINCT: dict[Size, int] = {"tiny": 4, "default": 100, "full": 200}

@@ -22,17 +22,16 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.contest import Contest, Size
-from nightseg.compute import cluster
-from nightseg.compute.training import LocalSession, Session, Workers, exchanging, fit
-from nightseg.config import Network
-from nightseg.config.training import Augmentation, Loss, Training
-from nightseg.frames.images import encode_png
-from nightseg.frames.scenes import scene
-from nightseg.frames.table import frame_table
-from nightseg.frames.taxonomy import taxonomy
-from nightseg.networks.checkpoint import save_model
-from nightseg.networks.semantic_fpn import build_semantic_fpn
+from nightseg.cluster import ray as cluster
+from nightseg.cluster.train import LocalSession, Session, Workers, exchanging, fit
+from nightseg.data.images import encode_png
+from nightseg.data.scenes import scene
+from nightseg.data.table import frame_table
+from nightseg.data.taxonomy import taxonomy
+from nightseg.networks.model_folder import save_model
 from nightseg.progress import SilentProgress
+from nightseg.segmenter.network import build_semantic_fpn
+from nightseg.segmenter.settings import Augmentation, Loss, Network, Training
 from nightseg.stages.train_segmenter import Plan, learn
 from nightseg.storage import Location
 

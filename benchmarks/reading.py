@@ -26,13 +26,13 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as transform
 
 from benchmarks.contest import Contest, Size
-from nightseg.frames.augment import Augmentation, sample_rng
-from nightseg.frames.images import encode_png
-from nightseg.frames.scenes import scene
-from nightseg.frames.table import frame_table
-from nightseg.frames.taxonomy import taxonomy
-from nightseg.learning.batches import Batch, LabelledFrames, Sample, sample_order, training_batches
-from nightseg.learning.decoded import OnDisk
+from nightseg.data.images import encode_png
+from nightseg.data.scenes import scene
+from nightseg.data.table import frame_table
+from nightseg.data.taxonomy import taxonomy
+from nightseg.segmenter.augment import Augmentation, sample_rng
+from nightseg.segmenter.data import Batch, LabelledFrames, Sample, sample_order, training_batches
+from nightseg.segmenter.decoded import OnDisk
 from nightseg.storage import sha256_of
 from nightseg.storage.scratch import Scratch
 

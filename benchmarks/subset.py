@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.contest import Contest, Size
-from nightseg.measures.evidence import random_subset_distances, subset_distance
-from nightseg.measures.frechet import gaussian_of_moments
-from nightseg.measures.scores import pooled_scores
-from nightseg.measures.subset import Subset, select_subset
+from nightseg.selection.evidence import random_subset_distances, subset_distance
+from nightseg.selection.frame_scores import pooled_scores
+from nightseg.selection.frechet import gaussian_of_moments
+from nightseg.selection.subset import Subset, select_subset
 
 SIZES: dict[Size, tuple[int, int, int]] = {  # frames, dimensions, count
     "tiny": (200, 8, 40), "default": (3000, 96, 320), "full": (14_937, 2048, 1600),

@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.contest import Contest, Size
-from nightseg.frames.scenes import scene
-from nightseg.learning.optimizer import build_optimizer, set_learning_rate
-from nightseg.learning.pixel_loss import PixelLoss
-from nightseg.learning.schedule import linear_warmup
-from nightseg.learning.segmentation import Mixture
-from nightseg.learning.step import Part, training_step
-from nightseg.networks.encoders import IMAGENET_MEAN, IMAGENET_STD, normalise
-from nightseg.networks.semantic_fpn import SemanticFPN, build_semantic_fpn
+from nightseg.data.scenes import scene
+from nightseg.segmenter.encoders import IMAGENET_MEAN, IMAGENET_STD, normalise
+from nightseg.segmenter.loss import Mixture
+from nightseg.segmenter.network import SemanticFPN, build_semantic_fpn
+from nightseg.segmenter.optimizer import build_optimizer, set_learning_rate
+from nightseg.segmenter.pixel_loss import PixelLoss
+from nightseg.segmenter.schedule import linear_warmup
+from nightseg.segmenter.step import Part, training_step
 
 ENCODER: dict[Size, str] = {"tiny": "resnet18", "default": "resnet50", "full": "resnet101"}
 SIZES: dict[Size, tuple[int, int]] = {"tiny": (64, 64), "default": (256, 512), "full": (512, 1024)}

@@ -12,16 +12,15 @@ import torch
 
 from benchmarks.contest import Contest, Size
 from benchmarks.ray_pass import frames_of
-from nightseg.compute import cluster
-from nightseg.config import MapCompute
-from nightseg.frames.images import encode_png, read_image
-from nightseg.frames.table import resolve
-from nightseg.networks.checkpoint import save_model
-from nightseg.networks.unit import Generators, load_generators, to_uint8, to_unit_range
+from nightseg.cluster import ray as cluster
+from nightseg.cluster.settings import MapCompute
+from nightseg.data.images import encode_png, read_image
+from nightseg.data.table import resolve
+from nightseg.networks.model_folder import save_model
 from nightseg.progress import SilentProgress
 from nightseg.stages import translate as stage
-from nightseg.storage import Location, sha256_of
-from nightseg.workspace import Commit, Workspace
+from nightseg.storage import Commit, Location, Workspace, sha256_of
+from nightseg.unit.network import Generators, load_generators, to_uint8, to_unit_range
 
 FRAMES: dict[Size, int] = {"tiny": 6, "default": 240, "full": 1500}
 DISTINCT: dict[Size, int] = {"tiny": 3, "default": 60, "full": 100}

@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.contest import Contest, Size
-from nightseg.learning.adversarial import ADAM_BETAS, Networks, build_networks, discriminator_step, generator_step
-from nightseg.learning.translation import TERMS, TermWeights, latent_noise, least_squares
-from nightseg.networks import unit
-from nightseg.networks.perceptual import PerceptualFeatures, build_perceptual
-from nightseg.networks.upsampling import UpsamplingConvolution
+from nightseg.unit import network
+from nightseg.unit.loss import TERMS, TermWeights, latent_noise, least_squares
+from nightseg.unit.perceptual import PerceptualFeatures, build_perceptual
+from nightseg.unit.step import ADAM_BETAS, Networks, build_networks, discriminator_step, generator_step
+from nightseg.unit.upsampling import UpsamplingConvolution
 
 WIDTHS: dict[Size, int] = {"tiny": 4, "default": 64, "full": 64}
 SIDES: dict[Size, int] = {"tiny": 64, "default": 256, "full": 256}
@@ -57,7 +57,7 @@ def contest(size: Size) -> Contest:
     weights, exact = TermWeights(perceptual=0.1), torch.autocast("cpu", torch.bfloat16, enabled=False)
     numbers = {"ours": 0, "peer": 0}
 
-    def noise_of(name: str) -> unit.LatentNoise:
+    def noise_of(name: str) -> network.LatentNoise:
         numbers[name] += 1
         return latent_noise(SEED, numbers[name], [0], latent_Chw, CPU)
 
@@ -99,7 +99,7 @@ class Naive:
             for module in (self.generators, self.discriminators)
         ]
 
-    def step(self, day: Tensor, night: Tensor, noise: unit.LatentNoise, weights: TermWeights) -> Terms:
+    def step(self, day: Tensor, night: Tensor, noise: network.LatentNoise, weights: TermWeights) -> Terms:
         generators, judges = self.generators, self.discriminators
 
         day_code, night_code = generators.day_encoder(day), generators.night_encoder(night)
@@ -184,11 +184,11 @@ def plain(module: nn.Module) -> Any:
 
 def _plain_layer(layer: nn.Module) -> nn.Module:
     match layer:
-        case unit.InstanceNorm():
+        case network.InstanceNorm():
             return PlainInstanceNorm()
-        case unit.LayerNorm():
+        case network.LayerNorm():
             return PlainLayerNorm(layer.gain, layer.shift)
-        case unit.ResidualConvolution():
+        case network.ResidualConvolution():
             return _reflecting(layer.weight, layer.bias, padding=1)
         case UpsamplingConvolution():
             return nn.Sequential(nn.Upsample(scale_factor=2), _reflecting(layer.weight, layer.bias, padding=2))

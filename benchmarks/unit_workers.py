@@ -18,11 +18,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from benchmarks.contest import Contest, Size
-from nightseg.config import Translator, UnitWeights
-from nightseg.frames.images import encode_png
-from nightseg.frames.scenes import scene
-from nightseg.learning.unpaired import FrameRef
+from nightseg.data.images import encode_png
+from nightseg.data.scenes import scene
 from nightseg.stages import train_translator as stage
+from nightseg.unit.data import FrameRef
+from nightseg.unit.settings import Translator, UnitWeights
 
 ITERATIONS: dict[Size, int] = {"tiny": 2, "default": 12, "full": 40}
 WIDTHS: dict[Size, int] = {"tiny": 2, "default": 32, "full": 64}

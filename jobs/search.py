@@ -11,8 +11,8 @@ import os
 import sys
 from pathlib import Path
 
+from nightseg.pipeline.search import search
 from nightseg.progress import progress_for
-from nightseg.search import search
 from nightseg.storage import UserError
 
 

@@ -5,7 +5,13 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """The request cannot be done as it stands; the message says what, where, why and the cure."""
+    """The request cannot be done as it stands. Read by people as `WHERE: WHAT. Cure: CURE.`
+
+    `what` begins with where it is wrong (file, line, dotted key, dataset, model) and a colon; `cure` is what to do.
+    """
+
+    def __init__(self, what: str, *, cure: str = "") -> None:
+        super().__init__(f"{what.rstrip('.')}. Cure: {cure.rstrip('.')}." if cure else what)
 
 
 def closest(word: str, known: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from nightseg.cli import main
+from nightseg.cli.main import main
 
 
 def nightseg(*words: object) -> Result:
@@ -39,7 +39,7 @@ def refused(*words: object) -> str:
 
 
 def forbid_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nightseg.compute import cluster
+    from nightseg.cluster import ray as cluster
 
     def connect() -> None:
         raise AssertionError("a test of the command line must not start Ray")

@@ -17,7 +17,7 @@ def ray_cluster() -> Iterator[None]:
 
     Loops and workers that a test module defines reach Ray's processes by their names, so these find the tests.
     """
-    from nightseg.compute import cluster
+    from nightseg.cluster import ray as cluster
 
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from nightseg.frames.images import encode_png
-from nightseg.frames.table import frame_table
+from nightseg.data.images import encode_png
+from nightseg.data.table import frame_table
 from nightseg.storage import sha256_of
 
 

@@ -1,29 +1,29 @@
 """The house holds: imports run down only, the map names every module, nothing is called by a word that says nothing."""
 
 import ast
+import re
 from pathlib import Path
 
+import click
+import pytest
+
 import nightseg
+from nightseg.cli.main import main
 
 ROOT = Path(nightseg.__file__).parent
 PROJECT = ROOT.parent
 
-# Higher number = higher floor. A module imports from its own floor only within its own package, and else from below.
+# Higher number = higher floor. A module imports from its own floor only within its own room, and else from below.
 FLOORS: dict[str, int] = {
-    "errors": 0, "progress": 0, "storage": 1, "workspace": 2, "config": 2,
-    "frames": 3, "recipe": 4, "measures": 5, "networks": 5, "learning": 6, "compute": 6, "translators": 6,
-    "stages": 7, "graph": 8, "rounds": 9, "rounds_translation": 9, "results": 9,
-    "runner": 10, "report": 11, "trials": 11, "search": 12, "verbs": 12,
-    "distance": 12, "folder_scores": 12, "masks": 12, "adapt": 12, "convert": 12, "doctor": 12, "console": 13,
-    "cli_steps": 14, "cli_models": 14, "cli": 15,
+    "errors": 0, "progress": 0, "settings": 0, "storage": 1, "cluster": 2, "data": 3, "metrics": 3, "networks": 4,
+    "segmenter": 5, "unit": 6, "translators": 6, "selection": 6, "interop": 6, "recipe": 7, "stages": 8,
+    "report": 9, "pipeline": 10, "cli": 11,
 }  # fmt: skip
-NEIGHBOURS = (5, 6)  # floors whose rooms do not know each other
-MAY_USE_RAY = {"compute", "search"}
-MAY_USE_CONFIG = {room for room, floor in FLOORS.items() if floor >= FLOORS["stages"]} | {"recipe"}
-MAY_USE_CONFIG |= {"config"}
-NO_TORCH = {room for room, floor in FLOORS.items() if floor < FLOORS["frames"]}
+MAY_USE_RAY = {"cluster", "pipeline"}
+TORCH_FREE_ROOMS = {"errors", "progress", "settings", "storage", "data", "metrics", "report"}
 FORBIDDEN = {"utils", "util", "helpers", "helper", "common", "core", "base", "misc", "tools"}
-LONGEST_FILE, LONGEST_FUNCTION = 400, 60
+LONGEST_FUNCTION = 60
+MOST_ROOT_MODULES = 4
 
 
 def modules() -> list[Path]:
@@ -46,6 +46,21 @@ def imports(module: Path) -> list[str]:
     return found
 
 
+def dotted(module: Path) -> str:
+    return ".".join(("nightseg", *module.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
+
+
+def project_imports(module: Path, known: set[str]) -> set[str]:
+    """The project's modules that a module imports, inside functions as well; a name of a module or in a module."""
+    found = set()
+    for name in imports(module):
+        while name and name not in known:
+            name = name.rpartition(".")[0]
+        if name:
+            found.add(name)
+    return found - {"nightseg"}
+
+
 def test_imports_run_down_only() -> None:
     wrong = []
     for module in modules():
@@ -57,10 +72,41 @@ def test_imports_run_down_only() -> None:
             if parts[0] != "nightseg" or len(parts) < 2 or parts[1] not in FLOORS:
                 continue
             there = parts[1]
-            if there != here and FLOORS[there] > FLOORS[here]:
+            if there != here and FLOORS[there] >= FLOORS[here]:
                 wrong.append(f"{module.relative_to(PROJECT)} imports {name}")
-            if there != here and FLOORS[there] == FLOORS[here] and FLOORS[here] in NEIGHBOURS:
-                wrong.append(f"{module.relative_to(PROJECT)} imports its neighbour {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.xfail(strict=True, reason="build and build_translation")
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Files of one room, too; an import inside a function or for types counts like any other."""
+    known = {dotted(module): module for module in modules()}
+    left = {name: project_imports(module, set(known)) - {name} for name, module in known.items() if name != "nightseg"}
+    while free := [name for name, needs in left.items() if not needs & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left, f"in circles, or above one: {sorted(left)}"
+
+
+def options_of(command: click.Command) -> set[str]:
+    own = {text for option in command.params for text in (*option.opts, *option.secondary_opts) if text[:2] == "--"}
+    below = command.commands.values() if isinstance(command, click.Group) else ()
+    return own.union(*(options_of(verb) for verb in below))
+
+
+@pytest.mark.xfail(strict=True, reason="some rooms still do")
+def test_lower_rooms_name_no_option_of_the_command_line() -> None:
+    """An option in the message of a lower room misleads whoever came by a recipe, a job or Python."""
+    options, wrong = options_of(main), []
+    for module in modules():
+        if room(module) == "cli":
+            continue
+        tree = ast.parse(module.read_text())
+        docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+                named = options.intersection(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", node.value))
+                wrong += [f"{module.relative_to(PROJECT)}:{node.lineno}: {option}" for option in sorted(named)]
     assert not wrong, "\n".join(wrong)
 
 
@@ -74,7 +120,7 @@ def test_stages_do_not_know_each_other() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_ray_torch_and_config_stay_in_their_rooms() -> None:
+def test_ray_and_torch_stay_in_their_rooms() -> None:
     wrong = []
     for module in modules():
         here = room(module)
@@ -82,10 +128,20 @@ def test_ray_torch_and_config_stay_in_their_rooms() -> None:
             package = name.split(".")[0]
             if package == "ray" and here not in MAY_USE_RAY:
                 wrong.append(f"{module.relative_to(PROJECT)} imports {name}")
-            if package in ("torch", "torchvision") and here in NO_TORCH:
+            if package in ("torch", "torchvision") and (here in TORCH_FREE_ROOMS or module.stem == "settings"):
                 wrong.append(f"{module.relative_to(PROJECT)} imports {name}")
-            if name.startswith("nightseg.config") and here not in MAY_USE_CONFIG:
-                wrong.append(f"{module.relative_to(PROJECT)} imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_settings_stand_on_nothing_but_settings() -> None:
+    """What a recipe may say is read without any network, table or store."""
+    low = ("nightseg.settings", "nightseg.errors", "nightseg.unit.presets")
+    wrong = [
+        f"{module.relative_to(PROJECT)} imports {name}"
+        for module in ROOT.glob("*/settings.py")
+        for name in imports(module)
+        if name.startswith("nightseg.") and not name.startswith(low) and ".settings." not in name
+    ]
     assert not wrong, "\n".join(wrong)
 
 
@@ -101,6 +157,7 @@ def test_the_map_names_every_module_and_nothing_else() -> None:
 def test_every_room_has_a_floor() -> None:
     rooms = {room(module) for module in modules()} - {"__init__"}
     assert rooms == set(FLOORS), f"differs: {sorted(rooms ^ set(FLOORS))}"
+    assert len(list(ROOT.glob("*.py"))) <= MOST_ROOT_MODULES
 
 
 def test_no_name_says_nothing() -> None:
@@ -109,14 +166,10 @@ def test_no_name_says_nothing() -> None:
     assert not bad, "\n".join(bad)
 
 
-def test_files_and_functions_stay_one_concept() -> None:
+def test_functions_are_short_and_swallow_no_error() -> None:
     wrong = []
     for module in [*modules(), *(PROJECT / "jobs").glob("*.py")]:
-        text = module.read_text()
-        lines = text.count("\n")
-        if lines > LONGEST_FILE:
-            wrong.append(f"{module.relative_to(PROJECT)}: {lines} lines")
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(ast.parse(module.read_text())):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 length = (node.end_lineno or node.lineno) - node.lineno + 1
                 if length > LONGEST_FUNCTION:

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from nightseg import adapt as adapt_module
-from nightseg import search as search_module
-from nightseg.runner import Outcome
-from nightseg.search import Found
+from nightseg.pipeline import adapt as adapt_module
+from nightseg.pipeline import search as search_module
+from nightseg.pipeline.run import Outcome
+from nightseg.pipeline.search import Found
 from nightseg.storage import Location
 
 JOBS = sorted((Path(__file__).parents[1] / "jobs").glob("*.py"))
@@ -62,7 +62,7 @@ def test_a_file_that_is_not_there_ends_a_job_with_2(
 def test_self_train_runs_the_recipe_into_the_home_folder(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from nightseg.runner import run_folder
+    from nightseg.pipeline.run import run_folder
 
     asked: dict[str, Any] = {}
 

@@ -1,0 +1,1 @@
+"""What several networks share: model folders, files of weights, EMA, normalisation."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from nightseg.config import Model
+from nightseg.recipe.types import Model
 
 
 def expand_rounds(models: Mapping[str, Model]) -> dict[str, Model]:

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from nightseg.config import Recipe, is_name
 from nightseg.errors import closest
 from nightseg.recipe.names import Problem, graph_problems
 from nightseg.recipe.presets import fill_presets
 from nightseg.recipe.schema import allowed_keys, allowed_values, dotted
+from nightseg.recipe.types import Recipe, is_name
 from nightseg.storage import Location, UserError
 
 MAX_NODES = 100_000  # after aliases are followed: a recipe is small, an alias bomb is not

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from nightseg.config import Recipe
-from nightseg.config.translators import LitClasses
+from nightseg.data.layouts import FOLDER_LAYOUTS, check_folders
+from nightseg.data.taxonomy import Taxonomy, taxonomy
 from nightseg.errors import UserError, closest
-from nightseg.frames.datasets import FOLDER_LAYOUTS, check_folders
-from nightseg.frames.taxonomy import Taxonomy, taxonomy
+from nightseg.recipe.types import Recipe
 from nightseg.storage import Location
+from nightseg.translators.settings import LitClasses
 
 STARTS = ("imagenet", "scratch")
 Key = tuple[str, str]  # section, name

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, Tag
 
-from nightseg.config import Recipe
+from nightseg.recipe.types import Recipe
 
 Path = Sequence[int | str]
 

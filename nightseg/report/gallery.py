@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nightseg.frames import table as frame
-from nightseg.frames.taxonomy import TRAIN_IDS
-from nightseg.report import words
+from nightseg.data import table as frame
+from nightseg.data.taxonomy import TRAIN_IDS
+from nightseg.report import formatting
 from nightseg.report.figures import Chart, curves, line, overlaid_histogram, scatter, stacked_histogram
 from nightseg.report.pictures import frame_pixels, label_map_uri, label_pixels, photo_uri, tinted
 from nightseg.report.run import Row, Run
@@ -189,7 +189,7 @@ def pseudo_labels(run: Run, samples: int) -> list[dict[str, Any]]:
             {
                 "model": model,
                 "evidence": evidence,
-                "rule": words.threshold(evidence["threshold"]),
+                "rule": formatting.threshold(evidence["threshold"]),
                 "classes": rows,
                 "samples": [_labelled_frame(run, *pair) for pair in _labelled_rows(run, entry["node"], samples)],
             }
@@ -211,7 +211,7 @@ def _labelled_frame(run: Run, row: Row, facts: Row) -> list[Picture]:
     if image is not None:
         pictures.append(Picture(photo_uri(image, _THUMBNAIL), "night frame", str(row[frame.FRAME_ID])))
     if image is not None and label is not None:
-        kept = f"{words.percent(facts['kept'], 0)} % kept"
+        kept = f"{formatting.percent(facts['kept'], 0)} % kept"
         pictures.append(Picture(photo_uri(tinted(image, label, run.classes), _THUMBNAIL), "pseudo-label", kept))
     return pictures + ([confidence] if confidence else [])
 
@@ -232,7 +232,7 @@ def test_samples(run: Run, test: str, samples: int) -> dict[str, Any]:
             guess = by_model[model].get(row[frame.FRAME_ID])
             mask = label_pixels(guess["prediction_uri"], TRAIN_IDS, run.classes) if guess else None
             if guess and mask is not None:
-                right = f"{words.percent(accuracy(guess), 0)} % of its pixels right"
+                right = f"{formatting.percent(accuracy(guess), 0)} % of its pixels right"
                 pictures.append(Picture(label_map_uri(mask, run.classes, _THUMBNAIL), model, right, True))
         rows.append(pictures)
     return {"test": test, "best": best, "frames": len(ranked), "rows": [row for row in rows if row]}
@@ -247,7 +247,7 @@ def predictions(run: Run, samples: int) -> list[dict[str, Any]]:
             image = frame_pixels(row[frame.URI])
             mask = label_pixels(row["prediction_uri"], TRAIN_IDS, run.classes)
             if image is not None and mask is not None:
-                sure = f"mean confidence {words.percent(row['mean_confidence'], 0)} %"
+                sure = f"mean confidence {formatting.percent(row['mean_confidence'], 0)} %"
                 pairs.append(
                     [
                         Picture(photo_uri(image, _THUMBNAIL), "frame", str(row[frame.FRAME_ID])),

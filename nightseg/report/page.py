@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jinja2
 from markupsafe import Markup
 
-from nightseg.report import gallery, translations, words
+from nightseg.report import formatting, gallery, translations
 from nightseg.report.run import Run
 from nightseg.storage import Location
 
@@ -62,12 +62,12 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "percent": words.percent,
-        "points": words.points,
-        "decimals": words.decimals,
-        "count": words.count,
-        "duration": words.duration,
-        "short": words.short,
+        "percent": formatting.percent,
+        "points": formatting.points,
+        "decimals": formatting.decimals,
+        "count": formatting.count,
+        "duration": formatting.duration,
+        "short": formatting.short,
         "breakable": breakable,
     }
     return environment
@@ -108,16 +108,20 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
     labelled = [entry["evidence"] for entry in run.results["pseudo_labels"].values()]
     if labelled:
         frames = max(evidence["frames"] for evidence in labelled)
-        share = words.percent(labelled[-1]["kept_share"])
-        found.append((words.count(frames), "frames labelled by a teacher", f"{share} % of their pixels kept"))
+        share = formatting.percent(labelled[-1]["kept_share"])
+        found.append((formatting.count(frames), "frames labelled by a teacher", f"{share} % of their pixels kept"))
     tested = {test: run.score(run.scored(test)[0], test) for test in run.tests}
     if tested:
         frames = sum(scores["frames"] for scores in tested.values() if scores)
-        found.append((words.count(frames), "labelled test frames", f"in {words.plural(len(tested), 'test set')}"))
+        found.append(
+            (formatting.count(frames), "labelled test frames", f"in {formatting.plural(len(tested), 'test set')}")
+        )
     seconds = sum(facts["seconds"] for facts in commits)
-    found.append((words.duration(seconds), "of work", f"in {words.plural(len(commits), 'stage')}"))
+    found.append((formatting.duration(seconds), "of work", f"in {formatting.plural(len(commits), 'stage')}"))
     bad = sum(facts["quarantined"] for facts in commits)
-    found.append((words.count(bad), "bad frames set aside", "with their reasons below" if bad else "none was lost"))
+    found.append(
+        (formatting.count(bad), "bad frames set aside", "with their reasons below" if bad else "none was lost")
+    )
     return found
 
 
@@ -135,7 +139,8 @@ def score_table(run: Run) -> dict[str, Any]:
     """Models by test sets."""
     cells = {model: {test: _cell(run, model, test) for test in run.tests} for model in run.models}
     rows = [
-        {"name": model, "about": words.describe(run.results["models"][model]), "cells": cells[model]} for model in cells
+        {"name": model, "about": formatting.describe(run.results["models"][model]), "cells": cells[model]}
+        for model in cells
     ]
     found = {test: [cells[model][test] for model in run.models] for test in run.tests}
     published = {test: any(cell and cell.published is not None for cell in column) for test, column in found.items()}

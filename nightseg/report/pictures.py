@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from nightseg.frames.images import BadFrame, read_image, read_label
-from nightseg.frames.taxonomy import IGNORE, Taxonomy
+from nightseg.data.images import BadFrame, read_image, read_label
+from nightseg.data.taxonomy import IGNORE, Taxonomy
 from nightseg.storage import Location
 
 UInt8 = npt.NDArray[np.uint8]

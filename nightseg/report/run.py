@@ -9,10 +9,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from nightseg.frames import table as frame
-from nightseg.frames.taxonomy import IGNORE, TRAIN_IDS, Taxonomy, taxonomy
+from nightseg.data import table as frame
+from nightseg.data.taxonomy import IGNORE, TRAIN_IDS, Taxonomy, taxonomy
 from nightseg.storage import Location
-from nightseg.workspace.commit import Commit, read_commit, table_paths
+from nightseg.storage.commit import Commit, read_commit, table_paths
 
 Row = dict[str, Any]
 BUILT_IN = ("cityscapes19", "camvid11")

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from nightseg.frames import table as frame
-from nightseg.frames.images import encode_png
-from nightseg.frames.taxonomy import TRAIN_IDS
+from nightseg.data import table as frame
+from nightseg.data.images import encode_png
+from nightseg.data.taxonomy import TRAIN_IDS
 from nightseg.report.pictures import UInt8, frame_pixels, label_pixels, tinted
 from nightseg.report.run import Row, Run
 from nightseg.storage import Location, UserError

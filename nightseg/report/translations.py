@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from nightseg.frames import table as frame
-from nightseg.frames.images import encode_png
-from nightseg.frames.taxonomy import TRAIN_IDS
-from nightseg.report import words
+from nightseg.data import table as frame
+from nightseg.data.images import encode_png
+from nightseg.data.taxonomy import TRAIN_IDS
+from nightseg.report import formatting
 from nightseg.report.gallery import Picture
 from nightseg.report.pictures import frame_pixels, label_map_uri, label_pixels, photo_uri
 from nightseg.report.run import Row, Run
@@ -67,7 +67,7 @@ def _floor_row(run: Run, entry: Mapping[str, Any]) -> dict[str, Any]:
 def _row(run: Run, name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "name": name,
-        "about": f"{entry['translator']} ({entry['kind']}), {words.plural(entry['frames'], 'frame')}",
+        "about": f"{entry['translator']} ({entry['kind']}), {formatting.plural(entry['frames'], 'frame')}",
         "is_floor": False,
         "fid": entry["fid"]["translated"],
         "kid": entry["kid"]["translated"],
@@ -136,7 +136,7 @@ def _pictures(run: Run, name: str, entry: Mapping[str, Any], shown: Sequence[Row
                 run,
                 saw_made.get(row["frame_id"]),
                 f"{judge} on {entry['to']}",
-                f"{words.percent(row['agreement'], 0)} % of its pixels agree",
+                f"{formatting.percent(row['agreement'], 0)} % of its pixels agree",
             ),
         ]
         found[row["frame_id"]] = [picture for picture in candidates if picture]

@@ -15,17 +15,17 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from nightseg.compute.inference import ShardWorker, map_shards
-from nightseg.config import FolderDataset, MapCompute, ScenesDataset
-from nightseg.frames import table as columns
-from nightseg.frames.datasets import list_frames, scene_domains
-from nightseg.frames.images import BadFrame, decode_image, decode_label, encode_png, read_bytes
-from nightseg.frames.scenes import scene
-from nightseg.frames.table import check_frames, frame_table, quarantine_table
-from nightseg.frames.taxonomy import TRAIN_IDS, Taxonomy, taxonomy
+from nightseg.cluster.map import ShardWorker, map_shards
+from nightseg.cluster.settings import MapCompute
+from nightseg.data import table as columns
+from nightseg.data.images import BadFrame, decode_image, decode_label, encode_png, read_bytes
+from nightseg.data.layouts import list_frames, scene_domains
+from nightseg.data.scenes import scene
+from nightseg.data.settings import FolderDataset, ScenesDataset
+from nightseg.data.table import check_frames, frame_table, quarantine_table
+from nightseg.data.taxonomy import TRAIN_IDS, Taxonomy, taxonomy
 from nightseg.progress import Progress
-from nightseg.storage import Location, UserError, sha256_of
-from nightseg.workspace import Attempt, Commit
+from nightseg.storage import Attempt, Commit, Location, UserError, sha256_of
 
 VERSION = 1
 

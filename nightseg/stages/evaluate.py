@@ -11,20 +11,19 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from nightseg.compute.inference import map_shards
-from nightseg.config import MapCompute
-from nightseg.frames import table as frame
-from nightseg.frames.images import BadFrame, encode_png
-from nightseg.frames.labels import train_ids_of
-from nightseg.frames.taxonomy import Taxonomy
-from nightseg.frames.taxonomy import taxonomy as load_taxonomy
-from nightseg.learning.inference import WHOLE_FRAME, Inference
-from nightseg.learning.prediction import Segmenter, UnreadRow, check_classes, quarantined, segment_rows
-from nightseg.measures.boundary import boundary_counts, boundary_scores
-from nightseg.measures.confusion import Counts, add_up, confusion_matrix, scores
+from nightseg.cluster.map import map_shards
+from nightseg.cluster.settings import MapCompute
+from nightseg.data import table as frame
+from nightseg.data.images import BadFrame, encode_png
+from nightseg.data.labels import train_ids_of
+from nightseg.data.taxonomy import Taxonomy
+from nightseg.data.taxonomy import taxonomy as load_taxonomy
+from nightseg.metrics.boundary import boundary_counts, boundary_scores
+from nightseg.metrics.confusion import Counts, add_up, confusion_matrix, scores
 from nightseg.progress import Progress
-from nightseg.storage import Location, UserError, sha256_of
-from nightseg.workspace import Attempt, Commit
+from nightseg.segmenter.inference import WHOLE_FRAME, Inference
+from nightseg.segmenter.predict import Segmenter, UnreadRow, check_classes, quarantined, segment_rows
+from nightseg.storage import Attempt, Commit, Location, UserError, sha256_of
 
 VERSION = 2
 

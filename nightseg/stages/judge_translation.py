@@ -26,21 +26,20 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from nightseg.compute.inference import map_shards
-from nightseg.config import MapCompute
-from nightseg.frames import table as frame
-from nightseg.frames.images import BadFrame, read_image, read_label
-from nightseg.frames.labels import train_ids_of
-from nightseg.frames.taxonomy import Taxonomy
-from nightseg.frames.taxonomy import taxonomy as load_taxonomy
-from nightseg.frames.vectors import sampled_vectors
-from nightseg.measures.confusion import add_up, confusion_matrix, scores
-from nightseg.measures.edges import edge_agreement
-from nightseg.measures.frechet import read_statistics, statistics_distance
-from nightseg.measures.kernel import kernel_distance
+from nightseg.cluster.map import map_shards
+from nightseg.cluster.settings import MapCompute
+from nightseg.data import table as frame
+from nightseg.data.images import BadFrame, read_image, read_label
+from nightseg.data.labels import train_ids_of
+from nightseg.data.taxonomy import Taxonomy
+from nightseg.data.taxonomy import taxonomy as load_taxonomy
+from nightseg.data.vectors import sampled_vectors
+from nightseg.metrics.confusion import add_up, confusion_matrix, scores
+from nightseg.metrics.edges import edge_agreement
 from nightseg.progress import Progress
-from nightseg.storage import Location, UserError
-from nightseg.workspace import Attempt, Commit
+from nightseg.selection.frechet import read_statistics, statistics_distance
+from nightseg.selection.kernel import kernel_distance
+from nightseg.storage import Attempt, Commit, Location, UserError
 
 VERSION = 1
 

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from nightseg.compute.inference import map_shards
-from nightseg.config import MapCompute
-from nightseg.frames import table as frame
-from nightseg.learning.inference import WHOLE_FRAME, Inference
-from nightseg.learning.prediction import (
+from nightseg.cluster.map import map_shards
+from nightseg.cluster.settings import MapCompute
+from nightseg.data import table as frame
+from nightseg.progress import Progress
+from nightseg.segmenter.inference import WHOLE_FRAME, Inference
+from nightseg.segmenter.predict import (
     PICTURE_SUFFIX,
     PICTURES,
     Picture,
@@ -23,9 +24,7 @@ from nightseg.learning.prediction import (
     quarantined,
     segment_rows,
 )
-from nightseg.progress import Progress
-from nightseg.storage import Location, UserError, sha256_of
-from nightseg.workspace import Attempt, Commit
+from nightseg.storage import Attempt, Commit, Location, UserError, sha256_of
 
 VERSION = 2
 

@@ -19,19 +19,19 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from nightseg.compute.inference import map_shards
-from nightseg.config import MapCompute, Threshold
-from nightseg.frames import table as frame
-from nightseg.frames.images import encode_png
-from nightseg.frames.taxonomy import TRAIN_IDS, Taxonomy
-from nightseg.frames.taxonomy import taxonomy as load_taxonomy
-from nightseg.learning import self_training
-from nightseg.learning.inference import WHOLE_FRAME, Inference
-from nightseg.learning.prediction import Segmenter, UnreadRow, check_classes, quarantined, segment_rows
-from nightseg.learning.self_training import NUM_BINS, KeptPixels
+from nightseg.cluster.map import map_shards
+from nightseg.cluster.settings import MapCompute
+from nightseg.data import table as frame
+from nightseg.data.images import encode_png
+from nightseg.data.taxonomy import TRAIN_IDS, Taxonomy
+from nightseg.data.taxonomy import taxonomy as load_taxonomy
 from nightseg.progress import Progress
-from nightseg.storage import Location, UserError, sha256_of
-from nightseg.workspace import Attempt, Commit, ShardRecord
+from nightseg.segmenter import self_training
+from nightseg.segmenter.inference import WHOLE_FRAME, Inference
+from nightseg.segmenter.predict import Segmenter, UnreadRow, check_classes, quarantined, segment_rows
+from nightseg.segmenter.self_training import NUM_BINS, KeptPixels
+from nightseg.segmenter.settings import Threshold
+from nightseg.storage import Attempt, Commit, Location, ShardRecord, UserError, sha256_of
 
 VERSION = 2
 

@@ -12,26 +12,20 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from nightseg.compute.inference import map_shards
-from nightseg.config import MapCompute, Selection
-from nightseg.frames import table as frame
-from nightseg.frames.images import BadFrame, read_image
-from nightseg.frames.vectors import vector_column, vectors
-from nightseg.measures.frechet import (
-    Moments,
-    Statistics,
-    moments_of_parts,
-    read_statistics,
-    write_statistics,
-)
-from nightseg.measures.histogram import NUM_BINS, luminance_histogram
-from nightseg.measures.scores import SpatialReference, spatial_scores
-from nightseg.measures.scores import spatial_reference as spatial_reference_of
-from nightseg.networks.extractors import build_extractor, identify
-from nightseg.networks.features import Extractor, Identity
+from nightseg.cluster.map import map_shards
+from nightseg.cluster.settings import MapCompute
+from nightseg.data import table as frame
+from nightseg.data.histogram import NUM_BINS, luminance_histogram
+from nightseg.data.images import BadFrame, read_image
+from nightseg.data.vectors import vector_column, vectors
 from nightseg.progress import Progress
-from nightseg.storage import Location, UserError, sha256_of
-from nightseg.workspace import Attempt, Commit
+from nightseg.selection.extractors import build_extractor, identify
+from nightseg.selection.features import Extractor, Identity
+from nightseg.selection.frame_scores import SpatialReference, spatial_scores
+from nightseg.selection.frame_scores import spatial_reference as spatial_reference_of
+from nightseg.selection.frechet import Moments, Statistics, moments_of_parts, read_statistics, write_statistics
+from nightseg.selection.settings import Selection
+from nightseg.storage import Attempt, Commit, Location, UserError, sha256_of
 
 VERSION = 3
 

@@ -11,16 +11,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from nightseg.frames import table as frame
-from nightseg.frames.vectors import vectors
-from nightseg.measures.evidence import distance_curve, principal_plane, random_subset_distances, subset_distance
-from nightseg.measures.frechet import Gaussian, gaussian_distance, gaussian_of_features
-from nightseg.measures.limits import Limits, near_duplicates
-from nightseg.measures.selection import Choice, Described, Method, Reference, choose, every_score
-from nightseg.measures.subset import check_count, ranking
+from nightseg.data import table as frame
+from nightseg.data.vectors import vectors
 from nightseg.progress import Progress, Task
-from nightseg.storage import UserError
-from nightseg.workspace import Attempt, Commit
+from nightseg.selection.evidence import distance_curve, principal_plane, random_subset_distances, subset_distance
+from nightseg.selection.frechet import Gaussian, gaussian_distance, gaussian_of_features
+from nightseg.selection.limits import Limits, near_duplicates
+from nightseg.selection.methods import Choice, Described, Method, Reference, choose, every_score
+from nightseg.selection.subset import check_count, ranking
+from nightseg.storage import Attempt, Commit, UserError
 
 VERSION = 2
 

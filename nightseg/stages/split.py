@@ -14,15 +14,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from nightseg.compute.inference import map_shards
-from nightseg.config import MapCompute
-from nightseg.frames import table as frame
-from nightseg.frames.images import BadFrame, read_image
-from nightseg.frames.vectors import vector_column, vectors
-from nightseg.measures.histogram import NUM_BANDS, NUM_BINS, Separation, Tone, separate, tone_of, whole
+from nightseg.cluster.map import map_shards
+from nightseg.cluster.settings import MapCompute
+from nightseg.data import table as frame
+from nightseg.data.histogram import NUM_BANDS, NUM_BINS, Separation, Tone, separate, tone_of, whole
+from nightseg.data.images import BadFrame, read_image
+from nightseg.data.vectors import vector_column, vectors
 from nightseg.progress import Progress
-from nightseg.storage import Location, UserError
-from nightseg.workspace import Attempt, Commit
+from nightseg.storage import Attempt, Commit, Location, UserError
 
 VERSION = 1
 

@@ -16,33 +16,32 @@ import pyarrow as pa
 import torch
 from torch import nn
 
-from nightseg.compute.training import Session, Workers, fit
-from nightseg.config import Network, TrainCompute
-from nightseg.config.training import Loss, Training
-from nightseg.frames.augment import Augmentation
-from nightseg.frames.taxonomy import Taxonomy
-from nightseg.frames.taxonomy import taxonomy as load_taxonomy
-from nightseg.learning.averaging import decay_of_step, update_average
-from nightseg.learning.batches import Batch, LabelledFrames, Sample, reading_threads, sample_order, training_batches
-from nightseg.learning.decoded import place_for
-from nightseg.learning.hard_pixels import HardPixels
-from nightseg.learning.learner import Learner, Stopwatch, step_seed
-from nightseg.learning.optimizer import build_optimizer, set_learning_rate
-from nightseg.learning.pixel_loss import PixelLoss
-from nightseg.learning.schedule import Schedule
-from nightseg.learning.segmentation import mixture
-from nightseg.learning.starting import starting_network
-from nightseg.learning.step import parts_of, training_step
-from nightseg.learning.validation import described, share_statistics, validation_confusion
-from nightseg.learning.watching import draw_steps, draw_validation
-from nightseg.networks.checkpoint import load_tensors, save_model
-from nightseg.networks.encoders import freeze_batch_norm
-from nightseg.networks.semantic_fpn import SemanticFPN, build_semantic_fpn, check_architecture
+from nightseg.cluster.settings import TrainCompute
+from nightseg.cluster.train import Session, Workers, fit
+from nightseg.data.taxonomy import Taxonomy
+from nightseg.data.taxonomy import taxonomy as load_taxonomy
+from nightseg.networks.ema import decay_of_step, update_average
+from nightseg.networks.model_folder import load_tensors, save_model
 from nightseg.progress import Progress
-from nightseg.recipe.trainable import check_training
-from nightseg.storage import Location, UserError
+from nightseg.segmenter.augment import Augmentation
+from nightseg.segmenter.data import Batch, LabelledFrames, Sample, reading_threads, sample_order, training_batches
+from nightseg.segmenter.decoded import place_for
+from nightseg.segmenter.encoders import freeze_batch_norm
+from nightseg.segmenter.hard_pixels import HardPixels
+from nightseg.segmenter.learner import Learner, Stopwatch, step_seed
+from nightseg.segmenter.loss import mixture
+from nightseg.segmenter.network import SemanticFPN, build_semantic_fpn, check_architecture
+from nightseg.segmenter.optimizer import build_optimizer, set_learning_rate
+from nightseg.segmenter.pixel_loss import PixelLoss
+from nightseg.segmenter.schedule import Schedule
+from nightseg.segmenter.settings import Loss, Network, Training
+from nightseg.segmenter.starting import starting_network
+from nightseg.segmenter.step import parts_of, training_step
+from nightseg.segmenter.trainable import check_training
+from nightseg.segmenter.validation import described, share_statistics, validation_confusion
+from nightseg.segmenter.watching import draw_steps, draw_validation
+from nightseg.storage import Attempt, Commit, Location, UserError
 from nightseg.storage.events import Curves
-from nightseg.workspace import Attempt, Commit
 
 VERSION = 2
 

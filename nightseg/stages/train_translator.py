@@ -13,11 +13,30 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from nightseg.compute.training import Session, Workers, fit
-from nightseg.config import TrainCompute, Translator
-from nightseg.frames import table as frame
-from nightseg.frames.images import encode_png
-from nightseg.learning.adversarial import (
+from nightseg.cluster.settings import TrainCompute
+from nightseg.cluster.train import Session, Workers, fit
+from nightseg.data import table as frame
+from nightseg.data.images import encode_png
+from nightseg.networks.model_folder import save_model
+from nightseg.progress import Progress
+from nightseg.storage import Attempt, Commit, Location, UserError
+from nightseg.storage.events import Curves
+from nightseg.unit.collapse import ailing, collapsed, not_finite
+from nightseg.unit.data import FrameReader, FrameRef, UnpairedCrops
+from nightseg.unit.loss import TERMS, TermMeans, TermWeights, adversarial_loss, latent_noise, loss_of_a_coin
+from nightseg.unit.network import (
+    KIND,
+    STRIDE,
+    Generators,
+    build_generators,
+    check_tile,
+    smallest_discriminated_side,
+    to_unit_range,
+)
+from nightseg.unit.perceptual import PerceptualFeatures, build_perceptual, smallest_perceived
+from nightseg.unit.sample_sheet import sample_sheet
+from nightseg.unit.settings import Translator
+from nightseg.unit.step import (
     Networks,
     average,
     build_networks,
@@ -27,32 +46,6 @@ from nightseg.learning.adversarial import (
     set_learning_rate,
     stepped_rate,
 )
-from nightseg.learning.collapse import ailing, collapsed, not_finite
-from nightseg.learning.sample_sheet import sample_sheet
-from nightseg.learning.translation import (
-    TERMS,
-    TermMeans,
-    TermWeights,
-    adversarial_loss,
-    latent_noise,
-    loss_of_a_coin,
-)
-from nightseg.learning.unpaired import FrameReader, FrameRef, UnpairedCrops
-from nightseg.networks.checkpoint import save_model
-from nightseg.networks.perceptual import PerceptualFeatures, build_perceptual, smallest_perceived
-from nightseg.networks.unit import (
-    KIND,
-    STRIDE,
-    Generators,
-    build_generators,
-    check_tile,
-    smallest_discriminated_side,
-    to_unit_range,
-)
-from nightseg.progress import Progress
-from nightseg.storage import Location, UserError
-from nightseg.storage.events import Curves
-from nightseg.workspace import Attempt, Commit
 
 VERSION = 3
 

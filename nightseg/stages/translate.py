@@ -19,29 +19,27 @@ import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
-from nightseg.compute.inference import ShardWorker, map_shards
-from nightseg.config import MapCompute
-from nightseg.config.translators import (
+from nightseg.cluster.map import ShardWorker, map_shards
+from nightseg.cluster.settings import MapCompute
+from nightseg.data import table as frame
+from nightseg.data.images import BadFrame, read_image
+from nightseg.data.taxonomy import taxonomy
+from nightseg.networks.model_folder import load_card
+from nightseg.progress import Progress
+from nightseg.storage import Attempt, Commit, Location, UserError
+from nightseg.translators.colour import match_histograms, reinhard
+from nightseg.translators.command import Program
+from nightseg.translators.fourier import swap_low_amplitudes
+from nightseg.translators.lights import Roles
+from nightseg.translators.photometric import Optics
+from nightseg.translators.settings import (
     ColourTranslator,
     CommandTranslator,
     FourierTranslator,
     PhotometricTranslator,
     UntrainedTranslator,
 )
-from nightseg.frames import table as frame
-from nightseg.frames.images import BadFrame, read_image
-from nightseg.frames.taxonomy import taxonomy
-from nightseg.networks.checkpoint import load_card
-from nightseg.networks.unit import STRIDE, check_tile, load_generators, to_uint8, to_unit_range
-from nightseg.progress import Progress
-from nightseg.storage import Location, UserError
-from nightseg.translators.colour import match_histograms, reinhard
-from nightseg.translators.command import Program
-from nightseg.translators.fourier import swap_low_amplitudes
-from nightseg.translators.lenders import Palette, open_palette
-from nightseg.translators.lights import Roles
-from nightseg.translators.photometric import Optics
-from nightseg.translators.ways import (
+from nightseg.translators.shards import (
     Lent,
     TranslateRows,
     Way,
@@ -51,7 +49,8 @@ from nightseg.translators.ways import (
     quarantined,
     write_translated,
 )
-from nightseg.workspace import Attempt, Commit
+from nightseg.translators.style_images import Palette, open_palette
+from nightseg.unit.network import STRIDE, check_tile, load_generators, to_uint8, to_unit_range
 
 VERSION = 2
 

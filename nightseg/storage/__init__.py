@@ -1,14 +1,14 @@
-"""Files and folders, on local disk or behind a URI: every byte that nightseg reads or writes goes through `Location`.
+"""Files, tables and the run folder: every byte that nightseg reads or writes goes through here.
 
-location.py  a file or folder; atomic writes, JSON, tables, listings, hashes
-remote.py    file systems behind URIs, with retries
-parquet.py   tables to bytes and back; refuses files that could run code when read
-events.py    curves and pictures as TensorBoard reads them
-faults.py    points at which a test may kill the process
+A crash at any instant costs at most the open shards, and a commit never changes.
 """
 
 from nightseg.errors import UserError
-from nightseg.storage.location import (
+from nightseg.storage.attempt import Attempt, ShardRecord
+from nightseg.storage.commit import Commit, DamagedCommit, Output
+from nightseg.storage.faults import fault_point
+from nightseg.storage.lock import WorkspaceBusy
+from nightseg.storage.paths import (
     Entry,
     Location,
     canonical_json,
@@ -18,12 +18,22 @@ from nightseg.storage.location import (
     sha256_of,
     write_errors,
 )
+from nightseg.storage.stage import Stage, Workspace
 
 __all__ = [
+    "Attempt",
+    "Commit",
+    "DamagedCommit",
     "Entry",
     "Location",
+    "Output",
+    "ShardRecord",
+    "Stage",
     "UserError",
+    "Workspace",
+    "WorkspaceBusy",
     "canonical_json",
+    "fault_point",
     "hash_of",
     "hide_credentials",
     "safe_relative",

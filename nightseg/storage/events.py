@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, Final
 
-from nightseg.storage.location import Location
+from nightseg.storage.paths import Location
 
 _NAME: Final = "events.out.tfevents."  # TensorBoard finds event files by it
 SECONDS_BETWEEN_FLUSHES: Final = 30.0

@@ -18,11 +18,11 @@ from typing import IO, Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from nightseg.data import table as frame
+from nightseg.data.images import BadFrame, decode_image, encode_png, image_size, read_image
+from nightseg.data.labels import train_ids_of
+from nightseg.data.taxonomy import Taxonomy
 from nightseg.errors import UserError
-from nightseg.frames import table as frame
-from nightseg.frames.images import BadFrame, decode_image, encode_png, image_size, read_image
-from nightseg.frames.labels import train_ids_of
-from nightseg.frames.taxonomy import Taxonomy
 from nightseg.progress import printable
 from nightseg.storage import Location, sha256_of
 

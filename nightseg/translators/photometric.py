@@ -15,8 +15,8 @@ from typing import Final, NamedTuple
 import numpy as np
 from scipy import ndimage
 
-from nightseg.translators.chance import frame_generator
 from nightseg.translators.lights import Labels, Roles, Tint, sources
+from nightseg.translators.rng import frame_generator
 from nightseg.translators.srgb import Floats, Pixels, to_linear, to_pixels
 
 _BLOOM: Final = ((0.008, 0.25), (0.03, 0.35))  # radius as a share of the height, share of a source's light

@@ -2,8 +2,8 @@
 
 import torch
 
-from nightseg.networks.encoders import IMAGENET_MEAN, IMAGENET_STD, LITE_MEAN, LITE_STD, normalise
 from nightseg.networks.normaliser import Normaliser
+from nightseg.segmenter.encoders import IMAGENET_MEAN, IMAGENET_STD, LITE_MEAN, LITE_STD, normalise
 
 
 def test_it_is_the_function() -> None:

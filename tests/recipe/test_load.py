@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nightseg.config import SplitDataset, TranslatedDataset, Translator, UnitWeights
+from nightseg.data.settings import SplitDataset, TranslatedDataset
 from nightseg.recipe import RecipeError, load_recipe, save_recipe
 from nightseg.storage import Location
+from nightseg.unit.settings import Translator, UnitWeights
 
 GOOD = """
 name: good

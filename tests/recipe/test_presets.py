@@ -9,10 +9,10 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from nightseg.config.training import Training
 from nightseg.recipe import load_recipe
 from nightseg.recipe.load import RecipeError, save_recipe
 from nightseg.recipe.presets import PRESETS
+from nightseg.segmenter.settings import Training
 from nightseg.storage import Location
 
 

@@ -6,15 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from nightseg.config import Judgement, Translator
-from nightseg.config.translators import (
-    ColourTranslator,
-    CommandTranslator,
-    FourierTranslator,
-    PhotometricTranslator,
-)
 from nightseg.recipe import RecipeError, load_recipe, save_recipe
+from nightseg.recipe.types import Judgement
 from nightseg.storage import Location
+from nightseg.translators.settings import ColourTranslator, CommandTranslator, FourierTranslator, PhotometricTranslator
+from nightseg.unit.settings import Translator
 
 GOOD = """
 name: good

@@ -9,12 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from nightseg.frames.images import encode_png
-from nightseg.frames.table import frame_table, quarantine_table
-from nightseg.frames.taxonomy import taxonomy
-from nightseg.measures.confusion import confusion_matrix, scores
-from nightseg.storage import Location, sha256_of
-from nightseg.workspace import Attempt, Commit, Workspace
+from nightseg.data.images import encode_png
+from nightseg.data.table import frame_table, quarantine_table
+from nightseg.data.taxonomy import taxonomy
+from nightseg.metrics.confusion import confusion_matrix, scores
+from nightseg.storage import Attempt, Commit, Location, Workspace, sha256_of
 
 CLASSES = taxonomy("camvid11")
 Draw = Callable[[int, str], tuple[np.ndarray, np.ndarray]]

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from nightseg.report import translation_sheet, write_report
+from nightseg.report.formatting import decimals
 from nightseg.report.run import Run
 from nightseg.report.translations import extremes, judgements
-from nightseg.report.words import decimals
 from nightseg.storage import Location, UserError
 
 

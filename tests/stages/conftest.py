@@ -12,13 +12,12 @@ import pyarrow as pa
 import pytest
 import torch
 
-from nightseg.frames.taxonomy import Taxonomy
-from nightseg.learning import prediction
-from nightseg.learning.prediction import Segmented
-from nightseg.networks.checkpoint import CARD, TENSORS, save_model
-from nightseg.networks.semantic_fpn import build_semantic_fpn
-from nightseg.storage import Location
-from nightseg.workspace import Attempt, Commit, ShardRecord, Workspace
+from nightseg.data.taxonomy import Taxonomy
+from nightseg.networks.model_folder import CARD, TENSORS, save_model
+from nightseg.segmenter import predict
+from nightseg.segmenter.network import build_semantic_fpn
+from nightseg.segmenter.predict import Segmented
+from nightseg.storage import Attempt, Commit, Location, ShardRecord, Workspace
 
 
 @pytest.fixture(scope="session")
@@ -60,10 +59,10 @@ def model_commit(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Taxonomy
 def reads_the_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every segmenter answers what the frame says: class = red, confidence = green / 256."""
 
-    def batch(self: prediction.Segmenter, images: list[np.ndarray]) -> list[Segmented]:
+    def batch(self: predict.Segmenter, images: list[np.ndarray]) -> list[Segmented]:
         return [Segmented(image[..., 0].copy(), image[..., 1].astype(np.float32) / 256) for image in images]
 
-    monkeypatch.setattr(prediction.Segmenter, "batch", batch)
+    monkeypatch.setattr(predict.Segmenter, "batch", batch)
 
 
 @pytest.fixture

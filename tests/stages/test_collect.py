@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nightseg.config import FolderDataset, MapCompute, ScenesDataset
-from nightseg.frames.images import encode_jpeg, encode_png, read_image, read_label
-from nightseg.frames.table import FRAME_SCHEMA, check_frames, resolve
+from nightseg.cluster.settings import MapCompute
+from nightseg.data.images import encode_jpeg, encode_png, read_image, read_label
+from nightseg.data.settings import FolderDataset, ScenesDataset
+from nightseg.data.table import FRAME_SCHEMA, check_frames, resolve
 from nightseg.progress import SilentProgress
 from nightseg.stages import collect as stage
-from nightseg.storage import Location, UserError, sha256_of
-from nightseg.workspace import Attempt, Commit, Stage, Workspace
+from nightseg.storage import Attempt, Commit, Location, Stage, UserError, Workspace, sha256_of
 from tests.frames_on_disk import in_this_process
 
 HEIGHT, WIDTH = 24, 32

@@ -9,14 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from nightseg.config import MapCompute
-from nightseg.frames.images import decode_label, encode_png
-from nightseg.frames.table import frame_table
-from nightseg.frames.taxonomy import taxonomy
+from nightseg.cluster.settings import MapCompute
+from nightseg.data.images import decode_label, encode_png
+from nightseg.data.table import frame_table
+from nightseg.data.taxonomy import taxonomy
 from nightseg.progress import SilentProgress
 from nightseg.stages.evaluate import evaluate
-from nightseg.storage import Location, UserError, sha256_of
-from nightseg.workspace import Attempt, Commit
+from nightseg.storage import Attempt, Commit, Location, UserError, sha256_of
 
 CLASSES = taxonomy("camvid11")
 
@@ -161,7 +160,7 @@ class TestStage:
 def test_the_stage_looks_as_it_is_told(
     frames: pa.Table, model_commit: Callable[..., Commit], work: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nightseg.learning.inference import Inference
+    from nightseg.segmenter.inference import Inference
     from nightseg.stages import evaluate as stage
 
     used: list[Inference] = []

@@ -10,19 +10,18 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from nightseg.config import MapCompute
-from nightseg.frames.images import encode_png
-from nightseg.frames.table import frame_table
-from nightseg.frames.taxonomy import taxonomy
-from nightseg.frames.vectors import vector_column
-from nightseg.measures.edges import edge_agreement
-from nightseg.measures.frechet import Statistics, moments_of, write_statistics
-from nightseg.measures.kernel import kernel_distance
+from nightseg.cluster.settings import MapCompute
+from nightseg.data.images import encode_png
+from nightseg.data.table import frame_table
+from nightseg.data.taxonomy import taxonomy
+from nightseg.data.vectors import vector_column
+from nightseg.metrics.edges import edge_agreement
 from nightseg.progress import SilentProgress
+from nightseg.selection.frechet import Statistics, moments_of, write_statistics
+from nightseg.selection.kernel import kernel_distance
 from nightseg.stages import judge_translation as stage
 from nightseg.stages import predict, score
-from nightseg.storage import UserError
-from nightseg.workspace import Commit, Workspace
+from nightseg.storage import Commit, UserError, Workspace
 
 CLASSES = taxonomy("camvid11")
 SKY, ROAD, CAR = 0, 3, 8

@@ -11,15 +11,16 @@ import pyarrow as pa
 import pytest
 import torch
 
-from nightseg.compute.training import LocalSession
-from nightseg.config import Loss, Network, TrainCompute, Training
-from nightseg.frames.images import encode_png
-from nightseg.frames.table import frame_table
-from nightseg.frames.taxonomy import taxonomy
-from nightseg.learning.prediction import Segmenter
-from nightseg.learning.starting import starting_network
-from nightseg.networks.checkpoint import load_tensors, save_model
-from nightseg.recipe.trainable import check_training
+from nightseg.cluster.settings import TrainCompute
+from nightseg.cluster.train import LocalSession
+from nightseg.data.images import encode_png
+from nightseg.data.table import frame_table
+from nightseg.data.taxonomy import taxonomy
+from nightseg.networks.model_folder import load_tensors, save_model
+from nightseg.segmenter.predict import Segmenter
+from nightseg.segmenter.settings import Loss, Network, Training
+from nightseg.segmenter.starting import starting_network
+from nightseg.segmenter.trainable import check_training
 from nightseg.stages.train_segmenter import Plan, learn
 from nightseg.storage import Location, UserError
 

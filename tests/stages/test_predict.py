@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nightseg.config import MapCompute
-from nightseg.frames.images import decode_image, decode_label, encode_png
-from nightseg.frames.table import frame_table
-from nightseg.frames.taxonomy import taxonomy
+from nightseg.cluster.settings import MapCompute
+from nightseg.data.images import decode_image, decode_label, encode_png
+from nightseg.data.table import frame_table
+from nightseg.data.taxonomy import taxonomy
 from nightseg.progress import SilentProgress
 from nightseg.stages.predict import check_pictures, predict
-from nightseg.storage import UserError, sha256_of
-from nightseg.workspace import Commit
+from nightseg.storage import Commit, UserError, sha256_of
 
 CLASSES = taxonomy("camvid11")
 

@@ -10,14 +10,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from nightseg.config import MapCompute, Threshold
-from nightseg.frames.images import decode_label, encode_png
-from nightseg.frames.table import frame_table, resolve
-from nightseg.frames.taxonomy import taxonomy
+from nightseg.cluster.settings import MapCompute
+from nightseg.data.images import decode_label, encode_png
+from nightseg.data.table import frame_table, resolve
+from nightseg.data.taxonomy import taxonomy
 from nightseg.progress import SilentProgress
+from nightseg.segmenter.settings import Threshold
 from nightseg.stages.pseudo_label import LABELS_SCHEMA, Drafter, DraftLabeller, pseudo_label
-from nightseg.storage import Location, UserError
-from nightseg.workspace import Attempt, Commit
+from nightseg.storage import Attempt, Commit, Location, UserError
 
 CLASSES = taxonomy("camvid11")
 SKY, ROAD, CAR = 0, 3, 8
@@ -194,7 +194,7 @@ def test_drafts_and_the_network_agree(
     frames: pa.Table, model_commit: Callable[..., Commit], tmp_path: Any, monkeypatch: Any
 ) -> None:
     """A real network: the labels made from drafts are its argmax wherever its confidence reaches the threshold."""
-    from nightseg.learning.prediction import Segmenter
+    from nightseg.segmenter.predict import Segmenter
 
     folder = model_commit(CLASSES).folder / "model"
     drafts, out = Location.of(tmp_path / "drafts"), Location.of(tmp_path / "out")
@@ -208,7 +208,7 @@ def test_drafts_and_the_network_agree(
     made = DraftLabeller(drafts, thresholds, CLASSES)(rows, out)
     segmenter = Segmenter(folder, "cpu")
     for row in made["frames"].to_pylist():
-        from nightseg.frames.images import read_image
+        from nightseg.data.images import read_image
 
         labels, confidence = segmenter.batch([read_image(Location.of(row["uri"]))])[0]
         wanted = np.where(confidence >= thresholds[labels], labels, 255)

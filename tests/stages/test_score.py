@@ -10,18 +10,17 @@ import pyarrow as pa
 import pytest
 import torch
 
-from nightseg.config import MapCompute
-from nightseg.frames.table import frame_table
-from nightseg.frames.vectors import vectors
-from nightseg.measures.frechet import read_statistics
-from nightseg.measures.histogram import luminance_histogram
-from nightseg.measures.scores import spatial_reference, spatial_scores
-from nightseg.networks.extractors import build_extractor
-from nightseg.networks.features import Extractor
+from nightseg.cluster.settings import MapCompute
+from nightseg.data.histogram import luminance_histogram
+from nightseg.data.table import frame_table
+from nightseg.data.vectors import vectors
 from nightseg.progress import SilentProgress
+from nightseg.selection.extractors import build_extractor
+from nightseg.selection.features import Extractor
+from nightseg.selection.frame_scores import spatial_reference, spatial_scores
+from nightseg.selection.frechet import read_statistics
 from nightseg.stages import score as stage
-from nightseg.storage import UserError
-from nightseg.workspace import Commit, Workspace
+from nightseg.storage import Commit, UserError, Workspace
 from tests.frames_on_disk import folder_of, image, in_this_process
 
 LITE0 = "efficientnet_lite0"

@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nightseg.compute.training import FitResult, LocalSession, Session, Workers, fit
-from nightseg.networks.checkpoint import TENSORS, save_model
+from nightseg.cluster.train import FitResult, LocalSession, Session, Workers, fit
+from nightseg.networks.model_folder import TENSORS, save_model
 from nightseg.progress import SilentProgress
 from nightseg.stages.train_segmenter import Plan, learn
 from nightseg.storage import Location, sha256_of

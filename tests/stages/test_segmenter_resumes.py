@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from nightseg.config.training import Loss
-from nightseg.frames.images import decode_image
-from nightseg.frames.taxonomy import taxonomy
+from nightseg.data.images import decode_image
+from nightseg.data.taxonomy import taxonomy
+from nightseg.segmenter.settings import Loss
 from nightseg.stages import train_segmenter as stage
 from nightseg.stages.train_segmenter import Plan
 from nightseg.storage import Location

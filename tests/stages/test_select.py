@@ -10,13 +10,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from nightseg.frames.table import FRAME_SCHEMA, check_frames, frame_table, quarantine_table
-from nightseg.frames.vectors import vector_column
-from nightseg.measures.frechet import frechet_distance
+from nightseg.data.table import FRAME_SCHEMA, check_frames, frame_table, quarantine_table
+from nightseg.data.vectors import vector_column
 from nightseg.progress import SilentProgress
+from nightseg.selection.frechet import frechet_distance
 from nightseg.stages import select as stage
-from nightseg.storage import UserError
-from nightseg.workspace import Commit, Workspace
+from nightseg.storage import Commit, UserError, Workspace
 
 RNG = np.random.default_rng(0)
 DIMS = 4

@@ -9,15 +9,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from nightseg.config import MapCompute
-from nightseg.frames.images import encode_png
-from nightseg.frames.table import FRAME_SCHEMA, check_frames, frame_table
-from nightseg.frames.vectors import vectors
-from nightseg.measures.histogram import luminance_histogram
+from nightseg.cluster.settings import MapCompute
+from nightseg.data.histogram import luminance_histogram
+from nightseg.data.images import encode_png
+from nightseg.data.table import FRAME_SCHEMA, check_frames, frame_table
+from nightseg.data.vectors import vectors
 from nightseg.progress import SilentProgress
 from nightseg.stages import split as stage
-from nightseg.storage import UserError
-from nightseg.workspace import Commit, Workspace
+from nightseg.storage import Commit, UserError, Workspace
 from tests.frames_on_disk import in_this_process
 
 

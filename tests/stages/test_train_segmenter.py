@@ -11,23 +11,22 @@ import pyarrow as pa
 import pytest
 import torch
 
-from nightseg.compute.training import LocalSession
-from nightseg.config import Network, TrainCompute
-from nightseg.config.training import Augmentation, Loss, Training
-from nightseg.frames.images import encode_png
-from nightseg.frames.table import frame_table
-from nightseg.frames.taxonomy import taxonomy
-from nightseg.learning import step as steps
-from nightseg.learning.batches import sample_order
-from nightseg.learning.learner import step_seed
-from nightseg.learning.pixel_loss import pixel_loss_sum
-from nightseg.learning.starting import starting_network
-from nightseg.networks.checkpoint import load_tensors, save_model
+from nightseg.cluster.settings import TrainCompute
+from nightseg.cluster.train import LocalSession
+from nightseg.data.images import encode_png
+from nightseg.data.table import frame_table
+from nightseg.data.taxonomy import taxonomy
+from nightseg.networks.model_folder import load_tensors, save_model
 from nightseg.progress import SilentProgress
+from nightseg.segmenter import step as steps
+from nightseg.segmenter.data import sample_order
+from nightseg.segmenter.learner import step_seed
+from nightseg.segmenter.pixel_loss import pixel_loss_sum
+from nightseg.segmenter.settings import Augmentation, Loss, Network, Training
+from nightseg.segmenter.starting import starting_network
 from nightseg.stages import train_segmenter as stage
 from nightseg.stages.train_segmenter import Plan, learn, train_segmenter
-from nightseg.storage import Location, UserError
-from nightseg.workspace import Attempt, Workspace
+from nightseg.storage import Attempt, Location, UserError, Workspace
 
 NETWORK = Network(encoder="efficientnet_lite0", input_size=(64, 64), pyramid_channels=8, head_channels=8)
 TRAINING = Training(

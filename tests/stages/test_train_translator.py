@@ -19,15 +19,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nightseg.compute.training import LocalSession
-from nightseg.config import Translator, UnitWeights
-from nightseg.frames.images import decode_image, encode_png
-from nightseg.frames.table import frame_table
-from nightseg.learning.sample_sheet import sample_sheet
-from nightseg.learning.unpaired import FrameRef
-from nightseg.networks.unit import Generators, build_generators
+from nightseg.cluster.train import LocalSession
+from nightseg.data.images import decode_image, encode_png
+from nightseg.data.table import frame_table
 from nightseg.stages import train_translator as stage
 from nightseg.storage import Location, sha256_of
+from nightseg.unit.data import FrameRef
+from nightseg.unit.network import Generators, build_generators
+from nightseg.unit.sample_sheet import sample_sheet
+from nightseg.unit.settings import Translator, UnitWeights
 
 TINY = Translator(
     day="day",
@@ -232,7 +232,7 @@ def test_samples_and_terms_can_be_looked_at_while_it_trains(tmp_path: Path) -> N
 TRAINING = """
 import os, signal, sys
 import torch
-from nightseg.compute.training import LocalSession
+from nightseg.cluster.train import LocalSession
 from nightseg.stages import train_translator as stage
 from nightseg.storage import Location
 sys.path.insert(0, {tests!r})

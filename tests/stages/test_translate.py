@@ -9,15 +9,14 @@ import pyarrow as pa
 import pytest
 import torch
 
-from nightseg.config import MapCompute
-from nightseg.frames.images import decode_image, encode_png, read_image
-from nightseg.frames.table import FRAME_SCHEMA, check_frames, frame_table, resolve
-from nightseg.networks.checkpoint import save_model
-from nightseg.networks.unit import Generators, to_uint8, to_unit_range
+from nightseg.cluster.settings import MapCompute
+from nightseg.data.images import decode_image, encode_png, read_image
+from nightseg.data.table import FRAME_SCHEMA, check_frames, frame_table, resolve
+from nightseg.networks.model_folder import save_model
 from nightseg.progress import SilentProgress
 from nightseg.stages import translate as stage
-from nightseg.storage import Location, UserError, sha256_of
-from nightseg.workspace import Commit, Workspace
+from nightseg.storage import Commit, Location, UserError, Workspace, sha256_of
+from nightseg.unit.network import Generators, to_uint8, to_unit_range
 
 
 @pytest.fixture(autouse=True)

@@ -10,23 +10,22 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from nightseg.config import MapCompute
-from nightseg.config.translators import (
+from nightseg.cluster.settings import MapCompute
+from nightseg.data.images import encode_png, read_image
+from nightseg.data.scenes import scene
+from nightseg.data.table import FRAME_SCHEMA, check_frames, frame_table, resolve
+from nightseg.progress import Progress, SilentProgress
+from nightseg.stages import translate as stage
+from nightseg.storage import Commit, Location, UserError, Workspace, sha256_of
+from nightseg.translators.colour import match_histograms
+from nightseg.translators.settings import (
     ColourTranslator,
     CommandTranslator,
     FourierTranslator,
     PhotometricTranslator,
     UntrainedTranslator,
 )
-from nightseg.frames.images import encode_png, read_image
-from nightseg.frames.scenes import scene
-from nightseg.frames.table import FRAME_SCHEMA, check_frames, frame_table, resolve
-from nightseg.progress import Progress, SilentProgress
-from nightseg.stages import translate as stage
-from nightseg.storage import Location, UserError, sha256_of
-from nightseg.translators.colour import match_histograms
-from nightseg.translators.ways import LENDER
-from nightseg.workspace import Commit, Workspace
+from nightseg.translators.shards import LENDER
 
 DARKEN = """
 import pathlib, sys
@@ -242,7 +241,7 @@ def test_lenders_that_cannot_be_read_are_named_and_do_without(tmp_path: Path) ->
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_ray_gives_what_one_process_gives(tmp_path: Path, serial: Any) -> None:
-    from nightseg.compute.inference import map_shards
+    from nightseg.cluster.map import map_shards
 
     settings, source = WAYS["photometric"], frames(tmp_path, "day")
     alone = run(tmp_path / "serial", settings, source, None)

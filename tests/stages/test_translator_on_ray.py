@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from nightseg.compute.training import fit
-from nightseg.config import TrainCompute, UnitWeights
-from nightseg.frames.images import decode_image
-from nightseg.learning.sample_sheet import sample_sheet
-from nightseg.networks.unit import load_generators
+from nightseg.cluster.settings import TrainCompute
+from nightseg.cluster.train import fit
+from nightseg.data.images import decode_image
 from nightseg.progress import SilentProgress
 from nightseg.stages import train_translator as stage
-from nightseg.storage import Location
-from nightseg.workspace import Workspace
+from nightseg.storage import Location, Workspace
+from nightseg.unit.network import load_generators
+from nightseg.unit.sample_sheet import sample_sheet
+from nightseg.unit.settings import UnitWeights
 from tests.stages.test_train_translator import TINY, frames, train
 from tests.stages.test_translator_stops import attempt_in
 

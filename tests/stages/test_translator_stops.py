@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from nightseg.config import TrainCompute, UnitWeights
-from nightseg.frames.table import frame_table
+from nightseg.cluster.settings import TrainCompute
+from nightseg.data.table import frame_table
 from nightseg.progress import SilentProgress
 from nightseg.stages import train_translator as stage
-from nightseg.storage import UserError
-from nightseg.workspace import Attempt, Workspace
+from nightseg.storage import Attempt, UserError, Workspace
+from nightseg.unit.settings import UnitWeights
 from tests.stages.test_train_translator import TINY, Killed, frames, plan_for, train
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nightseg.frames.images import encode_png
+from nightseg.data.images import encode_png
 from nightseg.storage import Location, events
 from nightseg.storage.events import Curves
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from nightseg.config.translators import LitClasses
-from nightseg.frames.taxonomy import taxonomy
+from nightseg.data.taxonomy import taxonomy
 from nightseg.translators.lights import Roles, sources
+from nightseg.translators.settings import LitClasses
 
 CAMVID, CITYSCAPES = taxonomy("camvid11").classes, taxonomy("cityscapes19").classes
 SKY, BUILDING, POLE, ROAD, CAR = (CAMVID.index(name) for name in ("sky", "building", "pole", "road", "car"))

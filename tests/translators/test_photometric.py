@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nightseg.config.translators import LitClasses, PhotometricTranslator
-from nightseg.frames.taxonomy import taxonomy
+from nightseg.data.taxonomy import taxonomy
 from nightseg.translators.lights import Roles
 from nightseg.translators.photometric import Optics, black_body, expose, night_of
+from nightseg.translators.settings import LitClasses, PhotometricTranslator
 from nightseg.translators.srgb import to_linear, to_pixels
 
 CLASSES = taxonomy("camvid11").classes

@@ -1,0 +1,340 @@
+"""The verbs of `nightseg` that do one thing to folders of frames, without a recipe and without a run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import click
+
+from nightseg.cli.output import answer, json_option, libraries_on_stderr, print_folder_scores, print_json
+from nightseg.storage import Location
+
+
+def _actors_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--actors", default=2, show_default=True, type=click.IntRange(1), help="Parallel readers, one CPU each."
+    )(command)
+
+
+def _checked_extractor(context: click.Context, parameter: click.Parameter, name: str) -> str:
+    from nightseg.selection.settings import known_extractor
+
+    try:
+        return known_extractor(name)
+    except ValueError as error:
+        raise click.BadParameter(str(error), context, parameter) from error
+
+
+def _extractor_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    command = click.option("--weights", metavar="FILE", help="Weights of the extractor, where it needs a file.")(
+        command
+    )
+    command = click.option(
+        "--fast", is_flag=True, help="Compute features in bfloat16 where this machine is faster at it."
+    )(command)
+    command = click.option(
+        "--resize", type=click.Choice(["pytorch-fid", "clean"]), help="Resize rule; default: the one of the extractor."
+    )(command)
+    return click.option(
+        "--extractor",
+        default="inception",
+        show_default=True,
+        callback=_checked_extractor,
+        help="Network whose features are compared. inception: pytorch-fid's (also inception_768, _192, _64); "
+        "efficientnet_lite0: needs no download; resnet18 to resnet152; timm/NAME with --weights.",
+    )(command)
+
+
+@click.command()
+@click.argument("images")
+@click.option("--out", required=True, metavar="FRAMES.parquet", help="The frame table to write.")
+@click.option(
+    "--margin", default=0.2, show_default=True, type=click.FloatRange(0, 1), help="Closer calls are twilight."
+)
+@_actors_option
+@json_option
+def split(images: str, out: str, margin: float, actors: int, as_json: bool) -> None:
+    """Separate a folder of images into day, night, twilight.
+
+    By their luminance histograms; the evidence and the list of bad frames are written beside the table.
+
+    \b
+    nightseg split /data/dashcam --out dashcam.parquet
+    """
+    from nightseg.cluster.settings import MapCompute
+    from nightseg.pipeline.verbs import split_folder
+    from nightseg.progress import progress_for
+
+    with libraries_on_stderr():
+        found = split_folder(images, out, margin=margin, compute=MapCompute(actors=actors), progress=progress_for())
+    answer(found, as_json)
+
+
+@click.command()
+@click.argument("a")
+@click.argument("b")
+@_extractor_options
+@_actors_option
+@json_option
+@click.option("--save-a", metavar="FILE.npz", help="Keep the statistics of A; pytorch-fid reads the file, too.")
+@click.option("--save-b", metavar="FILE.npz", help="Keep the statistics of B.")
+def fid(
+    a: str,
+    b: str,
+    extractor: str,
+    resize: str | None,
+    fast: bool,
+    weights: str | None,
+    actors: int,
+    as_json: bool,
+    save_a: str | None,
+    save_b: str | None,
+) -> None:
+    """FID and KID between two sets of frames.
+
+    A and B are image folders, frame tables (.parquet) or statistics (.npz, also pytorch-fid's).
+
+    \b
+    nightseg fid translated/ /data/night --extractor efficientnet_lite0
+    nightseg fid translated/ night.npz --weights pt_inception-2015-12-05-6726825d.pth --json
+    """
+    from nightseg.cluster.settings import MapCompute
+    from nightseg.pipeline.distance import distance
+    from nightseg.progress import progress_for
+    from nightseg.stages.score import Extraction
+
+    compute = MapCompute(actors=actors)
+    asked = click.get_current_context().get_parameter_source("extractor")
+    with libraries_on_stderr():
+        found = distance(
+            a,
+            b,
+            extraction=Extraction(extractor, weights, resize, "fast" if fast else "exact"),
+            compute=compute,
+            progress=progress_for(),
+            save_statistics=(save_a, save_b),
+            insist=asked == click.core.ParameterSource.COMMANDLINE,
+        )
+    answer(found._asdict(), as_json)
+
+
+@click.command()
+@click.argument("pool")
+@click.option("--reference", metavar="REF", help="Images or frame table to be close to; random needs none.")
+@click.option("--count", required=True, type=click.IntRange(1), help="How many frames to choose.")
+@click.option(
+    "--method",
+    default="fid-subset",
+    show_default=True,
+    type=click.Choice(["fid-subset", "pooled", "spatial", "mahalanobis", "histogram", "herding", "random"]),
+    help="fid-subset: the set with the smallest FID, and a bound that no other set beats; pooled: frame by frame, as "
+    "the thesis; mahalanobis: by density; spatial: by the Frechet distance over positions; "
+    "herding: by kernel likeness; histogram: by brightness; random: the control.",
+)
+@click.option("--quota", type=click.IntRange(1), help="Most frames of one sequence.")
+@click.option("--gap", type=click.IntRange(1), help="Least distance of two frames of one sequence, in frames.")
+@click.option("--duplicates", type=click.FloatRange(0, 1), help="Cosine from which a frame repeats an earlier one.")
+@click.option("--out", required=True, metavar="DIR", help="Gets frames.parquet, scores.parquet, evidence.json.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
+@_extractor_options
+@_actors_option
+@json_option
+def select(
+    pool: str,
+    reference: str | None,
+    count: int,
+    method: Literal["fid-subset", "pooled", "spatial", "mahalanobis", "histogram", "herding", "random"],
+    quota: int | None,
+    gap: int | None,
+    duplicates: float | None,
+    out: str,
+    seed: int,
+    extractor: str,
+    resize: Literal["pytorch-fid", "clean"] | None,
+    fast: bool,
+    weights: str | None,
+    actors: int,
+    as_json: bool,
+) -> None:
+    """Choose the frames of a pool that are closest to others.
+
+    POOL and REF are image folders or frame tables (.parquet).
+
+    \b
+    nightseg select night.parquet --reference translated/ --count 1600 --extractor efficientnet_lite0 --out chosen
+    """
+    from nightseg.cluster.settings import MapCompute
+    from nightseg.pipeline.verbs import select_frames
+    from nightseg.progress import progress_for
+    from nightseg.selection.settings import Selection
+
+    choice = Selection(
+        method=method,
+        count=count,
+        quota=quota,
+        gap=gap,
+        duplicates=duplicates,
+        extractor=extractor,
+        extractor_weights=weights,
+        extractor_resize=resize,
+        extractor_mode="fast" if fast else "exact",
+    )
+    compute = MapCompute(actors=actors)
+    with libraries_on_stderr():
+        found = select_frames(pool, reference, out, choice=choice, seed=seed, compute=compute, progress=progress_for())
+    answer(found, as_json)
+
+
+@click.command()
+@click.argument("predictions")
+@click.argument("labels")
+@click.option("--taxonomy", required=True, help="cityscapes19, camvid11, or a YAML file.")
+@click.option("--label-encoding", metavar="NAME", help="What the ids of the labels mean; default: what fits them all.")
+@click.option(
+    "--absent-class",
+    default="cityscapes",
+    show_default=True,
+    type=click.Choice(["cityscapes", "detectron2"]),
+    help="A class that is predicted but not in the labels: counts as IoU 0, or is left out.",
+)
+@click.option("--boundary", is_flag=True, help="Boundary IoU, too: how well contours fit.")
+@click.option(
+    "--boundary-distance",
+    default=0.02,
+    show_default=True,
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="How far a boundary reaches, as a share of the image's diagonal.",
+)
+@click.option(
+    "--actors", type=click.IntRange(1), help="Parallel readers on Ray; default: none, and 2 from 2000 frames on."
+)
+@click.option(
+    "--work", metavar="DIR", help="Where actors keep what they have done; default: a hidden folder in PREDICTIONS."
+)
+@json_option
+def evaluate(
+    predictions: str,
+    labels: str,
+    taxonomy: str,
+    label_encoding: str | None,
+    absent_class: Literal["cityscapes", "detectron2"],
+    boundary: bool,
+    boundary_distance: float,
+    actors: int | None,
+    work: str | None,
+    as_json: bool,
+) -> None:
+    """Score a folder of predictions against labels.
+
+    Both hold PNG files of the same names and sizes; predictions are train ids, as `nightseg predict` writes them.
+
+    \b
+    nightseg evaluate masks /data/camvid/day/test/labels --taxonomy camvid11
+    nightseg evaluate masks /data/cityscapes/gtFine/val --taxonomy cityscapes19 --boundary --actors 8 --json
+    """
+    from nightseg.pipeline.folder_scores import evaluate_folders
+    from nightseg.progress import progress_for
+
+    with libraries_on_stderr():
+        scores = evaluate_folders(
+            Location.of(predictions),
+            Location.of(labels),
+            taxonomy,
+            absent_class,
+            label_encoding,
+            boundary=boundary_distance if boundary else None,
+            actors=actors,
+            work=None if work is None else Location.of(work),
+            progress=progress_for(),
+        )
+    if as_json:
+        print_json(scores)
+    else:
+        print_folder_scores(scores)
+
+
+def _inference_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    options = [
+        click.option("--window", metavar="HxW", callback=size_in_pixels, help="Slide a window over frames: 512x1024."),
+        click.option(
+            "--overlap", default=0.25, show_default=True, help="Share of a window that the next one covers again."
+        ),
+        click.option("--flip", is_flag=True, help="Look at the mirrored frame as well."),
+        click.option("--scales", default="1", show_default=True, metavar="LIST", callback=_factors,
+                     help="Look once at each scale, e.g. 0.75,1,1.25."),
+        click.option("--precision", default="float32", show_default=True,
+                     type=click.Choice(["float32", "bfloat16"]), help="Of the network."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def size_in_pixels(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, int] | None:
+    """`512x1024` as (height, width)."""
+    if text is None:
+        return None
+    high, _, wide = text.lower().partition("x")
+    if not (high.isdecimal() and wide.isdecimal() and int(high) and int(wide)):
+        raise click.BadParameter(f"{text!r} is not HEIGHTxWIDTH in pixels, like 512x1024", context, parameter)
+    return int(high), int(wide)
+
+
+def _factors(context: click.Context, parameter: click.Parameter, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(word) for word in text.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is not a list of numbers, like 0.75,1,1.25", context, parameter) from error
+
+
+@click.command()
+@click.argument("model")
+@click.argument("source")
+@click.option("--out", required=True, metavar="DIR", help="Gets the masks, and a folder for each other picture.")
+@click.option("--save", default="mask", show_default=True, metavar="LIST", help="Any of mask,color,overlay,confidence.")
+@click.option("--overlay-video", is_flag=True, help="Of a video: the overlays as NAME.overlay.mp4, too.")
+@_inference_options
+@click.option("--device", help="cpu, cuda or cuda:N. Default: CUDA where there is one; with --actors, cpu.")
+@click.option("--batch", default=8, show_default=True, type=click.IntRange(1), help="Frames, or windows, at a time.")
+@click.option("--actors", type=click.IntRange(1), help="Spread images over this many actors of Ray, one CPU each.")
+@json_option
+def predict(
+    model: str,
+    source: str,
+    out: str,
+    save: str,
+    overlay_video: bool,
+    device: str | None,
+    batch: int,
+    actors: int | None,
+    as_json: bool,
+    **modes: Any,
+) -> None:
+    """Segment images and videos.
+
+    MODEL is a model folder, or RUN_DIR:MODEL_NAME of a finished run. SOURCE is a file, a folder (its images, to the
+    bottom), a quoted pattern (** stands for any folders), a frame table (.parquet) or a video, whose frames are named
+    by number. Where windows overlap logits are averaged, over mirror and scales probabilities.
+
+    What cannot be read is listed in quarantine.json with a reason. An interrupted command that is given again
+    continues, if model, settings and files are still the same; a finished one makes everything anew.
+
+    \b
+    nightseg predict runs/demo:self_trained /data/night --out masks --save mask,overlay
+    nightseg predict runs/demo:self_trained 'drives/**/*.jpg' --out masks --flip --scales 0.75,1,1.25
+    nightseg predict runs/demo:self_trained drive.mp4 --out drive --window 512x1024 --overlay-video
+    """
+    from nightseg.pipeline.masks import Wishes, predict_frames
+    from nightseg.pipeline.results import model_folder
+    from nightseg.progress import progress_for
+    from nightseg.segmenter.inference import Inference
+    from nightseg.stages.predict import check_pictures
+
+    pictures = check_pictures([word.strip() for word in save.split(",") if word.strip()])
+    wishes = Wishes(pictures, Inference(**modes), batch, device, overlay_video)
+    with libraries_on_stderr():
+        found = predict_frames(
+            model_folder(model), source, Location.of(out), wishes=wishes, actors=actors, progress=progress_for()
+        )
+    answer(found, as_json)

@@ -1,0 +1,108 @@
+"""Is this machine fit to run nightseg? Each finding says what was looked at and, if it is bad, what to do."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import stat
+import sys
+import tempfile
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from nightseg.cluster.launch import cluster_problems, unfilled
+from nightseg.storage import Location, UserError
+
+# Oldest releases without a known way to run a stranger's code (CVE-2026-24747; CVE-2026-41486; CVE-2023-47248).
+FLOORS = {"torch": (2, 10), "ray": (2, 55), "pyarrow": (17, 0), "pillow": (12, 0), "pydantic": (2, 5)}
+LEAST_FREE_BYTES = 5 * 2**30
+WEIGHTS = {"inception": "pt_inception", "vgg16": "vgg16-", "resnet18": "resnet18-", "resnet101": "resnet101-"}
+
+
+class Finding(NamedTuple):
+    """One thing that was looked at."""
+
+    what: str
+    good: bool
+    detail: str
+
+
+def examine(cluster_file: str | None = None) -> list[Finding]:
+    """All findings; with a cluster.yaml, also what is wrong with that."""
+    findings = [*_versions(), _processor(), _weights(), _space(), _token()]
+    return findings + _cluster(cluster_file) if cluster_file else findings
+
+
+def _versions() -> Iterator[Finding]:
+    good = sys.version_info >= (3, 11)
+    yield Finding("python", good, sys.version.split()[0] + ("" if good else ", but 3.11 or newer is needed"))
+    for package, floor in FLOORS.items():
+        try:
+            found = version(package)
+        except PackageNotFoundError:
+            yield Finding(package, False, "not installed; cure: pip install -c constraints.txt -e .")
+            continue
+        numbers = tuple(map(int, re.findall(r"\d+", found)[:2]))
+        wanted = ".".join(map(str, floor))
+        yield Finding(package, numbers >= floor, found if numbers >= floor else f"{found}, but {wanted} is needed")
+
+
+def _processor() -> Finding:
+    try:
+        import torch
+    except ImportError as error:
+        return Finding("gpu", False, f"torch cannot be imported ({error}); cure: pip install -c constraints.txt -e .")
+    if torch.cuda.is_available():
+        names = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+        return Finding("gpu", True, names)
+    capability = torch.backends.cpu.get_cpu_capability()
+    return Finding("gpu", True, f"none; {os.cpu_count()} CPU cores with {capability} do the work")
+
+
+def _weights() -> Finding:
+    """Files of weights that recipes ask for by default. None is needed: EfficientNet-Lite0 brings its own."""
+    home = Path(os.environ.get("TORCH_HOME") or Path.home() / ".cache" / "torch") / "hub" / "checkpoints"
+    here = [name for name, start in WEIGHTS.items() if any(home.glob(f"{start}*"))]
+    missing = [name for name in WEIGHTS if name not in here]
+    found = f"efficientnet_lite0 (installed){''.join(f', {name}' for name in here)}"
+    cure = f"; not in {home}: {', '.join(missing)}, fetched when a recipe first asks for them" if missing else ""
+    return Finding("weights", True, found + cure)
+
+
+def _space() -> Finding:
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    detail = f"{free / 2**30:.0f} GiB free in {tempfile.gettempdir()}"
+    cure = "" if free >= LEAST_FREE_BYTES else "; Ray needs some, set TMPDIR to a larger disk"
+    return Finding("disk", free >= LEAST_FREE_BYTES, detail + cure)
+
+
+def _token() -> Finding:
+    """A token file that others may read is a key under the mat; none at all is fine until a cluster is used."""
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if not file.exists():
+        return Finding("ray token", True, "none yet; before a cluster: ray get-auth-token --generate")
+    open_to_others = stat.S_IMODE(file.stat().st_mode) & 0o077
+    return Finding("ray token", not open_to_others, f"{file}" + (f"; cure: chmod 600 {file}" if open_to_others else ""))
+
+
+def _cluster(file: str) -> list[Finding]:
+    try:
+        config: Any = yaml.safe_load(Location.of(file).read_bytes())
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"--cluster {file}: there is no such file. Cure: give the path of a cluster.yaml.") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8
+        raise UserError(f"--cluster {file}: not valid YAML: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"--cluster {file}: a cluster file is a mapping, see cluster.yaml of this project.")
+    try:
+        bad = [Finding("cluster", False, problem) for problem in cluster_problems(config)]
+        bad += [Finding("cluster", False, f"{place} still says CHANGE-ME") for place in unfilled(config)]
+    except (AttributeError, TypeError) as error:
+        what = f"--cluster {file}: not shaped like a cluster file of Ray ({error})"
+        raise UserError(f"{what}. Cure: see cluster.yaml of this project.") from error
+    return bad or [Finding("cluster", True, f"{file}: no open door found")]

@@ -1,0 +1,182 @@
+"""How the command line shows answers and errors. Exit code 0: done, 1: the work failed, 2: the request was wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nightseg.progress import printable
+from nightseg.storage import Location, UserError
+
+if TYPE_CHECKING:
+    from nightseg.pipeline.run import Planned
+
+METRICS = {"miou": "mIoU", "pa": "PA", "ca": "CA", "fwiou": "FWIoU"}
+STATES = {"committed": "green", "runs": "yellow", "continues": "cyan", "waits": ""}
+PIPE_WIDTH = 160  # of a table that no terminal limits
+
+
+def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")(command)
+
+
+class Failures(click.Group):
+    """Turns exceptions into one readable message and an exit code; --debug adds the traceback."""
+
+    def main(self, args: Sequence[str] | None = None, **extra: Any) -> Any:  # type: ignore[override]
+        words = list(sys.argv[1:] if args is None else args)
+        debug = "--debug" in words  # understood wherever it stands
+        try:
+            return super().main([word for word in words if word != "--debug"], **(extra | {"standalone_mode": False}))
+        except click.ClickException as error:
+            error.show()
+            sys.exit(2)
+        except (click.Abort, KeyboardInterrupt):
+            say("nightseg: stopped; the same command continues where this one ended.")
+            sys.exit(1)
+        except BrokenPipeError:  # `nightseg status ... | head`: nobody is left to tell
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit complains again
+            sys.exit(1)
+        except Exception as error:
+            if debug:
+                traceback.print_exc()
+            code, message = explained(error)
+            say(f"nightseg: {message}" + ("" if code == 2 or debug else "\n(--debug shows where)"))
+            sys.exit(code)
+
+
+def explained(error: Exception) -> tuple[int, str]:
+    """Exit code and message. What the user may not read, or what is no folder, is as wrong a request as any other."""
+    if isinstance(error, UserError):
+        return 2, str(error)
+    if isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError) and error.filename is not None:
+        return 2, f"{error.filename}: {error.strerror}. Cure: another path, or the rights to read it."
+    return 1, f"{type(error).__name__}: {error}"
+
+
+def say(message: str) -> None:
+    """To standard error, without control characters that a file's name may hold."""
+    click.echo("\n".join(map(printable, message.split("\n"))), err=True)
+
+
+@contextmanager
+def libraries_on_stderr() -> Iterator[None]:
+    """Standard output carries the answer and nothing else: what a library prints meanwhile goes to standard error."""
+    with redirect_stdout(sys.stderr):
+        yield
+
+
+def print_json(answer: Mapping[str, Any]) -> None:
+    """The one object of --json, on one line."""
+    click.echo(json.dumps(answer, allow_nan=False))
+
+
+def answer(result: Mapping[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(result)
+        return
+    for key, value in result.items():
+        click.echo(printable(f"{key}: {_words(value)}"))
+
+
+def _words(value: Any) -> str:
+    match value:
+        case None:
+            return "-"
+        case float():
+            return f"{value:.6g}"
+        case Mapping():
+            return ", ".join(f"{key} {_words(item)}" for key, item in value.items()) or "-"
+        case list() | tuple():
+            return ", ".join(map(_words, value)) or "-"
+        case _:
+            return str(value)
+
+
+def percent(fraction: float | None) -> str:
+    return "-" if fraction is None else f"{100 * fraction:.1f}"
+
+
+def print_plan(folder: Location, lines: Sequence[Planned]) -> None:
+    from rich.text import Text
+
+    rows = [
+        [
+            line.node,
+            Text("runs later" if line.state == "waits" else line.state, STATES[line.state]),
+            "?" if line.rows is None else line.rows,
+            line.resources,
+            ", ".join(line.changed),
+        ]
+        for line in lines
+    ]
+    print_table(
+        f"run folder {folder}", ["stage", "state", "frames", "resources", "changed since the last commit"], rows
+    )
+
+
+def print_scores(results: Mapping[str, Any]) -> None:
+    rows = [
+        [model, test, *(percent(scores[key]) for key in METRICS),
+         "" if scores["published_miou"] is None else f"{scores['published_miou']:.1f}"]
+        for model, facts in results["models"].items()
+        for test, scores in facts["tests"].items()
+    ]  # fmt: skip
+    if rows:
+        print_table("percent", ["model", "test set", *METRICS.values(), "published mIoU"], rows)
+    judged = [
+        [name, found["kind"], f"{found['fid']['translated']:.2f}", f"{1000 * found['kid']['translated']:.2f}",
+         percent(found["survival"]), percent(found["agreement"]["pixels"]), f"{found['edges']:.2f}"]
+        for name, found in results.get("translations", {}).items()
+    ]  # fmt: skip
+    if judged:
+        columns = ["translation", "kind", "FID", "KID x 1000", "labels survive", "pixels agree", "edges"]
+        print_table("translations; percent, but for distances and edges", columns, judged)
+
+
+def print_folder_scores(scores: Mapping[str, Any]) -> None:
+    bands = scores.get("boundary", {"iou": {}})
+    rows = [[name, percent(iou), percent(bands["iou"].get(name))] for name, iou in scores["iou"].items()]
+    rows += [[name, percent(scores[key]), percent(bands.get(key))] for key, name in METRICS.items()]
+    columns = ["class", "IoU", "boundary IoU"][: 3 if "boundary" in scores else 2]
+    print_table(f"{scores['frames']} frames, percent", columns, [row[: len(columns)] for row in rows])
+
+
+def print_trials(folder: Location, trials: Sequence[Mapping[str, Any]]) -> None:
+    keys = list(trials[0]["values"])
+    short = [key.rpartition(".")[2] for key in keys]
+    rows = [
+        [
+            trial["trial"],
+            *(_words(trial["values"][key]) for key in keys),
+            percent(trial["miou"]),
+            trial["epochs"],
+            trial["end"],
+        ]
+        for trial in trials
+    ]
+    columns = short if len(set(short)) == len(keys) else keys
+    print_table(str(folder), ["trial", *columns, "validation mIoU", "epochs", "end"], rows)
+    for trial in trials:
+        if trial["error"]:
+            say(f"trial {trial['trial']} failed: {trial['error']}")
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Cells are shown as they are: a name with square brackets or control characters changes nothing around it."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*(cell if isinstance(cell, Text) else Text(printable(str(cell))) for cell in row))
+    click.echo(printable(title))
+    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)

@@ -1,0 +1,278 @@
+"""The Ray cluster this process works on: joined where there is one, started here where there is none.
+
+`connect` is the only place that calls `ray.init`. A local Ray is meant to be unnoticed: no dashboard, no usage
+statistics, no worker output in the terminal, a small object store (only rows of paths and small results pass through
+it), and token authentication with a token that never touches the disk.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+import secrets
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nightseg.cluster.quiet import hide_daemons, wants_logs
+from nightseg.errors import UserError
+
+OBJECT_STORE_BYTES = 512 * 2**20
+"""Object store of a local Ray: decoded frames never enter it, so half a gibibyte is plenty."""
+
+SMALLEST_OBJECT_STORE_BYTES = 80 * 2**20
+"""Ray refuses less than 75 MiB."""
+
+REACHABLE_SECONDS = 20.0
+
+ADMISSION_CURE = "set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to what `ray get-auth-token` prints on its head node"
+
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers stay where they are; paths are absolute all the same
+    # Without it Ray prints a notice about GPU visibility of actors that ask for no GPU.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+"""Ray's settings, read in this process and handed to its workers. What the user set wins."""
+
+WORKER_ENVIRONMENT = {
+    # OpenMP threads that wait for each other spin. With anything else on the cores (Ray's own daemons, a browser) a
+    # long spin makes a training seven times slower; a short one costs a few percent where the machine is quiet.
+    "GOMP_SPINCOUNT": "1000",
+}
+LOCAL_ENVIRONMENT = WORKER_ENVIRONMENT | {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away, and it costs a process
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # reports and the end wait for the next check; Ray's 2 s are long here
+}
+CLUSTER_ENVIRONMENT = {
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1800",  # a GPU node needs minutes to come up
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1.0",
+}
+
+_started_here = False
+
+
+def connect(num_cpus: int | None = None, *, dashboard: bool = False) -> None:
+    """Join the cluster of RAY_ADDRESS or of the surrounding Ray job, else start a quiet local Ray. Idempotent.
+
+    Args:
+        num_cpus: CPUs of a local Ray; null = the cores this process may use. Ignored where a cluster is joined.
+        dashboard: a local Ray serves its dashboard, on loopback. Without it Ray cannot see that a training was stopped
+            from outside, and keeps its CPUs reserved for ever: work that stops trainings early needs it.
+
+    Raises:
+        UserError: RAY_ADDRESS is not the address of a cluster, the cluster does not answer, or it wants a token.
+    """
+    import ray
+
+    _set_defaults(ENVIRONMENT)
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS", "").strip()
+    if address and address != "local":
+        _join(address)
+    else:
+        _start(num_cpus, dashboard)
+    hide_daemons()
+
+
+def disconnect() -> None:
+    """Leave the cluster; a Ray that `connect` started here ends. Harmless when not connected."""
+    global _started_here
+    import ray
+
+    ray.shutdown()
+    _started_here = False
+
+
+@contextmanager
+def left_as_found() -> Iterator[None]:
+    """What the body connects to is left when it ends; a connection that was there before stays.
+
+    A run may thus be started alone or inside other work on the same cluster: a trial of a search is a run in a worker
+    that Ray itself has connected.
+    """
+    import ray
+
+    was_connected = ray.is_initialized()
+    try:
+        yield
+    finally:
+        if not was_connected:
+            disconnect()
+
+
+def is_local() -> bool:
+    """Whether `connect` started the Ray of this process on this machine."""
+    return _started_here
+
+
+def resources() -> dict[str, float]:
+    """What the cluster has now, busy or not: "CPU", "GPU", "memory" in bytes, ..."""
+    import ray
+
+    return {name: float(amount) for name, amount in ray.cluster_resources().items()}
+
+
+def capacity(resource: str) -> float:
+    """The most of a resource ("CPU", "GPU") that this cluster can ever offer.
+
+    A cluster that adds nodes on demand has little now and much later: its limit is that of its node types, and
+    infinity when they state none, so that a request is never refused because the nodes still sleep.
+    """
+    from ray._private.state import state  # the one source of the autoscaler's limits; Ray Train reads it too
+
+    now = resources().get(resource, 0.0)
+    if _started_here or state.get_cluster_config() is None:
+        return now
+    limits = state.get_max_resources_from_cluster_config()
+    return math.inf if limits is None else max(now, float(limits.get(resource, 0.0)))
+
+
+def require(resource: str, *, count: int, each: float, what: str, recipe_key: str, say: Callable[[str], None]) -> None:
+    """Refuse a request that the cluster can never serve: Ray would wait for it without a word.
+
+    One that a growing cluster will serve later is announced through `say`.
+
+    Raises:
+        UserError: names what is asked, what there is, and the recipe keys that ask for it.
+    """
+    asked, most = count * each, capacity(resource)
+    if asked > most + 1e-6:
+        raise UserError(
+            f"{count} {what} with {each:g} {resource} each need {asked:g} {resource}, but the cluster has {most:g}; "
+            f"lower {recipe_key} in the recipe, or add nodes"
+        )
+    now = resources().get(resource, 0.0)
+    if asked > now + 1e-6:
+        say(f"{count} {what} need {asked:g} {resource}, the cluster has {now:g} now: waiting for more nodes")
+
+
+def _set_defaults(environment: Mapping[str, str]) -> None:
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)
+
+
+def _start(num_cpus: int | None, dashboard: bool) -> None:
+    global _started_here
+    import ray
+
+    _set_defaults(LOCAL_ENVIRONMENT)
+    _prepare_token(may_create=True)
+    ray.init(
+        address="local",
+        num_cpus=num_cpus or len(os.sched_getaffinity(0)),
+        include_dashboard=dashboard,
+        object_store_memory=_object_store_bytes(),
+        log_to_driver=wants_logs(),
+        logging_level="ERROR",
+    )
+    _started_here = True
+
+
+def _join(address: str) -> None:
+    global _started_here
+    import ray
+    from ray.exceptions import AuthenticationError
+
+    shown = re.sub(r"//[^/@]*@", "//", address)  # never repeat a password of an address in a message
+    if "://" in address:
+        raise UserError(
+            f"RAY_ADDRESS is {shown!r}, which is not the address of a cluster's control store (HOST:PORT): submit with "
+            "`ray job submit --working-dir . -- python jobs/...`, or unset RAY_ADDRESS to work on this machine"
+        )
+    _set_defaults(CLUSTER_ENVIRONMENT)
+    _prepare_token(may_create=False)
+    _check_reachable(address, shown)
+    # A cluster that others started does not pass our environment on. A job that sets a variable itself keeps it, and
+    # Ray refuses one that is set in both places.
+    variables = {name: value for name, value in WORKER_ENVIRONMENT.items() if name not in os.environ}
+    environment = {"env_vars": variables} if variables else None
+    try:
+        ray.init(address=address, log_to_driver=wants_logs(), logging_level="ERROR", runtime_env=environment)
+    except AuthenticationError as error:
+        raise UserError(f"the Ray cluster at {shown} (RAY_ADDRESS) wants its token: {ADMISSION_CURE}") from error
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"the Ray cluster at {shown} (RAY_ADDRESS) does not let us in: {first_line}. Its token may be another "
+            f"({ADMISSION_CURE}), or its version of Ray (here {ray.__version__}); unset RAY_ADDRESS to work on this "
+            "machine"
+        ) from error
+    _started_here = False
+
+
+def _check_reachable(address: str, shown: str) -> None:
+    """Ray itself tries for minutes before it gives up on an address where nobody listens."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit():
+        return  # "auto" and the like: Ray finds the cluster, or says at once that there is none
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACHABLE_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"no Ray cluster answers at {shown} (RAY_ADDRESS): {error}; start it, correct the address, or unset "
+            "RAY_ADDRESS to work on this machine"
+        ) from error
+
+
+def _prepare_token(may_create: bool) -> None:
+    """Settle token authentication before Ray looks: Ray's own way writes a world-readable file and prints a warning.
+
+    A mode that the user set is kept. Otherwise a token that exists is used; a local Ray without one gets a fresh token
+    in the environment of this process, which its children inherit: nothing to protect on disk, and a read-only home
+    directory does not matter.
+    """
+    mode = os.environ.get("RAY_AUTH_MODE", "").lower()
+    if mode not in ("", "token"):
+        return
+    has_token = bool(os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"))
+    if not has_token:
+        has_token = _protect_token_file()
+    if not has_token and may_create:
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        has_token = True
+    if has_token and not mode:
+        os.environ["RAY_AUTH_MODE"] = "token"
+    _reload_ray_config()
+
+
+def _protect_token_file() -> bool:
+    """Whether Ray's default token file exists; one that others may read is closed to them."""
+    try:
+        file = Path.home() / ".ray" / "auth_token"
+        status = file.stat()
+    except (OSError, RuntimeError):  # no file, no home, or not ours to look at
+        return False
+    if status.st_mode & 0o077 and status.st_uid == os.getuid():
+        try:
+            file.chmod(0o600)
+        except OSError as error:  # a read-only home directory: usable, but say so
+            logging.getLogger(__name__).warning("%s can be read by others: %s", file, error)
+    return status.st_size > 0
+
+
+def _reload_ray_config() -> None:
+    """Ray caches the authentication mode and token when it is imported, which may be long before `connect`."""
+    from ray import _raylet
+
+    core: Any = _raylet
+    core.Config.initialize("")
+    core.AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _object_store_bytes() -> int:
+    """Half a gibibyte, or what fits into shared memory: containers often have 64 MiB there, and Ray warns then."""
+    try:
+        status: Any = os.statvfs("/dev/shm")  # noqa: S108
+    except OSError:
+        return OBJECT_STORE_BYTES
+    free = int(status.f_bsize * status.f_bavail * 0.8)
+    return OBJECT_STORE_BYTES if free < SMALLEST_OBJECT_STORE_BYTES else min(OBJECT_STORE_BYTES, free)

@@ -1,0 +1,1 @@
+"""Frames: tables, images, labels, class lists, folders, videos, procedural scenes. No network, no Ray."""

@@ -1,0 +1,347 @@
+"""Folder layouts: where a data set keeps its images and its labels.
+
+Listing only: no file is opened here, `stages/collect.py` reads and checks them. A layout is two listings (images and
+labels) and a rule that pairs them, so a million frames cost two walks and no look-up a frame.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import PurePosixPath
+
+from nightseg.data.images import SUFFIXES
+from nightseg.data.table import DOMAINS
+from nightseg.data.taxonomy import TRAIN_IDS
+from nightseg.errors import closest
+from nightseg.storage import Entry, Location, UserError, hash_of
+
+FOLDER_LAYOUTS = ("camvid", "cityscapes", "nighttime_driving", "images")
+SCENES = "scenes"  # procedural frames: no folder is read
+
+_CITYSCAPES_IMAGE = "_leftImg8bit"
+_NIGHTTIME_LABELS = "gtCoarse_daytime_trainvaltest"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A frame that the listing promises. Nothing is opened yet: it may be damaged, its label may not exist.
+
+    `problem` is not empty when the file's name cannot be written in a table or opened on every file system.
+    """
+
+    frame_id: str
+    uri: str
+    label_uri: str | None
+    sequence: str | None
+    domain: str
+    label_encoding: str | None
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class _Folders:
+    """Where a layout keeps its images (`depth` levels down, None = all), and its labels, if labels are wanted."""
+
+    images: Location
+    depth: int | None
+    labels: Location | None
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """The image files of one folder (names relative to it), and the label files of another, if labels are wanted."""
+
+    images: Location
+    image_entries: list[Entry]
+    labels: Location | None
+    label_entries: list[Entry]
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """What a layout's rule makes of one image: the readable stem, and its label's name below the label folder."""
+
+    image: str
+    stem: str
+    label: str | None
+    encoding: str | None
+    sequence: str | None
+    domain: str | None
+
+
+def list_frames(
+    layout: str,
+    root: Location,
+    *,
+    split: str = "",
+    dataset: str,
+    domain: str = "unknown",
+    labelled: bool = True,
+    label_encoding: str | None = None,
+    limit: int | None = None,
+) -> list[Candidate]:
+    """The frames a folder promises, sorted by their unique `frame_id`; `limit` keeps the first.
+
+    camvid: <root>/<split>/images/*, <root>/<split>/labels/<same stem>.png; sequence = the part before the first "_".
+    cityscapes: <root>/leftImg8bit/<split>/<city>/*, <root>/gtFine/<split>/<city>/*_labelIds.png (or gtCoarse, or
+        *_labelTrainIds.png where there are no labelIds); sequence = the city.
+    nighttime_driving: <root>/leftImg8bit/<split>/<domain>/*, labels gtCoarse_daytime_trainvaltest (train ids).
+    images: all images below <root>/<split>, never labelled; sequence = their folder. Links to folders are not followed.
+    Files whose name starts with a dot are not frames. Raises UserError: no such folder, no such split, no image.
+    """
+    listing = _list(layout, root, split, labelled)
+    candidates = _candidates(listing, _pairs(layout, listing, label_encoding), dataset, domain)
+    candidates.sort(key=lambda candidate: candidate.frame_id)
+    return candidates[:limit]
+
+
+def named_frames(root: Location, names: Iterable[str], dataset: str) -> list[Candidate]:
+    """The candidates that `list_frames` would make of these files (names below `root`), in the order of the names."""
+    entries = [Entry(name, 0, 0, False) for name in names]
+    return _candidates(_Listing(root, entries, None, []), [_plain_pair(e.name) for e in entries], dataset, "unknown")
+
+
+def _candidates(listing: _Listing, pairs: list[_Pair], dataset: str, domain: str) -> list[Candidate]:
+    candidates = []
+    for pair, name in zip(pairs, _unique_names(pairs), strict=True):
+        uri, image_problem = _file(listing.images, pair.image)
+        label_uri, label_problem = None, ""
+        if listing.labels is not None and pair.label is not None:
+            label_uri, label_problem = _file(listing.labels, pair.label)
+        candidates.append(
+            Candidate(
+                frame_id=f"{dataset}/{_printable(name)}",
+                uri=uri,
+                label_uri=label_uri,
+                sequence=None if pair.sequence is None else _printable(pair.sequence),
+                domain=pair.domain if domain == "unknown" and pair.domain is not None else domain,
+                label_encoding=None if label_uri is None else pair.encoding,
+                problem=image_problem or label_problem,
+            )
+        )
+    return candidates
+
+
+def check_folders(layout: str, root: Location, *, split: str = "", labelled: bool = True) -> None:
+    """Raises the UserError that `list_frames` would raise for a folder that is not there. No file is listed."""
+    _folders(layout, root, split, labelled)
+
+
+def count(layout: str, root: Location, *, split: str = "", labelled: bool = True, limit: int | None = None) -> int:
+    """How many frames `list_frames` would give. Raises the same errors."""
+    num_images = len(_list(layout, root, split, labelled).image_entries)
+    return num_images if limit is None else min(limit, num_images)
+
+
+def fingerprint(
+    layout: str, root: Location | None = None, *, split: str = "", labelled: bool = True, limit: int | None = None
+) -> str:
+    """sha256 (hex) of what would be read: names, sizes and times of the files. Unchanged folder = unchanged value.
+
+    `limit` is accepted to mirror `count`; which frames it keeps follows from the names, so they are all hashed.
+    """
+    if layout == SCENES:
+        return hash_of([SCENES])
+    assert root is not None, layout
+    listing = _list(layout, root, split, labelled)
+    facts = [
+        [[_printable(entry.name), entry.size, entry.modified_ns] for entry in entries]
+        for entries in (listing.image_entries, listing.label_entries)
+    ]
+    return hash_of([layout, *facts])
+
+
+def scene_domains(mix: Mapping[str, float], first: int, count: int) -> list[str]:
+    """The domain of the scenes `first` .. `first + count - 1`: interleaved, a function of the index and `mix` only.
+
+    Among the first n scenes every domain has its share of n, to less than one frame: Tijdeman's rule for the chairman
+    assignment problem (Discrete Mathematics 32, 1980). Shares that make n * share whole are met exactly.
+    """
+    shares = {name: Fraction(mix[name]).limit_denominator(10_000) for name in DOMAINS if mix.get(name)}
+    total = sum(shares.values())
+    shares = {name: share / total for name, share in shares.items()}
+    slack = Fraction(1, 2 * len(shares) - 2) if len(shares) > 1 else Fraction(0)
+    given = dict.fromkeys(shares, 0)
+    domains = []
+    for index in range(first + count):
+        # what each domain is owed; those owed enough take turns by how soon they would be owed too much
+        owed = {name: share * (index + 1) - given[name] for name, share in shares.items()}
+        due = [name for name in shares if owed[name] >= slack]
+        chosen = min(due or shares, key=lambda name: (1 - slack - owed[name]) / shares[name])
+        given[chosen] += 1
+        domains.append(chosen)
+    return domains[first:]
+
+
+# -- what lies where -------------------------------------------------------------------------------------------------
+
+
+def _folders(layout: str, root: Location, split: str, labelled: bool) -> _Folders:
+    _need_folder(root, f"layout {layout}: root")
+    match layout:
+        case "camvid":
+            part = _split_folder(layout, root, split)
+            _need_folder(part / "images", "layout camvid: images")
+            found = _Folders(part / "images", 1, part / "labels" if labelled else None)
+        case "cityscapes":
+            images = _split_folder(layout, root / "leftImg8bit", split)
+            found = _Folders(images, 2, _cityscapes_labels(root, split) if labelled else None)
+        case "nighttime_driving":
+            images = _split_folder(layout, root / "leftImg8bit", split or "test")
+            found = _Folders(images, 2, root / _NIGHTTIME_LABELS / (split or "test") if labelled else None)
+        case "images":
+            found = _Folders(_split_folder(layout, root, split), None, None)
+        case _:
+            known = ", ".join(FOLDER_LAYOUTS)
+            raise UserError(f"unknown layout {layout!r}{closest(layout, FOLDER_LAYOUTS)}; known: {known}")
+    if found.labels is not None and not found.labels.is_folder():
+        raise UserError(
+            f"layout {layout}: no label folder {found.labels.uri}."
+            " Put the labels there, or set `labelled: false` if these frames have none"
+        )
+    return found
+
+
+def _list(layout: str, root: Location, split: str, labelled: bool) -> _Listing:
+    found = _folders(layout, root, split, labelled)
+    labels = _labels(found.labels) if found.labels is not None else []
+    listing = _Listing(found.images, _images(found.images, found.depth), found.labels, labels)
+    if not listing.image_entries:
+        raise UserError(
+            f"layout {layout}: no image in {listing.images.uri}; looked for {', '.join(SUFFIXES)}."
+            " Check root, split and layout of the dataset"
+        )
+    return listing
+
+
+def _need_folder(folder: Location, what: str) -> None:
+    if not folder.is_folder():
+        raise UserError(f"{what}: no such folder: {folder.uri}. Check root, split and layout of the dataset")
+
+
+def _split_folder(layout: str, parent: Location, split: str) -> Location:
+    """<parent>/<split>. The empty split is the parent itself, but not where that would mix train and test."""
+    _need_folder(parent, f"layout {layout}")
+    if not split and layout in ("camvid", "images"):
+        return parent
+    folder = parent / split if split else parent
+    if not split or not folder.is_folder():
+        found = [entry.name for entry in parent.list() if entry.is_folder]
+        wrong = f"unknown split {split!r}{closest(split, found)}" if split else "a split is needed"
+        raise UserError(f"layout {layout}: {wrong}; {parent.uri} has {', '.join(found) or 'no folders'}")
+    return folder
+
+
+def _cityscapes_labels(root: Location, split: str) -> Location:
+    """gtFine, or gtCoarse for the splits that have only that (train_extra)."""
+    fine, coarse = root / "gtFine" / split, root / "gtCoarse" / split
+    return coarse if not fine.is_folder() and coarse.is_folder() else fine
+
+
+def _images(folder: Location, depth: int | None) -> list[Entry]:
+    return [entry for entry in _files(folder, depth) if entry.name.lower().endswith(SUFFIXES)]
+
+
+def _labels(folder: Location) -> list[Entry]:
+    return [entry for entry in _files(folder, depth=2) if entry.name.lower().endswith(".png")]
+
+
+def _files(folder: Location, depth: int | None) -> list[Entry]:
+    """Visible files down to `depth` levels (1 = the folder itself), sorted by name; None = all levels."""
+    if depth is None:
+        entries = folder.list(recursive=True)
+    else:
+        entries = folder.list()
+        if depth > 1:  # level by level, so that cities that are links to another disk are read too
+            for child in [entry for entry in entries if entry.is_folder and not _is_hidden(entry.name)]:
+                below = [(child.name, entry) for entry in _files(folder / child.name, depth - 1)]
+                entries += [
+                    Entry(f"{name}/{entry.name}", entry.size, entry.modified_ns, entry.is_folder)
+                    for name, entry in below
+                ]
+    files = [entry for entry in entries if not entry.is_folder and not _is_hidden(entry.name)]
+    return sorted(files, key=lambda entry: entry.name)
+
+
+def _is_hidden(name: str) -> bool:
+    """Also '._x.jpg', which macOS writes beside x.jpg, and anything in a folder such as .thumbnails."""
+    return any(part.startswith(".") for part in name.split("/"))
+
+
+# -- pairing ---------------------------------------------------------------------------------------------------------
+
+
+def _pairs(layout: str, listing: _Listing, label_encoding: str | None) -> list[_Pair]:
+    labels = {entry.name for entry in listing.label_entries}
+    match layout:
+        case "camvid":
+            encoding = label_encoding or "camvid12"
+            return [_camvid_pair(entry.name, labels, encoding) for entry in listing.image_entries]
+        case "cityscapes":
+            coarse = listing.labels is not None and "/gtCoarse/" in listing.labels.uri
+            prefix = "_gtCoarse" if coarse else "_gtFine"
+            encoding = label_encoding or _cityscapes_encoding(labels)
+        case "nighttime_driving":
+            prefix, encoding = "_gtCoarse", label_encoding or TRAIN_IDS
+        case _:
+            return [_plain_pair(entry.name) for entry in listing.image_entries]
+    suffix = f"{prefix}_labelTrainIds.png" if encoding == TRAIN_IDS else f"{prefix}_labelIds.png"
+    return [_cityscapes_pair(entry.name, suffix, encoding) for entry in listing.image_entries]
+
+
+def _camvid_pair(image: str, labels: set[str], encoding: str) -> _Pair:
+    stem = _stem(image)
+    # the listing knows the case of the suffix; a label that is not there is looked for under the usual name
+    label = f"{stem}.PNG" if f"{stem}.png" not in labels and f"{stem}.PNG" in labels else f"{stem}.png"
+    sequence = stem.partition("_")[0] if "_" in stem else None
+    return _Pair(image, stem, label, encoding, sequence, None)
+
+
+def _cityscapes_pair(image: str, label_suffix: str, encoding: str) -> _Pair:
+    stem = _stem(image).removesuffix(_CITYSCAPES_IMAGE)
+    folder = stem.rpartition("/")[0] or None
+    return _Pair(image, stem, stem + label_suffix, encoding, folder, folder if folder in DOMAINS else None)
+
+
+def _plain_pair(image: str) -> _Pair:
+    return _Pair(image, _stem(image), None, None, image.rpartition("/")[0] or None, None)
+
+
+def _cityscapes_encoding(labels: set[str]) -> str:
+    """labelIds is what the archives hold; labelTrainIds may be all that somebody kept."""
+    has_label_ids = any(name.endswith("_labelIds.png") for name in labels)
+    has_train_ids = any(name.endswith("_labelTrainIds.png") for name in labels)
+    return TRAIN_IDS if has_train_ids and not has_label_ids else "label_ids"
+
+
+def _stem(name: str) -> str:
+    return str(PurePosixPath(name).with_suffix(""))
+
+
+def _unique_names(pairs: Iterable[_Pair]) -> list[str]:
+    """The stem of each image; where two share one (a.png, a.jpg) both keep their suffix."""
+    pairs = list(pairs)
+    names = [pair.stem for pair in pairs]
+    while True:  # a suffix that is kept may collide in turn ('a.png.jpg'); full names end it
+        counts = Counter(names)
+        clashes = [index for index, name in enumerate(names) if counts[name] > 1 and name != pairs[index].image]
+        if not clashes:
+            return names
+        for index in clashes:
+            names[index] = pairs[index].image
+
+
+def _file(folder: Location, name: str) -> tuple[str, str]:
+    """(uri, problem): a name that `Location` refuses is kept in printable form, so that the frame can be reported."""
+    try:
+        return (folder / name).uri, ""
+    except UserError as error:
+        return f"{folder.uri}/{_printable(name)}", _printable(str(error))
+
+
+def _printable(name: str) -> str:
+    """Names that are not UTF-8 reach us with surrogates, which no table can hold."""
+    return name.encode("utf-8", "backslashreplace").decode()

@@ -1,0 +1,84 @@
+"""Where frames come from: folders, scenes, sides of a heap, translations, several of them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from nightseg.settings import Domain, Fraction, Name, Positive, Size, Strict
+
+
+class FolderDataset(Strict):
+    """Frames that lie in folders. The layout says where images and labels are."""
+
+    layout: Literal["camvid", "cityscapes", "nighttime_driving", "images"]
+    root: str
+    split: str = ""
+    domain: Domain = "unknown"
+    labelled: bool = True
+    label_encoding: str | None = Field(default=None, description="raw-id map of the labels; null = the layout's own")
+    limit: Positive | None = Field(default=None, description="keep the first N frames in name order")
+
+
+class ScenesDataset(Strict):
+    """Procedural street scenes with exact labels (`frames/scenes.py`); `mix` gives the share of each domain."""
+
+    layout: Literal["scenes"]
+    count: Positive
+    mix: dict[Literal["day", "night", "twilight"], Fraction] = {"day": 1.0}
+    size: Size = (128, 256)
+    labelled: bool = True
+    scene_seed: Annotated[int, Field(ge=0)] = 0
+    first: Annotated[int, Field(ge=0)] = Field(default=0, description="index of the first scene")
+
+    @model_validator(mode="after")
+    def _shares_add_up(self) -> ScenesDataset:
+        if abs(sum(self.mix.values()) - 1.0) > 1e-6:
+            raise ValueError(f"the shares of mix must add up to 1, they add up to {sum(self.mix.values()):g}")
+        return self
+
+
+class SplitDataset(Strict):
+    """One side of a heap of frames, separated by luminance histograms (thesis section 1)."""
+
+    split: Name = Field(description="the dataset that is a heap of day, night and twilight frames")
+    keep: Literal["day", "night", "twilight"]
+    margin: Fraction = Field(default=0.2, description="frames with a smaller margin between the domains are twilight")
+
+
+class TranslatedDataset(Strict):
+    """Every frame of a dataset passed through a translator; labels stay valid and are referenced."""
+
+    translate: Name
+    by: Name
+    to: Literal["day", "night"] = "night"
+
+
+class JoinedDataset(Strict):
+    """Several datasets as one."""
+
+    join: Annotated[list[Name], Field(min_length=1)]
+
+
+def _dataset_kind(value: Any) -> str:
+    def has(key: str) -> bool:
+        return key in value if isinstance(value, dict) else hasattr(value, key)
+
+    for key in ("translate", "join"):
+        if has(key):
+            return key
+    if has("keep") or (has("split") and not has("layout")):
+        return "split"
+    layout = value.get("layout") if isinstance(value, dict) else getattr(value, "layout", None)
+    return "scenes" if layout == "scenes" else "folder"
+
+
+Dataset = Annotated[
+    Annotated[FolderDataset, Tag("folder")]
+    | Annotated[ScenesDataset, Tag("scenes")]
+    | Annotated[SplitDataset, Tag("split")]
+    | Annotated[TranslatedDataset, Tag("translate")]
+    | Annotated[JoinedDataset, Tag("join")],
+    Discriminator(_dataset_kind),
+]

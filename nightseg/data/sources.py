@@ -1,0 +1,159 @@
+"""What somebody points at: one file, a folder, a pattern, a frame table or videos, as frames to read.
+
+Listing only, on every store that `Location` reaches: no image is opened here. Names that start with a dot are not seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+from nightseg.data import table as frame
+from nightseg.data.images import SUFFIXES
+from nightseg.data.layouts import named_frames
+from nightseg.storage import Entry, Location, UserError, hash_of
+
+VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm")
+_MAGIC = "*?["
+
+
+class Video(NamedTuple):
+    """A video file, and what its frames are called after: frame 7 is `<name>/000007`."""
+
+    name: str
+    file: Location
+
+
+class Source(NamedTuple):
+    """Frames to read, as far as a listing knows them."""
+
+    images: list[dict[str, Any]]  # frame_id, uri; sha256 where a table says it
+    videos: list[Video]
+    bad: list[dict[str, Any]]  # rows of the quarantine table: files whose names no table or store can hold
+    identity: str  # hash over names, sizes and times (of a table: its rows): unchanged source, unchanged value
+
+
+def find_source(source: str) -> Source:
+    """The frames that `source` means: a file that is there, a folder (its images, to the bottom), `*.parquet`, or a
+    pattern: *, ? and [] within one name, ** for any folders.
+
+    An id is the place below the folder, or below the part of the pattern without wildcards; without suffix unless two
+    would be the same. Raises UserError: nothing is there, nothing matches, nothing is an image or a video.
+    """
+    place = Location.of(source)
+    if place.exists():
+        if place.is_folder():
+            entries = [entry for entry in _visible(place.list(recursive=True)) if _is_image(entry)]
+            nothing = f"no image in {place}; looked for {', '.join(SUFFIXES)}. Videos need a pattern: '{place}/*.mp4'"
+            return _found(place, entries, nothing)
+        if place.name.endswith(".parquet"):
+            return _of_table(place)
+        return _found(place.parent, [_entry(place)], "")
+    if not _has_magic(place, source):
+        raise UserError(f"{source}: there is no such file or folder. Cure: check the path; quote a pattern ('*.jpg').")
+    root, pattern = _fixed_part(place)
+    entries = sorted(_matches(root, pattern), key=lambda entry: entry.name)
+    if not entries:
+        raise UserError(f"{source}: no file matches this pattern. Cure: check it; ** stands for any folders.")
+    known = [entry for entry in entries if _is_image(entry) or _is_video(entry)]
+    known_suffixes = ", ".join((*SUFFIXES, *VIDEO_SUFFIXES))
+    nothing = f"{source}: {len(entries)} files match, none is an image or a video ({known_suffixes})"
+    return _found(root, known, nothing)
+
+
+def _found(root: Location, entries: Sequence[Entry], nothing: str) -> Source:
+    if not entries:
+        raise UserError(nothing)
+    images, videos, bad = [], [], []
+    candidates = named_frames(root, [entry.name for entry in entries], dataset="")
+    for entry, candidate in zip(entries, candidates, strict=True):
+        row = {frame.FRAME_ID: candidate.frame_id.removeprefix("/"), frame.URI: candidate.uri}
+        if candidate.problem:
+            bad.append({**row, frame.REASON: "unreadable", frame.DETAIL: candidate.problem})
+        elif _is_video(entry):
+            videos.append(Video(row[frame.FRAME_ID], Location(candidate.uri)))
+        else:
+            images.append(row)
+    images.sort(key=lambda row: str(row[frame.FRAME_ID]))
+    facts = [[row[frame.URI] for row in images], [video.file.uri for video in videos]]
+    return Source(images, videos, bad, hash_of([facts, [[entry.size, entry.modified_ns] for entry in entries]]))
+
+
+def _of_table(file: Location) -> Source:
+    rows = frame.resolve(file.read_table(), file.parent)
+    frame.check_frames(rows)
+    if rows.num_rows == 0:
+        raise UserError(f"{file}: the frame table has no row")
+    columns = [name for name in (frame.FRAME_ID, frame.URI, frame.SHA256) if name in rows.column_names]
+    images = rows.select(columns).to_pylist()
+    return Source(images, [], [], hash_of(images))
+
+
+def _entry(file: Location) -> Entry:
+    """One file, whatever its name is."""
+    modified_ns = file.local.stat().st_mtime_ns if file.is_local else 0
+    return Entry(file.name, file.size(), modified_ns, is_folder=False)
+
+
+def _is_image(entry: Entry) -> bool:
+    return entry.name.lower().endswith(SUFFIXES)
+
+
+def _is_video(entry: Entry) -> bool:
+    return entry.name.lower().endswith(VIDEO_SUFFIXES)
+
+
+def _visible(entries: Sequence[Entry]) -> list[Entry]:
+    return [entry for entry in entries if not any(part.startswith(".") for part in entry.name.split("/"))]
+
+
+# -- patterns --------------------------------------------------------------------------------------------------------
+
+
+def _has_magic(place: Location, source: str) -> bool:
+    """In a URI a question mark starts the options of its store, so it is no wildcard there."""
+    return any(mark in source for mark in (_MAGIC if place.is_local else "*["))
+
+
+def _fixed_part(place: Location) -> tuple[Location, list[str]]:
+    """The folder above the first wildcard, and the parts of the pattern below it."""
+    parts: list[str] = []
+    while any(mark in place.uri for mark in _MAGIC):
+        if place.parent.uri == place.uri or not place.name:
+            break
+        parts.insert(0, place.name)
+        place = place.parent
+    return place, parts
+
+
+def _matches(root: Location, pattern: Sequence[str], below: str = "") -> Iterator[Entry]:
+    """Files below `root` whose path fits, level by level; everything below a ** is listed at once."""
+    first, rest = pattern[0], pattern[1:]
+    folder = root / below if below else root
+    if not folder.is_folder():
+        return
+    if first == "**":
+        for entry in _visible(folder.list(recursive=True)):
+            if not entry.is_folder and _fits(entry.name.split("/"), pattern):
+                yield _below(below, entry)
+        return
+    for entry in _visible(folder.list()):
+        if not fnmatchcase(entry.name, first):
+            continue
+        if rest and entry.is_folder:
+            yield from _matches(root, rest, _below(below, entry).name)
+        elif not rest and not entry.is_folder:
+            yield _below(below, entry)
+
+
+def _fits(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return any(_fits(parts[skipped:], pattern[1:] or ["*"]) for skipped in range(len(parts)))
+    return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _fits(parts[1:], pattern[1:])
+
+
+def _below(folder: str, entry: Entry) -> Entry:
+    return Entry(f"{folder}/{entry.name}" if folder else entry.name, entry.size, entry.modified_ns, entry.is_folder)

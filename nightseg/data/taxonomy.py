@@ -1,0 +1,283 @@
+"""Class lists: names, palette, and how the raw ids of a label file become train ids.
+
+Train ids are 0..K-1 in the order of `Taxonomy.classes`; 255 (`IGNORE`) is a pixel without a class. An encoding maps
+the raw ids of one kind of label file to train ids. A raw id outside the map is an error, never silently ignored.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from nightseg.data.images import BadFrame
+from nightseg.errors import closest
+from nightseg.storage import Location, UserError
+
+IGNORE = 255
+TRAIN_IDS = "train_ids"
+
+Colour = tuple[int, int, int]
+UInt8 = NDArray[np.uint8]
+
+_MAX_YAML_BYTES = 1_000_000
+_UNKNOWN = 256  # above all train ids
+
+
+@dataclass(frozen=True)
+class Taxonomy:
+    """A class list. `palette` holds one RGB triple in [0, 255] a class; `encodings` raw id -> train id or 255."""
+
+    name: str
+    classes: tuple[str, ...]
+    palette: tuple[Colour, ...]
+    encodings: Mapping[str, Mapping[int, int]]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    def lut(self, encoding: str) -> tuple[UInt8, NDArray[np.bool_]]:
+        """(train id of each raw id, uint8[256]; whether the raw id is known, bool[256])."""
+        if encoding not in self.encodings:
+            raise UserError(
+                f"the taxonomy {self.name} has no label encoding {encoding!r}{closest(encoding, self.encodings)};"
+                f" known: {', '.join(sorted(self.encodings))}. The encoding says what the raw ids of the label files"
+                " mean: set label_encoding of the dataset, or add the encoding to the taxonomy's YAML file"
+            )
+        train_ids = np.full(256, IGNORE, dtype=np.uint8)
+        known = np.zeros(256, dtype=np.bool_)
+        for raw_id, train_id in self.encodings[encoding].items():
+            train_ids[raw_id] = train_id
+            known[raw_id] = True
+        return train_ids, known
+
+    def to_train_ids(self, raw_label: UInt8, encoding: str) -> UInt8:
+        """uint8 HW raw ids -> uint8 HW train ids. Raises BadFrame("label_value") that lists the unknown ids."""
+        train_ids, known = self.lut(encoding)
+        mapped = np.take(np.where(known, train_ids, np.uint16(_UNKNOWN)), raw_label)
+        if mapped.max(initial=0) == _UNKNOWN:
+            counts = np.bincount(raw_label.reshape(-1), minlength=256)
+            unknown = np.flatnonzero((counts > 0) & ~known)
+            found = ", ".join(f"{raw_id} ({counts[raw_id]} pixels)" for raw_id in unknown[:8])
+            more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
+            raise BadFrame(
+                "label_value", f"ids {found}{more} are not in the encoding {encoding} of the taxonomy {self.name}"
+            )
+        return mapped.astype(np.uint8)
+
+    def per_class(self, values: Mapping[str, float] | Sequence[float], default: float) -> tuple[float, ...]:
+        """One value a class: from a list in the order of the classes, or by name, the others having `default`.
+
+        Raises UserError for a name that is no class, and a list of another length.
+        """
+        if not isinstance(values, Mapping):
+            if len(values) != self.num_classes:
+                raise UserError(
+                    f"{len(values)} values for the {self.num_classes} classes of {self.name}; give one a class, in the "
+                    f"order {', '.join(self.classes)}, or name them: {{{self.classes[0]}: 2.0}}"
+                )
+            return tuple(float(value) for value in values)
+        for name in values:
+            if name not in self.classes:
+                known = ", ".join(self.classes)
+                raise UserError(f"{self.name} has no class {name!r}{closest(name, self.classes)}; known: {known}")
+        return tuple(float(values.get(name, default)) for name in self.classes)
+
+    def colourize(self, label: UInt8) -> UInt8:
+        """uint8 HW train ids -> uint8 HWC RGB; everything outside 0..K-1 is black."""
+        colours = np.zeros((256, 3), dtype=np.uint8)
+        colours[: self.num_classes] = self.palette
+        return colours[label]
+
+
+def taxonomy(name_or_yaml_path: str) -> Taxonomy:
+    """cityscapes19, camvid11, or a YAML file (see `_from_yaml`). Raises UserError."""
+    match name_or_yaml_path:
+        case "cityscapes19":
+            return _cityscapes19()
+        case "camvid11":
+            return _camvid11()
+    if not re.search(r"\.ya?ml$", name_or_yaml_path, re.IGNORECASE):
+        known = ("cityscapes19", "camvid11")
+        raise UserError(
+            f"unknown taxonomy {name_or_yaml_path!r}{closest(name_or_yaml_path, known)};"
+            f" known: {', '.join(known)}, or the path of a .yaml file with name and classes"
+        )
+    return _from_yaml(Location.of(name_or_yaml_path))
+
+
+# Class, colour and raw id of the 19 evaluated classes (cityscapesScripts, helpers/labels.py).
+_CITYSCAPES: tuple[tuple[str, Colour, int], ...] = (
+    ("road", (128, 64, 128), 7),
+    ("sidewalk", (244, 35, 232), 8),
+    ("building", (70, 70, 70), 11),
+    ("wall", (102, 102, 156), 12),
+    ("fence", (190, 153, 153), 13),
+    ("pole", (153, 153, 153), 17),
+    ("traffic light", (250, 170, 30), 19),
+    ("traffic sign", (220, 220, 0), 20),
+    ("vegetation", (107, 142, 35), 21),
+    ("terrain", (152, 251, 152), 22),
+    ("sky", (70, 130, 180), 23),
+    ("person", (220, 20, 60), 24),
+    ("rider", (255, 0, 0), 25),
+    ("car", (0, 0, 142), 26),
+    ("truck", (0, 0, 70), 27),
+    ("bus", (0, 60, 100), 28),
+    ("train", (0, 80, 100), 31),
+    ("motorcycle", (0, 0, 230), 32),
+    ("bicycle", (119, 11, 32), 33),
+)
+_NUM_CITYSCAPES_IDS = 34  # 0..33; the licence plate is -1 and lies in 8-bit files as 255
+
+# The 11 classes of the SegNet release of CamVid; the order of ids is that of the 12-valued label files.
+_CAMVID: tuple[tuple[str, Colour], ...] = (
+    ("sky", (128, 128, 128)),
+    ("building", (128, 0, 0)),
+    ("pole", (192, 192, 128)),
+    ("road", (128, 64, 128)),
+    ("pavement", (60, 40, 222)),
+    ("tree", (128, 128, 0)),
+    ("sign", (192, 128, 128)),
+    ("fence", (64, 64, 128)),
+    ("car", (64, 0, 128)),
+    ("pedestrian", (64, 64, 0)),
+    ("bicyclist", (0, 128, 192)),
+)
+_CAMVID_VOID = 11
+
+
+def _cityscapes19() -> Taxonomy:
+    label_ids = {raw_id: IGNORE for raw_id in range(_NUM_CITYSCAPES_IDS)}
+    label_ids |= {raw_id: train_id for train_id, (_, _, raw_id) in enumerate(_CITYSCAPES)}
+    label_ids[255] = IGNORE
+    return Taxonomy(
+        name="cityscapes19",
+        classes=tuple(name for name, _, _ in _CITYSCAPES),
+        palette=tuple(colour for _, colour, _ in _CITYSCAPES),
+        encodings={TRAIN_IDS: _train_ids(len(_CITYSCAPES)), "label_ids": label_ids},
+    )
+
+
+def _camvid11() -> Taxonomy:
+    num_classes = len(_CAMVID)
+    return Taxonomy(
+        name="camvid11",
+        classes=tuple(name for name, _ in _CAMVID),
+        palette=tuple(colour for _, colour in _CAMVID),
+        encodings={
+            TRAIN_IDS: _train_ids(num_classes),
+            "camvid12": {**{index: index for index in range(num_classes)}, _CAMVID_VOID: IGNORE},
+        },
+    )
+
+
+def _train_ids(num_classes: int) -> dict[int, int]:
+    return {**{index: index for index in range(num_classes)}, IGNORE: IGNORE}
+
+
+# -- taxonomies of the user ------------------------------------------------------------------------------------------
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses what YAML would silently resolve: duplicate keys, aliases (exponential expansion)."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            raise yaml.constructor.ConstructorError(None, None, "aliases are not accepted here", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+            if key is not None and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key '{key}' is given twice", node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _from_yaml(location: Location) -> Taxonomy:
+    """Read {name, classes: [{name, color: [r, g, b], ids: {encoding: id or [ids]}}], ignore: {encoding: [ids]}}.
+
+    `train_ids` (0..K-1 and 255) is always there. Raw ids that carry no class are listed in `ignore`, or "rest" says
+    that every other id is such a one.
+    """
+    where = f"taxonomy file {location.uri}"
+    try:
+        data = location.read_bytes()
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise UserError(f"{where}: no such file") from error
+    if len(data) > _MAX_YAML_BYTES:
+        raise UserError(f"{where}: {len(data)} bytes; a class list has at most {_MAX_YAML_BYTES}")
+    try:
+        content = yaml.load(data, Loader=_StrictLoader)  # noqa: S506 a SafeLoader
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid YAML: {error}") from error
+    _check_keys(where, content, required={"name": str, "classes": list}, optional={"ignore": dict})
+    classes = content["classes"]
+    if not 2 <= len(classes) <= 255:
+        raise UserError(f"{where}: classes: {len(classes)} classes, between 2 and 255 are possible")
+    encodings: dict[str, dict[int, int]] = {TRAIN_IDS: _train_ids(len(classes))}
+    names: list[str] = []
+    palette: list[Colour] = []
+    for train_id, entry in enumerate(classes):
+        path = f"{where}: classes[{train_id}]"
+        _check_keys(path, entry, required={"name": str, "color": list}, optional={"ids": dict})
+        if entry["name"] in names:
+            raise UserError(f"{path}: the class name '{entry['name']}' is given twice")
+        names.append(entry["name"])
+        palette.append(_colour(path, entry["color"]))
+        for encoding, raw_ids in entry.get("ids", {}).items():
+            _add_ids(f"{path}.ids.{encoding}", encodings, encoding, raw_ids, train_id)
+    for encoding, raw_ids in content.get("ignore", {}).items():
+        listed = _rest(encodings.get(encoding, {})) if raw_ids == "rest" else raw_ids
+        _add_ids(f"{where}: ignore.{encoding}", encodings, encoding, listed, IGNORE)
+    return Taxonomy(content["name"], tuple(names), tuple(palette), encodings)
+
+
+def _check_keys(where: str, value: Any, *, required: dict[str, type], optional: dict[str, type]) -> None:
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: expected a mapping with {', '.join(required)}, got {type(value).__name__}")
+    for key in value:
+        if key not in required and key not in optional:
+            raise UserError(f"{where}: unknown key '{key}'{closest(str(key), [*required, *optional])}")
+    for key, kind in (required | optional).items():
+        if key not in value and key in required:
+            raise UserError(f"{where}: the key '{key}' is missing")
+        if key in value and not isinstance(value[key], kind):
+            cure = "; quote names that YAML reads as something else, such as no or 1" if kind is str else ""
+            raise UserError(f"{where}: {key}: expected {kind.__name__}, got {value[key]!r}{cure}")
+
+
+def _colour(where: str, value: list[Any]) -> Colour:
+    if len(value) != 3 or not all(_is_byte(channel) for channel in value):
+        raise UserError(f"{where}.color: expected [red, green, blue] with values 0..255, got {value!r}")
+    return (value[0], value[1], value[2])
+
+
+def _add_ids(where: str, encodings: dict[str, dict[int, int]], encoding: Any, raw_ids: Any, train_id: int) -> None:
+    if not isinstance(encoding, str) or encoding == TRAIN_IDS:
+        raise UserError(f"{where}: the name of an encoding is a word other than {TRAIN_IDS}, which is built in")
+    for raw_id in raw_ids if isinstance(raw_ids, list) else [raw_ids]:
+        if not _is_byte(raw_id):
+            raise UserError(f"{where}: expected raw ids 0..255 of an 8-bit label file, got {raw_id!r}")
+        ids = encodings.setdefault(encoding, {})
+        if raw_id in ids:
+            raise UserError(f"{where}: the raw id {raw_id} already means something else in this encoding")
+        ids[raw_id] = train_id
+
+
+def _rest(taken: Mapping[int, int]) -> list[int]:
+    return [raw_id for raw_id in range(256) if raw_id not in taken]
+
+
+def _is_byte(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 255

@@ -1,0 +1,1 @@
+"""Models of other programs: detectron2's checkpoints, ONNX files."""

@@ -1,0 +1,201 @@
+"""What a detectron2 config says about a Semantic FPN: what it is fed with, and how its ResNet is built.
+
+Weights fit a network that is built otherwise, and are then silently wrong, so this is read and never guessed. A key
+that a config and its bases do not have is at detectron2's default (detectron2/config/defaults.py), as in detectron2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
+
+import yaml
+
+from nightseg.errors import closest
+from nightseg.segmenter.batch_norm import Norm
+from nightseg.segmenter.detectron2 import NORMS, RGB_MEAN, RGB_STD
+from nightseg.storage import Location, UserError
+
+_MAX_BYTES: Final = 1_000_000
+_MAX_BASES: Final = 10
+
+_DEFAULTS: Final[dict[str, Any]] = {
+    "INPUT.FORMAT": "BGR",
+    "MODEL.PIXEL_MEAN": [103.53, 116.28, 123.675],
+    "MODEL.PIXEL_STD": [1.0, 1.0, 1.0],
+    "MODEL.RESNETS.DEPTH": 50,
+    "MODEL.RESNETS.NORM": "FrozenBN",
+    "MODEL.RESNETS.STRIDE_IN_1X1": True,
+    "MODEL.BACKBONE.FREEZE_AT": 2,
+}
+# What a Semantic FPN has to have; anything else is another network, whose weights may fit all the same.
+_FIXED: Final[dict[str, tuple[Any, Any]]] = {  # key: detectron2's default, what is read here
+    "MODEL.BACKBONE.NAME": ("build_resnet_backbone", "build_resnet_fpn_backbone"),
+    "MODEL.RESNETS.NUM_GROUPS": (1, 1),
+    "MODEL.RESNETS.WIDTH_PER_GROUP": (64, 64),
+    "MODEL.RESNETS.RES5_DILATION": (1, 1),
+    "MODEL.RESNETS.STEM_OUT_CHANNELS": (64, 64),
+    "MODEL.RESNETS.DEFORM_ON_PER_STAGE": ([False] * 4, [False] * 4),
+    "MODEL.FPN.IN_FEATURES": ([], ["res2", "res3", "res4", "res5"]),
+    "MODEL.FPN.NORM": ("", ""),
+    "MODEL.FPN.FUSE_TYPE": ("sum", "sum"),
+    "MODEL.SEM_SEG_HEAD.NAME": ("SemSegFPNHead", "SemSegFPNHead"),
+    "MODEL.SEM_SEG_HEAD.IN_FEATURES": (["p2", "p3", "p4", "p5"], ["p2", "p3", "p4", "p5"]),
+    "MODEL.SEM_SEG_HEAD.NORM": ("GN", "GN"),
+    "MODEL.SEM_SEG_HEAD.COMMON_STRIDE": (4, 4),
+}
+_ARCHITECTURES: Final = ("PanopticFPN", "SemanticSegmentor")
+
+
+class Facts(NamedTuple):
+    """What the tensors of a checkpoint do not say. Mean and deviation are in [0, 255], in the order of `channels`."""
+
+    channels: str  # RGB or BGR
+    pixel_mean: tuple[float, float, float]
+    pixel_std: tuple[float, float, float]
+    stride_in_1x1: bool
+    norm: Norm | None = None  # None: as the tensors look
+    freeze_at: int = 0
+    depth: int | None = None  # None: as the tensors look
+
+
+OURS: Final = Facts("RGB", RGB_MEAN, RGB_STD, stride_in_1x1=False)
+
+
+def read_facts(file: Location) -> Facts:
+    """The facts of a config.yaml, also one with `_BASE_`.
+
+    Raises UserError: no such file, not a config, or of a network that nightseg does not have.
+    """
+    config = _read(file)
+    values = {key: _value(config, key, default) for key, default in _DEFAULTS.items()}
+    where = str(file)
+    kind = _value(config, "MODEL.META_ARCHITECTURE", "GeneralizedRCNN")
+    if kind not in _ARCHITECTURES:
+        raise UserError(f"{where}: MODEL.META_ARCHITECTURE is {kind}; only {' and '.join(_ARCHITECTURES)} segment")
+    for key, (default, wanted) in _FIXED.items():
+        if (found := _value(config, key, default)) != wanted:
+            raise UserError(f"{where}: {key} is {found!r}, a Semantic FPN that nightseg has is built with {wanted!r}")
+    norms = {theirs: ours for ours, theirs in NORMS.items()} | {"nnSyncBN": "sync", "naiveSyncBN": "sync"}
+    norm = values["MODEL.RESNETS.NORM"]
+    if norm not in norms:
+        raise UserError(
+            f"{where}: MODEL.RESNETS.NORM is {norm!r}{closest(str(norm), norms)}; known: {', '.join(norms)}"
+        )
+    stride, freeze_at = values["MODEL.RESNETS.STRIDE_IN_1X1"], values["MODEL.BACKBONE.FREEZE_AT"]
+    if not isinstance(stride, bool) or not isinstance(freeze_at, int):
+        raise UserError(f"{where}: STRIDE_IN_1X1 {stride!r} is not true or false, or FREEZE_AT {freeze_at!r} no number")
+    depth = int(values["MODEL.RESNETS.DEPTH"])
+    facts = Facts(
+        str(values["INPUT.FORMAT"]),
+        _three(where, "MODEL.PIXEL_MEAN", values["MODEL.PIXEL_MEAN"]),
+        _three(where, "MODEL.PIXEL_STD", values["MODEL.PIXEL_STD"]),
+        stride and depth >= 50,  # smaller ResNets have no such convolution, and detectron2 does not look
+        norms[norm],
+        max(0, min(5, freeze_at)),
+        depth,
+    )
+    check_input(facts, where)
+    return facts
+
+
+def check_input(facts: Facts, where: str) -> None:
+    """Raise UserError unless conv1 can be changed so that it takes RGB with ImageNet's mean and deviation."""
+    if facts.channels not in ("RGB", "BGR"):
+        raise UserError(f"{where}: INPUT.FORMAT is {facts.channels!r}; RGB and BGR can be read")
+    mean = facts.pixel_mean if facts.channels == "RGB" else facts.pixel_mean[::-1]
+    if any(abs(found - wanted) > 1e-3 for found, wanted in zip(mean, RGB_MEAN, strict=True)):
+        raise UserError(
+            f"{where}: PIXEL_MEAN is {list(facts.pixel_mean)} ({facts.channels}), not ImageNet's {list(RGB_MEAN)}. "
+            "Another mean cannot be moved into the first convolution exactly, because that pads with zeros"
+        )
+    if not all(std > 0 for std in facts.pixel_std):
+        raise UserError(f"{where}: PIXEL_STD is {list(facts.pixel_std)}; deviations are positive")
+
+
+def config_text(facts: Facts, architecture: Mapping[str, Any], num_classes: int) -> str:
+    """A config for detectron2 that builds the SemanticSegmentor of these facts; `read_facts` reads it back."""
+    depth = int(str(architecture["encoder"]).removeprefix("resnet"))
+    norm: Norm = facts.norm or "frozen"
+    model = {
+        "META_ARCHITECTURE": "SemanticSegmentor",
+        "PIXEL_MEAN": list(facts.pixel_mean),
+        "PIXEL_STD": list(facts.pixel_std),
+        "BACKBONE": {"NAME": "build_resnet_fpn_backbone", "FREEZE_AT": facts.freeze_at},
+        "RESNETS": {
+            "DEPTH": depth,
+            "NORM": NORMS[norm],
+            "STRIDE_IN_1X1": facts.stride_in_1x1,
+            "OUT_FEATURES": ["res2", "res3", "res4", "res5"],
+            "RES2_OUT_CHANNELS": 64 if depth < 50 else 256,
+        },
+        "FPN": {
+            "IN_FEATURES": ["res2", "res3", "res4", "res5"],
+            "OUT_CHANNELS": architecture["pyramid_channels"],
+        },
+        "SEM_SEG_HEAD": {"NUM_CLASSES": num_classes, "CONVS_DIM": architecture["head_channels"], "NORM": "GN"},
+    }
+    return yaml.safe_dump({"VERSION": 2, "MODEL": model, "INPUT": {"FORMAT": facts.channels}}, sort_keys=False)
+
+
+def _read(file: Location, depth: int = 0) -> dict[str, Any]:
+    if depth > _MAX_BASES:
+        raise UserError(f"{file}: more than {_MAX_BASES} configs refer to each other by _BASE_")
+    try:
+        data = file.read_bytes()
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise UserError(
+            f"there is no config file {file}; it lies beside detectron2's checkpoints as config.yaml"
+        ) from error
+    if len(data) > _MAX_BYTES:
+        raise UserError(f"{file}: {len(data)} bytes; a detectron2 config has a few thousand")
+    try:
+        config = yaml.safe_load(data)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not plain YAML, such as detectron2 writes from a yacs config: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{file}: not a detectron2 config, which is a mapping with MODEL and INPUT")
+    base = config.pop("_BASE_", None)
+    if base is not None:
+        whole = _read(_base(file, base), depth + 1)
+        config = _merged(whole, config)
+    if depth == 0 and not isinstance(config.get("MODEL"), dict):
+        cure = "; LazyConfigs are not read: state the facts by options instead" if "model" in config else ""
+        raise UserError(f"{file}: not a detectron2 config, it has no MODEL{cure}")
+    return dict(config)
+
+
+def _base(file: Location, base: Any) -> Location:
+    if not isinstance(base, str) or "://" in base:
+        raise UserError(f"{file}: _BASE_ is {base!r}; only files can be followed")
+    if base.startswith(("/", "~")) or not file.is_local:
+        return Location.of(base)
+    return Location.of(f"{file.parent.uri}/{base}")
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _value(config: Mapping[str, Any], dotted: str, default: Any) -> Any:
+    value: Any = config
+    for key in dotted.split("."):
+        if not isinstance(value, dict) or key not in value:
+            return default
+        value = value[key]
+    return value
+
+
+def _three(where: str, key: str, value: Any) -> tuple[float, float, float]:
+    if not isinstance(value, list | tuple) or len(value) != 3 or not all(_is_number(number) for number in value):
+        raise UserError(f"{where}: {key} is {value!r}, expected three numbers")
+    return (float(value[0]), float(value[1]), float(value[2]))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

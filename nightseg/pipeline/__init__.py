@@ -1,0 +1,1 @@
+"""The recipe as a graph of stages, run, searched and summed up."""

@@ -1,0 +1,165 @@
+"""results.json: every number of a run with where it came from. The report reads it; so may anyone."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nightseg.data.settings import JoinedDataset
+from nightseg.data.taxonomy import taxonomy
+from nightseg.errors import UserError, closest
+from nightseg.pipeline.graph import Graph, NodeId
+from nightseg.recipe.types import Recipe
+from nightseg.storage import Commit, Location
+
+PACKAGES = ("nightseg", "torch", "torchvision", "ray", "timm", "numpy", "pyarrow", "pillow")
+MAX_QUARANTINE_ROWS = 1000  # the tables keep all of them; the results show the first
+
+
+def gather(recipe: Recipe, graph: Graph, commits: Mapping[NodeId, Commit], done: set[NodeId]) -> dict[str, Any]:
+    """The content of results.json: metrics are fractions, matrices are integers, times are seconds."""
+    classes = taxonomy(recipe.taxonomy)
+    selections = {m: nodes.select for m, nodes in graph.models.items() if nodes.select}
+    labelled = {m: nodes.pseudo_label for m, nodes in graph.models.items() if nodes.pseudo_label}
+    return {
+        "nightseg": importlib.metadata.version("nightseg"),
+        "recipe": recipe.name,
+        "seed": recipe.seed,
+        "taxonomy": {
+            "name": classes.name,
+            "classes": list(classes.classes),
+            "palette": [list(color) for color in classes.palette],
+            "encodings": {
+                name: {str(raw): train_id for raw, train_id in ids.items()} for name, ids in classes.encodings.items()
+            },
+        },
+        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
+        "hardware": _hardware(),
+        "models": {
+            name: dict(nodes.facts)
+            | {
+                "model": str(nodes.train),
+                "tests": {
+                    test: commits[node.node].json("scores.json")
+                    | {"row": node.row, "published_miou": node.published_miou, "node": str(node.node)}
+                    for test, node in nodes.tests.items()
+                },
+            }
+            for name, nodes in graph.models.items()
+        },
+        "datasets": {name: [str(view) for view in views] for name, views in graph.datasets.items()},
+        "splits": {n.name: commits[n].json("evidence.json") for n in commits if n.stage == "split"},
+        "selections": {
+            m: {"node": str(n), "evidence": commits[n].json("evidence.json")} for m, n in selections.items()
+        },
+        "pseudo_labels": {
+            m: {"node": str(n), "evidence": commits[n].json("evidence.json")} for m, n in labelled.items()
+        },
+        "predictions": {name: {"node": str(n), **p.model_dump()} for name, (n, p) in graph.predictions.items()},
+        "translations": _translations(recipe, graph, commits),
+        "quarantine": _quarantine(commits),
+        "commits": {str(node): _facts(commit) | {"skipped": node not in done} for node, commit in commits.items()},
+        "seconds": {str(node): commit.seconds for node, commit in commits.items()},
+    }
+
+
+def read_results(run: Location) -> dict[str, Any]:
+    """The results of a finished run. Raises UserError: there are none, or the file is damaged."""
+    file = run / "results.json"
+    try:
+        content = file.read_json()
+        return {**content, "models": dict(content["models"]), "commits": dict(content["commits"])}
+    except FileNotFoundError:
+        raise UserError(f"{run}: no results.json there. Cure: finish the run first (nightseg run RECIPE).") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{file}: not the results of a run, or damaged ({error}). Cure: run the same command again; what is "
+            "committed is not computed twice."
+        ) from error
+
+
+def model_folder(place: str | Path | Location) -> Location:
+    """A model folder as it is, or `RUN_DIR:MODEL` through the results of a finished run.
+
+    Raises UserError: neither is there, or the run has no such model.
+    """
+    folder = Location.of(place)
+    if (folder / "model.json").exists():
+        return folder
+    run, name = folder, ""
+    if not (folder / "results.json").exists():
+        before, _, after = str(place).rpartition(":")
+        if before and not after.startswith("//"):  # of s3://bucket/run
+            run, name = Location.of(before), after
+    if not (run / "results.json").exists():
+        raise UserError(
+            f"{place}: neither a model folder (no model.json) nor a finished run (no results.json). "
+            "Cure: give RUN_DIR:MODEL, for example runs/demo:self_trained."
+        )
+    content = read_results(run)
+    if name not in content["models"]:
+        wrong = f"the run has no model {name!r}{closest(name, content['models'])}" if name else "say which model"
+        raise UserError(f"{place}: {wrong}; give RUN_DIR:MODEL, known: {', '.join(content['models']) or 'none'}")
+    node = content["models"][name]["model"]
+    attempt = Location.of(content["commits"][node]["folder"])
+    moved = run / f"stages/{node}/{attempt.parent.name}/{attempt.name}/model"  # a run folder may be moved
+    return moved if (moved / "model.json").exists() else attempt / "model"
+
+
+def _translations(recipe: Recipe, graph: Graph, commits: Mapping[NodeId, Commit]) -> dict[str, Any]:
+    """What was found about each judged translation, and how the models that learned from it do on the test sets."""
+    found = {}
+    for name, judged in graph.judgements.items():
+        models = {
+            model: {test: commits[node.node].json("scores.json")["miou"] for test, node in nodes.tests.items()}
+            for model, nodes in graph.models.items()
+            if any(_holds(recipe, dataset, name) for dataset in nodes.facts["train"])
+        }
+        judgement = commits[judged.node].json("judgement.json")
+        found[name] = {"node": str(judged.node), **judged.facts, **judgement, "models": models}
+    return found
+
+
+def _holds(recipe: Recipe, dataset: str, wanted: str) -> bool:
+    """True if a dataset is the wanted one, or joins it with others."""
+    entry = recipe.datasets[dataset]
+    parts = entry.join if isinstance(entry, JoinedDataset) else []
+    return dataset == wanted or any(_holds(recipe, part, wanted) for part in parts)
+
+
+def _facts(commit: Commit) -> dict[str, Any]:
+    return {
+        "key": commit.key,
+        "content": commit.content,
+        "folder": commit.folder.uri,
+        "seconds": commit.seconds,
+        "rows_in": commit.rows_in,
+        "rows_out": commit.rows_out,
+        "quarantined": commit.quarantined,
+        "created": commit.created,
+        "code": commit.code,
+        "summary": commit.summary,
+    }
+
+
+def _quarantine(commits: Mapping[NodeId, Commit]) -> list[dict[str, Any]]:
+    rows = [
+        {"stage": node.stage, "name": node.name} | row
+        for node, commit in commits.items()
+        if commit.quarantined
+        for row in commit.table("quarantine").to_pylist()
+    ]
+    return rows[:MAX_QUARANTINE_ROWS]
+
+
+def _hardware() -> dict[str, Any]:
+    facts: dict[str, Any] = {"machine": platform.machine(), "cpus": os.cpu_count(), "system": platform.system()}
+    torch = sys.modules.get("torch")  # an unchanged rerun does not pay for importing torch
+    if torch is not None and torch.cuda.is_available():
+        facts["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return facts

@@ -1,0 +1,169 @@
+"""Run a graph: skip what is committed, do the rest in order, gather the results. Also says what a run would do."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+from nightseg.cluster import ray as cluster
+from nightseg.cluster.settings import MapCompute, TrainCompute
+from nightseg.pipeline import build
+from nightseg.pipeline.graph import Inputs, Node, NodeId
+from nightseg.pipeline.results import gather
+from nightseg.progress import Progress
+from nightseg.recipe import save_recipe
+from nightseg.recipe.types import Recipe
+from nightseg.storage import Commit, Location, Stage, Workspace
+
+
+class Outcome(NamedTuple):
+    """What a run leaves: the results (also in results.json), and how many stages it did and skipped."""
+
+    results: dict[str, Any]
+    done: int
+    skipped: int
+    seconds: float
+
+
+class Planned(NamedTuple):
+    """One line of the dry run."""
+
+    node: NodeId
+    state: Literal["committed", "runs", "continues", "waits"]
+    changed: tuple[str, ...]  # what differs from an earlier commit of the same stage and name
+    rows: int | None  # frames it takes in; an upper bound where the stages before it have not run
+    resources: str
+
+
+def run_folder(name: str, run_dir: str | None) -> Location:
+    """`--run-dir`, else `<NIGHTSEG_RUNS or ./runs>/<name of the recipe or search>`."""
+    return Location.of(run_dir) if run_dir else Location.of(os.environ.get("NIGHTSEG_RUNS") or "runs") / name
+
+
+def run(
+    recipe: Recipe,
+    folder: Location,
+    *,
+    only: str | None = None,
+    borrow: Sequence[Location] = (),
+    progress: Progress,
+) -> Outcome:
+    """Do every stage that is not committed yet; a rerun of the same recipe continues where the last one ended.
+
+    Raises UserError before the run folder is touched if the recipe cannot be a graph: no such model, no image.
+    """
+    began = time.monotonic()
+    graph = build.build_graph(recipe, only)
+    workspace = Workspace(folder, borrow)
+    with workspace.lock(), cluster.left_as_found():
+        save_recipe(recipe, folder / "recipe.yaml")
+        commits, done = _work(workspace, list(graph.nodes.values()), progress)
+        results = gather(recipe, graph, commits, done)
+        (folder / "results.json").write_json(results)
+    return Outcome(results, len(done), len(commits) - len(done), time.monotonic() - began)
+
+
+def prepare(
+    recipe: Recipe, folder: Location, nodes: Collection[NodeId], *, only: str, progress: Progress
+) -> dict[NodeId, Commit]:
+    """Do some stages of a recipe, so that other runs can borrow them: what all trials of a search share.
+
+    If there was something to do, the cluster stays connected for what comes next.
+    """
+    graph = build.build_graph(recipe, only)
+    workspace = Workspace(folder)
+    with workspace.lock():
+        commits, _ = _work(workspace, [node for node in graph.nodes.values() if node.id in nodes], progress)
+    return commits
+
+
+def _work(workspace: Workspace, nodes: Sequence[Node], progress: Progress) -> tuple[dict[NodeId, Commit], set[NodeId]]:
+    """Commit the nodes in order; returns all commits and which of them were made now."""
+    commits: dict[NodeId, Commit] = {}
+    done: set[NodeId] = set()
+    for number, node in enumerate(nodes, 1):
+        stage = _stage(workspace, node, commits)
+        commit = stage.commit()
+        if commit is None:
+            cluster.connect()
+            progress.say(f"[{number}/{len(nodes)}] {node.id}")
+            commit = node.work(Inputs(commits), stage.open(), progress)
+            done.add(node.id)
+        commits[node.id] = commit
+    return commits, done
+
+
+def plan(
+    recipe: Recipe, folder: Location, *, only: str | None = None, borrow: Sequence[Location] = ()
+) -> list[Planned]:
+    """What `run` would do, without doing any of it."""
+    workspace = Workspace(folder, borrow)
+    graph = build.build_graph(recipe, only)
+    commits: dict[NodeId, Commit] = {}
+    rows: dict[NodeId, int | None] = {}
+    lines: list[Planned] = []
+    for node in graph.nodes.values():
+        state: Literal["committed", "runs", "continues", "waits"] = "waits"
+        changed: tuple[str, ...] = ()
+        if all(need in commits for need in node.needs):
+            stage = _stage(workspace, node, commits)
+            commit = stage.commit()
+            if commit is not None:
+                state = "committed"
+                commits[node.id] = commit
+            else:
+                state = "continues" if stage.is_open() else "runs"
+                changed = _changed(stage)
+        taken = _rows_in(node, commits, rows)
+        committed = commits.get(node.id)
+        rows[node.id] = _least(committed.rows_out if committed else taken, node.most_rows)
+        lines.append(Planned(node.id, state, changed, taken, _resources(node.compute)))
+    return lines
+
+
+def _least(count: int | None, limit: int | None) -> int | None:
+    return count if limit is None or count is None else min(count, limit)
+
+
+def _stage(workspace: Workspace, node: Node, commits: dict[NodeId, Commit]) -> Stage:
+    inputs = {str(need): commits[need].content for need in node.needs}
+    return workspace.stage(
+        node.id.stage, node.id.name, version=node.version, recipe=node.recipe, inputs=inputs, seed=node.seed
+    )
+
+
+def _changed(stage: Stage) -> tuple[str, ...]:
+    """The parts of the key that differ from the nearest earlier commit: why the stage runs again."""
+    before = stage.nearest()
+    if before is None:
+        return ()
+    return tuple(_differences(stage.identity, before, ()))
+
+
+def _differences(now: Any, before: Any, path: tuple[str, ...]) -> Iterator[str]:
+    """Dotted paths of what is not the same."""
+    if isinstance(now, dict) and isinstance(before, dict):
+        for key in sorted(now.keys() | before.keys()):
+            yield from _differences(now.get(key), before.get(key), (*path, key))
+    elif now != before:
+        yield ".".join(path)
+
+
+def _rows_in(node: Node, commits: dict[NodeId, Commit], rows: dict[NodeId, int | None]) -> int | None:
+    if node.expected_rows is not None:
+        return node.expected_rows
+    if node.id in commits:
+        return commits[node.id].rows_in
+    counted = [count for need in node.takes if (count := rows[need]) is not None]
+    return sum(counted) if counted else None
+
+
+def _resources(compute: MapCompute | TrainCompute) -> str:
+    if isinstance(compute, TrainCompute):
+        count, cpus, gpus, kind = compute.workers, compute.cpus_per_worker, compute.gpus_per_worker, "worker"
+    else:
+        count, cpus, gpus, kind = compute.actors, compute.cpus_per_actor, compute.gpus_per_actor, "actor"
+    each = f"{cpus:g} CPU" + (f" + {gpus:g} GPU" if gpus else "")
+    return f"{count} {kind}{'s' if count > 1 else ''} x {each}"

@@ -1,0 +1,264 @@
+"""Ray Tune over the rounds: which loss, which selection, how many frames. Optuna proposes, ASHA stops the losers early.
+
+What all trials share (base models, translations, features) is done once, before the first trial. A search that was
+interrupted, or asked for more trials, continues: Optuna's proposals follow from its seed, so the same trials come again
+and find what they have committed. Nothing is read from Tune's own files.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
+from typing import Any, NamedTuple
+
+from nightseg.cluster import ray as cluster
+from nightseg.cluster.quiet import wants_logs
+from nightseg.errors import UserError, closest
+from nightseg.pipeline import run
+from nightseg.pipeline.graph import NodeId
+from nightseg.pipeline.trials import EPOCH, METRIC, Dimension, Search, Trials, assignments, run_trial, shared_nodes
+from nightseg.progress import Progress, Task
+from nightseg.recipe import RecipeError, load_recipe, load_settings, save_recipe
+from nightseg.storage import Commit, Location, Workspace, hash_of
+
+# What Tune reserves for the driver of a trial. Its training and its passes ask for their own CPUs, and on a small
+# machine for all of them; a request for nothing is refused, so it is a byte of memory.
+DRIVER = {"memory": 1}
+
+
+class Found(NamedTuple):
+    """The outcome of a search: trials with their values and mIoU (fractions), the best, and where it lies."""
+
+    folder: Location
+    best: dict[str, Any]
+    trials: list[dict[str, Any]]
+    best_recipe: Location
+
+
+def search(file: str, overrides: Sequence[str] = (), *, run_dir: str | None = None, progress: Progress) -> Found:
+    """Search, or continue a search. Writes trials.json and best.yaml, and one run folder a trial.
+
+    Raises UserError before anything starts when the search or its recipe is wrong; RuntimeError if no trial finished.
+    """
+    settings = load_settings(Search, file, overrides)
+    recipe_file = _beside(Location.of(file), settings.recipe)
+    _check(file, settings, recipe_file)
+    folder = run.run_folder(settings.name, run_dir)
+    with Workspace(folder).lock(), cluster.left_as_found():
+        trials = Trials(settings, folder)
+        save_recipe(load_recipe(recipe_file, settings.set), trials.recipe_file)
+        if not (folder / "trials.json").exists():
+            cluster.connect(dashboard=True)  # before a stage of the base starts a Ray without one
+        trials = _founded(trials, progress)
+        identity = hash_of([trials.name(trials.first), settings.model_dump(mode="json")])
+        rows = _finished(folder, identity)
+        if rows is None:
+            if cluster.is_local() and (folder / "trials.json").exists():
+                cluster.disconnect()
+            cluster.connect(dashboard=True)
+            rows = _tune(trials, identity, progress)
+        best = _best(rows, folder)
+        best_recipe = folder / "best.yaml"
+        save_recipe(load_recipe(trials.recipe_file, assignments(best["values"])), best_recipe)
+        content = {"identity": identity, "search": settings.model_dump(mode="json"), "best": best, "trials": rows}
+        (folder / "trials.json").write_json(content)
+    return Found(folder, best, rows, best_recipe)
+
+
+def _founded(trials: Trials, progress: Progress) -> Trials:
+    """The trials, once what they share is committed."""
+    edges = trials.edges()
+    graphs = [trials.graph(values) for values in edges]
+    shared = shared_nodes(graphs)
+    progress.say(f"{len(shared)} stages are shared by all trials and done once")
+    commits: dict[NodeId, Commit] = {}
+    for values, graph in zip(edges, graphs, strict=True):
+        if shared & graph.nodes.keys() - commits.keys():
+            recipe, place = trials.recipe(values), trials.folder / "shared"
+            commits |= run.prepare(recipe, place, shared, only=trials.settings.model, progress=progress)
+    versions = {str(node): part.version for graph in graphs for node, part in graph.nodes.items()}
+    contents = {str(node): commit.content for node, commit in commits.items()}
+    return trials._replace(foundation=hash_of([versions, contents]))
+
+
+def _finished(folder: Location, identity: str) -> list[dict[str, Any]] | None:
+    """The trials of the very same search, if it came to its end and none of them failed."""
+    try:
+        content = (folder / "trials.json").read_json()
+        is_finished = content["identity"] == identity and all(row["end"] != "failed" for row in content["trials"])
+        return list(content["trials"]) if is_finished else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _best(rows: Sequence[Mapping[str, Any]], folder: Location) -> dict[str, Any]:
+    """The best of the trials that came to their end: a trial that was stopped early has no model to show."""
+    done = [row for row in rows if row["end"] == "done"]
+    if not done:
+        errors = [str(row["error"]) for row in rows if row["error"]]
+        reason = errors[0] if errors else "none came to its last epoch"
+        raise RuntimeError(f"no trial finished: {reason}. Their run folders are in {folder / 'trials'}")
+    return dict(max(done, key=lambda row: float(row[METRIC])))
+
+
+# -- before anything starts -------------------------------------------------------------------------------------------
+
+
+def _check(file: str, settings: Search, recipe_file: Location) -> None:
+    """All that is wrong with the request, in one message: unknown model, no validation set, values no recipe takes."""
+    recipe = load_recipe(recipe_file, settings.set)
+    problems = []
+    if settings.model not in recipe.models:
+        hint, known = closest(settings.model, recipe.models), ", ".join(recipe.models) or "none"
+        problems.append(f"model: the recipe has no model {settings.model!r}{hint}; known: {known}")
+    elif not recipe.models[settings.model].validate_on:
+        problems.append(
+            f"model: {settings.model} has no validate_on, so there is no score to maximise; add "
+            f"models.{settings.model}.validate_on=[DATASET] to set, with a dataset that is not a test set"
+        )
+    else:
+        tests = {dataset: test for test, dataset in recipe.test_sets.items()}
+        problems += [
+            f"model: {settings.model} is validated on {dataset}, which is the test set {tests[dataset]}; a search that "
+            "looks at a test set spoils it: validate on other frames"
+            for dataset in recipe.models[settings.model].validate_on
+            if dataset in tests
+        ]
+    for key, dimension in settings.space.items():
+        for value in dimension.edges():
+            try:
+                load_recipe(recipe_file, [*settings.set, *assignments({key: value})])
+            except RecipeError as error:
+                details = [line.strip() for line in str(error).splitlines()]
+                problems += [f"space.{key}: {detail}" for detail in details[1:] or details]
+                break
+    if problems:
+        head = f"{file}: {len(problems)} error{'s' if len(problems) > 1 else ''}; nothing was started."
+        raise UserError("\n".join([head, *(f"  {problem}" for problem in problems)]))
+
+
+def _beside(file: Location, relative: str) -> Location:
+    """The recipe of a search, which is written relative to the search's own file."""
+    if "://" in relative or relative.startswith("~"):
+        return Location.of(relative)
+    return Location.of(os.path.join(file.parent.uri, relative))
+
+
+# -- the trials -------------------------------------------------------------------------------------------------------
+
+
+def _tune(trials: Trials, identity: str, progress: Progress) -> list[dict[str, Any]]:
+    """All trials, best first. Tune's folder holds only what TensorBoard shows, so it is written anew."""
+    import optuna
+    import ray.tune
+    from ray.tune.schedulers import ASHAScheduler
+    from ray.tune.search.optuna import OptunaSearch
+
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Tune would return as if the search were finished
+    if not wants_logs():
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # tracebacks of trials; their reasons are in the rows
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    settings, logs = trials.settings, trials.folder / "tune"
+    (logs / identity[:12]).delete()
+    epochs = trials.training(trials.first).epochs
+
+    def trial(values: dict[str, Any]) -> None:
+        run_trial(trials, values, lambda epoch, miou: ray.tune.report({METRIC: miou, EPOCH: epoch}))
+
+    with progress.task("search", settings.trials, "trials") as task:
+        tuner = ray.tune.Tuner(
+            ray.tune.with_resources(trial, DRIVER),
+            param_space={key: _domain(dimension) for key, dimension in settings.space.items()},
+            tune_config=ray.tune.TuneConfig(
+                metric=METRIC,
+                mode="max",
+                num_samples=settings.trials,
+                max_concurrent_trials=settings.concurrent,
+                search_alg=OptunaSearch(seed=settings.seed),
+                scheduler=ASHAScheduler(
+                    time_attr=EPOCH, max_t=max(epochs, settings.grace_epochs), grace_period=settings.grace_epochs
+                ),
+                trial_dirname_creator=_folder_names(),
+            ),
+            run_config=ray.tune.RunConfig(
+                name=identity[:12], storage_path=logs.uri, verbose=0, callbacks=[_progress_callback(task)]
+            ),
+        )
+        with redirect_stdout(io.StringIO()):  # a box of settings, and a wrong hint where TensorBoard finds the trials
+            grid = tuner.fit()
+    rows = [_row(trials, result, epochs) for result in grid]
+    return sorted(rows, key=lambda row: (row["end"] != "done", -(row[METRIC] or 0.0)))
+
+
+def _row(trials: Trials, result: Any, epochs: int) -> dict[str, Any]:
+    metrics, values = result.metrics or {}, {key: (result.config or {}).get(key) for key in trials.settings.space}
+    reached = int(metrics.get(EPOCH, 0))
+    return {
+        "trial": trials.name(values),
+        "values": values,
+        METRIC: metrics.get(METRIC),
+        "epochs": reached,
+        "end": "failed" if result.error else "done" if reached >= epochs else "stopped",
+        "seconds": metrics.get("time_total_s"),
+        "error": _reason(str(result.error)) if result.error else None,
+    }
+
+
+def _reason(trace: str) -> str:
+    """The message of a trial's error. Tune hands over its traceback; that also lies in the folder of the trial."""
+    message = trace.rpartition(f"{UserError.__module__}.{UserError.__name__}: ")[2]
+    return message.strip() if message != trace else trace.strip().rpartition("\n")[2]
+
+
+def _folder_names() -> Callable[[Any], str]:
+    """How a trial is called in TensorBoard: its number and its values."""
+    numbers: dict[str, int] = {}
+
+    def name(trial: Any) -> str:
+        number = numbers.setdefault(trial.trial_id, len(numbers) + 1)
+        values = {key.rpartition(".")[2]: value for key, value in trial.config.items()}
+        words = [
+            f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in values.items()
+        ]
+        return re.sub(r"[^\w.=,+-]", "_", ",".join([f"{number:03d}", *words]))[:120]
+
+    return name
+
+
+def _progress_callback(task: Task) -> Any:
+    import ray.tune
+
+    class Advance(ray.tune.Callback):  # type: ignore[misc]
+        """Advances the task at the end of each trial. Tune pickles its callbacks; the task stays here."""
+
+        best: float | None = None
+
+        def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Mapping[str, Any], **_: Any) -> None:
+            if METRIC in result:
+                self.best = max(float(result[METRIC]), self.best or 0.0)
+                task.advance(0, best=self.best)
+
+        def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+            task.advance(1)
+
+        def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+            task.advance(1)
+
+        def __reduce__(self) -> tuple[Callable[[], object], tuple[()]]:
+            return object, ()
+
+    return Advance()
+
+
+def _domain(dimension: Dimension) -> Any:
+    import ray.tune
+
+    if dimension.uniform:
+        return ray.tune.uniform(*dimension.uniform)
+    if dimension.log_uniform:
+        return ray.tune.loguniform(*dimension.log_uniform)
+    return ray.tune.choice(dimension.choice)

@@ -1,0 +1,136 @@
+"""The whole recipe: datasets, translators, models, test sets, and what is to be made of them."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+from pydantic import Discriminator, Field, Tag
+
+from nightseg.cluster.settings import MapCompute, TrainCompute
+from nightseg.data.settings import Dataset
+from nightseg.segmenter.settings import Inference, Loss, Network, Threshold, Training
+from nightseg.selection.settings import ExtractorName, Selection
+from nightseg.settings import NAME_PATTERN, Fraction, Name, Positive, Strict
+from nightseg.translators.settings import (
+    ColourTranslator,
+    CommandTranslator,
+    FourierTranslator,
+    PhotometricTranslator,
+    translator_kind,
+)
+from nightseg.unit.settings import Translator
+
+AnyTranslator = Annotated[
+    Annotated[Translator, Tag("unit")]
+    | Annotated[PhotometricTranslator, Tag("photometric")]
+    | Annotated[FourierTranslator, Tag("fourier")]
+    | Annotated[ColourTranslator, Tag("colour")]
+    | Annotated[CommandTranslator, Tag("command")],
+    Discriminator(translator_kind),
+]
+
+
+class Compute(Strict):
+    """Resources of the run; they come from here and nowhere else."""
+
+    train: TrainCompute = TrainCompute()
+    map: MapCompute = MapCompute()
+
+
+class SelfTraining(Strict):
+    """Pseudo-labels of a teacher on a pool of unlabelled frames, added to the train sets."""
+
+    pool: Name
+    teacher: Name | None = Field(default=None, description="null = the model this one starts from")
+    select: Selection | None = Field(default=None, description="null = every frame of the pool")
+    threshold: Threshold = Threshold()
+    inference: Inference | None = Field(default=None, description="how the teacher looks; null = the recipe's")
+
+
+class TestRow(Strict):
+    """One published number that this model and test set reproduce."""
+
+    row: str = ""
+    published_miou: Annotated[float, Field(ge=0, le=100)] | None = Field(default=None, description="percent")
+
+
+class Model(Strict):
+    """One segmenter: its data, its start, its teacher and selection, its loss."""
+
+    train: Annotated[list[Name], Field(min_length=1)]
+    validate_on: list[Name] = []
+    start: str = Field(
+        default="imagenet", description="imagenet, scratch, another model's name, or a model folder (a/path)"
+    )
+    self_training: SelfTraining | None = None
+    rounds: Positive = Field(default=1, description="repeat the self-training this many times, each from the last")
+    network: Network | None = Field(default=None, description="null = the recipe's")
+    loss: Loss | None = Field(default=None, description="null = the recipe's")
+    training: Training | None = Field(default=None, description="null = the recipe's")
+    test: dict[Name, TestRow] | None = Field(default=None, description="test sets; null = all of the recipe")
+
+
+class Evaluation(Strict):
+    """What is measured on the test sets beside PA, CA, mIoU and FWIoU."""
+
+    boundary: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None, description="distance of boundary IoU, a share of the diagonal (0.02 in its paper); null = none"
+    )
+
+
+class Prediction(Strict):
+    """Frames without labels that the report and the user want to see segmented."""
+
+    dataset: Name
+    model: Name
+
+
+class Judgement(Strict):
+    """How good a translated dataset is: distances to real frames, and how much of the labels survives."""
+
+    judge: Name | None = Field(
+        default=None, description="segmenter that never saw a translated frame; null = the recipe's first model"
+    )
+    real: Name | None = Field(
+        default=None, description="real frames of the domain translated to; null = those of the translator"
+    )
+    extractor: ExtractorName | None = Field(
+        default=None, description="of FID and KID; null = that of the recipe's selections, else efficientnet_lite0"
+    )
+    extractor_weights: str | None = Field(default=None, description="file with its weights")
+
+
+class Recipe(Strict):
+    """Everything a run does. Sections name things; `nightseg run --dry-run` prints the graph they make."""
+
+    name: Name
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    taxonomy: str = "cityscapes19"
+    max_bad_fraction: Fraction = 0.01
+    compute: Compute = Compute()
+    roots: dict[Name, str] = Field(default={}, description="folders that dataset roots refer to as {name}")
+    datasets: Annotated[dict[Name, Dataset], Field(min_length=1)]
+    translators: dict[Name, AnyTranslator] = {}
+    network: Network = Network()
+    loss: Loss = Loss()
+    training: Training = Training()
+    inference: Inference = Inference()
+    models: dict[Name, Model] = {}
+    test_sets: dict[Name, Name] = Field(default={}, description="name in the tables -> dataset")
+    evaluation: Evaluation = Evaluation()
+    predictions: dict[Name, Prediction] = {}
+    translations: dict[Name, Judgement] = Field(default={}, description="translated dataset -> how to judge it")
+
+    def network_of(self, model: Model) -> Network:
+        return model.network or self.network
+
+    def loss_of(self, model: Model) -> Loss:
+        return model.loss or self.loss
+
+    def training_of(self, model: Model) -> Training:
+        return model.training or self.training
+
+
+def is_name(text: str) -> bool:
+    return re.fullmatch(NAME_PATTERN[1:-1], text) is not None

@@ -1,0 +1,1 @@
+"""Semantic FPN: settings, network, loss, data, training, prediction."""

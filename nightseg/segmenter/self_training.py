@@ -1,0 +1,170 @@
+"""Which pixels of a pseudo-label are kept, and the signs that a teacher has collapsed.
+
+Thresholds are a function of per-class confidence histograms alone, so they can be recomputed from committed tables
+without looking at a pixel. Confidence is the softmax probability of the chosen class, in [0, 1]; its bin is
+floor(256 c), and class-balanced thresholds lie on bin edges, so a histogram tail counts exactly the pixels kept.
+
+HW = height, width; K = number of classes; B = 256 bins.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from nightseg.data.taxonomy import IGNORE
+from nightseg.storage import UserError
+
+NUM_BINS = 256
+CONFIDENCE_STRIDE = 4  # the segmenter's logits have stride 4: a finer map holds nothing new
+
+# Signs of a collapsed teacher. They warn, the user decides; only an empty result stops the stage.
+DOMINANT_SHARE = 0.9
+SMALL_KEPT_SHARE = 0.05
+RARE_SHARE = 1e-4  # the rarest of the 19 Cityscapes classes has ten times as many pixels
+
+Rule = Literal["none", "fixed", "class_balanced"]
+Labels = npt.NDArray[np.uint8]
+Counts = npt.NDArray[np.int64]
+Confidence = npt.NDArray[np.float32]
+
+
+class KeptPixels(NamedTuple):
+    """Pixels per class before and after the threshold, over all frames of a pseudo-labelled set."""
+
+    predicted: Counts  # (K,)
+    kept: Counts  # (K,)
+
+    @property
+    def share(self) -> float:
+        """Kept share of all pixels, a fraction; 0 without a pixel."""
+        total = int(self.predicted.sum())
+        return int(self.kept.sum()) / total if total else 0.0
+
+    @property
+    def share_by_class(self) -> list[float | None]:
+        """Kept share of each class's pixels, a fraction; None where the class was never predicted."""
+        pairs = zip(self.kept.tolist(), self.predicted.tolist(), strict=True)
+        return [kept / predicted if predicted else None for kept, predicted in pairs]
+
+
+def confidence_bins(confidence_HW: Confidence) -> Labels:
+    """Confidence in [0, 1] -> uint8 bin; 1.0 shares the last bin."""
+    bins_HW: Labels = np.minimum(confidence_HW * np.float32(NUM_BINS), NUM_BINS - 1).astype(np.uint8)
+    return bins_HW
+
+
+def bins_to_confidence(bins_HW: Labels) -> Confidence:
+    """Lower edge of each bin: exact in float32, so comparing it with a threshold on a bin edge is exact too."""
+    return bins_HW.astype(np.float32) / np.float32(NUM_BINS)
+
+
+def confidence_histogram(labels_HW: Labels, confidence_HW: Confidence, num_classes: int) -> Counts:
+    """Pixels by class and confidence bin, int64 (K, B). Labels are train ids below `num_classes`."""
+    index = labels_HW.astype(np.intp) * NUM_BINS + confidence_bins(confidence_HW)
+    counts = np.bincount(index.reshape(-1), minlength=num_classes * NUM_BINS)
+    assert counts.size == num_classes * NUM_BINS, "a label outside the taxonomy"
+    return counts.reshape(num_classes, NUM_BINS).astype(np.int64)
+
+
+def class_thresholds(kind: Rule, *, confidence: float, share: float, histograms_KB: Counts) -> npt.NDArray[np.float64]:
+    """Least confidence kept for each class, float64 (K,) in [0, 1].
+
+    `none` keeps every pixel, `fixed` those with at least `confidence`. `class_balanced` lowers the bar of each class
+    to the largest bin edge that still keeps `share` of its pixels, and never raises it above `confidence`
+    (class-balanced self-training, arXiv 1810.07911, with an upper limit): hard classes are not starved by easy ones.
+    A class without a pixel gets the limit.
+    """
+    num_classes = histograms_KB.shape[0]
+    match kind:
+        case "none":
+            return np.zeros(num_classes)
+        case "fixed":
+            return np.full(num_classes, confidence)
+        case "class_balanced":
+            limit = min(int(confidence * NUM_BINS), NUM_BINS - 1)
+            quantiles = [_share_bin(histogram_B, share) for histogram_B in histograms_KB]
+            return np.array([min(limit, NUM_BINS - 1 if q is None else q) / NUM_BINS for q in quantiles])
+
+
+def _share_bin(histogram_B: Counts, share: float) -> int | None:
+    """The largest bin such that the pixels in it and above are at least `share` of all; None without a pixel."""
+    total = int(histogram_B.sum())
+    if total == 0:
+        return None
+    needed = math.ceil(share * total - 1e-6)  # 0.7 * 10 must ask for 7 pixels, whatever the last bit says
+    tail_B = np.cumsum(histogram_B[::-1])[::-1]  # pixels in bin b or above, falls with b
+    return int(np.flatnonzero(tail_B >= needed)[-1])
+
+
+def apply_thresholds(labels_HW: Labels, confidence_HW: Confidence, thresholds_K: npt.NDArray[np.float64]) -> Labels:
+    """Train ids with 255 (ignored) where the confidence is below the threshold of the pixel's class."""
+    # The comparison is in float64: a float32 threshold of 0.9 would also keep pixels just below 0.9.
+    keep_HW = confidence_HW >= thresholds_K[labels_HW]
+    return np.where(keep_HW, labels_HW, np.uint8(IGNORE))
+
+
+def kept_of_histograms(histograms_KB: Counts, thresholds_K: npt.NDArray[np.float64]) -> KeptPixels:
+    """What thresholds on bin edges keep, read off the histograms: re-thresholding without pixels."""
+    first = np.ceil(thresholds_K * NUM_BINS).astype(np.intp)
+    kept = [int(histogram_B[bin_:].sum()) for histogram_B, bin_ in zip(histograms_KB, first, strict=True)]
+    return KeptPixels(histograms_KB.sum(axis=1), np.array(kept, dtype=np.int64))
+
+
+def confidence_preview(confidence_HW: Confidence) -> Labels:
+    """Mean confidence of each 4x4 block as uint8 [0, 255] (255 = certain), for the grey PNG kept as evidence."""
+    stride = CONFIDENCE_STRIDE
+    height, width = confidence_HW.shape
+    padding = ((0, -height % stride), (0, -width % stride))
+    padded = np.pad(confidence_HW, padding, mode="edge")
+    blocks = padded.reshape(padded.shape[0] // stride, stride, padded.shape[1] // stride, stride)
+    preview: Labels = np.rint(blocks.mean(axis=(1, 3), dtype=np.float64) * 255).astype(np.uint8)
+    return preview
+
+
+def guard(pixels: KeptPixels, classes: Sequence[str]) -> list[str]:
+    """Warnings about pseudo-labels that would teach the student to forget; empty when all is well.
+
+    Raises UserError when no pixel at all is kept: there is nothing to learn from.
+    """
+    predicted, kept = pixels.predicted, pixels.kept
+    if int(kept.sum()) == 0:
+        raise UserError(
+            f"the pseudo-labels keep none of {int(predicted.sum()):,} pixels: the teacher is nowhere as confident as "
+            "the threshold asks; lower `self_training.threshold.confidence`, or use `kind: class_balanced`"
+        )
+    warnings = []
+    shares = kept / kept.sum()
+    top = int(np.argmax(shares))
+    if shares[top] > DOMINANT_SHARE:
+        warnings.append(
+            f"{classes[top]} takes {shares[top]:.1%} of the kept pixels: the student will learn little else; "
+            "look at the teacher's predictions, or use `kind: class_balanced` with a lower `share`"
+        )
+    if pixels.share < SMALL_KEPT_SHARE:
+        warnings.append(
+            f"only {pixels.share:.2%} of the pixels are kept: the teacher is unsure of these frames; "
+            "lower the threshold or select frames closer to what it knows"
+        )
+    rare = predicted < RARE_SHARE * predicted.sum()
+    vanished = [name for name, is_rare, now in zip(classes, rare, kept, strict=True) if not is_rare and now == 0]
+    if vanished:
+        warnings.append(
+            f"the threshold removes every pixel of {_names(vanished)}: the student sees no example in the new frames; "
+            "`kind: class_balanced` keeps a share of every class"
+        )
+    unseen = [name for name, is_rare in zip(classes, rare, strict=True) if is_rare]
+    if unseen:
+        warnings.append(
+            f"the teacher hardly ever predicts {_names(unseen)} on these frames (less than {RARE_SHARE:.2%} of the "
+            "pixels): it may have lost what it knew of them, and the student will not learn it here"
+        )
+    return warnings
+
+
+def _names(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

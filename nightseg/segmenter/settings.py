@@ -1,0 +1,197 @@
+"""What a recipe may say about a segmenter: network, loss, training, inference, thresholds of pseudo-labels."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from nightseg.errors import closest
+from nightseg.settings import Fraction, Positive, Size, Strict
+
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+BOTTLENECK_RESNETS = RESNETS[2:]
+ENCODERS = (*RESNETS, "efficientnet_lite0")
+
+
+def known_encoder(name: str) -> str:
+    """The name, if there may be such an encoder; timm's are looked up before anything runs, but not here."""
+    if name not in ENCODERS and not name.startswith("timm/"):
+        raise ValueError(f"unknown encoder {name!r}{closest(name, ENCODERS)}; one of {', '.join(ENCODERS)}, timm/NAME")
+    return name
+
+
+class Network(Strict):
+    """Semantic FPN: encoder, and the size frames are resized to before training and inference."""
+
+    encoder: Annotated[str, AfterValidator(known_encoder)] = Field(
+        default="resnet101", description="a ResNet, efficientnet_lite0, or timm/NAME with maps at strides 4, 8, 16, 32"
+    )
+    encoder_weights: str | None = Field(default=None, description="local file with ImageNet weights of the encoder")
+    input_size: Size | None = Field(default=None, description="(height, width) frames are resized to; null = native")
+    pyramid_channels: Positive = 256
+    head_channels: Positive = 128
+    norm: Literal["batch", "frozen", "sync"] = Field(
+        default="batch",
+        description="the encoder's batch norms learn from a worker's batch, not at all, or from all workers' (GPUs)",
+    )
+    freeze_at: Annotated[int, Field(ge=0, le=5)] = Field(
+        default=0, description="first stages of a ResNet that do not learn; 1 = stem, 2 = stem and res2, ..."
+    )
+    stride_in_1x1: bool = Field(
+        default=False,
+        description="stages halve the size in a 1x1 convolution, as MSRA's weights want (resnet50 and up)",
+    )
+    backend: Literal["torchvision", "detectron2"] = Field(
+        default="torchvision", description="whose modules compute; detectron2 must be installed for its own"
+    )
+
+    @model_validator(mode="after")
+    def _settings_that_an_encoder_has(self) -> Network:
+        if self.stride_in_1x1 and self.encoder not in BOTTLENECK_RESNETS:
+            raise ValueError(f"stride_in_1x1 is for {', '.join(BOTTLENECK_RESNETS)}, not for {self.encoder}")
+        if self.freeze_at and self.encoder not in RESNETS:
+            raise ValueError(f"freeze_at counts the stages of {', '.join(RESNETS)}, not of {self.encoder}")
+        if self.backend == "detectron2" and self.encoder not in RESNETS:
+            raise ValueError(f"backend detectron2 computes {', '.join(RESNETS)}, not {self.encoder}")
+        return self
+
+    def architecture(self) -> dict[str, Any]:
+        """What is built, as arguments of `build_semantic_fpn`; a model card repeats it."""
+        keys = ("encoder", "pyramid_channels", "head_channels", "norm", "freeze_at", "stride_in_1x1", "backend")
+        return {key: getattr(self, key) for key in keys}
+
+    def identity(self) -> dict[str, Any]:
+        """What a stage's result follows from. Later settings count only where they say something, so that stages which
+        were done before there were such settings keep their keys."""
+        whole = self.model_dump(mode="json")
+        later = {"norm": "batch", "freeze_at": 0, "stride_in_1x1": False, "backend": "torchvision"}
+        return {key: value for key, value in whole.items() if key not in later or value != later[key]}
+
+
+class Inference(Strict):
+    """How a trained model looks at frames in evaluation, pseudo-labels, predictions. Validation sees whole frames."""
+
+    window: Size | None = Field(default=None, description="(height, width) of a sliding window; null = whole frames")
+    overlap: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.25, description="share of a window covered again")
+    flip: bool = Field(default=False, description="look at the mirrored frame as well; probabilities are averaged")
+    scales: Annotated[tuple[Annotated[float, Field(gt=0, le=4)], ...], Field(min_length=1)] = Field(
+        default=(1.0,), description="factors of the input size, one look each; probabilities are averaged"
+    )
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+    @model_validator(mode="after")
+    def _every_scale_once(self) -> Inference:
+        if len(set(self.scales)) != len(self.scales):
+            raise ValueError("a scale stands there twice, which would count its look double")
+        return self
+
+
+class HardExamples(Strict):
+    """Learn from the hardest pixels of each frame only: a share of them, or those below a confidence."""
+
+    share: Annotated[float, Field(gt=0, le=1)] | None = Field(default=None, description="of a frame's valid pixels")
+    confidence: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None, description="learn from pixels whose true class has at most this probability"
+    )
+    least: Positive = Field(default=10_000, description="with confidence: pixels of a frame learned from in any case")
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> HardExamples:
+        if (self.share is None) == (self.confidence is None):
+            raise ValueError("give exactly one of share and confidence")
+        return self
+
+
+class Loss(Strict):
+    """Cross-entropy, focal, or alpha CE + (1 - alpha) w focal (thesis section 3)."""
+
+    kind: Literal["cross_entropy", "focal", "combined"] = "cross_entropy"
+    alpha: Fraction = 0.5
+    gamma: Annotated[float, Field(ge=0)] = 2.0
+    focal_weight: Annotated[float, Field(gt=0)] = 1.0
+    class_weights: dict[str, Annotated[float, Field(ge=0)]] | list[Annotated[float, Field(ge=0)]] | None = Field(
+        default=None, description="class name -> weight (others weigh 1), or a weight for every class in order"
+    )
+    hard_examples: HardExamples | None = Field(default=None, description="null = learn from every valid pixel")
+    strips: Annotated[int, Field(ge=4, multiple_of=4)] | None = Field(
+        default=None, description="rows of full-size logits held at a time (16 is good): less memory; null = all"
+    )
+
+
+class Augmentation(Strict):
+    """Joint image and label transforms, drawn from (seed, epoch, frame)."""
+
+    scale: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.5, 2.0)
+    flip: Fraction = 0.5
+    brightness: Fraction = 0.0
+    contrast: Fraction = 0.0
+    saturation: Fraction = 0.0
+    noise: Fraction = Field(default=0.0, description="largest standard deviation of the noise, as a share of white")
+
+
+Preset = Literal["thesis", "detectron2"]
+
+
+class Training(Strict):
+    """The optimisation of one segmenter."""
+
+    preset: Preset | None = Field(
+        default=None, description="values to start from (recipe/presets.py); what stands beside it in the recipe wins"
+    )
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: Annotated[float, Field(gt=0)] = 0.01
+    encoder_rate: Annotated[float, Field(gt=0)] = Field(
+        default=1.0, description="learning rate of the encoder, as a multiple of learning_rate"
+    )
+    head_rate: Annotated[float, Field(gt=0)] = Field(
+        default=1.0, description="learning rate of all that follows the encoder, as a multiple of learning_rate"
+    )
+    momentum: Fraction = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    decay_biases: bool = Field(default=False, description="biases of convolutions are decayed too, as in detectron2")
+    batch: Positive = Field(default=4, description="frames of one step, over all workers")
+    accumulate: Positive = Field(
+        default=1, description="parts in which a worker takes its frames of a step: less memory"
+    )
+    epochs: Positive = 60
+    steps_per_epoch: Positive | None = Field(default=None, description="null = one pass over the frames")
+    warmup_steps: Annotated[int, Field(ge=0)] = 200
+    decay: Literal["poly", "step", "cosine"] = Field(default="poly", description="how the learning rate falls, once")
+    poly_power: Annotated[float, Field(ge=0)] = 0.9
+    decay_at: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(min_length=1)] = Field(
+        default=[2 / 3, 8 / 9], description="step: shares of the training after which the rate falls"
+    )
+    decay_factor: Annotated[float, Field(gt=0, lt=1)] = Field(default=0.1, description="step: what it falls by")
+    clip_norm: Annotated[float, Field(gt=0)] | None = Field(default=None, description="largest norm of the gradient")
+    average: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0,
+        description="decay of the running mean of the weights, which becomes the model; 0 = the last weights",
+    )
+    crop: Size = (512, 1024)
+    freeze_batch_norm: bool = False
+    precision: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = Field(default=False, description="torch.compile the network: slow first steps, then faster ones")
+    validate_every: Positive = Field(default=1, description="epochs between validations")
+    checkpoint_every: Positive | None = Field(
+        default=None, description="steps between checkpoints; null = after each epoch, and every ten minutes in one"
+    )
+    augmentation: Augmentation = Augmentation()
+
+    @model_validator(mode="after")
+    def _holds_together(self) -> Training:
+        if self.preset is not None:
+            raise ValueError("presets are filled in when a recipe file is read; in Python use recipe.presets")
+        if self.decay_at != sorted(set(self.decay_at)):
+            raise ValueError("decay_at: the shares must rise")
+        if self.batch % self.accumulate:
+            raise ValueError(f"batch {self.batch} cannot be taken in {self.accumulate} equal parts (accumulate)")
+        return self
+
+
+class Threshold(Strict):
+    """Which pixels of a pseudo-label are kept; the rest becomes 255."""
+
+    kind: Literal["none", "fixed", "class_balanced"] = "class_balanced"
+    confidence: Fraction = Field(default=0.9, description="fixed: least confidence kept; class_balanced: upper limit")
+    share: Fraction = Field(default=0.6, description="class_balanced: share of each class's pixels that is kept")

@@ -1,0 +1,1 @@
+"""Which unlabelled frames to learn from: features, distances, choices."""

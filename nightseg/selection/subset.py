@@ -1,0 +1,223 @@
+"""The frames of a pool that together are closest to a reference: the subset with the smallest FID, and a certificate.
+
+The FID of a subset is what "give me 1,600 frames by FID" asks for. Let the frames have weights w >= 0 that sum to 1.
+Then, for a reference N(m2, C2) with C2 = R R^T,
+
+    F(w) = sum_i w_i |x_i - m2|^2 + tr C2 - 2 tr (R^T C(w) R)^1/2
+
+is the squared Frechet distance of the weighted frames, C(w) their covariance with divisor 1. C(w) is concave in w and
+tr (.)^1/2 is monotone and concave, so F is convex. A subset of k frames is a corner of the polytope {0 <= w_i <= 1/k},
+so a minimum over the polytope is below the FID of every subset: minimised by Frank and Wolfe's method (1956; Jaggi,
+2013), whose linear step is "take the k frames with the smallest gradient". Every gradient met on the way bounds F from
+below at all corners, and so does every mean of them. Where k is at most r, a larger function takes the place of F and
+bounds it more closely (measures/convex.py). The weights are then rounded to a subset, which exchanges improve.
+
+N frames, d dimensions, r columns of R that matter, k = count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from nightseg.selection.convex import Point, Problem, between
+from nightseg.selection.exchange import BREADTHS, exchanged
+from nightseg.selection.frechet import Gaussian, gaussian_distance, gaussian_of_moments
+from nightseg.selection.limits import NO_LIMITS, Limits
+from nightseg.storage import UserError
+
+Floats = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.int64]
+
+TIGHT_ENOUGH: Final = 1e-3
+"""Relative distance of the bound at which the search ends: frames that differ by less do not differ."""
+
+_ITERATIONS: Final = (45, 1000)  # fewest, most; in between as many as their work allows
+_ROUNDS: Final = (12, 150)  # of exchanges, likewise
+_MEMORIES: Final = (0.0, 0.8, 0.95)  # of the running means of gradients that give bounds
+_LONGEST_STEP = 0.99  # a step of 1 would end at a corner, where the covariance may be singular and has no gradient
+_SHORTEST_STEP = 1e-9
+
+
+def ranking(scores: npt.ArrayLike, frame_ids: Sequence[str]) -> Indices:
+    """Positions from the smallest score to the largest; equal scores in order of frame id, whatever the pool's order.
+
+    Raises ValueError for scores that are not finite.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    assert values.shape == (len(frame_ids),), (values.shape, len(frame_ids))
+    if not np.isfinite(values).all():
+        raise ValueError(f"{int((~np.isfinite(values)).sum())} of {len(values)} scores are not finite")
+    return np.array(sorted(range(len(values)), key=lambda row: (values[row], frame_ids[row])), dtype=np.int64)
+
+
+def check_count(count: int, pool: int) -> None:
+    """Raise UserError for a number of frames that a pool cannot give."""
+    if count < 1:
+        raise UserError(f"count is {count}, it must be 1 or more")
+    if count > pool:
+        raise UserError(
+            f"the pool has {pool} frames, {count} were asked for: lower `count`, add frames to the pool,"
+            " or leave `select` out to learn from every frame"
+        )
+
+
+class Subset(NamedTuple):
+    """A choice of rows, and how close to the best possible one it is."""
+
+    indices: Indices  # (count,), the surest first
+    fid: float  # squared Frechet distance to the reference, covariance divided by count: what the bound is about
+    lower_bound: float  # no choice of as many rows has a smaller `fid`
+    fid_unbiased: float  # covariance divided by count - 1, as pytorch-fid; NaN for one row
+    influence: Floats  # (N,) gradient at the fractional solution: what adding each row would change, up to a constant
+
+
+def select_subset(
+    features: npt.ArrayLike,
+    mean: npt.ArrayLike,
+    cov: npt.ArrayLike,
+    count: int,
+    *,
+    limits: Limits = NO_LIMITS,
+    watch: Callable[[float, float], None] = lambda fid, lower_bound: None,
+) -> Subset:
+    """The `count` rows of (N, d) features whose FID to the reference `mean` (d,), `cov` (d, d) is smallest, or nearly.
+
+    How nearly, `lower_bound` says. `limits` are respected; the bound holds for all choices under their quota. `watch`
+    is told the fractional value and the bound after each iteration. In float64, with memory for a few (N, d) arrays.
+    Raises UserError if the pool, or the pool under its limits, has too few rows; ValueError for values not finite.
+    """
+    rows_ND = np.asarray(features, dtype=np.float64)
+    reference = gaussian_of_moments(mean, cov)
+    if rows_ND.ndim != 2 or rows_ND.shape[1] != len(reference.mean):
+        raise ValueError(f"expected features of shape (N, {len(reference.mean)}), got {rows_ND.shape}")
+    if not np.isfinite(rows_ND).all():
+        raise ValueError("some features are not finite")
+    check_count(count, len(rows_ND))
+    limits.check(count)
+
+    problem = Problem.of(rows_ND, reference, count)
+    weights_N, influence_N, lower_bound = _minimise(problem, count, limits.without_gap(), watch)
+    surest = np.lexsort((influence_N, -np.round(weights_N * count, 9)))
+    starts = [limits.filled(order, count) for order in _starts(problem, surest, influence_N)]
+    start = min(starts, key=lambda rows: problem.value(problem.at(rows)))
+    chosen = _improve(problem, start, limits, lower_bound)
+    # Best first, so that a shorter choice can be cut from a longer one.
+    place = np.empty(len(rows_ND), dtype=np.int64)
+    place[surest] = np.arange(len(rows_ND))
+    chosen = chosen[np.argsort(place[chosen], kind="stable")]
+
+    fid = _subset_fid(rows_ND[chosen], reference, divisor=count)
+    unbiased = _subset_fid(rows_ND[chosen], reference, divisor=count - 1) if count > 1 else float("nan")
+    return Subset(chosen, fid, min(max(lower_bound, 0.0), fid), unbiased, influence_N)
+
+
+def _subset_fid(rows_kD: Floats, reference: Gaussian, divisor: int) -> float:
+    mean_D = rows_kD.mean(axis=0)
+    return gaussian_distance(Gaussian(mean_D, (rows_kD - mean_D).T / np.sqrt(divisor)), reference)
+
+
+def _starts(problem: Problem, surest: Indices, influence_N: Floats) -> Iterator[Indices]:
+    """Orders whose beginnings are worth a try: by weight, by gradient, by distance to the reference's mean."""
+    yield surest
+    yield np.argsort(influence_N, kind="stable")
+    yield np.argsort(problem.distance_N, kind="stable")
+
+
+# -- the fractional solution -----------------------------------------------------------------------------------------
+
+
+def _minimise(
+    problem: Problem, count: int, limits: Limits, watch: Callable[[float, float], None]
+) -> tuple[Floats, Floats, float]:
+    """Weights (N,) near the minimum, the gradient there, and the best lower bound met on the way.
+
+    The start, all rows alike, may break a quota. It does no harm: a tangent bounds F at every corner, wherever it is.
+    """
+    size = len(problem.distance_N)
+    weights_N = np.full(size, 1 / size)
+    point = problem.at(np.arange(size))
+    tangents = [_Tangents(memory) for memory in _MEMORIES]
+    lower_bound, share = -np.inf, 0.5
+    for _ in range(problem.affordable(*_ITERATIONS)):
+        value, gradient_N = problem.gradient(point)
+        corners = []
+        for tangent in tangents:
+            tangent.add(value - float(gradient_N @ weights_N), gradient_N)
+            corners.append(limits.first(np.argsort(tangent.slope_N, kind="stable"), count))
+            below = tangent.offset + float(tangent.slope_N[corners[-1]].mean()) - problem.doubt
+            lower_bound = max(lower_bound, below)
+        watch(value, lower_bound)
+        if value - lower_bound <= TIGHT_ENOUGH / 2 * max(value, 0.0):
+            break
+        # The corner of a mean gradient zigzags less; where it leads upwards, the gradient's own is taken.
+        slopes = [float(gradient_N[corner].mean() - gradient_N @ weights_N) for corner in corners]
+        choice = max((i for i in range(len(slopes)) if slopes[i] <= slopes[0] / 2), default=0)
+        end = problem.at(corners[choice])
+        share = _line_search(problem, point, end, value, slopes[choice], share)
+        if share == 0.0:  # no step is better: rounding is all that is left of the gap
+            break
+        weights_N *= 1 - share
+        weights_N[corners[choice]] += share / count
+        point = between(point, end, share)
+    return weights_N, gradient_N, lower_bound
+
+
+class _Tangents:
+    """A running mean of tangents offset + slope . w, each of which lies below F; with memory 0 the latest one."""
+
+    def __init__(self, memory: float) -> None:
+        self.memory = memory
+        self.total = 0.0
+        self.offset = 0.0
+        self.slope_N: Floats = np.zeros(0)
+
+    def add(self, offset: float, slope_N: Floats) -> None:
+        self.total = self.memory * self.total + 1.0
+        share = 1.0 / self.total
+        self.offset += share * (offset - self.offset)
+        self.slope_N = slope_N.copy() if share == 1.0 else self.slope_N + share * (slope_N - self.slope_N)
+
+
+def _line_search(problem: Problem, start: Point, end: Point, value: float, slope: float, guess: float) -> float:
+    """A share in (0, 1) of the way to `end` that lowers F, of known value and slope at the start; 0.0 if none does.
+
+    The minimum of the parabola through them and one more value: every evaluation costs the eigenvalues of a matrix.
+    """
+    share = min(max(guess, 1e-4), _LONGEST_STEP)
+    while share >= _SHORTEST_STEP:
+        reached = problem.value(between(start, end, share))
+        curvature = (reached - value - slope * share) / share**2
+        best = min(-slope / (2 * curvature), _LONGEST_STEP) if curvature > 0 else _LONGEST_STEP
+        if abs(best - share) < 0.1 * share and reached < value:
+            return share
+        better = problem.value(between(start, end, best))
+        if min(reached, better) < value:
+            return best if better <= reached else share
+        share = min(share, best) / 4
+    return 0.0
+
+
+# -- from weights to rows --------------------------------------------------------------------------------------------
+
+
+def _improve(problem: Problem, chosen: Indices, limits: Limits, lower_bound: float) -> Indices:
+    """The chosen rows after rounds of exchanges, of ever more rows, while they lower F and the bound is not near."""
+    value = problem.value(problem.at(chosen))
+    breadths = iter(BREADTHS)
+    breadth = next(breadths)
+    for _ in range(problem.affordable(*_ROUNDS)):
+        if value - lower_bound <= TIGHT_ENOUGH * value:
+            break
+        better = exchanged(problem, chosen, value, limits, breadth)
+        reached = problem.value(problem.at(better))
+        if reached < value:
+            chosen, value = better, reached
+        elif (broader := next(breadths, None)) is not None:
+            breadth = broader
+        else:
+            break
+    return chosen

@@ -1,0 +1,199 @@
+"""The folder a stage works in until it is committed. Finished shards survive any crash, open ones are done again."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any, NoReturn
+
+import pyarrow as pa
+
+from nightseg.errors import UserError
+from nightseg.progress import printable
+from nightseg.storage.commit import Commit, Output, code_version, outputs_below, read_commit, table_paths, write_commit
+from nightseg.storage.faults import fault_point
+from nightseg.storage.paths import Location, canonical_json, sha256_of
+from nightseg.storage.tables import format_table, table_rows
+
+QUARANTINE = "quarantine"
+SHARDS_NAME = "_shards"
+PLAN_NAME = "plan.json"
+_LOG = logging.getLogger("nightseg.storage")
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """A finished shard: input rows, seconds of work, and its part of each table."""
+
+    index: int
+    rows_in: int
+    seconds: float
+    tables: Mapping[str, Output]
+
+    def rows(self, table: str) -> int:
+        """Rows of this shard's part of the table; 0 if it wrote no such table."""
+        return self.tables[table].rows or 0 if table in self.tables else 0
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """Where a stage works. Picklable: workers receive it and write shards. All names in it are deterministic."""
+
+    folder: Location
+    stage_folder: Location
+    key: str
+    identity: Mapping[str, Any]
+
+    @property
+    def seed(self) -> int:
+        return int(self.identity["seed"])
+
+    def plan(self, num_rows: int, shard_rows: int) -> int:
+        """Number of shards when `num_rows` rows are cut into shards of `shard_rows`.
+
+        Call it before `shard`: markers of an earlier run that cut the rows otherwise (the recipe's `shard_rows` was
+        changed in between) name other rows by the same index, so they are forgotten here.
+        """
+        note = self.folder / f"{SHARDS_NAME}/{PLAN_NAME}"
+        plan = {"num_rows": num_rows, "shard_rows": shard_rows}
+        try:
+            is_same = note.read_json() == plan
+        except (FileNotFoundError, ValueError):
+            is_same = False
+        if not is_same:
+            (self.folder / SHARDS_NAME).delete()
+            note.write_json(plan)
+        return -(-num_rows // shard_rows)
+
+    def shard(self, index: int) -> ShardRecord | None:
+        """The finished shard, or None if its marker or one of its tables is missing or damaged."""
+        try:
+            body = self._marker(index).read_json()
+            tables = {name: Output(**output) for name, output in body["tables"].items()}
+            record = ShardRecord(int(body["index"]), int(body["rows_in"]), float(body["seconds"]), tables)
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            _LOG.warning("%s is damaged; the shard is computed again", self._marker(index))
+            return None
+        if record.index == index and all(self._is_whole(output) for output in tables.values()):
+            return record
+        return None
+
+    def write_shard(self, index: int, tables: Mapping[str, pa.Table], *, rows_in: int, seconds: float) -> ShardRecord:
+        """Writes `<table>/part-<index>.parquet` for each table, then the marker that makes the shard count."""
+        outputs = {}
+        for name in sorted(tables):
+            file = self.folder / f"{name}/part-{index:05d}.parquet"
+            data = memoryview(format_table(tables[name], str(file)))
+            file.write_bytes(data)
+            outputs[name] = Output(f"{name}/{file.name}", len(data), sha256_of(data), tables[name].num_rows)
+        fault_point("tables")
+        record = ShardRecord(index, rows_in, round(seconds, 6), outputs)
+        self._marker(index).write_json(asdict(record))
+        fault_point("shard")
+        fault_point(f"shard-{index:05d}")
+        return record
+
+    def finish(
+        self,
+        *,
+        rows_in: int,
+        rows_out: int,
+        quarantined: int = 0,
+        max_bad_fraction: float = 1.0,
+        outputs: Sequence[str] = (),
+        num_shards: int = 0,
+        summary: Mapping[str, Any] | None = None,
+        seconds: float = 0.0,
+    ) -> Commit:
+        """Commits the attempt and returns the commit; the one that is there if another driver was faster.
+
+        `outputs`: relative files or folders that the stage wrote itself. Tables of shards 0..num_shards-1 come from
+        their markers. Raises `UserError` if more than `max_bad_fraction` of the rows are quarantined.
+        """
+        assert rows_in == rows_out + quarantined, f"{rows_in} rows in, but {rows_out} out + {quarantined} quarantined"
+        shards = [self._finished(index) for index in range(num_shards)]
+        found = {output.path: output for output in outputs_below(self.folder, outputs)}
+        found |= {output.path: output for record in shards for output in record.tables.values()}
+        listed = tuple(found[path] for path in sorted(found))
+        if rows_in and quarantined / rows_in > max_bad_fraction:
+            self._reject(listed, shards, quarantined, rows_in, max_bad_fraction)
+        commit = Commit(
+            stage=self.identity["stage"],
+            name=self.identity["name"],
+            key=self.key,
+            folder=self.folder,
+            identity=self.identity,
+            seed=self.seed,
+            rows_in=rows_in,
+            rows_out=rows_out,
+            quarantined=quarantined,
+            seconds=round(seconds, 3),
+            summary=json.loads(canonical_json(dict(summary or {}))),  # what a later run will read, already now
+            outputs=listed,
+            code=code_version(),
+            created=datetime.now(UTC).isoformat(timespec="milliseconds"),
+        )
+        fault_point("hashed")
+        if write_commit(self.stage_folder, commit):
+            fault_point("commit")
+            return commit
+        return self._agree(commit)
+
+    def _finished(self, index: int) -> ShardRecord:
+        record = self.shard(index)
+        if record is None:
+            raise FileNotFoundError(f"shard {index} of {self.folder} is not finished; run the same command again")
+        return record
+
+    def _agree(self, mine: Commit) -> Commit:
+        """What a loser of the race to commit does: nothing, if the winner has the same outputs."""
+        theirs = read_commit(self.stage_folder)
+        if theirs is not None and theirs.key == mine.key and theirs.content == mine.content:
+            return theirs
+        raise UserError(
+            f"{mine.stage}/{mine.name} was committed in {self.stage_folder} by another process, with other outputs "
+            f"than those in {self.folder}. The commit stays as it is; run the same command again to go on from it"
+        )
+
+    def _reject(
+        self, outputs: Sequence[Output], shards: Sequence[ShardRecord], quarantined: int, rows_in: int, limit: float
+    ) -> NoReturn:
+        """Too many bad rows: says why, and opens the shards that have some, so that mended files are read again."""
+        paths = table_paths(outputs, QUARANTINE)
+        reasons = [row for path in paths for row in (self.folder / path).read_table().to_pylist()]
+        counts = Counter(str(row.get("reason")) for row in reasons)
+        by_reason = printable(", ".join(f"{count} {reason}" for reason, count in counts.most_common()))
+        texts = (f"{row.get('uri')}: {row.get('reason')} {row.get('detail') or ''}" for row in reasons[:5])
+        first = "".join(f"\n  {printable(text).strip()}" for text in texts)
+        for record in shards:
+            if record.rows(QUARANTINE):
+                self._marker(record.index).delete()
+        share = quarantined / rows_in
+        stage, name = self.identity["stage"], self.identity["name"]
+        raise UserError(
+            f"{stage}/{name}: {quarantined} of {rows_in} frames ({share:.1%}) are bad, "
+            f"max_bad_fraction allows {limit:.1%} ({by_reason or 'no reasons were noted'})"
+            f"{first}\nMend or remove these files, or set max_bad_fraction to {math.ceil(share * 1000) / 1000} "
+            "or more; then run the same command again"
+        )
+
+    def _marker(self, index: int) -> Location:
+        return self.folder / f"{SHARDS_NAME}/{index:05d}.json"
+
+    def _is_whole(self, output: Output) -> bool:
+        """Same size as when written, and a readable Parquet footer with the same number of rows."""
+        file = self.folder / output.path
+        try:
+            if file.size() == output.bytes:
+                with file.open_input() as stream:
+                    return table_rows(stream, str(file)) == output.rows
+        except (FileNotFoundError, UserError) as error:
+            _LOG.warning("%s; the shard is computed again", error)
+        return False

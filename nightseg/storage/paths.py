@@ -1,0 +1,362 @@
+"""Where bytes live: files and folders on local disk or on any pyarrow file system, addressed by one `Location`.
+
+All file access of the project goes through here, so that atomic writes, path safety, retries of an object store and
+the refusal of dangerous Parquet columns are decided once.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import unquote
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from nightseg.errors import UserError
+from nightseg.storage.faults import fault_point
+from nightseg.storage.remote import file_system, retried
+from nightseg.storage.tables import format_table, parse_table
+
+TEMPORARY_PREFIX = ".nightseg-tmp-"
+_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
+_CREDENTIALS = re.compile(r"(?<=://)[^/@\s:]*:[^/@\s]*@")
+_WRITE_CURES = {
+    errno.ENOSPC: "the disk is full: free space or choose another run folder (--run-dir), then run it again",
+    errno.EDQUOT: "your quota is used up: free space or choose another run folder (--run-dir), then run it again",
+    errno.EFBIG: "the file would grow over the limit on file sizes: raise it (ulimit -f), then run it again",
+    errno.EROFS: "the file system is read-only: choose another run folder (--run-dir)",
+    errno.EACCES: "you may not write there: fix the permissions or choose another run folder (--run-dir)",
+    errno.EPERM: "you may not write there: fix the permissions or choose another run folder (--run-dir)",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file or folder listed. `name`: relative, POSIX; `modified_ns`: since 1970, 0 if the store keeps none."""
+
+    name: str
+    size: int
+    modified_ns: int
+    is_folder: bool
+
+
+@dataclass(frozen=True)
+class Location:
+    """A file or folder: an absolute local path, or a URI of any pyarrow or fsspec file system. Picklable."""
+
+    uri: str
+
+    @classmethod
+    def of(cls, path: str | Path | Location) -> Location:
+        """Local paths (also `~/x` and `file://` URIs) become absolute; other schemes are kept as they are."""
+        if isinstance(path, Location):
+            return path
+        text = os.fspath(path)
+        if "\0" in text or not text:
+            raise UserError(f"not a path: {text!r} is empty or holds a NUL; give the path of a file or folder")
+        scheme = _SCHEME.match(text)
+        if scheme and scheme[1].lower() != "file":
+            before, mark, query = text.partition("?")
+            return cls(scheme[0] + before[len(scheme[0]) :].rstrip("/") + mark + query)
+        if scheme:
+            text = unquote(text[len(scheme[0]) :])
+            if not text.startswith("/"):
+                raise UserError(
+                    f"{os.fspath(path)!r} names another host; file:// URIs need three slashes: file:///data"
+                )
+        return cls(os.path.abspath(os.path.expanduser(text)))
+
+    def __truediv__(self, relative: str) -> Location:
+        """A file or folder below this one; raises `UserError` for anything that could lead out of it."""
+        before, mark, query = self._split()
+        if "?" in relative and not self.is_local:
+            raise UserError(f"path {relative!r} refused: a question mark starts the options of {self}; rename the file")
+        slash = "" if before.endswith("/") else "/"
+        return Location(before + slash + safe_relative(relative) + mark + query)
+
+    def __str__(self) -> str:
+        """The URI as it may be shown: without credentials."""
+        return hide_credentials(self.uri)
+
+    @property
+    def name(self) -> str:
+        return self._split()[0].rpartition("/")[2]
+
+    @property
+    def parent(self) -> Location:
+        """The folder this lies in."""
+        if self.is_local:
+            return Location(os.path.dirname(self.uri))
+        before, mark, query = self._split()
+        scheme, slashes, path = before.partition("://")
+        return Location(scheme + slashes + path.rpartition("/")[0] + mark + query)
+
+    @property
+    def is_local(self) -> bool:
+        return not _SCHEME.match(self.uri)
+
+    @property
+    def local(self) -> Path:
+        if not self.is_local:
+            raise UserError(f"{self} is remote, this step needs a local path: copy it to a local disk first")
+        return Path(self.uri)
+
+    def _split(self) -> tuple[str, str, str]:
+        """Path, and the options of the file system that some URIs end with: s3://bucket/a?region=eu-west-1."""
+        return (self.uri, "", "") if self.is_local else self.uri.partition("?")
+
+    # -- looking -------------------------------------------------------------------------------------------------
+
+    def exists(self) -> bool:
+        return self.local.exists() if self.is_local else self._info().type != pafs.FileType.NotFound
+
+    def is_folder(self) -> bool:
+        return self.local.is_dir() if self.is_local else bool(self._info().type == pafs.FileType.Directory)
+
+    def size(self) -> int:
+        """Bytes of the file; raises FileNotFoundError when absent."""
+        if self.is_local:
+            return self.local.stat().st_size
+        info = self._info()
+        if info.type != pafs.FileType.File:
+            raise FileNotFoundError(errno.ENOENT, "no such file", str(self))
+        return int(info.size)
+
+    def list(self, recursive: bool = False) -> list[Entry]:
+        """Entries sorted by name, without open writes. Links to folders are listed but not followed when recursive."""
+        if self.is_local:
+            entries = _list_local(self.uri, "", recursive)
+        else:
+            system, path = file_system(self.uri)
+            infos = retried(str(self), lambda: system.get_file_info(pafs.FileSelector(path, recursive=recursive)))
+            start = len(path.strip("/")) + 1 if path.strip("/") else 0
+            entries = (
+                Entry(
+                    info.path.strip("/")[start:],
+                    int(info.size or 0),
+                    int(info.mtime_ns or 0),
+                    info.type == pafs.FileType.Directory,
+                )
+                for info in infos
+            )
+        finished = (entry for entry in entries if TEMPORARY_PREFIX not in entry.name)
+        return sorted(finished, key=lambda entry: entry.name)
+
+    def _info(self) -> pafs.FileInfo:
+        system, path = file_system(self.uri)
+        return retried(str(self), lambda: system.get_file_info(path))
+
+    # -- reading and writing bytes -------------------------------------------------------------------------------
+
+    def open_input(self) -> pa.NativeFile:
+        """A random-access stream for reading; raises FileNotFoundError when absent."""
+        if self.is_local:
+            return pa.OSFile(self.uri, "rb")
+        system, path = file_system(self.uri)
+        return retried(str(self), lambda: system.open_input_file(path))
+
+    def read_bytes(self) -> bytes:
+        """The whole file; raises FileNotFoundError when absent."""
+        if self.is_local:
+            return self.local.read_bytes()
+
+        def read() -> bytes:
+            with system.open_input_file(path) as stream:
+                return bytes(stream.read())
+
+        system, path = file_system(self.uri)
+        return retried(str(self), read)
+
+    def write_bytes(self, data: bytes | memoryview) -> None:
+        """Replaces the file as a whole: readers see the old content or the new one, also after a crash."""
+        with write_errors(self):
+            if self.is_local:
+                with _temporary_file(self.uri, data) as temporary:
+                    os.replace(temporary, self.uri)
+            else:
+                system, path = file_system(self.uri)
+                retried(str(self), lambda: _put(system, path, data))
+
+    def create_bytes(self, data: bytes | memoryview) -> bool:
+        """Like `write_bytes`, but only if nothing is there; False when something is.
+
+        Local disk decides the race with a hard link. A store without conditional writes only looks first, so there
+        the lock of the run folder is what keeps a second writer away.
+        """
+        with write_errors(self):
+            if not self.is_local:
+                if self.exists():
+                    return False
+                self.write_bytes(data)
+                return True
+            with _temporary_file(self.uri, data) as temporary:
+                try:
+                    os.link(temporary, self.uri)
+                except FileExistsError:
+                    return False
+                except OSError as error:
+                    if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+                        raise
+                    # no hard links here (FAT, some network drives): look, then replace
+                    if os.path.lexists(self.uri):
+                        return False
+                    os.replace(temporary, self.uri)
+                return True
+
+    def flush(self) -> None:
+        """Forces a local file, written by someone else, to disk. Remote objects are durable once written."""
+        if self.is_local:
+            _sync(self.uri)
+            _sync(os.path.dirname(self.uri))
+
+    def make_folder(self) -> None:
+        with write_errors(self):
+            if self.is_local:
+                self.local.mkdir(parents=True, exist_ok=True)
+            else:
+                system, path = file_system(self.uri)
+                retried(str(self), lambda: system.create_dir(path, recursive=True))
+
+    def delete(self) -> None:
+        """Removes the file or the folder with all it holds; nothing happens when it is not there."""
+        if self.is_local:
+            if self.local.is_dir() and not self.local.is_symlink():
+                shutil.rmtree(self.uri)
+            else:
+                self.local.unlink(missing_ok=True)
+            return
+        system, path = file_system(self.uri)
+        with suppress(FileNotFoundError):
+            retried(str(self), lambda: system.delete_dir(path) if self.is_folder() else system.delete_file(path))
+
+    # -- JSON and tables -----------------------------------------------------------------------------------------
+
+    def read_json(self) -> Any:
+        return json.loads(self.read_bytes())
+
+    def write_json(self, obj: Any) -> None:
+        self.write_bytes(canonical_json(obj))
+
+    def read_table(self) -> pa.Table:
+        """The Parquet file. Raises `UserError` when it is damaged or has extension types (CVE-2026-41486)."""
+        return parse_table(self.read_bytes(), str(self))
+
+    def write_table(self, table: pa.Table) -> None:
+        """Parquet, zstd. The same table gives the same bytes. Extension types are refused, as when reading."""
+        self.write_bytes(memoryview(format_table(table, str(self))))
+
+
+def safe_relative(relative: str) -> str:
+    """The relative POSIX path with `.` and doubled slashes removed; raises `UserError` if it could leave its folder."""
+    why = ""
+    if relative.startswith("/") or re.match(r"^[A-Za-z]:(/|$)", relative) or _SCHEME.match(relative):
+        why = "it is absolute"
+    elif "\0" in relative or "\\" in relative:
+        why = "it holds a NUL character or a backslash"
+    elif ".." in relative.split("/"):
+        why = "it leads out of its folder"
+    elif any("\ud800" <= character <= "\udfff" for character in relative):
+        why = "its name is not valid UTF-8 (rename the file)"
+    normal = str(PurePosixPath(relative))
+    if not why and normal == ".":
+        why = "it is empty"
+    if why:
+        raise UserError(f"path {relative!r} refused: {why}; give a relative path below the folder, like 'a/b.png'")
+    return normal
+
+
+def hide_credentials(text: str) -> str:
+    """`s3://key:secret@bucket` in the text becomes `s3://***@bucket`."""
+    return _CREDENTIALS.sub("***@", text)
+
+
+def sha256_of(data: bytes | memoryview) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def hash_of(obj: Any) -> str:
+    """sha256 (hex) of the compact canonical JSON of `obj`; NaN and infinities raise ValueError."""
+    return sha256_of(
+        json.dumps(obj, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    )
+
+
+def canonical_json(obj: Any) -> bytes:
+    return (json.dumps(obj, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _list_local(root: str, below: str, recursive: bool) -> Iterator[Entry]:
+    with os.scandir(os.path.join(root, below)) as children:
+        for child in children:
+            name = below + child.name
+            is_link = child.is_symlink()
+            if is_link and not os.path.exists(child.path):
+                continue  # a dangling link holds nothing
+            status = child.stat()
+            is_folder = child.is_dir()
+            yield Entry(name, 0 if is_folder else status.st_size, status.st_mtime_ns, is_folder)
+            if is_folder and recursive and not is_link:
+                yield from _list_local(root, name + "/", recursive)
+
+
+@contextmanager
+def _temporary_file(target: str, data: bytes | memoryview) -> Iterator[str]:
+    """A synced file beside `target`; gone afterwards unless moved. The folder is synced when the body is done."""
+    folder = os.path.dirname(target)
+    os.makedirs(folder, exist_ok=True)
+    # the target's own name is left out: it may be as long as the file system allows
+    temporary = os.path.join(folder, f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}")
+    try:
+        with open(temporary, "xb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        fault_point(f"temporary-{os.path.basename(target)}")
+        yield temporary
+        _sync(folder)
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def _sync(path: str) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot sync a folder
+            raise
+    finally:
+        os.close(handle)
+
+
+def _put(system: pafs.FileSystem, path: str, data: bytes | memoryview) -> None:
+    parent = path.rpartition("/")[0]
+    # object stores have no folders; creating one would only leave a marker object, or try to make the bucket
+    if parent and not any(name in system.type_name for name in ("s3", "gcs", "gs", "abfs")):
+        system.create_dir(parent, recursive=True)
+    with system.open_output_stream(path) as stream:
+        stream.write(data)
+
+
+@contextmanager
+def write_errors(location: Location) -> Iterator[None]:
+    """Turns a full disk, a quota and missing rights into a `UserError` that names the place and the cure."""
+    try:
+        yield
+    except OSError as error:
+        cure = _WRITE_CURES.get(error.errno or 0)
+        if cure is None:
+            raise
+        raise UserError(f"cannot write {location}: {cure} ({error.strerror})") from error

@@ -1,0 +1,1 @@
+"""UNIT, the translator that is trained: settings, network, losses, data, training."""

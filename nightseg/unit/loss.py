@@ -1,0 +1,227 @@
+"""How one step of UNIT learns: its loss terms as values (arXiv 1703.00848 section 3, MUNIT-style weights).
+
+The functions take networks and the images of one `Translation`, and return NamedTuples of scalars; `total` is the
+weighted sum that is minimised, every other field is the bare term. All terms are computed in float32.
+
+Letters in tensor names: B batch, 3 RGB, H, W image size; C, h, w of the latent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Final, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nightseg.unit.data import Stream, mix_seed
+from nightseg.unit.network import LatentNoise, Translation
+
+Judges = Callable[[Tensor, Tensor], tuple[list[Tensor], list[Tensor]]]  # networks.unit.Discriminators, or its wrapper
+Features = Callable[[Tensor], list[Tensor]]  # networks.perceptual.PerceptualFeatures
+Adversarial = Callable[[Sequence[Tensor], float], Tensor]  # how far scores are from an aim: below
+AdversarialName = Literal["least_squares", "cross_entropy"]
+
+
+class TermWeights(NamedTuple):
+    """What each term of the generators counts; the defaults are UNIT's of 2018. `discriminator`: both judges' own."""
+
+    adversarial: float = 1.0
+    reconstruction: float = 10.0
+    kl: float = 0.01
+    cycle: float = 10.0
+    cycle_kl: float = 0.01
+    perceptual: float = 1.0
+    discriminator: float = 1.0
+
+    @property
+    def needs_cycle(self) -> bool:
+        return self.cycle != 0.0 or self.cycle_kl != 0.0
+
+
+class DiscriminatorLosses(NamedTuple):
+    """Terms of the two judges, `total` weighted; and how differently they score real and translated patches."""
+
+    total: Tensor
+    day: Tensor
+    night: Tensor
+    gap_day: Tensor  # mean distance of the scores of a real and a translated patch: 0 when a judge sees nothing
+    gap_night: Tensor
+
+
+class GeneratorLosses(NamedTuple):
+    """Bare terms, named after the domain of the image they are about; `total` is weighted. Left-out terms are 0."""
+
+    total: Tensor
+    adversarial_day: Tensor
+    adversarial_night: Tensor
+    reconstruction_day: Tensor
+    reconstruction_night: Tensor
+    kl_day: Tensor
+    kl_night: Tensor
+    cycle_day: Tensor
+    cycle_night: Tensor
+    cycle_kl_day: Tensor
+    cycle_kl_night: Tensor
+    perceptual_day: Tensor
+    perceptual_night: Tensor
+
+
+TERMS: Final = tuple(f"discriminator_{name}" for name in DiscriminatorLosses._fields) + GeneratorLosses._fields
+
+
+class TermMeans:
+    """Sums of all terms (TERMS) since the last row of a history, kept on the device so that no step waits for them."""
+
+    def __init__(self, device: torch.device, sums: Tensor | None = None, count: int = 0) -> None:
+        self.sums = torch.zeros(len(TERMS), device=device) if sums is None else sums.to(device)
+        self.count = count
+
+    def add(self, judged: DiscriminatorLosses, made: GeneratorLosses) -> None:
+        self.sums += torch.stack([term.detach().float() for term in (*judged, *made)])
+        self.count += 1
+
+    def close(self, over_workers: Callable[[Tensor], Tensor], num_workers: int) -> dict[str, float]:
+        """Mean of every term over the iterations and all workers; counting starts anew. `over_workers` sums."""
+        means = over_workers(self.sums.clone()) / (num_workers * max(1, self.count))
+        self.sums.zero_()
+        self.count = 0
+        return dict(zip(TERMS, means.tolist(), strict=True))
+
+
+def least_squares(scores: Sequence[Tensor], aim: float) -> Tensor:
+    """Mean squared distance of the scores to `aim`, summed over the scales (LSGAN, arXiv 1611.04076 equation 9)."""
+    return torch.stack([(score.float() - aim).square().mean() for score in scores]).sum()
+
+
+def cross_entropy(scores: Sequence[Tensor], aim: float) -> Tensor:
+    """Binary cross-entropy of sigmoid(score) against `aim`, in nats, summed over the scales (arXiv 1406.2661, with
+    the generator's loss of its section 3: -log D). The scores are logits, so a sure judge gives no infinities."""
+    return torch.stack(
+        [F.binary_cross_entropy_with_logits(score.float(), torch.full_like(score, aim).float()) for score in scores]
+    ).sum()
+
+
+def adversarial_loss(name: AdversarialName) -> Adversarial:
+    """`least_squares` or `cross_entropy`."""
+    return {"least_squares": least_squares, "cross_entropy": cross_entropy}[name]
+
+
+def loss_of_a_coin(name: AdversarialName) -> float:
+    """A judge's loss a scale when it cannot tell real from translated and knows it."""
+    return {"least_squares": 0.5, "cross_entropy": 2 * math.log(2)}[name]
+
+
+def latent_kl(latent_BChw: Tensor) -> Tensor:
+    """KL divergence of N(latent, 1) from N(0, 1) up to the factor 1/2, averaged over the elements: mean(latent^2)."""
+    return latent_BChw.float().square().mean()
+
+
+def absolute_error(found: Tensor, aim: Tensor) -> Tensor:
+    """Mean absolute difference, of images in [-1, 1] for example."""
+    return (found.float() - aim.float()).abs().mean()
+
+
+def discriminator_loss(
+    judges: Judges,
+    day_B3HW: Tensor,
+    night_B3HW: Tensor,
+    translation: Translation,
+    adversarial: Adversarial = least_squares,
+    weight: float = 1.0,
+) -> DiscriminatorLosses:
+    """Real images aim at 1, translated ones (cut off from the generators) at 0; one pass a judge over both halves."""
+    day_scores, night_scores = judges(
+        torch.cat((day_B3HW, translation.day_from_night.detach().to(day_B3HW.dtype))),
+        torch.cat((night_B3HW, translation.night_from_day.detach().to(night_B3HW.dtype))),
+    )
+    terms, gaps = [], []
+    for scores in (day_scores, night_scores):
+        real, translated = zip(*(score.tensor_split(2) for score in scores), strict=True)
+        terms.append(adversarial(translated, 0.0) + adversarial(real, 1.0))
+        pairs = zip(real, translated, strict=True)
+        gaps.append(torch.stack([absolute_error(first.detach(), second.detach()) for first, second in pairs]).mean())
+    return DiscriminatorLosses(weight * (terms[0] + terms[1]), terms[0], terms[1], gaps[0], gaps[1])
+
+
+def generator_loss(
+    judges: Judges,
+    features: Features | None,
+    day_B3HW: Tensor,
+    night_B3HW: Tensor,
+    translation: Translation,
+    weights: TermWeights,
+    adversarial: Adversarial = least_squares,
+) -> GeneratorLosses:
+    """All terms of both generators; the judges are expected to be frozen (`requires_grad_(False)`) by the caller.
+
+    `features` None leaves the perceptual terms out; a `translation` made without the cycle leaves the cycle terms out.
+    """
+    day_scores, night_scores = judges(translation.day_from_night, translation.night_from_day)
+    zero = day_B3HW.new_zeros(())
+    cycle_day = cycle_night = cycle_kl_day = cycle_kl_night = perceptual_day = perceptual_night = zero
+    if translation.day_cycled is not None and translation.night_cycled is not None:
+        assert translation.latent_day_again is not None and translation.latent_night_again is not None
+        cycle_day = absolute_error(translation.day_cycled, day_B3HW)
+        cycle_night = absolute_error(translation.night_cycled, night_B3HW)
+        cycle_kl_day, cycle_kl_night = (
+            latent_kl(translation.latent_day_again),
+            latent_kl(translation.latent_night_again),
+        )
+    if features is not None:
+        perceptual_day, perceptual_night = perceptual_terms(features, day_B3HW, night_B3HW, translation)
+    terms = {
+        "adversarial_day": adversarial(day_scores, 1.0),
+        "adversarial_night": adversarial(night_scores, 1.0),
+        "reconstruction_day": absolute_error(translation.day_from_day, day_B3HW),
+        "reconstruction_night": absolute_error(translation.night_from_night, night_B3HW),
+        "kl_day": latent_kl(translation.latent_day),
+        "kl_night": latent_kl(translation.latent_night),
+        "cycle_day": cycle_day,
+        "cycle_night": cycle_night,
+        "cycle_kl_day": cycle_kl_day,
+        "cycle_kl_night": cycle_kl_night,
+        "perceptual_day": perceptual_day,
+        "perceptual_night": perceptual_night,
+    }
+    total = zero
+    for name, weight in weights._asdict().items():
+        if name != "discriminator":
+            total = total + weight * (terms[f"{name}_day"] + terms[f"{name}_night"])
+    return GeneratorLosses(total=total, **terms)
+
+
+def perceptual_terms(
+    features: Features, day_B3HW: Tensor, night_B3HW: Tensor, translation: Translation
+) -> tuple[Tensor, Tensor]:
+    """Squared feature distance of each translated image to its SOURCE image, averaged over the feature maps.
+
+    Returns (of the day images made from night, of the night images made from day).
+    """
+    with torch.no_grad():
+        source = features(torch.cat((night_B3HW, day_B3HW)))
+    translated = features(torch.cat((translation.day_from_night, translation.night_from_day)))
+    day_terms, night_terms = [], []
+    for map_2BChw, aim_2BChw in zip(translated, source, strict=True):
+        from_night, from_day = F.mse_loss(map_2BChw, aim_2BChw, reduction="none").mean((1, 2, 3)).tensor_split(2)
+        day_terms.append(from_night.mean())
+        night_terms.append(from_day.mean())
+    return torch.stack(day_terms).mean(), torch.stack(night_terms).mean()
+
+
+def latent_noise(
+    seed: int, iteration: int, slots: Sequence[int], shape_Chw: tuple[int, int, int], device: torch.device
+) -> LatentNoise:
+    """The noise of one iteration, a function of (seed, iteration, slot in the global batch) and the kind of device.
+
+    A slot's draw does not depend on how many workers share the batch, so a resumed or differently spread training sees
+    the same noise.
+    """
+    generator = torch.Generator(device=device)
+    draws = []
+    for slot in slots:
+        generator.manual_seed(mix_seed(seed, Stream.NOISE, iteration, slot))
+        draws.append(torch.randn((4, *shape_Chw), generator=generator, device=device))
+    return LatentNoise(*torch.stack(draws, dim=1))

@@ -1,0 +1,378 @@
+"""UNIT: two autoencoders, one a domain, whose latent spaces are made to agree (arXiv 1703.00848, MUNIT-style variant).
+
+Written from the published description and measured facts of the 2018 network; default arguments give exactly that
+network: 5,385,856 + 5,754,627 parameters a generator, 8,271,171 a discriminator (8,276,547 with layer norm).
+
+Letters in tensor names: B batch, 3 RGB, H height, W width of the image; C channels, h = H / 4, w = W / 4 of the latent.
+Images are float32 in [-1, 1]; height and width must be multiples of 4.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nightseg.networks.model_folder import load_tensors
+from nightseg.storage import Location, UserError
+from nightseg.unit.tiles import tiled
+from nightseg.unit.upsampling import UpsamplingConvolution
+from nightseg.unit.winograd import convolve_3x3
+
+KIND = "unit"  # of the model card
+STRIDE = 4
+IMAGE_MEAN = 127.5  # uint8 [0, 255] -> [-1, 1]; the mean and the half-width of the range are the same number
+NORM_EPSILON = 1e-5
+LEAK = 0.2
+DISCRIMINATOR_LAYERS = 4
+DISCRIMINATOR_DEVIATION = 0.02
+
+
+def to_unit_range(images: Tensor) -> Tensor:
+    """uint8 [0, 255] of any shape -> float32 [-1, 1]."""
+    return images.to(torch.float32).div(IMAGE_MEAN).sub_(1.0)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Float [-1, 1] of any shape -> uint8 [0, 255], rounded to nearest, clamped."""
+    return images.to(torch.float32).add(1.0).mul_(IMAGE_MEAN).round_().clamp_(0.0, 255.0).to(torch.uint8)
+
+
+def _convolution(channels_in: int, channels_out: int, kernel: int, stride: int = 1, padding: int = 0) -> nn.Conv2d:
+    return nn.Conv2d(channels_in, channels_out, kernel, stride, padding, padding_mode="reflect")
+
+
+class LayerNorm(nn.Module):
+    """Normalises over channel, height and width of each sample; gain and shift a channel (arXiv 1607.06450).
+
+    The reference divides by (unbiased standard deviation + 1e-5). One-group group normalisation is 8 times faster on a
+    CPU, so it is used with the bias factor sqrt((n - 1) / n) put into the gain; the epsilon then differs by a relative
+    1e-5 / deviation, below what float32 keeps for any image.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.rand(channels))
+        self.shift = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, features_BCHW: Tensor) -> Tensor:
+        count = features_BCHW.shape[1:].numel()
+        gain = self.gain * math.sqrt((count - 1) / count)
+        return F.group_norm(features_BCHW, 1, gain, self.shift, eps=NORM_EPSILON**2)
+
+
+class InstanceNorm(nn.Module):
+    """Zero mean and unit variance a channel and image; nothing is learnt (arXiv 1607.08022).
+
+    It is the batch norm of one image; on a CPU PyTorch's own is a fifth as fast, because it leaves channels last.
+    """
+
+    def forward(self, features_BCHW: Tensor) -> Tensor:
+        if features_BCHW.device.type != "cpu":
+            return F.instance_norm(features_BCHW, eps=NORM_EPSILON)
+        samples = [
+            F.batch_norm(sample_1CHW, None, None, training=True, eps=NORM_EPSILON)
+            for sample_1CHW in features_BCHW.tensor_split(len(features_BCHW))
+        ]
+        return samples[0] if len(samples) == 1 else torch.cat(samples)
+
+
+class ResidualConvolution(nn.Module):
+    """A 3x3 convolution with reflect padding that keeps the number of channels."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        plain = nn.Conv2d(channels, channels, 3)
+        self.weight, self.bias = plain.weight, plain.bias
+
+    def forward(self, features_BCHW: Tensor) -> Tensor:
+        return convolve_3x3(F.pad(features_BCHW, (1, 1, 1, 1), mode="reflect"), self.weight, self.bias)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with instance norm around a skip; no activation after the sum."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            ResidualConvolution(channels),
+            InstanceNorm(),
+            nn.ReLU(inplace=True),
+            ResidualConvolution(channels),
+            InstanceNorm(),
+        )
+
+    def forward(self, features_BCHW: Tensor) -> Tensor:
+        output: Tensor = features_BCHW + self.layers(features_BCHW)
+        return output
+
+
+class Encoder(nn.Module):
+    """Image -> mean of the latent code, `4 * width` channels at a quarter of the size.
+
+    UNIT's posterior has unit variance, so the mean is all there is to predict; training adds N(0, 1) noise to it.
+    """
+
+    def __init__(self, width: int = 64, res_blocks: int = 4) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            _convolution(3, width, 7, padding=3),
+            InstanceNorm(),
+            nn.ReLU(inplace=True),
+            _convolution(width, 2 * width, 4, stride=2, padding=1),
+            InstanceNorm(),
+            nn.ReLU(inplace=True),
+            _convolution(2 * width, 4 * width, 4, stride=2, padding=1),
+            InstanceNorm(),
+            nn.ReLU(inplace=True),
+            *(ResidualBlock(4 * width) for _ in range(res_blocks)),
+        )
+        _initialise(self)
+
+    def forward(self, images_B3HW: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, 4 width, H / 4, W / 4)."""
+        latent_BChw: Tensor = self.layers(images_B3HW)
+        return latent_BChw
+
+
+class Decoder(nn.Module):
+    """Latent code -> image in [-1, 1]."""
+
+    def __init__(self, width: int = 64, res_blocks: int = 4) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            *(ResidualBlock(4 * width) for _ in range(res_blocks)),
+            UpsamplingConvolution(4 * width, 2 * width),
+            LayerNorm(2 * width),
+            nn.ReLU(inplace=True),
+            UpsamplingConvolution(2 * width, width),
+            LayerNorm(width),
+            nn.ReLU(inplace=True),
+            _convolution(width, 3, 7, padding=3),
+            nn.Tanh(),
+        )
+        _initialise(self)
+
+    def forward(self, latent_BChw: Tensor) -> Tensor:
+        """(B, 4 width, h, w) -> (B, 3, 4 h, 4 w) in [-1, 1]."""
+        images_B3HW: Tensor = self.layers(latent_BChw)
+        return images_B3HW
+
+
+class Discriminator(nn.Module):
+    """Scores patches of an image as real or translated, at several scales, each half the one before."""
+
+    def __init__(self, width: int = 64, scales: int = 3, norm: Literal["none", "layer"] = "none") -> None:
+        super().__init__()
+        self.scales = nn.ModuleList(_patch_scorer(width, norm) for _ in range(scales))
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.normal_(layer.weight, 0.0, DISCRIMINATOR_DEVIATION)
+                assert layer.bias is not None
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, images_B3HW: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) -> one (B, 1, H / 16 / 2^s, W / 16 / 2^s) map of scores a scale s; real aims at 1, fake at 0."""
+        scores = []
+        for index, scorer in enumerate(self.scales):
+            if index > 0:
+                images_B3HW = F.avg_pool2d(images_B3HW, 3, stride=2, padding=1, count_include_pad=False)
+            scores.append(scorer(images_B3HW))
+        return scores
+
+
+def smallest_discriminated_side(scales: int) -> int:
+    """Fewest pixels a side of an image needs: the last stride-2 layer of the coarsest scale reflects 2 pixels."""
+    return 1 << (DISCRIMINATOR_LAYERS + scales - 1)
+
+
+def _patch_scorer(width: int, norm: str) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    channels_in = 3
+    for index in range(DISCRIMINATOR_LAYERS):
+        channels_out = width * 2**index
+        layers.append(_convolution(channels_in, channels_out, 4, stride=2, padding=1))
+        if norm == "layer" and index > 0:
+            layers.append(LayerNorm(channels_out))
+        layers.append(nn.LeakyReLU(LEAK, inplace=True))
+        channels_in = channels_out
+    layers.append(nn.Conv2d(channels_in, 1, 1))
+    return nn.Sequential(*layers)
+
+
+def _initialise(part: nn.Module) -> None:
+    """Kaiming normal by fan-in, biases 0."""
+    for layer in part.modules():
+        if isinstance(layer, nn.Conv2d | ResidualConvolution | UpsamplingConvolution):
+            nn.init.kaiming_normal_(layer.weight, a=0.0, mode="fan_in")
+            assert layer.bias is not None
+            nn.init.zeros_(layer.bias)
+
+
+class LatentNoise(NamedTuple):
+    """N(0, 1) draws of the latent's shape; `again` for the second encoding, of the translated images."""
+
+    day: Tensor
+    night: Tensor
+    day_again: Tensor
+    night_again: Tensor
+
+
+class Translation(NamedTuple):
+    """All that one pass of both generators makes. `a_from_b`: domain a decoded from the code of a frame of b."""
+
+    day_from_day: Tensor
+    night_from_night: Tensor
+    night_from_day: Tensor
+    day_from_night: Tensor
+    latent_day: Tensor
+    latent_night: Tensor
+    day_cycled: Tensor | None  # day -> night -> day; None when the cycle is left out
+    night_cycled: Tensor | None
+    latent_day_again: Tensor | None  # code of night_from_day
+    latent_night_again: Tensor | None
+
+
+class Generators(nn.Module):
+    """An encoder and a decoder for day, and for night; one module, so that one gradient exchange covers them all.
+
+    The last `shared_blocks` of the `res_blocks` residual blocks of both encoders are one and the same, and so are the
+    first ones of both decoders: UNIT's weight sharing (section 3 of the paper), which its 2018 network gave up (0).
+    """
+
+    def __init__(self, width: int = 64, res_blocks: int = 4, shared_blocks: int = 0) -> None:
+        super().__init__()
+        if not 0 <= shared_blocks <= res_blocks:
+            raise ValueError(f"shared_blocks {shared_blocks} of {res_blocks} residual blocks")
+        self.res_blocks = res_blocks
+        own_blocks = res_blocks - shared_blocks
+        self.day_encoder = Encoder(width, own_blocks)
+        self.day_decoder = Decoder(width, own_blocks)
+        self.night_encoder = Encoder(width, own_blocks)
+        self.night_decoder = Decoder(width, own_blocks)
+        self.shared_encoding = nn.Sequential(*(ResidualBlock(4 * width) for _ in range(shared_blocks)))
+        self.shared_decoding = nn.Sequential(*(ResidualBlock(4 * width) for _ in range(shared_blocks)))
+        _initialise(self.shared_encoding)
+        _initialise(self.shared_decoding)
+
+    def forward(self, day_B3HW: Tensor, night_B3HW: Tensor, noise: LatentNoise, cycle: bool = True) -> Translation:
+        """Each image is encoded once, and each decoder runs once over both codes: reconstruction and translation."""
+        latent_day, latent_night = _both(
+            self.shared_encoding, self.day_encoder(day_B3HW), self.night_encoder(night_B3HW)
+        )
+        codes_2B = self.shared_decoding(torch.cat((latent_day + noise.day, latent_night + noise.night)))
+        day_from_day, day_from_night = self.day_decoder(codes_2B).tensor_split(2)
+        night_from_day, night_from_night = self.night_decoder(codes_2B).tensor_split(2)
+        day_cycled = night_cycled = day_again = night_again = None
+        if cycle:
+            day_again, night_again = _both(
+                self.shared_encoding, self.night_encoder(night_from_day), self.day_encoder(day_from_night)
+            )
+            codes = _both(self.shared_decoding, day_again + noise.day_again, night_again + noise.night_again)
+            day_cycled, night_cycled = self.day_decoder(codes[0]), self.night_decoder(codes[1])
+        return Translation(
+            day_from_day=day_from_day,
+            night_from_night=night_from_night,
+            night_from_day=night_from_day,
+            day_from_night=day_from_night,
+            latent_day=latent_day,
+            latent_night=latent_night,
+            day_cycled=day_cycled,
+            night_cycled=night_cycled,
+            latent_day_again=day_again,
+            latent_night_again=night_again,
+        )
+
+    def translate(
+        self, images_B3HW: Tensor, to: Literal["day", "night"], tile: tuple[int, int] | None = None
+    ) -> Tensor:
+        """(B, 3, H, W) of the other domain -> the same scene in domain `to`, at the same size.
+
+        There is no noise: the code is the mean, so a frame becomes the same image whatever came before it, and a
+        sequence does not flicker. Sides that are no multiple of 4 are reflected up to one and cropped back.
+
+        `tile` (height, width): larger images go through in tiles whose overlaps, `seam_width` pixels, are blended.
+        Instance and layer norms then see a tile's statistics instead of the image's: between the seams the result is
+        that of the whole image only as far as the tile is a fair sample of it.
+        """
+        height, width = images_B3HW.shape[2:]
+        padded = F.pad(images_B3HW, (0, -width % STRIDE, 0, -height % STRIDE), mode="reflect")
+        encoder, decoder = (
+            (self.day_encoder, self.night_decoder) if to == "night" else (self.night_encoder, self.day_decoder)
+        )
+
+        def whole(images_B3hw: Tensor) -> Tensor:
+            made: Tensor = decoder(self.shared_decoding(self.shared_encoding(encoder(images_B3hw))))
+            return made
+
+        if tile is None:
+            return whole(padded)[:, :, :height, :width]
+        return tiled(whole, padded, tile, seam_width(self.res_blocks))[:, :, :height, :width]
+
+
+def seam_width(res_blocks: int) -> int:
+    """Pixels that a pixel of a translation depends on in each direction, norms left aside, rounded up to the stride.
+
+    First and last convolution 3 each; the two strided ones 2 and 4; upsampling twice 2 + 4 and 1 + 2; a residual block
+    two latent positions, in the encoder and in the decoder.
+    """
+    reach = 3 + 2 + 4 + 2 * 2 * STRIDE * res_blocks + (2 + 4) + (1 + 2) + 3
+    return -(-reach // STRIDE) * STRIDE
+
+
+def check_tile(tile: tuple[int, int], res_blocks: int) -> None:
+    """UserError unless some of a tile is no seam and tiles stay in phase with the strides."""
+    smallest = 2 * seam_width(res_blocks) + STRIDE
+    if min(tile) < smallest or any(side % STRIDE for side in tile):
+        raise UserError(
+            f"tile {tuple(tile)} must be multiples of {STRIDE}, {smallest} or more: with {res_blocks} residual blocks "
+            f"a pixel depends on {seam_width(res_blocks)} around it"
+        )
+
+
+def _both(blocks: nn.Sequential, day_BChw: Tensor, night_BChw: Tensor) -> tuple[Tensor, Tensor]:
+    """What the blocks make of each; in one pass, because they are the same for both domains."""
+    if len(blocks) == 0:
+        return day_BChw, night_BChw
+    day, night = blocks(torch.cat((day_BChw, night_BChw))).tensor_split(2)
+    return day, night
+
+
+class Discriminators(nn.Module):
+    """One discriminator a domain, in one module for the same reason as `Generators`."""
+
+    def __init__(self, width: int = 64, scales: int = 3, norm: Literal["none", "layer"] = "none") -> None:
+        super().__init__()
+        self.day = Discriminator(width, scales, norm)
+        self.night = Discriminator(width, scales, norm)
+
+    def forward(self, day_B3HW: Tensor, night_B3HW: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Scores of day images by the day judge, and of night images by the night judge; see `Discriminator`."""
+        return self.day(day_B3HW), self.night(night_B3HW)
+
+
+def build_generators(width: int, res_blocks: int, tensors: Mapping[str, Tensor], shared_blocks: int = 0) -> Generators:
+    """Generators with the given tensors, for translation only. UserError when they belong to another architecture."""
+    generators = Generators(width, res_blocks, shared_blocks)
+    try:
+        generators.load_state_dict(dict(tensors))
+    except RuntimeError as error:
+        raise UserError(
+            f"these are not the tensors of a UNIT of width {width} with {res_blocks} blocks, {shared_blocks} of them "
+            f"shared: {error}"
+        ) from error
+    return generators.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+
+
+def load_generators(folder: Location) -> Generators:
+    """The translator of a model folder whose card has kind "unit", on the CPU, ready to translate."""
+    tensors, card = load_tensors(folder)
+    if card.get("kind") != KIND:
+        raise UserError(
+            f"{folder.uri} holds a model of kind {card.get('kind')!r}; translation needs one of kind {KIND!r}"
+        )
+    return build_generators(int(card["width"]), int(card["res_blocks"]), tensors, int(card.get("shared_blocks", 0)))

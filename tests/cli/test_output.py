@@ -1,0 +1,152 @@
+"""What the command line says when something goes wrong, and that names in files cannot change what it shows."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+from rich.text import Text
+
+from nightseg.cli import output
+from nightseg.errors import UserError
+from nightseg.pipeline.graph import NodeId
+from nightseg.pipeline.run import Planned
+from nightseg.storage import Location
+
+
+def fail_with(error: BaseException, *words: str) -> Result:
+    @click.group(cls=output.Failures)
+    @click.option("--debug", is_flag=True)
+    def group(debug: bool) -> None:
+        pass
+
+    @group.command()
+    def work() -> None:
+        raise error
+
+    return CliRunner().invoke(group, ["work", *words])
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (UserError("a.yaml: what, where, why. Cure: this."), 2, "nightseg: a.yaml: what, where, why. Cure: this.\n"),
+        (PermissionError(13, "Permission denied", "/secret"), 2, "nightseg: /secret: Permission denied. Cure: "),
+        (NotADirectoryError(20, "Not a directory", "/file"), 2, "nightseg: /file: Not a directory. Cure: "),
+        (RuntimeError("a worker died"), 1, "nightseg: RuntimeError: a worker died\n(--debug shows where)\n"),
+        (FileNotFoundError(2, "No such file", "/gone"), 1, "nightseg: FileNotFoundError"),  # we lost it, not the user
+        (KeyboardInterrupt(), 1, "nightseg: stopped; the same command continues"),
+        (click.UsageError("no such thing"), 2, "Error: no such thing"),
+    ],
+)
+def test_errors_become_a_message_and_an_exit_code(error: BaseException, code: int, message: str) -> None:
+    result = fail_with(error)
+    assert result.exit_code == code
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("error", [UserError("wrong"), ValueError("broken")])
+def test_debug_adds_the_traceback_and_keeps_the_exit_code(error: Exception) -> None:
+    plain, debug = fail_with(error), fail_with(error, "--debug")
+    assert debug.exit_code == plain.exit_code
+    assert "Traceback" in debug.stderr and "raise error" in debug.stderr
+    assert str(error) in debug.stderr.splitlines()[-1]
+
+
+def test_names_of_files_cannot_steer_the_terminal() -> None:
+    result = fail_with(UserError("frame \x1b[2Jevil\rname\n  second line"))
+    assert result.stderr == "nightseg: frame [2Jevil name\n  second line\n"
+
+
+def test_a_reader_that_went_away_is_no_error_to_report() -> None:
+    script = (
+        "import os, sys; from nightseg import console; import click\n"
+        "@click.group(cls=output.Failures)\ndef group(): pass\n"
+        "@group.command()\ndef work():\n"
+        "    for number in range(100000): click.echo('line of text')\n"
+        "group(['work'])"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode not in (0, -signal.SIGPIPE)
+
+
+# -- answers ----------------------------------------------------------------------------------------------------------
+
+
+def test_json_is_one_object_on_one_line_and_never_nan(capsys: pytest.CaptureFixture[str]) -> None:
+    output.answer({"name": "nächtlich\n", "fid": 1.5}, as_json=True)
+    out = capsys.readouterr().out
+    assert json.loads(out) == {"name": "nächtlich\n", "fid": 1.5}
+    assert out.count("\n") == 1 and out.isascii()
+    with pytest.raises(ValueError, match="JSON compliant"):
+        output.answer({"fid": float("nan")}, as_json=True)
+
+
+def test_answers_for_people_are_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    output.answer({"fid": 12.345678901, "n": None, "counts": {"day": 2, "night": 3}, "save": ["a", "b"]}, False)
+    assert capsys.readouterr().out == "fid: 12.3457\nn: -\ncounts: day 2, night 3\nsave: a, b\n"
+
+
+def test_what_a_library_prints_does_not_reach_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
+    with output.libraries_on_stderr():
+        print("chatter")
+    print("answer")
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("answer\n", "chatter\n")
+
+
+def test_cells_of_a_table_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    output.print_table("runs/[bold]a", ["frame"], [["[red]x[/red] \x1b[31m"], [Text("ours", "green")], [3]])
+    out = capsys.readouterr().out
+    assert "runs/[bold]a\n" in out and "[red]x[/red] [31m" in out and "ours" in out and "3" in out
+    assert "\x1b" not in out
+
+
+def test_a_plan_says_what_runs_and_why(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [
+        Planned(NodeId("collect", "day"), "committed", (), 4, "1 actor x 1 CPU"),
+        Planned(NodeId("split", "heap"), "runs", ("recipe.margin",), None, "1 actor x 1 CPU"),
+        Planned(NodeId("train_segmenter", "m"), "waits", (), 4, "1 worker x 2 CPU"),
+    ]
+    output.print_plan(Location.of("/runs/a"), lines)
+    out = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
+    assert rows == [
+        ["collect/day", "committed", "4", "1 actor x 1 CPU", ""],
+        ["split/heap", "runs", "?", "1 actor x 1 CPU", "recipe.margin"],
+        ["train_segmenter/m", "runs later", "4", "1 worker x 2 CPU", ""],
+    ]
+
+
+def test_scores_are_percent_with_the_published_value_beside_them(capsys: pytest.CaptureFixture[str]) -> None:
+    score = {"miou": 0.388, "pa": 0.9, "ca": 0.5, "fwiou": None, "published_miou": 38.8}
+    output.print_scores({"models": {"m": {"tests": {"night": score}}, "untested": {"tests": {}}}})
+    row = next(line for line in capsys.readouterr().out.splitlines() if "night" in line)
+    assert [cell.strip() for cell in row.split("│")[1:-1]] == ["m", "night", "38.8", "90.0", "50.0", "-", "38.8"]
+
+
+def test_judged_translations_stand_below_the_scores(capsys: pytest.CaptureFixture[str]) -> None:
+    judged = {"kind": "fourier", "fid": {"translated": 12.345}, "kid": {"translated": 0.00678}, "survival": None,
+              "agreement": {"pixels": 0.9}, "edges": 0.876}  # fmt: skip
+    output.print_scores({"models": {}, "translations": {"made": judged}})
+    row = next(line for line in capsys.readouterr().out.splitlines() if "made" in line)
+    assert [cell.strip() for cell in row.split("│")[1:-1]] == ["made", "fourier", "12.35", "6.78", "-", "90.0", "0.88"]
+
+
+def test_trials_are_named_by_the_last_word_of_their_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    trial = {"trial": "ab", "values": {"models.m.loss.alpha": 0.123456789, "models.m.loss.kind": "focal"},
+             "miou": 0.5, "epochs": 2, "end": "done", "error": None}  # fmt: skip
+    failed = trial | {"trial": "cd", "miou": None, "end": "failed", "error": "too few frames"}
+    output.print_trials(Location.of("/s"), [trial, failed])
+    captured = capsys.readouterr()
+    assert "alpha" in captured.out and "models.m" not in captured.out and "0.123457" in captured.out
+    assert captured.err == "trial cd failed: too few frames\n"

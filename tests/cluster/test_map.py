@@ -1,0 +1,223 @@
+"""Passes over rows: exactly once whatever dies, errors as they were raised, nothing that waits forever."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from nightseg.cluster.map import map_shards
+from nightseg.errors import UserError
+from nightseg.progress import SilentProgress
+from nightseg.storage import Attempt, Location, ShardRecord, Workspace
+
+pytestmark = pytest.mark.ray
+
+
+class Double:
+    """Doubles `number`; leaves a file a call under `folder`, so that a test sees who did what."""
+
+    def __init__(self, mishap: str = "", at: int = -1) -> None:
+        self.mishap, self.at = mishap, at
+        if mishap == "bad model":
+            raise UserError("model.safetensors is damaged; train it again")
+
+    def __call__(self, rows: pa.Table, folder: Location) -> Mapping[str, pa.Table]:
+        numbers = rows["number"].to_pylist()
+        assert rows.column_names == ["number", "text"]
+        (folder / f"calls/{numbers[0]:03d}-{os.getpid()}").write_bytes(b"")
+        if self.at in numbers:
+            self._have_mishap(folder)
+        return {"doubles": pa.table({"number": numbers, "double": [2 * number for number in numbers]})}
+
+    def _have_mishap(self, folder: Location) -> None:
+        if self.mishap == "dies once" and not (folder / "died").exists():
+            (folder / "died").write_bytes(b"")
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.mishap == "dies always":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.mishap == "user error":
+            raise UserError("frame 7 has no label; add one")
+        if self.mishap == "bug":
+            raise KeyError("colour")
+        if self.mishap == "threads":
+            import torch
+
+            (folder / "threads").write_bytes(str(torch.get_num_threads()).encode())
+
+
+class Torch(Double):
+    def __init__(self) -> None:
+        import torch
+
+        torch.set_num_threads(7)  # as a machine with 7 cores would have it
+        super().__init__("threads", 0)
+
+
+def rows(count: int) -> pa.Table:
+    return pa.table({"number": list(range(count)), "text": [f"frame {index}" for index in range(count)]})
+
+
+@pytest.fixture
+def attempt(tmp_path: Path) -> Attempt:
+    return Workspace(tmp_path).stage("double", "x", version=1, recipe={}, inputs={}, seed=0).open()
+
+
+def run(attempt: Attempt, worker: type[Double] = Double, num_rows: int = 23, **changes: Any) -> list[ShardRecord]:
+    arguments = changes.pop("arguments", {})
+    settings: dict[str, Any] = {
+        "shard_rows": 5,
+        "actors": 2,
+        "cpus_per_actor": 1.0,
+        "gpus_per_actor": 0.0,
+        "progress": SilentProgress(),
+        "title": "double x",
+    }
+    return map_shards(rows(num_rows), worker, arguments, attempt=attempt, **settings | changes)
+
+
+def doubles(attempt: Attempt, records: list[ShardRecord]) -> pa.Table:
+    return pa.concat_tables([(attempt.folder / record.tables["doubles"].path).read_table() for record in records])
+
+
+def calls(attempt: Attempt) -> list[str]:
+    return [entry.name for entry in (attempt.folder / "calls").list()]
+
+
+def is_complete(attempt: Attempt, records: list[ShardRecord], count: int = 23) -> bool:
+    expected = {"number": list(range(count)), "double": [2 * number for number in range(count)]}
+    return bool(doubles(attempt, records).to_pydict() == expected)
+
+
+def test_every_row_once_and_in_order(ray_cluster: None, attempt: Attempt, capfd: pytest.CaptureFixture[str]) -> None:
+    records = run(attempt)
+    assert [(record.index, record.rows_in) for record in records] == [(0, 5), (1, 5), (2, 5), (3, 5), (4, 3)]
+    assert is_complete(attempt, records)
+    assert len(calls(attempt)) == 5
+    shown = capfd.readouterr()
+    assert (shown.out, shown.err) == ("", "")
+
+
+def test_finished_shards_are_not_done_again(ray_cluster: None, attempt: Attempt) -> None:
+    run(attempt)
+    (attempt.folder / "doubles/part-00002.parquet").delete()
+    (attempt.folder / "calls").delete()
+    records = run(attempt, actors=1)
+    assert is_complete(attempt, records)
+    assert [call[:3] for call in calls(attempt)] == ["010"]
+
+
+def test_nothing_to_do_needs_no_cluster(attempt: Attempt) -> None:
+    assert run(attempt, num_rows=0) == []
+
+
+def test_an_actor_that_is_killed_is_replaced(ray_cluster: None, attempt: Attempt) -> None:
+    records = run(attempt, arguments={"mishap": "dies once", "at": 12})
+    assert (attempt.folder / "died").exists()
+    assert is_complete(attempt, records)
+    assert sum(call.startswith("010") for call in calls(attempt)) == 2
+
+
+@pytest.mark.parametrize(
+    ("mishap", "error", "message"),
+    [
+        ("user error", UserError, "frame 7 has no label; add one"),
+        ("bad model", UserError, "model.safetensors is damaged; train it again"),
+        ("bug", RuntimeError, "double x: KeyError: 'colour'"),
+    ],
+)
+def test_errors_of_a_worker_come_out_as_they_were_raised(
+    ray_cluster: None, attempt: Attempt, mishap: str, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error) as caught:
+        run(attempt, arguments={"mishap": mishap, "at": 7})
+    assert str(caught.value) == message
+    assert "Traceback" in caught.value.__notes__[0]
+
+
+def test_a_failed_pass_keeps_what_is_done(ray_cluster: None, attempt: Attempt) -> None:
+    with pytest.raises(UserError):
+        run(attempt, actors=1, arguments={"mishap": "user error", "at": 22})
+    (attempt.folder / "calls").delete()
+    assert is_complete(attempt, run(attempt, actors=1))
+    assert [call[:3] for call in calls(attempt)] == ["020"]
+
+
+@pytest.mark.slow
+def test_a_shard_that_kills_its_worker_ends_the_pass(ray_cluster: None, attempt: Attempt) -> None:
+    import ray
+
+    with pytest.raises(RuntimeError, match=r"died 4 times on the same shard.*Finished shards are kept"):
+        run(attempt, actors=1, arguments={"mishap": "dies always", "at": 12})
+    assert sum(call.startswith("010") for call in calls(attempt)) == 4
+    for _ in range(100):  # its CPU is free again
+        if ray.available_resources().get("CPU") == 2.0:
+            return
+        time.sleep(0.1)
+    pytest.fail("an actor of the failed pass is still there")
+
+
+class OnlyHere(Double):
+    """Can be sent, but not be unpacked: as on a node that has another version of the package."""
+
+    @staticmethod
+    def unpack() -> type[Double]:
+        raise ImportError("cannot import name 'tone' from 'nightseg.metrics'")
+
+
+def test_a_worker_that_a_node_cannot_import_is_told_apart(ray_cluster: None, attempt: Attempt) -> None:
+    class Sent:
+        def __reduce__(self) -> tuple[Any, tuple[()]]:
+            return (OnlyHere.unpack, ())
+
+    with pytest.raises(
+        RuntimeError, match=r"an actor cannot start: ImportError: cannot import name 'tone'.*Every node"
+    ):
+        run(attempt, actors=1, arguments={"mishap": Sent()})
+
+
+@pytest.mark.parametrize(("cpus", "gpus", "key"), [(1.5, 0.0, "cpus_per_actor"), (0.5, 1.0, "gpus_per_actor")])
+def test_actors_that_never_fit_are_refused(
+    ray_cluster: None, attempt: Attempt, cpus: float, gpus: float, key: str
+) -> None:
+    message = f"^2 actors with .* but the cluster has .*; lower compute.map.actors or compute.map.{key}"
+    with pytest.raises(UserError, match=message):
+        run(attempt, cpus_per_actor=cpus, gpus_per_actor=gpus)
+
+
+def test_one_actor_may_take_the_whole_cluster(ray_cluster: None, attempt: Attempt) -> None:
+    assert is_complete(attempt, run(attempt, worker=Torch, actors=1, cpus_per_actor=2.0))
+    assert (attempt.folder / "threads").read_bytes() == b"2"
+
+
+class Counts:
+    """A progress that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+
+    @contextmanager
+    def task(self, title: str, total: int | None, unit: str) -> Iterator[Counts]:
+        assert (title, total, unit) == ("double x", 23, "frames")
+        yield self
+
+    def advance(self, count: int = 1, **figures: float | str) -> None:
+        self.counts.append(count)
+
+    def say(self, message: str) -> None:
+        raise AssertionError(message)
+
+
+def test_progress_counts_rows_and_those_of_before(ray_cluster: None, attempt: Attempt) -> None:
+    first, again = Counts(), Counts()
+    run(attempt, actors=1, progress=first)
+    run(attempt, actors=1, progress=again)
+    assert sorted(first.counts) == [0, 3, 5, 5, 5, 5]
+    assert again.counts == [23]

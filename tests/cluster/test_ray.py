@@ -1,0 +1,242 @@
+"""Where the cluster is, how it is entered, and that a local one is quiet and leaves no token behind."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from nightseg.cluster import ray as cluster
+from nightseg.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def not_connected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("http://127.0.0.1:8265", "'http://127.0.0.1:8265'"),
+        ("ray://head:10001", "'ray://head:10001'"),
+        ("http://someone:secret@head:8265", "'http://head:8265'"),
+    ],
+)
+def test_an_address_of_another_kind_is_refused(
+    not_connected: None, monkeypatch: pytest.MonkeyPatch, address: str, shown: str
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(UserError) as caught:
+        cluster.connect()
+    assert f"RAY_ADDRESS is {shown}" in str(caught.value)
+    assert "ray job submit" in str(caught.value) and "unset RAY_ADDRESS" in str(caught.value)
+
+
+def test_an_address_where_nobody_listens_is_refused_at_once(
+    not_connected: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    started = time.monotonic()
+    with pytest.raises(UserError, match=f"no Ray cluster answers at {address}"):
+        cluster.connect()
+    assert time.monotonic() - started < 5
+
+
+def ask(count: int, said: list[str]) -> None:
+    key = "compute.map.actors"
+    cluster.require("CPU", count=count, each=0.5, what="actors", recipe_key=key, say=said.append)
+
+
+def test_a_request_that_needs_sleeping_nodes_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr(cluster, "capacity", lambda resource: 64.0)
+    said: list[str] = []
+    ask(2, said)
+    assert said == []
+    ask(6, said)
+    assert said == ["6 actors need 3 CPU, the cluster has 1 now: waiting for more nodes"]
+
+
+@pytest.mark.parametrize(("count", "fits"), [(4, True), (5, False)])
+def test_requests_beyond_the_cluster_are_refused(monkeypatch: pytest.MonkeyPatch, count: int, fits: bool) -> None:
+    monkeypatch.setattr(cluster, "_started_here", True)
+    monkeypatch.setattr(cluster, "resources", lambda: {"CPU": 2.0})
+    if fits:
+        ask(count, [])
+        return
+    with pytest.raises(UserError) as caught:
+        ask(count, [])
+    assert str(caught.value) == (
+        "5 actors with 0.5 CPU each need 2.5 CPU, but the cluster has 2; "
+        "lower compute.map.actors in the recipe, or add nodes"
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "limits", "expected"),
+    [
+        (None, None, 2.0),
+        ("autoscaling", None, math.inf),
+        ("autoscaling", {"CPU": 64, "GPU": 8}, 64.0),
+        ("autoscaling", {"GPU": 8}, 2.0),
+    ],
+)
+def test_sleeping_nodes_count(
+    monkeypatch: pytest.MonkeyPatch, config: str | None, limits: dict[str, int] | None, expected: float
+) -> None:
+    state = SimpleNamespace(get_cluster_config=lambda: config, get_max_resources_from_cluster_config=lambda: limits)
+    monkeypatch.setattr("ray._private.state.state", state)
+    monkeypatch.setattr(cluster, "_started_here", False)
+    monkeypatch.setattr(cluster, "resources", lambda: {"CPU": 2.0})
+    assert cluster.capacity("CPU") == expected
+
+
+@pytest.mark.parametrize(
+    ("free", "expected"),
+    [
+        (2**34, cluster.OBJECT_STORE_BYTES),
+        (200 * 2**20, 160 * 2**20),
+        (64 * 2**20, cluster.OBJECT_STORE_BYTES),  # too little for any store: Ray takes a file then
+    ],
+)
+def test_the_object_store_fits_into_shared_memory(monkeypatch: pytest.MonkeyPatch, free: int, expected: int) -> None:
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bsize=1, f_bavail=free))
+    assert cluster._object_store_bytes() == expected
+
+
+LOCAL = """
+import json, os, stat, sys
+from nightseg.compute import cluster
+cluster.connect(num_cpus=1)
+cluster.connect(num_cpus=5)
+import ray
+seen = ray.get(ray.remote(lambda: (os.environ.get("RAY_AUTH_MODE"), os.environ.get("RAY_AUTH_TOKEN"))).remote())
+print(json.dumps({"cpus": cluster.resources()["CPU"], "local": cluster.is_local(), "mode": seen[0],
+    "has_token": bool(seen[1])}))
+cluster.disconnect()
+assert not cluster.is_local()
+"""
+
+
+def run_local(home: Path, **environment: str) -> dict[str, Any]:
+    import json
+
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    finished = subprocess.run(
+        [sys.executable, "-W", "error", "-c", LOCAL],
+        env=clean | {"HOME": str(home), "PYTHONPATH": str(ROOT)} | environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert (finished.returncode, finished.stderr) == (0, "")
+    answer: dict[str, Any] = json.loads(finished.stdout)
+    return answer
+
+
+@pytest.mark.ray
+def test_a_local_ray_is_quiet_and_its_token_stays_in_memory(tmp_path: Path) -> None:
+    home = tmp_path / "home"  # does not exist, and cannot be made: as in a container without a home
+    tmp_path.chmod(0o500)
+    answer = run_local(home)
+    assert answer == {"cpus": 1.0, "local": True, "mode": "token", "has_token": True}
+    assert not home.exists()
+    tmp_path.chmod(0o700)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_token_file_is_used_and_closed_to_others(tmp_path: Path) -> None:
+    file = tmp_path / ".ray" / "auth_token"
+    file.parent.mkdir()
+    file.write_text("0123456789abcdef" * 4)
+    file.chmod(0o644)
+    assert run_local(tmp_path)["has_token"] is False
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_users_choice_of_authentication_is_kept(tmp_path: Path) -> None:
+    assert run_local(tmp_path, RAY_AUTH_MODE="disabled")["mode"] == "disabled"
+    assert list(tmp_path.iterdir()) == []
+
+
+JOIN = """
+import os
+import ray
+from nightseg.compute import cluster
+from nightseg.errors import UserError
+try:
+    cluster.connect(num_cpus=5)
+    spins = ray.get(ray.remote(lambda: os.environ.get("GOMP_SPINCOUNT")).remote())
+    print(cluster.resources()["CPU"], cluster.is_local(), spins)
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_cluster_is_joined_with_its_token_only(tmp_path: Path) -> None:
+    port, token = free_port(), "0123456789abcdef" * 4
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    clean |= {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    start = [str(Path(sys.executable).with_name("ray")), "start", "--head", f"--port={port}", "--num-cpus=1"]
+    with (tmp_path / "head.log").open("w") as log:
+        head = subprocess.Popen(
+            [*start, "--include-dashboard=false", "--disable-usage-stats", "--block"],
+            env=clean | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token},
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        deadline = time.monotonic() + 90
+        while "Ray runtime started" not in (tmp_path / "head.log").read_text() and time.monotonic() < deadline:
+            time.sleep(0.2)
+
+        def join(token: str) -> str:
+            environment = clean | {"RAY_ADDRESS": f"127.0.0.1:{port}", "RAY_AUTH_TOKEN": token}
+            joined = subprocess.run(
+                [sys.executable, "-c", JOIN], env=environment, capture_output=True, text=True, timeout=100
+            )
+            return joined.stdout
+
+        assert join(token) == "1.0 False 1000\n"
+        refusal = join("f" * 64)
+        assert f"the Ray cluster at 127.0.0.1:{port} (RAY_ADDRESS)" in refusal
+        assert "RAY_AUTH_TOKEN" in refusal and token not in refusal and "f" * 64 not in refusal
+    finally:
+        head.terminate()
+        head.wait(timeout=60)
+
+
+@pytest.mark.parametrize("was_connected", [False, True])
+def test_work_inside_other_work_leaves_the_connection_that_it_found(
+    monkeypatch: pytest.MonkeyPatch, was_connected: bool
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr("ray.is_initialized", lambda: was_connected)
+    monkeypatch.setattr(cluster, "disconnect", lambda: calls.append("disconnect"))
+    with pytest.raises(KeyError), cluster.left_as_found():
+        raise KeyError
+    assert calls == ([] if was_connected else ["disconnect"])

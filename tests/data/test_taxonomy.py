@@ -1,0 +1,109 @@
+"""Class lists: the published tables, and what a user's YAML file may say."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nightseg.data.images import BadFrame
+from nightseg.data.taxonomy import IGNORE, taxonomy
+from nightseg.storage import UserError
+
+GOOD = """
+name: two
+classes:
+  - name: road
+    color: [1, 2, 3]
+    ids: {mine: [7, 9], theirs: 0}
+  - {name: "no", color: [4, 5, 6], ids: {mine: 8}}
+ignore: {mine: [0, 255], theirs: rest}
+"""
+
+
+def written(folder: Path, text: str) -> str:
+    file = folder / "classes.yaml"
+    file.write_text(text, encoding="utf-8")
+    return str(file)
+
+
+def test_cityscapes_ids() -> None:
+    classes = taxonomy("cityscapes19")
+    assert classes.num_classes == len(classes.palette) == 19
+    train_ids, known = classes.lut("label_ids")
+    evaluated = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
+    assert [int(train_ids[raw_id]) for raw_id in evaluated] == list(range(19))
+    assert all(train_ids[raw_id] == IGNORE for raw_id in range(256) if raw_id not in evaluated)
+    assert np.flatnonzero(known).tolist() == [*range(34), 255]
+    assert (classes.classes[0], classes.classes[13], classes.classes[18]) == ("road", "car", "bicycle")
+
+
+def test_camvid_ids() -> None:
+    classes = taxonomy("camvid11")
+    assert " ".join(classes.classes) == "sky building pole road pavement tree sign fence car pedestrian bicyclist"
+    raw = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    np.testing.assert_array_equal(classes.to_train_ids(raw, "camvid12").ravel(), [*range(11), 255])
+    np.testing.assert_array_equal(np.flatnonzero(classes.lut("train_ids")[1]), [*range(11), 255])
+
+
+def test_unknown_ids_are_listed() -> None:
+    raw = np.zeros((4, 4), dtype=np.uint8)
+    raw[0, 0], raw[1, :3] = 200, 77
+    with pytest.raises(BadFrame, match=r"label_value: ids 77 \(3 pixels\), 200 \(1 pixels\) are not in.*camvid12"):
+        taxonomy("camvid11").to_train_ids(raw, "camvid12")
+    with pytest.raises(BadFrame, match="and 236 more"):
+        taxonomy("camvid11").to_train_ids(np.arange(256, dtype=np.uint8)[None], "camvid12")
+
+
+def test_colours_of_ignored_pixels_are_black() -> None:
+    label = np.array([[0, 10, 255]], dtype=np.uint8)
+    np.testing.assert_array_equal(taxonomy("camvid11").colourize(label), [[(128, 128, 128), (0, 128, 192), (0, 0, 0)]])
+
+
+def test_names_that_are_wrong_come_with_a_suggestion() -> None:
+    with pytest.raises(UserError, match="did you mean 'cityscapes19'"):
+        taxonomy("cityscape19")
+    with pytest.raises(UserError, match=r"no label encoding 'label_id'.*did you mean 'label_ids'"):
+        taxonomy("cityscapes19").lut("label_id")
+    with pytest.raises(UserError, match="no such file"):
+        taxonomy("/nowhere/classes.yaml")
+
+
+def test_a_taxonomy_travels_to_workers() -> None:
+    assert pickle.loads(pickle.dumps(taxonomy("camvid11"))) == taxonomy("camvid11")
+
+
+def test_yaml(tmp_path: Path) -> None:
+    classes = taxonomy(written(tmp_path, GOOD))
+    assert (classes.name, classes.classes, classes.palette) == ("two", ("road", "no"), ((1, 2, 3), (4, 5, 6)))
+    assert classes.encodings["mine"] == {7: 0, 9: 0, 8: 1, 0: IGNORE, 255: IGNORE}
+    assert classes.encodings["train_ids"] == {0: 0, 1: 1, IGNORE: IGNORE}
+    assert classes.lut("theirs")[1].all() and classes.encodings["theirs"][3] == IGNORE
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("color: [1, 2, 3]", "color: [1, 2]"), r"classes\[0\].color: expected \[red, green, blue\]"),
+        (("color: [1, 2, 3]", "color: [1, 2, 300]"), "0..255"),
+        (("color: [1, 2, 3]", "colour: [1, 2, 3]"), "unknown key 'colour', did you mean 'color'"),
+        (("mine: [7, 9]", "mine: [7, 8]"), "raw id 8 already means something else"),
+        (("mine: [7, 9]", "mine: [7, 256]"), "0..255 of an 8-bit label file, got 256"),
+        (("mine: [7, 9]", "train_ids: [7, 9]"), "built in"),
+        (("ids: {mine: 8}", "ids: {mine: true}"), "got True"),
+        (('name: "no"', "name: no"), "quote names"),
+        (('name: "no"', "name: road"), "'road' is given twice"),
+        (("name: two\n", ""), "the key 'name' is missing"),
+        (("name: two\n", "name: two\nname: three\n"), "the key 'name' is given twice"),
+        (("name: two", "name: &a two\nx: *a"), "aliases are not accepted"),
+        (("name: two", "name: !!python/object/apply:os.getcwd []"), "not valid YAML"),
+        (("name: two", "name: [" + "[" * 1500), "not valid YAML"),
+        (("classes:", "classes: []\nx:"), "unknown key 'x'|between 2 and 255"),
+    ],
+)
+def test_yaml_errors_name_the_place(tmp_path: Path, change: tuple[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        taxonomy(written(tmp_path, GOOD.replace(*change)))
+    assert "classes.yaml" in str(caught.value)

@@ -1,0 +1,86 @@
+"""From a recipe file to results and report by the command line, in a process of its own: real Ray, real stages."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+RECIPE = """
+name: tiny
+taxonomy: camvid11
+compute:
+  train: {workers: 1, cpus_per_worker: 1}
+  map: {actors: 1, cpus_per_actor: 1, batch: 4, shard_rows: 4}
+datasets:
+  day: {layout: scenes, count: 4, size: [32, 64], mix: {day: 1.0}}
+  heap: {layout: images, root: HEAP}
+  test: {layout: scenes, count: 2, first: 50, size: [32, 64], mix: {night: 1.0}}
+max_bad_fraction: 0.5
+network: {encoder: resnet18, pyramid_channels: 8, head_channels: 8}
+training: {optimizer: adamw, batch: 2, epochs: 1, steps_per_epoch: 1, warmup_steps: 0, crop: [32, 64]}
+models:
+  first: {train: [day], start: scratch}
+  second: {train: [day], start: first, self_training: {pool: heap, threshold: {kind: none}}}
+test_sets: {night: test}
+predictions: {heap: {dataset: heap, model: second}}
+"""
+
+
+def nightseg(*words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "nightseg.cli.main", *map(str, words)]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+
+
+def json_of(*words: object) -> dict[str, Any]:
+    ended = nightseg(*words, "--json")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("\n") == 1
+    answer = json.loads(ended.stdout)
+    assert isinstance(answer, dict)
+    return answer
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_recipe_becomes_results_and_a_report_and_is_not_done_twice(tmp_path: Path) -> None:
+    from nightseg.data.images import encode_png
+    from nightseg.data.scenes.street import scene
+
+    heap, run = tmp_path / "heap", tmp_path / "run"
+    heap.mkdir()
+    for index in range(3):
+        (heap / f"nächste Nacht {index}.png").write_bytes(encode_png(scene(0, index, "night", 32, 64).image))
+    (heap / "empty.png").touch()
+    (tmp_path / "tiny.yaml").write_text(RECIPE.replace("HEAP", str(heap)))
+
+    results = json_of("run", tmp_path / "tiny.yaml", "--run-dir", run)
+    assert set(results["models"]) == {"first", "second"}
+    assert 0 <= results["models"]["second"]["tests"]["night"]["miou"] <= 1
+    assert [row["reason"] for row in results["quarantine"]] == ["zero_bytes"]
+    assert json.loads((run / "results.json").read_text()) == results
+    report = (run / "report.html").read_text()
+    assert "second" in report and "http://" not in report.replace("http://www.w3.org", "")
+
+    again = nightseg("run", tmp_path / "tiny.yaml", "--run-dir", run)
+    assert again.returncode == 0, again.stderr
+    assert f"0 stages done, {len(results['commits'])} already committed" in again.stdout
+    assert again.stderr == ""
+
+    status = json_of("status", run)
+    assert status["holder"] is None and len(status["commits"]) == len(results["commits"])
+    plan = json_of("run", tmp_path / "tiny.yaml", "--run-dir", run, "--dry-run", "--set", "training.epochs=2")
+    states = {stage["node"]: (stage["state"], stage["changed"]) for stage in plan["stages"]}
+    assert states["collect/day"] == ("committed", [])
+    assert states["train_segmenter/first"] == ("runs", ["recipe.training.epochs"])
+    assert states["train_segmenter/second"][0] == "waits"
+
+    masks = json_of("predict", f"{run}:second", heap, "--out", tmp_path / "masks")
+    assert (masks["written"], masks["quarantined"]) == (3, 1)

@@ -1,0 +1,305 @@
+"""The graph of a recipe: what stands on what, what is shared, and that the thesis fits into one file."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nightseg.data.images import encode_png
+from nightseg.pipeline.build import build_graph
+from nightseg.pipeline.graph import Graph, NodeId, View
+from nightseg.pipeline.run import plan
+from nightseg.recipe import load_recipe
+from nightseg.recipe.chain import expand_rounds
+from nightseg.recipe.types import Recipe
+from nightseg.segmenter import detectron2
+from nightseg.segmenter.settings import Network
+from nightseg.storage import Location, UserError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+# Table 4 of the thesis as facts: row -> (published mIoU, test set, start, teacher, translated sets it trains on,
+# how night frames are chosen, loss). Written out here, not read from the file under test.
+PLAIN, BOTH, ONLY = "day+plain", "day+night", "night"
+THESIS = {
+    "1.1": (27.5, "origin", "imagenet", None, "day", None, "cross_entropy"),
+    "1.2": (27.1, "origin", "scratch", "m1_1", "day", "all camvid", "cross_entropy"),
+    "1.3": (29.0, "origin", "m1_1", "m1_1", "day", "all camvid", "cross_entropy"),
+    "2.1": (31.5, "origin", "imagenet", None, PLAIN, None, "cross_entropy"),
+    "2.2": (28.8, "origin", "m2_1", "m2_1", PLAIN, "all nexet_night", "cross_entropy"),
+    "2.3": (25.2, "converted_plain", "imagenet", None, PLAIN, None, "cross_entropy"),
+    "2.4": (24.7, "converted_plain", "m2_1", "m2_1", PLAIN, "all nexet_night", "cross_entropy"),
+    "3.1": (33.9, "origin", "imagenet", None, BOTH, None, "cross_entropy"),
+    "3.2": (32.1, "origin", "m3_1", "m3_1", BOTH, "all nexet_night", "cross_entropy"),
+    "3.3": (29.3, "converted", "imagenet", None, BOTH, None, "cross_entropy"),
+    "3.4": (28.4, "converted", "m3_1", "m3_1", BOTH, "all nexet_night", "cross_entropy"),
+    "4.1": (34.2, "origin", "m3_1", "m3_1", BOTH, "1600 histogram", "cross_entropy"),
+    "4.2": (29.8, "converted", "m3_1", "m3_1", BOTH, "1600 histogram", "cross_entropy"),
+    "5.1": (29.6, "origin", "imagenet", None, ONLY, None, "cross_entropy"),
+    "5.2": (34.7, "origin", "m3_1", None, ONLY, None, "cross_entropy"),
+    "5.3": (29.8, "origin", "m5_1", "m5_1", ONLY, "1600 histogram", "cross_entropy"),
+    "5.4": (33.3, "origin", "m5_2", "m5_2", ONLY, "1600 histogram", "cross_entropy"),
+    "6.1": (26.9, "origin", "imagenet", None, BOTH, None, "focal"),
+    "6.2": (28.3, "origin", "m6_1", "m6_1", BOTH, "1600 histogram", "focal"),
+    "7.1": (38.8, "origin", "m3_1", "m3_1", BOTH, "1600 pooled", "cross_entropy"),
+    "7.2": (39.3, "origin", "m3_1", "m3_1", BOTH, "1600 pooled", "combined"),
+    "7.3": (33.1, "origin", "m3_1", "m3_1", BOTH, "1600 histogram", "combined"),
+    "8.1": (37.8, "origin", "m5_2", "m5_2", BOTH, "1600 histogram", "cross_entropy"),
+    "8.2": (39.5, "origin", "m8_1", "m8_1", BOTH, "1600 pooled", "cross_entropy"),
+    "8.3": (40.7, "origin", "m8_1", "m8_1", BOTH, "1600 pooled", "combined"),
+}
+TRAIN_SETS = {
+    "day": ["cityscapes"],
+    PLAIN: ["cityscapes", "night_plain"],
+    BOTH: ["cityscapes", "night"],
+    ONLY: ["night"],
+}
+
+
+@pytest.fixture(scope="module")
+def trees(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Tiny made-up data in the official layouts, and the overrides that point the recipe to them."""
+    root = tmp_path_factory.mktemp("data")
+    image, label = np.full((8, 16, 3), 90, np.uint8), np.full((8, 16), 7, np.uint8)
+
+    def put(path: str, array: np.ndarray) -> None:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(encode_png(array))
+
+    for split, count in (("train", 3), ("val", 2)):
+        for number in range(count):
+            stem = f"{split}/aachen/aachen_{number:06d}_000019"
+            put(f"cityscapes/leftImg8bit/{stem}_leftImg8bit.png", image)
+            put(f"cityscapes/gtFine/{stem}_gtFine_labelIds.png", label)
+    for number in range(4):
+        put(f"nexet/frame_{number}.png", image)
+        put(f"camvid/frame_{number}.png", image)
+    put("driving/leftImg8bit/test/night/0_frame_0_leftImg8bit.png", image)
+    put("driving/gtCoarse_daytime_trainvaltest/test/night/0_frame_0_gtCoarse_labelTrainIds.png", label)
+    names = {"cityscapes": "cityscapes", "camvid": "camvid", "nexet": "nexet", "night_driving": "driving"}
+    return [f"roots.{name}={root / folder}" for name, folder in names.items()]
+
+
+@pytest.fixture(scope="module")
+def thesis(trees: list[str]) -> Recipe:
+    return load_recipe(CONFIGS / "thesis.yaml", trees)
+
+
+def test_the_thesis_recipe_says_all_25_rows(thesis: Recipe) -> None:
+    found = {}
+    for name, model in thesis.models.items():
+        learning = model.self_training
+        teacher = (learning.teacher or model.start) if learning else None
+        chosen = None
+        if learning:
+            select = learning.select
+            chosen = f"{select.count} {select.method}" if select else f"all {learning.pool}"
+            assert learning.threshold.kind == "none", name  # the thesis keeps every pixel
+        train = next(kind for kind, sets in TRAIN_SETS.items() if sets == model.train)
+        assert model.test, name
+        for test, row in model.test.items():
+            loss = thesis.loss_of(model).kind
+            found[row.row] = (row.published_miou, test, model.start, teacher, train, chosen, loss)
+    assert found == THESIS
+
+
+def test_the_thesis_can_be_planned_on_tiny_trees(thesis: Recipe, tmp_path: Path) -> None:
+    lines = plan(thesis, Location.of(tmp_path / "run"))
+    counted = {str(line.node): line.rows for line in lines}
+    assert counted["collect/cityscapes"] == 3
+    assert counted["collect/nexet"] == 4
+    assert counted["collect/night_driving"] == 1
+    states = {str(line.node): line.state for line in lines}
+    assert states["collect/nexet"] == "runs"
+    assert states["train_segmenter/m8_3"] == "waits"
+    assert sum(node.startswith("train_segmenter/") for node in counted) == 20
+    assert sum(node.startswith("evaluate/") for node in counted) == 25
+    assert not (tmp_path / "run").exists()  # planning leaves nothing behind
+
+
+def test_shared_work_has_one_node(thesis: Recipe) -> None:
+    graph = build_graph(thesis)
+    stages = [node.stage for node in graph.nodes]
+    assert stages.count("train_translator") == 2
+    assert stages.count("split") == 1
+    # One pool and one reference, however many of the 14 self-trained models choose from them.
+    assert {node.name for node in graph.nodes if node.stage == "score"} == {"nexet_night.inception", "night.inception"}
+
+
+def test_nodes_come_after_what_they_need(thesis: Recipe) -> None:
+    seen: set[NodeId] = set()
+    for node in build_graph(thesis).nodes.values():
+        assert seen.issuperset(node.needs), node.id
+        seen.add(node.id)
+
+
+def test_only_one_model_brings_its_ancestors_and_no_other(thesis: Recipe) -> None:
+    graph = build_graph(thesis, "m1_3")
+    assert set(graph.models) == {"m1_1", "m1_3"}
+    assert not any(node.stage == "train_translator" for node in graph.nodes)
+    assert NodeId("evaluate", "m1_3.origin") in graph.nodes
+    assert NodeId("evaluate", "m1_1.origin") not in graph.nodes
+    with pytest.raises(UserError, match="no such model"):
+        build_graph(thesis, "m9_9")
+
+
+def scenes_recipe(folder: Path, models: str, more: str = "") -> Recipe:
+    file = folder / "recipe.yaml"
+    file.write_text(
+        f"""
+name: made
+taxonomy: camvid11
+datasets:
+  day: {{layout: scenes, count: 4}}
+  heap: {{layout: scenes, count: 4, labelled: false}}
+  night: {{split: heap, keep: night}}
+  both: {{join: [day, night]}}
+  test: {{layout: scenes, count: 2, first: 100}}
+models:
+{models}
+test_sets: {{test: test}}
+{more}
+"""
+    )
+    return load_recipe(file)
+
+
+def graph_of(folder: Path, models: str) -> Graph:
+    return build_graph(scenes_recipe(folder, models))
+
+
+def test_rounds_are_a_chain_of_models(tmp_path: Path) -> None:
+    models = "  a: {train: [day]}\n  b: {train: [day], start: a, rounds: 3, self_training: {pool: night}}"
+    chain = expand_rounds(scenes_recipe(tmp_path, models).models)
+    assert list(chain) == ["a", "b.1", "b.2", "b"]
+    assert [chain[name].start for name in chain] == ["imagenet", "a", "b.1", "b.2"]
+    learning = chain["b"].self_training
+    assert learning is not None and learning.teacher == "b.2"
+    graph = build_graph(scenes_recipe(tmp_path, models))
+    assert NodeId("train_segmenter", "b.2") in graph.nodes[NodeId("pseudo_label", "b")].needs
+
+
+def test_a_split_dataset_is_a_view_of_one_domain(tmp_path: Path) -> None:
+    graph = graph_of(tmp_path, "  a: {train: [day]}")
+    assert graph.datasets["night"] == (View(NodeId("split", "heap"), "night"),)
+    assert graph.datasets["both"] == (View(NodeId("collect", "day")), View(NodeId("split", "heap"), "night"))
+
+
+def test_only_stages_that_draw_have_the_seed(tmp_path: Path) -> None:
+    recipe = scenes_recipe(tmp_path, "  a: {train: [day]}", "seed: 5")
+    seeds = {node.stage: found.seed for node, found in build_graph(recipe).nodes.items()}
+    assert seeds == {"collect": 0, "split": 0, "train_segmenter": 5, "evaluate": 0}
+
+
+def training_part(folder: Path, models: str, more: str = "") -> dict[str, object]:
+    return dict(build_graph(scenes_recipe(folder, models, more)).nodes[NodeId("train_segmenter", "a")].recipe)
+
+
+def test_settings_that_came_later_change_a_key_only_when_they_say_something(tmp_path: Path) -> None:
+    """The keys that `network` had in recipes before there were kinds of norms."""
+    before = {"encoder", "encoder_weights", "input_size", "pyramid_channels", "head_channels"}
+    assert set(Network().identity()) == before
+    part = training_part(tmp_path, "  a: {train: [day]}", "network: {norm: frozen, encoder: resnet50}")
+    assert part["network"] == {**Network(encoder="resnet50").identity(), "norm": "frozen"}
+
+
+def test_a_start_that_is_a_folder_counts_by_its_content(tmp_path: Path) -> None:
+    folder = tmp_path / "converted"
+    folder.mkdir()
+    (folder / "model.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"one")
+    models = f"  a: {{train: [day], start: {folder}}}"
+    first = training_part(tmp_path, models)["start"]
+    moved = folder.rename(tmp_path / "moved")
+    assert training_part(tmp_path, models.replace("converted", "moved"))["start"] == first
+    (moved / "model.safetensors").write_bytes(b"two")
+    assert training_part(tmp_path, models.replace("converted", "moved"))["start"] != first
+    assert training_part(tmp_path, "  a: {train: [day]}")["start"] == "imagenet"
+
+
+@pytest.mark.parametrize(
+    ("network", "part"),
+    [
+        ("encoder: resnet18, backend: detectron2", "pip install --no-build-isolation"),
+        ("encoder: timm/vit_tiny_patch16_224", "strides"),
+        ("encoder: timm/convnext_atto, norm: frozen", "no batch norm"),
+    ],
+)
+def test_networks_that_cannot_be_built_here_fail_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: str, part: str
+) -> None:
+    monkeypatch.setattr(detectron2, "is_installed", lambda: False)
+    recipe = scenes_recipe(tmp_path, f"  a: {{train: [day], network: {{{network}}}}}")
+    with pytest.raises(UserError, match=f"(?s)model a: .*{part}"):
+        build_graph(recipe)
+
+
+def test_boundary_iou_is_part_of_an_evaluations_key_only_where_it_is_asked_for(tmp_path: Path) -> None:
+    def part(more: str) -> dict[str, object]:
+        recipe = scenes_recipe(tmp_path, "  a: {train: [day]}", more)
+        return dict(build_graph(recipe).nodes[NodeId("evaluate", "a.test")].recipe)
+
+    assert part("evaluation: {boundary: 0.02}") == part("") | {"boundary": 0.02}
+    with pytest.raises(UserError, match=r"evaluation\.boundary"):
+        part("evaluation: {boundary: 2}")
+
+
+def test_other_ways_to_look_make_other_stages_and_whole_frames_the_old_ones(tmp_path: Path) -> None:
+    """A key is a hash of the stage's part of the recipe: without modes it must not even mention them."""
+    models = "  a: {train: [day]}\n  b: {train: [day], start: a, self_training: {pool: night%s}}"
+    show = "predictions: {p: {dataset: night, model: b}}\n"
+    careful = "{flip: true, scales: [0.75, 1.0]}"
+
+    def parts(own: str = "", more: str = "") -> dict[str, object]:
+        graph = build_graph(scenes_recipe(tmp_path, models % own, show + more))
+        return {str(node): found.recipe for node, found in graph.nodes.items()}
+
+    plain = parts()
+    assert "inference" not in str(plain)
+    assert parts(more="inference: {overlap: 0.25, scales: [1.0], window: null}") == plain
+    looked = parts(more=f"inference: {careful}")
+    assert {node for node in plain if looked[node] != plain[node]} == {
+        "pseudo_label/b", "predict/p", "evaluate/a.test", "evaluate/b.test"
+    }  # fmt: skip
+    taught = parts(own=f", inference: {careful}")
+    assert {node for node in plain if taught[node] != plain[node]} == {"pseudo_label/b"}
+    with pytest.raises(UserError, match=r"inference\.windw: unknown key, did you mean 'window'"):
+        parts(more="inference: {windw: [4, 4]}")
+    with pytest.raises(UserError, match="a scale stands there twice"):
+        parts(more="inference: {scales: [1.0, 1.0]}")
+
+
+def test_a_pass_gets_the_modes_of_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nightseg.pipeline.build import evaluate, predict, pseudo_label
+    from nightseg.segmenter.inference import Inference
+
+    asked: dict[str, Inference] = {}
+    for module in (evaluate, predict, pseudo_label):
+        name = module.__name__.rpartition(".")[2]
+        monkeypatch.setattr(module, name, lambda *_, _of=name, **more: asked.update({_of: more["inference"]}))
+    models = "  a: {train: [day]}\n  b: {train: [day], start: a, self_training: {pool: day, inference: {flip: true}}}"
+    more = "predictions: {p: {dataset: day, model: a}}\ninference: {window: [64, 128], precision: bfloat16}"
+    graph = build_graph(scenes_recipe(tmp_path, models, more))
+
+    class Anything:
+        def frames(self, views: object) -> None:
+            return None
+
+        def __getitem__(self, node: object) -> None:
+            return None
+
+    for node, found in graph.nodes.items():
+        if node.stage in ("evaluate", "predict", "pseudo_label"):
+            found.work(Anything(), None, None)  # type: ignore[arg-type]
+    windows = Inference(window=(64, 128), precision="bfloat16")
+    assert asked == {"evaluate": windows, "predict": windows, "pseudo_label": Inference(flip=True)}
+
+
+def test_the_number_of_workers_counts_where_batch_norms_see_it(tmp_path: Path) -> None:
+    def part(more: str) -> dict[str, object]:
+        return training_part(tmp_path, "  a: {train: [day]}", more)
+
+    two = "compute: {train: {workers: 2}}\n"
+    assert part(two) == part("") | {"workers": 2}
+    assert part(two + "network: {norm: frozen}") == part("network: {norm: frozen}")
+    assert part(two + "training: {freeze_batch_norm: true}") == part("training: {freeze_batch_norm: true}")

@@ -1,0 +1,98 @@
+"""FID and KID of folders, frame tables and files of statistics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nightseg.pipeline.distance import Distance, distance
+from nightseg.progress import SilentProgress
+from nightseg.selection.extractors import build_extractor
+from nightseg.selection.frechet import Statistics, frechet_distance, write_statistics
+from nightseg.selection.kernel import kernel_distance
+from nightseg.stages import score as stage
+from nightseg.storage import Location, UserError
+from tests.frames_on_disk import folder_of, image, in_this_process
+
+LITE0 = "efficientnet_lite0"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "map_shards", in_this_process)
+
+
+def measured(a: Path | str, b: Path | str, tmp_path: Path, **settings: Any) -> Distance:
+    extraction = stage.Extraction(settings.pop("extractor", LITE0), mode=settings.pop("mode", "exact"))
+    settings = {"extraction": extraction, "progress": SilentProgress()} | settings
+    return distance(str(a), str(b), folder=Location.of(tmp_path / "work"), **settings)
+
+
+def test_fid_of_folder_table_and_file_agree(without_ray: None, tmp_path: Path) -> None:
+    folder_of(tmp_path / "a" / "nested", range(5))
+    Location.of(tmp_path / "b.parquet").write_table(folder_of(tmp_path / "b", range(5, 9)))
+    got = measured(tmp_path / "a", tmp_path / "b.parquet", tmp_path)
+    assert (got.n_a, got.n_b, got.extractor, got.resize) == (5, 4, LITE0, "clean")
+    features = [
+        build_extractor(LITE0)([image(seed) for seed in seeds]).astype(np.float64) for seeds in (range(5), range(5, 9))
+    ]
+    sides = [(rows.mean(0), np.cov(rows.T)) for rows in features]
+    assert got.fid == pytest.approx(frechet_distance(*sides[0], *sides[1]), rel=1e-5)
+    kernel = kernel_distance(*features)
+    assert (got.kid, got.kid_deviation) == (
+        pytest.approx(kernel.kid, rel=1e-4),
+        pytest.approx(kernel.deviation, rel=1e-4),
+    )
+    weights = build_extractor(LITE0).weights_sha256
+    write_statistics(Location.of(tmp_path / "b.npz"), Statistics(*sides[1], 4, LITE0, "clean", weights))
+    half = measured(tmp_path / "a", tmp_path / "b.npz", tmp_path, save_statistics=(str(tmp_path / "a.npz"), None))
+    assert half.fid == pytest.approx(got.fid, rel=1e-5) and half.kid is None
+    kept = measured(tmp_path / "a.npz", tmp_path / "b.npz", tmp_path)
+    assert kept.fid == pytest.approx(half.fid, rel=1e-9) and kept.n_a == 5
+    assert measured(tmp_path / "a", tmp_path / "a", tmp_path).fid == pytest.approx(0, abs=1e-6)
+    assert not list((tmp_path / "work").iterdir())  # nothing is left behind
+
+
+def test_fid_of_two_files_needs_no_network_and_no_weights(tmp_path: Path) -> None:
+    for name, shift in (("a", 0.0), ("b", 2.0)):
+        np.savez(tmp_path / f"{name}.npz", mu=np.full(6, shift), sigma=np.eye(6))
+    got = measured(tmp_path / "a.npz", tmp_path / "b.npz", tmp_path, extractor="inception")
+    assert got == Distance(pytest.approx(24), None, None, "", "")  # type: ignore[arg-type]
+
+
+def test_an_extractor_that_was_asked_for_is_not_ignored_beside_two_files(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        np.savez(tmp_path / f"{name}.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    files = (tmp_path / "a.npz", tmp_path / "b.npz", tmp_path)
+    assert measured(*files).extractor == "inception"
+    assert measured(*files, extractor="inception", insist=True).fid == 0.0
+    with pytest.raises(UserError, match=r"a\.npz: .* made with inception, not with efficientnet_lite0"):
+        measured(*files, insist=True)
+
+
+def test_fid_refuses_what_does_not_compare(without_ray: None, tmp_path: Path) -> None:
+    folder_of(tmp_path / "a", range(2))
+    np.savez(tmp_path / "pytorch_fid.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    with pytest.raises(UserError, match=r"extractor of .*a is efficientnet_lite0"):
+        measured(tmp_path / "a", tmp_path / "pytorch_fid.npz", tmp_path)
+    folder_of(tmp_path / "one", range(1))
+    with pytest.raises(UserError, match="at least 2"):
+        measured(tmp_path / "one", tmp_path / "a", tmp_path)
+    for missing in ("absent", "absent.parquet", "absent.npz"):
+        with pytest.raises(UserError, match="absent"):
+            measured(tmp_path / missing, tmp_path / "a", tmp_path)
+    folder_of(tmp_path / "bad", range(2), broken=1)
+    with pytest.raises(UserError, match="not_an_image"):
+        measured(tmp_path / "bad", tmp_path / "a", tmp_path)

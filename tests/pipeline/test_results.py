@@ -1,0 +1,182 @@
+"""results.json gathers what stages committed; models are found through it, also after the run folder was moved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nightseg.cluster.settings import MapCompute
+from nightseg.data.table import quarantine_table
+from nightseg.pipeline import graph as words
+from nightseg.pipeline.graph import Graph, ModelNodes, Node, NodeId, View
+from nightseg.pipeline.results import MAX_QUARANTINE_ROWS, gather, model_folder, read_results
+from nightseg.recipe import load_recipe
+from nightseg.recipe.types import Prediction
+from nightseg.storage import Commit, Location, UserError, Workspace
+
+DAY, SPLIT, SELECT = NodeId("collect", "day"), NodeId("split", "heap"), NodeId("select", "m")
+LABEL, TRAIN, TEST = NodeId("pseudo_label", "m"), NodeId("train_segmenter", "m"), NodeId("evaluate", "m.night")
+DUSK = NodeId("predict", "dusk")
+SCORES = {"miou": 0.25, "pa": 0.5, "iou": {"sky": 0.5, "car": None}, "confusion": [[3, 1], [0, 4]], "frames": 4}
+
+
+def commit(run: Location, node: NodeId, *, bad: int = 0, **files: object) -> Commit:
+    """One stage that committed these JSON files, a model if it is a training, and a quarantine table of `bad` rows."""
+    attempt = Workspace(run).stage(node.stage, node.name, version=1, recipe={}, inputs={}, seed=0).open()
+    outputs = [f"{name}.json" for name in files]
+    for name, content in files.items():
+        (attempt.folder / f"{name}.json").write_json(content)
+    if node == TRAIN:
+        (attempt.folder / "model/model.json").write_json({})
+        outputs.append("model/model.json")
+    if bad:
+        rows = (
+            {"frame_id": f"{number:05d}", "uri": "/x", "reason": "truncated", "detail": ""} for number in range(bad)
+        )
+        (attempt.folder / "quarantine.parquet").write_table(quarantine_table(rows))
+        outputs.append("quarantine.parquet")
+    return attempt.finish(rows_in=4 + bad, rows_out=4, quarantined=bad, outputs=outputs, seconds=1.5)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Location:
+    """A finished run folder with its results.json."""
+    folder = Location.of(tmp_path / "run")
+    commits = {
+        DAY: commit(folder, DAY, bad=MAX_QUARANTINE_ROWS + 5),
+        SPLIT: commit(folder, SPLIT, evidence={"margin": 0.2}),
+        SELECT: commit(folder, SELECT, evidence={"method": "pooled"}),
+        LABEL: commit(folder, LABEL, evidence={"kept_share": 0.5}),
+        TRAIN: commit(folder, TRAIN),
+        TEST: commit(folder, TEST, scores=SCORES),
+        DUSK: commit(folder, DUSK),
+    }
+    graph = Graph(nodes={node: Node(node, 1, {}, (), (), MapCompute(), lambda *_: commits[DAY]) for node in commits})
+    tests = {"night": words.TestNode(TEST, "2.1", 31.5)}
+    graph.models["m"] = ModelNodes(TRAIN, SELECT, LABEL, {"start": "imagenet", "parents": []}, tests)
+    graph.datasets["night"] = (View(SPLIT, "night"),)
+    graph.predictions["dusk"] = (DUSK, Prediction(dataset="night", model="m"))
+    text = "name: made\ntaxonomy: camvid11\nseed: 3\ndatasets: {day: {layout: scenes, count: 4}}\n"
+    (tmp_path / "recipe.yaml").write_text(text)
+    results = gather(load_recipe(tmp_path / "recipe.yaml"), graph, commits, {TRAIN, TEST})
+    (folder / "results.json").write_json(results)
+    return folder
+
+
+def test_results_hold_the_scores_and_where_every_number_comes_from(run: Location) -> None:
+    results = read_results(run)
+    model = results["models"]["m"]
+    assert model["start"] == "imagenet" and model["model"] == "train_segmenter/m"
+    assert model["tests"]["night"] == SCORES | {"row": "2.1", "published_miou": 31.5, "node": "evaluate/m.night"}
+    assert results["selections"] == {"m": {"node": "select/m", "evidence": {"method": "pooled"}}}
+    assert results["pseudo_labels"] == {"m": {"node": "pseudo_label/m", "evidence": {"kept_share": 0.5}}}
+    assert results["splits"] == {"heap": {"margin": 0.2}}
+    assert results["datasets"] == {"night": ["split/heap:night"]}
+    assert results["predictions"] == {"dusk": {"node": "predict/dusk", "dataset": "night", "model": "m"}}
+    assert (results["recipe"], results["seed"], len(results["taxonomy"]["classes"])) == ("made", 3, 11)
+    assert results["taxonomy"]["encodings"]["camvid12"]["11"] == 255
+    assert {"python", "torch", "ray", "nightseg"} <= results["versions"].keys()
+    assert results["hardware"]["cpus"] >= 1
+
+
+def test_results_say_what_was_done_now_and_how_long_it_took(run: Location) -> None:
+    results = read_results(run)
+    assert {node for node, facts in results["commits"].items() if not facts["skipped"]} == {
+        "train_segmenter/m", "evaluate/m.night"
+    }  # fmt: skip
+    assert set(results["seconds"].values()) == {1.5}
+    assert results["commits"]["collect/day"]["rows_out"] == 4
+
+
+def test_quarantined_frames_are_listed_but_not_without_end(run: Location) -> None:
+    results = read_results(run)
+    assert len(results["quarantine"]) == MAX_QUARANTINE_ROWS
+    assert results["quarantine"][0] == {
+        "stage": "collect", "name": "day", "frame_id": "00000", "uri": "/x", "reason": "truncated", "detail": ""
+    }  # fmt: skip
+    assert results["commits"]["collect/day"]["quarantined"] == MAX_QUARANTINE_ROWS + 5
+
+
+def test_a_judged_translation_stands_beside_the_models_that_learned_from_it(tmp_path: Path) -> None:
+    folder, judge = Location.of(tmp_path / "run"), NodeId("judge_translation", "made")
+    text = """
+name: made
+taxonomy: camvid11
+datasets: {day: {layout: scenes, count: 4}, made: {translate: day, by: optics}, all: {join: [day, made]}}
+translators: {optics: {kind: photometric}}
+"""
+    (tmp_path / "recipe.yaml").write_text(text)
+    commits = {
+        DAY: commit(folder, DAY),
+        TRAIN: commit(folder, TRAIN),
+        TEST: commit(folder, TEST, scores=SCORES),
+        judge: commit(folder, judge, judgement={"fid": {"translated": 3.5}, "edges": 0.5}),
+    }
+    graph = Graph(nodes={node: Node(node, 1, {}, (), (), MapCompute(), lambda *_: commits[DAY]) for node in commits})
+    tests = {"night": words.TestNode(TEST, "", None)}
+    for name, train in (("m", ["all"]), ("other", ["day"])):
+        graph.models[name] = ModelNodes(TRAIN, None, None, {"start": "imagenet", "parents": [], "train": train}, tests)
+    graph.judgements["made"] = words.JudgedTranslation(judge, {"kind": "photometric", "judge": "other"})
+    found = gather(load_recipe(tmp_path / "recipe.yaml"), graph, commits, set())["translations"]
+    assert found == {
+        "made": {
+            "node": "judge_translation/made",
+            "kind": "photometric",
+            "judge": "other",
+            "fid": {"translated": 3.5},
+            "edges": 0.5,
+            "models": {"m": {"night": 0.25}},
+        }
+    }
+
+
+# -- finding a model --------------------------------------------------------------------------------------------------
+
+
+def test_a_model_is_found_by_its_folder_or_by_its_name_in_a_run(run: Location) -> None:
+    found = model_folder(f"{run.uri}:m")
+    assert (found / "model.json").exists()
+    assert model_folder(found) == found
+
+
+def test_a_model_is_found_after_the_run_folder_was_moved(run: Location, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    run.local.rename(tmp_path / "elsewhere" / "moved: again")
+    found = model_folder(f"{tmp_path}/elsewhere/moved: again:m")
+    assert found.uri.startswith(f"{tmp_path}/elsewhere/") and (found / "model.json").exists()
+
+
+def test_a_model_that_was_borrowed_is_found_where_it_lies(run: Location, tmp_path: Path) -> None:
+    trial = Location.of(tmp_path / "trial")
+    (trial / "results.json").write_json((run / "results.json").read_json())
+    assert model_folder(f"{trial.uri}:m").uri.startswith(run.uri)
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("{run}", "say which model; give RUN_DIR:MODEL, known: m"),
+        ("{run}:n", "the run has no model 'n'; give RUN_DIR:MODEL, known: m"),
+        ("{run}:mm", "no model 'mm', did you mean 'm'"),
+        ("{run}:", "say which model"),
+        ("{run}/nowhere", "neither a model folder .* nor a finished run .*runs/demo:self_trained"),
+        ("{run}/nowhere:m", "neither a model folder"),
+        (":m", "neither a model folder"),
+    ],
+)
+def test_what_is_no_model_is_named_with_the_cure(run: Location, place: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        model_folder(place.format(run=run.uri))
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b'{"models": {}}', b'{"models": 3, "commits": {}}'])
+def test_damaged_results_are_named(run: Location, content: bytes) -> None:
+    (run / "results.json").write_bytes(content)
+    with pytest.raises(UserError, match="not the results of a run, or damaged"):
+        model_folder(f"{run.uri}:m")
+
+
+def test_missing_results_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no results.json there. Cure: finish the run first"):
+        read_results(Location.of(tmp_path))

@@ -1,0 +1,232 @@
+"""Plans and runs of a made-up graph: what is done, skipped, continued, borrowed, and why something runs again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nightseg.cluster import ray as cluster
+from nightseg.cluster.settings import MapCompute, TrainCompute
+from nightseg.pipeline import build
+from nightseg.pipeline import graph as words
+from nightseg.pipeline import run as runner
+from nightseg.pipeline.graph import Graph, ModelNodes, Node, NodeId
+from nightseg.progress import SilentProgress
+from nightseg.recipe import load_recipe
+from nightseg.recipe.types import Recipe
+from nightseg.storage import Attempt, Commit, Location, UserError, WorkspaceBusy
+
+RECIPE = """
+name: made
+taxonomy: camvid11
+seed: 7
+datasets: {day: {layout: scenes, count: 4}}
+models: {m: {train: [day]}}
+test_sets: {night: day}
+"""
+DAY, TRAIN, TEST = NodeId("collect", "day"), NodeId("train_segmenter", "m"), NodeId("evaluate", "m.night")
+SCORES = {"miou": 0.25, "pa": 0.5, "ca": 0.5, "fwiou": 0.5, "iou": {"sky": None}, "confusion": [[1]], "frames": 4}
+
+
+class MadeUpGraph:
+    """collect/day -> train_segmenter/m -> evaluate/m.night; every stage writes one file, and `worked` tells of it."""
+
+    def __init__(self) -> None:
+        self.worked: list[str] = []
+        self.connected = 0
+        self.text = {DAY: "frames", TRAIN: "weights", TEST: "scores"}
+        self.settings: dict[NodeId, dict[str, Any]] = {DAY: {"count": 4}, TRAIN: {"epochs": {"last": 2}}, TEST: {}}
+        self.fails: NodeId | None = None
+        self.meanwhile: Callable[[], None] = lambda: None
+
+    def build(self, recipe: Recipe, only: str | None = None) -> Graph:
+        if only not in (None, "m"):
+            raise UserError(f"--only {only}: no such model")
+        graph = Graph()
+        for node, needs in ((DAY, ()), (TRAIN, (DAY,)), (TEST, (DAY, TRAIN))):
+            is_training = node is TRAIN
+            graph.nodes[node] = Node(
+                node,
+                1,
+                self.settings[node],
+                needs,
+                needs[:1],
+                TrainCompute(cpus_per_worker=2) if is_training else MapCompute(actors=2, gpus_per_actor=0.5),
+                self.work(node, needs),
+                seed=recipe.seed if is_training else 0,
+                expected_rows=4 if node is DAY else None,
+            )
+        tests = {"night": words.TestNode(TEST, "2.1", 31.5)}
+        facts: Mapping[str, Any] = {"parents": [], "start": "imagenet", "train": ["day"]}
+        graph.models["m"] = ModelNodes(TRAIN, None, None, facts, tests)
+        return graph
+
+    def work(self, node: NodeId, needs: tuple[NodeId, ...]) -> Callable[[Any, Attempt, Any], Commit]:
+        def work(inputs: Any, attempt: Attempt, progress: Any) -> Commit:
+            assert set(inputs.commits) >= set(needs), "a stage runs after what it needs"
+            self.worked.append(str(node))
+            self.meanwhile()
+            (attempt.folder / "output.txt").write_bytes(self.text[node].encode())
+            if self.fails == node:
+                raise RuntimeError("the power went")
+            (attempt.folder / "scores.json").write_json(SCORES)
+            return attempt.finish(rows_in=4, rows_out=4, outputs=["output.txt", "scores.json"])
+
+        return work
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> MadeUpGraph:
+    graph = MadeUpGraph()
+    monkeypatch.setattr(build, "build_graph", graph.build)
+
+    def connect() -> None:
+        graph.connected += 1
+
+    monkeypatch.setattr(cluster, "connect", connect)
+    return graph
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    return load_recipe(tmp_path / "recipe.yaml")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Location:
+    return Location.of(tmp_path / "run")
+
+
+def run(recipe: Recipe, folder: Location, **more: Any) -> runner.Outcome:
+    return runner.run(recipe, folder, progress=SilentProgress(), **more)
+
+
+def states(recipe: Recipe, folder: Location) -> dict[str, str]:
+    return {str(line.node): line.state for line in runner.plan(recipe, folder)}
+
+
+# -- runs -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_works_in_order_and_leaves_recipe_and_results(
+    made: MadeUpGraph, recipe: Recipe, folder: Location
+) -> None:
+    outcome = run(recipe, folder)
+    assert made.worked == ["collect/day", "train_segmenter/m", "evaluate/m.night"]
+    assert (outcome.done, outcome.skipped) == (3, 0)
+    assert load_recipe(folder / "recipe.yaml") == recipe
+    assert (folder / "results.json").read_json() == outcome.results
+    assert outcome.results["models"]["m"]["tests"]["night"]["published_miou"] == 31.5
+
+
+def test_an_unchanged_run_does_nothing_and_starts_no_ray(made: MadeUpGraph, recipe: Recipe, folder: Location) -> None:
+    first = run(recipe, folder)
+    made.worked.clear()
+    made.connected = 0
+    again = run(recipe, folder)
+    assert (made.worked, made.connected) == ([], 0)
+    assert (again.done, again.skipped) == (0, 3)
+    assert again.results["models"] == first.results["models"]
+    assert all(facts["skipped"] for facts in again.results["commits"].values())
+
+
+def test_a_change_runs_what_stands_on_it(made: MadeUpGraph, recipe: Recipe, folder: Location) -> None:
+    run(recipe, folder)
+    made.worked.clear()
+    made.settings[TRAIN], made.text[TRAIN] = {"epochs": {"last": 3}}, "better weights"
+    run(recipe, folder)
+    assert made.worked == ["train_segmenter/m", "evaluate/m.night"]
+
+
+def test_a_change_that_changes_no_output_goes_no_further(made: MadeUpGraph, recipe: Recipe, folder: Location) -> None:
+    run(recipe, folder)
+    made.worked.clear()
+    made.settings[DAY] = {"count": 4, "comment": "the same frames"}
+    run(recipe, folder)
+    assert made.worked == ["collect/day"]
+
+
+def test_what_failed_continues_in_the_same_attempt(made: MadeUpGraph, recipe: Recipe, folder: Location) -> None:
+    made.fails = TRAIN
+    with pytest.raises(RuntimeError, match="the power went"):
+        run(recipe, folder)
+    assert not (folder / "results.json").exists()
+    assert states(recipe, folder) == {
+        "collect/day": "committed", "train_segmenter/m": "continues", "evaluate/m.night": "waits"
+    }  # fmt: skip
+    made.fails = None
+    made.worked.clear()
+    outcome = run(recipe, folder)
+    assert made.worked == ["train_segmenter/m", "evaluate/m.night"]
+    assert outcome.results["commits"]["train_segmenter/m"]["folder"].endswith("attempt-1")
+
+
+def test_a_wrong_request_leaves_no_run_folder(made: MadeUpGraph, recipe: Recipe, folder: Location) -> None:
+    with pytest.raises(UserError, match="no such model"):
+        run(recipe, folder, only="n")
+    assert not folder.exists()
+
+
+def test_a_second_driver_is_told_who_works_here(made: MadeUpGraph, recipe: Recipe, folder: Location) -> None:
+    def start_another() -> None:
+        with pytest.raises(WorkspaceBusy, match="in use by process"):
+            run(recipe, folder)
+
+    made.meanwhile = start_another
+    assert run(recipe, folder).done == 3
+    assert made.worked == ["collect/day", "train_segmenter/m", "evaluate/m.night"]
+
+
+def test_other_runs_borrow_what_was_prepared(
+    made: MadeUpGraph, recipe: Recipe, folder: Location, tmp_path: Path
+) -> None:
+    shared = Location.of(tmp_path / "shared")
+    commits = runner.prepare(recipe, shared, {DAY}, only="m", progress=SilentProgress())
+    assert list(commits) == [DAY] and made.worked == ["collect/day"]
+    outcome = run(recipe, folder, borrow=[shared])
+    assert made.worked == ["collect/day", "train_segmenter/m", "evaluate/m.night"]
+    assert outcome.skipped == 1
+    assert outcome.results["commits"]["collect/day"]["folder"].startswith(shared.uri)
+
+
+def test_run_folders_have_a_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("NIGHTSEG_RUNS", raising=False)
+    assert runner.run_folder("demo", None).uri == f"{tmp_path}/runs/demo"
+    assert runner.run_folder("demo", "s3://bucket/here").uri == "s3://bucket/here"
+    monkeypatch.setenv("NIGHTSEG_RUNS", "/data/runs")
+    assert runner.run_folder("demo", None).uri == "/data/runs/demo"
+
+
+# -- plans ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_of_nothing_done_counts_frames_and_resources(
+    made: MadeUpGraph, recipe: Recipe, folder: Location
+) -> None:
+    lines = runner.plan(recipe, folder)
+    assert [line.state for line in lines] == ["runs", "waits", "waits"]
+    assert [line.rows for line in lines] == [4, 4, 4]
+    assert [line.resources for line in lines] == [
+        "2 actors x 1 CPU + 0.5 GPU", "1 worker x 2 CPU", "2 actors x 1 CPU + 0.5 GPU"
+    ]  # fmt: skip
+    assert not folder.exists() and made.worked == []
+
+
+def test_a_plan_names_the_keys_that_changed(made: MadeUpGraph, recipe: Recipe, folder: Location) -> None:
+    run(recipe, folder)
+    assert set(states(recipe, folder).values()) == {"committed"}
+    made.settings[TRAIN] = {"epochs": {"last": 3}, "batch": 8}
+    lines = {line.node: line for line in runner.plan(recipe.model_copy(update={"seed": 8}), folder)}
+    assert (lines[DAY].state, lines[TRAIN].state, lines[TEST].state) == ("committed", "runs", "waits")
+    assert set(lines[TRAIN].changed) == {"recipe.epochs.last", "recipe.batch", "seed"}
+
+
+def test_a_plan_knows_what_can_be_borrowed(made: MadeUpGraph, recipe: Recipe, folder: Location, tmp_path: Path) -> None:
+    run(recipe, folder)
+    lines = runner.plan(recipe, Location.of(tmp_path / "other"), borrow=[folder])
+    assert [line.state for line in lines] == ["committed"] * 3

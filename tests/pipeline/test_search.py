@@ -1,0 +1,263 @@
+"""A search refuses what cannot work, picks the best of the trials that ended, and runs with Ray Tune (slow)."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from nightseg.pipeline import search as module
+from nightseg.pipeline.search import search
+from nightseg.pipeline.trials import Search, Trials
+from nightseg.progress import SilentProgress
+from nightseg.recipe import load_recipe, load_settings, save_recipe
+from nightseg.storage import Location, UserError, Workspace
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
+ALPHA, COUNT = "models.self_trained.loss.alpha", "models.self_trained.self_training.select.count"
+
+
+def refused(folder: Path, *overrides: str, file: Path = CONFIGS / "search.yaml") -> str:
+    """The message; nothing has been written and no Ray was started."""
+    with pytest.raises(UserError) as caught:
+        search(str(file), overrides, run_dir=str(folder / "run"), progress=SilentProgress())
+    assert not (folder / "run").exists()
+    return str(caught.value)
+
+
+@pytest.fixture(autouse=True)
+def no_ray(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "ray" not in request.keywords:
+        from nightseg.cluster import ray as cluster
+
+        monkeypatch.setattr(cluster, "connect", lambda: pytest.fail("no Ray before the request is checked"))
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_search_of_the_demo_is_right() -> None:
+    settings = load_settings(Search, CONFIGS / "search.yaml")
+    module._check("search.yaml", settings, Location.of(CONFIGS / "demo.yaml"))
+    assert settings.trials == 4 and set(settings.space) >= {ALPHA, COUNT}
+
+
+def test_ray_is_started_with_the_dashboard_that_frees_stopped_trials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray asks its dashboard whether the training of a stopped trial still lives; without one its CPUs stay taken."""
+    from nightseg.cluster import ray as cluster
+
+    asked: list[bool] = []
+
+    def connect(*, dashboard: bool = False) -> None:
+        asked.append(dashboard)
+        raise InterruptedError
+
+    monkeypatch.setattr(cluster, "connect", connect)
+    with pytest.raises(InterruptedError):
+        search(str(CONFIGS / "search.yaml"), [], run_dir=str(tmp_path / "run"), progress=SilentProgress())
+    assert asked == [True]
+
+
+def test_everything_that_is_wrong_is_in_one_message(tmp_path: Path) -> None:
+    message = refused(
+        tmp_path,
+        "model=self_traned",
+        "space={models.self_trained.loss.alhpa: {uniform: [0, 1]}, "
+        "models.self_trained.loss.gamma: {uniform: [-1, 4]}, "
+        f"{COUNT}: {{choice: [60, 120, many]}}}}",
+    )
+    for expected in (
+        "4 errors",
+        "nothing was started",
+        "model: the recipe has no model 'self_traned', did you mean 'self_trained'?",
+        "space.models.self_trained.loss.alhpa: ",
+        "unknown key, did you mean 'alpha'?",
+        "space.models.self_trained.loss.gamma: ",
+        f'space.{COUNT}: --set {COUNT}="many": ',
+    ):
+        assert expected in message, f"{expected}\nis missing in\n{message}"
+
+
+def test_a_score_is_needed_and_it_must_not_be_a_test(tmp_path: Path) -> None:
+    assert "has no validate_on, so there is no score" in refused(tmp_path, "set=[]")
+    on_test = '["models.self_trained.validate_on=[night_test]", "models.self_trained.loss={kind: combined}"]'
+    assert "night_test, which is the test set night" in refused(tmp_path, f"set={on_test}")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trails=3", "trails: unknown key, did you mean 'trials'?"),
+        ("trials=0", "trials: input should be greater than or equal to 1"),
+        (f"space.{ALPHA}={{uniform: [1, 0]}}", "the end must be larger"),
+        ("space={}", "space: "),
+        ("recipe=demo2.yaml", "demo2.yaml: there is no such recipe file"),
+        ("set=[training.epoch=3]", "--set training.epoch=3: training.epoch: unknown key, did you mean 'epochs'?"),
+    ],
+)
+def test_wrong_settings_name_their_key(tmp_path: Path, override: str, message: str) -> None:
+    assert message in refused(tmp_path, override)
+
+
+def test_the_recipe_lies_beside_the_search(tmp_path: Path) -> None:
+    assert module._beside(Location.of("/a/b/search.yaml"), "demo.yaml").uri == "/a/b/demo.yaml"
+    assert module._beside(Location.of("/a/b/search.yaml"), "../demo.yaml").uri == "/a/demo.yaml"
+    assert module._beside(Location.of("/a/b/search.yaml"), "/c/demo.yaml").uri == "/c/demo.yaml"
+    assert module._beside(Location.of("s3://bucket/search.yaml"), "s3://other/demo.yaml").uri == "s3://other/demo.yaml"
+
+
+# -- the outcome ------------------------------------------------------------------------------------------------------
+
+
+def row(trial: str, miou: float | None, end: str = "done", error: str | None = None) -> dict[str, Any]:
+    return {"trial": trial, "values": {ALPHA: 0.5}, "miou": miou, "epochs": 3, "end": end, "error": error}
+
+
+def test_the_best_is_a_trial_that_came_to_its_end() -> None:
+    rows = [row("a", 0.3), row("b", 0.5, end="stopped"), row("c", 0.4), row("d", None, end="failed", error="bad")]
+    assert module._best(rows, Location.of("/s"))["trial"] == "c"
+
+
+def test_a_search_without_any_end_says_why() -> None:
+    rows = [row("b", 0.5, end="stopped"), row("d", None, end="failed", error="no frame is left")]
+    with pytest.raises(RuntimeError, match=r"no trial finished: no frame is left\. Their run folders are in /s/trials"):
+        module._best(rows, Location.of("/s"))
+
+
+def test_a_finished_search_is_known_again_unless_a_trial_failed(tmp_path: Path) -> None:
+    folder = Location.of(tmp_path)
+    assert module._finished(folder, "x") is None
+    (folder / "trials.json").write_json({"identity": "x", "trials": [row("a", 0.3)]})
+    assert module._finished(folder, "x") == [row("a", 0.3)]
+    assert module._finished(folder, "y") is None
+    (folder / "trials.json").write_json({"identity": "x", "trials": [row("a", 0.3), row("b", None, end="failed")]})
+    assert module._finished(folder, "x") is None
+    (folder / "trials.json").write_bytes(b"{")
+    assert module._finished(folder, "x") is None
+
+
+def test_a_result_of_tune_becomes_a_row(tmp_path: Path) -> None:
+    settings = load_settings(Search, CONFIGS / "search.yaml", [f"space={{{ALPHA}: {{uniform: [0, 1]}}}}"])
+    trials = Trials(settings, Location.of(tmp_path), "shared")
+    save_recipe(load_recipe(CONFIGS / "demo.yaml", settings.set), trials.recipe_file)
+    done = SimpleNamespace(metrics={"miou": 0.4, "epoch": 3, "time_total_s": 9.0}, config={ALPHA: 0.5}, error=None)
+    found = module._row(trials, done, epochs=3)
+    assert found == row(trials.name({ALPHA: 0.5}), 0.4) | {"seconds": 9.0}
+    early = SimpleNamespace(metrics={"miou": 0.2, "epoch": 1}, config={ALPHA: 0.1}, error=None)
+    assert module._row(trials, early, epochs=3)["end"] == "stopped"
+    trace = "Traceback ...\n  in work\nnightseg.errors.UserError: 3 frames are bad\n  first: a.png"
+    failed = SimpleNamespace(metrics=None, config={ALPHA: 0.2}, error=trace)
+    assert module._row(trials, failed, epochs=3)["error"] == "3 frames are bad\n  first: a.png"
+    other = SimpleNamespace(metrics={}, config={ALPHA: 0.2}, error="Traceback ...\nRuntimeError: a worker died\n")
+    assert module._row(trials, other, epochs=3)["error"] == "RuntimeError: a worker died"
+
+
+def test_trials_have_readable_names_in_tensorboard() -> None:
+    name = module._folder_names()
+    first = SimpleNamespace(trial_id="f3", config={ALPHA: 0.123456, COUNT: 60, "models.m.start": "a/../b"})
+    assert name(first) == "001,alpha=0.1235,count=60,start=a_.._b"
+    assert name(SimpleNamespace(trial_id="a7", config={ALPHA: 1e-5})) == "002,alpha=1e-05"
+    assert name(first).startswith("001")
+
+
+def test_the_callback_counts_trials_and_survives_being_pickled() -> None:
+    class Count:
+        done, best = 0, 0.0
+
+        def advance(self, count: int = 1, **figures: Any) -> None:
+            self.done += count
+            self.best = figures.get("best", self.best)
+
+    task = Count()
+    callback = module._progress_callback(task)
+    for miou in (0.2, 0.4, 0.3):
+        callback.on_trial_result(iteration=1, trials=[], trial=None, result={"miou": miou, "epoch": 1})
+    callback.on_trial_complete(iteration=1, trials=[], trial=None)
+    callback.on_trial_error(iteration=1, trials=[], trial=None)
+    assert (task.done, task.best) == (2, 0.4)
+    pickle.loads(pickle.dumps(callback))
+
+
+# -- the whole of it --------------------------------------------------------------------------------------------------
+
+TINY = [
+    "datasets.day.count=8",
+    "datasets.heap={layout: scenes, count: 16, first: 1000, labelled: false, mix: {day: 0.5, night: 0.5}}",
+    "datasets.day_test.count=2",
+    "datasets.night_test.count=2",
+    "datasets.night_val={layout: scenes, count: 2, first: 6000, mix: {night: 1.0}}",
+    "translators.unit.width=4",
+    "translators.unit.res_blocks=1",
+    "translators.unit.discriminator_width=4",
+    "translators.unit.weights={perceptual: 0}",
+    "translators.unit.crop=[64, 64]",
+    "translators.unit.iterations=2",
+    "network={encoder: efficientnet_lite0, pyramid_channels: 8, head_channels: 8}",
+    "training.epochs=2",
+    "training.steps_per_epoch=1",
+    "training.warmup_steps=0",
+    "training.batch=2",
+    "training.crop=[64, 128]",
+    "models.day_and_night.training=null",
+    "models.self_trained.training=null",
+    "models.self_trained.validate_on=[night_val]",
+    "models.self_trained.loss={kind: combined}",
+]
+
+
+def run_search(folder: Path, *overrides: str) -> dict[str, Any]:
+    """`nightseg search configs/search.yaml --json` in a process of its own: one JSON object on standard output."""
+    words = ["--run-dir", str(folder), "--json"]
+    for override in (f"set={json.dumps(TINY)}", f"space.{COUNT}={{choice: [3, 4]}}", *overrides):
+        words += ["--set", override]
+    command = [sys.executable, "-m", "nightseg.cli.main", "search", str(CONFIGS / "search.yaml"), *words]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=1500, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert "Traceback" not in ended.stderr and "Configuration for experiment" not in ended.stderr
+    answer = json.loads(ended.stdout)
+    assert isinstance(answer, dict)
+    return answer
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_search_shares_its_base_compares_its_trials_and_continues(tmp_path: Path) -> None:
+    folder = tmp_path / "search"
+    answer = run_search(folder, "trials=2")
+
+    ends = {trial["trial"]: trial["end"] for trial in answer["trials"]}
+    assert len(ends) == 2 and set(ends.values()) <= {"done", "stopped"} and "done" in ends.values()
+    assert all(0 <= trial["miou"] <= 1 and set(trial["values"]) >= {ALPHA, COUNT} for trial in answer["trials"])
+    assert answer["best"]["end"] == "done"
+
+    shared = {f"{commit.stage}/{commit.name}" for commit in Workspace(folder / "shared").commits()}
+    assert {"train_segmenter/day_and_night", "train_translator/unit", "score/heap_night.efficientnet_lite0"} <= shared
+    for trial, end in ends.items():
+        own = {f"{commit.stage}/{commit.name}" for commit in Workspace(folder / "trials" / trial).commits()}
+        assert not own & shared
+        assert ("train_segmenter/self_trained" in own) == (end == "done")
+        assert (folder / "trials" / trial / "results.json").exists() == (end == "done")
+
+    events = list((folder / "tune").rglob("events.out.tfevents.*"))
+    assert len(events) == 2 and all(file.stat().st_size > 0 for file in events)
+
+    best = load_recipe(folder / "best.yaml")
+    loss = best.models["self_trained"].loss
+    assert loss is not None and loss.alpha == answer["best"]["values"][ALPHA]
+    assert best.test_sets == {"night": "night_test", "day": "day_test"}
+
+    made = {path: path.stat().st_mtime_ns for path in folder.rglob("_COMMITTED.json")}
+    assert run_search(folder, "trials=2") == answer
+    more = run_search(folder, "trials=3")  # the first two come again and find what they have done
+    assert {trial["trial"] for trial in more["trials"]} > set(ends)
+    assert {path: path.stat().st_mtime_ns for path in made} == made

@@ -1,0 +1,135 @@
+"""Split and select from the command line, on real frames through Ray; and what is refused before Ray starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from nightseg.cluster.settings import MapCompute
+from nightseg.data.images import encode_png
+from nightseg.data.scenes.street import scene
+from nightseg.pipeline import verbs
+from nightseg.progress import SilentProgress
+from nightseg.selection.settings import Selection
+from nightseg.storage import Location, UserError
+
+COMPUTE = MapCompute(actors=1, cpus_per_actor=1, batch=4, shard_rows=16)
+
+
+@pytest.fixture(scope="module")
+def heap(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four day and four night scenes, a broken image, and a file that is none."""
+    folder = tmp_path_factory.mktemp("heap")
+    for index in range(8):
+        domain = "day" if index < 4 else "night"
+        drawn = scene(0, index, domain, 32, 64)
+        (folder / f"{domain} {index}.png").write_bytes(encode_png(drawn.image))
+    (folder / "broken.png").write_bytes(encode_png(scene(0, 9, "day", 32, 64).image)[:60])
+    (folder / "notes.txt").write_text("not a frame")
+    return folder
+
+
+def choose(pool: Path, out: Path, method: str = "histogram", reference: Path | None = None) -> dict[str, object]:
+    choice = Selection(method=method, count=3, extractor="efficientnet_lite0")  # type: ignore[arg-type]
+    near = str(reference) if reference else None
+    return verbs.select_frames(
+        str(pool), near, str(out), choice=choice, seed=0, compute=COMPUTE, progress=SilentProgress()
+    )
+
+
+@pytest.mark.ray
+def test_a_heap_is_split_into_a_frame_table_with_its_evidence(ray_cluster: None, heap: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out" / "frames.parquet"
+    found = verbs.split_folder(str(heap), str(out), margin=0.1, compute=COMPUTE, progress=SilentProgress())
+    frames = Location.of(out).read_table()
+    domains = dict(zip(frames["frame_id"].to_pylist(), frames["domain"].to_pylist(), strict=True))
+    assert len(domains) == 8
+    assert {domain for name, domain in domains.items() if "day" in name} == {"day"}
+    assert {domain for name, domain in domains.items() if "night" in name} == {"night"}
+    assert all(Path(uri).exists() for uri in frames["uri"].to_pylist())
+    assert (found["frames"], found["quarantined"]) == (str(out), 1)
+    bad = Location.of(out.parent / "frames.quarantine.parquet").read_table().to_pylist()
+    assert [Path(row["uri"]).name for row in bad] == ["broken.png"] and bad[0]["reason"] == "truncated"
+    assert Location.of(out.parent / "frames.evidence.json").read_json()["margin"] == 0.1
+    assert sorted(path.name for path in out.parent.iterdir()) == [
+        "frames.evidence.json", "frames.parquet", "frames.quarantine.parquet"
+    ]  # fmt: skip
+
+
+@pytest.mark.ray
+def test_the_frames_closest_to_the_reference_are_chosen(ray_cluster: None, tmp_path: Path) -> None:
+    pool, reference = tmp_path / "pool", tmp_path / "reference"
+    for folder, levels in ((pool, (10, 40, 80, 90, 100, 160, 220)), (reference, (88, 92))):
+        folder.mkdir()
+        for level in levels:
+            (folder / f"{level}.png").write_bytes(encode_png(np.full((16, 32, 3), level, np.uint8)))
+    found = choose(pool, tmp_path / "chosen", reference=reference)
+    frames = Location.of(tmp_path / "chosen/frames.parquet").read_table()
+    assert frames["rank"].to_pylist() == [1, 2, 3]
+    assert frames["frame_id"].to_pylist()[0] == "pool/90"
+    assert set(frames["frame_id"].to_pylist()) == {"pool/80", "pool/90", "pool/100"}
+    assert Location.of(tmp_path / "chosen/scores.parquet").read_table().num_rows == 7
+    assert Location.of(tmp_path / "chosen/evidence.json").read_json()["method"] == "histogram"
+    assert found["chosen"] == 3 and not (tmp_path / "chosen/.work").exists()
+
+
+@pytest.mark.ray
+def test_a_frame_table_made_by_hand_can_be_a_pool(ray_cluster: None, heap: Path, tmp_path: Path) -> None:
+    names = sorted(path.name for path in heap.glob("day*.png"))
+    table = pa.table({"frame_id": names, "uri": [str(heap / name) for name in names]})
+    Location.of(tmp_path / "pool.parquet").write_table(table)
+    choose(tmp_path / "pool.parquet", tmp_path / "chosen", method="random")
+    chosen = Location.of(tmp_path / "chosen/frames.parquet").read_table()["frame_id"].to_pylist()
+    assert len(set(chosen)) == 3 and set(chosen) <= set(names)
+
+
+@pytest.mark.ray
+def test_what_was_done_is_kept_for_the_next_try(ray_cluster: None, heap: Path, tmp_path: Path) -> None:
+    pool = tmp_path / "pool"
+    pool.mkdir()
+    for path in [heap / "broken.png", *sorted(heap.glob("day*.png"))[:2]]:
+        (pool / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(UserError, match="the pool has 2 frames, 3 were asked for"):
+        choose(pool, tmp_path / "chosen", method="random")
+    assert (tmp_path / "chosen/.work/stages/score").is_dir()  # the frames need not be looked at again
+
+
+# -- before Ray starts ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nightseg.cluster import ray as cluster
+
+    monkeypatch.setattr(cluster, "connect", lambda: pytest.fail("Ray must not start"))
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_wrong_requests_leave_nothing_behind(heap: Path, tmp_path: Path) -> None:
+    out, few = tmp_path / "out", tmp_path / "few.parquet"
+    Location.of(few).write_table(pa.table({"frame_id": ["a", "b"], "uri": ["/a.png", "/b.png"]}))
+    for pool, method, reference, message in (
+        (few, "random", None, "--count 3: the pool .* has 2 frames"),
+        (heap, "histogram", None, "--method histogram needs a reference"),
+        (tmp_path / "nowhere", "random", None, "no such folder"),
+        (tmp_path / "no.parquet", "random", None, "there is no such frame table"),
+        (heap, "pooled", tmp_path / "nowhere", "no such folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            choose(pool, out, method, reference)
+    for images, table, message in ((tmp_path / "nowhere", "a.parquet", "no such folder"), (heap, "a.csv", "ends in")):
+        with pytest.raises(UserError, match=message):
+            verbs.split_folder(str(images), str(out / table), margin=0.1, compute=COMPUTE, progress=SilentProgress())
+    assert not out.exists()
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_weights_that_are_not_at_hand_are_missed_before_a_frame_is_read(heap: Path, tmp_path: Path) -> None:
+    choice = Selection(method="random", count=3, extractor="inception", extractor_weights="/no/weights.pth")
+    with pytest.raises(UserError, match=r"there is no weights file /no/weights\.pth"):
+        verbs.select_frames(
+            str(heap), None, str(tmp_path / "o"), choice=choice, seed=0, compute=COMPUTE, progress=SilentProgress()
+        )

@@ -1,0 +1,47 @@
+"""Numbers as people read them."""
+
+from nightseg.report import formatting
+
+NARROW = "\u202f"
+
+
+def test_numbers() -> None:
+    assert (
+        formatting.percent(0.41249) == "41.2"
+        and formatting.percent(None) == "\u2013"
+        and formatting.percent(0.6, 0) == "60"
+    )
+    assert (
+        formatting.points(1.24) == "+1.2"
+        and formatting.points(-0.5) == "\u22120.5"
+        and formatting.points(0.04) == "\u00b10.0"
+    )
+    assert formatting.points(None) == ""
+    assert formatting.count(14937) == f"14{NARROW}937" and formatting.plural(1, "stage") == "1 stage"
+    assert formatting.plural(2, "stage") == "2 stages"
+    assert formatting.short("abcdefghijklmnop") == "abcdefghijkl"
+
+
+def test_durations_do_not_show_sixty_seconds() -> None:
+    shown = [formatting.duration(value).replace(NARROW, " ") for value in (0.04, 9.94, 59.6, 185, 7800)]
+    assert shown == ["0.0 s", "9.9 s", "1 min 00 s", "3 min 05 s", "2 h 10 min"]
+
+
+def test_models_and_rules() -> None:
+    model = {
+        "train": ["day", "day_at_night"],
+        "start": "imagenet",
+        "loss": {"kind": "combined", "alpha": 0.5, "gamma": 2.0, "focal_weight": 1.0},
+        "self_training": {"pool": "street", "select": {"method": "pooled", "count": 1600}},
+    }
+    assert formatting.describe(model).replace(NARROW, " ") == (
+        "on day + day_at_night · from imagenet · combined, \u03b1 0.5, \u03b3 2 · "
+        "pseudo-labels for 1 600 frames of street (pooled)"
+    )
+    whole_pool = model | {"loss": {"kind": "focal", "gamma": 2.0}, "self_training": {"pool": "street", "select": None}}
+    assert formatting.describe(whole_pool).endswith("focal, \u03b3 2 · pseudo-labels for all of street")
+    plain = model | {"loss": {"kind": "cross_entropy"}, "self_training": None}
+    assert formatting.describe(plain) == "on day + day_at_night · from imagenet · cross-entropy"
+    assert formatting.threshold({"kind": "none"}) == "every pixel is kept"
+    assert "0.9 or more" in formatting.threshold({"kind": "fixed", "confidence": 0.9})
+    assert "surest 60 %" in formatting.threshold({"kind": "class_balanced", "confidence": 0.9, "share": 0.6})

@@ -1,0 +1,235 @@
+"""Order and augmentation follow from the seed alone; frames are decoded once; a changed frame is refused."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from nightseg.data.images import decode_image, encode_png
+from nightseg.data.table import frame_table
+from nightseg.data.taxonomy import Taxonomy
+from nightseg.segmenter import data as module
+from nightseg.segmenter.augment import Augmentation, augment, sample_rng
+from nightseg.segmenter.data import Batch, LabelledFrames, Pace, reading_threads, sample_order, training_batches
+from nightseg.segmenter.decoded import InMemory
+from nightseg.storage import Location, UserError, sha256_of
+
+CLASSES = Taxonomy("three", ("a", "b", "c"), ((0, 0, 0), (1, 1, 1), (2, 2, 2)), {"raw": {7: 0, 8: 1, 9: 2, 0: 255}})
+
+
+def write_frames(folder: Location, count: int, height: int = 24, width: int = 32) -> pa.Table:
+    rng = np.random.default_rng(0)
+    rows = []
+    for index in range(count):
+        files = {
+            "image": encode_png(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)),
+            "label": encode_png(rng.integers(7, 10, (height, width), dtype=np.uint8)),
+        }
+        for kind, data in files.items():
+            (folder / f"{kind}{index}.png").write_bytes(data)
+        rows.append(
+            {
+                "frame_id": f"frame{index}",
+                "uri": (folder / f"image{index}.png").uri,
+                "label_uri": (folder / f"label{index}.png").uri,
+                "label_encoding": "raw",
+                "sha256": sha256_of(files["image"]),
+                "label_sha256": sha256_of(files["label"]),
+            }
+        )
+    return frame_table(rows)
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> pa.Table:
+    return write_frames(Location.of(tmp_path), 6)
+
+
+def labelled(rows: pa.Table, cache: int = 1 << 20, size: tuple[int, int] | None = None) -> LabelledFrames:
+    return LabelledFrames(rows, CLASSES, size=size, resize_labels=True, kept=InMemory(cache))
+
+
+def batches(
+    frames: LabelledFrames, rank: int = 0, world_size: int = 1, threads: int = 1, **changed: Any
+) -> list[Batch]:
+    settings: dict[str, Any] = {"seed": 5, "epoch": 2, "batch": 4, "crop": (16, 16), "fill": (0, 0, 0), **changed}
+    order = sample_order(len(frames), 10, settings["seed"], settings["epoch"])
+    return list(
+        training_batches(
+            frames,
+            order,
+            rank=rank,
+            world_size=world_size,
+            threads=threads,
+            augmentation=Augmentation(scale=(0.5, 2.0), flip=0.5),
+            pin_memory=False,
+            **settings,
+        )
+    )
+
+
+def test_every_frame_is_drawn_once_before_any_is_drawn_again() -> None:
+    order = sample_order(5, 12, seed=0, epoch=0)
+    assert len(order) == len(set(order)) == 12
+    assert {sample.row for sample in order[:5]} == {sample.row for sample in order[5:10]} == set(range(5))
+    assert Counter(sample.repeat for sample in order) == {0: 5, 1: 5, 2: 2}
+
+
+def test_order_depends_on_seed_and_epoch_only() -> None:
+    assert sample_order(50, 50, 1, 2) == sample_order(50, 50, 1, 2)
+    assert sample_order(50, 50, 1, 2) != sample_order(50, 50, 1, 3)
+    assert sample_order(50, 50, 1, 2) != sample_order(50, 50, 2, 2)
+
+
+def test_two_ranks_together_see_what_one_sees(rows: pa.Table) -> None:
+    whole = batches(labelled(rows))
+    halves = [batches(labelled(rows), rank=rank, world_size=2) for rank in range(2)]
+    assert [len(batch.labels) for batch in whole] == [4, 4, 2]
+    for one, even, odd in zip(whole, *halves, strict=True):
+        assert torch.equal(one.images[0::2], even.images)
+        assert torch.equal(one.images[1::2], odd.images)
+        assert torch.equal(one.labels[1::2], odd.labels)
+
+
+def test_threads_and_cache_change_nothing(rows: pa.Table) -> None:
+    expected = batches(labelled(rows))
+    for found in (batches(labelled(rows), threads=4), batches(labelled(rows, cache=0))):
+        assert all(torch.equal(a.images, b.images) for a, b in zip(expected, found, strict=True))
+        assert all(torch.equal(a.labels, b.labels) for a, b in zip(expected, found, strict=True))
+
+
+def test_batches_are_what_augmentation_of_each_frame_gives(rows: pa.Table) -> None:
+    """Also in the memory layout that convolutions want; read ahead by threads or not."""
+    frames, order = labelled(rows), sample_order(6, 10, 5, 2)
+    settings = Augmentation(scale=(0.5, 2.0), flip=0.5)
+    found = batches(frames, threads=3)
+    for place, sample in enumerate(order):
+        rng = sample_rng(5, 2, sample.repeat, sample.row)
+        image, label = augment(*frames[sample.row], rng, crop=(16, 16), settings=settings, fill=(0, 0, 0))
+        assert torch.equal(found[place // 4].images[place % 4], image)
+        assert torch.equal(found[place // 4].labels[place % 4], label)
+    assert all(batch.images.is_contiguous(memory_format=torch.channels_last) for batch in found)
+
+
+def test_a_frame_drawn_twice_is_augmented_twice(rows: pa.Table) -> None:
+    first, second = (batches(labelled(rows.slice(0, 1)))[0].images[i] for i in range(2))
+    assert not torch.equal(first, second)
+
+
+def test_labels_are_train_ids_by_the_rows_encoding(rows: pa.Table) -> None:
+    image, label = labelled(rows)[0]
+    assert (image.dtype, tuple(image.shape)) == (torch.uint8, (3, 24, 32))
+    assert set(label.flatten().tolist()) == {0, 1, 2}
+
+
+def test_frames_and_labels_are_resized_or_the_frame_alone(rows: pa.Table) -> None:
+    image, label = labelled(rows, size=(12, 16))[0]
+    assert tuple(image.shape) == (3, 12, 16)
+    assert tuple(label.shape) == (12, 16)
+    native = LabelledFrames(rows, CLASSES, size=(12, 16), resize_labels=False, kept=InMemory(0))[0]
+    assert tuple(native[1].shape) == (24, 32)
+
+
+def test_frames_are_decoded_once_while_they_fit(rows: pa.Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[int] = []
+
+    def counted(data: bytes) -> Any:
+        decoded.append(1)
+        return decode_image(data)
+
+    monkeypatch.setattr(module, "decode_image", counted)
+    one_frame = 24 * 32 * 4
+    for cache, expected in ((6 * one_frame, 6), (2 * one_frame, 6 + 4), (0, 12)):
+        decoded.clear()
+        frames = labelled(rows, cache=cache)
+        for index in [*range(6), *range(6)]:
+            frames[index]
+        assert len(decoded) == expected
+
+
+def test_readers_work_on_one_core_each_and_the_training_keeps_its_threads(
+    rows: pa.Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's number of threads belongs to the thread that asks, and new threads begin with what was set last."""
+    seen: dict[str, set[int]] = {"readers": set(), "training": set()}
+
+    def watched(*arguments: Any, **settings: Any) -> Any:
+        assert threading.current_thread() is not threading.main_thread()
+        seen["readers"].add(torch.get_num_threads())
+        return augment(*arguments, **settings)
+
+    monkeypatch.setattr(module, "augment", watched)
+    own = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        frames = labelled(rows)
+        order = sample_order(6, 12, 0, 0)
+        settings: dict[str, Any] = {"batch": 4, "rank": 0, "world_size": 1, "seed": 0, "epoch": 0, "crop": (8, 8)}
+        settings |= {"augmentation": Augmentation(), "fill": (0, 0, 0), "threads": 2, "pin_memory": False}
+        for _ in training_batches(frames, order, **settings):
+            seen["training"].add(torch.get_num_threads())
+            late = ThreadPoolExecutor(1)
+            seen["training"].add(late.submit(torch.get_num_threads).result())
+            late.shutdown()
+        seen["training"].add(torch.get_num_threads())
+    finally:
+        torch.set_num_threads(own)
+    assert seen == {"readers": {1}, "training": {3}}
+
+
+@pytest.mark.parametrize(
+    ("cpus", "device", "threads"),
+    [(1, "cpu", 1), (2, "cpu", 1), (16, "cpu", 4), (1, "cuda", 1), (6, "cuda", 5), (64, "cuda", 8)],
+)
+def test_readers_leave_the_cores_to_the_training(cpus: int, device: str, threads: int) -> None:
+    assert reading_threads(cpus, device) == threads
+
+
+def test_an_error_of_a_reader_ends_the_batches_and_its_threads(rows: pa.Table) -> None:
+    Location.of(rows["uri"][3].as_py()).delete()
+    with pytest.raises(UserError, match=r"frame3: missing"):
+        batches(labelled(rows), threads=3)
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("frames")]
+
+
+def test_a_frame_that_is_not_what_was_collected_is_refused(rows: pa.Table) -> None:
+    uri = rows["uri"][1].as_py()
+    label_uri = rows["label_uri"][2].as_py()
+    Location.of(uri).write_bytes(encode_png(np.zeros((24, 32, 3), np.uint8)))
+    Location.of(label_uri).delete()
+    frames = labelled(rows)
+    with pytest.raises(UserError, match=r"(?s)frame1: .*has changed.*image1\.png"):
+        frames[1]
+    with pytest.raises(UserError, match=r"(?s)frame2: missing.*label2\.png"):
+        frames[2]
+    with pytest.raises(UserError, match="frame1"):
+        batches(frames)
+
+
+def test_a_label_value_outside_the_map_names_file_and_value(tmp_path: Path) -> None:
+    rows = write_frames(Location.of(tmp_path), 1)
+    data = encode_png(np.full((24, 32), 3, np.uint8))
+    (Location.of(tmp_path) / "label0.png").write_bytes(data)
+    changed = rows.set_column(rows.schema.get_field_index("label_sha256"), "label_sha256", [[sha256_of(data)]])
+    with pytest.raises(UserError, match=r"(?s)frame0: label_value: .*3 \(768 pixels\).*label0\.png"):
+        labelled(changed)[0]
+
+
+def test_pace_in_words() -> None:
+    pace = Pace(seconds=20.0, waiting_seconds=5.0, frames=100)
+    assert pace.images_per_second == 5.0 and pace.waiting_share == 0.25
+    assert Pace().images_per_second == Pace().waiting_share == 0.0
+
+
+def test_waiting_time_is_counted(rows: pa.Table) -> None:
+    pace = Pace()
+    assert len(list(pace.timed(iter(batches(labelled(rows)))))) == 3
+    assert 0 <= pace.waiting_seconds < 1

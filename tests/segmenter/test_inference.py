@@ -1,0 +1,258 @@
+"""Windows, mirrors and scales against answers that are known, and no K x H x W of a large frame in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nightseg.segmenter import inference
+from nightseg.segmenter.inference import WHOLE_FRAME, Inference, Look, classify, frame_rows, looks_at, window_starts
+from nightseg.segmenter.network import build_semantic_fpn, upsample_logits
+from nightseg.storage import UserError
+
+NUM_CLASSES = 3
+
+
+def per_pixel(images_BCHW: Tensor) -> Tensor:
+    """Logits that depend on the pixel alone, whole numbers: their sums and means are exact."""
+    red, green, blue = images_BCHW.float().unbind(dim=1)
+    return torch.stack([red + green, 2 * blue - red, 255 - green], dim=1)
+
+
+@pytest.fixture(scope="module")
+def network() -> Any:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    made = build_semantic_fpn(encoder="resnet18", num_classes=NUM_CLASSES, pyramid_channels=8, head_channels=8)
+    made.head.predictor.weight.data.mul_(8)  # so that classes differ
+    return made.eval().requires_grad_(False)
+
+
+def pixels(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def whole_logits(look: Look, size: tuple[int, int], stride: int) -> Tensor:
+    return frame_rows(look, size, 0, size[0], stride)
+
+
+# -- windows ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("length", "window", "overlap", "starts"),
+    [
+        (10, 4, 0.5, [0, 2, 4, 6]),  # fits exactly
+        (9, 4, 0.5, [0, 2, 4, 5]),  # the last one is shifted inwards
+        (9, 4, 0.0, [0, 4, 5]),
+        (8, 4, 0.0, [0, 4]),
+        (4, 4, 0.5, [0]),
+        (3, 4, 0.5, [0]),  # smaller than the window
+        (1, 1, 0.0, [0]),
+        (5, 2, 0.9, [0, 1, 2, 3]),  # at least one pixel further
+        (2048, 768, 0.25, [0, 576, 1152, 1280]),
+    ],
+)
+def test_windows_begin_where_they_should(length: int, window: int, overlap: float, starts: list[int]) -> None:
+    assert window_starts(length, window, overlap) == starts
+
+
+@pytest.mark.parametrize("size", [(16, 24), (17, 23), (1, 30), (30, 1), (5, 6), (1, 1)])
+@pytest.mark.parametrize(("window", "overlap"), [((8, 8), 0.5), ((5, 7), 0.25), ((64, 64), 0.5), ((4, 64), 0.0)])
+def test_windows_of_a_network_that_sees_single_pixels_change_nothing(
+    size: tuple[int, int], window: tuple[int, int], overlap: float
+) -> None:
+    inputs_BCHW = pixels(2, 3, *size)
+    looks = looks_at(per_pixel, inputs_BCHW, Inference(window=window, overlap=overlap), mirrored=False)
+    for look, image_CHW in zip(looks, inputs_BCHW, strict=True):
+        assert torch.equal(whole_logits(look, size, stride=1), per_pixel(image_CHW[None])[0])
+    (whole,) = looks_at(per_pixel, inputs_BCHW[:1], WHOLE_FRAME, mirrored=False)
+    for one, other in zip(classify([looks[0]], size, 1), classify([whole], size, 1), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_where_windows_overlap_their_logits_are_averaged_evenly() -> None:
+    """Each window answers with the number of its own column, so every average can be written down."""
+
+    def column(images_BCHW: Tensor) -> Tensor:
+        return torch.arange(images_BCHW.shape[3]).float().expand(len(images_BCHW), 2, images_BCHW.shape[2], -1)
+
+    (look,) = looks_at(column, pixels(1, 3, 1, 7), Inference(window=(1, 4), overlap=0.5), mirrored=False)
+    assert [(tile.left, tile.width) for tile in look.tiles] == [(0, 4), (2, 4), (3, 4)]
+    #   0 1 2 3
+    #       0 1 2 3
+    #         0 1 2 3
+    wanted = [0, 1, (2 + 0) / 2, (3 + 1 + 0) / 3, (2 + 1) / 2, (3 + 2) / 2, 3]
+    assert whole_logits(look, (1, 7), stride=1)[0, 0].tolist() == pytest.approx(wanted, abs=1e-6)
+
+
+def test_windows_of_a_real_network_are_those_of_the_plain_loop(network: Any) -> None:
+    """The plain way: a sum and a count of the frame's size, every window at full size, one after another."""
+    height, width, high, wide = 70, 93, 64, 32
+    image_1CHW = noise(1, 3, height, width)
+    total_KHW, count_HW = torch.zeros(NUM_CLASSES, height, width), torch.zeros(height, width)
+    for top in (0, 6):
+        for left in (0, 16, 32, 48, 61):
+            part = image_1CHW[:, :, top : top + high, left : left + wide]
+            total_KHW[:, top : top + high, left : left + wide] += upsample_logits(network(part), high, wide)[0]
+            count_HW[top : top + high, left : left + wide] += 1
+    (look,) = looks_at(network, image_1CHW, Inference(window=(high, wide), overlap=0.5), mirrored=False)
+    torch.testing.assert_close(whole_logits(look, (height, width), stride=4), total_KHW / count_HW)
+    labels_HW, confidence_HW = classify([look], (height, width))
+    wanted = (total_KHW / count_HW).softmax(dim=0).max(dim=0)
+    assert torch.equal(labels_HW.long(), wanted.indices)
+    torch.testing.assert_close(confidence_HW, wanted.values)
+
+
+@pytest.mark.parametrize("size", [(1, 50), (33, 1), (1, 1), (40, 65)])
+def test_frames_smaller_than_the_window_are_taken_whole(network: Any, size: tuple[int, int]) -> None:
+    inputs_BCHW = noise(2, 3, *size)
+    windowed = looks_at(network, inputs_BCHW, Inference(window=(64, 128), overlap=0.5), mirrored=False)
+    whole = looks_at(network, inputs_BCHW, WHOLE_FRAME, mirrored=False)
+    for one, other in zip(windowed, whole, strict=True):
+        assert torch.equal(one.tiles[0].logits, other.tiles[0].logits)
+        labels_HW, confidence_HW = classify([one], size)
+        assert labels_HW.shape == confidence_HW.shape == size
+        assert float(confidence_HW.min()) >= 1 / NUM_CLASSES and float(confidence_HW.max()) <= 1
+
+
+# -- looks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(32, 64), (37, 50)])  # the second is padded, and not a multiple of the stride
+def test_a_mirrored_frame_has_the_mirrored_answer(network: Any, size: tuple[int, int]) -> None:
+    def answer(image_CHW: Tensor) -> tuple[Tensor, Tensor]:
+        looks = [looks_at(network, image_CHW[None], WHOLE_FRAME, mirrored=mirrored)[0] for mirrored in (False, True)]
+        return classify(looks, size)
+
+    image_CHW = noise(3, *size)
+    labels_HW, confidence_HW = answer(image_CHW)
+    mirrored_labels_HW, mirrored_confidence_HW = answer(image_CHW.flip(-1))
+    torch.testing.assert_close(mirrored_confidence_HW, confidence_HW.flip(-1))
+    assert (mirrored_labels_HW == labels_HW.flip(-1)).float().mean() > 0.999
+
+
+def test_looks_are_averaged_as_probabilities() -> None:
+    """One look shouts (logits in the hundreds) for class 0, two whisper for class 1: the majority has it."""
+
+    def constant(*logits: float) -> Look:
+        tile = inference.Tile(0, 0, 1, 1, torch.tensor(logits).view(-1, 1, 1))
+        return Look(1, 1, False, [tile])
+
+    labels_HW, confidence_HW = classify([constant(300.0, 0.0), constant(0.0, 3.0), constant(0.0, 3.0)], (1, 1), 1)
+    quiet = 1 / (1 + torch.exp(torch.tensor(-3.0)).item())
+    assert labels_HW.tolist() == [[1]]
+    assert confidence_HW.item() == pytest.approx(2 * quiet / 3)
+
+
+@pytest.mark.parametrize("window", [None, (32, 48)])
+def test_looks_of_several_sizes_are_those_of_the_plain_loop(network: Any, window: tuple[int, int] | None) -> None:
+    size, looks, total = (45, 77), [], torch.zeros(NUM_CLASSES, 45, 77)
+    for seed, seen in enumerate([(34, 58), (45, 77), (56, 96)]):
+        inputs_1CHW = noise(1, 3, *seen, seed=seed)
+        for mirrored in (False, True):
+            (look,) = looks_at(network, inputs_1CHW, Inference(window=window), mirrored=mirrored)
+            looks.append(look)
+            logits_1KHW = whole_logits(look, seen, stride=4)[None]  # windows have their own test
+            if window is None:
+                plain_1KHW = upsample_logits(network(inputs_1CHW.flip(-1) if mirrored else inputs_1CHW), *seen)
+                torch.testing.assert_close(logits_1KHW, plain_1KHW.flip(-1) if mirrored else plain_1KHW)
+            total += F.interpolate(logits_1KHW, size, mode="bilinear").softmax(dim=1)[0]
+    labels_HW, confidence_HW = classify(looks, size)
+    wanted = (total / 6).max(dim=0)
+    torch.testing.assert_close(confidence_HW, wanted.values)
+    assert (labels_HW == wanted.indices).float().mean() > 0.999
+
+
+def test_the_network_sees_bfloat16_only_if_asked(network: Any) -> None:
+    def kind(asked: Inference) -> torch.dtype:
+        (look,) = looks_at(network, noise(1, 3, 32, 32), asked, mirrored=False)
+        assert classify([look], (32, 32))[1].dtype == torch.float32
+        return look.tiles[0].logits.dtype
+
+    assert kind(WHOLE_FRAME) == torch.float32
+    assert kind(Inference(precision="bfloat16")) == torch.bfloat16
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+class Largest(TorchDispatchMode):
+    """The number of values of the largest K x rows x columns that an operation gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, Tensor) and tensor.dim() > 2:
+                self.values = max(self.values, tensor.numel())
+        return out
+
+
+def looks_of(network: Any, size: tuple[int, int], scales: tuple[float, ...], window: tuple[int, int]) -> list[Look]:
+    return [
+        looks_at(network, noise(1, 3, *(round(side * scale) for side in size)), Inference(window=window), mirrored=m)[0]
+        for scale in scales
+        for m in (False, True)
+    ]
+
+
+@pytest.mark.parametrize("scales", [(1.0,), (0.75, 1.0, 1.5), (1.3,)])
+@pytest.mark.parametrize("rows", [1, 3, 10])
+def test_strips_give_what_the_whole_frame_gives(
+    network: Any, monkeypatch: pytest.MonkeyPatch, scales: tuple[float, ...], rows: int
+) -> None:
+    size = (61, 46)
+    looks = looks_of(network, size, scales, (40, 46))[: 1 if len(scales) == 1 else None]
+    labels_HW, confidence_HW = classify(looks, size)
+    widest = max(look.width * max(1, look.height / size[0]) for look in looks)
+    monkeypatch.setattr(inference, "STRIP_VALUES", int(rows * NUM_CLASSES * widest) + 1)
+    strip_labels_HW, strip_confidence_HW = classify(looks, size)
+    torch.testing.assert_close(strip_confidence_HW, confidence_HW)
+    assert (strip_labels_HW == labels_HW).float().mean() > 0.999
+
+
+def test_no_logits_of_the_frames_size_are_ever_in_memory(network: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    height, width, rows = 192, 40, 8
+    monkeypatch.setattr(inference, "STRIP_VALUES", int(rows * NUM_CLASSES * width * 1.5**2))
+    looks = looks_of(network, (height, width), (0.5, 1.0, 1.5), (96, 48))
+    with Largest() as largest:
+        labels_HW, confidence_HW = classify(looks, (height, width))
+    # A strip of the largest look, and a few rows around it that bilinear interpolation looks at.
+    assert largest.values <= NUM_CLASSES * 1.5 * width * (1.5 * rows + 3 * 4)
+    assert largest.values < NUM_CLASSES * height * width / 4
+    assert labels_HW.shape == confidence_HW.shape == (height, width)
+
+
+# -- wishes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"window": (0, 5)}, r"window \(0, 5\): it is \(height, width\)"),
+        ({"window": (5,)}, "height, width"),
+        ({"overlap": 1.0}, r"overlap 1.0: .* in \[0, 1\)"),
+        ({"overlap": -0.1}, "overlap -0.1"),
+        ({"scales": ()}, r"scales \(\): one or more"),
+        ({"scales": (1.0, 0.0)}, "above 0, at most 4"),
+        ({"scales": (5.0,)}, "above 0, at most 4"),
+        ({"scales": (1.0, 1.0)}, "stands there twice"),
+        ({"precision": "float16"}, "it is float32 or bfloat16"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Inference(**wrong)

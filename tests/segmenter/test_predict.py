@@ -1,0 +1,219 @@
+"""A model folder as a callable: known logits give known labels, sizes and order are kept, bad frames are named."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nightseg.data.images import decode_image, decode_label, encode_png
+from nightseg.data.table import frame_table
+from nightseg.data.taxonomy import Taxonomy, taxonomy
+from nightseg.networks.model_folder import save_model
+from nightseg.segmenter.augment import resize_image
+from nightseg.segmenter.encoders import normalise
+from nightseg.segmenter.inference import WHOLE_FRAME, Inference
+from nightseg.segmenter.network import build_semantic_fpn, upsample_logits
+from nightseg.segmenter.predict import (
+    PICTURES,
+    Segmented,
+    SegmentedRow,
+    Segmenter,
+    UnreadRow,
+    check_classes,
+    load_model,
+    overlay,
+    picture,
+    quarantined,
+    segment_rows,
+)
+from nightseg.storage import Location, UserError, sha256_of
+
+CLASSES = Taxonomy("three", ("road", "sky", "car"), ((128, 64, 128), (70, 130, 180), (0, 0, 142)), {})
+CARD = {
+    "kind": "semantic_fpn",
+    "encoder": "resnet18",
+    "num_classes": 3,
+    "taxonomy": {"name": "three", "classes": list(CLASSES.classes), "palette": [list(c) for c in CLASSES.palette]},
+    "input_size": [32, 64],
+    "mean": [0.485, 0.456, 0.406],
+    "std": [0.229, 0.224, 0.225],
+    "pyramid_channels": 8,
+    "head_channels": 8,
+    "parents": [],
+}
+
+
+def save(folder: Path, constant: bool = False, **card: object) -> Location:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    network = build_semantic_fpn(encoder="resnet18", num_classes=3, pyramid_channels=8, head_channels=8)
+    if constant:
+        with torch.no_grad():
+            network.head.predictor.weight.zero_()
+            network.head.predictor.bias.copy_(torch.tensor([0.0, np.log(3), 0.0]))
+    save_model(Location.of(folder), network.state_dict(), CARD | card)
+    return Location.of(folder)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Location:
+    return save(tmp_path_factory.mktemp("model"))
+
+
+def image(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def test_constant_logits_give_their_softmax_at_the_size_of_the_image(tmp_path: Path) -> None:
+    segmenter = load_model(save(tmp_path / "model", constant=True).local)
+    labels, confidence = segmenter(image(50, 70))
+    assert labels.shape == confidence.shape == (50, 70)
+    assert labels.dtype == np.uint8 and confidence.dtype == np.float32
+    assert (labels == 1).all()
+    np.testing.assert_allclose(confidence, 3 / 5, rtol=1e-6)
+    assert segmenter.taxonomy == CLASSES
+
+
+@pytest.mark.parametrize("input_size", [[32, 64], None])
+def test_labels_and_confidence_are_those_of_the_softmax_at_native_size(
+    tmp_path: Path, input_size: list[int] | None
+) -> None:
+    """The plain way: resize, normalise, logits, up to the input, up to the frame, softmax, maximum."""
+    segmenter = Segmenter(save(tmp_path / "model", input_size=input_size), "cpu")
+    pixels = image(45, 77)  # neither side is a multiple of 4
+    tensor_BCHW = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    if input_size is not None:
+        tensor_BCHW = F.interpolate(tensor_BCHW, input_size, mode="bilinear", antialias=True)
+    with torch.inference_mode():
+        logits_BKhw = segmenter._network(normalise(tensor_BCHW, CARD["mean"], CARD["std"]))
+        logits_BKHW = upsample_logits(logits_BKhw, *tensor_BCHW.shape[2:])
+        wanted = F.interpolate(logits_BKHW, (45, 77), mode="bilinear").softmax(dim=1).max(dim=1)
+    labels, confidence = segmenter(pixels)
+    assert (labels == wanted.indices[0].numpy()).all()
+    np.testing.assert_allclose(confidence, wanted.values[0].numpy(), rtol=1e-5)
+
+
+def test_a_batch_of_mixed_sizes_is_what_the_frames_are_alone(model: Location) -> None:
+    segmenter = Segmenter(model, "cpu")
+    images = [image(40, 60, 1), image(32, 64, 2), image(40, 60, 3)]
+    for together, alone in zip(segmenter.batch(images), map(segmenter, images), strict=True):
+        assert (together.labels == alone.labels).all()
+        np.testing.assert_allclose(together.confidence, alone.confidence, rtol=1e-4)
+    assert segmenter.batch([]) == []
+
+
+def test_normalisation_is_the_cards(tmp_path: Path) -> None:
+    """A model that was trained on other statistics sees other numbers: the card decides, not the code."""
+    usual, other = save(tmp_path / "a"), save(tmp_path / "b", mean=[0.1, 0.9, 0.5], std=[1.0, 0.5, 0.2])
+    pixels = image(32, 64)
+    assert not np.array_equal(Segmenter(usual, "cpu")(pixels).confidence, Segmenter(other, "cpu")(pixels).confidence)
+
+
+def test_other_modes_share_the_weights_and_are_those_of_the_plain_loop(tmp_path: Path) -> None:
+    """Scales are factors of the input size, each from the frame's own pixels; probabilities are averaged."""
+    segmenter = Segmenter(save(tmp_path / "model"), "cpu")
+    careful = segmenter.using(flip=True, scales=(0.5, 1.0, 1.5))
+    assert careful._network is segmenter._network and segmenter.inference == WHOLE_FRAME
+    pixels = image(45, 77)
+    total = torch.zeros(3, 45, 77)
+    for size in ([16, 32], [32, 64], [48, 96]):
+        seen_1CHW = resize_image(torch.from_numpy(pixels).permute(2, 0, 1), size)[None]
+        for mirrored in (False, True):
+            inputs_1CHW = seen_1CHW.flip(-1) if mirrored else seen_1CHW
+            with torch.inference_mode():
+                logits_1Khw = segmenter._network(normalise(inputs_1CHW, CARD["mean"], CARD["std"]))
+            logits_1KHW = upsample_logits(logits_1Khw, *size)
+            logits_1KHW = F.interpolate(logits_1KHW.flip(-1) if mirrored else logits_1KHW, (45, 77), mode="bilinear")
+            total += logits_1KHW.softmax(dim=1)[0]
+    wanted = (total / 6).max(dim=0)
+    labels, confidence = careful(pixels)
+    np.testing.assert_allclose(confidence, wanted.values.numpy(), rtol=1e-5)
+    assert (labels == wanted.indices.numpy()).mean() > 0.999
+    windowed = careful.using(window=(16, 16), overlap=0.5, flip=False)
+    assert windowed.inference == Inference((16, 16), 0.5, False, (0.5, 1.0, 1.5))
+    assert windowed(pixels).labels.shape == (45, 77)
+    with pytest.raises(UserError, match="overlap 2"):
+        segmenter.using(overlap=2)
+
+
+@pytest.mark.parametrize("modes", [{}, {"flip": True, "scales": (0.25, 1.0)}, {"window": (8, 8)}])
+def test_frames_of_one_pixel_and_one_row(tmp_path: Path, modes: dict[str, object]) -> None:
+    segmenter = Segmenter(save(tmp_path / "model", input_size=None), "cpu").using(**modes)
+    for shape, (labels, confidence) in zip(
+        shapes := [(1, 1), (1, 40), (33, 1)], segmenter.batch([image(*shape) for shape in shapes]), strict=True
+    ):
+        assert labels.shape == confidence.shape == shape
+        assert (confidence > 0).all() and (confidence <= 1).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_gpu_is_waited_for_once_a_batch(model: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    segmenter = Segmenter(model, "cuda").using(flip=True, window=(16, 32), scales=(1.0, 0.5))
+    images = [image(40, 60, 1), image(32, 64, 2)]
+    wanted = segmenter.batch(images)  # also warms up what is set up once
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    monkeypatch.setattr(Segmenter, "_on_host", lambda self, results: found.extend(results) or [])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        segmenter.batch(images)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for (labels_HW, _), alone in zip(found, wanted, strict=True):
+        assert (labels_HW.cpu().numpy() == alone.labels).all()
+
+
+@pytest.mark.parametrize(
+    "wrong", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), np.zeros((3, 4, 4), np.uint8)]
+)
+def test_what_is_no_image_is_refused(model: Location, wrong: np.ndarray) -> None:
+    with pytest.raises(UserError, match="uint8 RGB"):
+        Segmenter(model, "cpu")(wrong)
+
+
+def test_wrong_models_are_refused(tmp_path: Path, model: Location) -> None:
+    with pytest.raises(UserError, match=r"model\.json"):
+        load_model(tmp_path / "nothing")
+    save_model(Location.of(tmp_path / "unit"), {"x": torch.zeros(1)}, {"kind": "unit"})
+    with pytest.raises(UserError, match="kind 'unit'"):
+        load_model(tmp_path / "unit")
+    check_classes(model, CLASSES)
+    with pytest.raises(UserError, match="3 classes of three, but the labels here have the 11 of camvid11"):
+        check_classes(model, taxonomy("camvid11"))
+
+
+def test_rows_keep_their_order_and_bad_frames_do_not_stop_the_rest(tmp_path: Path, model: Location) -> None:
+    rows = []
+    for index, data in enumerate([encode_png(image(32, 64, 1)), b"", encode_png(image(20, 30, 2)), b"text"]):
+        file = tmp_path / f"{index}.png"
+        file.write_bytes(data)
+        rows.append({"frame_id": f"f/{index}", "uri": str(file), "sha256": sha256_of(data)})
+    changed = {"frame_id": "f/changed", "uri": str(tmp_path / "0.png"), "sha256": "0" * 64}
+    rows += [changed, {"frame_id": "f/gone", "uri": str(tmp_path / "gone.png")}]
+    results = list(segment_rows(Segmenter(model, "cpu"), frame_table(rows), batch=2))
+    assert [result.row["frame_id"] for result in results] == [row["frame_id"] for row in rows]
+    reasons = [result.fault.reason if isinstance(result, UnreadRow) else "" for result in results]
+    assert reasons == ["", "zero_bytes", "", "not_an_image", "unreadable", "missing"]
+    good = [result for result in results if isinstance(result, SegmentedRow)]
+    assert [result.segmented.labels.shape for result in good] == [(32, 64), (20, 30)]
+    assert good[0].image.shape == (32, 64, 3)
+    bad = results[4]
+    assert isinstance(bad, UnreadRow)
+    assert quarantined(bad.row, bad.fault)["detail"] == "the file has changed since it was collected (sha256)"
+
+
+def test_pictures_show_what_they_say() -> None:
+    pixels = np.full((2, 3, 3), 101, dtype=np.uint8)
+    labels = np.array([[0, 1, 2], [2, 1, 0]], dtype=np.uint8)
+    segmented = Segmented(labels, np.linspace(0, 1, 6, dtype=np.float32).reshape(2, 3))
+    made = {kind: picture(kind, pixels, segmented, CLASSES) for kind in PICTURES}
+    assert (decode_label(made["mask"]) == labels).all()
+    assert decode_image(made["color"])[0].tolist() == [list(colour) for colour in CLASSES.palette]
+    assert decode_label(made["confidence"]).tolist() == [[0, 51, 102], [153, 204, 255]]
+    assert decode_image(made["overlay"]).shape == (2, 3, 3)
+
+
+def test_overlay_is_the_rounded_mean() -> None:
+    mixed = overlay(np.full((1, 1, 3), 255, np.uint8), np.array([[[255, 0, 128]]], dtype=np.uint8))
+    assert mixed.tolist() == [[[255, 128, 192]]]

@@ -1,0 +1,135 @@
+"""Thresholds and guards on histograms small enough to count by hand."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nightseg.segmenter.self_training import (
+    NUM_BINS,
+    KeptPixels,
+    apply_thresholds,
+    bins_to_confidence,
+    class_thresholds,
+    confidence_bins,
+    confidence_histogram,
+    confidence_preview,
+    guard,
+    kept_of_histograms,
+)
+from nightseg.storage import UserError
+
+
+def histogram(*bins: tuple[int, int]) -> np.ndarray:
+    row = np.zeros(NUM_BINS, dtype=np.int64)
+    for place, pixels in bins:
+        row[place] = pixels
+    return row
+
+
+def test_bins_are_the_floor_of_256_times_the_confidence() -> None:
+    confidence = np.array([[0.0, 0.5, 0.9, 1.0]], dtype=np.float32)
+    assert confidence_bins(confidence).tolist() == [[0, 128, 230, 255]]
+    assert bins_to_confidence(confidence_bins(confidence)).tolist() == [[0.0, 0.5, 230 / 256, 255 / 256]]
+
+
+def test_histogram_counts_every_pixel_under_its_class_and_bin() -> None:
+    labels = np.array([[0, 1], [1, 1]], dtype=np.uint8)
+    confidence = np.array([[0.5, 0.25], [0.25, 1.0]], dtype=np.float32)
+    counts = confidence_histogram(labels, confidence, 3)
+    assert counts.shape == (3, NUM_BINS)
+    assert counts[0, 128] == 1 and counts[1, 64] == 2 and counts[1, 255] == 1
+    assert counts.sum() == 4
+
+
+def test_none_keeps_all_and_fixed_compares_with_the_very_number() -> None:
+    nothing = np.zeros((2, NUM_BINS), dtype=np.int64)
+    assert class_thresholds("none", confidence=0.9, share=0.5, histograms_KB=nothing).tolist() == [0, 0]
+    fixed = class_thresholds("fixed", confidence=0.9, share=0.5, histograms_KB=nothing)
+    assert fixed.tolist() == [0.9, 0.9]
+    just_below, just_above = np.nextafter(np.float32(0.9), np.float32([0, 1]))
+    labels = np.array([[0, 1]], dtype=np.uint8)
+    confidence = np.array([[just_below, just_above]], dtype=np.float32)
+    assert apply_thresholds(labels, confidence, fixed).tolist() == [[255, 1]]
+
+
+def test_class_balanced_takes_the_quantile_of_a_hard_class_and_the_limit_of_an_easy_one() -> None:
+    histograms = np.stack([
+        histogram((250, 10)),                        # easy: all surer than the limit
+        histogram((100, 4), (120, 3), (140, 3)),     # hard: 60 % of 10 are the 6 in bins 120 and 140
+        histogram(),                                 # never predicted
+    ])  # fmt: skip
+    thresholds = class_thresholds("class_balanced", confidence=0.9, share=0.6, histograms_KB=histograms)
+    assert thresholds.tolist() == [230 / 256, 120 / 256, 230 / 256]
+    pixels = kept_of_histograms(histograms, thresholds)
+    assert pixels.predicted.tolist() == [10, 10, 0]
+    assert pixels.kept.tolist() == [10, 6, 0]
+    assert pixels.share == 0.8
+    assert pixels.share_by_class == [1.0, 0.6, None]
+
+
+def test_class_balanced_keeps_at_least_the_share_where_bins_are_coarse() -> None:
+    histograms = histogram((50, 9), (200, 1))[None]
+    thresholds = class_thresholds("class_balanced", confidence=1.0, share=0.2, histograms_KB=histograms)
+    assert thresholds.tolist() == [50 / 256]  # the one pixel of bin 200 is only a tenth
+    everything = class_thresholds("class_balanced", confidence=1.0, share=1.0, histograms_KB=histograms)
+    assert kept_of_histograms(histograms, everything).kept.tolist() == [10]
+    nothing = class_thresholds("class_balanced", confidence=1.0, share=0.0, histograms_KB=histograms)
+    assert kept_of_histograms(histograms, nothing).kept.tolist() == [0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    confidence=st.floats(0, 1),
+    share=st.floats(0, 1),
+)
+def test_histograms_say_exactly_which_pixels_are_kept(seed: int, confidence: float, share: float) -> None:
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, 4, (9, 11)).astype(np.uint8)
+    sure = random.random((9, 11), dtype=np.float32)
+    counts = confidence_histogram(labels, sure, 4)
+    thresholds = class_thresholds("class_balanced", confidence=confidence, share=share, histograms_KB=counts)
+    assert (thresholds <= confidence).all()
+    promised = kept_of_histograms(counts, thresholds)
+    for values in (sure, bins_to_confidence(confidence_bins(sure))):  # the pixels, and what a draft keeps of them
+        kept = apply_thresholds(labels, values, thresholds)
+        assert np.bincount(kept.ravel(), minlength=256)[:4].tolist() == promised.kept.tolist()
+        assert ((kept == labels) | (kept == 255)).all()
+    for part in promised.share_by_class:
+        assert part is None or part >= share - 1e-6
+
+
+def test_preview_is_the_mean_of_four_by_four_pixels() -> None:
+    confidence = np.zeros((5, 8), dtype=np.float32)
+    confidence[:4, :4] = 1.0
+    confidence[4, 4:] = 0.5
+    assert confidence_preview(confidence).tolist() == [[255, 0], [0, 128]]
+
+
+def pixels(predicted: list[int], kept: list[int]) -> KeptPixels:
+    return KeptPixels(np.array(predicted, dtype=np.int64), np.array(kept, dtype=np.int64))
+
+
+def test_healthy_pseudo_labels_raise_no_warning() -> None:
+    assert guard(pixels([50, 30, 20], [40, 20, 10]), ("road", "sky", "car")) == []
+
+
+def test_guards_name_the_class_and_the_cure() -> None:
+    classes = ("road", "sky", "car")
+    (dominant,) = guard(pixels([96, 2, 2], [95, 2, 2]), classes)
+    assert "road takes 96.0% of the kept pixels" in dominant
+    vanished = guard(pixels([500, 300, 200], [300, 200, 0]), classes)
+    assert len(vanished) == 1 and "every pixel of car" in vanished[0] and "class_balanced" in vanished[0]
+    (few,) = guard(pixels([500, 400, 100], [10, 8, 2]), classes)
+    assert "only 2.00% of the pixels are kept" in few
+    (unseen,) = guard(pixels([60, 40, 0], [60, 30, 0]), classes)
+    assert unseen.startswith("the teacher hardly ever predicts car on these frames")
+    (nearly,) = guard(pixels([60_000, 40_000, 9], [60_000, 30_000, 9]), classes)
+    assert "hardly ever predicts car" in nearly
+    assert guard(pixels([60_000, 40_000, 11], [60_000, 30_000, 11]), classes) == []
+
+
+def test_no_pixel_kept_is_an_error() -> None:
+    with pytest.raises(UserError, match="keep none of 100 pixels"):
+        guard(pixels([60, 40], [0, 0]), ("road", "sky"))

@@ -1,0 +1,94 @@
+"""What cannot train is refused before anything starts, with the cure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from nightseg.cluster.settings import TrainCompute
+from nightseg.data.table import frame_table
+from nightseg.data.taxonomy import taxonomy
+from nightseg.errors import UserError
+from nightseg.segmenter.settings import HardExamples, Loss, Network, Training
+from nightseg.segmenter.trainable import check_training
+
+TRAINING = Training(batch=2, epochs=2, warmup_steps=2, crop=(64, 64))
+
+
+def rows(*labels: str | None) -> pa.Table:
+    return frame_table(
+        [
+            {
+                "frame_id": f"toy/{n}",
+                "uri": f"/{n}.png",
+                "label_uri": label,
+                "label_encoding": "camvid12",
+                "width": 80,
+                "height": 64,
+            }
+            for n, label in enumerate(labels)
+        ]
+    )
+
+
+def refusal(train: pa.Table, validate: pa.Table | None = None, workers: int = 1, **changed: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        check_training(
+            *("student", train, validate),
+            network=Network(encoder="efficientnet_lite0", input_size=(64, 64)),
+            training=TRAINING.model_copy(update=changed),
+            compute=TrainCompute(workers=workers),
+            steps_per_epoch=3,
+        )
+    return str(caught.value)
+
+
+def test_frames_that_cannot_be_learned_from() -> None:
+    good, bare = rows("a", "b"), rows(None, "x")
+    assert "student, train: 1 of 2 frames have no label (first toy/0)" in refusal(bare)
+    assert "self_training.pool" in refusal(good, bare)
+    assert "hold no frame" in refusal(good.slice(0, 0))
+
+
+def test_settings_that_contradict_each_other() -> None:
+    good = rows("a", "b")
+    assert "set training.warmup_steps to 0 or so" in refusal(good, warmup_steps=6)
+    assert "multiple of 2" in refusal(good, workers=2, batch=3)
+    assert "2 in 3 parts each (training.accumulate); choose a batch that is a multiple of 6" in refusal(
+        good, workers=2, batch=9, accumulate=3
+    )
+    assert "set training.crop to (64, 64)" in refusal(good, crop=(160, 64))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch": 4, "accumulate": 3}, "cannot be taken in 3 equal parts"),
+        ({"decay_at": [0.9, 0.5]}, "the shares must rise"),
+        ({"average": 1.0}, "less than 1"),
+        ({"clip_norm": 0.0}, "greater than 0"),
+    ],
+)
+def test_trainings_that_mean_nothing(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Training(**settings)
+
+
+def test_one_rule_for_hard_examples_and_strips_of_whole_logit_rows() -> None:
+    for wrong in ({}, {"share": 0.5, "confidence": 0.5}):
+        with pytest.raises(ValueError, match="exactly one of share and confidence"):
+            HardExamples(**wrong)
+    with pytest.raises(ValueError, match="multiple of 4"):
+        Loss(strips=30)
+
+
+def test_values_by_class() -> None:
+    classes = taxonomy("camvid11")
+    assert classes.per_class({"pole": 3.0}, default=1.0)[:4] == (1.0, 1.0, 3.0, 1.0)
+    assert classes.per_class([float(n) for n in range(11)], default=1.0)[10] == 10.0
+    with pytest.raises(UserError, match=r"camvid11 has no class 'pol', did you mean 'pole'\?"):
+        classes.per_class({"pol": 3.0}, default=1.0)
+    with pytest.raises(UserError, match="3 values for the 11 classes"):
+        classes.per_class([1.0, 2.0, 3.0], default=1.0)

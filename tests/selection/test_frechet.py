@@ -1,0 +1,288 @@
+import io
+import itertools
+import warnings
+
+import numpy as np
+import pytest
+import scipy.linalg
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nightseg.selection.frechet import (
+    Moments,
+    Statistics,
+    check_comparable,
+    few_frames_distance,
+    frechet_distance,
+    gaussian_distance,
+    gaussian_of_features,
+    gaussian_of_moments,
+    moments_of,
+    moments_of_parts,
+    read_statistics,
+    statistics_distance,
+    write_statistics,
+)
+from nightseg.storage import Location, UserError
+
+
+def features(count: int, dims: int, seed: int = 0, shift: float = 0.0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(count, dims)) @ np.diag(np.linspace(0.1, 2, dims)) + shift
+
+
+def with_sqrtm(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov2: np.ndarray) -> float:
+    """The textbook form, as pytorch-fid computes it."""
+    root = scipy.linalg.sqrtm(cov1 @ cov2)
+    return float(np.sum((mean1 - mean2) ** 2) + np.trace(cov1 + cov2) - 2 * np.trace(root).real)
+
+
+# -- distances with a known answer -----------------------------------------------------------------------------------
+
+
+def test_shifted_unit_gaussians_of_inception_size_are_as_far_as_their_means() -> None:
+    dims = 2048
+    assert frechet_distance(np.zeros(dims), np.eye(dims), np.ones(dims), np.eye(dims)) == pytest.approx(2048, rel=1e-12)
+
+
+def test_scaled_unit_gaussians() -> None:
+    # tr(I + 4 I - 2 (4 I)^1/2) = d (1 + 4 - 4)
+    assert frechet_distance(np.zeros(8), np.eye(8), np.zeros(8), 4 * np.eye(8)) == pytest.approx(8)
+
+
+def test_one_dimension_is_the_difference_of_means_and_of_standard_deviations() -> None:
+    assert frechet_distance([1.0], [[9.0]], [5.0], [[4.0]]) == pytest.approx(16 + 1)
+
+
+def test_the_same_set_is_at_distance_zero() -> None:
+    for count in (2, 5, 300):
+        rows = features(count, 32)
+        assert frechet_distance(rows[0], np.cov(rows.T), rows[0], np.cov(rows.T)) == pytest.approx(0, abs=1e-10)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_full_rank_agrees_with_sqrtm(seed: int) -> None:
+    a, b = features(400, 64, seed), features(300, 64, seed + 10, shift=0.3)
+    sides = a.mean(0), np.cov(a.T), b.mean(0), np.cov(b.T)
+    assert frechet_distance(*sides) == pytest.approx(with_sqrtm(*sides), rel=1e-9)
+    assert frechet_distance(*sides) == pytest.approx(frechet_distance(*sides[2:], *sides[:2]), rel=1e-12)
+
+
+@pytest.mark.parametrize(("count1", "count2"), [(2, 500), (30, 500), (500, 30), (30, 25)])
+def test_fewer_frames_than_dimensions_is_exact(count1: int, count2: int) -> None:
+    a, b = features(count1, 128, 1), features(count2, 128, 2, shift=0.1)
+    # tr (C1 C2)^1/2 is the nuclear norm of the product of the centred features, whatever the rank.
+    centred = [(x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (a, b)]
+    nuclear = np.linalg.svd(centred[0] @ centred[1].T, compute_uv=False).sum()
+    known = np.sum((a.mean(0) - b.mean(0)) ** 2) + sum((x**2).sum() for x in centred) - 2 * nuclear
+    from_moments = frechet_distance(a.mean(0), np.cov(a.T), b.mean(0), np.cov(b.T))
+    from_features = gaussian_distance(gaussian_of_features(a), gaussian_of_features(b))
+    assert from_moments == pytest.approx(known, rel=1e-9)
+    assert from_features == pytest.approx(known, rel=1e-12)
+
+
+@pytest.mark.parametrize(("count", "dims"), [(2, 5), (7, 40), (40, 40), (90, 40)])
+def test_few_frames_need_no_factor_of_the_other_side(count: int, dims: int) -> None:
+    rng = np.random.default_rng(count)
+    features, other = rng.normal(1.0, 2.0, (count, dims)), rng.normal(size=(3 * dims, dims))
+    mean, cov = other.mean(axis=0), np.cov(other.T)
+    wanted = frechet_distance(features.mean(axis=0), np.cov(features.T), mean, cov)
+    assert few_frames_distance(features, mean, cov) == pytest.approx(wanted, rel=1e-7)
+    assert few_frames_distance(features, features.mean(axis=0), np.cov(features.T)) == pytest.approx(0, abs=1e-5)
+    for bad in (features[:1], features[:, 0], features[:, :-1]):
+        with pytest.raises(ValueError, match="features"):
+            few_frames_distance(bad, mean, cov)
+
+
+def test_constant_features_have_no_spread() -> None:
+    constant = gaussian_of_features(np.full((3, 4), 2.0))
+    other = features(50, 4, 3)
+    mean, cov = other.mean(0), np.cov(other.T)
+    assert constant.trace == 0
+    assert gaussian_distance(constant, gaussian_of_moments(mean, cov)) == pytest.approx(
+        np.sum((2 - mean) ** 2) + np.trace(cov)
+    )
+    assert frechet_distance(np.full(4, 2.0), np.zeros((4, 4)), np.full(4, 3.0), np.zeros((4, 4))) == pytest.approx(4)
+
+
+def test_rounding_below_zero_in_a_covariance_is_no_direction() -> None:
+    cov = np.diag([1.0, 1e-17, -1e-17])
+    assert gaussian_of_moments(np.zeros(3), cov).factor.shape == (3, 1)
+    assert frechet_distance(np.zeros(3), cov, np.zeros(3), np.eye(3)) == pytest.approx(1 + 3 - 2)
+
+
+@given(seed=st.integers(0, 1000), count=st.integers(2, 40), dims=st.integers(1, 12))
+@settings(max_examples=40, deadline=None)
+def test_never_negative_never_complex_and_symmetric(seed: int, count: int, dims: int) -> None:
+    a, b = features(count, dims, seed), features(17, dims, seed + 1)
+    there = gaussian_distance(gaussian_of_features(a), gaussian_of_features(b))
+    back = gaussian_distance(gaussian_of_features(b), gaussian_of_features(a))
+    assert there >= 0
+    assert there == pytest.approx(back, rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "sides",
+    [
+        (np.zeros(3), np.eye(3), np.zeros(4), np.eye(4)),
+        (np.zeros(3), np.eye(4), np.zeros(3), np.eye(3)),
+        (np.zeros(3), np.full((3, 3), np.nan), np.zeros(3), np.eye(3)),
+    ],
+)
+def test_what_cannot_be_a_distance_is_an_error(sides: tuple[np.ndarray, ...]) -> None:
+    with pytest.raises(ValueError):
+        frechet_distance(*sides)
+
+
+# -- moments ---------------------------------------------------------------------------------------------------------
+
+
+def test_moments_are_those_of_numpy() -> None:
+    rows = features(500, 20, shift=1000.0).astype(np.float32)
+    moments = moments_of(rows)
+    assert moments.count == 500
+    np.testing.assert_allclose(moments.mean, rows.astype(np.float64).mean(0), rtol=1e-13)
+    np.testing.assert_allclose(moments.cov, np.cov(rows.astype(np.float64).T), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("parts", [(1, 499), (250, 250), (3, 400, 97), (0, 500)])
+def test_any_sharding_merges_to_the_same_moments(parts: tuple[int, ...]) -> None:
+    rows = features(500, 16, shift=50.0)
+    ends = list(itertools.accumulate(parts, initial=0))
+    total = Moments(16)
+    for start, end in itertools.pairwise(ends):
+        shard = Moments(16)
+        shard.update(rows[start:end])
+        total.merge(shard)
+    whole = moments_of(rows)
+    assert total.count == whole.count
+    np.testing.assert_allclose(total.mean, whole.mean, rtol=1e-10)
+    np.testing.assert_allclose(total.cov, whole.cov, rtol=1e-10, atol=1e-12)
+
+
+def test_merging_leaves_the_other_side_alone() -> None:
+    one, other = moments_of(features(5, 3)), moments_of(features(7, 3, 1))
+    kept = other.mean.copy(), other.scatter.copy()
+    one.merge(other)
+    one.update(features(9, 3, 2))
+    assert np.array_equal(other.mean, kept[0]) and np.array_equal(other.scatter, kept[1])
+
+
+def test_a_large_mean_does_not_eat_the_covariance() -> None:
+    rows = features(200, 4)
+    moments = moments_of(rows + 1e8)
+    np.testing.assert_allclose(moments.cov, np.cov(rows.T), rtol=1e-6)
+
+
+def test_one_frame_has_no_covariance() -> None:
+    moments = moments_of(features(1, 3))
+    with pytest.raises(ValueError, match="at least 2"):
+        _ = moments.cov
+    with pytest.raises(ValueError, match="at least 2"):
+        gaussian_of_features(features(1, 3))
+
+
+def test_features_of_another_size_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\(N, 3\)"):
+        Moments(3).update(np.zeros((2, 4)))
+    with pytest.raises(ValueError, match="4 dimensions into 3"):
+        Moments(3).merge(Moments(4))
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+def statistics(dims: int = 3, **changes: object) -> Statistics:
+    made = dict(
+        mean=np.arange(dims) * 1.0, cov=np.eye(dims), count=10, extractor="x", resize="clean", weights_sha256="ab"
+    )
+    return Statistics(**(made | changes))  # type: ignore[arg-type]
+
+
+def test_statistics_survive_the_file_and_pytorch_fid_can_read_it(tmp_path: object) -> None:
+    place = Location.of(str(tmp_path)) / "s.npz"
+    write_statistics(place, statistics())
+    again = read_statistics(place)
+    assert (again.count, again.extractor, again.resize, again.weights_sha256) == (10, "x", "clean", "ab")
+    with np.load(io.BytesIO(place.read_bytes())) as file:  # as pytorch-fid does
+        assert np.array_equal(file["mu"][:], np.arange(3.0)) and np.array_equal(file["sigma"][:], np.eye(3))
+
+
+def test_the_same_statistics_give_the_same_bytes(tmp_path: object) -> None:
+    one, two = Location.of(str(tmp_path)) / "1.npz", Location.of(str(tmp_path)) / "2.npz"
+    write_statistics(one, statistics())
+    write_statistics(two, statistics())
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_a_file_of_pytorch_fid_is_inception_by_its_own_rule(tmp_path: object) -> None:
+    place = Location.of(str(tmp_path)) / "fid.npz"
+    np.savez_compressed(place.local, mu=np.zeros(2048), sigma=np.eye(2048))
+    read = read_statistics(place)
+    assert (read.extractor, read.resize, read.count) == ("inception", "pytorch-fid", None)
+    check_comparable(read, statistics(2048, extractor="inception", resize="pytorch-fid"))
+
+
+def test_bare_files_of_any_size_compare_with_each_other(tmp_path: object) -> None:
+    places = [Location.of(str(tmp_path)) / name for name in ("a.npz", "b.npz")]
+    for value, place in enumerate(places):
+        np.savez(place.local, mu=np.full(5, float(value)), sigma=np.eye(5))
+    a, b = map(read_statistics, places)
+    assert statistics_distance(a, b) == pytest.approx(5)
+    with pytest.raises(UserError, match="unknown"):
+        check_comparable(a, statistics(5))
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"extractor": "inception"}, "extractor of the first is x, of the second inception"),
+        ({"resize": "pytorch-fid"}, "resize rule"),
+        ({"weights_sha256": "cd"}, "other weights"),
+    ],
+)
+def test_statistics_of_another_making_do_not_compare(changes: dict[str, object], word: str) -> None:
+    with pytest.raises(UserError, match=word):
+        check_comparable(statistics(), statistics(**changes))
+    check_comparable(statistics(), statistics(weights_sha256=""))
+
+
+def test_damaged_and_foreign_files_are_named(tmp_path: object) -> None:
+    folder = Location.of(str(tmp_path))
+    with pytest.raises(UserError, match="no such file"):
+        read_statistics(folder / "absent.npz")
+    (folder / "text.npz").write_bytes(b"hello")
+    with pytest.raises(UserError, match=r"not an \.npz"):
+        read_statistics(folder / "text.npz")
+    write_statistics(folder / "cut.npz", statistics())
+    (folder / "cut.npz").write_bytes((folder / "cut.npz").read_bytes()[:200])
+    with pytest.raises(UserError, match=r"cut\.npz"):
+        read_statistics(folder / "cut.npz")
+    np.savez((folder / "other.npz").local, weights=np.zeros(3))
+    with pytest.raises(UserError, match="no mu and no sigma"):
+        read_statistics(folder / "other.npz")
+    np.savez((folder / "single.npz").local, mu=np.zeros(3), sigma=np.full((3, 3), np.nan))
+    with pytest.raises(UserError, match="fewer than 2 frames"):
+        read_statistics(folder / "single.npz")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        np.savez((folder / "evil.npz").local, mu=np.array([print], dtype=object), sigma=np.eye(1))
+    with pytest.raises(UserError, match=r"evil\.npz"):
+        read_statistics(folder / "evil.npz")
+
+
+@pytest.mark.parametrize("sizes", [[2500], [1, 2499], [1024, 1024, 452], [700, 0, 900, 900], [1000] * 2 + [500]])
+def test_the_parts_that_features_come_in_change_no_bit(sizes: list[int]) -> None:
+    rows = np.random.default_rng(0).normal(size=(2500, 5)).astype(np.float32)
+    parts = np.split(rows, np.cumsum(sizes)[:-1])
+    found, whole = moments_of_parts(parts, 5), moments_of(rows)
+    assert found.count == 2500
+    assert np.array_equal(found.mean, whole.mean) and np.array_equal(found.scatter, whole.scatter)
+    np.testing.assert_allclose(found.cov, np.cov(rows.astype(np.float64).T), rtol=1e-10)
+
+
+def test_what_is_cut_off_of_a_covariance_is_told_and_must_be_small() -> None:
+    assert gaussian_of_moments(np.zeros(3), np.diag([4.0, 1.0, -1e-5])).clipped == pytest.approx(1e-5)
+    assert gaussian_of_moments(np.zeros(3), np.eye(3)).clipped == 0.0
+    with pytest.raises(ValueError, match=r"negative eigenvalues sum to -0\.25"):
+        gaussian_of_moments(np.zeros(3), np.diag([4.0, 1.0, -0.25]))
