@@ -1,6 +1,6 @@
 """nightseg: semantic segmentation that learns to see at night without night labels, on a Ray cluster.
 
-Frames come in at the bottom, evidence leaves at the top. Folders of frames become frame tables (collect), a heap is
+Frames come in at the bottom, evidence leaves at the top. Folders of frames become frame tables (collect), a pool is
 split into day and night (split), UNIT learns the way from day to night (train_translator), the labelled day frames
 take it (translate), a Semantic FPN learns from both (train_segmenter), unlabelled night frames are measured and some
 of them chosen (score, select), the model labels them (pseudo_label) and learns again, in rounds; test sets and a

@@ -182,3 +182,14 @@ def test_functions_are_short_and_swallow_no_error() -> None:
 def test_jobs_are_thin() -> None:
     for job in (PROJECT / "jobs").glob("*.py"):
         assert job.read_text().count("\n") <= 40, f"{job.name} is longer than 40 lines"
+
+
+@pytest.mark.xfail(strict=True, reason="not all of them do yet")
+def test_every_error_of_the_user_names_its_cure() -> None:
+    wrong = []
+    for module in modules():
+        for node in ast.walk(ast.parse(module.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "UserError":
+                if not any(keyword.arg == "cure" for keyword in node.keywords):
+                    wrong.append(f"{module.relative_to(PROJECT)}:{node.lineno}")
+    assert not wrong, "\n".join(wrong)

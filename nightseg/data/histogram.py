@@ -1,6 +1,6 @@
 """Luminance histograms, and how they tell day from night.
 
-The thesis separates a heap of frames into two domains by their histograms and ignores twilight. Brightness alone does
+The thesis separates a pool of frames into two domains by their histograms and ignores twilight. Brightness alone does
 not do it: a camera at night amplifies until the picture is as bright as one by day. What exposure cannot change is
 where the light is. By day the sky is the brightest thing; at night the street is lit from below and the sky is dark; at
 twilight the sky is still bright over a street that lies in the dark. So a frame is described by two histograms, of its
@@ -42,7 +42,7 @@ _DUSK = (
 )
 _CLEAR = 0.3  # |score| from which on a frame may move the centre of its domain
 _DUSK_MARGIN = 0.2  # contrast by which a frame must be closer to dusk than to its domain to be called twilight
-_PRIOR_FRAMES = 100  # clear frames that a heap needs to move a centre a quarter of the way to their mean
+_PRIOR_FRAMES = 100  # clear frames that a pool needs to move a centre a quarter of the way to their mean
 _LARGEST_HEAP_WEIGHT = 0.5
 _MAX_STEPS = 50
 _GREY_LEVELS = 0.5  # mean difference between colour and luminance, of 255, below which a frame has no colour
@@ -57,7 +57,7 @@ class Tone(NamedTuple):
 
 
 class Separation(NamedTuple):
-    """The verdict on each frame of a heap."""
+    """The verdict on each frame of a pool."""
 
     score: Floats  # (N,) in [-1, 1]: -1 is night, 1 is day
     margin: Floats  # (N,) in [0, 1]: how clear the verdict is; 0 for frames that look like twilight or have no colour
@@ -97,7 +97,7 @@ def whole(bands: npt.ArrayLike) -> npt.NDArray[np.float32]:
 
 
 def separate(bands: npt.ArrayLike, chroma: npt.ArrayLike, *, margin: float = 0.2) -> Separation:
-    """Find the day and the night domain in a heap of N frames, and leave twilight out.
+    """Find the day and the night domain in a pool of N frames, and leave twilight out.
 
     The rule: each band is described by ten quantiles of its luminance, stretched between the frame's own black and
     white; distances between such descriptions are Wasserstein-2 distances between histograms. Every frame is compared
@@ -107,11 +107,11 @@ def separate(bands: npt.ArrayLike, chroma: npt.ArrayLike, *, margin: float = 0.2
 
     and it is day or night if |score| >= `margin`; what is closer to dusk than to its domain by a clear contrast is
     twilight whatever its score. The centres start from means over many cameras; those of day and night then move to the
-    mean of the heap's own clear frames (|score| >= 0.3), at most half of the way. The tie to the start is what makes
-    a heap of day frames only come out as day only: nothing forces it into two halves.
+    mean of the pool's own clear frames (|score| >= 0.3), at most half of the way. The tie to the start is what makes
+    a pool of day frames only come out as day only: nothing forces it into two halves.
 
     Frames without any colour (a thermal or near-infrared camera among colour cameras) are "unknown": in them the sky
-    is dark by day. A heap that is mostly grey comes from grey cameras, and is judged like any other.
+    is dark by day. A pool that is mostly grey comes from grey cameras, and is judged like any other.
 
     `bands` (N, 2, 64), `chroma` (N,): see `Tone`. The result does not depend on the order of the frames but for
     rounding. `margin` lies in [0, 1]; a larger one leaves more frames out.
@@ -169,7 +169,7 @@ def _contrast(first: Floats, second: Floats) -> Floats:
 
 
 def _find_centres(described_ND: Floats, start: Floats) -> Floats:
-    """Centres of night, day and dusk for this heap; dusk stays where it is, it is no domain."""
+    """Centres of night, day and dusk for this pool; dusk stays where it is, it is no domain."""
     centres = start
     for _ in range(_MAX_STEPS):
         score, is_dusk = _judge(described_ND, centres)
@@ -186,7 +186,7 @@ def _find_centres(described_ND: Floats, start: Floats) -> Floats:
 
 
 def _without_colour(bands_NBH: Floats, chroma: Floats) -> npt.NDArray[np.bool_]:
-    """Which frames have no colour; none if that is most of the heap."""
+    """Which frames have no colour; none if that is most of the pool."""
     middles = (np.arange(NUM_BINS) + 0.5) * (256 / NUM_BINS)
     mean_luma = whole(bands_NBH).astype(np.float64) @ middles
     grey = (chroma < _GREY_LEVELS) & (chroma < _GREY_SHARE * mean_luma)

@@ -1,4 +1,4 @@
-"""Where frames come from: folders, scenes, sides of a heap, translations, several of them."""
+"""Where frames come from: folders, scenes, sides of a pool, translations, several of them."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class ScenesDataset(Strict):
 
 
 class SplitDataset(Strict):
-    """One side of a heap of frames, separated by luminance histograms (thesis section 1)."""
+    """One side of a pool of frames, separated by luminance histograms (thesis section 1)."""
 
-    split: Name = Field(description="the dataset that is a heap of day, night and twilight frames")
+    split: Name = Field(description="the dataset that is a pool of day, night and twilight frames")
     keep: Literal["day", "night", "twilight"]
     margin: Fraction = Field(default=0.2, description="frames with a smaller margin between the domains are twilight")
 

@@ -90,8 +90,8 @@ class _Builder:
         match self.recipe.datasets[name]:
             case FolderDataset() | ScenesDataset() as source:
                 return (View(self._collect(name, source)),)
-            case SplitDataset(split=heap, keep=keep, margin=margin):
-                return (View(self._split(heap, margin), keep),)
+            case SplitDataset(split=pool, keep=keep, margin=margin):
+                return (View(self._split(pool, margin), keep),)
             case JoinedDataset(join=names):
                 return self.datasets(names)
             case TranslatedDataset() as dataset:
@@ -118,8 +118,8 @@ class _Builder:
         part |= self._frame_pass() | {"taxonomy": hash_of(self.taxonomy)}
         return self._add("collect", name, collect.VERSION, part, (), work, expected_rows=expected)
 
-    def _split(self, heap: str, margin: float) -> NodeId:
-        views = self.dataset(heap)
+    def _split(self, pool: str, margin: float) -> NodeId:
+        views = self.dataset(pool)
 
         def work(inputs: Inputs, attempt: Attempt, progress: Progress) -> Commit:
             return split.split(
@@ -128,7 +128,7 @@ class _Builder:
                 **self._spread(attempt, progress),
             )
 
-        name = heap if margin == SplitDataset.model_fields["margin"].default else f"{heap}.margin-{margin:g}"
+        name = pool if margin == SplitDataset.model_fields["margin"].default else f"{pool}.margin-{margin:g}"
         return self._add("split", name, split.VERSION, {"margin": margin, **self._frame_pass()}, views, work)
 
     # -- translators -------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Single stages for the command line, without a recipe: split a heap, choose from a pool.
+"""Single stages for the command line, without a recipe: split a pool, choose from a pool.
 
 Each works in a run folder of its own beside its output, so that a pass over tens of thousands of frames that is
 interrupted continues when the command is given again; the folder is removed once the output is written.
@@ -37,11 +37,11 @@ def split_folder(images: str, out: str, *, margin: float, compute: MapCompute, p
     layouts.count("images", Location.of(images), labelled=False)
     with _workshop(table.parent / f".{table.name}.work") as workspace:
         found = _collected(workspace, images, compute, progress)
-        heap = frame.resolve(found.table("frames"), found.folder)
-        inputs, recipe = {"heap": found.content}, {"margin": margin}
-        stage = workspace.stage("split", "heap", version=split.VERSION, recipe=recipe, inputs=inputs, seed=0)
+        pool = frame.resolve(found.table("frames"), found.folder)
+        inputs, recipe = {"pool": found.content}, {"margin": margin}
+        stage = workspace.stage("split", "pool", version=split.VERSION, recipe=recipe, inputs=inputs, seed=0)
         done = stage.commit() or split.split(
-            heap,
+            pool,
             margin=margin,
             attempt=stage.open(),
             progress=progress,
@@ -113,7 +113,7 @@ def _workshop(folder: Location) -> Iterator[Workspace]:
 
 
 def _collected(
-    workspace: Workspace, images: str, compute: MapCompute, progress: Progress, name: str = "heap"
+    workspace: Workspace, images: str, compute: MapCompute, progress: Progress, name: str = "pool"
 ) -> Commit:
     dataset = FolderDataset(layout="images", root=images, labelled=False)
     listing = layouts.fingerprint("images", Location.of(images), labelled=False)
@@ -125,7 +125,7 @@ def _collected(
         attempt=stage.open(),
         progress=progress,
         compute=compute,
-        max_bad_fraction=1.0,  # of a heap from the road some are always broken; they are listed, not fatal
+        max_bad_fraction=1.0,  # of a pool from the road some are always broken; they are listed, not fatal
     )
 
 

@@ -29,7 +29,7 @@ from nightseg.storage import Attempt, Commit, Location, UserError, sha256_of
 
 VERSION = 1
 
-TRUE_DOMAIN = "true_domain"  # of a scene, kept beside `domain`, which an unlabelled heap does not reveal
+TRUE_DOMAIN = "true_domain"  # of a scene, kept beside `domain`, which an unlabelled pool does not reveal
 SCENES_TAXONOMY = "camvid11"
 
 _PROBLEM = "problem"

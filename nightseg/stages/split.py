@@ -1,4 +1,4 @@
-"""Separate a heap of frames into day and night by luminance histograms, and leave twilight out (thesis section 1).
+"""Separate a pool of frames into day and night by luminance histograms, and leave twilight out (thesis section 1).
 
 One pass over the frames makes their histograms; the decision looks at all of them together, and takes a second.
 """
@@ -37,7 +37,7 @@ _CENTRES = ("night", "day", "dusk")
 
 
 def split(
-    heap: pa.Table,
+    pool: pa.Table,
     *,
     margin: float,
     attempt: Attempt,
@@ -47,15 +47,15 @@ def split(
 ) -> Commit:
     """Commit `frames` (domain set; extra columns score, margin), `histograms`, `quarantine` and evidence.json.
 
-    `heap` is a frame table with absolute uris; the domain it states is not looked at. Frames that are neither day nor
+    `pool` is a frame table with absolute uris; the domain it states is not looked at. Frames that are neither day nor
     night stay in `frames` with the domain twilight, or unknown if they have no colour; whoever uses the split picks one
     domain. The rule is that of `measures.histogram.separate`.
     """
     begun = time.monotonic()
-    if heap.num_rows == 0:
-        raise UserError("there is no frame to split into day and night; look at the counts of the heap's dataset")
+    if pool.num_rows == 0:
+        raise UserError("there is no frame to split into day and night; look at the counts of the pool's dataset")
     shards = map_shards(
-        heap.select([frame.FRAME_ID, frame.URI]),
+        pool.select([frame.FRAME_ID, frame.URI]),
         HistogramFrames,
         {},
         attempt=attempt,
@@ -69,12 +69,12 @@ def split(
     seen = pa.concat_tables([(attempt.folder / shard.tables["histograms"].path).read_table() for shard in shards])
     bands_NBH = vectors(seen[BANDS]).reshape(-1, NUM_BANDS, NUM_BINS)
     separation = separate(bands_NBH, seen[CHROMA].to_numpy(), margin=margin)
-    frames = _frames(heap, seen, separation)
+    frames = _frames(pool, seen, separation)
     (attempt.folder / "frames.parquet").write_table(frames)
     counts = dict(sorted(Counter(separation.domain).items()))
     (attempt.folder / "evidence.json").write_json(_evidence(frames, bands_NBH, separation, margin))
     return attempt.finish(
-        rows_in=heap.num_rows,
+        rows_in=pool.num_rows,
         rows_out=frames.num_rows,
         quarantined=sum(shard.rows("quarantine") for shard in shards),
         max_bad_fraction=max_bad_fraction,
@@ -107,11 +107,11 @@ class HistogramFrames:
         return {"histograms": pa.table(seen), "quarantine": frame.quarantine_table(bad)}
 
 
-def _frames(heap: pa.Table, seen: pa.Table, separation: Separation) -> pa.Table:
-    """The heap's rows that have a histogram, in the heap's order, with the verdict."""
-    place = {name: row for row, name in enumerate(heap[frame.FRAME_ID].to_pylist())}
+def _frames(pool: pa.Table, seen: pa.Table, separation: Separation) -> pa.Table:
+    """The pool's rows that have a histogram, in the pool's order, with the verdict."""
+    place = {name: row for row, name in enumerate(pool[frame.FRAME_ID].to_pylist())}
     rows = pa.array([place[name] for name in seen[frame.FRAME_ID].to_pylist()], pa.int64())
-    kept = heap.select(frame.FRAME_SCHEMA.names).take(rows)
+    kept = pool.select(frame.FRAME_SCHEMA.names).take(rows)
     column = kept.schema.get_field_index(frame.DOMAIN)
     kept = kept.set_column(column, frame.DOMAIN, pa.array(separation.domain, pa.string()))
     for name, values in ((SCORE, separation.score), (MARGIN, separation.margin)):

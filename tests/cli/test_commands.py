@@ -175,7 +175,7 @@ def test_export_shows_the_check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 @pytest.mark.parametrize(
     ("name", "words", "expected"),
     [
-        ("split_folder", ("split", "heap", "--out", "f.parquet", "--margin", "0.1"), {"margin": 0.1}),
+        ("split_folder", ("split", "pool", "--out", "f.parquet", "--margin", "0.1"), {"margin": 0.1}),
         (
             "select_frames",
             ("select", "p", "--reference", "r", "--count", "3", "--out", "o", "--seed", "4"),

@@ -29,11 +29,11 @@ taxonomy: camvid1
 datasets:
   day: {layout: scenes, cont: 4}
   street: {layout: camvid, root: ROOT, split: trian, label_encoding: camvid}
-  heap: {layout: images, root: /does/not/exist}
+  pool: {layout: images, root: /does/not/exist}
 models:
   first: {train: [dya], start: second}
   second: {train: [day], start: first}
-  third: {train: [heap]}
+  third: {train: [pool]}
 """
 
 
@@ -136,10 +136,10 @@ def test_all_errors_of_a_recipe_are_in_one_message(tmp_path: Path) -> None:
         "line 4: taxonomy: unknown taxonomy 'camvid1', did you mean 'camvid11'?",
         "line 6: datasets.day.cont: unknown key, did you mean 'count'?",
         "line 7: datasets.street.root: layout camvid: unknown split 'trian', did you mean 'train'?",
-        "line 8: datasets.heap.root: there is no folder '/does/not/exist'",
+        "line 8: datasets.pool.root: there is no folder '/does/not/exist'",
         "line 10: models.first.train.0: there is no dataset 'dya', did you mean 'day'?",
         "models.first: a cycle",
-        "line 12: models.third.train.0: the frames of heap have no labels",
+        "line 12: models.third.train.0: the frames of pool have no labels",
         "--set training.epoch=3: training.epoch: unknown key, did you mean 'epochs'?",
     ):
         assert expected in message, f"{expected}\nis missing in\n{message}"

@@ -65,7 +65,7 @@ def test_names_of_files_cannot_steer_the_terminal() -> None:
 
 def test_a_reader_that_went_away_is_no_error_to_report() -> None:
     script = (
-        "import os, sys; from nightseg import console; import click\n"
+        "import os, sys; from nightseg.cli import output; import click\n"
         "@click.group(cls=output.Failures)\ndef group(): pass\n"
         "@group.command()\ndef work():\n"
         "    for number in range(100000): click.echo('line of text')\n"
@@ -114,7 +114,7 @@ def test_cells_of_a_table_are_shown_as_they_are(capsys: pytest.CaptureFixture[st
 def test_a_plan_says_what_runs_and_why(capsys: pytest.CaptureFixture[str]) -> None:
     lines = [
         Planned(NodeId("collect", "day"), "committed", (), 4, "1 actor x 1 CPU"),
-        Planned(NodeId("split", "heap"), "runs", ("recipe.margin",), None, "1 actor x 1 CPU"),
+        Planned(NodeId("split", "pool"), "runs", ("recipe.margin",), None, "1 actor x 1 CPU"),
         Planned(NodeId("train_segmenter", "m"), "waits", (), 4, "1 worker x 2 CPU"),
     ]
     output.print_plan(Location.of("/runs/a"), lines)
@@ -122,7 +122,7 @@ def test_a_plan_says_what_runs_and_why(capsys: pytest.CaptureFixture[str]) -> No
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
     assert rows == [
         ["collect/day", "committed", "4", "1 actor x 1 CPU", ""],
-        ["split/heap", "runs", "?", "1 actor x 1 CPU", "recipe.margin"],
+        ["split/pool", "runs", "?", "1 actor x 1 CPU", "recipe.margin"],
         ["train_segmenter/m", "runs later", "4", "1 worker x 2 CPU", ""],
     ]
 

@@ -76,7 +76,7 @@ def test_what_is_no_image_is_an_error() -> None:
 # -- day and night ---------------------------------------------------------------------------------------------------
 
 
-def test_a_mixed_heap_comes_apart() -> None:
+def test_a_mixed_pool_comes_apart() -> None:
     got = verdict([day(i) for i in range(40)] + [night(i) for i in range(25)])
     assert got.domain == ["day"] * 40 + ["night"] * 25
     assert (got.score[:40] > 0.2).all() and (got.score[40:] < -0.2).all()
@@ -93,7 +93,7 @@ def test_exposure_does_not_matter() -> None:
 
 
 @pytest.mark.parametrize(("frames", "domain"), [(day, "day"), (night, "night")])
-def test_a_heap_of_one_domain_stays_whole(frames: object, domain: str) -> None:
+def test_a_pool_of_one_domain_stays_whole(frames: object, domain: str) -> None:
     for count in (1, 2, 200):
         got = verdict([frames(i) for i in range(count)])  # type: ignore[operator]
         assert got.domain == [domain] * count
@@ -120,7 +120,7 @@ def test_a_grey_frame_among_coloured_ones_is_unknown() -> None:
     assert got.domain == ["day", "night", "night", "unknown"] and got.margin[3] == 0
 
 
-def test_a_heap_of_grey_cameras_is_judged() -> None:
+def test_a_pool_of_grey_cameras_is_judged() -> None:
     grey = [np.repeat(luminance(image)[..., None], 3, axis=2) for image in (night(3), night(4), day(3))]
     assert verdict(grey).domain == ["night", "night", "day"]
 

@@ -135,11 +135,11 @@ def test_nighttime_driving(tmp_path: Path) -> None:
 
 def test_images_are_found_at_any_depth_and_in_any_case(tmp_path: Path) -> None:
     root = tree(tmp_path, "b/c/2.PNG", "a.JpG", "b/1.jpeg", "b/readme.md", ".thumbs/a.png", "b/.hidden.png")
-    frames = list_frames("images", root, dataset="heap", labelled=True)
-    assert ids(frames) == ["heap/a", "heap/b/1", "heap/b/c/2"]
+    frames = list_frames("images", root, dataset="pool", labelled=True)
+    assert ids(frames) == ["pool/a", "pool/b/1", "pool/b/c/2"]
     assert [frame.sequence for frame in frames] == [None, "b", "b/c"]
     assert all(frame.label_uri is None and frame.label_encoding is None for frame in frames)
-    assert ids(list_frames("images", root, split="b", dataset="heap")) == ["heap/1", "heap/c/2"]
+    assert ids(list_frames("images", root, split="b", dataset="pool")) == ["pool/1", "pool/c/2"]
 
 
 def test_names_with_spaces_letters_and_dots(tmp_path: Path) -> None:
@@ -266,6 +266,6 @@ def test_real_camvid() -> None:
 
 def test_real_street() -> None:
     frames = list_frames("images", real("street"), dataset="street")
-    assert len(frames) == 252
+    assert len(frames) == sum(file.is_file() for file in (DATA / "street").glob("*.*g"))
     for frame in frames[::25]:
         assert read_image(Location.of(frame.uri)).shape[2] == 3

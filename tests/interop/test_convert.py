@@ -200,12 +200,13 @@ def test_a_model_is_not_written_over(checkpoint: Path, tmp_path: Path) -> None:
     assert (tmp_path / "model" / CARD).read_bytes() == before
 
 
-def test_what_is_not_there_and_what_is_no_checkpoint(tmp_path: Path) -> None:
+def test_what_is_not_there_and_what_is_no_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
     assert "no checkpoint" in refused("convert", "detectron2", tmp_path / "gone.pth", tmp_path / "model", *ZOO)
     (tmp_path / "text.pth").write_text("hello")
     assert "damaged" in refused("convert", "detectron2", tmp_path / "text.pth", tmp_path / "model", *ZOO)
     assert "neither a model folder" in refused("convert", "to-detectron2", tmp_path, tmp_path / "out.pth")
-    assert "ends with .pth" in refused("convert", "to-detectron2", tmp_path, tmp_path / "out.pkl")
+    json_of("convert", "detectron2", checkpoint, tmp_path / "model", *ZOO)
+    assert "ends with .pth" in refused("convert", "to-detectron2", tmp_path / "model", tmp_path / "out.pkl")
 
 
 def test_thawed_norms_go_back_as_trainable_ones(checkpoint: Path, tmp_path: Path) -> None:

@@ -19,16 +19,16 @@ compute:
   map: {actors: 1, cpus_per_actor: 1, batch: 4, shard_rows: 4}
 datasets:
   day: {layout: scenes, count: 4, size: [32, 64], mix: {day: 1.0}}
-  heap: {layout: images, root: HEAP}
+  pool: {layout: images, root: POOL}
   test: {layout: scenes, count: 2, first: 50, size: [32, 64], mix: {night: 1.0}}
 max_bad_fraction: 0.5
 network: {encoder: resnet18, pyramid_channels: 8, head_channels: 8}
 training: {optimizer: adamw, batch: 2, epochs: 1, steps_per_epoch: 1, warmup_steps: 0, crop: [32, 64]}
 models:
   first: {train: [day], start: scratch}
-  second: {train: [day], start: first, self_training: {pool: heap, threshold: {kind: none}}}
+  second: {train: [day], start: first, self_training: {pool: pool, threshold: {kind: none}}}
 test_sets: {night: test}
-predictions: {heap: {dataset: heap, model: second}}
+predictions: {pool: {dataset: pool, model: second}}
 """
 
 
@@ -54,12 +54,12 @@ def test_a_recipe_becomes_results_and_a_report_and_is_not_done_twice(tmp_path: P
     from nightseg.data.images import encode_png
     from nightseg.data.scenes.street import scene
 
-    heap, run = tmp_path / "heap", tmp_path / "run"
-    heap.mkdir()
+    pool, run = tmp_path / "pool", tmp_path / "run"
+    pool.mkdir()
     for index in range(3):
-        (heap / f"nächste Nacht {index}.png").write_bytes(encode_png(scene(0, index, "night", 32, 64).image))
-    (heap / "empty.png").touch()
-    (tmp_path / "tiny.yaml").write_text(RECIPE.replace("HEAP", str(heap)))
+        (pool / f"nächste Nacht {index}.png").write_bytes(encode_png(scene(0, index, "night", 32, 64).image))
+    (pool / "empty.png").touch()
+    (tmp_path / "tiny.yaml").write_text(RECIPE.replace("POOL", str(pool)))
 
     results = json_of("run", tmp_path / "tiny.yaml", "--run-dir", run)
     assert set(results["models"]) == {"first", "second"}
@@ -82,5 +82,5 @@ def test_a_recipe_becomes_results_and_a_report_and_is_not_done_twice(tmp_path: P
     assert states["train_segmenter/first"] == ("runs", ["recipe.training.epochs"])
     assert states["train_segmenter/second"][0] == "waits"
 
-    masks = json_of("predict", f"{run}:second", heap, "--out", tmp_path / "masks")
+    masks = json_of("predict", f"{run}:second", pool, "--out", tmp_path / "masks")
     assert (masks["written"], masks["quarantined"]) == (3, 1)

@@ -151,8 +151,8 @@ name: made
 taxonomy: camvid11
 datasets:
   day: {{layout: scenes, count: 4}}
-  heap: {{layout: scenes, count: 4, labelled: false}}
-  night: {{split: heap, keep: night}}
+  pool: {{layout: scenes, count: 4, labelled: false}}
+  night: {{split: pool, keep: night}}
   both: {{join: [day, night]}}
   test: {{layout: scenes, count: 2, first: 100}}
 models:
@@ -181,8 +181,8 @@ def test_rounds_are_a_chain_of_models(tmp_path: Path) -> None:
 
 def test_a_split_dataset_is_a_view_of_one_domain(tmp_path: Path) -> None:
     graph = graph_of(tmp_path, "  a: {train: [day]}")
-    assert graph.datasets["night"] == (View(NodeId("split", "heap"), "night"),)
-    assert graph.datasets["both"] == (View(NodeId("collect", "day")), View(NodeId("split", "heap"), "night"))
+    assert graph.datasets["night"] == (View(NodeId("split", "pool"), "night"),)
+    assert graph.datasets["both"] == (View(NodeId("collect", "day")), View(NodeId("split", "pool"), "night"))
 
 
 def test_only_stages_that_draw_have_the_seed(tmp_path: Path) -> None:

@@ -25,9 +25,9 @@ taxonomy: camvid11
 seed: 5
 datasets:
   day: {layout: scenes, count: 4}
-  heap: {layout: scenes, count: 4, labelled: false}
-  heap_day: {split: heap, keep: day}
-  night: {split: heap, keep: night}
+  pool: {layout: scenes, count: 4, labelled: false}
+  pool_day: {split: pool, keep: day}
+  night: {split: pool, keep: night}
   by_unit: {translate: day, by: unit}
   by_optics: {translate: day, by: optics}
   by_colour: {translate: day, by: colour}
@@ -35,7 +35,7 @@ datasets:
 translators:
   unit: {day: day, night: night}
   optics: {kind: photometric}
-  colour: {kind: colour, day: heap_day, night: night}
+  colour: {kind: colour, day: pool_day, night: night}
   program: {kind: command, argv: [run, "{input}", "{output}"], timeout_seconds: 9}
 models:
   first: {train: [day]}
@@ -74,12 +74,12 @@ def test_only_unit_is_trained(tmp_path: Path) -> None:
 
 def test_the_frames_that_lend_their_light_are_inputs(tmp_path: Path) -> None:
     made = graph(tmp_path)
-    day, heap = NodeId("collect", "day"), NodeId("split", "heap")
+    day, pool = NodeId("collect", "day"), NodeId("split", "pool")
     colour = made.nodes[NodeId("translate", "by_colour")]
-    assert colour.needs == (day, heap) and colour.takes == (day,)
-    assert colour.recipe["lenders"] == ["split/heap:night"]
+    assert colour.needs == (day, pool) and colour.takes == (day,)
+    assert colour.recipe["lenders"] == ["split/pool:night"]
     back = made.nodes[NodeId("translate", "by_colour.back")]
-    assert back.needs == (NodeId("translate", "by_colour"), heap) and back.recipe["lenders"] == ["split/heap:day"]
+    assert back.needs == (NodeId("translate", "by_colour"), pool) and back.recipe["lenders"] == ["split/pool:day"]
     assert back.recipe["to"] == "day"
     assert made.nodes[NodeId("translate", "by_optics")].needs == (day,)
 
@@ -210,7 +210,7 @@ taxonomy: camvid11
 models: {day_only: {train: [day]}}
 """
     frames = "".join(
-        f"  {name}: {{layout: scenes, count: 2}}\n" for name in ("day", "heap_day", "heap_night", "night_test")
+        f"  {name}: {{layout: scenes, count: 2}}\n" for name in ("day", "pool_day", "pool_night", "night_test")
     )
     (tmp_path / "recipe.yaml").write_text(rest + block.replace("datasets:\n", f"datasets:\n{frames}", 1))
     made = build_graph(load_recipe(tmp_path / "recipe.yaml"))

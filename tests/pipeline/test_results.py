@@ -15,7 +15,7 @@ from nightseg.recipe import load_recipe
 from nightseg.recipe.types import Prediction
 from nightseg.storage import Commit, Location, UserError, Workspace
 
-DAY, SPLIT, SELECT = NodeId("collect", "day"), NodeId("split", "heap"), NodeId("select", "m")
+DAY, SPLIT, SELECT = NodeId("collect", "day"), NodeId("split", "pool"), NodeId("select", "m")
 LABEL, TRAIN, TEST = NodeId("pseudo_label", "m"), NodeId("train_segmenter", "m"), NodeId("evaluate", "m.night")
 DUSK = NodeId("predict", "dusk")
 SCORES = {"miou": 0.25, "pa": 0.5, "iou": {"sky": 0.5, "car": None}, "confusion": [[3, 1], [0, 4]], "frames": 4}
@@ -71,8 +71,8 @@ def test_results_hold_the_scores_and_where_every_number_comes_from(run: Location
     assert model["tests"]["night"] == SCORES | {"row": "2.1", "published_miou": 31.5, "node": "evaluate/m.night"}
     assert results["selections"] == {"m": {"node": "select/m", "evidence": {"method": "pooled"}}}
     assert results["pseudo_labels"] == {"m": {"node": "pseudo_label/m", "evidence": {"kept_share": 0.5}}}
-    assert results["splits"] == {"heap": {"margin": 0.2}}
-    assert results["datasets"] == {"night": ["split/heap:night"]}
+    assert results["splits"] == {"pool": {"margin": 0.2}}
+    assert results["datasets"] == {"night": ["split/pool:night"]}
     assert results["predictions"] == {"dusk": {"node": "predict/dusk", "dataset": "night", "model": "m"}}
     assert (results["recipe"], results["seed"], len(results["taxonomy"]["classes"])) == ("made", 3, 11)
     assert results["taxonomy"]["encodings"]["camvid12"]["11"] == 255

@@ -191,7 +191,7 @@ def test_the_callback_counts_trials_and_survives_being_pickled() -> None:
 
 TINY = [
     "datasets.day.count=8",
-    "datasets.heap={layout: scenes, count: 16, first: 1000, labelled: false, mix: {day: 0.5, night: 0.5}}",
+    "datasets.pool={layout: scenes, count: 16, first: 1000, labelled: false, mix: {day: 0.5, night: 0.5}}",
     "datasets.day_test.count=2",
     "datasets.night_test.count=2",
     "datasets.night_val={layout: scenes, count: 2, first: 6000, mix: {night: 1.0}}",
@@ -241,7 +241,7 @@ def test_a_search_shares_its_base_compares_its_trials_and_continues(tmp_path: Pa
     assert answer["best"]["end"] == "done"
 
     shared = {f"{commit.stage}/{commit.name}" for commit in Workspace(folder / "shared").commits()}
-    assert {"train_segmenter/day_and_night", "train_translator/unit", "score/heap_night.efficientnet_lite0"} <= shared
+    assert {"train_segmenter/day_and_night", "train_translator/unit", "score/pool_night.efficientnet_lite0"} <= shared
     for trial, end in ends.items():
         own = {f"{commit.stage}/{commit.name}" for commit in Workspace(folder / "trials" / trial).commits()}
         assert not own & shared

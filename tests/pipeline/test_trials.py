@@ -79,8 +79,8 @@ def test_what_is_no_dimension_is_refused(given: str, message: str) -> None:
 def test_the_searched_loss_and_selection_leave_the_base_model_and_the_features_alone(tmp_path: Path) -> None:
     shared = {str(node) for node in shared_of(trials_of(tmp_path))}
     assert {
-        "collect/night_val", "split/heap", "train_translator/unit", "translate/day_at_night",
-        "train_segmenter/day_and_night", "score/heap_night.efficientnet_lite0", "score/day_at_night.efficientnet_lite0",
+        "collect/night_val", "split/pool", "train_translator/unit", "translate/day_at_night",
+        "train_segmenter/day_and_night", "score/pool_night.efficientnet_lite0", "score/day_at_night.efficientnet_lite0",
     } <= shared  # fmt: skip
     own = {"select/self_trained", "pseudo_label/self_trained", "train_segmenter/self_trained"}
     graph = {str(node) for node in trials_of(tmp_path).graph(VALUES).nodes}

@@ -20,9 +20,9 @@ COMPUTE = MapCompute(actors=1, cpus_per_actor=1, batch=4, shard_rows=16)
 
 
 @pytest.fixture(scope="module")
-def heap(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four day and four night scenes, a broken image, and a file that is none."""
-    folder = tmp_path_factory.mktemp("heap")
+    folder = tmp_path_factory.mktemp("pool")
     for index in range(8):
         domain = "day" if index < 4 else "night"
         drawn = scene(0, index, domain, 32, 64)
@@ -41,9 +41,9 @@ def choose(pool: Path, out: Path, method: str = "histogram", reference: Path | N
 
 
 @pytest.mark.ray
-def test_a_heap_is_split_into_a_frame_table_with_its_evidence(ray_cluster: None, heap: Path, tmp_path: Path) -> None:
+def test_a_pool_is_split_into_a_frame_table_with_its_evidence(ray_cluster: None, pool: Path, tmp_path: Path) -> None:
     out = tmp_path / "out" / "frames.parquet"
-    found = verbs.split_folder(str(heap), str(out), margin=0.1, compute=COMPUTE, progress=SilentProgress())
+    found = verbs.split_folder(str(pool), str(out), margin=0.1, compute=COMPUTE, progress=SilentProgress())
     frames = Location.of(out).read_table()
     domains = dict(zip(frames["frame_id"].to_pylist(), frames["domain"].to_pylist(), strict=True))
     assert len(domains) == 8
@@ -77,9 +77,9 @@ def test_the_frames_closest_to_the_reference_are_chosen(ray_cluster: None, tmp_p
 
 
 @pytest.mark.ray
-def test_a_frame_table_made_by_hand_can_be_a_pool(ray_cluster: None, heap: Path, tmp_path: Path) -> None:
-    names = sorted(path.name for path in heap.glob("day*.png"))
-    table = pa.table({"frame_id": names, "uri": [str(heap / name) for name in names]})
+def test_a_frame_table_made_by_hand_can_be_a_pool(ray_cluster: None, pool: Path, tmp_path: Path) -> None:
+    names = sorted(path.name for path in pool.glob("day*.png"))
+    table = pa.table({"frame_id": names, "uri": [str(pool / name) for name in names]})
     Location.of(tmp_path / "pool.parquet").write_table(table)
     choose(tmp_path / "pool.parquet", tmp_path / "chosen", method="random")
     chosen = Location.of(tmp_path / "chosen/frames.parquet").read_table()["frame_id"].to_pylist()
@@ -87,10 +87,10 @@ def test_a_frame_table_made_by_hand_can_be_a_pool(ray_cluster: None, heap: Path,
 
 
 @pytest.mark.ray
-def test_what_was_done_is_kept_for_the_next_try(ray_cluster: None, heap: Path, tmp_path: Path) -> None:
+def test_what_was_done_is_kept_for_the_next_try(ray_cluster: None, pool: Path, tmp_path: Path) -> None:
     pool = tmp_path / "pool"
     pool.mkdir()
-    for path in [heap / "broken.png", *sorted(heap.glob("day*.png"))[:2]]:
+    for path in [pool / "broken.png", *sorted(pool.glob("day*.png"))[:2]]:
         (pool / path.name).write_bytes(path.read_bytes())
     with pytest.raises(UserError, match="the pool has 2 frames, 3 were asked for"):
         choose(pool, tmp_path / "chosen", method="random")
@@ -108,28 +108,28 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_ray")
-def test_wrong_requests_leave_nothing_behind(heap: Path, tmp_path: Path) -> None:
+def test_wrong_requests_leave_nothing_behind(pool: Path, tmp_path: Path) -> None:
     out, few = tmp_path / "out", tmp_path / "few.parquet"
     Location.of(few).write_table(pa.table({"frame_id": ["a", "b"], "uri": ["/a.png", "/b.png"]}))
     for pool, method, reference, message in (
         (few, "random", None, "--count 3: the pool .* has 2 frames"),
-        (heap, "histogram", None, "--method histogram needs a reference"),
+        (pool, "histogram", None, "--method histogram needs a reference"),
         (tmp_path / "nowhere", "random", None, "no such folder"),
         (tmp_path / "no.parquet", "random", None, "there is no such frame table"),
-        (heap, "pooled", tmp_path / "nowhere", "no such folder"),
+        (pool, "pooled", tmp_path / "nowhere", "no such folder"),
     ):
         with pytest.raises(UserError, match=message):
             choose(pool, out, method, reference)
-    for images, table, message in ((tmp_path / "nowhere", "a.parquet", "no such folder"), (heap, "a.csv", "ends in")):
+    for images, table, message in ((tmp_path / "nowhere", "a.parquet", "no such folder"), (pool, "a.csv", "ends in")):
         with pytest.raises(UserError, match=message):
             verbs.split_folder(str(images), str(out / table), margin=0.1, compute=COMPUTE, progress=SilentProgress())
     assert not out.exists()
 
 
 @pytest.mark.usefixtures("no_ray")
-def test_weights_that_are_not_at_hand_are_missed_before_a_frame_is_read(heap: Path, tmp_path: Path) -> None:
+def test_weights_that_are_not_at_hand_are_missed_before_a_frame_is_read(pool: Path, tmp_path: Path) -> None:
     choice = Selection(method="random", count=3, extractor="inception", extractor_weights="/no/weights.pth")
     with pytest.raises(UserError, match=r"there is no weights file /no/weights\.pth"):
         verbs.select_frames(
-            str(heap), None, str(tmp_path / "o"), choice=choice, seed=0, compute=COMPUTE, progress=SilentProgress()
+            str(pool), None, str(tmp_path / "o"), choice=choice, seed=0, compute=COMPUTE, progress=SilentProgress()
         )

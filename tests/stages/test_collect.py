@@ -266,7 +266,7 @@ def test_scenes_on_ray(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("without_ray")
-def test_a_heap_of_scenes_hides_its_domains(tmp_path: Path) -> None:
+def test_a_pool_of_scenes_hides_its_domains(tmp_path: Path) -> None:
     commit = collected(node(tmp_path).open(), scenes(labelled=False), classes="cityscapes19")
     frames = commit.table("frames")
     assert set(frames["domain"].to_pylist()) == {"unknown"}

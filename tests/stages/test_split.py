@@ -29,13 +29,13 @@ def street(kind: str, seed: int) -> np.ndarray:
     return np.clip(image * [1.0, 0.95, 0.85], 0, 255).astype(np.uint8)
 
 
-def heap_of(folder: Path, kinds: Mapping[str, str]) -> pa.Table:
+def pool_of(folder: Path, kinds: Mapping[str, str]) -> pa.Table:
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for seed, (name, kind) in enumerate(kinds.items()):
         file = folder / f"{name}.png"
         file.write_bytes(b"" if kind == "broken" else encode_png(street(kind, seed)))
-        rows.append({"frame_id": f"heap/{name}", "uri": str(file), "dataset": "heap", "domain": "unknown"})
+        rows.append({"frame_id": f"pool/{name}", "uri": str(file), "dataset": "pool", "domain": "unknown"})
     return frame_table(rows)
 
 
@@ -44,11 +44,11 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage, "map_shards", in_this_process)
 
 
-def done(tmp_path: Path, heap: pa.Table, *, margin: float = 0.2, shard_rows: int = 4, bad: float = 1.0) -> Commit:
+def done(tmp_path: Path, pool: pa.Table, *, margin: float = 0.2, shard_rows: int = 4, bad: float = 1.0) -> Commit:
     run = f"run-{margin}-{shard_rows}"
-    node = Workspace(tmp_path / run).stage("split", "heap", version=stage.VERSION, recipe={}, inputs={}, seed=0)
+    node = Workspace(tmp_path / run).stage("split", "pool", version=stage.VERSION, recipe={}, inputs={}, seed=0)
     return stage.split(
-        heap,
+        pool,
         margin=margin,
         attempt=node.open(),
         progress=SilentProgress(),
@@ -72,8 +72,8 @@ def check_mixed(commit: Commit) -> None:
     assert (commit.rows_in, commit.rows_out, commit.quarantined) == (11, 11, 0)
 
 
-def test_a_heap_comes_apart_with_evidence(without_ray: None, tmp_path: Path) -> None:
-    commit = done(tmp_path, heap_of(tmp_path / "heap", MIXED))
+def test_a_pool_comes_apart_with_evidence(without_ray: None, tmp_path: Path) -> None:
+    commit = done(tmp_path, pool_of(tmp_path / "pool", MIXED))
     check_mixed(commit)
     evidence = commit.json("evidence.json")
     assert evidence["counts"] == {"day": 6, "night": 5} and evidence["margin"] == 0.2
@@ -93,39 +93,39 @@ def test_a_heap_comes_apart_with_evidence(without_ray: None, tmp_path: Path) -> 
 
 
 def test_shards_change_nothing(without_ray: None, tmp_path: Path) -> None:
-    heap = heap_of(tmp_path / "heap", MIXED)
-    one, other = done(tmp_path, heap, shard_rows=100), done(tmp_path, heap, shard_rows=3)
+    pool = pool_of(tmp_path / "pool", MIXED)
+    one, other = done(tmp_path, pool, shard_rows=100), done(tmp_path, pool, shard_rows=3)
     assert one.table("frames").equals(other.table("frames"))
     assert one.json("evidence.json") == other.json("evidence.json")
 
 
 def test_a_broken_frame_is_quarantined_and_the_rest_is_split(without_ray: None, tmp_path: Path) -> None:
-    commit = done(tmp_path, heap_of(tmp_path / "heap", {"a": "day", "b": "broken", "c": "night", "d": "broken"}))
-    assert commit.table("frames")["frame_id"].to_pylist() == ["heap/a", "heap/c"]
+    commit = done(tmp_path, pool_of(tmp_path / "pool", {"a": "day", "b": "broken", "c": "night", "d": "broken"}))
+    assert commit.table("frames")["frame_id"].to_pylist() == ["pool/a", "pool/c"]
     assert commit.table("frames")["domain"].to_pylist() == ["day", "night"]
     bad = commit.table("quarantine").to_pylist()
-    assert [(row["frame_id"], row["reason"]) for row in bad] == [("heap/b", "zero_bytes"), ("heap/d", "zero_bytes")]
+    assert [(row["frame_id"], row["reason"]) for row in bad] == [("pool/b", "zero_bytes"), ("pool/d", "zero_bytes")]
     assert (commit.rows_in, commit.rows_out, commit.quarantined) == (4, 2, 2)
 
 
 def test_no_good_frame_at_all(without_ray: None, tmp_path: Path) -> None:
-    heap = heap_of(tmp_path / "heap", {"a": "broken", "b": "broken"})
-    commit = done(tmp_path, heap)
+    pool = pool_of(tmp_path / "pool", {"a": "broken", "b": "broken"})
+    commit = done(tmp_path, pool)
     assert commit.rows_out == 0 and commit.json("evidence.json")["counts"] == {}
     with pytest.raises(UserError, match="zero_bytes"):
-        done(tmp_path, heap, margin=0.3, bad=0.5)
+        done(tmp_path, pool, margin=0.3, bad=0.5)
 
 
-def test_an_empty_heap_is_an_error(without_ray: None, tmp_path: Path) -> None:
+def test_an_empty_pool_is_an_error(without_ray: None, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no frame to split"):
         done(tmp_path, frame_table([]))
 
 
 def test_a_wide_margin_makes_twilight(without_ray: None, tmp_path: Path) -> None:
-    commit = done(tmp_path, heap_of(tmp_path / "heap", MIXED), margin=1.0)
+    commit = done(tmp_path, pool_of(tmp_path / "pool", MIXED), margin=1.0)
     assert set(commit.table("frames")["domain"].to_pylist()) == {"twilight"}
 
 
 @pytest.mark.ray
 def test_through_ray(ray_cluster: None, tmp_path: Path) -> None:
-    check_mixed(done(tmp_path, heap_of(tmp_path / "heap", MIXED)))
+    check_mixed(done(tmp_path, pool_of(tmp_path / "pool", MIXED)))

@@ -45,10 +45,10 @@ def run(root):
     workspace = Workspace(root)
     with workspace.lock():
         first = workspace.stage("collect", "käse 1", version=1, recipe={"a": 1}, inputs={}, seed=3)
-        heap = first.commit() or work(first, 1, written)
-        second = workspace.stage("score", "heap", version=1, recipe={}, inputs={"heap": heap.content}, seed=4)
-        score = second.commit() or work(second, int(heap.content[:4], 16), written)
-        return len(written), [heap.content, score.content]
+        pool = first.commit() or work(first, 1, written)
+        second = workspace.stage("score", "pool", version=1, recipe={}, inputs={"pool": pool.content}, seed=4)
+        score = second.commit() or work(second, int(pool.content[:4], 16), written)
+        return len(written), [pool.content, score.content]
 """
 
 POINTS = [
@@ -164,7 +164,7 @@ class CommitProtocol(RuleBasedStateMachine):
         self.published: Commit | None = None
 
     def stage(self) -> Stage:
-        return Workspace(self.folder.name).stage("score", "heap", version=1, recipe={}, inputs={}, seed=0)
+        return Workspace(self.folder.name).stage("score", "pool", version=1, recipe={}, inputs={}, seed=0)
 
     @rule(target=drivers, crash=CRASH)
     def open(self, crash: int) -> Attempt:

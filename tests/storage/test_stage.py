@@ -25,10 +25,10 @@ def split(workspace: Workspace, **changes: Any) -> Stage:
     asked: dict[str, Any] = {
         "version": 1,
         "recipe": {"margin": 0.2, "keep": "night"},
-        "inputs": {"heap": "aa"},
+        "inputs": {"pool": "aa"},
         "seed": 0,
     }
-    return workspace.stage("split", "heap", **{**asked, **changes})
+    return workspace.stage("split", "pool", **{**asked, **changes})
 
 
 def done(stage: Stage, value: int = 1) -> Commit:
@@ -46,21 +46,21 @@ def test_the_key_is_the_hash_of_all_that_matters(tmp_path: Path) -> None:
     assert stage.key == hash_of(
         {
             "stage": "split",
-            "name": "heap",
+            "name": "pool",
             "version": 1,
             "recipe": {"margin": 0.2, "keep": "night"},
-            "inputs": {"heap": "aa"},
+            "inputs": {"pool": "aa"},
             "seed": 0,
         }
     )
-    assert stage.folder.uri == f"{tmp_path}/stages/split/heap/{stage.key[:12]}"
+    assert stage.folder.uri == f"{tmp_path}/stages/split/pool/{stage.key[:12]}"
     keys = [
         split(Workspace(tmp_path / "elsewhere"), **changes).key
         for changes in (
             {},
             {"version": 2},
             {"recipe": {"margin": 0.3, "keep": "night"}},
-            {"inputs": {"heap": "bb"}},
+            {"inputs": {"pool": "bb"}},
             {"seed": 1},
         )
     ]
