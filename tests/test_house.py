@@ -189,7 +189,7 @@ def test_every_error_of_the_user_names_its_cure() -> None:
     wrong = []
     for module in modules():
         for node in ast.walk(ast.parse(module.read_text())):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "UserError":
-                if not any(keyword.arg == "cure" for keyword in node.keywords):
-                    wrong.append(f"{module.relative_to(PROJECT)}:{node.lineno}")
+            is_error = isinstance(node, ast.Call) and getattr(node.func, "id", "") == "UserError"
+            if is_error and "cure" not in [keyword.arg for keyword in node.keywords]:
+                wrong.append(f"{module.relative_to(PROJECT)}:{node.lineno}")
     assert not wrong, "\n".join(wrong)

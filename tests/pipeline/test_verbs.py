@@ -111,7 +111,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_wrong_requests_leave_nothing_behind(pool: Path, tmp_path: Path) -> None:
     out, few = tmp_path / "out", tmp_path / "few.parquet"
     Location.of(few).write_table(pa.table({"frame_id": ["a", "b"], "uri": ["/a.png", "/b.png"]}))
-    for pool, method, reference, message in (
+    for frames, method, reference, message in (
         (few, "random", None, "--count 3: the pool .* has 2 frames"),
         (pool, "histogram", None, "--method histogram needs a reference"),
         (tmp_path / "nowhere", "random", None, "no such folder"),
@@ -119,7 +119,7 @@ def test_wrong_requests_leave_nothing_behind(pool: Path, tmp_path: Path) -> None
         (pool, "pooled", tmp_path / "nowhere", "no such folder"),
     ):
         with pytest.raises(UserError, match=message):
-            choose(pool, out, method, reference)
+            choose(frames, out, method, reference)
     for images, table, message in ((tmp_path / "nowhere", "a.parquet", "no such folder"), (pool, "a.csv", "ends in")):
         with pytest.raises(UserError, match=message):
             verbs.split_folder(str(images), str(out / table), margin=0.1, compute=COMPUTE, progress=SilentProgress())
