@@ -144,6 +144,7 @@ Recipes
     recipe/names.py      the names of a recipe as a graph
     recipe/presets.py    trainings of others, as values to start from
     recipe/schema.py     which keys and words are allowed where
+    recipe/renamed.py    old names of keys
     recipe/chain.py      rounds of a model as the models they stand for
 
 Stages: explicit inputs, their part of the recipe, an attempt; each returns its commit

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from nightseg.errors import closest
 from nightseg.recipe.names import Problem, graph_problems
 from nightseg.recipe.presets import fill_presets
+from nightseg.recipe.renamed import new_name
 from nightseg.recipe.schema import allowed_keys, allowed_values, dotted
 from nightseg.recipe.types import Recipe, is_name
 from nightseg.storage import Location, UserError
@@ -224,8 +225,9 @@ def _typed_problems(kind: type[BaseModel], error: ValidationError, source: Sourc
         path = dotted(item["loc"], source.data)
         fault, got = item["type"], item.get("input")
         if fault == "extra_forbidden":
-            allowed = allowed_keys(kind, item["loc"][:-1])
-            yield Problem(path, f"unknown key{closest(path[-1], allowed)}; allowed: {', '.join(allowed)}")
+            allowed, renamed = allowed_keys(kind, item["loc"][:-1]), new_name(path)
+            hint = f"; {path[-1]} is called {renamed} now" if renamed else closest(path[-1], allowed)
+            yield Problem(path, f"unknown key{hint}; allowed: {', '.join(allowed)}")
         elif fault == "missing":
             yield Problem(path, "this key is required")
         elif fault == "literal_error":

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from nightseg.data.settings import SplitDataset, TranslatedDataset
-from nightseg.recipe import RecipeError, load_recipe, save_recipe
+from nightseg.recipe import RecipeError, load_recipe, renamed, save_recipe
 from nightseg.storage import Location
 from nightseg.unit.settings import Translator, UnitWeights
 
@@ -143,6 +143,13 @@ def test_an_error_in_an_override_names_the_override(tmp_path: Path) -> None:
     assert "--set training.epoch=3: training.epoch: unknown key, did you mean 'epochs'?" in message
     assert "--set nonsense: write it as key.key=value" in message
     assert "--set models.first.train.7=x: models.first.train is a list of 2, it has no '7'" in message
+
+
+def test_an_old_key_is_answered_with_its_new_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(renamed, "RENAMED", {"epoch_count": "epochs", "unit.steps": "iterations"})
+    message = errors_of(tmp_path, GOOD.replace("{learning_rate: 1e-4}", "{epoch_count: 3}"), "translators.unit.steps=3")
+    assert "line 9: training.epoch_count: unknown key; epoch_count is called epochs now; allowed: " in message
+    assert "translators.unit.steps: unknown key; steps is called iterations now; allowed: " in message
 
 
 def test_roots_move_many_datasets_at_once(tmp_path: Path) -> None:

@@ -1,0 +1,15 @@
+"""Keys of recipes that have another name now: whoever writes the old one is told the new one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+# The old key, with as many of the keys above it as make it unmistakable -> what stands in its place.
+RENAMED: Final[Mapping[str, str]] = {}
+
+
+def new_name(path: Sequence[str]) -> str | None:
+    """What the key at the end of `path` is called now; None if it never had another name."""
+    suffixes = (".".join(path[start:]) for start in range(len(path)))  # the longest one knows best
+    return next((RENAMED[suffix] for suffix in suffixes if suffix in RENAMED), None)
