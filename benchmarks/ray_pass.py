@@ -22,8 +22,7 @@ from nightseg.cluster import ray as cluster
 from nightseg.cluster.settings import MapCompute
 from nightseg.data.images import read_image
 from nightseg.data.scenes import scene
-from nightseg.data.table import frame_table
-from nightseg.data.vectors import vectors
+from nightseg.data.table import frame_table, vectors
 from nightseg.progress import SilentProgress
 from nightseg.selection.extractors import build_extractor
 from nightseg.stages import score as stage

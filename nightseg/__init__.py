@@ -36,15 +36,13 @@ Cluster: ray, no words of the domain
 
 Frames: no torch, no ray
     data/settings.py        where frames come from
-    data/table.py           the frame row and its table; quarantine rows
+    data/table.py           the frame row and its table; quarantine rows; columns of vectors
     data/images.py          decode and encode; the reasons a frame is bad
-    data/taxonomy.py        class lists, palettes, raw-id maps
-    data/layouts.py         folder layouts
-    data/pairs.py           predictions and labels of two folders, by name
-    data/labels.py          the label of a row as train ids
+    data/taxonomy.py        class lists, palettes, raw-id maps; the label of a row as train ids
+    data/layouts.py         folder layouts; predictions and labels of two folders, by name
     data/sources.py         a file, folder, pattern, table or video as frames to read
     data/video.py           videos as frames, frames as a video
-    data/vectors.py         columns of feature vectors
+    data/day_night.py       day, night and twilight by luminance histograms
     data/scenes/street.py   procedural street scenes: plan of a street, and the function `scene`
     data/scenes/sheet.py    camera, and strokes that carry colour and surface together
     data/scenes/things.py   people, bicyclists, trees, lamps, signs
@@ -52,7 +50,6 @@ Frames: no torch, no ray
     data/scenes/lots.py     houses, shops, fences, skyline
     data/scenes/weather.py  light and exposure of a domain
     data/scenes/light.py    the look of a street under that light
-    data/histogram.py       luminance histograms; day, night and twilight
 
 Metrics
     metrics/confusion.py  confusion matrix; PA, CA, mIoU, FWIoU

@@ -16,7 +16,7 @@ from nightseg.cluster import ray as cluster
 from nightseg.cluster.settings import MapCompute
 from nightseg.data import table as frame
 from nightseg.data.layouts import list_frames
-from nightseg.data.vectors import sampled_vectors
+from nightseg.data.table import sampled_vectors
 from nightseg.progress import Progress
 from nightseg.selection.extractors import identify
 from nightseg.selection.frechet import (

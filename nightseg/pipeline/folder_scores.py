@@ -20,7 +20,7 @@ from nightseg.cluster import ray as cluster
 from nightseg.cluster.map import map_shards
 from nightseg.cluster.settings import MapCompute
 from nightseg.data.images import BadFrame, read_label
-from nightseg.data.pairs import Pair, first_of, pair_up
+from nightseg.data.layouts import Pair, first_of, pair_up
 from nightseg.data.taxonomy import IGNORE, TRAIN_IDS, Taxonomy
 from nightseg.data.taxonomy import taxonomy as load_taxonomy
 from nightseg.metrics.boundary import boundary_counts

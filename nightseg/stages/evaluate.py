@@ -15,8 +15,7 @@ from nightseg.cluster.map import map_shards
 from nightseg.cluster.settings import MapCompute
 from nightseg.data import table as frame
 from nightseg.data.images import BadFrame, encode_png
-from nightseg.data.labels import train_ids_of
-from nightseg.data.taxonomy import Taxonomy
+from nightseg.data.taxonomy import Taxonomy, train_ids_of
 from nightseg.data.taxonomy import taxonomy as load_taxonomy
 from nightseg.metrics.boundary import boundary_counts, boundary_scores
 from nightseg.metrics.confusion import Counts, add_up, confusion_matrix, scores

@@ -15,9 +15,9 @@ import pyarrow as pa
 from nightseg.cluster.map import map_shards
 from nightseg.cluster.settings import MapCompute
 from nightseg.data import table as frame
-from nightseg.data.histogram import NUM_BINS, luminance_histogram
+from nightseg.data.day_night import NUM_BINS, luminance_histogram
 from nightseg.data.images import BadFrame, read_image
-from nightseg.data.vectors import vector_column, vectors
+from nightseg.data.table import vector_column, vectors
 from nightseg.progress import Progress
 from nightseg.selection.extractors import build_extractor, identify
 from nightseg.selection.features import Extractor, Identity

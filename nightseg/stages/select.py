@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from nightseg.data import table as frame
-from nightseg.data.vectors import vectors
+from nightseg.data.table import vectors
 from nightseg.progress import Progress, Task
 from nightseg.selection.evidence import distance_curve, principal_plane, random_subset_distances, subset_distance
 from nightseg.selection.frechet import Gaussian, gaussian_distance, gaussian_of_features

@@ -17,9 +17,9 @@ import pyarrow as pa
 from nightseg.cluster.map import map_shards
 from nightseg.cluster.settings import MapCompute
 from nightseg.data import table as frame
-from nightseg.data.histogram import NUM_BANDS, NUM_BINS, Separation, Tone, separate, tone_of, whole
+from nightseg.data.day_night import NUM_BANDS, NUM_BINS, Separation, Tone, separate, tone_of, whole
 from nightseg.data.images import BadFrame, read_image
-from nightseg.data.vectors import vector_column, vectors
+from nightseg.data.table import vector_column, vectors
 from nightseg.progress import Progress
 from nightseg.storage import Attempt, Commit, Location, UserError
 
@@ -49,7 +49,7 @@ def split(
 
     `pool` is a frame table with absolute uris; the domain it states is not looked at. Frames that are neither day nor
     night stay in `frames` with the domain twilight, or unknown if they have no colour; whoever uses the split picks one
-    domain. The rule is that of `measures.histogram.separate`.
+    domain. The rule is that of `data.day_night.separate`.
     """
     begun = time.monotonic()
     if pool.num_rows == 0:

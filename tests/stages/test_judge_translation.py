@@ -12,9 +12,8 @@ import pytest
 
 from nightseg.cluster.settings import MapCompute
 from nightseg.data.images import encode_png
-from nightseg.data.table import frame_table
+from nightseg.data.table import frame_table, vector_column
 from nightseg.data.taxonomy import taxonomy
-from nightseg.data.vectors import vector_column
 from nightseg.metrics.edges import edge_agreement
 from nightseg.progress import SilentProgress
 from nightseg.selection.frechet import Statistics, moments_of, write_statistics

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from nightseg.cluster.settings import MapCompute
-from nightseg.data.histogram import luminance_histogram
-from nightseg.data.table import frame_table
-from nightseg.data.vectors import vectors
+from nightseg.data.day_night import luminance_histogram
+from nightseg.data.table import frame_table, vectors
 from nightseg.progress import SilentProgress
 from nightseg.selection.extractors import build_extractor
 from nightseg.selection.features import Extractor

@@ -10,8 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from nightseg.data.table import FRAME_SCHEMA, check_frames, frame_table, quarantine_table
-from nightseg.data.vectors import vector_column
+from nightseg.data.table import FRAME_SCHEMA, check_frames, frame_table, quarantine_table, vector_column
 from nightseg.progress import SilentProgress
 from nightseg.selection.frechet import frechet_distance
 from nightseg.stages import select as stage

@@ -10,10 +10,9 @@ import pyarrow as pa
 import pytest
 
 from nightseg.cluster.settings import MapCompute
-from nightseg.data.histogram import luminance_histogram
+from nightseg.data.day_night import luminance_histogram
 from nightseg.data.images import encode_png
-from nightseg.data.table import FRAME_SCHEMA, check_frames, frame_table
-from nightseg.data.vectors import vectors
+from nightseg.data.table import FRAME_SCHEMA, check_frames, frame_table, vectors
 from nightseg.progress import SilentProgress
 from nightseg.stages import split as stage
 from nightseg.storage import Commit, UserError, Workspace

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from nightseg.data.histogram import Separation, Tone, luminance, luminance_histogram, separate, tone_of, whole
+from nightseg.data.day_night import Separation, Tone, luminance, luminance_histogram, separate, tone_of, whole
 
 HEIGHT, WIDTH = 90, 160
 
