@@ -92,6 +92,7 @@ The segmenter
 The translator that is trained
     unit/settings.py      the translator that is trained
     unit/presets.py       settings of UNIT known by a name
+    unit/start.py         weights that a training starts from
     unit/network.py       the translator and its discriminators
     unit/upsampling.py    upsampling and convolution as one layer
     unit/winograd.py      3x3 convolutions with a quarter of the multiplications

@@ -36,6 +36,7 @@ from nightseg.stages import (
 )
 from nightseg.storage import Attempt, Commit, Location, UserError, hash_of
 from nightseg.unit.settings import Translator
+from nightseg.unit.start import start_sha256
 
 
 def build_graph(recipe: Recipe, only: str | None = None) -> Graph:
@@ -149,7 +150,8 @@ class _Builder:
                 progress=progress,
             )
 
-        part = settings.facts()
+        not_learned = {"kind", "day", "night", "preset", "tile", "collapse_after"}
+        part = settings.model_dump(mode="json", exclude=not_learned) | {"start": start_sha256(settings.start)}
         part |= {"day": [str(view) for view in day], "night": [str(view) for view in night]}
         return self._add(
             "train_translator", name, train_translator.VERSION, part, day + night, work, seed=self.recipe.seed

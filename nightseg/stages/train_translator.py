@@ -25,6 +25,7 @@ from nightseg.unit.collapse import ailing, collapsed, not_finite
 from nightseg.unit.data import FrameReader, FrameRef, UnpairedCrops
 from nightseg.unit.loss import TERMS, TermMeans, TermWeights, adversarial_loss, latent_noise, loss_of_a_coin
 from nightseg.unit.network import (
+    DISCRIMINATORS,
     KIND,
     STRIDE,
     Generators,
@@ -99,6 +100,8 @@ def train_translator(
     _check(name, settings, day, night, compute)
     if settings.weights.perceptual > 0:
         _features(settings, torch.device("cpu"))  # fails here, not on the cluster
+    if settings.start is not None:
+        _networks(settings, seed, torch.device("cpu"))
     threads = max(1, min(8, int(compute.cpus_per_worker) - 1))
     plan = Plan(_refs(day), _refs(night), settings, seed, threads, attempt.folder)
     _say_what_is_odd(name, plan, progress)
@@ -114,7 +117,8 @@ def train_translator(
         unit="iterations",
     )
     state = result.load()
-    save_model(attempt.folder / "model", state["averaged"], _card(settings, attempt))
+    judges = {f"{DISCRIMINATORS}{part}": tensor for part, tensor in state["discriminators"].items()}
+    save_model(attempt.folder / "model", state["averaged"] | judges, _card(settings, attempt))
     (attempt.folder / "history.json").write_json(state["history"])
     generators = build_generators(settings.width, settings.res_blocks, state["averaged"], settings.shared_blocks)
     (attempt.folder / "samples.png").write_bytes(plan.sample_sheet(generators))
@@ -193,7 +197,8 @@ def _card(settings: Translator, attempt: Attempt) -> dict[str, Any]:
     network = {name: getattr(settings, name) for name in ("width", "res_blocks", "shared_blocks")}
     training = settings.model_dump(mode="json", exclude={*network, "perceptual_weights", "tile"})
     card = {"kind": KIND, **network, "directions": ["night", "day"]}
-    return {**card, "training": training, "parents": [], "key": attempt.key, "seed": attempt.seed}
+    parents = [settings.start] if settings.start else []
+    return {**card, "training": training, "parents": parents, "key": attempt.key, "seed": attempt.seed}
 
 
 # -- the training itself: runs on every worker ------------------------------------------------------------------------
@@ -296,6 +301,7 @@ def _networks(recipe: Translator, seed: int, device: torch.device) -> Networks:
         discriminator_norm=recipe.discriminator_norm,
         learning_rate=recipe.learning_rate,
         weight_decay=recipe.weight_decay,
+        start=recipe.start,
         seed=seed,
         device=device,
     )

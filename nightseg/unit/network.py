@@ -24,6 +24,7 @@ from nightseg.unit.upsampling import UpsamplingConvolution
 from nightseg.unit.winograd import convolve_3x3
 
 KIND = "unit"  # of the model card
+DISCRIMINATORS = "discriminators."  # before the names of their tensors in a model; the generators' have no prefix
 STRIDE = 4
 IMAGE_MEAN = 127.5  # uint8 [0, 255] -> [-1, 1]; the mean and the half-width of the range are the same number
 NORM_EPSILON = 1e-5
@@ -368,11 +369,21 @@ def build_generators(width: int, res_blocks: int, tensors: Mapping[str, Tensor],
     return generators.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
 
+def split_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Those of the generators, and those of the discriminators, of a model; each under the network's own names."""
+    is_of = {name: name.startswith(DISCRIMINATORS) for name in tensors}
+    return (
+        {name: tensor for name, tensor in tensors.items() if not is_of[name]},
+        {name.removeprefix(DISCRIMINATORS): tensor for name, tensor in tensors.items() if is_of[name]},
+    )
+
+
 def load_generators(folder: Location) -> Generators:
     """The translator of a model folder whose card has kind "unit", on the CPU, ready to translate."""
     tensors, card = load_tensors(folder)
     if card.get("kind") != KIND:
         raise UserError(
-            f"{folder.uri} holds a model of kind {card.get('kind')!r}; translation needs one of kind {KIND!r}"
+            f"{folder.uri}: it holds a model of kind {card.get('kind')!r}", cure=f"give a model folder of kind {KIND}"
         )
-    return build_generators(int(card["width"]), int(card["res_blocks"]), tensors, int(card.get("shared_blocks", 0)))
+    width, res_blocks, shared_blocks = (int(card[name]) for name in ("width", "res_blocks", "shared_blocks"))
+    return build_generators(width, res_blocks, split_tensors(tensors)[0], shared_blocks)

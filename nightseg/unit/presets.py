@@ -111,11 +111,6 @@ PERCEPTUAL_LAYERS: Final[Mapping[str, tuple[str, ...]]] = {
     "efficientnet_lite0": tuple(f"stride_{stride}" for stride in (2, 4, 8, 16, 32)),
 }
 
-LATER_SETTINGS: Final = (  # of a translator: one from before they existed is the one that their defaults describe
-    *("shared_blocks", "adversarial_loss", "perceptual_sha256", "perceptual_layers", "precision", "compile"),
-    "samples_every",
-)
-
 
 def completed(settings: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The settings with everything that their `preset` says and they do not, mappings in them key by key.

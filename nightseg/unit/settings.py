@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from nightseg.errors import closest
 from nightseg.settings import Fraction, Name, Positive, Size, Strict
-from nightseg.unit.presets import LATER_SETTINGS, PERCEPTUAL_LAYERS, TRANSLATORS, completed
+from nightseg.unit.presets import PERCEPTUAL_LAYERS, TRANSLATORS, completed
 
 
 class UnitWeights(Strict):
@@ -49,6 +49,11 @@ class Translator(Strict):
     )
     perceptual_layers: Annotated[list[str], Field(min_length=1)] | None = Field(
         default=None, description="null = relu5_3, or stride_8 and stride_16 of efficientnet_lite0"
+    )
+    start: str | None = Field(
+        default=None,
+        description="weights to begin from: a model folder or .safetensors file of a translator, or scenes, which "
+        "comes with nightseg; null = random",
     )
     iterations: Positive = 330_000
     batch: Positive = 1
@@ -92,13 +97,3 @@ class Translator(Strict):
         if self.shared_blocks > self.res_blocks:
             raise ValueError(f"shared_blocks {self.shared_blocks} of res_blocks {self.res_blocks}: at most all of them")
         return self
-
-    def facts(self) -> dict[str, Any]:
-        """What shapes the trained translator, for its key. Settings that came later count where they say something."""
-        facts = self.model_dump(mode="json", exclude={"kind", "day", "night", "preset", "tile", "collapse_after"})
-        for name in LATER_SETTINGS:
-            if facts[name] == type(self).model_fields[name].default:
-                del facts[name]
-        if self.weights.discriminator == UnitWeights().discriminator:
-            del facts["weights"]["discriminator"]
-        return facts

@@ -27,6 +27,7 @@ from nightseg.unit.loss import (
     generator_loss,
 )
 from nightseg.unit.network import Discriminators, Generators, Translation
+from nightseg.unit.start import load_start
 
 ADAM_BETAS: Final = (0.5, 0.999)
 LEARNING_RATE_FACTOR: Final = 0.5
@@ -71,12 +72,15 @@ def build_networks(
     weight_decay: float,
     seed: int,
     device: torch.device,
+    start: str | None = None,
 ) -> Networks:
-    """New networks, the same on every worker because they follow from `seed`, and their optimisers."""
+    """New networks, the same on every worker because they follow from `seed` and `start`, and their optimisers."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mix_seed(seed, Stream.WEIGHTS))
         generators = Generators(width, res_blocks, shared_blocks)
         discriminators = Discriminators(discriminator_width, discriminator_scales, discriminator_norm)
+    if start is not None:
+        load_start(start, generators, discriminators)
     optimizers = []
     for module in (generators, discriminators):
         module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]

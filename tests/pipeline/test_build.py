@@ -217,6 +217,23 @@ def test_a_start_that_is_a_folder_counts_by_its_content(tmp_path: Path) -> None:
     assert training_part(tmp_path, "  a: {train: [day]}")["start"] == "imagenet"
 
 
+def test_the_start_of_a_translator_counts_by_its_content(tmp_path: Path) -> None:
+    file = tmp_path / "start.safetensors"
+
+    def key(content: bytes | None) -> object:
+        if content is not None:
+            file.write_bytes(content)
+        start = "null" if content is None else file
+        recipe = scenes_recipe(
+            tmp_path, "  a: {train: [day]}", f"translators: {{unit: {{day: day, night: day, start: {start}}}}}"
+        )
+        return build_graph(recipe).nodes[NodeId("train_translator", "unit")].recipe["start"]
+
+    assert key(None) is None
+    first = key(b"one")
+    assert first != key(b"two") and first == key(b"one")
+
+
 @pytest.mark.parametrize(
     ("network", "part"),
     [

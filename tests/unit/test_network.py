@@ -299,7 +299,7 @@ def test_ranges_round_trip_exactly() -> None:
 def test_a_model_folder_brings_the_translator_back(tmp_path: Path) -> None:
     generators = Generators(width=4, res_blocks=1)
     folder = Location.of(tmp_path / "model")
-    save_model(folder, generators.state_dict(), {"kind": "unit", "width": 4, "res_blocks": 1})
+    save_model(folder, generators.state_dict(), {"kind": "unit", "width": 4, "res_blocks": 1, "shared_blocks": 0})
     images = torch.rand(1, 3, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(
