@@ -91,7 +91,6 @@ The segmenter
 
 The translator that is trained
     unit/settings.py      the translator that is trained
-    unit/presets.py       settings of UNIT known by a name
     unit/start.py         weights that a training starts from
     unit/network.py       the translator and its discriminators
     unit/upsampling.py    upsampling and convolution as one layer
@@ -140,7 +139,6 @@ Recipes
     recipe/types.py      the recipe as frozen, strict types, made of the rooms' settings
     recipe/load.py       YAML and overrides in, a recipe or every error at once out
     recipe/names.py      the names of a recipe as a graph
-    recipe/presets.py    trainings of others, as values to start from
     recipe/schema.py     which keys and words are allowed where
     recipe/renamed.py    old names of keys
     recipe/chain.py      rounds of a model as the models they stand for

@@ -6,6 +6,6 @@ chain.py     rounds of a model as the models they stand for
 schema.py    which keys and words the types allow at a place
 """
 
-from nightseg.recipe.load import RecipeError, load_recipe, load_settings, save_recipe
+from nightseg.recipe.load import RecipeError, load_recipe, load_settings, presets, save_recipe
 
-__all__ = ["RecipeError", "load_recipe", "load_settings", "save_recipe"]
+__all__ = ["RecipeError", "load_recipe", "load_settings", "presets", "save_recipe"]

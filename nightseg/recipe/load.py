@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,7 +19,6 @@ from pydantic import BaseModel, ValidationError
 
 from nightseg.errors import closest
 from nightseg.recipe.names import Problem, graph_problems
-from nightseg.recipe.presets import fill_presets
 from nightseg.recipe.renamed import new_name
 from nightseg.recipe.schema import allowed_keys, allowed_values, dotted
 from nightseg.recipe.types import Recipe, is_name
@@ -66,7 +66,7 @@ def load_recipe(file: str | Path | Location, overrides: Sequence[str] = ()) -> R
     for text in overrides:
         _override(source, text)
     _fill_roots(source)
-    fill_presets(source.data)
+    _fill_presets(source)
     return _typed(Recipe, source, graph_problems)
 
 
@@ -218,6 +218,43 @@ def _fill_roots(source: Source) -> None:
                 names = ", ".join(known) or "none"
                 message = f"there is no root {word!r}{closest(word, list(known))}; known: {names}"
                 source.problems.append(Problem(("datasets", str(name), "root"), message))
+
+
+def presets(kind: str) -> dict[str, dict[str, Any]]:
+    """The settings known by a name of a kind of section (training, unit): the files in presets/KIND."""
+    files = (resources.files("nightseg.recipe") / "presets" / kind).iterdir()
+    texts = {file.name.removesuffix(".yaml"): file.read_text("utf-8") for file in files}
+    return {name: yaml.load(texts[name], Loader=_Loader) for name in sorted(texts)}  # noqa: S506 - a SafeLoader
+
+
+def _fill_presets(source: Source) -> None:
+    """Replace `preset` of a training or of a UNIT translator by the settings it names; what stands beside it wins."""
+    models, translators = (source.data.get(section) for section in ("models", "translators"))
+    places: list[tuple[tuple[str, ...], Any, str, str]] = [(("training",), source.data, "training", "training")]
+    for name, model in models.items() if isinstance(models, dict) else ():
+        places.append((("models", str(name), "training"), model, "training", "training"))
+    for name, settings in translators.items() if isinstance(translators, dict) else ():
+        if isinstance(settings, dict) and settings.get("kind", "unit") == "unit":
+            places.append((("translators", str(name)), translators, name, "unit"))
+    for path, owner, key, kind in places:
+        written = owner.get(key) if isinstance(owner, dict) else None
+        if not isinstance(written, dict) or written.get("preset") is None:
+            continue
+        name, known = written.pop("preset"), presets(kind)
+        if isinstance(name, str) and name in known:
+            owner[key] = _over(known[name], written)
+        else:
+            message = f"{name!r} is not allowed{closest(str(name), known)}; allowed: {', '.join(known)}"
+            source.problems.append(Problem((*path, "preset"), message))
+
+
+def _over(values: Mapping[str, Any], written: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with what was written over them, mapping by mapping."""
+    merged = dict(values)
+    for key, value in written.items():
+        below = merged.get(key)
+        merged[key] = _over(below, value) if isinstance(below, Mapping) and isinstance(value, dict) else value
+    return merged
 
 
 def _typed_problems(kind: type[BaseModel], error: ValidationError, source: Source) -> Iterator[Problem]:

@@ -130,14 +130,11 @@ class Augmentation(Strict):
     noise: Fraction = Field(default=0.0, description="largest standard deviation of the noise, as a share of white")
 
 
-Preset = Literal["thesis", "detectron2"]
-
-
 class Training(Strict):
     """The optimisation of one segmenter."""
 
-    preset: Preset | None = Field(
-        default=None, description="values to start from (recipe/presets.py); what stands beside it in the recipe wins"
+    preset: str | None = Field(
+        default=None, description="thesis or detectron2: settings to start from; keys written beside it win"
     )
     optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: Annotated[float, Field(gt=0)] = 0.01
@@ -181,7 +178,7 @@ class Training(Strict):
     @model_validator(mode="after")
     def _holds_together(self) -> Training:
         if self.preset is not None:
-            raise ValueError("presets are filled in when a recipe file is read; in Python use recipe.presets")
+            raise ValueError("presets are filled in when a recipe file is read; in Python use nightseg.recipe.presets")
         if self.decay_at != sorted(set(self.decay_at)):
             raise ValueError("decay_at: the shares must rise")
         if self.batch % self.accumulate:

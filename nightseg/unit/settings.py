@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Final, Literal
 
 from pydantic import Field, model_validator
 
 from nightseg.errors import closest
 from nightseg.settings import Fraction, Name, Positive, Size, Strict
-from nightseg.unit.presets import PERCEPTUAL_LAYERS, TRANSLATORS, completed
+
+PERCEPTUAL_LAYERS: Final[Mapping[str, tuple[str, ...]]] = {
+    "vgg16": tuple(
+        f"relu{block}_{layer}" for block, depth in enumerate((2, 2, 3, 3, 3), 1) for layer in range(1, depth + 1)
+    ),
+    "efficientnet_lite0": tuple(f"stride_{stride}" for stride in (2, 4, 8, 16, 32)),
+}
 
 
 class UnitWeights(Strict):
@@ -27,8 +34,8 @@ class Translator(Strict):
     """UNIT between two unlabelled datasets."""
 
     kind: Literal["unit"] = "unit"
-    preset: Literal["thesis", "paper", "small"] | None = Field(
-        default=None, description="settings known by a name; keys written beside it count more (presets.py)"
+    preset: str | None = Field(
+        default=None, description="thesis, paper or small: settings to start from; keys written beside it win"
     )
     day: Name
     night: Name
@@ -78,17 +85,10 @@ class Translator(Strict):
         default=None, description="translate frames larger than this in tiles with blended seams; null = whole"
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_from_preset(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        # What a validator returns is no JSON any more, and a list no tuple.
-        sizes = {key: tuple(data[key]) for key in ("crop", "tile") if isinstance(data.get(key), list)}
-        return completed(data | sizes, TRANSLATORS)
-
     @model_validator(mode="after")
     def _layers_are_those_of_the_network(self) -> Translator:
+        if self.preset is not None:
+            raise ValueError("presets are filled in when a recipe file is read; in Python use nightseg.recipe.presets")
         network, known = self.perceptual_network, PERCEPTUAL_LAYERS[self.perceptual_network]
         for layer in self.perceptual_layers or ():
             if layer not in known:

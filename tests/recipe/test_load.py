@@ -1,15 +1,12 @@
 """A recipe is right, or one message names everything that is wrong with it."""
 
-import json
 from pathlib import Path
 
 import pytest
-import yaml
 
 from nightseg.data.settings import SplitDataset, TranslatedDataset
 from nightseg.recipe import RecipeError, load_recipe, renamed, save_recipe
 from nightseg.storage import Location
-from nightseg.unit.settings import Translator
 
 GOOD = """
 name: good
@@ -206,41 +203,6 @@ def test_an_alias_bomb_is_refused(tmp_path: Path) -> None:
 def test_a_missing_file_is_named() -> None:
     with pytest.raises(RecipeError, match="there is no such recipe file"):
         load_recipe("/does/not/exist.yaml")
-
-
-def test_a_preset_fills_what_is_not_said(tmp_path: Path) -> None:
-    text = GOOD.replace(
-        "unit: {day: day, night: night}",
-        "unit: {preset: paper, day: day, night: night, crop: [64, 128], weights: {cycle: 7, perceptual: 0.5}}",
-    )
-    unit = load_recipe(write(tmp_path, text), ["translators.unit.batch=3"]).translators["unit"]
-    assert (unit.crop, unit.batch, unit.weights.cycle, unit.weights.perceptual) == ((64, 128), 3, 7.0, 0.5)
-    assert (unit.adversarial_loss, unit.shared_blocks, unit.iterations) == ("cross_entropy", 1, 500_000)
-    assert (unit.weights.adversarial, unit.weights.reconstruction, unit.weights.cycle_kl) == (10.0, 100.0, 0.1)
-    recipe = load_recipe(write(tmp_path, text))
-    saved = Location.of(tmp_path / "saved.yaml")
-    save_recipe(recipe, saved)
-    assert load_recipe(saved) == recipe
-
-
-def test_a_translator_and_the_preset_with_the_same_words_are_the_same(tmp_path: Path) -> None:
-    small = Translator(preset="small", day="day", night="night")
-    written = small.model_dump(mode="json", exclude={"preset"})
-    spelt = GOOD.replace("unit: {day: day, night: night}", f"unit: {json.dumps(written)}")
-    assert load_recipe(write(tmp_path, spelt)).translators["unit"].model_dump(exclude={"preset"}) == small.model_dump(
-        exclude={"preset"}
-    )
-
-
-@pytest.mark.parametrize(("preset", "config", "name"), [("thesis", "thesis", "unit"), ("small", "camvid", "unit")])
-def test_presets_are_what_the_recipes_say(preset: str, config: str, name: str) -> None:
-    text = (Path(__file__).parents[2] / "configs" / f"{config}.yaml").read_text()
-    entry = yaml.safe_load(text)["translators"][name]
-    of_recipe = Translator.model_validate_json(json.dumps(entry)).model_dump(exclude={"day", "night", "preset"})
-    filled = Translator.model_validate({"preset": preset, "day": "day", "night": "night"})
-    of_preset = filled.model_dump(exclude={"day", "night", "preset"})
-    del of_recipe["samples_every"]
-    assert of_preset.pop("samples_every") is not None and of_preset == of_recipe
 
 
 @pytest.mark.parametrize(

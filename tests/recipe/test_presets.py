@@ -9,11 +9,11 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from nightseg.recipe import load_recipe
+from nightseg.recipe import load_recipe, presets
 from nightseg.recipe.load import RecipeError, save_recipe
-from nightseg.recipe.presets import PRESETS
 from nightseg.segmenter.settings import Training
 from nightseg.storage import Location
+from nightseg.unit.settings import Translator
 
 
 def recipe(folder: Path, **sections: Any) -> Path:
@@ -82,6 +82,38 @@ def test_a_preset_outside_of_a_file_is_not_silently_empty() -> None:
         Training(preset="thesis")
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", presets("training"))
 def test_every_preset_is_a_training(name: str, tmp_path: Path) -> None:
     assert load_recipe(recipe(tmp_path, training={"preset": name})).training.epochs > 0
+
+
+def unit(folder: Path, **settings: Any) -> Translator:
+    translators = {"unit": {"day": "day", "night": "day", **settings}}
+    translator = load_recipe(recipe(folder, translators=translators)).translators["unit"]
+    assert isinstance(translator, Translator)
+    return translator
+
+
+@pytest.mark.parametrize("name", presets("unit"))
+def test_every_preset_is_a_translator(name: str, tmp_path: Path) -> None:
+    assert unit(tmp_path, preset=name).iterations > 0
+
+
+def test_unit_is_filled_mapping_by_mapping(tmp_path: Path) -> None:
+    paper = unit(tmp_path, preset="paper", crop=[64, 128], batch=3, weights={"cycle": 7, "perceptual": 0.5})
+    assert (paper.crop, paper.batch, paper.weights.cycle, paper.weights.perceptual) == ((64, 128), 3, 7.0, 0.5)
+    assert (paper.adversarial_loss, paper.shared_blocks, paper.iterations) == ("cross_entropy", 1, 500_000)
+    assert (paper.weights.adversarial, paper.weights.reconstruction, paper.weights.cycle_kl) == (10.0, 100.0, 0.1)
+
+
+def test_a_preset_is_of_unit_only(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"translators.p.preset: unknown key"):
+        load_recipe(recipe(tmp_path, translators={"p": {"kind": "photometric", "preset": "small"}}))
+
+
+@pytest.mark.parametrize(("preset", "config", "name"), [("thesis", "thesis", "unit"), ("small", "camvid", "unit")])
+def test_presets_are_what_the_recipes_say(preset: str, config: str, name: str, tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "configs" / f"{config}.yaml").read_text()
+    written = yaml.safe_load(text)["translators"][name] | {"day": "day", "night": "day"}
+    of_preset = unit(tmp_path, preset=preset)
+    assert unit(tmp_path, **written, samples_every=of_preset.samples_every) == of_preset

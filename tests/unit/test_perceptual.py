@@ -12,7 +12,7 @@ from torchvision.models import vgg16
 from nightseg.storage import UserError
 from nightseg.unit import perceptual
 from nightseg.unit.perceptual import PerceptualName, build_perceptual, smallest_perceived
-from nightseg.unit.presets import PERCEPTUAL_LAYERS
+from nightseg.unit.settings import PERCEPTUAL_LAYERS
 
 
 @pytest.fixture(autouse=True)
