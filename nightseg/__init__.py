@@ -148,7 +148,7 @@ Stages: explicit inputs, their part of the recipe, an attempt; each returns its 
     stages/split.py              day, night, twilight
     stages/train_translator.py   UNIT
     stages/translate.py          frames through a translator
-    stages/judge_translation.py  how good a translation is
+    stages/evaluate_translation.py  how good a translation is
     stages/train_segmenter.py    Semantic FPN
     stages/score.py              features of frames; FID of two sets
     stages/select.py             the frames to learn from

@@ -66,7 +66,7 @@ def run(
     \b
     nightseg run configs/demo.yaml
     nightseg run configs/camvid.yaml --set roots.camvid=/data/camvid --set training.epochs=3 --dry-run
-    nightseg run configs/translators.yaml     ways from day to night, judged side by side
+    nightseg run configs/translators.yaml     ways from day to night, measured side by side
     """
     if dry_run:
         _show_plan(recipe, overrides, run_dir, only, as_json)

@@ -131,14 +131,14 @@ def print_scores(results: Mapping[str, Any]) -> None:
     ]  # fmt: skip
     if rows:
         print_table("percent", ["model", "test set", *METRICS.values(), "published mIoU"], rows)
-    judged = [
+    translated = [
         [name, found["kind"], f"{found['fid']['translated']:.2f}", f"{1000 * found['kid']['translated']:.2f}",
          percent(found["survival"]), percent(found["agreement"]["pixels"]), f"{found['edges']:.2f}"]
         for name, found in results.get("translations", {}).items()
     ]  # fmt: skip
-    if judged:
+    if translated:
         columns = ["translation", "kind", "FID", "KID x 1000", "labels survive", "pixels agree", "edges"]
-        print_table("translations; percent, but for distances and edges", columns, judged)
+        print_table("translations; percent, but for distances and edges", columns, translated)
 
 
 def print_folder_scores(scores: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from nightseg.cluster.settings import MapCompute, TrainCompute
 from nightseg.data import layouts
 from nightseg.data.settings import FolderDataset, JoinedDataset, ScenesDataset, SplitDataset, TranslatedDataset
 from nightseg.data.taxonomy import taxonomy
-from nightseg.pipeline.build_translation import judge, score_frames, translate_untrained
+from nightseg.pipeline.build_translation import evaluate_translation_of, score_frames, translate_untrained
 from nightseg.pipeline.graph import Graph, Inputs, ModelNodes, Node, NodeId, TestNode, View, Views, Work
 from nightseg.progress import Progress
 from nightseg.recipe.chain import expand_rounds
@@ -58,7 +58,7 @@ def build_graph(recipe: Recipe, only: str | None = None) -> Graph:
         if only in (None, prediction.model):
             builder.prediction(name)
     for name in recipe.translations if only is None else ():
-        judge(builder, name)
+        evaluate_translation_of(builder, name)
     return builder.graph
 
 

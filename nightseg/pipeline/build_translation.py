@@ -1,4 +1,4 @@
-"""The part of the graph that measures sets of frames, translates without training, and judges translations."""
+"""The part of the graph that measures sets of frames, translates without training, and evaluates translations."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from nightseg.data.settings import TranslatedDataset
-from nightseg.pipeline.graph import Inputs, JudgedTranslation, NodeId, View, Views
+from nightseg.pipeline.graph import EvaluatedTranslation, Inputs, NodeId, View, Views
 from nightseg.progress import Progress
 from nightseg.recipe.names import way_missing
-from nightseg.recipe.types import Judgement
-from nightseg.stages import judge_translation, predict, score, translate
+from nightseg.recipe.types import TranslationEvaluation
+from nightseg.stages import evaluate_translation, predict, score, translate
 from nightseg.storage import Attempt, Commit
 from nightseg.translators.settings import ColourTranslator, CommandTranslator, FourierTranslator, PhotometricTranslator
 from nightseg.unit.settings import Translator
@@ -69,7 +69,7 @@ def translate_untrained(builder: _Builder, name: str, dataset: TranslatedDataset
     # Without what names datasets, or says what it could do instead of what it does.
     asked = settings.model_dump(mode="json", exclude={"day", "night", "to", "timeout_seconds"})
     part: dict[str, Any] = {"to": dataset.to, "of": [str(view) for view in views], "translator": asked}
-    part |= {"lenders": [str(view) for view in lenders], **builder._frame_pass()}
+    part |= {"style_images": [str(view) for view in lenders], **builder._frame_pass()}
     if isinstance(settings, PhotometricTranslator | CommandTranslator):  # they look at labels
         part |= {"taxonomy": builder.taxonomy}
     needs = (*views, *lenders)
@@ -88,12 +88,12 @@ def _lender(settings: Any, to: str) -> str:
 # -- how good a translation is ----------------------------------------------------------------------------------------
 
 
-def judge(builder: _Builder, name: str) -> None:
-    """Everything that the judgement of one translated dataset stands on, and the judgement."""
+def evaluate_translation_of(builder: _Builder, name: str) -> None:
+    """Everything that the evaluation of one translated dataset stands on, and the evaluation."""
     recipe, wanted = builder.recipe, builder.recipe.translations[name]
     dataset = recipe.datasets[name]
     assert isinstance(dataset, TranslatedDataset), name
-    model = wanted.judge or next(iter(recipe.models))
+    model = wanted.segmenter or next(iter(recipe.models))
     real = wanted.real or getattr(recipe.translators[dataset.by], dataset.to)
     extraction, trained = _extraction(builder, wanted), builder.model(model)
     translated, source = builder.dataset(name), builder.dataset(dataset.translate)
@@ -104,12 +104,14 @@ def judge(builder: _Builder, name: str) -> None:
     seen_back = _masks(builder, model, trained, back.name, (View(back),)) if back else None
 
     def work(inputs: Inputs, attempt: Attempt, progress: Progress) -> Commit:
-        return judge_translation.judge_translation(
+        return evaluate_translation.evaluate_translation(
             inputs.frames(translated),
             inputs.frames(source),
             name=name,
-            masks=judge_translation.Masks(inputs[seen], inputs[seen_source], inputs[seen_back] if seen_back else None),
-            features=judge_translation.Features(*(inputs[node] for node in scored)),
+            masks=evaluate_translation.Masks(
+                inputs[seen], inputs[seen_source], inputs[seen_back] if seen_back else None
+            ),
+            features=evaluate_translation.Features(*(inputs[node] for node in scored)),
             taxonomy=recipe.taxonomy,
             **builder._spread(attempt, progress),
         )
@@ -117,19 +119,19 @@ def judge(builder: _Builder, name: str) -> None:
     part: dict[str, Any] = {"translated": [str(view) for view in translated], "source": [str(view) for view in source]}
     part |= {"taxonomy": builder.taxonomy, **builder._frame_pass()}
     needs: list[View | NodeId] = [*translated, *source, *scored, seen, seen_source, *([seen_back] if seen_back else [])]
-    node = builder._add("judge_translation", name, judge_translation.VERSION, part, needs, work, takes=translated)
+    node = builder._add("evaluate_translation", name, evaluate_translation.VERSION, part, needs, work, takes=translated)
     facts: dict[str, Any] = {
         "translator": dataset.by,
         "kind": recipe.translators[dataset.by].kind,
         "to": dataset.to,
         "source": dataset.translate,
-        "judge": model,
+        "segmenter": model,
         "real": real,
     }
-    builder.graph.judgements[name] = JudgedTranslation(node, facts)
+    builder.graph.translations[name] = EvaluatedTranslation(node, facts)
 
 
-def _extraction(builder: _Builder, wanted: Judgement) -> score.Extraction:
+def _extraction(builder: _Builder, wanted: TranslationEvaluation) -> score.Extraction:
     """What is asked for, else what the recipe selects by: then the same features serve both."""
     if wanted.extractor is not None:
         return score.Extraction(wanted.extractor, wanted.extractor_weights)
@@ -144,12 +146,12 @@ def _way_back(builder: _Builder, name: str, dataset: TranslatedDataset) -> NodeI
     home: Literal["day", "night"] = "day" if dataset.to == "night" else "night"
     if way_missing(builder.recipe.translators[dataset.by].model_dump(), home):
         return None
-    back = f"{name}{judge_translation.BACK_SUFFIX}"
+    back = f"{name}{evaluate_translation.BACK_SUFFIX}"
     return builder._translate(back, TranslatedDataset(translate=name, by=dataset.by, to=home))
 
 
 def _masks(builder: _Builder, model: str, trained: NodeId, name: str, views: Sequence[View]) -> NodeId:
-    """What the judge sees in some frames; the same for all translations of one dataset."""
+    """What the segmenter predicts in some frames; the same for all translations of one dataset."""
     of: Views = tuple(views)
 
     def work(inputs: Inputs, attempt: Attempt, progress: Progress) -> Commit:

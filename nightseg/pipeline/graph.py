@@ -100,11 +100,11 @@ class ModelNodes:
 
 
 @dataclass(frozen=True)
-class JudgedTranslation:
-    """The judgement of one translated dataset, and how the results name what took part in it."""
+class EvaluatedTranslation:
+    """The evaluation of one translated dataset, and how the results name what took part in it."""
 
     node: NodeId
-    facts: Mapping[str, Any]  # translator, its kind, judge, real, source
+    facts: Mapping[str, Any]  # translator, its kind, segmenter, real, source
 
 
 @dataclass
@@ -115,4 +115,4 @@ class Graph:
     models: dict[str, ModelNodes] = field(default_factory=dict)
     datasets: dict[str, Views] = field(default_factory=dict)
     predictions: dict[str, tuple[NodeId, Prediction]] = field(default_factory=dict)
-    judgements: dict[str, JudgedTranslation] = field(default_factory=dict)
+    translations: dict[str, EvaluatedTranslation] = field(default_factory=dict)

@@ -112,16 +112,16 @@ def model_folder(place: str | Path | Location) -> Location:
 
 
 def _translations(recipe: Recipe, graph: Graph, commits: Mapping[NodeId, Commit]) -> dict[str, Any]:
-    """What was found about each judged translation, and how the models that learned from it do on the test sets."""
+    """What was found about each measured translation, and how the models that learned from it do on the test sets."""
     found = {}
-    for name, judged in graph.judgements.items():
+    for name, measured in graph.translations.items():
         models = {
             model: {test: commits[node.node].json("scores.json")["miou"] for test, node in nodes.tests.items()}
             for model, nodes in graph.models.items()
             if any(_holds(recipe, dataset, name) for dataset in nodes.facts["train"])
         }
-        judgement = commits[judged.node].json("judgement.json")
-        found[name] = {"node": str(judged.node), **judged.facts, **judgement, "models": models}
+        scores = commits[measured.node].json("scores.json")
+        found[name] = {"node": str(measured.node), **measured.facts, **scores, "models": models}
     return found
 
 

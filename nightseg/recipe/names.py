@@ -48,7 +48,7 @@ def graph_problems(data: Mapping[str, Any]) -> list[Problem]:
     problems += _cycles(references)
     problems += _contradictions(data)
     problems += _no_way(data)
-    problems += _unjudgeable(data)
+    problems += _unmeasurable(data)
     problems += _unlabelled(data)
     problems += _bad_taxonomy(data)
     problems += _missing_starts(data)
@@ -89,7 +89,7 @@ def _references(data: Mapping[str, Any]) -> Iterator[Reference]:
         yield from _named(("predictions", name), entry, {"dataset": "datasets", "model": "models"})
     for name, entry in _section(data, "translations").items():
         yield Reference(("translations", name), ("translations", name), "datasets", name)
-        yield from _named(("translations", name), entry, {"judge": "models", "real": "datasets"})
+        yield from _named(("translations", name), entry, {"segmenter": "models", "real": "datasets"})
 
 
 def _named(owner: Key, entry: Any, keys: Mapping[str, str], *inside: str) -> Iterator[Reference]:
@@ -194,8 +194,8 @@ def way_missing(settings: Mapping[str, Any], to: str) -> str:
     return ""
 
 
-def _unjudgeable(data: Mapping[str, Any]) -> Iterator[Problem]:
-    """Judgements of what is not translated, without real frames, or by a judge that learned from translations."""
+def _unmeasurable(data: Mapping[str, Any]) -> Iterator[Problem]:
+    """Evaluations of what is not translated, without real frames, or by a segmenter that learned from translations."""
     datasets, models = _section(data, "datasets"), _section(data, "models")
     for name, entry in _section(data, "translations").items():
         path, settings = ("translations", name), entry if isinstance(entry, Mapping) else {}
@@ -203,19 +203,20 @@ def _unjudgeable(data: Mapping[str, Any]) -> Iterator[Problem]:
         if not dataset:
             continue
         if "translate" not in dataset:
-            yield Problem(path, f"{name} is no translated dataset, so there is nothing to judge")
+            yield Problem(path, f"{name} is no translated dataset, so there is nothing to measure")
             continue
         translator, to = _mapping(_section(data, "translators"), dataset.get("by")), dataset.get("to", "night")
         if not settings.get("real") and translator and not translator.get(to):
             yield Problem((*path, "real"), f"the translator has no {to} frames to compare with: say `real: DATASET`")
-        judge = settings.get("judge") or next(iter(models), None)
-        if judge is None:
-            yield Problem((*path, "judge"), "the recipe has no model that could judge; train one on day frames")
-        taught = _translated_teacher(data, judge, ()) if isinstance(judge, str) else None
+        segmenter = settings.get("segmenter") or next(iter(models), None)
+        if segmenter is None:
+            yield Problem((*path, "segmenter"), "the recipe has no model to measure with; train one on day frames")
+        taught = _translated_teacher(data, segmenter, ()) if isinstance(segmenter, str) else None
         if taught:
             cure = "name one that never saw any, such as a model of day frames only"
             yield Problem(
-                (*path, "judge"), f"{judge} learned from translated frames ({taught}), so it is no judge; {cure}"
+                (*path, "segmenter"),
+                f"{segmenter} learned from translated frames ({taught}), so it cannot measure them; {cure}",
             )
 
 

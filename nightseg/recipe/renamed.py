@@ -6,7 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 # The old key, with as many of the keys above it as make it unmistakable -> what stands in its place.
-RENAMED: Final[Mapping[str, str]] = {}
+RENAMED: Final[Mapping[str, str]] = {
+    "average": "ema_decay",
+    "lenders": "style_images",
+    "among": "nearest",
+    "judge": "segmenter",
+}
 
 
 def new_name(path: Sequence[str]) -> str | None:

@@ -86,10 +86,10 @@ class Prediction(Strict):
     model: Name
 
 
-class Judgement(Strict):
+class TranslationEvaluation(Strict):
     """How good a translated dataset is: distances to real frames, and how much of the labels survives."""
 
-    judge: Name | None = Field(
+    segmenter: Name | None = Field(
         default=None, description="segmenter that never saw a translated frame; null = the recipe's first model"
     )
     real: Name | None = Field(
@@ -120,7 +120,9 @@ class Recipe(Strict):
     test_sets: dict[Name, Name] = Field(default={}, description="name in the tables -> dataset")
     evaluation: Evaluation = Evaluation()
     predictions: dict[Name, Prediction] = {}
-    translations: dict[Name, Judgement] = Field(default={}, description="translated dataset -> how to judge it")
+    translations: dict[Name, TranslationEvaluation] = Field(
+        default={}, description="translated dataset -> how to measure it"
+    )
 
     def network_of(self, model: Model) -> Network:
         return model.network or self.network

@@ -70,7 +70,7 @@ def translations(run: Run, samples: int) -> list[dict[str, Any]]:
     """Frames beside what the translator made of them."""
     found = []
     for node in run.nodes("translate"):
-        if "." in node:  # no dataset of the recipe: translations that a judgement had translated back
+        if "." in node:  # no dataset of the recipe: translations that were translated back
             continue
         rows = run.rows(node, "frames", limit=64)
         pairs = []

@@ -38,7 +38,7 @@ def write_report(run_folder: Location, results: Mapping[str, Any], samples: int 
         scores=score_table(run),
         heat=[heat(run, test) for test in run.tests],
         splits=gallery.splits(run),
-        judged=translations.judgements(run),
+        evaluated=translations.translation_table(run),
         extremes=translations.extremes(run, samples),
         translations=gallery.translations(run, samples),
         selections=gallery.selections(run, samples),

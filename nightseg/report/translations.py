@@ -1,4 +1,4 @@
-"""How good the translations are: one table, the frames in which a judge sees most and least of the same, one sheet."""
+"""How good the translations are: one table, frames with most and least agreement, one sheet."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ _SHEET_GAP, _SHEET_HEAD = 6, 26  # pixels
 _INK, _PAPER = (87, 96, 106), (255, 255, 255)
 
 
-def judgements(run: Run) -> dict[str, Any]:
+def translation_table(run: Run) -> dict[str, Any]:
     """The table: rows of one source stand together, the untranslated one first; `best` is the best of each column.
 
     Scores are fractions, KID is as it is. A score that is not there (no labels, no way back) is None.
     """
-    judged = run.results.get("translations", {})  # results of older versions have none
+    evaluated = run.results.get("translations", {})  # results of older versions have none
     rows: list[dict[str, Any]] = []
     floors: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for name in sorted(judged, key=lambda name: (judged[name]["source"], name)):
-        entry = judged[name]
-        same = tuple(entry[key] for key in ("source", "real", "judge", "extractor", "resize"))
+    for name in sorted(evaluated, key=lambda name: (evaluated[name]["source"], name)):
+        entry = evaluated[name]
+        same = tuple(entry[key] for key in ("source", "real", "segmenter", "extractor", "resize"))
         if same not in floors:
             floors[same] = [_floor_row(run, entry)]
             rows += floors[same]
@@ -44,7 +44,7 @@ def judgements(run: Run) -> dict[str, Any]:
         "rows": rows,
         "best": {key: _best(rows, key) for key in _KEYS},
         "tests": run.tests if rows else [],
-        "extractors": sorted({f"{entry['extractor']}, {entry['resize']}" for entry in judged.values()}),
+        "extractors": sorted({f"{entry['extractor']}, {entry['resize']}" for entry in evaluated.values()}),
     }
 
 
@@ -52,15 +52,15 @@ _KEYS = ("fid", "kid", "translated", "back", "survival", "pixels", "agreement", 
 
 
 def _floor_row(run: Run, entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The source as it is: the distances that a translation has to beat, and the mIoU that the judge has at home."""
+    """The source as it is: the distances that a translation has to beat, and the segmenter's mIoU on it."""
     return dict.fromkeys(_KEYS) | {
         "name": entry["source"],
-        "about": f"untranslated; real: {entry['real']}, judge: {entry['judge']}",
+        "about": f"untranslated; real: {entry['real']}, segmenter: {entry['segmenter']}",
         "is_floor": True,
         "fid": entry["fid"]["source"],
         "kid": entry["kid"]["source"],
         "translated": entry["miou"]["source"],
-        "models": {test: _downstream(run, [entry["judge"]], test, None) for test in run.tests},
+        "models": {test: _downstream(run, [entry["segmenter"]], test, None) for test in run.tests},
     }
 
 
@@ -77,14 +77,16 @@ def _row(run: Run, name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
         "pixels": entry["agreement"]["pixels"],
         "agreement": entry["agreement"]["miou"],
         "edges": entry["edges"],
-        "models": {test: _downstream(run, list(entry["models"]), test, entry["judge"]) for test in run.tests},
+        "models": {test: _downstream(run, list(entry["models"]), test, entry["segmenter"]) for test in run.tests},
     }
 
 
-def _downstream(run: Run, models: Sequence[str], test: str, judge: str | None) -> list[tuple[str, float, float | None]]:
-    """(model, mIoU, points over the judge) of those that were tested, in the order of their training."""
+def _downstream(
+    run: Run, models: Sequence[str], test: str, segmenter: str | None
+) -> list[tuple[str, float, float | None]]:
+    """(model, mIoU, points over the segmenter) of those that were tested, in the order of their training."""
     scored = [model for model in run.models if model in models and run.score(model, test)]
-    before = run.miou(judge, test) if judge in run.models and run.score(str(judge), test) else None
+    before = run.miou(segmenter, test) if segmenter in run.models and run.score(str(segmenter), test) else None
     reached = [(model, run.miou(model, test)) for model in scored]
     return [(model, miou, None if before is None else 100 * (miou - before)) for model, miou in reached]
 
@@ -100,11 +102,11 @@ def _best(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
 
 
 def extremes(run: Run, samples: int) -> list[dict[str, Any]]:
-    """Of each judged translation the frames with most and with least agreement: source, translation, what was seen."""
+    """Of each evaluated translation the frames with most and least agreement: source, translation, masks."""
     found = []
     for name, entry in sorted(run.results.get("translations", {}).items()):
         ranked = sorted(
-            run.rows(entry["node"], "judgements", drop=_MATRICES), key=lambda row: (row["agreement"], row["frame_id"])
+            run.rows(entry["node"], "frame_scores", drop=_MATRICES), key=lambda row: (row["agreement"], row["frame_id"])
         )
         count = min(max(1, samples // 2), len(ranked) // 2)
         groups = [("least agreement", ranked[:count]), ("most agreement", ranked[len(ranked) - count :][::-1])]
@@ -116,13 +118,13 @@ def extremes(run: Run, samples: int) -> list[dict[str, Any]]:
 
 
 def _pictures(run: Run, name: str, entry: Mapping[str, Any], shown: Sequence[Row]) -> dict[str, list[Picture]]:
-    """Frame id -> source, translation, way back, and what the judge saw in source and translation."""
+    """Frame id -> source, translation, way back, and what the segmenter saw in source and translation."""
     ids, sources = {row["frame_id"] for row in shown}, {row["source_id"] for row in shown}
-    judge, back_ids = entry["judge"], {f"{name}.back/{frame_id}" for frame_id in ids}
+    segmenter, back_ids = entry["segmenter"], {f"{name}.back/{frame_id}" for frame_id in ids}
     made = _by_id(run, f"translate/{name}", "frames", ids)
     back = _by_id(run, f"translate/{name}.back", "frames", back_ids)
-    saw = _by_id(run, f"predict/{judge}.{entry['source']}", "predictions", sources)
-    saw_made = _by_id(run, f"predict/{judge}.{name}", "predictions", ids)
+    saw = _by_id(run, f"predict/{segmenter}.{entry['source']}", "predictions", sources)
+    saw_made = _by_id(run, f"predict/{segmenter}.{name}", "predictions", ids)
     found = {}
     for row in shown:
         translated = made.get(row["frame_id"])
@@ -131,11 +133,11 @@ def _pictures(run: Run, name: str, entry: Mapping[str, Any], shown: Sequence[Row
             _photo(source, "source", row["source_id"]),
             _photo(translated, entry["to"], f"edges {row['edges']:.2f}"),
             _photo(back.get(f"{name}.back/{row['frame_id']}"), "and back", ""),
-            _mask(run, saw.get(row["source_id"]), f"{judge} on source", ""),
+            _mask(run, saw.get(row["source_id"]), f"{segmenter} on source", ""),
             _mask(
                 run,
                 saw_made.get(row["frame_id"]),
-                f"{judge} on {entry['to']}",
+                f"{segmenter} on {entry['to']}",
                 f"{formatting.percent(row['agreement'], 0)} % of its pixels agree",
             ),
         ]

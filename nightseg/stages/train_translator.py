@@ -243,7 +243,7 @@ def learn(session: Session, settings: dict[str, Any]) -> None:
         game = (day_B3HW, night_B3HW, translation, weights, adversarial, precision)
         judged = discriminator_step(networks, discriminators, *game)
         made = generator_step(networks, judges, features, *game)
-        average(networks, min(recipe.average, (1 + iteration) / (10 + iteration)))
+        average(networks, min(recipe.ema_decay, (1 + iteration) / (10 + iteration)))
 
         done = iteration + 1
         means.add(judged, made)

@@ -258,8 +258,8 @@ def _palette(
     begun = note.read_json() if note.exists() else None
     if begun is not None:
         named = [pair for pair in named if pair[0] in set(begun)]
-    palette = open_palette(named, count=settings.lenders, among=settings.among, seed=attempt.seed, what=what)
-    drawn, wanted = [lender.frame_id for lender in palette.lenders], min(settings.lenders, len(named))
+    palette = open_palette(named, count=settings.style_images, among=settings.nearest, seed=attempt.seed, what=what)
+    drawn, wanted = [lender.frame_id for lender in palette.lenders], min(settings.style_images, len(named))
     if begun is None:
         note.write_json(drawn)
         if len(drawn) < wanted:

@@ -72,8 +72,10 @@ class FourierTranslator(Strict):
     beta: Annotated[float, Field(ge=0, le=0.5)] = Field(
         default=0.01, description="frequencies below this many cycles a pixel are swapped; 0 = none"
     )
-    lenders: Positive = Field(default=200, description="frames of night (or day) to draw from, chosen by the seed")
-    among: Positive | None = Field(default=None, description="draw among the so many most alike in layout; null = all")
+    style_images: Positive = Field(default=200, description="frames of night (or day) to draw from, chosen by the seed")
+    nearest: Positive | None = Field(
+        default=None, description="draw from this many with the most similar layout; null = all"
+    )
 
 
 class ColourTranslator(Strict):
@@ -85,8 +87,10 @@ class ColourTranslator(Strict):
     method: Literal["reinhard", "histogram"] = Field(
         default="reinhard", description="mean and deviation in Oklab, or the histogram of each band"
     )
-    lenders: Positive = Field(default=200, description="frames of night (or day) to draw from, chosen by the seed")
-    among: Positive | None = Field(default=5, description="draw among the so many most alike in layout; null = all")
+    style_images: Positive = Field(default=200, description="frames of night (or day) to draw from, chosen by the seed")
+    nearest: Positive | None = Field(
+        default=5, description="draw from this many with the most similar layout; null = all"
+    )
 
 
 class CommandTranslator(Strict):

@@ -69,7 +69,9 @@ class Translator(Strict):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     step_every: Positive = Field(default=100_000, description="iterations between halvings of the learning rate")
-    average: Fraction = Field(default=0.0, description="decay of the generators' running mean; 0 = the last weights")
+    ema_decay: Fraction = Field(
+        default=0.0, description="of the generators' exponential moving average; 0 = the last weights"
+    )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="auto: bfloat16 on a GPU, float32 on a CPU, where it is as fast"
     )

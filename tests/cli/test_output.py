@@ -134,10 +134,10 @@ def test_scores_are_percent_with_the_published_value_beside_them(capsys: pytest.
     assert [cell.strip() for cell in row.split("│")[1:-1]] == ["m", "night", "38.8", "90.0", "50.0", "-", "38.8"]
 
 
-def test_judged_translations_stand_below_the_scores(capsys: pytest.CaptureFixture[str]) -> None:
-    judged = {"kind": "fourier", "fid": {"translated": 12.345}, "kid": {"translated": 0.00678}, "survival": None,
+def test_translations_stand_below_the_scores(capsys: pytest.CaptureFixture[str]) -> None:
+    translated = {"kind": "fourier", "fid": {"translated": 12.345}, "kid": {"translated": 0.00678}, "survival": None,
               "agreement": {"pixels": 0.9}, "edges": 0.876}  # fmt: skip
-    output.print_scores({"models": {}, "translations": {"made": judged}})
+    output.print_scores({"models": {}, "translations": {"made": translated}})
     row = next(line for line in capsys.readouterr().out.splitlines() if "made" in line)
     assert [cell.strip() for cell in row.split("│")[1:-1]] == ["made", "fourier", "12.35", "6.78", "-", "90.0", "0.88"]
 

@@ -1,4 +1,4 @@
-"""The graph of translators that need no training and of judgements; the recipes that compare all of them."""
+"""The graph of translators that need no training and of evaluations; the recipes that compare all of them."""
 
 from __future__ import annotations
 
@@ -77,9 +77,9 @@ def test_the_frames_that_lend_their_light_are_inputs(tmp_path: Path) -> None:
     day, pool = NodeId("collect", "day"), NodeId("split", "pool")
     colour = made.nodes[NodeId("translate", "by_colour")]
     assert colour.needs == (day, pool) and colour.takes == (day,)
-    assert colour.recipe["lenders"] == ["split/pool:night"]
+    assert colour.recipe["style_images"] == ["split/pool:night"]
     back = made.nodes[NodeId("translate", "by_colour.back")]
-    assert back.needs == (NodeId("translate", "by_colour"), pool) and back.recipe["lenders"] == ["split/pool:day"]
+    assert back.needs == (NodeId("translate", "by_colour"), pool) and back.recipe["style_images"] == ["split/pool:day"]
     assert back.recipe["to"] == "day"
     assert made.nodes[NodeId("translate", "by_optics")].needs == (day,)
 
@@ -98,22 +98,22 @@ def test_keys_hold_what_the_result_follows_from_and_nothing_else(tmp_path: Path)
         }
 
     assert changed("translators.optics.sky=0.2") == {"translate/by_optics"}
-    assert changed("translators.colour.among=2") == {"translate/by_colour", "translate/by_colour.back"}
+    assert changed("translators.colour.nearest=2") == {"translate/by_colour", "translate/by_colour.back"}
     assert changed("translators.program.revision=2") == {"translate/by_program"}
     assert changed("translators.program.timeout_seconds=8") == set()
     assert changed("translators.program.to=[night, day]") == set()
     assert changed("translators.unit.kind=unit") == set()
     drawn = changed("seed=6")
     assert {"translate/by_optics", "translate/by_colour", "translate/by_program"} <= drawn
-    assert "translate/by_unit" not in drawn and "judge_translation/by_optics" not in drawn
+    assert "translate/by_unit" not in drawn and "evaluate_translation/by_optics" not in drawn
     unit = before.nodes[NodeId("train_translator", "unit")].recipe
     assert "kind" not in unit and before.nodes[NodeId("translate", "by_unit")].seed == 0
 
 
-def test_a_judgement_stands_on_features_masks_and_the_way_back(tmp_path: Path) -> None:
+def test_an_evaluation_stands_on_features_masks_and_the_way_back(tmp_path: Path) -> None:
     made = graph(tmp_path)
-    assert names(made, "judge_translation") == ["by_unit", "by_optics", "by_colour"]
-    needs = {str(need) for need in made.nodes[NodeId("judge_translation", "by_unit")].needs}
+    assert names(made, "evaluate_translation") == ["by_unit", "by_optics", "by_colour"]
+    needs = {str(need) for need in made.nodes[NodeId("evaluate_translation", "by_unit")].needs}
     assert needs == {
         "translate/by_unit",
         "collect/day",
@@ -129,19 +129,20 @@ def test_a_judgement_stands_on_features_masks_and_the_way_back(tmp_path: Path) -
     assert NodeId("predict", "first.by_program") not in made.nodes  # nobody asked
     # Source and real frames are measured once for all translations.
     assert len(names(made, "score")) == 5 and len(names(made, "predict")) == 6
-    facts = made.judgements["by_optics"].facts
+    facts = made.translations["by_optics"].facts
     assert facts == {
-        "translator": "optics", "kind": "photometric", "to": "night", "source": "day", "judge": "first", "real": "night"
+        "translator": "optics", "kind": "photometric", "to": "night", "source": "day", "segmenter": "first",
+        "real": "night",
     }  # fmt: skip
 
 
-def test_nothing_is_judged_unless_it_is_asked_for(tmp_path: Path) -> None:
+def test_nothing_is_evaluated_unless_it_is_asked_for(tmp_path: Path) -> None:
     asked = recipe(tmp_path, "translations={}")
     stages = {node.stage for node in build_graph(asked).nodes}
-    assert not stages & {"judge_translation", "score", "predict"}
+    assert not stages & {"evaluate_translation", "score", "predict"}
     assert not any("." in node.name for node in build_graph(asked).nodes if node.stage == "translate")
     only = build_graph(recipe(tmp_path), "second")
-    assert "judge_translation" not in {node.stage for node in only.nodes}
+    assert "evaluate_translation" not in {node.stage for node in only.nodes}
 
 
 def test_distances_use_the_features_of_the_selections(tmp_path: Path) -> None:
@@ -169,7 +170,7 @@ def test_translators_yaml_compares_every_way_on_equal_terms(tmp_path: Path) -> N
     made = build_graph(found)
     compared = {name: kind for name, kind in kinds(found).items() if name.startswith("by_")}
     assert set(compared.values()) == {"unit", "photometric", "fourier", "colour"}
-    assert set(found.translations) == set(made.judgements) == set(compared)
+    assert set(found.translations) == set(made.translations) == set(compared)
     assert names(made, "train_translator") == ["unit"]
     further = [name for name in found.models if name != "day_only"]
     trainings = {str(found.models[name].training) for name in further}
@@ -192,7 +193,7 @@ def test_camvid_translators_yaml_fits_the_folders_of_camvid(tmp_path: Path) -> N
     (tmp_path / "dusk/unlabelled/images/a.png").write_bytes(encode_png(image))
     found = load_recipe(CONFIGS / "camvid_translators.yaml", [f"roots.camvid={tmp_path}"])
     made = build_graph(found)
-    assert set(found.translations) == set(made.judgements) == set(kinds(found))
+    assert set(found.translations) == set(made.translations) == set(kinds(found))
     assert sorted(names(made, "train_translator")) == ["unit", "unit_plain"]
     weights = [found.translators[name].weights.perceptual for name in ("unit", "unit_plain")]  # type: ignore[union-attr]
     assert weights == [0.1, 0.0]
@@ -214,7 +215,7 @@ models: {day_only: {train: [day]}}
     )
     (tmp_path / "recipe.yaml").write_text(rest + block.replace("datasets:\n", f"datasets:\n{frames}", 1))
     made = build_graph(load_recipe(tmp_path / "recipe.yaml"))
-    assert names(made, "judge_translation") == ["day_at_night"] and "converted" in made.datasets
+    assert names(made, "evaluate_translation") == ["day_at_night"] and "converted" in made.datasets
 
 
 @pytest.mark.parametrize("name", [file.name for file in sorted(CONFIGS.glob("*.yaml"))])

@@ -98,8 +98,8 @@ def test_quarantined_frames_are_listed_but_not_without_end(run: Location) -> Non
     assert results["commits"]["collect/day"]["quarantined"] == MAX_QUARANTINE_ROWS + 5
 
 
-def test_a_judged_translation_stands_beside_the_models_that_learned_from_it(tmp_path: Path) -> None:
-    folder, judge = Location.of(tmp_path / "run"), NodeId("judge_translation", "made")
+def test_an_evaluated_translation_stands_beside_the_models_that_learned_from_it(tmp_path: Path) -> None:
+    folder, evaluation = Location.of(tmp_path / "run"), NodeId("evaluate_translation", "made")
     text = """
 name: made
 taxonomy: camvid11
@@ -111,19 +111,19 @@ translators: {optics: {kind: photometric}}
         DAY: commit(folder, DAY),
         TRAIN: commit(folder, TRAIN),
         TEST: commit(folder, TEST, scores=SCORES),
-        judge: commit(folder, judge, judgement={"fid": {"translated": 3.5}, "edges": 0.5}),
+        evaluation: commit(folder, evaluation, scores={"fid": {"translated": 3.5}, "edges": 0.5}),
     }
     graph = Graph(nodes={node: Node(node, 1, {}, (), (), MapCompute(), lambda *_: commits[DAY]) for node in commits})
     tests = {"night": words.TestNode(TEST, "", None)}
     for name, train in (("m", ["all"]), ("other", ["day"])):
         graph.models[name] = ModelNodes(TRAIN, None, None, {"start": "imagenet", "parents": [], "train": train}, tests)
-    graph.judgements["made"] = words.JudgedTranslation(judge, {"kind": "photometric", "judge": "other"})
+    graph.translations["made"] = words.EvaluatedTranslation(evaluation, {"kind": "photometric", "segmenter": "other"})
     found = gather(load_recipe(tmp_path / "recipe.yaml"), graph, commits, set())["translations"]
     assert found == {
         "made": {
-            "node": "judge_translation/made",
+            "node": "evaluate_translation/made",
             "kind": "photometric",
-            "judge": "other",
+            "segmenter": "other",
             "fid": {"translated": 3.5},
             "edges": 0.5,
             "models": {"m": {"night": 0.25}},

@@ -61,31 +61,33 @@ test_sets: {{night: night_test, converted: converted}}
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.usefixtures("ray_cluster")
-def test_every_kind_of_translator_is_judged_in_results_and_report(tmp_path: Path) -> None:
+def test_every_kind_of_translator_is_evaluated_in_results_and_report(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     run = str(tmp_path / "run")
     adapted = adapt(str(tmp_path / "recipe.yaml"), [], run_dir=run, only=None, progress=SilentProgress())
-    judged = (Location.of(run) / "results.json").read_json()["translations"]
+    measured = (Location.of(run) / "results.json").read_json()["translations"]
 
     ways_back = {"by_unit": True, "by_optics": False, "by_fourier": False, "by_colour": True, "by_program": False}
-    assert {name: found["has_way_back"] for name, found in judged.items()} == ways_back
-    for name, found in judged.items():
-        assert (found["frames"], found["labelled"], found["judge"], found["real"]) == (5, 5, "day_only", "night"), name
-        assert found["fid"]["source"] == judged["by_unit"]["fid"]["source"] > 0 < found["fid"]["translated"]
+    assert {name: found["has_back_translation"] for name, found in measured.items()} == ways_back
+    for name, found in measured.items():
+        assert (found["frames"], found["labelled"], found["segmenter"], found["real"]) == (5, 5, "day_only", "night"), (
+            name
+        )
+        assert found["fid"]["source"] == measured["by_unit"]["fid"]["source"] > 0 < found["fid"]["translated"]
         assert set(found["kid"]) == {"translated", "source"}
         assert 0 <= found["agreement"]["pixels"] <= 1 and -1 <= found["edges"] <= 1
         assert (
-            found["miou"]["source"] == judged["by_unit"]["miou"]["source"] and found["miou"]["translated"] is not None
+            found["miou"]["source"] == measured["by_unit"]["miou"]["source"] and found["miou"]["translated"] is not None
         )
         assert (found["survival"] is not None) == (found["miou"]["back"] is not None) == ways_back[name]
-    assert judged["by_colour"]["edges"] > 0.9 > judged["by_unit"]["edges"]  # two iterations: a translator of noise
+    assert measured["by_colour"]["edges"] > 0.9 > measured["by_unit"]["edges"]  # two iterations: a translator of noise
     scores = adapted.outcome.results["models"]["more"]["tests"]
-    assert judged["by_optics"]["models"] == {"more": {test: scores[test]["miou"] for test in ("night", "converted")}}
-    assert judged["by_colour"]["models"] == {}
+    assert measured["by_optics"]["models"] == {"more": {test: scores[test]["miou"] for test in ("night", "converted")}}
+    assert measured["by_colour"]["models"] == {}
 
     page = adapted.report.read_bytes().decode()
-    assert "labels, by a judge" in page and page.count("Least agreement") == 5
-    for found in judged.values():
+    assert "labels, by a segmenter" in page and page.count("Least agreement") == 5
+    for found in measured.values():
         assert f"{found['fid']['translated']:.2f}" in page
     sheet = Location.of(tmp_path / "sheet.png")
     assert translation_sheet(Location.of(run), adapted.outcome.results, sheet, frames=2, width=48).exists()

@@ -1,4 +1,4 @@
-"""Translators of all kinds and judgements in a recipe: what is right, and what is said about the rest."""
+"""Translators of all kinds and evaluations in a recipe: what is right, and what is said about the rest."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nightseg.recipe import RecipeError, load_recipe, save_recipe
-from nightseg.recipe.types import Judgement
+from nightseg.recipe.types import TranslationEvaluation
 from nightseg.storage import Location
 from nightseg.translators.settings import ColourTranslator, CommandTranslator, FourierTranslator, PhotometricTranslator
 from nightseg.unit.settings import Translator
@@ -26,7 +26,7 @@ translators:
   optics: {kind: photometric, lights: 0.5}
   fourier: {kind: fourier, night: night, beta: 0.05}
   reinhard: {kind: colour, day: day, night: night}
-  colour: {kind: colour, night: night, method: histogram, among: 1}
+  colour: {kind: colour, night: night, method: histogram, nearest: 1}
   program: {kind: command, argv: [run, "{input}", "{output}", "--seed={seed}"], to: [night, day]}
 models:
   first: {train: [day]}
@@ -61,7 +61,7 @@ def test_every_kind_is_read_and_unit_needs_no_kind(tmp_path: Path) -> None:
         "program": CommandTranslator,
     }
     assert recipe.translators["unit"].kind == "unit"
-    assert recipe.translations == {"made": Judgement(real="night")}
+    assert recipe.translations == {"made": TranslationEvaluation(real="night")}
 
 
 def test_a_saved_recipe_is_read_back_equal(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_a_saved_recipe_is_read_back_equal(tmp_path: Path) -> None:
         ("translators.fourier.kind=gan", "'gan' is not allowed; allowed: unit, photometric, fourier, colour, command"),
         ("translators.fourier.bete=0.1", "unknown key, did you mean 'beta'?; allowed: kind, night, day"),
         ("translators.optics.night=night", "unknown key, did you mean 'lights'?; allowed: kind, stops"),
-        ("translators.colour.betha=1", "unknown key; allowed: kind, night, day, method, lenders, among"),
+        ("translators.colour.betha=1", "unknown key; allowed: kind, night, day, method, style_images, nearest"),
         ("translators.colour.method=reinhart", "'reinhart' is not allowed, did you mean 'reinhard'?"),
         ("translators.unit.weights.cycel=1", "translators.unit.weights.cycel: unknown key, did you mean 'cycle'?"),
         ("translators.fourier.night=nite", "fourier.night: there is no dataset 'nite', did you mean 'night'?"),
@@ -119,17 +119,23 @@ def test_a_way_that_does_not_exist_is_refused_before_anything_runs(
     ("overrides", "message"),
     [
         (["translations.maid={}"], "translations.maid: there is no dataset 'maid', did you mean 'made'?"),
-        (["translations.day={}"], "translations.day: day is no translated dataset, so there is nothing to judge"),
-        (["translations.made.judge=fist"], "there is no model 'fist', did you mean 'first'?"),
+        (["translations.day={}"], "translations.day: day is no translated dataset, so there is nothing to measure"),
+        (["translations.made.segmenter=fist"], "there is no model 'fist', did you mean 'first'?"),
         (["translations.made.real=null"], "the translator has no night frames to compare with: say `real: DATASET`"),
-        (["translations.made.judge=second"], "second learned from translated frames (made), so it is no judge"),
-        (["translations.made.judge=third"], "third learned from translated frames (made), so it is no judge"),
-        (["models={}"], "translations.made.judge: the recipe has no model that could judge"),
+        (
+            ["translations.made.segmenter=second"],
+            "second learned from translated frames (made), so it cannot measure them",
+        ),
+        (
+            ["translations.made.segmenter=third"],
+            "third learned from translated frames (made), so it cannot measure them",
+        ),
+        (["models={}"], "translations.made.segmenter: the recipe has no model to measure with"),
         (["translations.made.extractor=inceptoin"], "unknown extractor 'inceptoin', did you mean 'inception'?"),
         (["translations.made.reel=night"], "translations.made.reel: unknown key, did you mean 'real'?"),
     ],
 )
-def test_what_cannot_be_judged_is_refused(tmp_path: Path, overrides: list[str], message: str) -> None:
+def test_what_cannot_be_measured_is_refused(tmp_path: Path, overrides: list[str], message: str) -> None:
     assert message in errors_of(tmp_path, *overrides)
 
 

@@ -47,7 +47,7 @@ class MadeUpRun:
             self.evaluate(model, "night", night, noise)
             self.evaluate(model, "day", day, noise / 3)
         self.predict("dusk", night)
-        self.judge("day_at_night", day)
+        self.evaluate_translation("day_at_night", day)
         self.results = self.gather()
 
     def attempt(self, stage: str, name: str) -> Attempt:
@@ -193,8 +193,8 @@ class MadeUpRun:
         outputs = [self.table(attempt, "predictions", frame_table(rows, extra=extra))]
         self.keep(attempt.finish(rows_in=len(rows), rows_out=len(rows), outputs=outputs, seconds=1.0))
 
-    def judge(self, name: str, source: list[dict[str, Any]]) -> None:
-        """The judge day_only saw source and translation; frame i of the latter is 60 + 5 i percent as it was."""
+    def evaluate_translation(self, name: str, source: list[dict[str, Any]]) -> None:
+        """The segmenter day_only saw source and translation; frame i of the latter is 60 + 5 i percent as it was."""
         made = [{**row, "frame_id": f"{name}/{row['frame_id']}"} for row in source]
         self.predict("day_only.day", source)
         self.predict(f"day_only.{name}", made)
@@ -202,8 +202,8 @@ class MadeUpRun:
             {"frame_id": row["frame_id"], "source_id": before["frame_id"], "agreement": 0.6 + 0.05 * i, "edges": 0.71}
             for i, (row, before) in enumerate(zip(made, source, strict=True))
         ]
-        attempt = self.attempt("judge_translation", name)
-        outputs = [self.table(attempt, "judgements", pa.Table.from_pylist(rows))]
+        attempt = self.attempt("evaluate_translation", name)
+        outputs = [self.table(attempt, "frame_scores", pa.Table.from_pylist(rows))]
         self.keep(attempt.finish(rows_in=len(rows), rows_out=len(rows), outputs=outputs, seconds=2.0))
 
     # -- results.json ------------------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ class MadeUpRun:
             "selections": {"self_trained": {"node": "select/self_trained", "evidence": self.selection(street)}},
             "pseudo_labels": {"self_trained": {"node": "pseudo_label/self_trained", "evidence": self.evidence}},
             "predictions": {"dusk": {"node": "predict/dusk", "dataset": "night_test", "model": "self_trained"}},
-            "translations": {"day_at_night": self.judgement()},
+            "translations": {"day_at_night": self.translation_scores()},
             "quarantine": [
                 {"stage": "collect", "name": "night_test", **row}
                 for row in self.commits["collect/night_test"].table("quarantine").to_pylist()
@@ -257,14 +257,15 @@ class MadeUpRun:
             },
         }
 
-    def judgement(self) -> dict[str, Any]:
+    def translation_scores(self) -> dict[str, Any]:
         return {
-            "node": "judge_translation/day_at_night",
-            "translator": "unit", "kind": "unit", "to": "night", "source": "day", "judge": "day_only", "real": "night",
+            "node": "evaluate_translation/day_at_night",
+            "translator": "unit", "kind": "unit", "to": "night", "source": "day", "real": "night",
+            "segmenter": "day_only",
             "fid": {"translated": 61.25, "source": 98.5}, "kid": {"translated": 0.0123, "source": 0.0456},
             "kid_deviation": {"translated": 0.001, "source": 0.002}, "extractor": "efficientnet_lite0",
             "resize": "clean", "compared": {"translated": 5, "source": 5, "real": 5},
-            "frames": 5, "labelled": 5, "has_way_back": True,
+            "frames": 5, "labelled": 5, "has_back_translation": True,
             "miou": {"source": 0.55, "translated": 0.31, "back": 0.44}, "survival": 0.8,
             "agreement": {"pixels": 0.7, "miou": 0.52}, "back_agreement": {"pixels": 0.81, "miou": 0.66},
             "edges": 0.71, "models": {"self_trained": {"night": 0.4, "day": 0.6}},

@@ -13,12 +13,12 @@ from PIL import Image
 from nightseg.report import translation_sheet, write_report
 from nightseg.report.formatting import decimals
 from nightseg.report.run import Run
-from nightseg.report.translations import extremes, judgements
+from nightseg.report.translations import extremes, translation_table
 from nightseg.storage import Location, UserError
 
 
 def with_others(made_up_run: Any, **changes: dict[str, Any]) -> Run:
-    """The run with further judged translations: the one it has, changed."""
+    """The run with further evaluated translations: the one it has, changed."""
     results = copy.deepcopy(made_up_run.results)
     first = results["translations"]["day_at_night"]
     results["translations"] |= {name: {**first, **change} for name, change in changes.items()}
@@ -27,7 +27,7 @@ def with_others(made_up_run: Any, **changes: dict[str, Any]) -> Run:
 
 def test_the_untranslated_source_is_the_floor(made_up_run: Any) -> None:
     run = Run(made_up_run.folder, made_up_run.results)
-    floor, row = judgements(run)["rows"]
+    floor, row = translation_table(run)["rows"]
     assert (floor["name"], floor["is_floor"], floor["fid"], floor["kid"]) == ("day", True, 98.5, 0.0456)
     assert floor["translated"] == 0.55 and floor["survival"] is None and floor["pixels"] is None
     assert floor["models"]["night"] == [("day_only", run.miou("day_only", "night"), None)]
@@ -35,19 +35,19 @@ def test_the_untranslated_source_is_the_floor(made_up_run: Any) -> None:
     assert (row["survival"], row["pixels"], row["agreement"], row["edges"]) == (0.8, 0.7, 0.52, 0.71)
 
 
-def test_models_are_compared_with_the_judge(made_up_run: Any) -> None:
+def test_models_are_compared_with_the_segmenter(made_up_run: Any) -> None:
     run = Run(made_up_run.folder, made_up_run.results)
-    (model, miou, points) = judgements(run)["rows"][1]["models"]["night"][0]
+    (model, miou, points) = translation_table(run)["rows"][1]["models"]["night"][0]
     assert (model, miou) == ("self_trained", run.miou("self_trained", "night"))
     assert points == pytest.approx(100 * (miou - run.miou("day_only", "night")))
 
 
 def test_the_best_of_each_column_is_marked_and_floors_do_not_compete(made_up_run: Any) -> None:
     other = {"fid": {"translated": 99.0, "source": 98.5}, "survival": None, "edges": 0.9}
-    found = judgements(with_others(made_up_run, other=other))
+    found = translation_table(with_others(made_up_run, other=other))
     assert [row["name"] for row in found["rows"]] == ["day", "day_at_night", "other"]
     assert (found["best"]["fid"], found["best"]["edges"], found["best"]["survival"]) == (61.25, 0.9, None)
-    again = judgements(with_others(made_up_run, other={"real": "dusk"}))
+    again = translation_table(with_others(made_up_run, other={"real": "dusk"}))
     assert [row["name"] for row in again["rows"]] == ["day", "day_at_night", "day", "other"]  # another comparison
 
 
@@ -79,7 +79,7 @@ def test_the_page_shows_the_table(made_up_run: Any, tmp_path: Path) -> None:
 def test_results_of_older_versions_have_no_table(made_up_run: Any) -> None:
     older = {key: value for key, value in made_up_run.results.items() if key != "translations"}
     run = Run(made_up_run.folder, older)
-    assert judgements(run)["rows"] == [] and extremes(run, 4) == []
+    assert translation_table(run)["rows"] == [] and extremes(run, 4) == []
     page = write_report(made_up_run.folder, older).read_bytes().decode()
     assert "day_<wbr>at_<wbr>night" in page or "day_at_night" in page
     assert "KID" not in page
@@ -90,7 +90,7 @@ def test_a_run_whose_pictures_are_gone_keeps_its_table(made_up_run: Any, tmp_pat
     for facts in results["commits"].values():
         facts["folder"] = "/gone/stages/x/y/0123456789ab/attempt-1"
     run = Run(Location.of(tmp_path), results)
-    assert len(judgements(run)["rows"]) == 2 and extremes(run, 4) == []
+    assert len(translation_table(run)["rows"]) == 2 and extremes(run, 4) == []
     with pytest.raises(UserError, match="no translated frame"):
         translation_sheet(Location.of(tmp_path), results, Location.of(tmp_path / "sheet.png"))
 

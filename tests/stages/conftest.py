@@ -68,7 +68,7 @@ def reads_the_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def serial(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """`map_shards` of my stages in this process, with the same protocol; the titles of the shards that were done."""
-    from nightseg.stages import evaluate, judge_translation, predict, pseudo_label, translate
+    from nightseg.stages import evaluate, evaluate_translation, predict, pseudo_label, translate
 
     done: list[str] = []
 
@@ -92,7 +92,7 @@ def serial(monkeypatch: pytest.MonkeyPatch) -> list[str]:
                 done.append(f"{title} {index}")
         return [record for index in range(num_shards) if (record := attempt.shard(index))]
 
-    for module in (evaluate, judge_translation, predict, pseudo_label, translate):
+    for module in (evaluate, evaluate_translation, predict, pseudo_label, translate):
         monkeypatch.setattr(module, "map_shards", map_shards)
     return done
 

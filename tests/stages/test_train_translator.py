@@ -205,7 +205,7 @@ def test_two_workers_share_the_global_batch(tmp_path: Path) -> None:
 
 
 def test_samples_and_terms_can_be_looked_at_while_it_trains(tmp_path: Path) -> None:
-    settings = TINY.model_copy(update={"samples_every": 2, "average": 0.5, "precision": "float32"})
+    settings = TINY.model_copy(update={"samples_every": 2, "ema_decay": 0.5, "precision": "float32"})
     plan = plan_for(tmp_path, settings)["plan"]
     folders = [Location.of(tmp_path / "undisturbed"), Location.of(tmp_path / "killed")]
     train({"plan": replace(plan, journal=folders[0])})
@@ -250,12 +250,13 @@ def step(*arguments):
     return begun(*arguments)
 
 stage.generator_step = step
-stage.learn(LocalSession(Location.of({folder!r})), plan_for(Path({data!r}), TINY.model_copy(update={{"average": 0.9}})))
+settings = TINY.model_copy(update={{"ema_decay": 0.9}})
+stage.learn(LocalSession(Location.of({folder!r})), plan_for(Path({data!r}), settings))
 """
 
 
 def test_a_training_that_was_killed_ends_with_the_same_weights(tmp_path: Path) -> None:
-    settings = plan_for(tmp_path / "data", TINY.model_copy(update={"average": 0.9}))
+    settings = plan_for(tmp_path / "data", TINY.model_copy(update={"ema_decay": 0.9}))
     undisturbed = train(settings).state()
     folder = tmp_path / "trainer"
     words = {"tests": str(Path(__file__).parent), "folder": str(folder), "data": str(tmp_path / "data")}

@@ -27,7 +27,7 @@ def one_thread() -> None:
 
 def model_in(folder: Path) -> Location:
     model = Location.of(folder / "model")
-    save_model(model, Generators(2, 1).state_dict(), {"kind": "unit", "width": 2, "res_blocks": 1})
+    save_model(model, Generators(2, 1).state_dict(), {"kind": "unit", "width": 2, "res_blocks": 1, "shared_blocks": 0})
     return model
 
 
@@ -155,7 +155,11 @@ def test_frames_that_have_gone_bad_are_quarantined(tmp_path: Path) -> None:
 def run(folder: Path, source: pa.Table, to: stage.Domain, tile: tuple[int, int] | None = None) -> Commit:
     workspace = Workspace(folder / "run")
     parent = workspace.stage("train_translator", "unit", version=1, recipe={}, inputs={}, seed=0).open()
-    save_model(parent.folder / "model", Generators(2, 1).state_dict(), {"kind": "unit", "width": 2, "res_blocks": 1})
+    save_model(
+        parent.folder / "model",
+        Generators(2, 1).state_dict(),
+        {"kind": "unit", "width": 2, "res_blocks": 1, "shared_blocks": 0},
+    )
     translator = parent.finish(rows_in=0, rows_out=0, outputs=["model"])
     attempt = workspace.stage("translate", "streets-night", version=1, recipe={}, inputs={}, seed=0).open()
     return stage.translate(

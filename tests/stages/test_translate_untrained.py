@@ -37,7 +37,7 @@ WAYS: dict[str, UntrainedTranslator] = {
     "photometric": PhotometricTranslator(kind="photometric"),
     "fourier": FourierTranslator(kind="fourier", night="night", day="day", beta=0.05),
     "reinhard": ColourTranslator(kind="colour", night="night", day="day"),
-    "histogram": ColourTranslator(kind="colour", night="night", method="histogram", among=1),
+    "histogram": ColourTranslator(kind="colour", night="night", method="histogram", nearest=1),
     "command": CommandTranslator(kind="command", argv=[sys.executable, "-c", DARKEN, "{input}", "{output}"]),
 }
 

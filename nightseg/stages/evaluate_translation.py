@@ -1,18 +1,18 @@
 """How good is a translation? Distances to real frames, and how much of the frames and their labels survives.
 
-With x a source frame, y its label, t its translation, b the translation of t back, J the judge (a segmenter that never
-saw a translated frame), all over the whole set from summed matrices, fractions in [0, 1]:
+With x a source frame, y its label, t its translation, b the translation of t back, S the fixed segmenter (it never saw
+a translated frame), all over the whole set from summed matrices, fractions in [0, 1]:
 
-    FID, KID        of all t to real frames; the same of all x is the floor that a translation has to beat
-    mIoU source     J(x) against y
-    mIoU translated J(t) against y: also pays for what J does not know about the other domain
-    mIoU back       J(b) against y: J is at home again, so what is lost was lost on the way
+    FID, KID        of all t to real frames; the same of all x is the baseline that a translation has to beat
+    mIoU source     S(x) against y
+    mIoU translated S(t) against y: also pays for what S does not know about the other domain
+    mIoU back       S(b) against y: in the source domain again, so what is lost was lost by translating
     survival        mIoU back / mIoU source
-    agreement       pixels with J(t) = J(x), and the mIoU of J(t) with J(x) as its label; the same for b
-    edges           correlation of local edge strength in x and t (measures/edges.py), mean over the frames
+    agreement       pixels with S(t) = S(x), and the mIoU of S(t) with S(x) as its label; the same for b
+    edges           correlation of local edge strength in x and t (metrics/edges.py), mean over the frames
 
-A cycle can hide what it needs to find its way back where no eye sees it (arXiv 1712.02950), so survival alone is no
-proof: agreement and edges look at t itself. A judge's mistakes that x, t and b share cost nothing in agreement.
+A cycle can hide what it needs to go back in patterns that no eye sees (arXiv 1712.02950), so survival alone proves
+nothing: agreement and edges are about t itself. Mistakes of S that x, t and b share cost nothing in agreement.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from nightseg.selection.frechet import read_statistics, statistics_distance
 from nightseg.selection.kernel import kernel_distance
 from nightseg.storage import Attempt, Commit, Location, UserError
 
-VERSION = 1
+VERSION = 2
 
-JUDGEMENT_NAME: Final = "judgement.json"
+SCORES_NAME: Final = "scores.json"
 ROWS_FOR_KERNEL: Final = 20_000
 
 # Tables and files of the commits that are read here, by the names under which their stages write them.
@@ -53,9 +53,9 @@ PREDICTIONS, PREDICTION_URI = "predictions", "prediction_uri"
 SOURCE_URI = "source_uri"
 MASK_URIS: Final = {"source": "source_mask_uri", "translated": "translated_mask_uri", "back": "back_mask_uri"}
 
-# Columns of `judgements`, one row a judged frame.
+# Columns of `frame_scores`, one row a frame.
 SOURCE_ID, EDGES, AGREEMENT, BACK_AGREEMENT = "source_id", "edges", "agreement", "back_agreement"
-# Matrices K x K, row by row: label or J(x) against J(x), J(t) or J(b).
+# Matrices K x K, row by row: label or S(x) against S(x), S(t) or S(b).
 MATRICES: Final = ("label_source", "label_translated", "label_back", "source_translated", "source_back")
 
 SCHEMA: Final = pa.schema(
@@ -72,7 +72,7 @@ Labels = npt.NDArray[np.uint8]
 
 
 class Masks(NamedTuple):
-    """Commits of `predict` with the judge's masks."""
+    """Commits of `predict` with the masks of the segmenter."""
 
     translated: Commit
     source: Commit
@@ -87,7 +87,7 @@ class Features(NamedTuple):
     real: Commit
 
 
-def judge_translation(
+def evaluate_translation(
     translated: pa.Table,
     source: pa.Table,
     *,
@@ -100,18 +100,18 @@ def judge_translation(
     compute: MapCompute,
     max_bad_fraction: float,
 ) -> Commit:
-    """Commit the table `judgements` (frame_id, source_id, measures of each frame), `quarantine` and judgement.json.
+    """Commit the table `frame_scores` (frame_id, source_id, measures of each frame), `quarantine` and scores.json.
 
-    Frame tables have absolute uris; `masks.back` is None where there is no way back. Labels are optional. A frame that
-    one of the passes before had to leave out is quarantined here. Raises UserError: a set with fewer than two good
-    frames, features that do not compare.
+    Frame tables have absolute uris; `masks.back` is None where there is no translation back. Labels are optional. A
+    frame that one of the passes before had to leave out is quarantined here. Raises UserError: a set with fewer
+    than two good frames, features that do not compare.
     """
     begun = time.monotonic()
     classes, has_back = load_taxonomy(taxonomy), masks.back is not None
     distances = _distances(name, features)
     records = map_shards(
         _rows(translated, source, masks),
-        JudgeFrames,
+        MeasureFrames,
         {"classes": classes, "has_back": has_back},
         attempt=attempt,
         shard_rows=compute.shard_rows,
@@ -119,18 +119,18 @@ def judge_translation(
         cpus_per_actor=compute.cpus_per_actor,
         gpus_per_actor=0.0,
         progress=progress,
-        title=f"judge {name}",
+        title=f"evaluate {name}",
     )
-    parts = [(attempt.folder / record.tables["judgements"].path) for record in records]
+    parts = [(attempt.folder / record.tables["frame_scores"].path) for record in records]
     found = _summed(parts, classes, has_back)
     if found["frames"]:
-        (attempt.folder / JUDGEMENT_NAME).write_json({**distances, **found})
+        (attempt.folder / SCORES_NAME).write_json({**distances, **found})
     return attempt.finish(
         rows_in=translated.num_rows,
         rows_out=found["frames"],
         quarantined=sum(record.rows("quarantine") for record in records),
-        max_bad_fraction=max_bad_fraction if found["frames"] else 0.0,  # without a frame there is no judgement
-        outputs=[JUDGEMENT_NAME] if found["frames"] else [],
+        max_bad_fraction=max_bad_fraction if found["frames"] else 0.0,  # without a frame there are no scores
+        outputs=[SCORES_NAME] if found["frames"] else [],
         num_shards=len(records),
         summary={"fid": distances["fid"]["translated"], "agreement": found["agreement"], "edges": found["edges"]},
         seconds=time.monotonic() - begun,
@@ -145,8 +145,8 @@ def _distances(name: str, features: Features) -> dict[str, Any]:
     for what, commit in features._asdict().items():
         if not commit.has(STATISTICS_NAME):
             raise UserError(
-                f"translation {name}: {commit.rows_out} of the {what} frames could be read, and a distance needs 2; "
-                "look at the quarantine tables"
+                f"translation {name}: {commit.rows_out} of the {what} frames could be read, and a distance needs 2",
+                cure="see the quarantine tables for what is wrong with the others",
             )
     statistics = [read_statistics(commit.file(STATISTICS_NAME)) for commit in features]
     vectors = [sampled_vectors(commit, FEATURES, FEATURES, ROWS_FOR_KERNEL) for commit in features]
@@ -188,7 +188,7 @@ def _mask_places(commit: Commit) -> dict[str, str]:
     return {row[frame.FRAME_ID]: (commit.folder / row[PREDICTION_URI]).uri for row in table}
 
 
-class JudgeFrames:
+class MeasureFrames:
     """Measures of the frames of a shard. A frame of which something is missing goes to the quarantine table."""
 
     def __init__(self, classes: Taxonomy, has_back: bool) -> None:
@@ -204,7 +204,7 @@ class JudgeFrames:
             except BadFrame as fault:
                 keep = {column: row[column] for column in (frame.FRAME_ID, frame.URI)}
                 bad.append({**keep, frame.REASON: fault.reason, frame.DETAIL: fault.detail})
-        return {"judgements": pa.Table.from_pylist(good, schema=SCHEMA), "quarantine": frame.quarantine_table(bad)}
+        return {"frame_scores": pa.Table.from_pylist(good, schema=SCHEMA), "quarantine": frame.quarantine_table(bad)}
 
     def _measures(self, row: Mapping[str, Any]) -> dict[str, Any]:
         source, translated = read_image(_place(row, SOURCE_URI)), read_image(Location.of(row[frame.URI]))
@@ -229,7 +229,7 @@ class JudgeFrames:
     def _mask(self, row: Mapping[str, Any], what: str, size: tuple[int, ...]) -> Labels:
         mask = read_label(_place(row, MASK_URIS[what]))
         if mask.shape != size:
-            raise BadFrame("label_size", f"the judge's mask is {mask.shape}, the frame {size} (height, width)")
+            raise BadFrame("label_size", f"the mask is {mask.shape}, the frame {size} (height, width)")
         return mask
 
 
@@ -249,7 +249,7 @@ def _right(matrix: Counts) -> float:
 
 
 def _summed(parts: list[Location], classes: Taxonomy, has_back: bool) -> dict[str, Any]:
-    """Scores over all frames, from their matrices; null where there is no label or no way back."""
+    """Scores over all frames, from their matrices; null where there is no label or no translation back."""
     size = classes.num_classes
     totals: dict[str, list[Counts]] = {which: [] for which in MATRICES}
     frames, labelled, edges = 0, 0, 0.0
@@ -267,7 +267,7 @@ def _summed(parts: list[Location], classes: Taxonomy, has_back: bool) -> dict[st
     return {
         "frames": frames,
         "labelled": labelled,
-        "has_way_back": has_back,
+        "has_back_translation": has_back,
         "miou": miou,
         "survival": back / source if source and back is not None else None,
         "agreement": found["source_translated"],

@@ -1,4 +1,4 @@
-"""The judgement of a translation whose masks, labels and features are made by hand."""
+"""The evaluation of a translation whose masks, labels and features are made by hand."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nightseg.metrics.edges import edge_agreement
 from nightseg.progress import SilentProgress
 from nightseg.selection.frechet import Statistics, moments_of, write_statistics
 from nightseg.selection.kernel import kernel_distance
-from nightseg.stages import judge_translation as stage
+from nightseg.stages import evaluate_translation as stage
 from nightseg.stages import predict, score
 from nightseg.storage import Commit, UserError, Workspace
 
@@ -29,7 +29,7 @@ REAL = np.random.default_rng(9).normal(size=(40, 3)).astype(np.float32)
 
 
 class Made(NamedTuple):
-    """Everything that a judgement is made from."""
+    """Everything that an evaluation is made from."""
 
     translated: pa.Table
     source: pa.Table
@@ -56,7 +56,7 @@ def wrong(pixels: int) -> np.ndarray:
 
 
 class Maker:
-    """Three day frames, made darker, and seen by a judge that errs in 30 pixels by day and in 60 and 90 at night."""
+    """Three day frames, made darker; the segmenter errs in 30 pixels by day and in 60 and 90 at night."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.workspace = folder, Workspace(folder / "run")
@@ -112,15 +112,15 @@ class Maker:
             ),
         )
 
-    def judge(self, made: Made, max_bad_fraction: float = 0.0) -> Commit:
-        return stage.judge_translation(
+    def evaluate(self, made: Made, max_bad_fraction: float = 0.0) -> Commit:
+        return stage.evaluate_translation(
             made.translated,
             made.source,
             name="made",
             masks=made.masks,
             features=made.features,
             taxonomy="camvid11",
-            attempt=self.attempt("judge_translation", "made"),
+            attempt=self.attempt("evaluate_translation", "made"),
             progress=SilentProgress(),
             compute=MapCompute(shard_rows=2),
             max_bad_fraction=max_bad_fraction,
@@ -142,11 +142,11 @@ def miou(errors: int, frames: int = 3) -> float:
 
 def test_the_numbers_are_those_of_the_definitions(maker: Maker) -> None:
     made = maker.make()
-    found = maker.judge(made).json(stage.JUDGEMENT_NAME)
-    assert (found["frames"], found["labelled"], found["has_way_back"]) == (3, 3, True)
+    found = maker.evaluate(made).json(stage.SCORES_NAME)
+    assert (found["frames"], found["labelled"], found["has_back_translation"]) == (3, 3, True)
     assert found["miou"] == pytest.approx({"source": miou(90), "translated": miou(180), "back": miou(120)})
     assert found["survival"] == pytest.approx(miou(120) / miou(90))
-    # The first 30 pixels are cars to the judge in every picture; J(t) calls 30 + 60 more of J(x)'s sky cars.
+    # The first 30 pixels are cars to the segmenter in every picture; S(t) calls 30 + 60 more of S(x)'s sky cars.
     assert found["agreement"]["pixels"] == pytest.approx(1 - 90 / 1800)
     iou = {"sky": (900 - 90 - 90) / (900 - 90), "road": 1.0, "car": 90 / 180}
     assert found["agreement"]["miou"] == pytest.approx(sum(iou.values()) / 3)
@@ -156,7 +156,7 @@ def test_the_numbers_are_those_of_the_definitions(maker: Maker) -> None:
 
 
 def test_distances_stand_beside_those_of_the_source(maker: Maker) -> None:
-    found = maker.judge(maker.make()).json(stage.JUDGEMENT_NAME)
+    found = maker.evaluate(maker.make()).json(stage.SCORES_NAME)
     assert found["fid"]["translated"] == pytest.approx(9.0, rel=1e-4)  # the same spread, moved by (1, 2, 2)
     assert found["fid"]["source"] == pytest.approx(36.0, rel=1e-4)
     shift = np.array([1.0, 2.0, 2.0], dtype=np.float32)
@@ -167,7 +167,7 @@ def test_distances_stand_beside_those_of_the_source(maker: Maker) -> None:
 
 
 def test_every_frame_keeps_its_own_measures(maker: Maker) -> None:
-    rows = maker.judge(maker.make()).table("judgements").to_pylist()
+    rows = maker.evaluate(maker.make()).table("frame_scores").to_pylist()
     assert [row["frame_id"] for row in rows] == ["made/day/0", "made/day/1", "made/day/2"]
     assert [row["source_id"] for row in rows] == ["day/0", "day/1", "day/2"]
     assert [row["agreement"] for row in rows] == pytest.approx([1.0, 1 - 30 / 600, 1 - 60 / 600])
@@ -177,16 +177,16 @@ def test_every_frame_keeps_its_own_measures(maker: Maker) -> None:
 
 
 def test_without_a_way_back_nothing_is_said_about_survival(maker: Maker) -> None:
-    commit = maker.judge(maker.make(back=False))
-    found = commit.json(stage.JUDGEMENT_NAME)
-    assert found["survival"] is None and found["miou"]["back"] is None and not found["has_way_back"]
+    commit = maker.evaluate(maker.make(back=False))
+    found = commit.json(stage.SCORES_NAME)
+    assert found["survival"] is None and found["miou"]["back"] is None and not found["has_back_translation"]
     assert found["back_agreement"] == {"pixels": None, "miou": None}
     assert found["miou"]["translated"] == pytest.approx(miou(180))
-    assert commit.table("judgements")["label_back"].null_count == 3
+    assert commit.table("frame_scores")["label_back"].null_count == 3
 
 
-def test_without_labels_the_judge_still_compares_what_it_sees(maker: Maker) -> None:
-    found = maker.judge(maker.make(labelled=False)).json(stage.JUDGEMENT_NAME)
+def test_without_labels_the_segmenter_still_compares_what_it_sees(maker: Maker) -> None:
+    found = maker.evaluate(maker.make(labelled=False)).json(stage.SCORES_NAME)
     assert found["labelled"] == 0 and set(found["miou"].values()) == {None} and found["survival"] is None
     assert found["agreement"]["pixels"] == pytest.approx(1 - 90 / 1800)
 
@@ -195,23 +195,23 @@ def test_frames_that_a_pass_left_out_are_set_aside_here(maker: Maker) -> None:
     made = maker.make()
     (maker.folder / "day 1.png").unlink()
     fewer = made._replace(masks=made.masks._replace(back=maker.seen("back 2", "made.back/made/", 30, 30)))
-    commit = maker.judge(fewer, max_bad_fraction=0.7)
+    commit = maker.evaluate(fewer, max_bad_fraction=0.7)
     assert (commit.rows_in, commit.rows_out, commit.quarantined) == (3, 1, 2)
     bad = {row["frame_id"]: row for row in commit.table("quarantine").to_pylist()}
     assert bad["made/day/1"]["reason"] == "missing" and "day 1.png is not there" in bad["made/day/1"]["detail"]
     assert "there is no back mask of it" in bad["made/day/2"]["detail"]
-    assert commit.json(stage.JUDGEMENT_NAME)["frames"] == 1
+    assert commit.json(stage.SCORES_NAME)["frames"] == 1
 
 
-def test_a_set_without_a_distance_and_a_judgement_without_a_frame_are_refused(maker: Maker) -> None:
+def test_a_set_without_a_distance_and_an_evaluation_without_a_frame_are_refused(maker: Maker) -> None:
     made = maker.make()
     lonely = made._replace(features=made.features._replace(real=maker.scored("alone", REAL[:1])))
     with pytest.raises(UserError, match="translation made: 1 of the real frames could be read, and a distance needs 2"):
-        maker.judge(lonely)
+        maker.evaluate(lonely)
     for index in range(3):
         (maker.folder / f"made {index}.png").unlink()
     with pytest.raises(UserError, match=r"3 of 3 frames \(100.0%\) are bad"):
-        maker.judge(made, max_bad_fraction=1.0)
+        maker.evaluate(made, max_bad_fraction=1.0)
 
 
 def test_names_agree_with_the_stages_that_write_them() -> None:
