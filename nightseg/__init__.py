@@ -58,7 +58,6 @@ Metrics
 
 Shared by networks
     networks/weights.py       files of weights, read safely
-    networks/unpickle.py      pickles of arrays that can call nothing
     networks/model_folder.py  model folders
     networks/normaliser.py    bytes to an encoder's numbers, as a module
     networks/ema.py           running mean of weights
@@ -132,6 +131,7 @@ Selection of frames
 Models of other programs
     interop/detectron2_config.py      what its configs say about a network
     interop/detectron2_checkpoint.py  its tensors as ours, and back
+    interop/unpickle.py               pickles of arrays that can call nothing
     interop/onnx.py                   a segmenter as an ONNX file, checked before it is written
     interop/convert.py                detectron2's checkpoints as model folders, and back
 

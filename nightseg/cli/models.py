@@ -41,7 +41,7 @@ def convert() -> None:
 @click.argument("out")
 @click.option("--config", metavar="FILE", help="detectron2's config.yaml, or a config of its model zoo.")
 @click.option("--taxonomy", metavar="NAME_OR_FILE", help="The classes: cityscapes19, camvid11, or a YAML file.")
-@click.option("--thaw", is_flag=True, help="Let frozen batch norms learn in trainings that start from this model.")
+@click.option("--unfreeze", is_flag=True, help="Let frozen batch norms learn in trainings that start from this model.")
 @click.option("--channels", type=click.Choice(["BGR", "RGB"]), help="Without a config: its INPUT.FORMAT.")
 @click.option("--pixel-mean", metavar="A,B,C", callback=_three_numbers, help="Without a config: its PIXEL_MEAN.")
 @click.option("--pixel-std", metavar="A,B,C", callback=_three_numbers, help="Without a config: its PIXEL_STD.")
@@ -52,7 +52,7 @@ def detectron2(
     out: str,
     config: str | None,
     taxonomy: str | None,
-    thaw: bool,
+    unfreeze: bool,
     channels: str | None,
     pixel_mean: tuple[float, float, float] | None,
     pixel_std: tuple[float, float, float] | None,
@@ -91,7 +91,7 @@ def detectron2(
             config=Location.of(config) if config else None,
             stated=stated,
             classes=taxonomy,
-            thaw=thaw,
+            unfreeze=unfreeze,
         )
     answer(found, as_json)
 

@@ -28,12 +28,12 @@ def convert_from_detectron2(
     config: Location | None = None,
     stated: Facts | None = None,
     classes: str | None = None,
-    thaw: bool = False,
+    unfreeze: bool = False,
 ) -> dict[str, Any]:
     """Write the model folder `out` of a .pth or .pkl checkpoint; returns what was done with its tensors.
 
     `config` is detectron2's config.yaml, `stated` its facts by hand; one of them is needed. `classes` is a taxonomy by
-    name or file; without it the classes have numbers for names. `thaw`: let frozen batch norms learn from now on.
+    name or file; without it the classes have numbers for names. `unfreeze`: let frozen batch norms learn from now on.
     Raises UserError, and then `out` is not touched: no facts, `out` is a model already, another number of classes, or
     a checkpoint that `from_detectron2` refuses.
     """
@@ -44,7 +44,7 @@ def convert_from_detectron2(
         data = checkpoint.read_bytes()
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"there is no checkpoint {checkpoint}; give a .pth or .pkl file") from None
-    found = from_detectron2(read_checkpoint(data, str(checkpoint)), facts, str(checkpoint), thaw=thaw)
+    found = from_detectron2(read_checkpoint(data, str(checkpoint)), facts, str(checkpoint), unfreeze=unfreeze)
     num_classes = found.architecture["num_classes"]
     names = _classes(classes, num_classes, checkpoint)
     facts = facts._replace(norm=found.architecture["norm"], depth=None)

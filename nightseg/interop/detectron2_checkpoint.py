@@ -19,7 +19,8 @@ from torch import Tensor
 
 from nightseg.errors import UserError, closest
 from nightseg.interop.detectron2_config import Facts
-from nightseg.networks.unpickle import asked_of_torch, refusal, unpickle_arrays
+from nightseg.interop.unpickle import unpickle_arrays
+from nightseg.networks.weights import asked_of_torch, refusal
 from nightseg.segmenter.detectron2 import RGB_STD, their_name
 from nightseg.segmenter.network import build_semantic_fpn, num_groups
 
@@ -83,10 +84,10 @@ def read_checkpoint(data: bytes, where: str) -> dict[str, Tensor]:
 # -- from detectron2 --------------------------------------------------------------------------------------------------
 
 
-def from_detectron2(checkpoint: Mapping[str, Tensor], facts: Facts, where: str, *, thaw: bool = False) -> Converted:
+def from_detectron2(checkpoint: Mapping[str, Tensor], facts: Facts, where: str, *, unfreeze: bool = False) -> Converted:
     """A SemanticSegmentor's or PanopticFPN's state dict as the tensors of a SemanticFPN that takes our input.
 
-    `thaw`: frozen batch norms become trainable ones; only that training goes on differently follows from it.
+    `unfreeze`: frozen batch norms become trainable ones; only that training goes on differently follows from it.
     Raises UserError: another network, tensors too few or too many, of other shapes, not float32, not finite.
     """
     theirs = _without_prefix(checkpoint)
@@ -99,7 +100,7 @@ def from_detectron2(checkpoint: Mapping[str, Tensor], facts: Facts, where: str, 
     _check(theirs, {their_name(name): tensor for name, tensor in wanted.items()}, where)
     tensors = {name: theirs[their_name(name)] for name in wanted}
     conv1, tensors[CONV1] = tensors[CONV1], fold(tensors[CONV1], facts)
-    if thaw and architecture["norm"] == "frozen":
+    if unfreeze and architecture["norm"] == "frozen":
         architecture["norm"] = "batch"
         counts = [name.replace("running_mean", "num_batches_tracked") for name in tensors if "running_mean" in name]
         tensors |= {name: torch.tensor(0) for name in counts}

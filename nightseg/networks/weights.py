@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,7 +13,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from nightseg.networks.unpickle import asked_of_torch, refusal
 from nightseg.storage import Location, UserError
 
 
@@ -51,3 +51,19 @@ def check_names_and_shapes(name: str, file: object, wanted: Mapping[str, Tensor]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"{file} does not hold the weights of {name}: {'; '.join(wrong[:3])}{more}")
+
+
+def refusal(where: str, asked: str) -> UserError:
+    """The error for a file that asks for a thing by name which is not plain data."""
+    return UserError(
+        f"{where}: refused, it asks for {asked}, which could run a stranger's code; only tensors, arrays and "
+        "plain data are read",
+        cure="if you trust the file, load it where it was made and save its model again, as "
+        'torch.save({"model": model.state_dict()}, FILE)',
+    )
+
+
+def asked_of_torch(error: Exception) -> str | None:
+    """What a file asked for that `torch.load(weights_only=True)` refused with this error, if that was the reason."""
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    return found[1] if found else None

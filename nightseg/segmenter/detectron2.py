@@ -190,7 +190,7 @@ def build_parts(encoder: str, **settings: Any) -> tuple[Encoder, Pyramid, Head]:
     return body, Pyramid(segmentor.backbone), Head(segmentor.sem_seg_head)
 
 
-def speak_our_names(network: nn.Module, names: Iterable[str]) -> None:
+def rename_parameters(network: nn.Module, names: Iterable[str]) -> None:
     """Let a network made of `build_parts` write and read its state dict under `names`, those of our own modules."""
     inside = {name: _inside(their_name(name)) for name in names}
     hooks: Any = network  # PyTorch does not say their types

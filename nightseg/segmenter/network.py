@@ -174,7 +174,7 @@ def _detectron2_fpn(*, encoder: str, num_classes: int, head_channels: int, **set
     network = SemanticFPN(*parts, num_classes)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         twin = build_semantic_fpn(**shape, backend="torchvision")
-    detectron2.speak_our_names(network, twin.state_dict())
+    detectron2.rename_parameters(network, twin.state_dict())
     return network
 
 

@@ -94,5 +94,5 @@ def _check_same_network(start: Location, theirs: Mapping[str, Any], wanted: Mapp
     if theirs["norm"] == "frozen" != wanted["norm"]:
         raise UserError(
             f"{start.uri}: the batch norms of this model never learned, so their statistics need not be those of any "
-            "data; give both models network.norm: frozen, or convert the checkpoint it comes from with --thaw"
+            "data; give both models network.norm: frozen, or convert the checkpoint it comes from with --unfreeze"
         )

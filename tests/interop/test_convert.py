@@ -209,8 +209,8 @@ def test_what_is_not_there_and_what_is_no_checkpoint(checkpoint: Path, tmp_path:
     assert "ends with .pth" in refused("convert", "to-detectron2", tmp_path / "model", tmp_path / "out.pkl")
 
 
-def test_thawed_norms_go_back_as_trainable_ones(checkpoint: Path, tmp_path: Path) -> None:
-    assert json_of("convert", "detectron2", checkpoint, tmp_path / "model", *ZOO, "--thaw")["norm"] == "batch"
+def test_unfrozen_norms_go_back_as_trainable_ones(checkpoint: Path, tmp_path: Path) -> None:
+    assert json_of("convert", "detectron2", checkpoint, tmp_path / "model", *ZOO, "--unfreeze")["norm"] == "batch"
     json_of("convert", "to-detectron2", tmp_path / "model", tmp_path / "out.pth")
     assert yaml.safe_load((tmp_path / "out.yaml").read_text())["MODEL"]["RESNETS"]["NORM"] == "BN"
     written = torch.load(tmp_path / "out.pth", weights_only=True)["model"]

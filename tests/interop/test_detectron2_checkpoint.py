@@ -163,9 +163,9 @@ def test_norms_without_statistics_become_a_scale_and_a_shift(detectron2_tensors:
 
 def test_frozen_norms_learn_only_when_that_is_asked(detectron2_tensors: Make) -> None:
     theirs = small(detectron2_tensors)
-    kept, thawed = (from_detectron2(theirs, OURS, "here", thaw=thaw) for thaw in (False, True))
-    assert (kept.architecture["norm"], thawed.architecture["norm"]) == ("frozen", "batch")
-    first, second = (open_semantic_fpn(found.tensors, found.architecture) for found in (kept, thawed))
+    kept, unfrozen = (from_detectron2(theirs, OURS, "here", unfreeze=unfreeze) for unfreeze in (False, True))
+    assert (kept.architecture["norm"], unfrozen.architecture["norm"]) == ("frozen", "batch")
+    first, second = (open_semantic_fpn(found.tensors, found.architecture) for found in (kept, unfrozen))
     assert isinstance(second.body.get_submodule("bn1"), torch.nn.BatchNorm2d)
     image = torch.rand(1, 3, 64, 64)
     with torch.no_grad():

@@ -109,7 +109,7 @@ def test_where_the_strides_lie_and_frozen_norms_are_not_changed_on_the_way(tmp_p
     assert same(start(folder, **msra, freeze_at=2), network) == []
     with pytest.raises(UserError, match=r"network\.stride_in_1x1"):
         start(folder, **(msra | {"stride_in_1x1": False}))
-    with pytest.raises(UserError, match=r"network\.norm: frozen, or .* --thaw"):
+    with pytest.raises(UserError, match=r"network\.norm: frozen, or .* --unfreeze"):
         start(folder, **(msra | {"norm": "batch"}))
 
 

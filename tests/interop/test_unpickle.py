@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nightseg.networks.unpickle import unpickle_arrays
+from nightseg.interop.unpickle import unpickle_arrays
 from nightseg.storage import UserError
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
@@ -104,7 +104,7 @@ def test_other_names_are_refused_and_named(tmp_path: Path, module: str, name: st
     with pytest.raises(UserError) as caught:
         unpickle_arrays(data, "zoo.pkl")
     assert f"asks for {module}.{name}" in str(caught.value)
-    assert "zoo.pkl refused" in str(caught.value)
+    assert "zoo.pkl: refused" in str(caught.value)
     assert not evidence.exists()
 
 

@@ -11,13 +11,13 @@ import builtins
 import io
 import math
 import pickle
-import re
 from collections import OrderedDict
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from nightseg.networks.weights import refusal
 from nightseg.storage import UserError
 
 # Of builtins: what holds data and does nothing.
@@ -47,21 +47,6 @@ def unpickle_arrays(data: bytes, where: str) -> Any:
         raise refusal(where, str(refused)) from None
     except Exception as error:  # of the pickle machine, or of a stand-in that was given nonsense: a dozen types
         raise UserError(f"{where} is not a pickle of numpy arrays, or is damaged: {error}") from error
-
-
-def refusal(where: str, asked: str) -> UserError:
-    """The error for a file that asks for a thing by name which is not plain data."""
-    return UserError(
-        f"{where} refused: it is a pickle that asks for {asked}, and answering could run a stranger's code. Only "
-        "tensors, arrays and plain data are read. If you trust the file, load it where it was made and save its model "
-        'again, as torch.save({"model": model.state_dict()}, FILE)'
-    )
-
-
-def asked_of_torch(error: Exception) -> str | None:
-    """What a file asked for that `torch.load(weights_only=True)` refused with this error, if that was the reason."""
-    found = re.search(r"GLOBAL (\S+)", str(error))
-    return found[1] if found else None
 
 
 class _Refused(Exception):  # noqa: N818 (on its way through the pickle machine to its caller)
