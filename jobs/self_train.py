@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from nightseg.pipeline.adapt import adapt
+from nightseg.pipeline.run import adapt
 from nightseg.progress import progress_for
 from nightseg.storage import UserError
 

@@ -169,16 +169,14 @@ The report
 Runs
     pipeline/graph.py              node, view, inputs: the words of the graph
     pipeline/build.py              the recipe as a graph of stages: the only place that knows the order
-    pipeline/build_translation.py  the part of it about sets of frames and translations
     pipeline/results.py            results.json
-    pipeline/run.py                do what is not committed; or say what would be done
+    pipeline/run.py                do what is not committed, gather, report; or say what would be done
     pipeline/trials.py             what a search tries, and one trial of it
     pipeline/search.py             Ray Tune over the rounds
     pipeline/distance.py           FID and KID of two sets of frames
-    pipeline/folder_scores.py      scores of a folder of predictions
+    pipeline/single.py             single stages without a recipe
     pipeline/verbs.py              single stages without a recipe
     pipeline/masks.py              masks of images and videos without a run
-    pipeline/adapt.py              recipe in, results and report out
 
 The command line
     cli/doctor.py    is this machine fit

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from nightseg.pipeline import adapt as adapt_module
+from nightseg.pipeline import run as run_module
 from nightseg.pipeline import search as search_module
 from nightseg.pipeline.run import Outcome
 from nightseg.pipeline.search import Found
@@ -66,12 +66,12 @@ def test_self_train_runs_the_recipe_into_the_home_folder(
 
     asked: dict[str, Any] = {}
 
-    def adapt(recipe: str, overrides: list[str], **more: Any) -> adapt_module.Adapted:
+    def adapt(recipe: str, overrides: list[str], **more: Any) -> run_module.Adapted:
         folder = run_folder("demo", more["run_dir"])
         asked.update({"recipe": recipe, "overrides": overrides, "only": more["only"], "folder": folder})
-        return adapt_module.Adapted(folder, Outcome({}, 3, 1, 2.0), folder / "report.html")
+        return run_module.Adapted(folder, Outcome({}, 3, 1, 2.0), folder / "report.html")
 
-    monkeypatch.setattr(adapt_module, "adapt", adapt)
+    monkeypatch.setattr(run_module, "adapt", adapt)
     assert run_job(monkeypatch, "self_train", "r.yaml", "--set", "a=1", "--only", "m") == 0
     home = Path.home() / "nightseg-runs/demo"
     assert asked == {"recipe": "r.yaml", "overrides": ["a=1"], "only": "m", "folder": Location.of(home)}

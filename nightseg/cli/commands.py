@@ -13,7 +13,11 @@ from nightseg.storage import Location
 
 def _actors_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
-        "--actors", default=2, show_default=True, type=click.IntRange(1), help="Parallel readers, one CPU each."
+        "--actors",
+        default=0,
+        show_default=True,
+        type=click.IntRange(0),
+        help="Parallel readers, one CPU each; 0: none.",
     )(command)
 
 
@@ -206,11 +210,9 @@ def select(
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     help="How far a boundary reaches, as a share of the image's diagonal.",
 )
+@_actors_option
 @click.option(
-    "--actors", type=click.IntRange(1), help="Parallel readers on Ray; default: none, and 2 from 2000 frames on."
-)
-@click.option(
-    "--work", metavar="DIR", help="Where actors keep what they have done; default: a hidden folder in PREDICTIONS."
+    "--work", metavar="DIR", help="Where it keeps what is done; default: with actors, a hidden folder in PREDICTIONS."
 )
 @json_option
 def evaluate(
@@ -221,7 +223,7 @@ def evaluate(
     absent_class: Literal["cityscapes", "detectron2"],
     boundary: bool,
     boundary_distance: float,
-    actors: int | None,
+    actors: int,
     work: str | None,
     as_json: bool,
 ) -> None:
@@ -233,18 +235,19 @@ def evaluate(
     nightseg evaluate masks /data/camvid/day/test/labels --taxonomy camvid11
     nightseg evaluate masks /data/cityscapes/gtFine/val --taxonomy cityscapes19 --boundary --actors 8 --json
     """
-    from nightseg.pipeline.folder_scores import evaluate_folders
+    from nightseg.cluster.settings import MapCompute
+    from nightseg.pipeline.single import evaluate_folders
     from nightseg.progress import progress_for
+    from nightseg.recipe.types import Evaluation
 
     with libraries_on_stderr():
         scores = evaluate_folders(
             Location.of(predictions),
             Location.of(labels),
             taxonomy,
-            absent_class,
-            label_encoding,
-            boundary=boundary_distance if boundary else None,
-            actors=actors,
+            label_encoding=label_encoding,
+            evaluation=Evaluation(boundary=boundary_distance if boundary else None, absent_class=absent_class),
+            compute=MapCompute(actors=actors),
             work=None if work is None else Location.of(work),
             progress=progress_for(),
         )

@@ -71,7 +71,7 @@ def run(
     if dry_run:
         _show_plan(recipe, overrides, run_dir, only, as_json)
         return
-    from nightseg.pipeline.adapt import adapt
+    from nightseg.pipeline.run import adapt
     from nightseg.progress import progress_for
 
     with libraries_on_stderr():

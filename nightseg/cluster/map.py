@@ -72,7 +72,17 @@ def map_shards(
     todo = [index for index in range(num_shards) if index not in records]
     with progress.task(title, rows.num_rows, unit) as task:
         task.advance(sum(record.rows_in for record in records.values()))
-        if todo:
+        if actors == 0:
+            here = worker(**arguments) if todo else None
+            for index in todo:
+                assert here is not None
+                part, started = rows.slice(index * shard_rows, shard_rows), time.monotonic()
+                seconds = time.monotonic() - started
+                records[index] = attempt.write_shard(
+                    index, here(part, attempt.folder), rows_in=part.num_rows, seconds=seconds
+                )
+                task.advance(part.num_rows)
+        elif todo:
             cluster.connect()
             actors = min(actors, len(todo))
             _check_room(actors, cpus_per_actor, gpus_per_actor, progress)

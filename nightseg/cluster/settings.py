@@ -21,7 +21,7 @@ class TrainCompute(Strict):
 class MapCompute(Strict):
     """How passes over frames are spread over the cluster (Ray Data actors)."""
 
-    actors: Positive = 1
+    actors: Annotated[int, Field(ge=0)] = 1
     cpus_per_actor: Annotated[float, Field(gt=0)] = 1.0
     gpus_per_actor: Annotated[float, Field(ge=0)] = 0.0
     batch: Positive = 8

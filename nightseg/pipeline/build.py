@@ -6,25 +6,36 @@ share it: the model that four students start from is trained once, a pool is sco
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from types import ModuleType
+from typing import Any, Final, Literal
 
 from nightseg.cluster.settings import MapCompute, TrainCompute
 from nightseg.data import layouts
 from nightseg.data.settings import FolderDataset, JoinedDataset, ScenesDataset, SplitDataset, TranslatedDataset
 from nightseg.data.taxonomy import taxonomy
-from nightseg.pipeline.build_translation import evaluate_translation_of, score_frames, translate_untrained
-from nightseg.pipeline.graph import Graph, Inputs, ModelNodes, Node, NodeId, TestNode, View, Views, Work
-from nightseg.progress import Progress
+from nightseg.errors import UserError, closest
+from nightseg.pipeline.graph import (
+    EvaluatedTranslation,
+    Frames,
+    Given,
+    Graph,
+    ModelNodes,
+    Node,
+    NodeId,
+    Source,
+    View,
+    Views,
+)
 from nightseg.recipe.chain import expand_rounds
-from nightseg.recipe.names import is_ready
-from nightseg.recipe.types import Model, Recipe, SelfTraining, TestRow
-from nightseg.segmenter import inference as modes
-from nightseg.segmenter.settings import Inference
+from nightseg.recipe.names import is_ready, way_missing
+from nightseg.recipe.types import Evaluation, Model, Recipe, SelfTraining, TestRow, TranslationEvaluation
 from nightseg.segmenter.starting import start_identity, weights_identity
+from nightseg.selection.settings import Selection
 from nightseg.stages import (
     collect,
     evaluate,
+    evaluate_translation,
     predict,
     pseudo_label,
     score,
@@ -34,35 +45,56 @@ from nightseg.stages import (
     train_translator,
     translate,
 )
-from nightseg.storage import Attempt, Commit, Location, UserError, hash_of
+from nightseg.stages.score import Extraction
+from nightseg.storage import Commit, Location, hash_of
+from nightseg.translators.settings import ColourTranslator, CommandTranslator, FourierTranslator, PhotometricTranslator
 from nightseg.unit.settings import Translator
 from nightseg.unit.start import start_sha256
+
+DEFAULT_EXTRACTOR: Final = "efficientnet_lite0"  # its weights come with a package: nothing has to be fetched
 
 
 def build_graph(recipe: Recipe, only: str | None = None) -> Graph:
     """The whole recipe as nodes; with `only`, what that model needs and its own evaluations."""
-    builder = _Builder(recipe)
+    builder = Builder(recipe)
     if only is not None and only not in builder.models:
-        raise UserError(f"--only {only}: the recipe has no such model; known: {', '.join(builder.models) or 'none'}")
+        known = ", ".join(builder.models) or "none"
+        raise UserError(
+            f"{recipe.name}: the recipe has no such model: {only!r}{closest(only, builder.models)}",
+            cure=f"one of its models: {known}",
+        )
     if only is None:
         for name in recipe.datasets:
             builder.dataset(name)
         for name, settings in recipe.translators.items():
             if isinstance(settings, Translator):
-                builder.translator(name)
+                builder.train_translator(name)
     for name in builder.models if only is None else [only]:
         builder.model(name)
     for name in builder.models if only is None else [only]:
-        builder.tests(name)
+        builder.evaluate(name)
     for name, prediction in recipe.predictions.items():
         if only in (None, prediction.model):
-            builder.prediction(name)
+            frames = builder.dataset(prediction.dataset)
+            node = builder.predict(name, frames, builder.model(prediction.model), inference=recipe.inference)
+            builder.graph.predictions[name] = (node, prediction)
     for name in recipe.translations if only is None else ():
-        evaluate_translation_of(builder, name)
+        builder.evaluate_translation(name)
     return builder.graph
 
 
-class _Builder:
+def evaluation_graph(
+    pairs: Given, taxonomy: str, label_encoding: str | None, evaluation: Evaluation, compute: MapCompute
+) -> Graph:
+    """The scores of predictions that lie in a folder."""
+    node = NodeId("evaluate", "folders")
+    settings = {"taxonomy": taxonomy, "label_encoding": label_encoding, "evaluation": evaluation}
+    call, facts = evaluate.evaluate_folders, {"shard_rows": compute.shard_rows}
+    inputs, unhashed = {"pairs": Frames((pairs,))}, {"compute": compute}
+    return Graph({node: Node(node, evaluate.VERSION, call, compute, inputs, settings, unhashed, facts)})
+
+
+class Builder:
     """Collects nodes; every method returns where the thing it was asked for will be, making it first if need be."""
 
     def __init__(self, recipe: Recipe) -> None:
@@ -70,12 +102,8 @@ class _Builder:
         self.models = expand_rounds(recipe.models)
         self.graph = Graph()
         classes = taxonomy(recipe.taxonomy)
-        self.taxonomy = {
-            "classes": list(classes.classes),
-            "encodings": {
-                name: {str(raw): train for raw, train in sorted(ids.items())} for name, ids in classes.encodings.items()
-            },
-        }
+        encodings = {name: {str(raw): ids[raw] for raw in sorted(ids)} for name, ids in classes.encodings.items()}
+        self.classes = {"taxonomy": {"classes": list(classes.classes), "encodings": encodings}}
 
     # -- frames ------------------------------------------------------------------------------------------------------
 
@@ -90,92 +118,64 @@ class _Builder:
     def _views(self, name: str) -> Views:
         match self.recipe.datasets[name]:
             case FolderDataset() | ScenesDataset() as source:
-                return (View(self._collect(name, source)),)
+                return (View(self.collect(name, source)),)
             case SplitDataset(split=pool, keep=keep, margin=margin):
-                return (View(self._split(pool, margin), keep),)
+                return (View(self.split(pool, margin), keep),)
             case JoinedDataset(join=names):
                 return self.datasets(names)
             case TranslatedDataset() as dataset:
-                return (View(self._translate(name, dataset)),)
+                return (View(self.translate(name, dataset)),)
         raise AssertionError(name)
 
-    def _collect(self, name: str, dataset: FolderDataset | ScenesDataset) -> NodeId:
-        recipe, part = self.recipe, dataset.model_dump(mode="json")
-        expected = dataset.count if isinstance(dataset, ScenesDataset) else None
-        if isinstance(dataset, FolderDataset):
+    def collect(self, name: str, dataset: FolderDataset | ScenesDataset) -> NodeId:
+        facts: dict[str, Any] = {"taxonomy": hash_of(self.classes)}
+        if isinstance(dataset, ScenesDataset):
+            expected = dataset.count
+        else:
             layout, root = dataset.layout, Location.of(dataset.root)
             of: dict[str, Any] = {"split": dataset.split, "labelled": dataset.labelled, "limit": dataset.limit}
-            part["listing"] = layouts.fingerprint(layout, root, **of)
+            facts |= {"listing": layouts.fingerprint(layout, root, **of)}
             expected = layouts.count(layout, root, **of)
+        settings = {"dataset": dataset}
+        unhashed = {"name": name, "taxonomy": self.recipe.taxonomy}
+        return self._pass(collect, name, {}, settings, unhashed=unhashed, facts=facts, expected_rows=expected)
 
-        def work(inputs: Inputs, attempt: Attempt, progress: Progress) -> Commit:
-            return collect.collect(
-                dataset,
-                name=name,
-                taxonomy=recipe.taxonomy,
-                **self._spread(attempt, progress),
-            )
-
-        part |= self._frame_pass() | {"taxonomy": hash_of(self.taxonomy)}
-        return self._add("collect", name, collect.VERSION, part, (), work, expected_rows=expected)
-
-    def _split(self, pool: str, margin: float) -> NodeId:
-        views = self.dataset(pool)
-
-        def work(inputs: Inputs, attempt: Attempt, progress: Progress) -> Commit:
-            return split.split(
-                inputs.frames(views),
-                margin=margin,
-                **self._spread(attempt, progress),
-            )
-
+    def split(self, pool: str, margin: float) -> NodeId:
         name = pool if margin == SplitDataset.model_fields["margin"].default else f"{pool}.margin-{margin:g}"
-        return self._add("split", name, split.VERSION, {"margin": margin, **self._frame_pass()}, views, work)
+        return self._pass(split, name, {"pool": Frames(self.dataset(pool))}, {"margin": margin})
 
     # -- translators -------------------------------------------------------------------------------------------------
 
-    def translator(self, name: str) -> NodeId:
+    def train_translator(self, name: str) -> NodeId:
         settings = self.recipe.translators[name]
         assert isinstance(settings, Translator), name  # the other kinds learn nothing
-        day, night = self.dataset(settings.day), self.dataset(settings.night)
-
-        def work(inputs: Inputs, attempt: Attempt, progress: Progress) -> Commit:
-            return train_translator.train_translator(
-                settings,
-                day=inputs.frames(day),
-                night=inputs.frames(night),
-                seed=attempt.seed,
-                attempt=attempt,
-                compute=self.recipe.compute.train,
-                progress=progress,
-            )
-
-        not_learned = {"kind", "day", "night", "preset", "tile", "collapse_after"}
-        part = settings.model_dump(mode="json", exclude=not_learned) | {"start": start_sha256(settings.start)}
-        part |= {"day": [str(view) for view in day], "night": [str(view) for view in night]}
-        return self._add(
-            "train_translator", name, train_translator.VERSION, part, day + night, work, seed=self.recipe.seed
+        inputs: dict[str, Source] = {
+            "day": Frames(self.dataset(settings.day)),
+            "night": Frames(self.dataset(settings.night)),
+        }
+        facts = {"start": start_sha256(settings.start)}
+        return self._training(
+            train_translator, name, inputs, {"settings": settings}, facts=facts, counted=("day", "night")
         )
 
-    def _translate(self, name: str, dataset: TranslatedDataset) -> NodeId:
+    def translate(self, name: str, dataset: TranslatedDataset) -> NodeId:
         settings = self.recipe.translators[dataset.by]
-        if not isinstance(settings, Translator):
-            return translate_untrained(self, name, dataset)
-        views, translator, tile = self.dataset(dataset.translate), self.translator(dataset.by), settings.tile
-
-        def work(inputs: Inputs, attempt: Attempt, progress: Progress) -> Commit:
-            return translate.translate(
-                inputs.frames(views),
-                inputs[translator],
-                name=name,
-                to=dataset.to,
-                tile=tile,
-                **self._spread(attempt, progress),
-            )
-
-        part = {"to": dataset.to, "of": [str(view) for view in views], **self._frame_pass()}
-        part |= {"tile": list(tile)} if tile else {}
-        return self._add("translate", name, translate.VERSION, part, (*views, translator), work)
+        source: dict[str, Source] = {"source": Frames(self.dataset(dataset.translate))}
+        common, unhashed = {"to": dataset.to}, {"name": name}
+        if isinstance(settings, Translator):
+            inputs = {**source, "translator": self.train_translator(dataset.by)}
+            return self._pass(translate, name, inputs, {**common, "tile": settings.tile}, unhashed=unhashed)
+        style = _style_images(settings, dataset.to)
+        return self._pass(
+            translate,
+            name,
+            {**source, "style_images": Frames(self.dataset(style)) if style else None},
+            {**common, "translator": settings},
+            call=_translate_untrained,
+            unhashed={**unhashed, "style_dataset": style, "taxonomy": self.recipe.taxonomy},
+            facts=self.classes if isinstance(settings, PhotometricTranslator | CommandTranslator) else {},
+            seed=self.recipe.seed,
+        )
 
     # -- models ------------------------------------------------------------------------------------------------------
 
@@ -183,7 +183,8 @@ class _Builder:
         if name in self.graph.models:
             return self.graph.models[name].train
         model, recipe = self.models[name], self.recipe
-        start = model.start if is_ready(model.start) else self.model(model.start)
+        ready = is_ready(model.start)
+        start = None if ready else self.model(model.start)
         train, validate = self.datasets(model.train), self.datasets(model.validate_on)
         chosen, pseudo = None, None
         if model.self_training is not None:
@@ -191,105 +192,97 @@ class _Builder:
             train = (*train, View(pseudo))
         network, loss, training = recipe.network_of(model), recipe.loss_of(model), recipe.training_of(model)
         train_segmenter.check_network(network, name)
-
-        def work(inputs: Inputs, attempt: Attempt, progress: Progress) -> Commit:
-            return train_segmenter.train_segmenter(
-                inputs.frames(train),
-                inputs.frames(validate) if validate else None,
-                name=name,
-                network=network,
-                loss=loss,
-                training=training,
-                start=start if isinstance(start, str) else inputs[start],
-                taxonomy=recipe.taxonomy,
-                seed=attempt.seed,
-                attempt=attempt,
-                compute=recipe.compute.train,
-                progress=progress,
-            )
-
-        part: dict[str, Any] = {
-            "network": network.identity() | {"encoder_weights": weights_identity(network.encoder_weights, str(start))},
-            "loss": loss.model_dump(mode="json"),
-            "training": training.model_dump(mode="json", exclude={"preset", "checkpoint_every"}),
-            "train": [str(view) for view in train],
-            "validate_on": [str(view) for view in validate],
-            "start": start_identity(start) if isinstance(start, str) else str(start),
-            "taxonomy": self.taxonomy,
-        }
-        if recipe.compute.train.workers > 1 and network.norm == "batch" and not training.freeze_batch_norm:
-            part["workers"] = recipe.compute.train.workers  # each norm sees a worker's share of the batch only
-        needs: list[View | NodeId] = [*train, *validate, *([] if isinstance(start, str) else [start])]
-        node = self._add(
-            "train_segmenter", name, train_segmenter.VERSION, part, needs, work, recipe.compute.train, recipe.seed
-        )
+        workers = recipe.compute.train.workers
+        inputs = {"train": Frames(train), "validate": Frames(validate) if validate else None}
         facts = {
+            **self.classes,
+            "start": start_identity(model.start) if ready else str(start),
+            "encoder_weights": weights_identity(network.encoder_weights, model.start),
+            # Each batch norm sees a worker's share of the batch only.
+            "workers": workers if network.norm == "batch" and not training.freeze_batch_norm else 1,
+        }
+        node = self._training(
+            train_segmenter,
+            name,
+            inputs if start is None else {**inputs, "start": start},
+            {"network": network, "loss": loss, "training": training},
+            unhashed={"name": name, "taxonomy": recipe.taxonomy} | ({"start": model.start} if ready else {}),
+            facts=facts,
+            counted=("train", "validate"),
+        )
+        shown = {
             "start": model.start,
-            "parents": [] if isinstance(start, str) else [model.start],
+            "parents": [] if ready else [model.start],
             "train": model.train,
             "loss": loss.model_dump(mode="json"),
             "self_training": model.self_training.model_dump(mode="json") if model.self_training else None,
         }
-        self.graph.models[name] = ModelNodes(node, chosen, pseudo, facts, {})
+        self.graph.models[name] = ModelNodes(node, chosen, pseudo, shown)
         return node
 
     def _pseudo_label(self, name: str, model: Model, learning: SelfTraining) -> tuple[NodeId | None, NodeId]:
-        teacher, looks = self.model(learning.teacher or model.start), learning.inference or self.recipe.inference
-        chosen = self._select(name, model, learning)
-        views = self.dataset(learning.pool) if chosen is None else (View(chosen),)
+        teacher, chosen = self.model(learning.teacher or model.start), None
+        if learning.select is not None:
+            translated = [name for name in model.train if isinstance(self.recipe.datasets[name], TranslatedDataset)]
+            near = [learning.select.reference] if learning.select.reference else translated
+            chosen = self.select(name, learning.select, learning.pool, near)
+        frames = self.dataset(learning.pool) if chosen is None else (View(chosen),)
+        settings = {"threshold": learning.threshold, "inference": learning.inference or self.recipe.inference}
+        return chosen, self._pass(
+            pseudo_label,
+            name,
+            {"frames": Frames(frames), "teacher": teacher},
+            settings,
+            unhashed={"name": name, "taxonomy": self.recipe.taxonomy},
+            facts=self.classes,
+        )
 
-        def work(inputs: Inputs, attempt: Attempt, progress: Progress) -> Commit:
-            return pseudo_label.pseudo_label(
-                inputs.frames(views),
-                inputs[teacher],
-                name=name,
-                threshold=learning.threshold,
-                taxonomy=self.recipe.taxonomy,
-                **self._spread(attempt, progress, looks),
-            )
+    # -- selections --------------------------------------------------------------------------------------------------
 
-        part = learning.threshold.model_dump(mode="json") | self._frame_pass(looks)
-        part |= {"of": [str(view) for view in views], "teacher": str(teacher), "taxonomy": self.taxonomy}
-        return chosen, self._add("pseudo_label", name, pseudo_label.VERSION, part, (*views, teacher), work)
-
-    def _select(self, name: str, model: Model, learning: SelfTraining) -> NodeId | None:
-        choice = learning.select
-        if choice is None:
-            return None
-        pool = self.dataset(learning.pool)
-        translated = [name for name in model.train if isinstance(self.recipe.datasets[name], TranslatedDataset)]
-        near = [choice.reference] if choice.reference else translated
-        spatial = choice.method == "spatial" and bool(near)
-        extraction = score.Extraction.of(choice)
-        reference = score_frames(self, near, extraction, positions=spatial) if near else None
-        scored = score_frames(self, [learning.pool], extraction, spatial_reference=reference if spatial else None)
+    def select(self, name: str, selection: Selection, pool: str, near: list[str]) -> NodeId:
+        """Frames of a pool that are close to those of the datasets `near`."""
+        extraction, spatial = Extraction.of(selection), selection.method == "spatial" and bool(near)
+        reference = self.score(near, extraction, positions=spatial) if near else None
         sources = self._sources(near)
-        tests = {test: self._sources([dataset]) for test, dataset in self.recipe.test_sets.items()}
+        return self._add(
+            select,
+            name,
+            {
+                "pool_frames": Frames(self.dataset(pool)),
+                "pool_scores": self.score([pool], extraction, spatial_reference=reference if spatial else None),
+                "reference_scores": reference,
+                "reference_frames": Frames(sources) if sources else None,
+                "test_frames": {test: Frames(self._sources([name])) for test, name in self.recipe.test_sets.items()},
+            },
+            {"selection": selection},
+            call=_select,
+            unhashed={"seed": self.recipe.seed},
+            seed=self.recipe.seed,
+            most_rows=selection.count,
+            resources=self.recipe.compute.map,
+        )
 
-        def work(inputs: Inputs, attempt: Attempt, progress: Progress) -> Commit:
-            return select.select(
-                inputs.frames(pool),
-                inputs[scored],
-                inputs[reference] if reference else None,
-                method=choice.method,
-                count=choice.count,
-                rules=select.Rules(choice.quota, choice.gap, choice.duplicates),
-                seed=attempt.seed,
-                reference_frames=inputs.frames(sources) if sources else None,
-                test_frames={test: inputs.frames(views) for test, views in tests.items()},
-                attempt=attempt,
-                progress=progress,
-            )
-
-        part = choice.model_dump(mode="json") | {"pool": [str(view) for view in pool], "reference": near}
-        needs: list[View | NodeId] = [*pool, scored, *([reference] if reference else []), *sources]
-        needs += [view for views in tests.values() for view in views]
-        sizes: dict[str, Any] = {"takes": pool, "most_rows": choice.count}
-        return self._add("select", name, select.VERSION, part, needs, work, seed=self.recipe.seed, **sizes)
+    def score(
+        self,
+        names: list[str],
+        extraction: Extraction,
+        positions: bool = False,
+        spatial_reference: NodeId | None = None,
+    ) -> NodeId:
+        """Features of some datasets together; the same for all that ask for the same."""
+        near = f".near-{spatial_reference.name}" if spatial_reference else ".positions" if positions else ""
+        return self._pass(
+            score,
+            f"{'+'.join(names)}.{extraction.label}{near}",
+            {"frames": Frames(self.datasets(names)), "spatial_reference": spatial_reference},
+            {"positions": positions},
+            unhashed={"extraction": extraction},
+            facts=extraction.facts(),
+        )
 
     def _sources(self, names: Iterable[str]) -> Views:
         """The views that the frames of these datasets were made from: where a leak of test frames can be seen."""
-        found: list[View] = []
+        found: list[Any] = []
         for name in names:
             match self.recipe.datasets[name]:
                 case TranslatedDataset(translate=source):
@@ -302,86 +295,175 @@ class _Builder:
 
     # -- evidence ----------------------------------------------------------------------------------------------------
 
-    def tests(self, name: str) -> None:
-        """Evaluate a model on its test sets, all of the recipe's unless it names its own."""
-        settings = self.models[name].test
-        rows = settings if settings is not None else {test: TestRow() for test in self.recipe.test_sets}
-        nodes = self.graph.models[name]
-        tests = {
-            test: TestNode(self._evaluate(name, test, nodes.train), row.row, row.published_miou)
-            for test, row in rows.items()
+    def evaluate(self, name: str) -> None:
+        """A model on its test sets, all of the recipe's unless it names its own: one pass over all of their frames."""
+        nodes, own = self.graph.models[name], self.models[name].test
+        nodes.tests = own if own is not None else {test: TestRow() for test in self.recipe.test_sets}
+        if nodes.tests:
+            tests = {test: Frames(self.dataset(self.recipe.test_sets[test])) for test in nodes.tests}
+            nodes.evaluate = self._pass(
+                evaluate,
+                name,
+                {"tests": tests, "model": nodes.train},
+                {"evaluation": self.recipe.evaluation, "inference": self.recipe.inference},
+                unhashed={"name": name, "taxonomy": self.recipe.taxonomy},
+                facts=self.classes,
+            )
+
+    def predict(self, name: str, frames: Views, model: NodeId, **settings: Any) -> NodeId:
+        inputs: dict[str, Source] = {"frames": Frames(frames), "model": model}
+        return self._pass(predict, name, inputs, settings, unhashed={"name": name})
+
+    def evaluate_translation(self, name: str) -> None:
+        """Everything that the evaluation of one translated dataset stands on, and the evaluation."""
+        recipe, wanted = self.recipe, self.recipe.translations[name]
+        dataset = recipe.datasets[name]
+        assert isinstance(dataset, TranslatedDataset), name
+        model = wanted.segmenter or next(iter(recipe.models))
+        real = wanted.real or getattr(recipe.translators[dataset.by], dataset.to)
+        extraction, trained = self._extraction(wanted), self.model(model)
+        translated, source = self.dataset(name), self.dataset(dataset.translate)
+        back = self._way_back(name, dataset)
+        seen: dict[str, tuple[str, Views]] = {"translated": (name, translated), "source": (dataset.translate, source)}
+        if back is not None:
+            seen["back"] = (back.name, (View(back),))
+        features = {"translated": name, "source": dataset.translate, "real": real}
+        node = self._pass(
+            evaluate_translation,
+            name,
+            {
+                "translated": Frames(translated),
+                "source": Frames(source),
+                "masks": {
+                    what: self.predict(f"{model}.{of}", views, trained, save=("mask",))
+                    for what, (of, views) in seen.items()
+                },
+                "features": {what: self.score([of], extraction) for what, of in features.items()},
+            },
+            {},
+            call=_evaluate_translation,
+            unhashed={"name": name, "taxonomy": recipe.taxonomy},
+            facts=self.classes,
+        )
+        facts: dict[str, Any] = {
+            "translator": dataset.by,
+            "kind": recipe.translators[dataset.by].kind,
+            "to": dataset.to,
+            "source": dataset.translate,
+            "segmenter": model,
+            "real": real,
         }
-        self.graph.models[name] = ModelNodes(nodes.train, nodes.select, nodes.pseudo_label, nodes.facts, tests)
+        self.graph.translations[name] = EvaluatedTranslation(node, facts)
 
-    def _evaluate(self, model: str, test: str, trained: NodeId) -> NodeId:
-        views, looks = self.dataset(self.recipe.test_sets[test]), self.recipe.inference
-        boundary = self.recipe.evaluation.boundary
+    def _extraction(self, wanted: TranslationEvaluation) -> Extraction:
+        """What is asked for, else what the recipe selects by: then the same features serve both."""
+        if wanted.extractor is not None:
+            return Extraction(wanted.extractor, wanted.extractor_weights)
+        for model in self.models.values():
+            if model.self_training is not None and model.self_training.select is not None:
+                return Extraction.of(model.self_training.select)
+        return Extraction(DEFAULT_EXTRACTOR)
 
-        def work(inputs: Inputs, attempt: Attempt, progress: Progress) -> Commit:
-            return evaluate.evaluate(
-                inputs.frames(views),
-                inputs[trained],
-                name=f"{model}.{test}",
-                taxonomy=self.recipe.taxonomy,
-                boundary=boundary,
-                **self._spread(attempt, progress, looks),
-            )
-
-        part = {"of": [str(view) for view in views], "taxonomy": self.taxonomy, **self._frame_pass(looks)}
-        part |= {} if boundary is None else {"boundary": boundary}
-        return self._add("evaluate", f"{model}.{test}", evaluate.VERSION, part, (*views, trained), work)
-
-    def prediction(self, name: str) -> None:
-        wanted = self.recipe.predictions[name]
-        views, trained, looks = self.dataset(wanted.dataset), self.model(wanted.model), self.recipe.inference
-
-        def work(inputs: Inputs, attempt: Attempt, progress: Progress) -> Commit:
-            return predict.predict(
-                inputs.frames(views),
-                inputs[trained],
-                name=name,
-                **self._spread(attempt, progress, looks),
-            )
-
-        part = {"of": [str(view) for view in views], **self._frame_pass(looks)}
-        node = self._add("predict", name, predict.VERSION, part, (*views, trained), work)
-        self.graph.predictions[name] = (node, wanted)
+    def _way_back(self, name: str, dataset: TranslatedDataset) -> NodeId | None:
+        """The translations translated back by the same translator, if it has a way back."""
+        home: Literal["day", "night"] = "day" if dataset.to == "night" else "night"
+        if way_missing(self.recipe.translators[dataset.by].model_dump(), home):
+            return None
+        back = f"{name}{evaluate_translation.BACK_SUFFIX}"
+        return self.translate(back, TranslatedDataset(translate=name, by=dataset.by, to=home))
 
     # -- nodes -------------------------------------------------------------------------------------------------------
 
-    def _spread(self, attempt: Attempt, progress: Progress, looks: Inference | None = None) -> dict[str, Any]:
-        """The arguments that every pass over frames takes, and how a pass with a segmenter looks at them."""
-        compute, bad = self.recipe.compute.map, self.recipe.max_bad_fraction
-        seen = {"inference": modes.Inference(**looks.model_dump())} if looks else {}
-        return {"attempt": attempt, "progress": progress, "compute": compute, "max_bad_fraction": bad, **seen}
+    def _pass(
+        self,
+        stage: ModuleType,
+        name: str,
+        inputs: Mapping[str, Source],
+        settings: Mapping[str, Any],
+        unhashed: Mapping[str, Any] | None = None,
+        facts: Mapping[str, Any] | None = None,
+        **more: Any,
+    ) -> NodeId:
+        """A pass over frames. Shards are files, so their size counts; too many bad frames are an error."""
+        compute = self.recipe.compute.map
+        return self._add(
+            stage,
+            name,
+            inputs,
+            {**settings, "max_bad_fraction": self.recipe.max_bad_fraction},
+            unhashed={**(unhashed or {}), "compute": compute},
+            facts={**(facts or {}), "shard_rows": compute.shard_rows},
+            resources=compute,
+            **more,
+        )
 
-    def _frame_pass(self, looks: Inference | None = None) -> dict[str, Any]:
-        """What shapes the output of a pass over frames: shards are files, and too many bad frames are an error."""
-        part = {"shard_rows": self.recipe.compute.map.shard_rows, "max_bad_fraction": self.recipe.max_bad_fraction}
-        # Whole frames leave no trace, so what was made before there were other ways to look is not made again.
-        return part if looks is None or looks == Inference() else part | {"inference": looks.model_dump(mode="json")}
+    def _training(
+        self,
+        stage: ModuleType,
+        name: str,
+        inputs: Mapping[str, Source],
+        settings: Mapping[str, Any],
+        unhashed: Mapping[str, Any] | None = None,
+        **more: Any,
+    ) -> NodeId:
+        compute, seed = self.recipe.compute.train, self.recipe.seed
+        unhashed = {**(unhashed or {}), "compute": compute, "seed": seed}
+        return self._add(stage, name, inputs, settings, unhashed=unhashed, resources=compute, seed=seed, **more)
 
     def _add(
         self,
-        stage: str,
+        stage: ModuleType,
         name: str,
-        version: int,
-        part: Mapping[str, Any],
-        needs: Sequence[View | NodeId],
-        work: Work,
-        compute: MapCompute | TrainCompute | None = None,
-        seed: int = 0,
-        expected_rows: int | None = None,
-        takes: Views | None = None,
-        most_rows: int | None = None,
+        inputs: Mapping[str, Source],
+        settings: Mapping[str, Any],
+        *,
+        resources: MapCompute | TrainCompute,
+        call: Callable[..., Commit] | None = None,
+        facts: Mapping[str, Any] | None = None,
+        counted: tuple[str, ...] | None = None,
+        **more: Any,
     ) -> NodeId:
-        node = NodeId(stage, name)
+        kind = stage.__name__.rpartition(".")[2]
+        node = NodeId(kind, name)
         if node not in self.graph.nodes:
-            inputs = dict.fromkeys(need.node if isinstance(need, View) else need for need in needs)
-            views = takes if takes is not None else [need for need in needs if isinstance(need, View)]
-            taken = tuple(dict.fromkeys(view.node for view in views))
-            where = compute or (self.recipe.compute.train if stage.startswith("train") else self.recipe.compute.map)
             self.graph.nodes[node] = Node(
-                node, version, part, tuple(inputs), taken, where, work, seed, expected_rows, most_rows
+                node,
+                stage.VERSION,
+                call or getattr(stage, kind),
+                resources,
+                inputs,
+                settings,
+                facts=facts or {},
+                counted=tuple(inputs)[:1] if counted is None else counted,
+                **more,
             )
         return node
+
+
+def _style_images(settings: Any, to: str) -> str:
+    """The dataset of the style images of a translator to a domain; "" for a kind without them."""
+    if not isinstance(settings, FourierTranslator | ColourTranslator):
+        return ""
+    name = settings.night if to == "night" else settings.day
+    assert name is not None, f"no style images of {to}"  # the recipe was checked
+    return name
+
+
+# -- stages that take their arguments in bundles ----------------------------------------------------------------------
+
+
+def _translate_untrained(*, source: Any, translator: Any, style_images: Any, style_dataset: str, **more: Any) -> Commit:
+    untrained = translate.Untrained(translator, style_images, style_dataset, more.pop("taxonomy"))
+    return translate.translate(source, untrained, **more)
+
+
+def _select(*, selection: Selection, **more: Any) -> Commit:
+    rules = select.Rules(selection.quota, selection.gap, selection.duplicates)
+    return select.select(method=selection.method, count=selection.count, rules=rules, **more)
+
+
+def _evaluate_translation(*, masks: Mapping[str, Commit], features: Mapping[str, Commit], **more: Any) -> Commit:
+    seen = evaluate_translation.Masks(masks["translated"], masks["source"], masks.get("back"))
+    return evaluate_translation.evaluate_translation(
+        masks=seen, features=evaluate_translation.Features(**features), **more
+    )

@@ -1,19 +1,24 @@
-"""The words of the graph that `rounds.py` builds and `runner.py` runs: node, view, inputs."""
+"""The words of the graph that `build.py` makes and `run.py` runs: node, view, inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any, Final, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import BaseModel
 
 from nightseg.cluster.settings import MapCompute, TrainCompute
 from nightseg.data import table as frame
 from nightseg.progress import Progress
-from nightseg.recipe.types import Prediction
+from nightseg.recipe.types import Prediction, TestRow
+from nightseg.segmenter.settings import Network, Training
 from nightseg.storage import Attempt, Commit
+from nightseg.translators.settings import ColourTranslator, CommandTranslator, FourierTranslator
+from nightseg.unit.settings import Translator
 
 
 class NodeId(NamedTuple):
@@ -36,59 +41,132 @@ class View(NamedTuple):
         return f"{self.node}:{self.domain}" if self.domain else str(self.node)
 
 
-Views = tuple[View, ...]
+class Given(NamedTuple):
+    """A table of the user, and what its content is known by in keys."""
+
+    table: pa.Table
+    identity: str
+
+    def __str__(self) -> str:
+        return self.identity
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """The committed outputs that a node may read; it sees no others."""
-
-    commits: Mapping[NodeId, Commit]
-
-    def __getitem__(self, node: NodeId) -> Commit:
-        return self.commits[node]
-
-    def frames(self, views: Sequence[View]) -> pa.Table:
-        """The frames of all views as one table with absolute uris, in the order of the views."""
-        return pa.concat_tables([self._frames(view) for view in views])
-
-    def _frames(self, view: View) -> pa.Table:
-        commit = self[view.node]
-        rows = frame.resolve(commit.table("frames"), commit.folder)
-        if view.domain is not None:
-            rows = rows.filter(pc.equal(rows[frame.DOMAIN], view.domain))
-        return rows.select(frame.FRAME_SCHEMA.names)
+Views = tuple[View | Given, ...]
 
 
-Work = Callable[[Inputs, Attempt, Progress], Commit]
+class Frames(NamedTuple):
+    """An input that is one table: the frames of all views with absolute uris, in the order of the views."""
+
+    views: Views
+
+
+Source = Frames | NodeId | Mapping[str, Frames | NodeId] | None
+"""What an argument of a stage is read from: frames, the commit of a node, several of them by name, or nothing."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """One stage to run: what it needs, what identifies it, how it is done."""
+    """A call of a stage that may wait. Its key follows from all that is said here, but for `unhashed`."""
 
     id: NodeId
     version: int
-    recipe: Mapping[str, Any]  # its part of the recipe; hashed into the stage key
-    needs: tuple[NodeId, ...]
-    takes: tuple[NodeId, ...]  # those whose frames it works on; the rest are models, references, tests
-    compute: MapCompute | TrainCompute
-    work: Work
+    stage: Callable[..., Commit]
+    resources: MapCompute | TrainCompute
+    inputs: Mapping[str, Source]  # argument -> where it comes from
+    settings: Mapping[str, Any]  # argument -> value
+    unhashed: Mapping[str, Any] = field(default_factory=dict)  # arguments without which the result would be the same
+    facts: Mapping[str, Any] = field(default_factory=dict)  # what arguments stand for: content of files, class lists
     seed: int = 0  # only stages that draw random numbers have one: the others are shared between seeds
+    counted: tuple[str, ...] = ()  # inputs whose frames it works on; the rest are models, references, tests
     expected_rows: int | None = None  # frames that lie in the folders; known before the stage has run
     most_rows: int | None = None  # frames it hands on at most
 
+    @cached_property
+    def needs(self) -> tuple[NodeId, ...]:
+        return tuple(dict.fromkeys(_nodes_of(self.inputs.values())))
 
-@dataclass(frozen=True)
-class TestNode:
-    """One evaluation, and the published row it reproduces."""
+    @cached_property
+    def takes(self) -> tuple[NodeId, ...]:
+        """Those whose frames it works on."""
+        return tuple(dict.fromkeys(_nodes_of(self.inputs[name] for name in self.counted)))
 
-    node: NodeId
-    row: str
-    published_miou: float | None  # percent
+    @cached_property
+    def recipe(self) -> dict[str, Any]:
+        """Its part of the recipe: the very settings that the stage is given, hashed into its key."""
+        return {
+            **{name: _named(source) for name, source in self.inputs.items()},
+            **{name: part_of_key(value) for name, value in self.settings.items()},
+            **self.facts,
+        }
+
+    def work(self, commits: Mapping[NodeId, Commit], attempt: Attempt, progress: Progress) -> Commit:
+        read = {name: _read(source, commits) for name, source in self.inputs.items()}
+        return self.stage(**read, **self.settings, **self.unhashed, attempt=attempt, progress=progress)
 
 
-@dataclass(frozen=True)
+WITHOUT_EFFECT: Final[Mapping[type[BaseModel], set[str]]] = {
+    Network: {"encoder_weights"},
+    Training: {"preset", "checkpoint_every"},
+    Translator: {"kind", "preset", "day", "night", "start", "tile", "collapse_after"},
+    FourierTranslator: {"day", "night"},
+    ColourTranslator: {"day", "night"},
+    CommandTranslator: {"to", "timeout_seconds"},
+}
+"""Fields that the result of a stage does not follow from: how it is done, or a name of what its inputs and facts hold.
+All others are part of its key."""
+
+
+def part_of_key(value: Any) -> Any:
+    """A setting as JSON, without the fields that its result does not follow from."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json", exclude=WITHOUT_EFFECT.get(type(value)))
+    return value
+
+
+def _nodes_of(sources: Any) -> Iterator[NodeId]:
+    for source in sources:
+        match source:
+            case NodeId():
+                yield source
+            case Frames(views):
+                yield from (view.node for view in views if isinstance(view, View))
+            case Mapping():
+                yield from _nodes_of(source.values())
+
+
+def _named(source: Source) -> Any:
+    match source:
+        case Frames(views):
+            return [str(view) for view in views]
+        case Mapping():
+            return {name: _named(part) for name, part in source.items()}
+        case _:
+            return None if source is None else str(source)
+
+
+def _read(source: Source, commits: Mapping[NodeId, Commit]) -> Any:
+    match source:
+        case NodeId():
+            return commits[source]
+        case Frames(views):
+            return pa.concat_tables([_frames(view, commits) for view in views], promote_options="default")
+        case Mapping():
+            return {name: _read(part, commits) for name, part in source.items()}
+        case _:
+            return None
+
+
+def _frames(view: View | Given, commits: Mapping[NodeId, Commit]) -> pa.Table:
+    if isinstance(view, Given):
+        return view.table
+    commit = commits[view.node]
+    rows = frame.resolve(commit.table("frames"), commit.folder)
+    if view.domain is not None:
+        rows = rows.filter(pc.equal(rows[frame.DOMAIN], view.domain))
+    return rows.select(frame.FRAME_SCHEMA.names)
+
+
+@dataclass
 class ModelNodes:
     """What belongs to one model of the recipe."""
 
@@ -96,7 +174,8 @@ class ModelNodes:
     select: NodeId | None
     pseudo_label: NodeId | None
     facts: Mapping[str, Any]  # parents, start, loss, train sets, pool: as the results show them
-    tests: Mapping[str, TestNode]
+    evaluate: NodeId | None = None
+    tests: Mapping[str, TestRow] = field(default_factory=dict)  # test set -> the published row it reproduces
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 from nightseg.data.settings import JoinedDataset
 from nightseg.data.taxonomy import taxonomy
 from nightseg.errors import UserError, closest
-from nightseg.pipeline.graph import Graph, NodeId
+from nightseg.pipeline.graph import Graph, ModelNodes, NodeId
 from nightseg.recipe.types import Recipe
 from nightseg.storage import Commit, Location
 
@@ -26,6 +26,7 @@ def gather(recipe: Recipe, graph: Graph, commits: Mapping[NodeId, Commit], done:
     classes = taxonomy(recipe.taxonomy)
     selections = {m: nodes.select for m, nodes in graph.models.items() if nodes.select}
     labelled = {m: nodes.pseudo_label for m, nodes in graph.models.items() if nodes.pseudo_label}
+    tests = {m: _scores(commits, nodes) for m, nodes in graph.models.items()}
     return {
         "nightseg": importlib.metadata.version("nightseg"),
         "recipe": recipe.name,
@@ -45,9 +46,8 @@ def gather(recipe: Recipe, graph: Graph, commits: Mapping[NodeId, Commit], done:
             | {
                 "model": str(nodes.train),
                 "tests": {
-                    test: commits[node.node].json("scores.json")
-                    | {"row": node.row, "published_miou": node.published_miou, "node": str(node.node)}
-                    for test, node in nodes.tests.items()
+                    test: scores | nodes.tests[test].model_dump() | {"node": str(nodes.evaluate)}
+                    for test, scores in tests[name].items()
                 },
             }
             for name, nodes in graph.models.items()
@@ -61,7 +61,7 @@ def gather(recipe: Recipe, graph: Graph, commits: Mapping[NodeId, Commit], done:
             m: {"node": str(n), "evidence": commits[n].json("evidence.json")} for m, n in labelled.items()
         },
         "predictions": {name: {"node": str(n), **p.model_dump()} for name, (n, p) in graph.predictions.items()},
-        "translations": _translations(recipe, graph, commits),
+        "translations": _translations(recipe, graph, commits, tests),
         "quarantine": _quarantine(commits),
         "commits": {str(node): _facts(commit) | {"skipped": node not in done} for node, commit in commits.items()},
         "seconds": {str(node): commit.seconds for node, commit in commits.items()},
@@ -111,17 +111,28 @@ def model_folder(place: str | Path | Location) -> Location:
     return moved if (moved / "model.json").exists() else attempt / "model"
 
 
-def _translations(recipe: Recipe, graph: Graph, commits: Mapping[NodeId, Commit]) -> dict[str, Any]:
-    """What was found about each measured translation, and how the models that learned from it do on the test sets."""
+def _scores(commits: Mapping[NodeId, Commit], nodes: ModelNodes) -> dict[str, dict[str, Any]]:
+    """Test set -> scores of a model."""
+    return dict(commits[nodes.evaluate].json("scores.json")) if nodes.evaluate else {}
+
+
+def _translations(
+    recipe: Recipe, graph: Graph, commits: Mapping[NodeId, Commit], tests: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What was found about each evaluated translation, and how the models that learned from it do on the test sets."""
     found = {}
-    for name, measured in graph.translations.items():
+    for name, evaluated in graph.translations.items():
         models = {
-            model: {test: commits[node.node].json("scores.json")["miou"] for test, node in nodes.tests.items()}
+            model: {test: scores["miou"] for test, scores in tests[model].items()}
             for model, nodes in graph.models.items()
             if any(_holds(recipe, dataset, name) for dataset in nodes.facts["train"])
         }
-        scores = commits[measured.node].json("scores.json")
-        found[name] = {"node": str(measured.node), **measured.facts, **scores, "models": models}
+        found[name] = {
+            "node": str(evaluated.node),
+            **evaluated.facts,
+            **commits[evaluated.node].json("scores.json"),
+            "models": models,
+        }
     return found
 
 

@@ -1,20 +1,22 @@
-"""Run a graph: skip what is committed, do the rest in order, gather the results. Also says what a run would do."""
+"""Run a graph: skip what is committed, do the rest in order, gather the results, report. Also says what it would do."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 from nightseg.cluster import ray as cluster
 from nightseg.cluster.settings import MapCompute, TrainCompute
 from nightseg.pipeline import build
-from nightseg.pipeline.graph import Inputs, Node, NodeId
+from nightseg.pipeline.graph import Graph, Node, NodeId
 from nightseg.pipeline.results import gather
 from nightseg.progress import Progress
-from nightseg.recipe import save_recipe
+from nightseg.recipe import load_recipe, save_recipe
 from nightseg.recipe.types import Recipe
+from nightseg.report import write_report
 from nightseg.storage import Commit, Location, Stage, Workspace
 
 
@@ -27,6 +29,14 @@ class Outcome(NamedTuple):
     seconds: float
 
 
+class Adapted(NamedTuple):
+    """Where the run lies, its outcome and its report."""
+
+    folder: Location
+    outcome: Outcome
+    report: Location
+
+
 class Planned(NamedTuple):
     """One line of the dry run."""
 
@@ -37,8 +47,26 @@ class Planned(NamedTuple):
     resources: str
 
 
+def adapt(
+    recipe_file: str,
+    overrides: Sequence[str] = (),
+    *,
+    run_dir: str | None = None,
+    only: str | None = None,
+    progress: Progress,
+) -> Adapted:
+    """The whole way: a recipe file in; a night model, results.json and report.html out.
+
+    Raises UserError before anything starts when the recipe is wrong.
+    """
+    recipe = load_recipe(recipe_file, overrides)
+    folder = run_folder(recipe.name, run_dir)
+    outcome = run(recipe, folder, only=only, progress=progress)
+    return Adapted(folder, outcome, write_report(folder, outcome.results))
+
+
 def run_folder(name: str, run_dir: str | None) -> Location:
-    """`--run-dir`, else `<NIGHTSEG_RUNS or ./runs>/<name of the recipe or search>`."""
+    """What was asked for, else `<NIGHTSEG_RUNS or ./runs>/<name of the recipe or search>`."""
     return Location.of(run_dir) if run_dir else Location.of(os.environ.get("NIGHTSEG_RUNS") or "runs") / name
 
 
@@ -79,6 +107,19 @@ def prepare(
     return commits
 
 
+@contextmanager
+def finished(graph: Graph, folder: Location, progress: Progress) -> Iterator[dict[NodeId, Commit]]:
+    """The commits of a graph without a recipe, whose outputs the body takes to where they belong.
+
+    The folder is removed then; work that is interrupted continues there when the same is asked again.
+    """
+    workspace = Workspace(folder)
+    with workspace.lock(), cluster.left_as_found():
+        commits, _ = _work(workspace, list(graph.nodes.values()), progress)
+        yield commits
+    folder.delete()
+
+
 def _work(workspace: Workspace, nodes: Sequence[Node], progress: Progress) -> tuple[dict[NodeId, Commit], set[NodeId]]:
     """Commit the nodes in order; returns all commits and which of them were made now."""
     commits: dict[NodeId, Commit] = {}
@@ -87,9 +128,8 @@ def _work(workspace: Workspace, nodes: Sequence[Node], progress: Progress) -> tu
         stage = _stage(workspace, node, commits)
         commit = stage.commit()
         if commit is None:
-            cluster.connect()
             progress.say(f"[{number}/{len(nodes)}] {node.id}")
-            commit = node.work(Inputs(commits), stage.open(), progress)
+            commit = node.work(commits, stage.open(), progress)
             done.add(node.id)
         commits[node.id] = commit
     return commits, done
@@ -119,7 +159,7 @@ def plan(
         taken = _rows_in(node, commits, rows)
         committed = commits.get(node.id)
         rows[node.id] = _least(committed.rows_out if committed else taken, node.most_rows)
-        lines.append(Planned(node.id, state, changed, taken, _resources(node.compute)))
+        lines.append(Planned(node.id, state, changed, taken, _resources(node.resources)))
     return lines
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag
 
@@ -76,6 +76,9 @@ class Evaluation(Strict):
 
     boundary: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         default=None, description="distance of boundary IoU, a share of the diagonal (0.02 in its paper); null = none"
+    )
+    absent_class: Literal["cityscapes", "detectron2"] = Field(
+        default="cityscapes", description="a class predicted but not in the labels: IoU 0, or left out"
     )
 
 

@@ -83,7 +83,7 @@ class Run:
     def main_test(self) -> str | None:
         """The test set that the headline speaks of: the first one of night frames, else the first."""
         for test in self.tests:
-            rows = self.rows(self._node(self.scored(test)[0], test), "predictions", limit=64)
+            rows = self.predictions(self.scored(test)[0], test, limit=64)
             domains = Counter(row[frame.DOMAIN] for row in rows)
             if domains and domains.most_common(1)[0][0] == "night":
                 return test
@@ -93,9 +93,10 @@ class Run:
         scores = self.score(model, test)
         return str(scores.get("node", "")) if scores else ""
 
-    def predictions(self, model: str, test: str) -> list[Row]:
-        """The predictions of a model on a test set; all uris absolute."""
-        return self.rows(self._node(model, test), "predictions")
+    def predictions(self, model: str, test: str, limit: int | None = None) -> list[Row]:
+        """The predictions of a model on a test set; all uris absolute. One commit has those of all test sets."""
+        rows = self.rows(self._node(model, test), "predictions")
+        return [row for row in rows if test in row["test_sets"]][:limit]
 
     def nodes(self, stage: str) -> list[str]:
         """`stage/name` of every commit of a stage, in the order in which they were made."""

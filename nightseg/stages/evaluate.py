@@ -1,71 +1,77 @@
-"""A model on a test set: its predictions against labels, at the labels' own size."""
+"""Predictions against labels, at the labels' own size: a model on all of its test sets, or two folders of images."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from pathlib import PurePosixPath
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from nightseg.cluster.map import map_shards
 from nightseg.cluster.settings import MapCompute
 from nightseg.data import table as frame
-from nightseg.data.images import BadFrame, encode_png
-from nightseg.data.taxonomy import Taxonomy, train_ids_of
+from nightseg.data.images import BadFrame, encode_png, read_label
+from nightseg.data.taxonomy import IGNORE, TRAIN_IDS, Taxonomy, train_ids_of
 from nightseg.data.taxonomy import taxonomy as load_taxonomy
 from nightseg.metrics.boundary import boundary_counts, boundary_scores
-from nightseg.metrics.confusion import Counts, add_up, confusion_matrix, scores
+from nightseg.metrics.confusion import add_up, confusion_matrix, scores
 from nightseg.progress import Progress
-from nightseg.segmenter.inference import WHOLE_FRAME, Inference
+from nightseg.recipe.types import Evaluation
+from nightseg.segmenter.inference import Inference
 from nightseg.segmenter.predict import Segmenter, UnreadRow, check_classes, quarantined, segment_rows
 from nightseg.storage import Attempt, Commit, Location, UserError, sha256_of
 
-VERSION = 2
+VERSION = 3
 
 PREDICTION_URI = "prediction_uri"  # palette PNG of train ids, relative to the commit's folder
 PREDICTION_SHA256 = "prediction_sha256"
-CONFUSION = "confusion"  # pixels by label and prediction, K x K values, row by row
+TEST_SETS = "test_sets"  # names of those that the frame is in
+CONFUSION = "confusion"  # pixels by label and prediction, K rows of K or K + 1 values
 BOUNDARY = "boundary"  # pixels in the bands of label, prediction and both, K x 3 values, if they are asked for
+FAULT = "fault"  # why the label cannot be read by an encoding; null = it can
 
-AbsentClass = Literal["cityscapes", "detectron2"]
+COUNTS = {CONFUSION: pa.list_(pa.int64()), BOUNDARY: pa.list_(pa.int64())}
+Labels = npt.NDArray[np.uint8]
 
 
 def evaluate(
-    frames: pa.Table,
+    tests: Mapping[str, pa.Table],
     model: Commit,
     *,
     name: str,
     taxonomy: str,
+    evaluation: Evaluation,
+    inference: Inference,
     attempt: Attempt,
     compute: MapCompute,
     progress: Progress,
     max_bad_fraction: float,
-    absent_class: AbsentClass = "cityscapes",
-    boundary: float | None = None,
-    inference: Inference = WHOLE_FRAME,
 ) -> Commit:
-    """Commit `predictions` (the frame's columns, prediction_uri, confusion), `quarantine` and `scores.json`.
+    """Commit `predictions` (the frame's columns, prediction_uri, test_sets, confusion), `quarantine` and `scores.json`.
 
-    `frames` has absolute uris and a label for every frame. Scores are fractions over the whole set, from one summed
-    int64 matrix. `boundary`: the distance of boundary IoU, a share of the diagonal; None leaves it out.
-    Raises UserError: a frame without label, a model of other classes, no labelled pixel, more bad frames than
-    `max_bad_fraction`.
+    `tests`: frame tables with absolute uris, by the name of the test set; every frame has a label, and one that is in
+    several sets is segmented once. scores.json has for every set the record of `_record`: fractions over the whole set,
+    from one summed int64 matrix. Raises UserError: a frame without label, a model of other classes, a set without a
+    labelled pixel or a good frame, more bad frames than `max_bad_fraction`.
     """
     started = time.monotonic()
     classes = load_taxonomy(taxonomy)
-    _check_labelled(frames, name)
+    for test, frames in tests.items():
+        _check_labelled(frames, f"{name}.{test}")
     check_classes(model.folder / "model", classes)
-    columns = [column for column in frames.column_names if column in frame.FRAME_SCHEMA.names]
+    rows = _together(tests)
     device = "cuda" if compute.gpus_per_actor else "cpu"
-    arguments = {"model": model.folder / "model", "batch": compute.batch, "device": device, "classes": classes}
+    arguments = {"model": model.folder / "model", "batch": compute.batch, "device": device, "inference": inference}
     records = map_shards(
-        frames.select(columns),
+        rows,
         Evaluator,
-        arguments | {"boundary": boundary, "inference": inference},
+        arguments | {"classes": classes, "evaluation": evaluation},
         attempt=attempt,
         shard_rows=compute.shard_rows,
         actors=compute.actors,
@@ -74,83 +80,51 @@ def evaluate(
         progress=progress,
         title=f"evaluate {name}",
     )
-    num_frames = sum(record.rows("predictions") for record in records)
-    summary: dict[str, Any] = {}
-    if num_frames:
-        parts = [(attempt.folder / record.tables["predictions"].path).read_table() for record in records]
-        summary = _scores_of(parts, name, classes, absent_class, boundary)
-        (attempt.folder / "scores.json").write_json(summary)
+    counted = pa.concat_tables(
+        [(attempt.folder / record.tables["predictions"].path).read_table() for record in records]
+    ).select([TEST_SETS, *(column for column in COUNTS if column == CONFUSION or evaluation.boundary)])
+    of_tests = {test: counted.filter(_is_in(counted[TEST_SETS], test)) for test in tests}
+    whole = all(part.num_rows for part in of_tests.values())  # else there is a set without a score to commit
+    found = {test: _record(part, f"{name}.{test}", classes, evaluation) for test, part in of_tests.items() if whole}
+    (attempt.folder / "scores.json").write_json(found)
     return attempt.finish(
-        rows_in=frames.num_rows,
-        rows_out=num_frames,
+        rows_in=rows.num_rows,
+        rows_out=counted.num_rows,
         quarantined=sum(record.rows("quarantine") for record in records),
-        max_bad_fraction=max_bad_fraction if num_frames else 0.0,  # without a frame there is no score to commit
-        outputs=["scores.json"] if num_frames else [],
+        max_bad_fraction=max_bad_fraction if whole else 0.0,
+        outputs=["scores.json"],
         num_shards=len(records),
-        summary={key: summary[key] for key in ("miou", "pa", "ca", "fwiou") if key in summary},
+        summary={"miou": {test: record["miou"] for test, record in found.items()}},
         seconds=time.monotonic() - started,
     )
 
 
-def _scores_of(
-    parts: Sequence[pa.Table], name: str, classes: Taxonomy, absent_class: AbsentClass, boundary: float | None
-) -> dict[str, Any]:
-    """The content of scores.json, from the predictions of at least one frame."""
-    size, num_frames = (classes.num_classes, classes.num_classes), sum(part.num_rows for part in parts)
-    matrix = add_up((np.reshape(m, size) for part in parts for m in part[CONFUSION].to_pylist()), classes.num_classes)
-    if not matrix.any():
-        raise UserError(f"evaluate {name}: none of the {num_frames} labels has a pixel with a class, only ignored ones")
-    record = score_record(matrix, classes, absent_class) | {"frames": num_frames}
-    if boundary is not None:
-        bands = sum(np.reshape(counts, (-1, 3)) for part in parts for counts in part[BOUNDARY].to_pylist())
-        record |= {"boundary": boundary_record(bands, classes, absent_class, boundary)}
-    return record
-
-
-def score_record(matrix: Counts, classes: Taxonomy, absent_class: AbsentClass) -> dict[str, Any]:
-    """Scores as JSON: fractions, null for a class without IoU, and the matrix they come from."""
-    found = scores(matrix, absent_class)
-    return {
-        "pa": found.pa,
-        "ca": found.ca,
-        "miou": found.miou,
-        "fwiou": found.fwiou,
-        "iou": _by_class(found.iou, classes),
-        "confusion": matrix.tolist(),
-        "absent_class": absent_class,
-    }
-
-
-def boundary_record(
-    counts: npt.ArrayLike, classes: Taxonomy, absent_class: AbsentClass, distance: float
-) -> dict[str, Any]:
-    """Boundary IoU as JSON: fractions, null where there is none, the counts they come from, and their distance."""
-    found = boundary_scores(counts, absent_class)
-    return {
-        "distance": distance,
-        "miou": None if math.isnan(found.miou) else found.miou,
-        "iou": _by_class(found.iou, classes),
-        "counts": np.asarray(counts).tolist(),
-    }
-
-
-def _by_class(values: tuple[float, ...], classes: Taxonomy) -> dict[str, float | None]:
-    return {name: None if math.isnan(value) else value for name, value in zip(classes.classes, values, strict=True)}
-
-
 def _check_labelled(frames: pa.Table, name: str) -> None:
     if frames.num_rows == 0:
-        raise UserError(f"evaluate {name}: the test set holds no frame; look at the quarantine table of its dataset")
-    bare = [
-        row[frame.FRAME_ID]
-        for row in frames.select([frame.FRAME_ID, frame.LABEL_URI, frame.LABEL_ENCODING]).to_pylist()
-        if row[frame.LABEL_URI] is None or row[frame.LABEL_ENCODING] is None
-    ]
-    if bare:
         raise UserError(
-            f"evaluate {name}: {len(bare)} of {frames.num_rows} frames have no label (first {bare[0]}), so nothing can "
-            "be measured on them; use `predictions` in the recipe to only look at a model's output"
+            f"evaluate {name}: the test set holds no frame", cure="look at the quarantine table of its dataset"
         )
+    bare = frames.filter(pc.or_(pc.is_null(frames[frame.LABEL_URI]), pc.is_null(frames[frame.LABEL_ENCODING])))
+    if bare.num_rows:
+        raise UserError(
+            f"evaluate {name}: {bare.num_rows} of {frames.num_rows} frames have no label (first "
+            f"{bare[frame.FRAME_ID][0]}), so nothing can be measured on them",
+            cure="`predictions` in the recipe, to only look at a model's output",
+        )
+
+
+def _together(tests: Mapping[str, pa.Table]) -> pa.Table:
+    """The frames of all test sets, each once, with the names of its sets."""
+    rows: dict[str, dict[str, Any]] = {}
+    for test, frames in tests.items():
+        columns = [column for column in frames.column_names if column in frame.FRAME_SCHEMA.names]
+        for row in frames.select(columns).to_pylist():
+            rows.setdefault(row[frame.FRAME_ID], row | {TEST_SETS: []})[TEST_SETS].append(test)
+    return frame.frame_table(rows.values(), extra={TEST_SETS: pa.list_(pa.string())})
+
+
+def _is_in(sets: pa.ChunkedArray, test: str) -> pa.Array:
+    return pa.array([test in names for names in sets.to_pylist()], pa.bool_())
 
 
 class Evaluator:
@@ -162,13 +136,13 @@ class Evaluator:
         batch: int,
         device: str,
         classes: Taxonomy,
-        boundary: float | None = None,
-        inference: Inference = WHOLE_FRAME,
+        evaluation: Evaluation,
+        inference: Inference,
     ) -> None:
         self.segmenter = Segmenter(model, device, inference)
         self.batch = batch
         self.classes = classes
-        self.boundary = boundary
+        self.evaluation = evaluation
 
     def __call__(self, rows: pa.Table, folder: Location) -> Mapping[str, pa.Table]:
         made, bad = [], []
@@ -185,13 +159,183 @@ class Evaluator:
             mask = encode_png(prediction_HW, self.classes.palette)
             uri = f"masks/{frame.file_name(result.row[frame.FRAME_ID], '.png')}"
             (folder / uri).write_bytes(mask)
-            matrix = confusion_matrix(label_HW, prediction_HW, self.classes.num_classes)
-            facts = {PREDICTION_URI: uri, PREDICTION_SHA256: sha256_of(mask), CONFUSION: matrix.reshape(-1).tolist()}
-            if self.boundary is not None:
-                bands = boundary_counts(label_HW, prediction_HW, self.classes.num_classes, self.boundary)
-                facts[BOUNDARY] = bands.reshape(-1).tolist()
-            made.append({**result.row, **facts})
-        extra = {PREDICTION_URI: pa.string(), PREDICTION_SHA256: pa.string(), CONFUSION: pa.list_(pa.int64())}
-        if self.boundary is not None:
-            extra[BOUNDARY] = pa.list_(pa.int64())
+            counts = _counts(label_HW, prediction_HW, self.classes, self.evaluation)
+            made.append({**result.row, PREDICTION_URI: uri, PREDICTION_SHA256: sha256_of(mask), **counts})
+        extra = {PREDICTION_URI: pa.string(), PREDICTION_SHA256: pa.string(), TEST_SETS: pa.list_(pa.string())}
+        extra |= {column: kind for column, kind in COUNTS.items() if column == CONFUSION or self.evaluation.boundary}
         return {"predictions": frame.frame_table(made, extra=extra), "quarantine": frame.quarantine_table(bad)}
+
+
+# -- two folders -----------------------------------------------------------------------------------------------------
+
+
+def evaluate_folders(
+    pairs: pa.Table,
+    *,
+    taxonomy: str,
+    label_encoding: str | None,
+    evaluation: Evaluation,
+    attempt: Attempt,
+    compute: MapCompute,
+    progress: Progress,
+) -> Commit:
+    """Commit `counts` and `scores.json`: the record of `_record` with `taxonomy`, `label_encoding` and `frames`.
+
+    `pairs`: absolute places of predictions (train ids; 255 counts as wrong) and labels, by the columns prediction_uri
+    and label_uri. `label_encoding` None: train_ids if all values of all labels are known there, else the first encoding
+    of the taxonomy that knows them all. Raises UserError: sizes that differ, files that are no labels, unknown ids.
+    """
+    started = time.monotonic()
+    classes = load_taxonomy(taxonomy)
+    encodings = [label_encoding] if label_encoding else _encodings(pairs[frame.LABEL_URI].to_pylist(), classes)
+    for encoding in encodings:
+        classes.lut(encoding)
+    records = map_shards(
+        pairs,
+        PairCounter,
+        {"classes": classes, "encodings": encodings, "evaluation": evaluation},
+        attempt=attempt,
+        shard_rows=compute.shard_rows,
+        actors=compute.actors,
+        cpus_per_actor=compute.cpus_per_actor,
+        gpus_per_actor=0.0,
+        progress=progress,
+        title="evaluate",
+    )
+    counted = pa.concat_tables([(attempt.folder / record.tables["counts"].path).read_table() for record in records])
+    found = {}
+    for encoding in encodings:
+        of_encoding = counted.filter(pc.equal(counted[frame.LABEL_ENCODING], encoding))
+        if of_encoding[FAULT].null_count == of_encoding.num_rows:
+            found = _record(of_encoding, "the folders", classes, evaluation)
+            found |= {"taxonomy": classes.name, "label_encoding": encoding}
+            break
+    if not found:
+        raise _unknown_ids(classes, counted)
+    (attempt.folder / "scores.json").write_json(found)
+    return attempt.finish(
+        rows_in=pairs.num_rows,
+        rows_out=pairs.num_rows,
+        outputs=["scores.json"],
+        num_shards=len(records),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _encodings(labels: list[str], classes: Taxonomy) -> list[str]:
+    """The encodings that the labels may have, the likeliest first; the values of one file alone could fit several."""
+    names = [TRAIN_IDS, *(name for name in classes.encodings if name != TRAIN_IDS)]
+    if "label_ids" in names and all(PurePosixPath(label).stem.endswith("_labelIds") for label in labels):
+        return ["label_ids"]  # the name says it, even if the values could be train ids
+    return names
+
+
+class PairCounter:
+    """Reads predictions and labels, checks both, counts: one row a frame and encoding."""
+
+    def __init__(self, classes: Taxonomy, encodings: list[str], evaluation: Evaluation) -> None:
+        self.classes = classes
+        self.encodings = encodings
+        self.evaluation = evaluation
+
+    def __call__(self, rows: pa.Table, folder: Location) -> Mapping[str, pa.Table]:
+        counted = [row for pair in rows.to_pylist() for row in self._count(**pair)]
+        columns = {frame.LABEL_ENCODING: pa.string(), FAULT: pa.string()} | COUNTS
+        return {"counts": pa.Table.from_pylist(counted, pa.schema(list(columns.items())))}
+
+    def _count(self, prediction_uri: str, label_uri: str) -> list[dict[str, Any]]:
+        raw_label_HW, prediction_HW = _read(label_uri), _read(prediction_uri)
+        if raw_label_HW.shape != prediction_HW.shape:
+            raise UserError(
+                f"{prediction_uri}: it is {_by(prediction_HW)}, its label {label_uri} is {_by(raw_label_HW)} pixels "
+                "(width x height), and predictions are compared at the label's own size",
+                cure="scale them back (nearest neighbour), or predict from images of that size: `nightseg predict` "
+                "writes masks as large as its images",
+            )
+        unknown = [value for value in np.unique(prediction_HW) if self.classes.num_classes <= value != IGNORE]
+        if unknown:
+            raise UserError(
+                f"{prediction_uri}: it holds {', '.join(map(str, unknown[:5]))}, which are no train ids of "
+                f"{self.classes.name} (0 to {self.classes.num_classes - 1}, or 255)",
+                cure="predictions must be train ids, not colours",
+            )
+        found: list[dict[str, Any]] = []
+        for encoding in self.encodings:
+            try:
+                label_HW = self.classes.to_train_ids(raw_label_HW, encoding)
+                facts: dict[str, Any] = _counts(label_HW, prediction_HW, self.classes, self.evaluation)
+            except BadFrame as fault:
+                facts = {FAULT: f"{label_uri}: {fault.detail}"}
+            found.append({frame.LABEL_ENCODING: encoding, **facts})
+        if all(FAULT in row for row in found):
+            raise _unknown_ids(self.classes, pa.Table.from_pylist(found))
+        return found
+
+
+def _unknown_ids(classes: Taxonomy, counted: pa.Table) -> UserError:
+    """For every encoding the first label that it does not know all ids of."""
+    first: dict[str, str] = {}
+    for row in counted.select([frame.LABEL_ENCODING, FAULT]).to_pylist():
+        if row[FAULT] is not None:
+            first.setdefault(row[frame.LABEL_ENCODING], row[FAULT])
+    several = f"the labels hold ids that no encoding of {classes.name} knows: " if len(first) > 1 else ""
+    return UserError(several + "; ".join(first.values()), cure="another taxonomy, or another encoding of the labels")
+
+
+def _read(uri: str) -> Labels:
+    try:
+        return read_label(Location.of(uri))
+    except BadFrame as fault:
+        raise UserError(f"{uri}: {fault}", cure="give a folder of PNG files of one byte a pixel") from fault
+
+
+def _by(array: Labels) -> str:
+    return f"{array.shape[1]} x {array.shape[0]}"
+
+
+# -- counts and scores -----------------------------------------------------------------------------------------------
+
+
+def _counts(label_HW: Labels, prediction_HW: Labels, classes: Taxonomy, evaluation: Evaluation) -> dict[str, list[int]]:
+    """The columns of one frame, from train ids."""
+    facts = {CONFUSION: confusion_matrix(label_HW, prediction_HW, classes.num_classes).reshape(-1).tolist()}
+    if evaluation.boundary is not None:
+        bands = boundary_counts(label_HW, prediction_HW, classes.num_classes, evaluation.boundary)
+        facts[BOUNDARY] = bands.reshape(-1).tolist()
+    return facts
+
+
+def _record(counted: pa.Table, name: str, classes: Taxonomy, evaluation: Evaluation) -> dict[str, Any]:
+    """Scores of at least one frame as JSON: fractions, null for a class without IoU, and the counts they come from."""
+    rows: Iterable[list[int]] = counted[CONFUSION].to_pylist()
+    matrix = add_up((np.reshape(row, (classes.num_classes, -1)) for row in rows), classes.num_classes)
+    if not matrix.any():
+        raise UserError(
+            f"evaluate {name}: none of the {counted.num_rows} labels has a pixel with a class, only ignored ones",
+            cure="check the encoding of the labels",
+        )
+    found = scores(matrix, evaluation.absent_class)
+    record: dict[str, Any] = {
+        "pa": found.pa,
+        "ca": found.ca,
+        "miou": found.miou,
+        "fwiou": found.fwiou,
+        "iou": _by_class(found.iou, classes),
+        "confusion": matrix.tolist(),
+        "absent_class": evaluation.absent_class,
+        "frames": counted.num_rows,
+    }
+    if evaluation.boundary is not None:
+        bands = np.sum([np.reshape(row, (-1, 3)) for row in counted[BOUNDARY].to_pylist()], axis=0)
+        contours = boundary_scores(bands, evaluation.absent_class)
+        record["boundary"] = {
+            "distance": evaluation.boundary,
+            "miou": None if math.isnan(contours.miou) else contours.miou,
+            "iou": _by_class(contours.iou, classes),
+            "counts": bands.tolist(),
+        }
+    return record
+
+
+def _by_class(values: tuple[float, ...], classes: Taxonomy) -> dict[str, float | None]:
+    return {name: None if math.isnan(value) else value for name, value in zip(classes.classes, values, strict=True)}

@@ -11,7 +11,7 @@ import pytest
 from nightseg.cli import doctor as doctor_module
 from nightseg.cli.doctor import Finding
 from nightseg.cli.main import main
-from nightseg.pipeline import adapt as adapt_module
+from nightseg.pipeline import run as run_module
 from nightseg.pipeline import search as search_module
 from nightseg.pipeline import verbs
 from nightseg.pipeline.run import Outcome
@@ -168,8 +168,8 @@ def test_a_dry_run_shows_the_graph_and_leaves_nothing(tmp_path: Path) -> None:
     stages = {stage["node"]: stage for stage in answer["stages"]}
     assert answer["run_dir"] == f"{tmp_path}/run"
     assert stages["collect/day"]["state"] == "runs" and stages["collect/day"]["rows"] > 0
-    assert stages["evaluate/self_trained.night"]["state"] == "waits"
-    assert "evaluate/self_trained.night" in good(*words).stdout
+    assert stages["evaluate/self_trained"]["state"] == "waits"
+    assert "evaluate/self_trained" in good(*words).stdout
     assert not (tmp_path / "run").exists()
 
 
@@ -178,13 +178,13 @@ def test_run_passes_on_what_it_was_given(monkeypatch: pytest.MonkeyPatch, tmp_pa
     score = {"miou": 0.5, "pa": 0.9, "ca": 0.6, "fwiou": 0.8, "published_miou": None}
     results = {"models": {"m": {"tests": {"night": score}}}}
 
-    def adapt(recipe: str, overrides: Any, **more: Any) -> adapt_module.Adapted:
+    def adapt(recipe: str, overrides: Any, **more: Any) -> run_module.Adapted:
         asked.update({"recipe": recipe, "overrides": overrides, **more})
         print("a library prints")
         folder = Location.of(tmp_path)
-        return adapt_module.Adapted(folder, Outcome(results, 3, 2, 61.4), folder / "report.html")
+        return run_module.Adapted(folder, Outcome(results, 3, 2, 61.4), folder / "report.html")
 
-    monkeypatch.setattr(adapt_module, "adapt", adapt)
+    monkeypatch.setattr(run_module, "adapt", adapt)
     words = ("run", "r.yaml", "--set", "a=1", "--set", "b=2", "--run-dir", "d", "--only", "m")
     assert json_of(*words) == results
     assert asked["overrides"] == ("a=1", "b=2")
@@ -198,7 +198,7 @@ def test_work_that_fails_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None
     def adapt(*_: Any, **__: Any) -> None:
         raise RuntimeError("train m: a worker process died")
 
-    monkeypatch.setattr(adapt_module, "adapt", adapt)
+    monkeypatch.setattr(run_module, "adapt", adapt)
     result = nightseg("run", "r.yaml", "--json")
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == "nightseg: RuntimeError: train m: a worker process died\n(--debug shows where)\n"

@@ -6,17 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from nightseg.cluster.settings import MapCompute
 from nightseg.data.table import quarantine_table
-from nightseg.pipeline import graph as words
-from nightseg.pipeline.graph import Graph, ModelNodes, Node, NodeId, View
+from nightseg.pipeline.graph import EvaluatedTranslation, Graph, ModelNodes, NodeId, View
 from nightseg.pipeline.results import MAX_QUARANTINE_ROWS, gather, model_folder, read_results
-from nightseg.recipe import load_recipe
+from nightseg.recipe import load_recipe, types
 from nightseg.recipe.types import Prediction
 from nightseg.storage import Commit, Location, UserError, Workspace
 
 DAY, SPLIT, SELECT = NodeId("collect", "day"), NodeId("split", "pool"), NodeId("select", "m")
-LABEL, TRAIN, TEST = NodeId("pseudo_label", "m"), NodeId("train_segmenter", "m"), NodeId("evaluate", "m.night")
+LABEL, TRAIN, TEST = NodeId("pseudo_label", "m"), NodeId("train_segmenter", "m"), NodeId("evaluate", "m")
 DUSK = NodeId("predict", "dusk")
 SCORES = {"miou": 0.25, "pa": 0.5, "iou": {"sky": 0.5, "car": None}, "confusion": [[3, 1], [0, 4]], "frames": 4}
 
@@ -49,12 +47,12 @@ def run(tmp_path: Path) -> Location:
         SELECT: commit(folder, SELECT, evidence={"method": "pooled"}),
         LABEL: commit(folder, LABEL, evidence={"kept_share": 0.5}),
         TRAIN: commit(folder, TRAIN),
-        TEST: commit(folder, TEST, scores=SCORES),
+        TEST: commit(folder, TEST, scores={"night": SCORES}),
         DUSK: commit(folder, DUSK),
     }
-    graph = Graph(nodes={node: Node(node, 1, {}, (), (), MapCompute(), lambda *_: commits[DAY]) for node in commits})
-    tests = {"night": words.TestNode(TEST, "2.1", 31.5)}
-    graph.models["m"] = ModelNodes(TRAIN, SELECT, LABEL, {"start": "imagenet", "parents": []}, tests)
+    graph = Graph()
+    tests = {"night": types.TestRow(row="2.1", published_miou=31.5)}
+    graph.models["m"] = ModelNodes(TRAIN, SELECT, LABEL, {"start": "imagenet", "parents": []}, TEST, tests)
     graph.datasets["night"] = (View(SPLIT, "night"),)
     graph.predictions["dusk"] = (DUSK, Prediction(dataset="night", model="m"))
     text = "name: made\ntaxonomy: camvid11\nseed: 3\ndatasets: {day: {layout: scenes, count: 4}}\n"
@@ -68,7 +66,7 @@ def test_results_hold_the_scores_and_where_every_number_comes_from(run: Location
     results = read_results(run)
     model = results["models"]["m"]
     assert model["start"] == "imagenet" and model["model"] == "train_segmenter/m"
-    assert model["tests"]["night"] == SCORES | {"row": "2.1", "published_miou": 31.5, "node": "evaluate/m.night"}
+    assert model["tests"]["night"] == SCORES | {"row": "2.1", "published_miou": 31.5, "node": "evaluate/m"}
     assert results["selections"] == {"m": {"node": "select/m", "evidence": {"method": "pooled"}}}
     assert results["pseudo_labels"] == {"m": {"node": "pseudo_label/m", "evidence": {"kept_share": 0.5}}}
     assert results["splits"] == {"pool": {"margin": 0.2}}
@@ -83,7 +81,7 @@ def test_results_hold_the_scores_and_where_every_number_comes_from(run: Location
 def test_results_say_what_was_done_now_and_how_long_it_took(run: Location) -> None:
     results = read_results(run)
     assert {node for node, facts in results["commits"].items() if not facts["skipped"]} == {
-        "train_segmenter/m", "evaluate/m.night"
+        "train_segmenter/m", "evaluate/m"
     }  # fmt: skip
     assert set(results["seconds"].values()) == {1.5}
     assert results["commits"]["collect/day"]["rows_out"] == 4
@@ -110,14 +108,14 @@ translators: {optics: {kind: photometric}}
     commits = {
         DAY: commit(folder, DAY),
         TRAIN: commit(folder, TRAIN),
-        TEST: commit(folder, TEST, scores=SCORES),
+        TEST: commit(folder, TEST, scores={"night": SCORES}),
         evaluation: commit(folder, evaluation, scores={"fid": {"translated": 3.5}, "edges": 0.5}),
     }
-    graph = Graph(nodes={node: Node(node, 1, {}, (), (), MapCompute(), lambda *_: commits[DAY]) for node in commits})
-    tests = {"night": words.TestNode(TEST, "", None)}
+    graph = Graph()
     for name, train in (("m", ["all"]), ("other", ["day"])):
-        graph.models[name] = ModelNodes(TRAIN, None, None, {"start": "imagenet", "parents": [], "train": train}, tests)
-    graph.translations["made"] = words.EvaluatedTranslation(evaluation, {"kind": "photometric", "segmenter": "other"})
+        facts = {"start": "imagenet", "parents": [], "train": train}
+        graph.models[name] = ModelNodes(TRAIN, None, None, facts, TEST, {"night": types.TestRow()})
+    graph.translations["made"] = EvaluatedTranslation(evaluation, {"kind": "photometric", "segmenter": "other"})
     found = gather(load_recipe(tmp_path / "recipe.yaml"), graph, commits, set())["translations"]
     assert found == {
         "made": {

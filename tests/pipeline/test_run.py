@@ -11,11 +11,10 @@ import pytest
 from nightseg.cluster import ray as cluster
 from nightseg.cluster.settings import MapCompute, TrainCompute
 from nightseg.pipeline import build
-from nightseg.pipeline import graph as words
 from nightseg.pipeline import run as runner
 from nightseg.pipeline.graph import Graph, ModelNodes, Node, NodeId
 from nightseg.progress import SilentProgress
-from nightseg.recipe import load_recipe
+from nightseg.recipe import load_recipe, types
 from nightseg.recipe.types import Recipe
 from nightseg.storage import Attempt, Commit, Location, UserError, WorkspaceBusy
 
@@ -27,12 +26,12 @@ datasets: {day: {layout: scenes, count: 4}}
 models: {m: {train: [day]}}
 test_sets: {night: day}
 """
-DAY, TRAIN, TEST = NodeId("collect", "day"), NodeId("train_segmenter", "m"), NodeId("evaluate", "m.night")
+DAY, TRAIN, TEST = NodeId("collect", "day"), NodeId("train_segmenter", "m"), NodeId("evaluate", "m")
 SCORES = {"miou": 0.25, "pa": 0.5, "ca": 0.5, "fwiou": 0.5, "iou": {"sky": None}, "confusion": [[1]], "frames": 4}
 
 
 class MadeUpGraph:
-    """collect/day -> train_segmenter/m -> evaluate/m.night; every stage writes one file, and `worked` tells of it."""
+    """collect/day -> train_segmenter/m -> evaluate/m; every stage writes one file, and `worked` tells of it."""
 
     def __init__(self) -> None:
         self.worked: list[str] = []
@@ -44,35 +43,37 @@ class MadeUpGraph:
 
     def build(self, recipe: Recipe, only: str | None = None) -> Graph:
         if only not in (None, "m"):
-            raise UserError(f"--only {only}: no such model")
+            raise UserError(f"{only}: no such model")
         graph = Graph()
         for node, needs in ((DAY, ()), (TRAIN, (DAY,)), (TEST, (DAY, TRAIN))):
             is_training = node is TRAIN
             graph.nodes[node] = Node(
                 node,
                 1,
-                self.settings[node],
-                needs,
-                needs[:1],
+                self.work(node),
                 TrainCompute(cpus_per_worker=2) if is_training else MapCompute(actors=2, gpus_per_actor=0.5),
-                self.work(node, needs),
+                inputs={need.stage: need for need in needs},
+                settings=self.settings[node],
+                counted=tuple(need.stage for need in needs[:1]),
                 seed=recipe.seed if is_training else 0,
                 expected_rows=4 if node is DAY else None,
             )
-        tests = {"night": words.TestNode(TEST, "2.1", 31.5)}
         facts: Mapping[str, Any] = {"parents": [], "start": "imagenet", "train": ["day"]}
-        graph.models["m"] = ModelNodes(TRAIN, None, None, facts, tests)
+        tests = {"night": types.TestRow(row="2.1", published_miou=31.5)}
+        graph.models["m"] = ModelNodes(TRAIN, None, None, facts, TEST, tests)
         return graph
 
-    def work(self, node: NodeId, needs: tuple[NodeId, ...]) -> Callable[[Any, Attempt, Any], Commit]:
-        def work(inputs: Any, attempt: Attempt, progress: Any) -> Commit:
-            assert set(inputs.commits) >= set(needs), "a stage runs after what it needs"
+    def work(self, node: NodeId) -> Callable[..., Commit]:
+        def work(attempt: Attempt, progress: Any, **arguments: Any) -> Commit:
+            assert {name: arguments[name] for name in self.settings[node]} == self.settings[node]
+            for need in set(arguments) - set(self.settings[node]):
+                assert isinstance(arguments[need], Commit), "a stage runs after what it needs"
             self.worked.append(str(node))
             self.meanwhile()
             (attempt.folder / "output.txt").write_bytes(self.text[node].encode())
             if self.fails == node:
                 raise RuntimeError("the power went")
-            (attempt.folder / "scores.json").write_json(SCORES)
+            (attempt.folder / "scores.json").write_json({"night": SCORES})
             return attempt.finish(rows_in=4, rows_out=4, outputs=["output.txt", "scores.json"])
 
         return work
@@ -116,7 +117,7 @@ def test_a_run_works_in_order_and_leaves_recipe_and_results(
     made: MadeUpGraph, recipe: Recipe, folder: Location
 ) -> None:
     outcome = run(recipe, folder)
-    assert made.worked == ["collect/day", "train_segmenter/m", "evaluate/m.night"]
+    assert made.worked == ["collect/day", "train_segmenter/m", "evaluate/m"]
     assert (outcome.done, outcome.skipped) == (3, 0)
     assert load_recipe(folder / "recipe.yaml") == recipe
     assert (folder / "results.json").read_json() == outcome.results
@@ -139,7 +140,7 @@ def test_a_change_runs_what_stands_on_it(made: MadeUpGraph, recipe: Recipe, fold
     made.worked.clear()
     made.settings[TRAIN], made.text[TRAIN] = {"epochs": {"last": 3}}, "better weights"
     run(recipe, folder)
-    assert made.worked == ["train_segmenter/m", "evaluate/m.night"]
+    assert made.worked == ["train_segmenter/m", "evaluate/m"]
 
 
 def test_a_change_that_changes_no_output_goes_no_further(made: MadeUpGraph, recipe: Recipe, folder: Location) -> None:
@@ -156,12 +157,12 @@ def test_what_failed_continues_in_the_same_attempt(made: MadeUpGraph, recipe: Re
         run(recipe, folder)
     assert not (folder / "results.json").exists()
     assert states(recipe, folder) == {
-        "collect/day": "committed", "train_segmenter/m": "continues", "evaluate/m.night": "waits"
+        "collect/day": "committed", "train_segmenter/m": "continues", "evaluate/m": "waits"
     }  # fmt: skip
     made.fails = None
     made.worked.clear()
     outcome = run(recipe, folder)
-    assert made.worked == ["train_segmenter/m", "evaluate/m.night"]
+    assert made.worked == ["train_segmenter/m", "evaluate/m"]
     assert outcome.results["commits"]["train_segmenter/m"]["folder"].endswith("attempt-1")
 
 
@@ -178,7 +179,7 @@ def test_a_second_driver_is_told_who_works_here(made: MadeUpGraph, recipe: Recip
 
     made.meanwhile = start_another
     assert run(recipe, folder).done == 3
-    assert made.worked == ["collect/day", "train_segmenter/m", "evaluate/m.night"]
+    assert made.worked == ["collect/day", "train_segmenter/m", "evaluate/m"]
 
 
 def test_other_runs_borrow_what_was_prepared(
@@ -188,7 +189,7 @@ def test_other_runs_borrow_what_was_prepared(
     commits = runner.prepare(recipe, shared, {DAY}, only="m", progress=SilentProgress())
     assert list(commits) == [DAY] and made.worked == ["collect/day"]
     outcome = run(recipe, folder, borrow=[shared])
-    assert made.worked == ["collect/day", "train_segmenter/m", "evaluate/m.night"]
+    assert made.worked == ["collect/day", "train_segmenter/m", "evaluate/m"]
     assert outcome.skipped == 1
     assert outcome.results["commits"]["collect/day"]["folder"].startswith(shared.uri)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nightseg.pipeline.adapt import adapt
+from nightseg.pipeline.run import adapt
 from nightseg.progress import SilentProgress
 from nightseg.report import translation_sheet
 from nightseg.storage import Location

@@ -173,13 +173,14 @@ class MadeUpRun:
             matrix = confusion_matrix(label, guess, 11)
             total += matrix
             uri = self.write(attempt, f"masks/{index:03d}.png", encode_png(guess, CLASSES.palette))
-            rows.append({**row, "prediction_uri": uri, "confusion": matrix.ravel().tolist()})
+            counts = matrix.ravel().tolist()
+            rows.append({**row, "prediction_uri": uri, "confusion": counts, "test_sets": [test]})
         found = scores(total)
         record = {key: getattr(found, key) for key in ("pa", "ca", "miou", "fwiou")}
         iou = {n: None if np.isnan(v) else v for n, v in zip(CLASSES.classes, found.iou, strict=True)}
         record |= {"iou": iou, "confusion": total.tolist(), "frames": len(rows), "absent_class": "cityscapes"}
         (attempt.folder / "scores.json").write_json(record)
-        extra = {"prediction_uri": pa.string(), "confusion": pa.list_(pa.int64())}
+        extra = {"prediction_uri": pa.string(), "confusion": pa.list_(pa.int64()), "test_sets": pa.list_(pa.string())}
         outputs = [self.table(attempt, "predictions", frame_table(rows, extra=extra)), "scores.json"]
         self.keep(attempt.finish(rows_in=len(rows), rows_out=len(rows), outputs=outputs, seconds=6.0))
 

@@ -14,6 +14,8 @@ from nightseg.data.images import decode_label, encode_png
 from nightseg.data.table import frame_table
 from nightseg.data.taxonomy import taxonomy
 from nightseg.progress import SilentProgress
+from nightseg.recipe.types import Evaluation
+from nightseg.segmenter.inference import Inference
 from nightseg.stages.evaluate import evaluate
 from nightseg.storage import Attempt, Commit, Location, UserError, sha256_of
 
@@ -40,15 +42,22 @@ def frames(frame_file: Callable[..., Location]) -> pa.Table:
 
 
 def run(frames: pa.Table, model: Commit, attempt: Attempt, **changes: Any) -> Commit:
+    """The test set is called `night`."""
     arguments: dict[str, Any] = {
-        "name": "m.night",
+        "name": "m",
         "taxonomy": "camvid11",
         "attempt": attempt,
         "compute": MapCompute(shard_rows=2, batch=2),
         "progress": SilentProgress(),
         "max_bad_fraction": 0.0,
+        "evaluation": Evaluation(),
+        "inference": Inference(),
     }
-    return evaluate(frames, model, **(arguments | changes))
+    return evaluate({"night": frames}, model, **(arguments | changes))
+
+
+def scores_of(commit: Commit) -> Any:
+    return commit.json("scores.json")["night"]
 
 
 @pytest.mark.usefixtures("serial", "reads_the_pixels")
@@ -60,7 +69,7 @@ class TestStage:
     def test_scores_come_from_the_summed_matrix(self, frames: pa.Table, model: Commit, work: Any) -> None:
         """36 sky pixels, 3 of them called road; 33 road pixels, all right; 3 ignored."""
         commit = run(frames, model, work("evaluate"))
-        found = commit.json("scores.json")
+        found = scores_of(commit)
         assert found["confusion"][0] == [33, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0]
         assert found["confusion"][3][3] == 33 and np.sum(found["confusion"]) == 69
         assert found["pa"] == 66 / 69
@@ -84,10 +93,10 @@ class TestStage:
     def test_boundary_iou_is_measured_where_it_is_asked_for(self, frames: pa.Table, model: Commit, work: Any) -> None:
         """4 x 6 pixels and one pixel of reach: the outer ring, and two rows at the horizon, are all there is."""
         plain = run(frames, model, work("evaluate", "plain"))
-        commit = run(frames, model, work("evaluate", "bands"), boundary=0.02)
-        assert "boundary" not in plain.json("scores.json") and "boundary" not in plain.table("predictions").column_names
-        scores = commit.json("scores.json")
-        assert {key: value for key, value in scores.items() if key != "boundary"} == plain.json("scores.json")
+        commit = run(frames, model, work("evaluate", "bands"), evaluation=Evaluation(boundary=0.02))
+        assert "boundary" not in scores_of(plain) and "boundary" not in plain.table("predictions").column_names
+        scores = scores_of(commit)
+        assert {key: value for key, value in scores.items() if key != "boundary"} == scores_of(plain)
         found = scores["boundary"]
         rows = commit.table("predictions")["boundary"].to_pylist()
         assert found["counts"] == np.sum([np.reshape(row, (11, 3)) for row in rows], axis=0).tolist()
@@ -102,8 +111,9 @@ class TestStage:
         image = np.full((4, 6, 3), 8, dtype=np.uint8)
         row |= {"uri": frame_file("car.png", encode_png(image)).uri, "sha256": None, "frame_id": "night/car"}
         rows = pa.concat_tables([frames, frame_table([row])])
-        strict = run(rows, model, work("evaluate", "a")).json("scores.json")
-        lenient = run(rows, model, work("evaluate", "b"), absent_class="detectron2").json("scores.json")
+        strict = scores_of(run(rows, model, work("evaluate", "a")))
+        rule = Evaluation(absent_class="detectron2")
+        lenient = scores_of(run(rows, model, work("evaluate", "b"), evaluation=rule))
         assert strict["iou"]["car"] == 0.0 and lenient["iou"]["car"] is None
         assert lenient["miou"] == pytest.approx(strict["miou"] * 3 / 2)
 
@@ -134,7 +144,7 @@ class TestStage:
         )
         assert details["odd"].startswith(f"label {odd}: ids 77 (24 pixels) are not in the encoding camvid12")
         assert small in details["small"] and details["gone"].count(small + "x") == 1
-        assert commit.json("scores.json")["frames"] == 3
+        assert scores_of(commit)["frames"] == 3
         with pytest.raises(UserError, match="5 of 8 frames"):
             run(rows, model, work("evaluate", "strict"))
         with pytest.raises(UserError, match="5 of 5 frames"):
@@ -156,11 +166,31 @@ class TestStage:
             run(frame_table([row]), model, work("evaluate"))
 
 
+@pytest.mark.usefixtures("serial", "reads_the_pixels")
+def test_a_frame_of_two_test_sets_is_segmented_once_and_counts_in_both(
+    frames: pa.Table, model_commit: Callable[..., Commit], work: Any
+) -> None:
+    model, sets = model_commit(CLASSES), {"all": frames, "last": frames.slice(2)}
+    arguments: dict[str, Any] = {
+        "name": "m", "taxonomy": "camvid11", "evaluation": Evaluation(), "inference": Inference(),
+        "compute": MapCompute(shard_rows=2), "progress": SilentProgress(), "max_bad_fraction": 0.5,
+    }  # fmt: skip
+    commit = evaluate(sets, model, attempt=work("evaluate"), **arguments)
+    assert (commit.rows_in, commit.rows_out) == (3, 3)
+    assert commit.table("predictions")["test_sets"].to_pylist() == [["all"], ["all"], ["all", "last"]]
+    both = commit.json("scores.json")
+    assert both["all"] == scores_of(run(frames, model, work("evaluate", "alone")))
+    assert both["last"] == scores_of(run(frames.slice(2), model, work("evaluate", "last")))
+    assert commit.summary["miou"] == {name: scores["miou"] for name, scores in both.items()}
+    bad = frame_table([frames.to_pylist()[0] | {"frame_id": "night/bad", "uri": "/no/file.png"}])
+    with pytest.raises(UserError, match="1 of 4 frames"):  # a set without any frame has no score
+        evaluate({"all": frames, "bad": bad}, model, attempt=work("evaluate", "bad"), **arguments)
+
+
 @pytest.mark.usefixtures("serial")
 def test_the_stage_looks_as_it_is_told(
     frames: pa.Table, model_commit: Callable[..., Commit], work: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nightseg.segmenter.inference import Inference
     from nightseg.stages import evaluate as stage
 
     used: list[Inference] = []
@@ -171,7 +201,7 @@ def test_the_stage_looks_as_it_is_told(
 
     monkeypatch.setattr(stage, "segment_rows", segment_rows)
     evaluator = stage.Evaluator(
-        model_commit(CLASSES).folder / "model", 2, "cpu", CLASSES, inference=Inference(flip=True)
+        model_commit(CLASSES).folder / "model", 2, "cpu", CLASSES, Evaluation(), Inference(flip=True)
     )
     evaluator(frames, Location.of("/nowhere"))
     assert used == [Inference(flip=True)]

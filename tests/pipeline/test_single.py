@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import io
-import pickle
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
+from nightseg.cluster.settings import MapCompute
 from nightseg.data.images import encode_png
 from nightseg.metrics.boundary import boundary_counts, boundary_scores
 from nightseg.metrics.confusion import confusion_matrix
-from nightseg.pipeline import folder_scores as module
-from nightseg.pipeline.folder_scores import evaluate_folders
-from nightseg.progress import LineProgress
-from nightseg.storage import Attempt, Location, ShardRecord, UserError
+from nightseg.pipeline import single
+from nightseg.progress import LineProgress, SilentProgress
+from nightseg.recipe.types import Evaluation
+from nightseg.stages.evaluate import PairCounter
+from nightseg.storage import Location, UserError
 
 LABEL = np.array([[0, 0, 3], [3, 3, 11]], dtype=np.uint8)
 GUESS = np.array([[0, 3, 3], [3, 3, 0]], dtype=np.uint8)
@@ -33,11 +32,19 @@ def folders(
     return Location.of(tmp_path / "predictions"), Location.of(tmp_path / "labels")
 
 
+def evaluate_folders(
+    predictions: Location, labels: Location, taxonomy: str = "camvid11", *, boundary: float | None = None, **more: Any
+) -> dict[str, Any]:
+    compute = MapCompute(actors=more.pop("actors", 0), shard_rows=2)
+    more = {"progress": SilentProgress(), "evaluation": Evaluation(boundary=boundary), "compute": compute} | more
+    return single.evaluate_folders(predictions, labels, taxonomy, **more)
+
+
 def test_folders_are_paired_by_name_and_scored(tmp_path: Path) -> None:
     where = folders(
         tmp_path, {"a b.png": GUESS, "é.png": GUESS, "extra.png": GUESS}, {"a b.png": LABEL, "é.png": LABEL}
     )
-    found = evaluate_folders(*where, "camvid11")
+    found = evaluate_folders(*where)
     assert (found["frames"], found["label_encoding"], found["taxonomy"]) == (2, "camvid12", "camvid11")
     assert found["confusion"][0][0] == 2 and found["confusion"][0][3] == 2 and found["confusion"][3][3] == 6
     assert found["pa"] == 0.8 and found["iou"]["sky"] == 0.5 and found["iou"]["road"] == 0.75
@@ -48,12 +55,12 @@ def test_folders_are_paired_by_name_and_scored(tmp_path: Path) -> None:
 def test_train_ids_are_preferred_and_an_encoding_can_be_asked_for(tmp_path: Path) -> None:
     train_ids = np.where(LABEL == 11, 255, LABEL).astype(np.uint8)
     where = folders(tmp_path, {"a.png": GUESS}, {"a.png": train_ids})
-    assert evaluate_folders(*where, "camvid11")["label_encoding"] == "train_ids"
-    assert evaluate_folders(*where, "camvid11")["miou"] == 0.625
-    with pytest.raises(UserError, match=r"^ids 255 \(1 pixels\) of .*a\.png are not in the encoding camvid12 of"):
-        evaluate_folders(*where, "camvid11", label_encoding="camvid12")
+    assert evaluate_folders(*where)["label_encoding"] == "train_ids"
+    assert evaluate_folders(*where)["miou"] == 0.625
+    with pytest.raises(UserError, match=r"^.*a\.png: ids 255 \(1 pixels\) are not in the encoding camvid12 of"):
+        evaluate_folders(*where, label_encoding="camvid12")
     with pytest.raises(UserError, match="no label encoding 'camvid'"):
-        evaluate_folders(*where, "camvid11", label_encoding="camvid")
+        evaluate_folders(*where, label_encoding="camvid")
 
 
 def test_cityscapes_names_belong_together(tmp_path: Path) -> None:
@@ -66,13 +73,13 @@ def test_cityscapes_names_belong_together(tmp_path: Path) -> None:
         {"city/x_000_gtFine_labelIds.png": label_ids, "city/x_000_gtFine_color.png": label_ids,
          "city/x_000_gtFine_instanceIds.png": label_ids},
     )  # fmt: skip
-    found = evaluate_folders(*where, "cityscapes19")
+    found = evaluate_folders(*where, taxonomy="cityscapes19")
     assert found["label_encoding"] == "label_ids"
     assert found["pa"] == 2 / 3
     # train ids beside them are taken instead
     train_ids = np.array([[0, 13], [0, 255]], dtype=np.uint8)
     (where[1] / "city/x_000_gtFine_labelTrainIds.png").write_bytes(encode_png(train_ids))
-    again = evaluate_folders(*where, "cityscapes19")
+    again = evaluate_folders(*where, taxonomy="cityscapes19")
     assert again["label_encoding"] == "train_ids" and again["confusion"] == found["confusion"]
 
 
@@ -81,24 +88,24 @@ def test_the_name_decides_where_values_could_be_either(tmp_path: Path) -> None:
     where = folders(
         tmp_path, {"x.png": np.array([[0, 2]], np.uint8)}, {"x_gtFine_labelIds.png": np.array([[7, 11]], np.uint8)}
     )
-    assert evaluate_folders(*where, "cityscapes19")["pa"] == 1.0
+    assert evaluate_folders(*where, taxonomy="cityscapes19")["pa"] == 1.0
 
 
 def test_an_undecided_pixel_is_wrong(tmp_path: Path) -> None:
     undecided = GUESS.copy()
     undecided[0, 0] = 255
     where = folders(tmp_path, {"a.png": undecided}, {"a.png": LABEL})
-    assert evaluate_folders(*where, "camvid11")["pa"] == 3 / 5
+    assert evaluate_folders(*where)["pa"] == 3 / 5
 
 
 def test_folder_errors_name_the_files(tmp_path: Path) -> None:
     def refused(name: str, predictions: dict[str, np.ndarray], labels: dict[str, np.ndarray], match: str) -> None:
         where = folders(tmp_path / name, predictions, labels)
         with pytest.raises(UserError, match=match):
-            evaluate_folders(*where, "camvid11")
+            evaluate_folders(*where)
 
     with pytest.raises(UserError, match="predictions: there is no folder"):
-        evaluate_folders(Location.of(tmp_path / "no"), Location.of(tmp_path / "no"), "camvid11")
+        evaluate_folders(Location.of(tmp_path / "no"), Location.of(tmp_path / "no"))
     refused("1", {"a.png": GUESS}, {"a.png": LABEL, "b.png": LABEL}, r"1 of 2 labels .* have no prediction.*b\.png")
     refused("2", {"a.png": GUESS[:1]}, {"a.png": LABEL}, r"3 x 1, its label .* 3 x 2")
     refused("3", {"a.png": GUESS + np.uint8(20)}, {"a.png": LABEL}, r"holds 20, 23, which are no train ids of camvid11")
@@ -106,7 +113,7 @@ def test_folder_errors_name_the_files(tmp_path: Path) -> None:
         "4",
         {"a.png": GUESS},
         {"a.png": LABEL + np.uint8(60)},
-        r"no encoding of camvid11 knows.*ids 60 \(2 pixels\), 63 .*, 71 .* of .*a\.png are not in .*camvid12",
+        r"no encoding of camvid11 knows.*a\.png: ids 60 \(2 pixels\), 63 .*, 71 .* are not in .*camvid12",
     )
     refused("5", {"a.png": GUESS}, {"a.png": np.full((2, 3), 11, np.uint8)}, "none of the 1 labels")
     refused("6", {"a.png": GUESS}, {"x/a.png": LABEL, "y/a.png": LABEL}, "occurs more than once")
@@ -120,7 +127,7 @@ def test_the_encoding_is_the_one_that_knows_every_file(tmp_path: Path) -> None:
     either, label_ids = np.array([[3, 5], [7, 7]], np.uint8), np.array([[26, 7], [7, 7]], np.uint8)
     guess = np.array([[13, 0], [0, 0]], np.uint8)
     where = folders(tmp_path, {"a.png": guess, "b.png": guess}, {"a.png": either, "b.png": label_ids})
-    found = evaluate_folders(*where, "cityscapes19")
+    found = evaluate_folders(*where, taxonomy="cityscapes19")
     assert found["label_encoding"] == "label_ids"
     expected = confusion_matrix(np.array([[255, 255, 0, 0], [13, 0, 0, 0]]), np.tile(guess.reshape(1, 4), (2, 1)), 19)
     assert found["confusion"] == expected.tolist()
@@ -134,9 +141,9 @@ def test_files_that_exclude_each_others_encoding_are_named(tmp_path: Path) -> No
         {"a.png": both[:, :1].repeat(2, 1), "b.png": both[:, 1:].repeat(2, 1)},
     )
     with pytest.raises(UserError) as refused:
-        evaluate_folders(*where, "camvid11")
-    assert f"ids 11 (2 pixels) of {where[1].uri}/b.png are not in the encoding train_ids" in str(refused.value)
-    assert f"ids 255 (2 pixels) of {where[1].uri}/a.png are not in the encoding camvid12" in str(refused.value)
+        evaluate_folders(*where)
+    assert f"{where[1].uri}/b.png: ids 11 (2 pixels) are not in the encoding train_ids" in str(refused.value)
+    assert f"{where[1].uri}/a.png: ids 255 (2 pixels) are not in the encoding camvid12" in str(refused.value)
 
 
 def areas(seed: int, values: int, height: int = 40, width: int = 60, block: int = 5) -> np.ndarray:
@@ -154,7 +161,7 @@ def many(tmp_path: Path) -> tuple[Location, Location]:
 
 
 def test_boundary_iou_is_that_of_all_frames_together(many: tuple[Location, Location]) -> None:
-    found = evaluate_folders(*many, "camvid11", boundary=0.03)
+    found = evaluate_folders(*many, boundary=0.03)
     counts = np.zeros((11, 3), np.int64)
     for index in range(7):
         raw = areas(index, 12)
@@ -162,102 +169,72 @@ def test_boundary_iou_is_that_of_all_frames_together(many: tuple[Location, Locat
         counts += boundary_counts(np.where(raw == 11, 255, raw), guess, 11, 0.03)
     assert found["boundary"]["counts"] == counts.tolist()
     assert found["boundary"]["miou"] == boundary_scores(counts).miou < found["miou"]
-    plain = evaluate_folders(*many, "camvid11")
+    plain = evaluate_folders(*many)
     assert plain == {key: value for key, value in found.items() if key != "boundary"}
 
 
 def test_progress_is_shown(many: tuple[Location, Location]) -> None:
     stream = io.StringIO()
-    evaluate_folders(*many, "camvid11", progress=LineProgress(stream))
+    evaluate_folders(*many, progress=LineProgress(stream))
     assert "evaluate" in stream.getvalue() and "7" in stream.getvalue()
 
 
 @pytest.fixture
 def shards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """`map_shards` in this process, with shards of two frames and the same protocol; which shards were done.
-
-    A negative number in front, -n, ends the next pass after n shards, as a kill would.
-    """
+    """Which pairs begin the shards that were done. A negative number in front, -n, stops the next pass after n shards,
+    as a kill would."""
     done: list[int] = []
+    count = PairCounter.__call__
 
-    def map_shards(
-        rows: pa.Table, worker: Any, arguments: Mapping[str, Any], *, attempt: Attempt, actors: int, **_: Any
-    ) -> list[ShardRecord]:
-        worker, arguments, attempt = pickle.loads(pickle.dumps((worker, dict(arguments), attempt)))  # as to an actor
-        left = -done.pop(0) if done and done[0] < 0 else 1000
-        for index in range(attempt.plan(rows.num_rows, 2)):
-            if attempt.shard(index) is None:
-                if left == 0:
-                    raise KeyboardInterrupt
-                part = rows.slice(2 * index, 2)
-                attempt.write_shard(index, worker(**arguments)(part, attempt.folder), rows_in=part.num_rows, seconds=0)
-                done.append(index)
-                left -= 1
-        return [record for index in range(4) if (record := attempt.shard(index))]
+    def stopped(self: PairCounter, rows: Any, folder: Location) -> Any:
+        if done and done[0] == -sum(number >= 0 for number in done):
+            raise KeyboardInterrupt
+        done.append(int(Location.of(rows["label_uri"][0].as_py()).name[:2]))
+        return count(self, rows, folder)
 
-    monkeypatch.setattr(module, "map_shards", map_shards)
+    monkeypatch.setattr(PairCounter, "__call__", stopped)
     return done
 
 
-def test_actors_give_the_same_and_an_interrupted_pass_continues(
-    many: tuple[Location, Location], shards: list[int]
+def test_an_interrupted_pass_continues_where_it_may_keep_what_is_done(
+    many: tuple[Location, Location], shards: list[int], tmp_path: Path
 ) -> None:
-    expected = evaluate_folders(*many, "camvid11", boundary=0.02)
-    work = many[0].local / ".evaluate.work"
-    shards.append(-3)
+    expected = evaluate_folders(*many, boundary=0.02)
+    shards[:] = [-3]
+    work = Location.of(tmp_path / "work")
     with pytest.raises(KeyboardInterrupt):
-        evaluate_folders(*many, "camvid11", boundary=0.02, actors=3)
-    assert shards == [0, 1, 2] and work.exists()
-    assert evaluate_folders(*many, "camvid11", boundary=0.02, actors=2) == expected
-    assert shards == [0, 1, 2, 3] and not work.exists()
+        evaluate_folders(*many, boundary=0.02, work=work)
+    assert shards == [-3, 0, 2, 4] and (work / ".evaluate.work").is_folder()
+    shards.clear()
+    assert evaluate_folders(*many, boundary=0.02, work=work) == expected
+    assert shards == [6] and work.list() == []
+    assert sorted(entry.name for entry in many[0].list()) == [f"{index:02d}.png" for index in range(7)]
 
 
 def test_a_pass_that_asks_for_something_else_or_finds_other_files_begins_anew(
-    many: tuple[Location, Location], shards: list[int]
+    many: tuple[Location, Location], shards: list[int], tmp_path: Path
 ) -> None:
+    work = Location.of(tmp_path / "work")
     for change in ("nothing", "boundary", "files"):
         shards[:] = [-1]
         with pytest.raises(KeyboardInterrupt):
-            evaluate_folders(*many, "camvid11", actors=2)
-        assert shards == [0]
+            evaluate_folders(*many, work=work)
         shards.clear()
         if change == "files":
             (many[0] / "06.png").write_bytes(encode_png(np.full((40, 60), 1, np.uint8)))
         boundary = 0.02 if change == "boundary" else None
-        found = evaluate_folders(*many, "camvid11", actors=2, boundary=boundary)
-        assert shards == ([1, 2, 3] if change == "nothing" else [0, 1, 2, 3])
-        assert found == evaluate_folders(*many, "camvid11", boundary=boundary)
-
-
-def test_many_frames_go_to_actors_by_themselves(
-    many: tuple[Location, Location], shards: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "FRAMES_FOR_ACTORS", 8)
-    evaluate_folders(*many, "camvid11")
-    assert shards == []
-    monkeypatch.setattr(module, "FRAMES_FOR_ACTORS", 7)
-    evaluate_folders(*many, "camvid11")
-    assert shards == [0, 1, 2, 3]
-
-
-def test_a_place_where_nothing_can_be_kept_is_an_error_with_its_cure(
-    many: tuple[Location, Location], shards: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(self: Location) -> None:
-        raise UserError("no rights")
-
-    monkeypatch.setattr(Location, "make_folder", refuse)
-    with pytest.raises(UserError, match="--work DIR"):
-        evaluate_folders(*many, "camvid11", actors=2, work=Location.of(tmp_path / "work"))
+        found = evaluate_folders(*many, work=work, boundary=boundary)
+        assert shards == ([2, 4, 6] if change == "nothing" else [0, 2, 4, 6])
+        assert found == evaluate_folders(*many, boundary=boundary)
 
 
 @pytest.mark.ray
 def test_through_ray_data(ray_cluster: None, many: tuple[Location, Location], tmp_path: Path) -> None:
     work = Location.of(tmp_path / "work")
     (work / "keep.txt").write_bytes(b"of the user")
-    found = evaluate_folders(*many, "camvid11", actors=2, boundary=0.02, work=work)
-    assert found == evaluate_folders(*many, "camvid11", boundary=0.02)
+    found = evaluate_folders(*many, actors=2, boundary=0.02, work=work)
+    assert found == evaluate_folders(*many, boundary=0.02)
     assert [entry.name for entry in work.list()] == ["keep.txt"]
     (many[1] / "03.png").write_bytes(encode_png(np.full((40, 60), 99, np.uint8)))
-    with pytest.raises(UserError, match=r"ids 99 \(2400 pixels\) of .*03\.png are not in the encoding camvid12"):
-        evaluate_folders(*many, "camvid11", actors=1, work=work)
+    with pytest.raises(UserError, match=r"03\.png: ids 99 \(2400 pixels\) are not in the encoding camvid12"):
+        evaluate_folders(*many, actors=1, work=work)
