@@ -21,8 +21,7 @@ from pytorch_fid.fid_score import get_activations
 from benchmarks.contest import Contest, Size
 from nightseg.data.images import read_image
 from nightseg.data.scenes import scene
-from nightseg.selection.extractors import inception_network
-from nightseg.selection.features import Extractor, Identity, fold_batch_norms
+from nightseg.selection.features import Extractor, Identity, fold_batch_norms, inception_network
 from nightseg.selection.frechet import gaussian_distance, gaussian_of_features
 from nightseg.storage import Location
 

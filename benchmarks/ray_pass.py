@@ -24,7 +24,8 @@ from nightseg.data.images import read_image
 from nightseg.data.scenes import scene
 from nightseg.data.table import frame_table, vectors
 from nightseg.progress import SilentProgress
-from nightseg.selection.extractors import build_extractor
+from nightseg.selection.features import build_extractor
+from nightseg.selection.settings import Extraction
 from nightseg.stages import score as stage
 from nightseg.storage import Location, Workspace
 
@@ -49,7 +50,7 @@ def contest(size: Size) -> Contest:
         )
         commit = stage.score(
             frames,
-            stage.Extraction(EXTRACTOR),
+            Extraction(name=EXTRACTOR),
             attempt=node.open(),
             progress=SilentProgress(),
             compute=compute,
@@ -57,7 +58,7 @@ def contest(size: Size) -> Contest:
         )
         return vectors(commit.table("features")["features"])
 
-    extractor = build_extractor(EXTRACTOR)
+    extractor = build_extractor(Extraction(name=EXTRACTOR))
 
     def bare_loop() -> npt.NDArray[np.float32]:
         files = frames["uri"].to_pylist()

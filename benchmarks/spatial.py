@@ -12,8 +12,7 @@ from pytorch_fid.fid_score import calculate_frechet_distance
 from benchmarks.contest import Contest, Size
 from benchmarks.extraction import inception_networks
 from nightseg.data.scenes import scene
-from nightseg.selection.extractors import inception_network
-from nightseg.selection.features import Extractor, Identity, fold_batch_norms
+from nightseg.selection.features import Extractor, Identity, fold_batch_norms, inception_network
 from nightseg.selection.frame_scores import spatial_reference, spatial_scores
 from nightseg.storage import Location
 

@@ -124,8 +124,7 @@ Selection of frames
     selection/limits.py        near duplicates, quotas and gaps of sequences
     selection/methods.py       the methods of choosing frames behind one function
     selection/evidence.py      what a choice of frames has to beat
-    selection/features.py      frozen features that FID compares
-    selection/extractors.py    the extractors by name, and where their weights lie
+    selection/features.py      frozen features that FID compares, by name of their network
     selection/settings.py      methods, counts, extractors: what a recipe may say
 
 Models of other programs

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import click
 
 from nightseg.cli.output import answer, json_option, libraries_on_stderr, print_folder_scores, print_json
+from nightseg.selection.settings import METHODS, known_extractor
 from nightseg.storage import Location
 
 
@@ -22,8 +23,6 @@ def _actors_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _checked_extractor(context: click.Context, parameter: click.Parameter, name: str) -> str:
-    from nightseg.selection.settings import known_extractor
-
     try:
         return known_extractor(name)
     except ValueError as error:
@@ -87,7 +86,7 @@ def fid(
     a: str,
     b: str,
     extractor: str,
-    resize: str | None,
+    resize: Literal["pytorch-fid", "clean"] | None,
     fast: bool,
     weights: str | None,
     actors: int,
@@ -106,7 +105,7 @@ def fid(
     from nightseg.cluster.settings import MapCompute
     from nightseg.pipeline.distance import distance
     from nightseg.progress import progress_for
-    from nightseg.stages.score import Extraction
+    from nightseg.selection.settings import Extraction
 
     compute = MapCompute(actors=actors)
     asked = click.get_current_context().get_parameter_source("extractor")
@@ -114,7 +113,7 @@ def fid(
         found = distance(
             a,
             b,
-            extraction=Extraction(extractor, weights, resize, "fast" if fast else "exact"),
+            extraction=Extraction(name=extractor, weights=weights, resize=resize, mode="fast" if fast else "exact"),
             compute=compute,
             progress=progress_for(),
             save_statistics=(save_a, save_b),
@@ -131,10 +130,8 @@ def fid(
     "--method",
     default="fid-subset",
     show_default=True,
-    type=click.Choice(["fid-subset", "pooled", "spatial", "mahalanobis", "histogram", "herding", "random"]),
-    help="fid-subset: the set with the smallest FID, and a bound that no other set beats; pooled: frame by frame, as "
-    "the thesis; mahalanobis: by density; spatial: by the Frechet distance over positions; "
-    "herding: by kernel likeness; histogram: by brightness; random: the control.",
+    type=click.Choice(list(METHODS)),
+    help="; ".join(f"{name}: {method.what}" for name, method in METHODS.items()),
 )
 @click.option("--quota", type=click.IntRange(1), help="Most frames of one sequence.")
 @click.option("--gap", type=click.IntRange(1), help="Least distance of two frames of one sequence, in frames.")
@@ -148,7 +145,7 @@ def select(
     pool: str,
     reference: str | None,
     count: int,
-    method: Literal["fid-subset", "pooled", "spatial", "mahalanobis", "histogram", "herding", "random"],
+    method: str,
     quota: int | None,
     gap: int | None,
     duplicates: float | None,
@@ -171,7 +168,7 @@ def select(
     from nightseg.cluster.settings import MapCompute
     from nightseg.pipeline.verbs import select_frames
     from nightseg.progress import progress_for
-    from nightseg.selection.settings import Selection
+    from nightseg.selection.settings import Extraction, Selection
 
     choice = Selection(
         method=method,
@@ -179,10 +176,7 @@ def select(
         quota=quota,
         gap=gap,
         duplicates=duplicates,
-        extractor=extractor,
-        extractor_weights=weights,
-        extractor_resize=resize,
-        extractor_mode="fast" if fast else "exact",
+        extractor=Extraction(name=extractor, weights=weights, resize=resize, mode="fast" if fast else "exact"),
     )
     compute = MapCompute(actors=actors)
     with libraries_on_stderr():

@@ -31,7 +31,7 @@ from nightseg.recipe.chain import expand_rounds
 from nightseg.recipe.names import is_ready, way_missing
 from nightseg.recipe.types import Evaluation, Model, Recipe, SelfTraining, TestRow, TranslationEvaluation
 from nightseg.segmenter.starting import start_identity, weights_identity
-from nightseg.selection.settings import Selection
+from nightseg.selection.settings import Extraction, Selection
 from nightseg.stages import (
     collect,
     evaluate,
@@ -45,7 +45,6 @@ from nightseg.stages import (
     train_translator,
     translate,
 )
-from nightseg.stages.score import Extraction
 from nightseg.storage import Commit, Location, hash_of
 from nightseg.translators.settings import ColourTranslator, CommandTranslator, FourierTranslator, PhotometricTranslator
 from nightseg.unit.settings import Translator
@@ -241,7 +240,7 @@ class Builder:
 
     def select(self, name: str, selection: Selection, pool: str, near: list[str]) -> NodeId:
         """Frames of a pool that are close to those of the datasets `near`."""
-        extraction, spatial = Extraction.of(selection), selection.method == "spatial" and bool(near)
+        extraction, spatial = selection.extractor, selection.needs_positions and bool(near)
         reference = self.score(near, extraction, positions=spatial) if near else None
         sources = self._sources(near)
         return self._add(
@@ -255,7 +254,6 @@ class Builder:
                 "test_frames": {test: Frames(self._sources([name])) for test, name in self.recipe.test_sets.items()},
             },
             {"selection": selection},
-            call=_select,
             unhashed={"seed": self.recipe.seed},
             seed=self.recipe.seed,
             most_rows=selection.count,
@@ -277,7 +275,7 @@ class Builder:
             {"frames": Frames(self.datasets(names)), "spatial_reference": spatial_reference},
             {"positions": positions},
             unhashed={"extraction": extraction},
-            facts=extraction.facts(),
+            facts=score.facts(extraction),
         )
 
     def _sources(self, names: Iterable[str]) -> Views:
@@ -358,11 +356,11 @@ class Builder:
     def _extraction(self, wanted: TranslationEvaluation) -> Extraction:
         """What is asked for, else what the recipe selects by: then the same features serve both."""
         if wanted.extractor is not None:
-            return Extraction(wanted.extractor, wanted.extractor_weights)
+            return wanted.extractor
         for model in self.models.values():
             if model.self_training is not None and model.self_training.select is not None:
-                return Extraction.of(model.self_training.select)
-        return Extraction(DEFAULT_EXTRACTOR)
+                return model.self_training.select.extractor
+        return Extraction(name=DEFAULT_EXTRACTOR)
 
     def _way_back(self, name: str, dataset: TranslatedDataset) -> NodeId | None:
         """The translations translated back by the same translator, if it has a way back."""
@@ -455,11 +453,6 @@ def _style_images(settings: Any, to: str) -> str:
 def _translate_untrained(*, source: Any, translator: Any, style_images: Any, style_dataset: str, **more: Any) -> Commit:
     untrained = translate.Untrained(translator, style_images, style_dataset, more.pop("taxonomy"))
     return translate.translate(source, untrained, **more)
-
-
-def _select(*, selection: Selection, **more: Any) -> Commit:
-    rules = select.Rules(selection.quota, selection.gap, selection.duplicates)
-    return select.select(method=selection.method, count=selection.count, rules=rules, **more)
 
 
 def _evaluate_translation(*, masks: Mapping[str, Commit], features: Mapping[str, Commit], **more: Any) -> Commit:

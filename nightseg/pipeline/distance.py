@@ -18,7 +18,7 @@ from nightseg.data import table as frame
 from nightseg.data.layouts import list_frames
 from nightseg.data.table import sampled_vectors
 from nightseg.progress import Progress
-from nightseg.selection.extractors import identify
+from nightseg.selection.features import identify
 from nightseg.selection.frechet import (
     Statistics,
     check_comparable,
@@ -30,7 +30,8 @@ from nightseg.selection.frechet import (
     write_statistics,
 )
 from nightseg.selection.kernel import KernelDistance, kernel_distance
-from nightseg.stages.score import FEATURES, STATISTICS_NAME, VERSION, Extraction, score
+from nightseg.selection.settings import Extraction
+from nightseg.stages.score import FEATURES, STATISTICS_NAME, VERSION, score
 from nightseg.storage import Commit, Location, UserError, Workspace
 
 ROWS_FOR_KERNEL = 20_000
@@ -139,13 +140,13 @@ def _check_before(
     made = [one for one in found if isinstance(one, Statistics)]
     if len(made) == len(found):
         for one, name in zip(made, names, strict=True):
-            if insist and one.extractor not in ("", extraction.extractor):
+            if insist and one.extractor not in ("", extraction.name):
                 raise UserError(
-                    f"{name}: these statistics were made with {one.extractor}, not with {extraction.extractor}. "
+                    f"{name}: these statistics were made with {one.extractor}, not with {extraction.name}. "
                     f"Cure: leave --extractor out, or make them again from the frames"
                 )
         return
-    identity = identify(extraction.extractor, extraction.weights, extraction.resize)
+    identity = identify(extraction)
     nothing = np.zeros((identity.dims, identity.dims))
     coming = Statistics(nothing[0], nothing, None, identity.name, identity.resize, identity.weights_sha256)
     first, second = (one if isinstance(one, Statistics) else coming for one in found)

@@ -18,7 +18,7 @@ from nightseg.data import layouts
 from nightseg.data import table as frame
 from nightseg.data.settings import FolderDataset
 from nightseg.progress import Progress
-from nightseg.selection.extractors import identify
+from nightseg.selection.features import identify
 from nightseg.selection.settings import Selection
 from nightseg.stages import collect, score, select, split
 from nightseg.storage import Commit, Location, UserError, Workspace, hash_of
@@ -66,7 +66,7 @@ def select_frames(
     an extractor whose weights are not at hand.
     """
     folder = Location.of(out)
-    if reference is None and choice.method != "random":
+    if reference is None and choice.needs_reference:
         raise UserError(
             f"--method {choice.method} needs a reference that the chosen frames should be close to. "
             "Cure: --reference FOLDER_OR_TABLE, or --method random."
@@ -76,7 +76,7 @@ def select_frames(
         raise UserError(f"--count {choice.count}: the pool {pool} has {num_frames} frames. Cure: a smaller count.")
     if reference is not None:
         _count(reference)
-    identify(choice.extractor, choice.extractor_weights, choice.extractor_resize)
+    identify(choice.extractor)
     with _workshop(folder / ".work") as workspace:
         frames = _frames(workspace, "pool", pool, compute, progress)
         near = None
@@ -91,9 +91,7 @@ def select_frames(
             frames,
             scored,
             near,
-            method=choice.method,
-            count=choice.count,
-            rules=select.Rules(choice.quota, choice.gap, choice.duplicates),
+            selection=choice,
             seed=seed,
             attempt=stage.open(),
             progress=progress,
@@ -163,12 +161,11 @@ def _scored(
     progress: Progress,
 ) -> Commit:
     """Features of a set; with `near` and the spatial method, each frame's own distance to that reference."""
-    extraction = score.Extraction.of(choice)
-    spatial = choice.method == "spatial"
+    extraction, spatial = choice.extractor, choice.needs_positions
     inputs = {"frames": hash_of(frames.select([frame.FRAME_ID, frame.URI, frame.SHA256]).to_pylist())}
     if spatial and near is not None:
         inputs["near"] = near.content
-    recipe = extraction.facts() | {"spatial": spatial}
+    recipe = score.facts(extraction) | {"spatial": spatial}
     stage = workspace.stage("score", name, version=score.VERSION, recipe=recipe, inputs=inputs, seed=0)
     return stage.commit() or score.score(
         frames,

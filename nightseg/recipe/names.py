@@ -12,6 +12,7 @@ from nightseg.data.layouts import FOLDER_LAYOUTS, check_folders
 from nightseg.data.taxonomy import Taxonomy, taxonomy
 from nightseg.errors import UserError, closest
 from nightseg.recipe.types import Recipe
+from nightseg.selection.settings import METHODS
 from nightseg.storage import Location
 from nightseg.translators.settings import LitClasses
 
@@ -161,7 +162,10 @@ def _contradictions(data: Mapping[str, Any]) -> Iterator[Problem]:
                 (*path, "self_training"), f"starting from {start} needs a teacher: the model that labels the pool"
             )
         select = learning.get("select")
-        if not isinstance(select, Mapping) or select.get("method") == "random" or select.get("reference"):
+        if not isinstance(select, Mapping) or select.get("reference"):
+            continue
+        method = METHODS.get(str(select.get("method", "fid-subset")))
+        if method is None or not method.needs_reference:
             continue
         if not any("translate" in _mapping(datasets, item) for item in _names(entry.get("train"))):
             yield Problem(

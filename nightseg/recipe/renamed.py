@@ -11,6 +11,9 @@ RENAMED: Final[Mapping[str, str]] = {
     "lenders": "style_images",
     "among": "nearest",
     "judge": "segmenter",
+    "extractor_weights": "extractor.weights",
+    "extractor_resize": "extractor.resize",
+    "extractor_mode": "extractor.mode",
 }
 
 

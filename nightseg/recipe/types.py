@@ -10,7 +10,7 @@ from pydantic import Discriminator, Field, Tag
 from nightseg.cluster.settings import MapCompute, TrainCompute
 from nightseg.data.settings import Dataset
 from nightseg.segmenter.settings import Inference, Loss, Network, Threshold, Training
-from nightseg.selection.settings import ExtractorName, Selection
+from nightseg.selection.settings import Extraction, Selection
 from nightseg.settings import NAME_PATTERN, Fraction, Name, Positive, Strict
 from nightseg.translators.settings import (
     ColourTranslator,
@@ -98,10 +98,9 @@ class TranslationEvaluation(Strict):
     real: Name | None = Field(
         default=None, description="real frames of the domain translated to; null = those of the translator"
     )
-    extractor: ExtractorName | None = Field(
+    extractor: Extraction | None = Field(
         default=None, description="of FID and KID; null = that of the recipe's selections, else efficientnet_lite0"
     )
-    extractor_weights: str | None = Field(default=None, description="file with its weights")
 
 
 class Recipe(Strict):

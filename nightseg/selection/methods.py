@@ -6,7 +6,7 @@ N frames of the pool, d feature dimensions.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,13 +15,12 @@ from nightseg.selection import frame_scores as measured
 from nightseg.selection.frechet import Gaussian, gaussian_of_features
 from nightseg.selection.kernel import herding_order
 from nightseg.selection.limits import Limits
+from nightseg.selection.settings import Selection
 from nightseg.selection.subset import Subset, ranking, select_subset
 from nightseg.storage import UserError
 
 Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
-
-Method = Literal["fid-subset", "pooled", "spatial", "mahalanobis", "histogram", "herding", "random"]
 
 
 class Described(NamedTuple):
@@ -74,10 +73,9 @@ class Choice(NamedTuple):
 
 
 def choose(
-    method: Method,
+    selection: Selection,
     pool: Described,
     reference: Reference | None,
-    count: int,
     *,
     limits: Limits,
     seed: int,
@@ -87,7 +85,8 @@ def choose(
 
     Raises UserError: no reference for a method that needs one, too few frames in it, or in the pool under its limits.
     """
-    if reference is None and method != "random":
+    method, count = selection.method, selection.count
+    if reference is None and selection.needs_reference:
         raise UserError(
             f"selection by {method} needs a reference to be close to: set `reference` to a dataset, or train on a"
             " translated dataset, which is the reference by default"
@@ -110,7 +109,7 @@ def choose(
     return Choice(scores, limits.filled(ranking(scores, pool.frame_ids), count), None)
 
 
-def frame_scores(method: Method, pool: Described, reference: Reference | None, seed: int = 0) -> Floats:
+def frame_scores(method: str, pool: Described, reference: Reference | None, seed: int = 0) -> Floats:
     """The score (N,) of a method that ranks single frames; smaller is better."""
     if method == "random":
         return measured.random_scores(pool.frame_ids, seed)

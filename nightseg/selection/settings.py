@@ -1,18 +1,41 @@
-"""What a recipe may say about a selection of unlabelled frames."""
+"""What a recipe may say about a selection of unlabelled frames, and about the features that frames are compared by."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import hashlib
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Literal, NamedTuple
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from nightseg.errors import closest
 from nightseg.settings import Fraction, Name, Positive, Strict
 
-EXTRACTORS = (
+EXTRACTORS: Final = (
     *("efficientnet_lite0", "inception", "inception_768", "inception_192", "inception_64"),
     *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
 )
+"""Besides these any network of timm, as timm/NAME."""
+
+
+class Method(NamedTuple):
+    """A way to choose frames, as recipes, command line and documentation name it."""
+
+    what: str
+    needs_reference: bool = True
+    needs_positions: bool = False  # of feature maps: the stage `score` then compares each frame with the reference
+
+
+METHODS: Final[Mapping[str, Method]] = {
+    "fid-subset": Method("the set with the smallest FID, with a bound that no other set can beat"),
+    "pooled": Method("frame by frame, by the distance to the mean, as the thesis"),
+    "spatial": Method("frame by frame, by the Frechet distance over positions", needs_positions=True),
+    "mahalanobis": Method("frame by frame, by density"),
+    "histogram": Method("frame by frame, by brightness"),
+    "herding": Method("by kernel herding"),
+    "random": Method("the control", needs_reference=False),
+}
+"""All methods there are. The function of each lies in selection/methods.py under its name (fid-subset: fid_subset)."""
 
 
 def known_extractor(name: str) -> str:
@@ -23,22 +46,54 @@ def known_extractor(name: str) -> str:
     return name
 
 
-ExtractorName = Annotated[str, AfterValidator(known_extractor)]
+def known_method(name: str) -> str:
+    """The name, if there is such a method; else ValueError with the names there are."""
+    if name not in METHODS:
+        raise ValueError(f"{name!r} is not allowed{closest(name, METHODS)}; allowed: {', '.join(METHODS)}")
+    return name
+
+
+class Extraction(Strict):
+    """Which features frames are compared by: distances between features of another making mean nothing.
+
+    In a recipe a mapping, or the name alone.
+    """
+
+    name: Annotated[str, AfterValidator(known_extractor)] = "inception"
+    weights: str | None = Field(default=None, description="file with its weights; null = those it is known with")
+    resize: Literal["pytorch-fid", "clean"] | None = Field(default=None, description="null = the usual one")
+    mode: Literal["exact", "fast"] = Field(default="exact", description="fast: bfloat16 where it is faster")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @property
+    def label(self) -> str:
+        """For names of stages: other settings are other features."""
+        file = hashlib.sha256(self.weights.encode()).hexdigest()[:8] if self.weights else None
+        words = (self.name.replace("/", "-"), file, self.resize, "fast" if self.mode == "fast" else None)
+        return "-".join(word for word in words if word)
 
 
 class Selection(Strict):
     """Which unlabelled frames to learn from."""
 
-    method: Literal["fid-subset", "pooled", "spatial", "mahalanobis", "histogram", "herding", "random"] = Field(
-        default="fid-subset",
-        description="fid-subset: the set with the smallest FID, with a bound; pooled: as the thesis, frame by frame",
+    method: Annotated[str, AfterValidator(known_method)] = Field(
+        default="fid-subset", description="; ".join(f"{name}: {method.what}" for name, method in METHODS.items())
     )
     count: Positive
     quota: Positive | None = Field(default=None, description="most frames of one sequence")
     gap: Positive | None = Field(default=None, description="least distance of two frames of a sequence, in frames")
     duplicates: Fraction | None = Field(default=None, description="cosine from which a frame repeats an earlier one")
-    extractor: ExtractorName = "inception"
-    extractor_weights: str | None = Field(default=None, description="file with its weights")
-    extractor_resize: Literal["pytorch-fid", "clean"] | None = Field(default=None, description="null = the usual one")
-    extractor_mode: Literal["exact", "fast"] = Field(default="exact", description="fast: bfloat16 where it is faster")
+    extractor: Extraction = Extraction()
     reference: Name | None = Field(default=None, description="dataset to be close to; null = the translated train sets")
+
+    @property
+    def needs_reference(self) -> bool:
+        return METHODS[self.method].needs_reference
+
+    @property
+    def needs_positions(self) -> bool:
+        return METHODS[self.method].needs_positions

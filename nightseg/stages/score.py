@@ -6,7 +6,7 @@ import io
 import time
 from collections.abc import Mapping
 from dataclasses import astuple
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,12 +19,11 @@ from nightseg.data.day_night import NUM_BINS, luminance_histogram
 from nightseg.data.images import BadFrame, read_image
 from nightseg.data.table import vector_column, vectors
 from nightseg.progress import Progress
-from nightseg.selection.extractors import build_extractor, identify
-from nightseg.selection.features import Extractor, Identity
+from nightseg.selection.features import Extractor, Identity, build_extractor, identify
 from nightseg.selection.frame_scores import SpatialReference, spatial_scores
 from nightseg.selection.frame_scores import spatial_reference as spatial_reference_of
 from nightseg.selection.frechet import Moments, Statistics, moments_of_parts, read_statistics, write_statistics
-from nightseg.selection.settings import Selection
+from nightseg.selection.settings import Extraction
 from nightseg.storage import Attempt, Commit, Location, UserError, sha256_of
 
 VERSION = 3
@@ -39,31 +38,11 @@ POSITIONS_NAME = "positions.npz"  # the same over all positions of all frames
 _POSITIONS_SCRATCH = "positions"  # folder of the shards' own position statistics
 
 
-class Extraction(NamedTuple):
-    """Which features; see networks/extractors.py for names, networks/features.py for rules and modes."""
-
-    extractor: str
-    weights: str | None = None
-    resize: str | None = None
-    mode: str = "exact"
-
-    @classmethod
-    def of(cls, choice: Selection) -> Extraction:
-        """What a selection of the recipe asks for."""
-        return cls(choice.extractor, choice.extractor_weights, choice.extractor_resize, choice.extractor_mode)
-
-    @property
-    def label(self) -> str:
-        """For names of stages: other settings are other features."""
-        file = sha256_of(self.weights.encode())[:8] if self.weights else None
-        words = (self.extractor.replace("/", "-"), file, self.resize, "fast" if self.mode == "fast" else None)
-        return "-".join(word for word in words if word)
-
-    def facts(self) -> dict[str, Any]:
-        """For the key of a stage: what is asked for, and the content of a file of weights if it is there already."""
-        file = Location.of(self.weights) if self.weights else None
-        known = file is not None and file.exists()
-        return {**self._asdict(), "weights_sha256": sha256_of(file.read_bytes()) if file and known else None}
+def facts(extraction: Extraction) -> dict[str, Any]:
+    """For the key of a stage: what is asked for, and the content of a file of weights if it is there already."""
+    file = Location.of(extraction.weights) if extraction.weights else None
+    known = file is not None and file.exists()
+    return extraction.model_dump() | {"weights_sha256": sha256_of(file.read_bytes()) if file and known else None}
 
 
 def score(
@@ -88,7 +67,7 @@ def score(
     begun = time.monotonic()
     if frames.num_rows == 0:
         raise UserError("there is no frame to score; look at the counts of the datasets that it is made from")
-    identity = identify(extraction.extractor, extraction.weights, extraction.resize)
+    identity = identify(extraction)
     precision = _precision(extraction, attempt, compute, progress)
     rows = _described(frames)
     near = _positions_of(spatial_reference) if spatial_reference else None
@@ -103,7 +82,7 @@ def score(
         cpus_per_actor=compute.cpus_per_actor,
         gpus_per_actor=compute.gpus_per_actor,
         progress=progress,
-        title=f"score by {extraction.extractor}",
+        title=f"score by {extraction.name}",
     )
     parts = ((attempt.folder / shard.tables["features"].path).read_table()[FEATURES] for shard in shards)
     moments = moments_of_parts((vectors(part).reshape(-1, identity.dims) for part in parts), identity.dims)
@@ -137,12 +116,11 @@ def _precision(extraction: Extraction, attempt: Attempt, compute: MapCompute, pr
         return "float32"
     decided = attempt.folder / "precision.json"
     if not decided.exists():
-        name, weights, resize, _ = extraction
         on_gpu = compute.gpus_per_actor > 0
-        found = "bfloat16" if on_gpu else build_extractor(name, weights, resize=resize).faster_precision()
+        found = "bfloat16" if on_gpu else build_extractor(extraction).faster_precision()
         decided.write_json({"precision": found})
     precision = str(decided.read_json()["precision"])
-    progress.say(f"{extraction.extractor}: fast mode computes in {precision}")
+    progress.say(f"{extraction.name}: fast mode computes in {precision}")
     return precision
 
 
@@ -160,13 +138,13 @@ class ScoreFrames:
     ) -> None:
         import torch
 
-        name, weights, resize, _ = extraction
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.extractor: Extractor = build_extractor(name, weights, device, resize=resize, precision=precision)
-        if self.extractor.weights_sha256 != weights_sha256:
+        self.extractor: Extractor = build_extractor(extraction, device, precision=precision)
+        identity = self.extractor.identity
+        if identity.weights_sha256 != weights_sha256:
             raise UserError(
-                f"{name}: the weights on this node ({self.extractor.identity.file}) are not those of the driver;"
-                " name one file that all nodes see with `extractor_weights`"
+                f"{identity.name}: the weights on this node ({identity.file}) are not those of the driver",
+                cure="name one file that all nodes see with `extractor.weights`",
             )
         self.batch = batch
         self.positions = positions

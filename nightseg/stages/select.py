@@ -17,7 +17,8 @@ from nightseg.progress import Progress, Task
 from nightseg.selection.evidence import distance_curve, principal_plane, random_subset_distances, subset_distance
 from nightseg.selection.frechet import Gaussian, gaussian_distance, gaussian_of_features
 from nightseg.selection.limits import Limits, near_duplicates
-from nightseg.selection.methods import Choice, Described, Method, Reference, choose, every_score
+from nightseg.selection.methods import Choice, Described, Reference, choose, every_score
+from nightseg.selection.settings import Selection
 from nightseg.selection.subset import check_count, ranking
 from nightseg.storage import Attempt, Commit, UserError
 
@@ -40,17 +41,6 @@ _SPATIAL = "spatial"
 _SPATIAL_ERROR = "spatial_error"
 
 
-class Rules(NamedTuple):
-    """What a choice must respect beside its scores; None = no such rule."""
-
-    quota: int | None = None  # frames of one sequence
-    gap: int | None = None  # places between two frames of one sequence, in the order of their ids
-    duplicates: float | None = None  # cosine between features from which the later frame counts as a repetition
-
-
-NO_RULES = Rules()
-
-
 class _Scored(NamedTuple):
     """One set as the stage `score` left it."""
 
@@ -63,10 +53,8 @@ def select(
     pool_scores: Commit,
     reference_scores: Commit | None,
     *,
-    method: Method,
-    count: int,
+    selection: Selection,
     seed: int,
-    rules: Rules = NO_RULES,
     reference_frames: pa.Table | None = None,
     test_frames: Mapping[str, pa.Table] | None = None,
     attempt: Attempt,
@@ -78,8 +66,8 @@ def select(
     frames that are close to the reference but `random`, which needs none, and is measured against it if there is one.
     `reference_frames` are the frames that the reference was made from, where it is translated.
 
-    Raises UserError: the reference, or what it was made from, has a frame of one of `test_frames` (by content); `count`
-    exceeds the pool or what the rules leave of it; the reference is missing, or was scored by another extractor.
+    Raises UserError: the reference, or what it was made from, has a frame of one of `test_frames` (by content); the
+    count exceeds the pool or what the limits leave of it; the reference is missing, or was scored by another extractor.
     """
     begun = time.monotonic()
     everything, sha256 = _scored(pool_scores)
@@ -89,22 +77,22 @@ def select(
         _check_same_features(pool_scores, reference_scores)
         _refuse_test_frames(reference_scores.name, reference_sha256, reference_frames, test_frames or {})
         reference = Reference.of(described)
-    check_count(count, len(everything.frame_ids))
-    repeats = _repeats(everything, rules, count)
+    check_count(selection.count, len(everything.frame_ids))
+    repeats = _repeats(everything, selection)
     kept = np.flatnonzero(repeats < 0)
     pool = everything.rows(kept)
-    limits = _limits(pool_frames, pool, rules)
-    with progress.task(f"choose by {method}", None, "iterations") as task:
+    limits = _limits(pool_frames, pool, selection)
+    with progress.task(f"choose by {selection.method}", None, "iterations") as task:
         watch = _watcher(task)
-        choice = choose(method, pool, reference, count, limits=limits, seed=seed, watch=watch)
+        choice = choose(selection, pool, reference, limits=limits, seed=seed, watch=watch)
     (attempt.folder / "frames.parquet").write_table(_chosen_frames(pool_frames, pool, choice))
     (attempt.folder / "scores.parquet").write_table(_all_scores(everything, repeats, kept, choice, reference))
     facts = {
-        "method": method,
-        "count": count,
+        "method": selection.method,
+        "count": selection.count,
         "pool": len(everything.frame_ids),
         "duplicates": int((repeats >= 0).sum()),
-        "rules": rules._asdict(),
+        "rules": selection.model_dump(include={"quota", "gap", "duplicates"}),
         "extractor": pool_scores.summary["extractor"],
         "resize": pool_scores.summary["resize"],
         "shared_with_tests": _shared_with_tests(sha256, test_frames or {}),
@@ -115,7 +103,12 @@ def select(
         rows_in=len(everything.frame_ids),
         rows_out=len(everything.frame_ids),
         outputs=["frames.parquet", "scores.parquet", "evidence.json"],
-        summary={"method": method, "chosen": count, "pool": len(everything.frame_ids), "fid": evidence["fid"]},
+        summary={
+            "method": selection.method,
+            "chosen": selection.count,
+            "pool": len(everything.frame_ids),
+            "fid": evidence["fid"],
+        },
         seconds=time.monotonic() - begun,
     )
 
@@ -141,18 +134,18 @@ def _scored(commit: Commit) -> _Scored:
     return _Scored(described, table[frame.SHA256].to_pylist())
 
 
-def _repeats(pool: Described, rules: Rules, count: int) -> npt.NDArray[np.int64]:
+def _repeats(pool: Described, selection: Selection) -> npt.NDArray[np.int64]:
     """For each frame the earlier one, by id, that it repeats; -1 for those that are kept."""
     repeats = np.full(len(pool.frame_ids), -1, dtype=np.int64)
-    if rules.duplicates is not None:
+    if selection.duplicates is not None:
         by_id = np.array(sorted(range(len(repeats)), key=pool.frame_ids.__getitem__), dtype=np.int64)
-        found = near_duplicates(pool.features[by_id], rules.duplicates)
+        found = near_duplicates(pool.features[by_id], selection.duplicates)
         repeats[by_id[found >= 0]] = by_id[found[found >= 0]]
     kept = int((repeats < 0).sum())
-    if count > kept:
+    if selection.count > kept:
         raise UserError(
-            f"`duplicates` {rules.duplicates} leaves {kept} of {len(repeats)} frames, {count} were asked for: raise it"
-            " or lower `count`"
+            f"`duplicates` {selection.duplicates} leaves {kept} of {len(repeats)} frames, {selection.count} were asked"
+            " for: raise it or lower `count`"
         )
     return repeats
 
@@ -162,9 +155,9 @@ def _natural(frame_id: str) -> list[tuple[int, str]]:
     return [(int(word), "") if word.isdigit() else (-1, word) for word in re.split(r"([0-9]+)", frame_id)]
 
 
-def _limits(pool_frames: pa.Table, pool: Described, rules: Rules) -> Limits:
+def _limits(pool_frames: pa.Table, pool: Described, selection: Selection) -> Limits:
     """Sequences as numbers and places in them; a frame without a sequence is one of its own."""
-    if rules.quota is None and rules.gap is None:
+    if selection.quota is None and selection.gap is None:
         return Limits()
     sequence = dict(zip(pool_frames[frame.FRAME_ID].to_pylist(), pool_frames[frame.SEQUENCE].to_pylist(), strict=True))
     if not any(sequence.values()):
@@ -177,7 +170,7 @@ def _limits(pool_frames: pa.Table, pool: Described, rules: Rules) -> Limits:
         members.setdefault(sequence[name] or f"\0{name}", []).append(name)
     where = {name: (group, place) for group, names in enumerate(members.values()) for place, name in enumerate(names)}
     groups, places = zip(*(where[name] for name in pool.frame_ids), strict=True)
-    return Limits(np.array(groups), np.array(places), rules.quota, rules.gap)
+    return Limits(np.array(groups), np.array(places), selection.quota, selection.gap)
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------

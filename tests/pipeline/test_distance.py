@@ -11,9 +11,10 @@ import torch
 
 from nightseg.pipeline.distance import Distance, distance
 from nightseg.progress import SilentProgress
-from nightseg.selection.extractors import build_extractor
+from nightseg.selection.features import build_extractor
 from nightseg.selection.frechet import Statistics, frechet_distance, write_statistics
 from nightseg.selection.kernel import kernel_distance
+from nightseg.selection.settings import Extraction
 from nightseg.stages import score as stage
 from nightseg.storage import Location, UserError
 from tests.frames_on_disk import folder_of, image, in_this_process
@@ -35,7 +36,7 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def measured(a: Path | str, b: Path | str, tmp_path: Path, **settings: Any) -> Distance:
-    extraction = stage.Extraction(settings.pop("extractor", LITE0), mode=settings.pop("mode", "exact"))
+    extraction = Extraction(name=settings.pop("extractor", LITE0), mode=settings.pop("mode", "exact"))
     settings = {"extraction": extraction, "progress": SilentProgress()} | settings
     return distance(str(a), str(b), folder=Location.of(tmp_path / "work"), **settings)
 
@@ -46,7 +47,8 @@ def test_fid_of_folder_table_and_file_agree(without_ray: None, tmp_path: Path) -
     got = measured(tmp_path / "a", tmp_path / "b.parquet", tmp_path)
     assert (got.n_a, got.n_b, got.extractor, got.resize) == (5, 4, LITE0, "clean")
     features = [
-        build_extractor(LITE0)([image(seed) for seed in seeds]).astype(np.float64) for seeds in (range(5), range(5, 9))
+        build_extractor(Extraction(name=LITE0))([image(seed) for seed in seeds]).astype(np.float64)
+        for seeds in (range(5), range(5, 9))
     ]
     sides = [(rows.mean(0), np.cov(rows.T)) for rows in features]
     assert got.fid == pytest.approx(frechet_distance(*sides[0], *sides[1]), rel=1e-5)
@@ -55,7 +57,7 @@ def test_fid_of_folder_table_and_file_agree(without_ray: None, tmp_path: Path) -
         pytest.approx(kernel.kid, rel=1e-4),
         pytest.approx(kernel.deviation, rel=1e-4),
     )
-    weights = build_extractor(LITE0).weights_sha256
+    weights = build_extractor(Extraction(name=LITE0)).identity.weights_sha256
     write_statistics(Location.of(tmp_path / "b.npz"), Statistics(*sides[1], 4, LITE0, "clean", weights))
     half = measured(tmp_path / "a", tmp_path / "b.npz", tmp_path, save_statistics=(str(tmp_path / "a.npz"), None))
     assert half.fid == pytest.approx(got.fid, rel=1e-5) and half.kid is None

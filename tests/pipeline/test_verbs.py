@@ -13,7 +13,7 @@ from nightseg.data.images import encode_png
 from nightseg.data.scenes.street import scene
 from nightseg.pipeline import verbs
 from nightseg.progress import SilentProgress
-from nightseg.selection.settings import Selection
+from nightseg.selection.settings import Extraction, Selection
 from nightseg.storage import Location, UserError
 
 COMPUTE = MapCompute(actors=1, cpus_per_actor=1, batch=4, shard_rows=16)
@@ -33,7 +33,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def choose(pool: Path, out: Path, method: str = "histogram", reference: Path | None = None) -> dict[str, object]:
-    choice = Selection(method=method, count=3, extractor="efficientnet_lite0")  # type: ignore[arg-type]
+    choice = Selection(method=method, count=3, extractor=Extraction(name="efficientnet_lite0"))
     near = str(reference) if reference else None
     return verbs.select_frames(
         str(pool), near, str(out), choice=choice, seed=0, compute=COMPUTE, progress=SilentProgress()
@@ -128,7 +128,7 @@ def test_wrong_requests_leave_nothing_behind(pool: Path, tmp_path: Path) -> None
 
 @pytest.mark.usefixtures("no_ray")
 def test_weights_that_are_not_at_hand_are_missed_before_a_frame_is_read(pool: Path, tmp_path: Path) -> None:
-    choice = Selection(method="random", count=3, extractor="inception", extractor_weights="/no/weights.pth")
+    choice = Selection(method="random", count=3, extractor=Extraction(weights="/no/weights.pth"))
     with pytest.raises(UserError, match=r"there is no weights file /no/weights\.pth"):
         verbs.select_frames(
             str(pool), None, str(tmp_path / "o"), choice=choice, seed=0, compute=COMPUTE, progress=SilentProgress()

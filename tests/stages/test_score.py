@@ -14,10 +14,10 @@ from nightseg.cluster.settings import MapCompute
 from nightseg.data.day_night import luminance_histogram
 from nightseg.data.table import frame_table, vectors
 from nightseg.progress import SilentProgress
-from nightseg.selection.extractors import build_extractor
-from nightseg.selection.features import Extractor
+from nightseg.selection.features import Extractor, build_extractor
 from nightseg.selection.frame_scores import spatial_reference, spatial_scores
 from nightseg.selection.frechet import read_statistics
+from nightseg.selection.settings import Extraction
 from nightseg.stages import score as stage
 from nightseg.storage import Commit, UserError, Workspace
 from tests.frames_on_disk import folder_of, image, in_this_process
@@ -42,9 +42,8 @@ def scored(tmp_path: Path, frames: pa.Table, shard_rows: int = 3, **settings: An
     node = Workspace(tmp_path / f"run{shard_rows}").stage(
         "score", "d", version=stage.VERSION, recipe={}, inputs={}, seed=0
     )
-    extraction = stage.Extraction(
-        settings.pop("extractor", LITE0), settings.pop("weights", None), mode=settings.pop("mode", "exact")
-    )
+    asked = {key: settings.pop(key) for key in ("name", "weights", "mode") if key in settings}
+    extraction = Extraction(**{"name": LITE0} | asked)
     settings = {"max_bad_fraction": 1.0} | settings
     return stage.score(
         frames,
@@ -62,7 +61,7 @@ def check(commit: Commit, frames: pa.Table) -> None:
     assert table["sha256"].to_pylist() == frames["sha256"].to_pylist()
     features = vectors(table["features"])
     assert features.shape == (frames.num_rows, 1280)
-    wanted = build_extractor(LITE0)([image(0), image(1)])
+    wanted = build_extractor(Extraction(name=LITE0))([image(0), image(1)])
     np.testing.assert_allclose(features[:2], wanted, atol=1e-5 * np.abs(wanted).max())
     histograms = vectors(table["histogram"])
     np.testing.assert_allclose(histograms[1], luminance_histogram(image(1)), atol=1e-7)
@@ -97,12 +96,12 @@ def test_nothing_to_score_and_no_weights_are_errors(without_ray: None, tmp_path:
     with pytest.raises(UserError, match="no frame to score"):
         scored(tmp_path, frame_table([]))
     with pytest.raises(UserError, match="no weights file"):
-        scored(tmp_path, folder_of(tmp_path / "d", range(1)), extractor="inception", weights="/absent.pth")
+        scored(tmp_path, folder_of(tmp_path / "d", range(1)), name="inception", weights="/absent.pth")
 
 
 def test_positions_of_a_reference_and_spatial_scores_of_a_pool(without_ray: None, tmp_path: Path) -> None:
     near = scored(tmp_path / "near", folder_of(tmp_path / "r", range(5, 9)), positions=True, shard_rows=3)
-    extractor = build_extractor(LITE0)
+    extractor = build_extractor(Extraction(name=LITE0))
     _, maps = extractor.with_positions([image(seed) for seed in range(5, 9)])
     everywhere = maps.reshape(-1, 1280).astype(np.float64)
     positions = read_statistics(near.file("positions.npz"))
@@ -142,12 +141,12 @@ def test_fast_mode_is_decided_once_and_kept(without_ray: None, tmp_path: Path, m
 
 def test_files_of_weights_are_part_of_name_and_key(tmp_path: Path) -> None:
     (tmp_path / "one.pth").write_bytes(b"1")
-    one, two = (stage.Extraction("resnet18", str(tmp_path / name)) for name in ("one.pth", "two.pth"))
-    assert len({one.label, two.label, stage.Extraction("resnet18").label}) == 3
-    first = one.facts()
+    one, two = (Extraction(name="resnet18", weights=str(tmp_path / name)) for name in ("one.pth", "two.pth"))
+    assert len({one.label, two.label, Extraction(name="resnet18").label}) == 3
+    first = stage.facts(one)
     (tmp_path / "one.pth").write_bytes(b"2")
-    assert first != one.facts() and two.facts()["weights_sha256"] is None
-    assert stage.Extraction("timm/x", resize="clean", mode="fast").label == "timm-x-clean-fast"
+    assert first != stage.facts(one) and stage.facts(two)["weights_sha256"] is None
+    assert Extraction(name="timm/x", resize="clean", mode="fast").label == "timm-x-clean-fast"
 
 
 @pytest.mark.ray

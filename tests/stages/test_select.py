@@ -13,6 +13,7 @@ import pytest
 from nightseg.data.table import FRAME_SCHEMA, check_frames, frame_table, quarantine_table, vector_column
 from nightseg.progress import SilentProgress
 from nightseg.selection.frechet import frechet_distance
+from nightseg.selection.settings import Selection
 from nightseg.stages import select as stage
 from nightseg.storage import Commit, UserError, Workspace
 
@@ -53,6 +54,7 @@ def chosen(tmp_path: Path, method: str = "pooled", count: int = 6, **settings: A
     else:
         reference = scored(tmp_path, frames_of(len(REFERENCE), "reference"), REFERENCE, "reference")
     seed = settings.pop("seed", 0)
+    limits = {key: settings.pop(key) for key in ("quota", "gap", "duplicates") if key in settings}
     node = Workspace(tmp_path / "run").stage(
         "select", method, version=stage.VERSION, recipe={"count": count}, inputs={}, seed=seed
     )
@@ -60,8 +62,7 @@ def chosen(tmp_path: Path, method: str = "pooled", count: int = 6, **settings: A
         pool,
         pool_scores,
         reference,
-        method=method,  # type: ignore[arg-type]
-        count=count,
+        selection=Selection(method=method, count=count, **limits),
         seed=seed,
         attempt=node.open(),
         progress=SilentProgress(),
@@ -182,16 +183,16 @@ def drives(sequences: list[str | None]) -> pa.Table:
 def test_rules_about_sequences(tmp_path: Path) -> None:
     pool = drives(["a"] * 8 + ["b"] * 6 + [None] * 2)
     of = dict(zip(pool["frame_id"].to_pylist(), pool["sequence"].to_pylist(), strict=True))
-    quota = ids(chosen(tmp_path / "1", count=6, pool=pool, rules=stage.Rules(quota=2)))
+    quota = ids(chosen(tmp_path / "1", count=6, pool=pool, quota=2))
     assert sum(of[name] == "b" for name in quota) == 2
-    gap = ids(chosen(tmp_path / "2", count=6, pool=pool, rules=stage.Rules(gap=3)))
+    gap = ids(chosen(tmp_path / "2", count=6, pool=pool, gap=3))
     for drive in "ab":
         places = sorted(int(name[-2:]) for name in gap if of[name] == drive)
         assert all(later - earlier >= 3 for earlier, later in itertools.pairwise(places))
     with pytest.raises(UserError, match="no frame of the pool has one"):
-        chosen(tmp_path / "3", rules=stage.Rules(quota=2))
+        chosen(tmp_path / "3", quota=2)
     with pytest.raises(UserError, match="`gap` 9 leaves room for 4 frames"):
-        chosen(tmp_path / "4", pool=pool, rules=stage.Rules(gap=9))
+        chosen(tmp_path / "4", pool=pool, gap=9)
 
 
 def test_near_duplicates_are_left_out_and_named(tmp_path: Path) -> None:
@@ -199,13 +200,13 @@ def test_near_duplicates_are_left_out_and_named(tmp_path: Path) -> None:
     features = POOL.copy()
     features[12] = 2 * features[11]
     scores = scored(tmp_path, pool, features)
-    commit = chosen(tmp_path, count=5, pool=pool, pool_scores=scores, rules=stage.Rules(duplicates=0.9999))
+    commit = chosen(tmp_path, count=5, pool=pool, pool_scores=scores, duplicates=0.9999)
     assert "pool/12" not in ids(commit)
     table = {row["frame_id"]: row for row in commit.table("scores").to_pylist()}
     assert table["pool/12"]["repeats"] == "pool/11" and table["pool/12"]["score"] is None
     assert commit.json("evidence.json")["duplicates"] == 1
     with pytest.raises(UserError, match=r"`duplicates` 0.9999 leaves 15 of 16 frames"):
-        chosen(tmp_path / "2", count=16, pool=pool, pool_scores=scores, rules=stage.Rules(duplicates=0.9999))
+        chosen(tmp_path / "2", count=16, pool=pool, pool_scores=scores, duplicates=0.9999)
 
 
 def test_the_same_work_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -286,6 +287,6 @@ def test_a_set_whose_frames_are_all_broken_is_named(tmp_path: Path) -> None:
 def test_places_in_a_drive_follow_the_numbers_in_the_ids(tmp_path: Path) -> None:
     pool = frame_table({"frame_id": f"a/{i}", "uri": f"/{i}.png", "sha256": f"{i}", "sequence": "a"} for i in range(12))
     made = scored(tmp_path, pool, POOL[:12])
-    commit = chosen(tmp_path, count=6, pool=pool, pool_scores=made, rules=stage.Rules(gap=2))
+    commit = chosen(tmp_path, count=6, pool=pool, pool_scores=made, gap=2)
     places = sorted(int(name[2:]) for name in ids(commit))
     assert all(later - earlier >= 2 for earlier, later in itertools.pairwise(places))
