@@ -65,7 +65,6 @@ def select(
     `pool_scores` and `reference_scores` are commits of the stage `score`, by the same extractor. All methods prefer
     frames that are close to the reference but `random`, which needs none, and is measured against it if there is one.
     `reference_frames` are the frames that the reference was made from, where it is translated.
-
     Raises UserError: the reference, or what it was made from, has a frame of one of `test_frames` (by content); the
     count exceeds the pool or what the limits leave of it; the reference is missing, or was scored by another extractor.
     """
@@ -83,8 +82,7 @@ def select(
     pool = everything.rows(kept)
     limits = _limits(pool_frames, pool, selection)
     with progress.task(f"choose by {selection.method}", None, "iterations") as task:
-        watch = _watcher(task)
-        choice = choose(selection, pool, reference, limits=limits, seed=seed, watch=watch)
+        choice = choose(selection, pool, reference, limits=limits, seed=seed, watch=_watcher(task))
     (attempt.folder / "frames.parquet").write_table(_chosen_frames(pool_frames, pool, choice))
     (attempt.folder / "scores.parquet").write_table(_all_scores(everything, repeats, kept, choice, reference))
     facts = {
