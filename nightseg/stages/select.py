@@ -69,8 +69,7 @@ def select(
     count exceeds the pool or what the limits leave of it; the reference is missing, or was scored by another extractor.
     """
     begun = time.monotonic()
-    everything, sha256 = _scored(pool_scores)
-    reference = None
+    (everything, sha256), reference = _scored(pool_scores), None
     if reference_scores is not None:
         described, reference_sha256 = _scored(reference_scores)
         _check_same_features(pool_scores, reference_scores)
