@@ -1,10 +1,8 @@
-"""Small frames on disk, and the pass over them without a cluster: what several test modules share."""
+"""Small frames on disk, which several test modules share."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -33,17 +31,3 @@ def folder_of(folder: Path, seeds: range, broken: int = 0) -> pa.Table:
         (folder / f"broken{number}.png").write_bytes(b"not a picture")
         rows.append({"frame_id": f"d/broken{number}", "uri": str(folder / f"broken{number}.png")})
     return frame_table(rows)
-
-
-def in_this_process(rows: pa.Table, worker: Any, arguments: Mapping[str, Any], **options: Any) -> list[Any]:
-    """What map_shards does, without Ray: the contract of its shards, so that most tests start in no time."""
-    attempt, size = options["attempt"], options["shard_rows"]
-    attempt.plan(rows.num_rows, size)
-    call, records = worker(**arguments), []
-    for index, start in enumerate(range(0, rows.num_rows, size)):
-        shard = rows.slice(start, size)
-        records.append(
-            attempt.shard(index)
-            or attempt.write_shard(index, call(shard, attempt.folder), rows_in=shard.num_rows, seconds=0.0)
-        )
-    return records

@@ -1,8 +1,9 @@
-"""Passes over rows on Ray Data: a pool of actors that each load their worker once and finish one shard after another.
+"""Passes over rows: shards that a worker does one after another, in this process or in a pool of actors of Ray Data.
 
 Shards are cut by us, not by Ray, and every finished one is on disk before the driver hears of it. So a pass can die
 at any instant and be repeated: finished shards are skipped, and a shard that is done twice (its actor died between
-writing and answering) has the same name both times. Results are exactly once because their names are.
+writing and answering) has the same name both times. Results are exactly once because their names are, and the same
+however many actors there are, none included.
 
 Ray Data's own checkpointing is not used: with blocks from memory it writes rows twice without a word (Ray 2.60).
 """
@@ -16,17 +17,18 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import pyarrow as pa
 
 from nightseg.cluster import ray as cluster
 from nightseg.cluster.quiet import hide_ray_data
-from nightseg.cluster.tables import blocks, shards_of
+from nightseg.cluster.settings import MapCompute
+from nightseg.cluster.tables import blocks, shard_slice, shards_of
 from nightseg.errors import UserError
-from nightseg.progress import Progress
-from nightseg.storage import Attempt, Location, ShardRecord
+from nightseg.progress import Progress, Task
+from nightseg.storage import Attempt, Location, ShardRecord, Shards
 
 RETRIES_OF_A_SHARD = 3
 """How often a shard is done again because its process died. Ray's default is forever: a file that crashes a decoder,
@@ -34,7 +36,11 @@ or a batch that does not fit into memory, would keep a cluster busy until someon
 
 
 class ShardWorker(Protocol):
-    """What runs in an actor. `__init__(**arguments)` loads models once; a call does one shard."""
+    """`__init__(**arguments)` loads models once; a call does one shard.
+
+    A worker with an attribute `advance` may call it with a number of rows as it finishes them, for the display. In this
+    process that is `Task.advance`; in an actor it stays what the worker made it.
+    """
 
     def __call__(self, rows: pa.Table, folder: Location) -> Mapping[str, pa.Table]:
         """Small tables out, by name; anything big is written under `folder` first, with names that the rows fix."""
@@ -46,69 +52,102 @@ def map_shards(
     arguments: Mapping[str, Any],
     *,
     attempt: Attempt,
-    shard_rows: int,
-    actors: int,
-    cpus_per_actor: float,
-    gpus_per_actor: float,
+    compute: MapCompute,
     progress: Progress,
     title: str,
     unit: str = "frames",
-) -> list[ShardRecord]:
-    """Does every shard of `rows` that the attempt has not finished, and returns the records of all, in order.
+) -> Shards:
+    """Does every shard of `rows` that the attempt has not finished, and returns all of them.
 
     Args:
-        rows: plain columns of paths and small values; cut into shards of `shard_rows` in row order.
+        rows: plain columns of paths and small values; cut into shards of `compute.shard_rows` in row order.
         worker, arguments: `worker(**arguments)` is built once in every actor, when its first shard arrives.
         attempt: where shards are written; its finished ones are skipped.
-        actors: most actors at a time; fewer start when there are fewer open shards.
-        cpus_per_actor, gpus_per_actor: what Ray reserves for each; PyTorch gets int(cpus) threads, at least one.
+        compute: `actors` 0 does everything in this process, without Ray. Otherwise the most actors at a time; fewer
+            start when there are fewer open shards. PyTorch gets int(cpus_per_actor) threads in an actor, at least one.
 
     Raises:
         UserError: raised by a worker, or the cluster is too small for the actors (Ray would wait forever).
-        RuntimeError: any other error of a worker, with its message; the worker's traceback is attached as a note.
+        RuntimeError: any other error of an actor's worker, with its message; its traceback is attached as a note. In
+            this process it is what the worker raised.
     """
-    num_shards = attempt.plan(rows.num_rows, shard_rows)
+    num_shards = attempt.plan(rows.num_rows, compute.shard_rows)
     records = {index: record for index in range(num_shards) if (record := attempt.shard(index)) is not None}
     todo = [index for index in range(num_shards) if index not in records]
     with progress.task(title, rows.num_rows, unit) as task:
         task.advance(sum(record.rows_in for record in records.values()))
-        if actors == 0:
-            here = worker(**arguments) if todo else None
-            for index in todo:
-                assert here is not None
-                part, started = rows.slice(index * shard_rows, shard_rows), time.monotonic()
-                seconds = time.monotonic() - started
-                records[index] = attempt.write_shard(
-                    index, here(part, attempt.folder), rows_in=part.num_rows, seconds=seconds
-                )
-                task.advance(part.num_rows)
-        elif todo:
-            cluster.connect()
-            actors = min(actors, len(todo))
-            _check_room(actors, cpus_per_actor, gpus_per_actor, progress)
-            actor = {"worker": worker, "arguments": dict(arguments), "attempt": attempt, "title": title}
-            tables = list(blocks(rows, todo, shard_rows))
-            for record in _run(tables, actor, actors, cpus_per_actor, gpus_per_actor):
-                records[record.index] = record
-                task.advance(record.rows_in)
+        shards = _Shards(worker, dict(arguments), attempt)
+        if todo and compute.actors:
+            done = _on_actors(shards, list(blocks(rows, todo, compute.shard_rows)), compute, progress, task, title)
+        else:
+            done = (_here(shards, index, shard_slice(rows, index, compute.shard_rows), task) for index in todo)
+        for record in done:
+            records[record.index] = record
     missing = [index for index in range(num_shards) if index not in records]
     assert not missing, f"{title}: Ray finished without shards {missing[:5]}"
-    return [records[index] for index in range(num_shards)]
+    return Shards(attempt, tuple(records[index] for index in range(num_shards)))
 
 
-def _check_room(actors: int, cpus: float, gpus: float, progress: Progress) -> None:
-    for resource, each in (("CPU", cpus), ("GPU", gpus)):
+class _Shards:
+    """Builds the worker when the first shard arrives, and does shards that are not there yet. Picklable before."""
+
+    def __init__(self, worker: type[ShardWorker], arguments: dict[str, Any], attempt: Attempt) -> None:
+        self._worker_class = worker
+        self._arguments = arguments
+        self._attempt = attempt
+        self._worker: Any = None
+        self.threads: int | None = None  # of PyTorch, if the worker uses it; None: as many as it has
+
+    def finish(self, index: int, rows: pa.Table, advance: Callable[[int], None] | None = None) -> ShardRecord:
+        finished = self._attempt.shard(index)  # by an actor that died before it could answer
+        if finished is not None:
+            return finished
+        if self._worker is None:
+            self._worker = self._worker_class(**self._arguments)
+            torch = sys.modules.get("torch")
+            if torch is not None and self.threads is not None:
+                torch.set_num_threads(self.threads)
+        if advance is not None and hasattr(self._worker, "advance"):
+            self._worker.advance = advance
+        started = time.monotonic()
+        tables = self._worker(rows, self._attempt.folder)
+        return self._attempt.write_shard(index, tables, rows_in=rows.num_rows, seconds=time.monotonic() - started)
+
+
+def _here(shards: _Shards, index: int, rows: pa.Table, task: Task) -> ShardRecord:
+    shown = 0
+
+    def advance(count: int = 1) -> None:
+        nonlocal shown
+        shown += count
+        task.advance(count)
+
+    record = shards.finish(index, rows, advance)
+    task.advance(record.rows_in - shown)
+    return record
+
+
+def _on_actors(
+    shards: _Shards, tables: list[pa.Table], compute: MapCompute, progress: Progress, task: Task, title: str
+) -> Iterator[ShardRecord]:
+    """Records as shards finish, in any order."""
+    cluster.connect()
+    compute = compute.model_copy(update={"actors": min(compute.actors, len(tables))})
+    for resource, each in (("CPU", compute.cpus_per_actor), ("GPU", compute.gpus_per_actor)):
         key = f"compute.map.actors or compute.map.{resource.lower()}s_per_actor"
-        cluster.require(resource, count=actors, each=each, what="actors", recipe_key=key, say=progress.say)
+        count = compute.actors
+        cluster.require(resource, count=count, each=each, what="actors", recipe_key=key, say=progress.say)
+    for record in _run(shards, tables, compute, title):
+        task.advance(record.rows_in)
+        yield record
 
 
-def _run(tables: list[pa.Table], actor: dict[str, Any], actors: int, cpus: float, gpus: float) -> Iterator[ShardRecord]:
-    """Records as shards finish, in any order. Actors end with the iterator, also when it ends with an error."""
+def _run(shards: _Shards, tables: list[pa.Table], compute: MapCompute, title: str) -> Iterator[ShardRecord]:
+    """Actors end with the iterator, also when it ends with an error."""
     import ray
 
     hide_ray_data()
-    title = actor["title"]
-    results = _pass(tables, actor, actors, cpus, gpus)
+    results = _pass(shards, tables, compute)
     batches = iter(results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
     failure = None
     try:
@@ -127,7 +166,7 @@ def _run(tables: list[pa.Table], actor: dict[str, Any], actors: int, cpus: float
         raise failure
 
 
-def _pass(tables: list[pa.Table], actor: dict[str, Any], actors: int, cpus: float, gpus: float) -> Any:
+def _pass(shards: _Shards, tables: list[pa.Table], compute: MapCompute) -> Any:
     """The pass as a Ray dataset, not yet started: a block in, a row with the pickled outcome out."""
     import ray.data
 
@@ -137,66 +176,43 @@ def _pass(tables: list[pa.Table], actor: dict[str, Any], actors: int, cpus: floa
         # from_blocks, not from_arrow, which first starts a task a block to count the rows that we have here.
         return ray.data.from_blocks(tables).map_batches(
             _ShardActor,
-            fn_constructor_kwargs=actor,
+            fn_constructor_kwargs={"shards": shards},
             batch_size=None,  # a block is a shard
             batch_format="pyarrow",
             zero_copy_batch=True,
             # Two shards in flight hide the way to the driver and back, and leave the rest to whichever actor is free.
-            compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2),
-            num_cpus=cpus,
-            num_gpus=gpus or None,
+            compute=ray.data.ActorPoolStrategy(size=compute.actors, max_tasks_in_flight_per_actor=2),
+            num_cpus=compute.cpus_per_actor,
+            num_gpus=compute.gpus_per_actor or None,
             max_task_retries=RETRIES_OF_A_SHARD,
         )
 
 
-def _record(title: str, record: ShardRecord | None, failure: tuple[bool, str, str] | None) -> ShardRecord:
+def _record(title: str, outcome: ShardRecord | UserError | str, trace: str) -> ShardRecord:
     """The record, or the worker's error as one of this process."""
-    if failure is None:
-        assert record is not None
-        return record
-    is_user_error, message, trace = failure
-    error = UserError(message) if is_user_error else RuntimeError(f"{title}: {message}")
+    if isinstance(outcome, ShardRecord):
+        return outcome
+    error = outcome if isinstance(outcome, UserError) else RuntimeError(f"{title}: {outcome}")
     error.add_note(f"In the worker:\n{trace}")
     raise error
 
 
 class _ShardActor:
-    """Builds the worker when the first shard arrives, so that an error in it is an answer and not a dead actor."""
+    """An error in the worker is an answer and not a dead actor."""
 
-    def __init__(self, worker: type[ShardWorker], arguments: dict[str, Any], attempt: Attempt, title: str) -> None:
-        self._worker_class = worker
-        self._arguments = arguments
-        self._attempt = attempt
-        self._title = title
-        self._worker: ShardWorker | None = None
+    def __init__(self, shards: _Shards) -> None:
+        self._shards = shards
+        shards.threads = max(1, int(os.environ.get("OMP_NUM_THREADS") or 1))  # where Ray leaves the CPUs reserved
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        outcomes: list[tuple[ShardRecord | None, tuple[bool, str, str] | None]] = []
+        outcomes: list[tuple[ShardRecord | UserError | str, str]] = []
         for index, rows in shards_of(batch):
             try:
-                outcomes.append((self._finish(index, rows), None))
+                outcomes.append((self._shards.finish(index, rows), ""))
             except Exception as error:
-                message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-                outcomes.append((None, (isinstance(error, UserError), message, traceback.format_exc())))
+                told = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+                outcomes.append((told, traceback.format_exc()))
         return pa.table({"outcome": pa.array([pickle.dumps(outcome) for outcome in outcomes], pa.binary())})
-
-    def _finish(self, index: int, rows: pa.Table) -> ShardRecord:
-        finished = self._attempt.shard(index)  # by an actor that died before it could answer
-        if finished is not None:
-            return finished
-        if self._worker is None:
-            self._worker = self._worker_class(**self._arguments)
-            _set_torch_threads()
-        started = time.monotonic()
-        tables = self._worker(rows, self._attempt.folder)
-        return self._attempt.write_shard(index, tables, rows_in=rows.num_rows, seconds=time.monotonic() - started)
-
-
-def _set_torch_threads() -> None:
-    """As many threads as CPUs reserved (Ray leaves that in OMP_NUM_THREADS), if this worker uses PyTorch at all."""
-    torch = sys.modules.get("torch")
-    if torch is not None:
-        torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS") or 1)))
 
 
 def _failure(title: str, error: BaseException) -> RuntimeError:

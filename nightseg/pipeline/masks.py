@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import count, islice
 from pathlib import PurePosixPath
 from typing import Any
@@ -184,12 +183,11 @@ class MaskWriter:
         model: Location,
         out: Location,
         wishes: Wishes,
-        advance: Callable[[int], None] | None = None,
     ) -> None:
         self.segmenter = Segmenter(model, wishes.device, wishes.inference)
         self.out = out
         self.wishes = wishes
-        self.advance = advance
+        self.advance: Callable[[int], None] | None = None
 
     def __call__(self, rows: pa.Table, folder: Location) -> Mapping[str, pa.Table]:
         """`worked` (frame_id) and `quarantine`; the names of the pictures follow from the ids."""
@@ -251,45 +249,16 @@ def _predict_images(
     done: _Done,
 ) -> None:
     rows = frame.frame_table(found.images)
-    if actors is None:
-        num_shards = _in_process(rows, partial(MaskWriter, model, out, wishes), attempt, progress)
-    else:
-        on_gpu = wishes.device is not None and wishes.device.startswith("cuda")
-        compute = MapCompute(actors=actors, gpus_per_actor=float(on_gpu))
-        there = Wishes(**(vars(wishes) | {"device": wishes.device or "cpu"}))
-        records = map_shards(
-            rows,
-            MaskWriter,
-            {"model": model, "out": out, "wishes": there},
-            attempt=attempt,
-            shard_rows=SHARD_FRAMES,
-            actors=compute.actors,
-            cpus_per_actor=compute.cpus_per_actor,
-            gpus_per_actor=compute.gpus_per_actor,
-            progress=progress,
-            title="predict",
-        )
-        num_shards = len(records)
-    for index in range(num_shards):
-        record = attempt.shard(index)
-        assert record is not None, f"shard {index} is not finished"
-        done.written += record.rows(WORKED)
-        done.bad += (attempt.folder / record.tables["quarantine"].path).read_table().to_pylist()
-
-
-def _in_process(rows: pa.Table, build: Callable[..., MaskWriter], attempt: Attempt, progress: Progress) -> int:
-    """Shard after shard, as `map_shards` does it on actors, but with news of every frame. The number of shards."""
-    num_shards = attempt.plan(rows.num_rows, SHARD_FRAMES)
-    finished = {index: record for index in range(num_shards) if (record := attempt.shard(index))}
-    with progress.task("predict", rows.num_rows, "frames") as task:
-        task.advance(sum(record.rows_in for record in finished.values()))
-        writer = build(task.advance) if len(finished) < num_shards else None
-        for index in range(num_shards):
-            if writer is not None and index not in finished:
-                started, part = time.monotonic(), rows.slice(index * SHARD_FRAMES, SHARD_FRAMES)
-                tables = writer(part, attempt.folder)
-                attempt.write_shard(index, tables, rows_in=part.num_rows, seconds=time.monotonic() - started)
-    return num_shards
+    if actors is not None:
+        wishes = Wishes(**(vars(wishes) | {"device": wishes.device or "cpu"}))
+    on_gpu = wishes.device is not None and wishes.device.startswith("cuda")
+    compute = MapCompute(actors=actors or 0, gpus_per_actor=float(on_gpu), shard_rows=SHARD_FRAMES)
+    arguments = {"model": model, "out": out, "wishes": wishes}
+    shards = map_shards(
+        rows, MaskWriter, arguments, attempt=attempt, compute=compute, progress=progress, title="predict"
+    )
+    done.written += shards.count(WORKED)
+    done.bad += shards.table("quarantine").to_pylist()
 
 
 # -- videos ----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ with the reason; later stages can rely on the rest.
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -58,37 +57,20 @@ def collect(
 
     Raises UserError: a folder, split or encoding that does not exist; more than `max_bad_fraction` bad frames.
     """
-    started = time.monotonic()
     work = _scenes(dataset, name, taxonomy) if isinstance(dataset, ScenesDataset) else _folder(dataset, name, taxonomy)
-    records = map_shards(
+    shards = map_shards(
         work.rows,
         work.worker,
         work.arguments,
         attempt=attempt,
-        shard_rows=compute.shard_rows,
-        actors=compute.actors,
-        cpus_per_actor=compute.cpus_per_actor,
-        gpus_per_actor=compute.gpus_per_actor,
+        compute=compute,
         progress=progress,
         title=f"collect {name}",
     )
-    frames = _shards(attempt, "frames", len(records))
-    quarantine = _shards(attempt, "quarantine", len(records))
+    frames = shards.table("frames")
     check_frames(frames)
-    return attempt.finish(
-        rows_in=work.rows.num_rows,
-        rows_out=frames.num_rows,
-        quarantined=quarantine.num_rows,
-        max_bad_fraction=max_bad_fraction,
-        num_shards=len(records),
-        summary=_summary(frames, quarantine),
-        seconds=time.monotonic() - started,
-    )
-
-
-def _shards(attempt: Attempt, name: str, num_shards: int) -> pa.Table:
-    paths = [attempt.shard(index) for index in range(num_shards)]
-    return pa.concat_tables([(attempt.folder / record.tables[name].path).read_table() for record in paths if record])
+    summary = _summary(frames, shards.table("quarantine"))
+    return shards.finish("frames", max_bad_fraction=max_bad_fraction, summary=summary)
 
 
 def _summary(frames: pa.Table, quarantine: pa.Table) -> dict[str, Any]:

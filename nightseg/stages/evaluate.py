@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 from typing import Any
@@ -60,7 +59,6 @@ def evaluate(
     from one summed int64 matrix. Raises UserError: a frame without label, a model of other classes, a set without a
     labelled pixel or a good frame, more bad frames than `max_bad_fraction`.
     """
-    started = time.monotonic()
     classes = load_taxonomy(taxonomy)
     for test, frames in tests.items():
         _check_labelled(frames, f"{name}.{test}")
@@ -68,34 +66,26 @@ def evaluate(
     rows = _together(tests)
     device = "cuda" if compute.gpus_per_actor else "cpu"
     arguments = {"model": model.folder / "model", "batch": compute.batch, "device": device, "inference": inference}
-    records = map_shards(
+    shards = map_shards(
         rows,
         Evaluator,
         arguments | {"classes": classes, "evaluation": evaluation},
         attempt=attempt,
-        shard_rows=compute.shard_rows,
-        actors=compute.actors,
-        cpus_per_actor=compute.cpus_per_actor,
-        gpus_per_actor=compute.gpus_per_actor,
+        compute=compute,
         progress=progress,
         title=f"evaluate {name}",
     )
-    counted = pa.concat_tables(
-        [(attempt.folder / record.tables["predictions"].path).read_table() for record in records]
-    ).select([TEST_SETS, *(column for column in COUNTS if column == CONFUSION or evaluation.boundary)])
+    columns = [TEST_SETS, *(column for column in COUNTS if column == CONFUSION or evaluation.boundary)]
+    counted = shards.table("predictions").select(columns)
     of_tests = {test: counted.filter(_is_in(counted[TEST_SETS], test)) for test in tests}
     whole = all(part.num_rows for part in of_tests.values())  # else there is a set without a score to commit
     found = {test: _record(part, f"{name}.{test}", classes, evaluation) for test, part in of_tests.items() if whole}
     (attempt.folder / "scores.json").write_json(found)
-    return attempt.finish(
-        rows_in=rows.num_rows,
-        rows_out=counted.num_rows,
-        quarantined=sum(record.rows("quarantine") for record in records),
+    return shards.finish(
+        "predictions",
         max_bad_fraction=max_bad_fraction if whole else 0.0,
         outputs=["scores.json"],
-        num_shards=len(records),
         summary={"miou": {test: record["miou"] for test, record in found.items()}},
-        seconds=time.monotonic() - started,
     )
 
 
@@ -185,24 +175,20 @@ def evaluate_folders(
     and label_uri. `label_encoding` None: train_ids if all values of all labels are known there, else the first encoding
     of the taxonomy that knows them all. Raises UserError: sizes that differ, files that are no labels, unknown ids.
     """
-    started = time.monotonic()
     classes = load_taxonomy(taxonomy)
     encodings = [label_encoding] if label_encoding else _encodings(pairs[frame.LABEL_URI].to_pylist(), classes)
     for encoding in encodings:
         classes.lut(encoding)
-    records = map_shards(
+    shards = map_shards(
         pairs,
         PairCounter,
         {"classes": classes, "encodings": encodings, "evaluation": evaluation},
         attempt=attempt,
-        shard_rows=compute.shard_rows,
-        actors=compute.actors,
-        cpus_per_actor=compute.cpus_per_actor,
-        gpus_per_actor=0.0,
+        compute=compute.on_cpus,
         progress=progress,
         title="evaluate",
     )
-    counted = pa.concat_tables([(attempt.folder / record.tables["counts"].path).read_table() for record in records])
+    counted = shards.table("counts")
     found = {}
     for encoding in encodings:
         of_encoding = counted.filter(pc.equal(counted[frame.LABEL_ENCODING], encoding))
@@ -213,12 +199,9 @@ def evaluate_folders(
     if not found:
         raise _unknown_ids(classes, counted)
     (attempt.folder / "scores.json").write_json(found)
+    num_shards = len(shards.records)
     return attempt.finish(
-        rows_in=pairs.num_rows,
-        rows_out=pairs.num_rows,
-        outputs=["scores.json"],
-        num_shards=len(records),
-        seconds=time.monotonic() - started,
+        rows_in=pairs.num_rows, rows_out=pairs.num_rows, outputs=["scores.json"], num_shards=num_shards
     )
 
 

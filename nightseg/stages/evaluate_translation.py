@@ -18,8 +18,7 @@ nothing: agreement and edges are about t itself. Mistakes of S that x, t and b s
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -106,34 +105,25 @@ def evaluate_translation(
     frame that one of the passes before had to leave out is quarantined here. Raises UserError: a set with fewer
     than two good frames, features that do not compare.
     """
-    begun = time.monotonic()
     classes, has_back = load_taxonomy(taxonomy), masks.back is not None
     distances = _distances(name, features)
-    records = map_shards(
+    shards = map_shards(
         _rows(translated, source, masks),
         MeasureFrames,
         {"classes": classes, "has_back": has_back},
         attempt=attempt,
-        shard_rows=compute.shard_rows,
-        actors=compute.actors,
-        cpus_per_actor=compute.cpus_per_actor,
-        gpus_per_actor=0.0,
+        compute=compute.on_cpus,
         progress=progress,
         title=f"evaluate {name}",
     )
-    parts = [(attempt.folder / record.tables["frame_scores"].path) for record in records]
-    found = _summed(parts, classes, has_back)
+    found = _summed(shards.parts("frame_scores"), classes, has_back)
     if found["frames"]:
         (attempt.folder / SCORES_NAME).write_json({**distances, **found})
-    return attempt.finish(
-        rows_in=translated.num_rows,
-        rows_out=found["frames"],
-        quarantined=sum(record.rows("quarantine") for record in records),
+    return shards.finish(
+        "frame_scores",
         max_bad_fraction=max_bad_fraction if found["frames"] else 0.0,  # without a frame there are no scores
         outputs=[SCORES_NAME] if found["frames"] else [],
-        num_shards=len(records),
         summary={"fid": distances["fid"]["translated"], "agreement": found["agreement"], "edges": found["edges"]},
-        seconds=time.monotonic() - begun,
     )
 
 
@@ -248,13 +238,12 @@ def _right(matrix: Counts) -> float:
 # -- the whole set ----------------------------------------------------------------------------------------------------
 
 
-def _summed(parts: list[Location], classes: Taxonomy, has_back: bool) -> dict[str, Any]:
+def _summed(parts: Iterable[pa.Table], classes: Taxonomy, has_back: bool) -> dict[str, Any]:
     """Scores over all frames, from their matrices; null where there is no label or no translation back."""
     size = classes.num_classes
     totals: dict[str, list[Counts]] = {which: [] for which in MATRICES}
     frames, labelled, edges = 0, 0, 0.0
-    for part in parts:
-        table = part.read_table()
+    for table in parts:
         frames += table.num_rows
         edges += float(np.sum(table[EDGES].to_numpy()))
         labelled += table.num_rows - table[MATRICES[0]].null_count

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -50,12 +49,11 @@ def predict(
 
     Raises UserError: no frame, no model, an unknown picture, more bad frames than `max_bad_fraction`.
     """
-    started = time.monotonic()
     wanted = check_pictures(save)
     if frames.num_rows == 0:
         raise UserError(f"predict {name}: the dataset holds no frame; look at its quarantine table")
     columns = [column for column in frames.column_names if column in frame.FRAME_SCHEMA.names]
-    records = map_shards(
+    shards = map_shards(
         frames.select(columns),
         Predictor,
         {
@@ -66,22 +64,11 @@ def predict(
             "inference": inference,
         },
         attempt=attempt,
-        shard_rows=compute.shard_rows,
-        actors=compute.actors,
-        cpus_per_actor=compute.cpus_per_actor,
-        gpus_per_actor=compute.gpus_per_actor,
+        compute=compute,
         progress=progress,
         title=f"predict {name}",
     )
-    return attempt.finish(
-        rows_in=frames.num_rows,
-        rows_out=sum(record.rows("predictions") for record in records),
-        quarantined=sum(record.rows("quarantine") for record in records),
-        max_bad_fraction=max_bad_fraction,
-        num_shards=len(records),
-        summary={"save": list(wanted)},
-        seconds=time.monotonic() - started,
-    )
+    return shards.finish("predictions", max_bad_fraction=max_bad_fraction, summary={"save": list(wanted)})
 
 
 class Predictor:

@@ -8,7 +8,6 @@ crash at any time loses only the open ones; the drafts go when the labels are co
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -31,7 +30,7 @@ from nightseg.segmenter.inference import WHOLE_FRAME, Inference
 from nightseg.segmenter.predict import Segmenter, UnreadRow, check_classes, quarantined, segment_rows
 from nightseg.segmenter.self_training import NUM_BINS, KeptPixels
 from nightseg.segmenter.settings import Threshold
-from nightseg.storage import Attempt, Commit, Location, ShardRecord, UserError, sha256_of
+from nightseg.storage import Attempt, Commit, Location, Shards, UserError, sha256_of
 
 VERSION = 2
 
@@ -58,14 +57,14 @@ _DRAFT_SCHEMA = pa.schema(
 )
 Counts = npt.NDArray[np.int64]
 Thresholds = npt.NDArray[np.float64]
-Map = Callable[..., list[ShardRecord]]
+Map = Callable[..., Shards]
 
 
 class _Labelled(NamedTuple):
     """What the passes leave: thresholds, shards that hold `frames` and `labels`, and the frames that were bad."""
 
     thresholds: Thresholds
-    num_shards: int
+    shards: Shards
     quarantine: pa.Table
     outputs: list[str]
 
@@ -89,7 +88,6 @@ def pseudo_label(
     `frames` has absolute uris. Raises UserError: no frame, a teacher with other classes, no pixel kept, more bad
     frames than `max_bad_fraction`.
     """
-    started = time.monotonic()
     classes = load_taxonomy(taxonomy)
     if frames.num_rows == 0:
         raise UserError(f"pseudo-labels for {name}: there is no frame to label; look at the pool and its selection")
@@ -98,13 +96,13 @@ def pseudo_label(
     rows = frame.frame_table(frames.select(columns).to_pylist())
     device = "cuda" if compute.gpus_per_actor else "cpu"
     model = {"model": teacher.folder / "model", "batch": compute.batch, "device": device, "inference": inference}
-    run = _spread(compute, progress)
+    run = partial(map_shards, compute=compute, progress=progress)
     drafts = replace(attempt, folder=attempt.folder / "drafts")
     if threshold.kind == "class_balanced":
         done = _label_drafts(rows, threshold, classes, run, model, drafts, attempt, name, max_bad_fraction)
     else:
         done = _label_directly(rows, threshold, classes, run, model, attempt, name)
-    histograms_KB, pixels = _totals(attempt, done.num_shards, classes.num_classes)
+    histograms_KB, pixels = _totals(done.shards, classes.num_classes)
     warnings = self_training.guard(pixels, classes.classes)
     for warning in warnings:
         progress.say(f"pseudo-labels for {name}: {warning}")
@@ -120,23 +118,11 @@ def pseudo_label(
         quarantined=done.quarantine.num_rows,
         max_bad_fraction=max_bad_fraction,
         outputs=["evidence.json", "histograms.parquet", *done.outputs],
-        num_shards=done.num_shards,
+        num_shards=len(done.shards.records),
         summary={"kept_share": pixels.share, "warnings": len(warnings), "threshold": threshold.kind},
-        seconds=time.monotonic() - started,
     )
     drafts.folder.delete()
     return commit
-
-
-def _spread(compute: MapCompute, progress: Progress) -> Map:
-    return partial(
-        map_shards,
-        shard_rows=compute.shard_rows,
-        actors=compute.actors,
-        cpus_per_actor=compute.cpus_per_actor,
-        gpus_per_actor=compute.gpus_per_actor,
-        progress=progress,
-    )
 
 
 def _label_directly(
@@ -153,7 +139,7 @@ def _label_directly(
     thresholds_K = _thresholds(threshold, nothing_yet)
     arguments = {**model, "thresholds_K": thresholds_K, "classes": classes}
     shards = run(rows, DirectLabeller, arguments, attempt=attempt, title=f"pseudo-labels of {name}")
-    return _Labelled(thresholds_K, len(shards), _table(attempt, "quarantine", len(shards)), [])
+    return _Labelled(thresholds_K, shards, shards.table("quarantine"), [])
 
 
 def _label_drafts(
@@ -169,27 +155,20 @@ def _label_drafts(
 ) -> _Labelled:
     """Two passes, for thresholds that follow from the confidence of all frames."""
     shards = run(rows, Drafter, dict(model), attempt=drafts, title=f"teacher of {name}")
-    quarantine = _table(drafts, "quarantine", len(shards))
-    drafted = _table(drafts, "drafts", len(shards))
+    quarantine, drafted = shards.table("quarantine"), shards.table("drafts")
     limit = max_bad_fraction if drafted.num_rows else 0.0
     if quarantine.num_rows > limit * rows.num_rows:
         # Refused now, with the first pass's shards: labels made with thresholds of too few frames must not exist.
-        drafts.finish(
-            rows_in=rows.num_rows,
-            rows_out=drafted.num_rows,
-            quarantined=quarantine.num_rows,
-            max_bad_fraction=limit,
-            num_shards=len(shards),
-        )
+        shards.finish("drafts", max_bad_fraction=limit)
     (attempt.folder / "quarantine.parquet").write_table(quarantine)
-    histograms_KB = sum(_arrays(drafts, "histograms", HISTOGRAM, len(shards)), start=np.zeros(1, dtype=np.int64))
+    histograms_KB = sum(_arrays(shards, "histograms", HISTOGRAM), start=np.zeros(1, dtype=np.int64))
     thresholds_K = _thresholds(threshold, histograms_KB.reshape(classes.num_classes, NUM_BINS))
     readable = rows.filter(pc.is_in(rows[frame.FRAME_ID], value_set=drafted[frame.FRAME_ID].combine_chunks()))
     for column in (frame.HEIGHT, frame.WIDTH):
         readable = readable.set_column(readable.schema.get_field_index(column), column, drafted[column])
     arguments = {"drafts": drafts.folder, "thresholds_K": thresholds_K, "classes": classes}
     labelled = run(readable, DraftLabeller, arguments, attempt=attempt, title=f"pseudo-labels of {name}")
-    return _Labelled(thresholds_K, len(labelled), quarantine, ["quarantine.parquet"])
+    return _Labelled(thresholds_K, labelled, quarantine, ["quarantine.parquet"])
 
 
 def _thresholds(threshold: Threshold, histograms_KB: Counts) -> Thresholds:
@@ -351,29 +330,18 @@ def _evidence(
     }
 
 
-def _totals(attempt: Attempt, num_shards: int, num_classes: int) -> tuple[Counts, KeptPixels]:
+def _totals(shards: Shards, num_classes: int) -> tuple[Counts, KeptPixels]:
     """Histograms (K, B) and pixel counts over all frames, shard by shard."""
     histogram_KB = np.zeros((num_classes, NUM_BINS), dtype=np.int64)
     kept_K = np.zeros(num_classes, dtype=np.int64)
-    for values in _arrays(attempt, "labels", HISTOGRAM, num_shards):
+    for values in _arrays(shards, "labels", HISTOGRAM):
         histogram_KB += values.reshape(-1, num_classes, NUM_BINS).sum(axis=0)
-    for values in _arrays(attempt, "labels", KEPT_COUNTS, num_shards):
+    for values in _arrays(shards, "labels", KEPT_COUNTS):
         kept_K += values.reshape(-1, num_classes).sum(axis=0)
     return histogram_KB, KeptPixels(histogram_KB.sum(axis=1), kept_K)
 
 
-def _arrays(attempt: Attempt, table: str, column: str, num_shards: int) -> Iterator[Counts]:
+def _arrays(shards: Shards, table: str, column: str) -> Iterator[Counts]:
     """The lists of a column laid end to end, one array a shard."""
-    for part in _parts(attempt, table, num_shards):
+    for part in shards.parts(table):
         yield part[column].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-
-
-def _table(attempt: Attempt, table: str, num_shards: int) -> pa.Table:
-    return pa.concat_tables(_parts(attempt, table, num_shards))
-
-
-def _parts(attempt: Attempt, table: str, num_shards: int) -> Iterator[pa.Table]:
-    for index in range(num_shards):
-        record = attempt.shard(index)
-        assert record is not None, f"shard {index} of {attempt.folder} is not finished"
-        yield (attempt.folder / record.tables[table].path).read_table()

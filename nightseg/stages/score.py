@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import time
 from collections.abc import Mapping
 from dataclasses import astuple
 from typing import Any
@@ -64,7 +63,6 @@ def score(
     each frame's own Frechet distance to it, and the error bound of that.
     Raises UserError if the extractor's weights are not at hand, before any frame is read.
     """
-    begun = time.monotonic()
     if frames.num_rows == 0:
         raise UserError("there is no frame to score; look at the counts of the datasets that it is made from")
     identity = identify(extraction)
@@ -77,29 +75,18 @@ def score(
         ScoreFrames,
         worker | {"batch": compute.batch, "positions": positions, "spatial_reference": near},
         attempt=attempt,
-        shard_rows=compute.shard_rows,
-        actors=compute.actors,
-        cpus_per_actor=compute.cpus_per_actor,
-        gpus_per_actor=compute.gpus_per_actor,
+        compute=compute,
         progress=progress,
         title=f"score by {extraction.name}",
     )
-    parts = ((attempt.folder / shard.tables["features"].path).read_table()[FEATURES] for shard in shards)
-    moments = moments_of_parts((vectors(part).reshape(-1, identity.dims) for part in parts), identity.dims)
+    parts = (vectors(part[FEATURES]).reshape(-1, identity.dims) for part in shards.parts("features"))
+    moments = moments_of_parts(parts, identity.dims)
     outputs = _write_statistics(attempt.folder, moments, identity, precision)
     if positions and moments.count:
         firsts = rows[frame.FRAME_ID].take(list(range(0, rows.num_rows, compute.shard_rows))).to_pylist()
         outputs.append(_merge_positions(attempt.folder, firsts, identity, precision))
-    commit = attempt.finish(
-        rows_in=frames.num_rows,
-        rows_out=moments.count,
-        quarantined=sum(shard.rows("quarantine") for shard in shards),
-        max_bad_fraction=max_bad_fraction,
-        outputs=outputs,
-        num_shards=len(shards),
-        summary=_summary(identity) | {"precision": precision},
-        seconds=time.monotonic() - begun,
-    )
+    summary = _summary(identity) | {"precision": precision}
+    commit = shards.finish("features", max_bad_fraction=max_bad_fraction, outputs=outputs, summary=summary)
     (attempt.folder / _POSITIONS_SCRATCH).delete()  # not before: a pass that is refused now may be given again
     return commit
 

@@ -5,7 +5,6 @@ One pass over the frames makes their histograms; the decision looks at all of th
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -51,7 +50,6 @@ def split(
     night stay in `frames` with the domain twilight, or unknown if they have no colour; whoever uses the split picks one
     domain. The rule is that of `data.day_night.separate`.
     """
-    begun = time.monotonic()
     if pool.num_rows == 0:
         raise UserError("there is no frame to split into day and night; look at the counts of the pool's dataset")
     shards = map_shards(
@@ -59,29 +57,22 @@ def split(
         HistogramFrames,
         {},
         attempt=attempt,
-        shard_rows=compute.shard_rows,
-        actors=compute.actors,
-        cpus_per_actor=compute.cpus_per_actor,
-        gpus_per_actor=0.0,
+        compute=compute.on_cpus,
         progress=progress,
         title="split",
     )
-    seen = pa.concat_tables([(attempt.folder / shard.tables["histograms"].path).read_table() for shard in shards])
+    seen = shards.table("histograms")
     bands_NBH = vectors(seen[BANDS]).reshape(-1, NUM_BANDS, NUM_BINS)
     separation = separate(bands_NBH, seen[CHROMA].to_numpy(), margin=margin)
     frames = _frames(pool, seen, separation)
     (attempt.folder / "frames.parquet").write_table(frames)
     counts = dict(sorted(Counter(separation.domain).items()))
     (attempt.folder / "evidence.json").write_json(_evidence(frames, bands_NBH, separation, margin))
-    return attempt.finish(
-        rows_in=pool.num_rows,
-        rows_out=frames.num_rows,
-        quarantined=sum(shard.rows("quarantine") for shard in shards),
+    return shards.finish(
+        "histograms",
         max_bad_fraction=max_bad_fraction,
         outputs=["frames.parquet", "evidence.json"],
-        num_shards=len(shards),
         summary={"domains": counts},
-        seconds=time.monotonic() - begun,
     )
 
 

@@ -8,7 +8,6 @@ Letters in tensor names: B batch, 3 RGB, H, W frame size.
 from __future__ import annotations
 
 import shlex
-import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, Final, Literal, NamedTuple
@@ -102,7 +101,6 @@ def translate(
     id. So the same frame, translator, seed and hardware give the same bytes, however the frames are cut into shards. A
     program of the user is deterministic if it says so.
     """
-    begun = time.monotonic()
     _check(name, source, to)
     pixels = {"batch": compute.batch, "tile": tile}
     opened = open_translator(translator, pixels, name=name, to=to, attempt=attempt, progress=progress)
@@ -111,22 +109,15 @@ def translate(
         opened.worker,
         opened.arguments,
         attempt=attempt,
-        shard_rows=compute.shard_rows,
-        actors=compute.actors,
-        cpus_per_actor=compute.cpus_per_actor,
-        gpus_per_actor=compute.gpus_per_actor,
+        compute=compute,
         progress=progress,
         title=f"translate {name}",
     )
-    return attempt.finish(
-        rows_in=source.num_rows,
-        rows_out=sum(shard.rows("frames") for shard in shards),
-        quarantined=sum(shard.rows("quarantine") for shard in shards),
+    return shards.finish(
+        "frames",
         max_bad_fraction=max_bad_fraction,
         outputs=opened.outputs,
-        num_shards=len(shards),
         summary={"to": to, **opened.summary},
-        seconds=time.monotonic() - begun,
     )
 
 

@@ -4,7 +4,7 @@ A crash at any instant costs at most the open shards, and a commit never changes
 """
 
 from nightseg.errors import UserError
-from nightseg.storage.attempt import Attempt, ShardRecord
+from nightseg.storage.attempt import Attempt, ShardRecord, Shards
 from nightseg.storage.commit import Commit, DamagedCommit, Output
 from nightseg.storage.faults import fault_point
 from nightseg.storage.lock import WorkspaceBusy
@@ -28,6 +28,7 @@ __all__ = [
     "Location",
     "Output",
     "ShardRecord",
+    "Shards",
     "Stage",
     "UserError",
     "Workspace",

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import math
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, NoReturn
 
@@ -48,6 +49,7 @@ class Attempt:
     stage_folder: Location
     key: str
     identity: Mapping[str, Any]
+    opened: float = field(default_factory=time.monotonic, compare=False)  # in the driver
 
     @property
     def seed(self) -> int:
@@ -110,12 +112,13 @@ class Attempt:
         outputs: Sequence[str] = (),
         num_shards: int = 0,
         summary: Mapping[str, Any] | None = None,
-        seconds: float = 0.0,
+        seconds: float | None = None,
     ) -> Commit:
         """Commits the attempt and returns the commit; the one that is there if another driver was faster.
 
         `outputs`: relative files or folders that the stage wrote itself. Tables of shards 0..num_shards-1 come from
-        their markers. Raises `UserError` if more than `max_bad_fraction` of the rows are quarantined.
+        their markers. `seconds`: by default since the attempt was opened. Raises `UserError` if more than
+        `max_bad_fraction` of the rows are quarantined.
         """
         assert rows_in == rows_out + quarantined, f"{rows_in} rows in, but {rows_out} out + {quarantined} quarantined"
         shards = [self._finished(index) for index in range(num_shards)]
@@ -134,7 +137,7 @@ class Attempt:
             rows_in=rows_in,
             rows_out=rows_out,
             quarantined=quarantined,
-            seconds=round(seconds, 3),
+            seconds=round(time.monotonic() - self.opened if seconds is None else seconds, 3),
             summary=json.loads(canonical_json(dict(summary or {}))),  # what a later run will read, already now
             outputs=listed,
             code=code_version(),
@@ -197,3 +200,47 @@ class Attempt:
         except (FileNotFoundError, UserError) as error:
             _LOG.warning("%s; the shard is computed again", error)
         return False
+
+
+@dataclass(frozen=True)
+class Shards:
+    """All shards of a pass, in order."""
+
+    attempt: Attempt
+    records: tuple[ShardRecord, ...]
+
+    def count(self, table: str) -> int:
+        """Rows of the table in all shards."""
+        return sum(record.rows(table) for record in self.records)
+
+    def parts(self, table: str) -> Iterator[pa.Table]:
+        """The table shard by shard, read as it is asked for."""
+        for record in self.records:
+            if table in record.tables:
+                yield (self.attempt.folder / record.tables[table].path).read_table()
+
+    def table(self, name: str) -> pa.Table:
+        """The whole table; KeyError if there is no shard that has it."""
+        parts = list(self.parts(name))
+        if not parts:
+            raise KeyError(f"{self.attempt.folder}: no shard has a table {name!r}")
+        return pa.concat_tables(parts, promote_options="default")
+
+    def finish(
+        self,
+        table: str,
+        *,
+        max_bad_fraction: float,
+        outputs: Sequence[str] = (),
+        summary: Mapping[str, Any] | None = None,
+    ) -> Commit:
+        """Commits a pass that put every row of its input into `table` or into the quarantine."""
+        return self.attempt.finish(
+            rows_in=sum(record.rows_in for record in self.records),
+            rows_out=self.count(table),
+            quarantined=self.count(QUARANTINE),
+            max_bad_fraction=max_bad_fraction,
+            outputs=outputs,
+            num_shards=len(self.records),
+            summary=summary,
+        )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,21 @@ import pyarrow as pa
 import pytest
 
 from nightseg.cluster.map import map_shards
+from nightseg.cluster.settings import MapCompute
 from nightseg.errors import UserError
 from nightseg.progress import SilentProgress
-from nightseg.storage import Attempt, Location, ShardRecord, Workspace
+from nightseg.storage import Attempt, Location, Shards, Workspace
 
-pytestmark = pytest.mark.ray
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(params=[0, pytest.param(2, marks=pytest.mark.ray)], ids=["in this process", "two actors"])
+def actors(request: pytest.FixtureRequest) -> int:
+    """How many; with none of them Ray is not even asked for."""
+    count: int = request.param
+    if count:
+        request.getfixturevalue("ray_cluster")
+    return count
 
 
 class Double:
@@ -70,61 +82,76 @@ def attempt(tmp_path: Path) -> Attempt:
     return Workspace(tmp_path).stage("double", "x", version=1, recipe={}, inputs={}, seed=0).open()
 
 
-def run(attempt: Attempt, worker: type[Double] = Double, num_rows: int = 23, **changes: Any) -> list[ShardRecord]:
-    arguments = changes.pop("arguments", {})
-    settings: dict[str, Any] = {
-        "shard_rows": 5,
-        "actors": 2,
-        "cpus_per_actor": 1.0,
-        "gpus_per_actor": 0.0,
-        "progress": SilentProgress(),
-        "title": "double x",
-    }
-    return map_shards(rows(num_rows), worker, arguments, attempt=attempt, **settings | changes)
-
-
-def doubles(attempt: Attempt, records: list[ShardRecord]) -> pa.Table:
-    return pa.concat_tables([(attempt.folder / record.tables["doubles"].path).read_table() for record in records])
+def run(attempt: Attempt, worker: type[Double] = Double, num_rows: int = 23, **changes: Any) -> Shards:
+    arguments, progress = changes.pop("arguments", {}), changes.pop("progress", SilentProgress())
+    compute = MapCompute(**{"shard_rows": 5, "actors": 2} | changes)
+    return map_shards(
+        rows(num_rows), worker, arguments, attempt=attempt, compute=compute, progress=progress, title="double x"
+    )
 
 
 def calls(attempt: Attempt) -> list[str]:
     return [entry.name for entry in (attempt.folder / "calls").list()]
 
 
-def is_complete(attempt: Attempt, records: list[ShardRecord], count: int = 23) -> bool:
+def is_complete(shards: Shards, count: int = 23) -> bool:
     expected = {"number": list(range(count)), "double": [2 * number for number in range(count)]}
-    return bool(doubles(attempt, records).to_pydict() == expected)
+    return bool(shards.table("doubles").to_pydict() == expected)
 
 
-def test_every_row_once_and_in_order(ray_cluster: None, attempt: Attempt, capfd: pytest.CaptureFixture[str]) -> None:
-    records = run(attempt)
-    assert [(record.index, record.rows_in) for record in records] == [(0, 5), (1, 5), (2, 5), (3, 5), (4, 3)]
-    assert is_complete(attempt, records)
+def test_every_row_once_and_in_order(actors: int, attempt: Attempt, capfd: pytest.CaptureFixture[str]) -> None:
+    shards = run(attempt, actors=actors)
+    assert [(record.index, record.rows_in) for record in shards.records] == [(0, 5), (1, 5), (2, 5), (3, 5), (4, 3)]
+    assert is_complete(shards)
     assert len(calls(attempt)) == 5
     shown = capfd.readouterr()
     assert (shown.out, shown.err) == ("", "")
 
 
-def test_finished_shards_are_not_done_again(ray_cluster: None, attempt: Attempt) -> None:
-    run(attempt)
+@pytest.mark.ray
+def test_the_shards_of_actors_are_those_of_this_process(ray_cluster: None, tmp_path: Path) -> None:
+    files = []
+    for count in (0, 1, 2):
+        node = Workspace(tmp_path / str(count)).stage("double", "x", version=1, recipe={}, inputs={}, seed=0)
+        commit = run(node.open(), actors=count).finish("doubles", max_bad_fraction=0.0)
+        files.append([(output.path, output.sha256, output.rows) for output in commit.outputs])
+        assert (commit.rows_in, commit.rows_out) == (23, 23)
+    assert files[0] == files[1] == files[2]
+
+
+def test_no_actor_needs_no_ray(tmp_path: Path) -> None:
+    program = f"""
+import sys
+from pathlib import Path
+from tests.cluster.test_map import Workspace, run
+attempt = Workspace(Path({str(tmp_path)!r})).stage("double", "x", version=1, recipe={{}}, inputs={{}}, seed=0).open()
+assert run(attempt, actors=0).count("doubles") == 23
+assert "ray" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
+def test_finished_shards_are_not_done_again(actors: int, attempt: Attempt) -> None:
+    run(attempt, actors=actors)
     (attempt.folder / "doubles/part-00002.parquet").delete()
     (attempt.folder / "calls").delete()
-    records = run(attempt, actors=1)
-    assert is_complete(attempt, records)
+    assert is_complete(run(attempt, actors=min(actors, 1)))
     assert [call[:3] for call in calls(attempt)] == ["010"]
 
 
 def test_nothing_to_do_needs_no_cluster(attempt: Attempt) -> None:
-    assert run(attempt, num_rows=0) == []
+    assert run(attempt, num_rows=0).records == ()
 
 
+@pytest.mark.ray
 def test_an_actor_that_is_killed_is_replaced(ray_cluster: None, attempt: Attempt) -> None:
-    records = run(attempt, arguments={"mishap": "dies once", "at": 12})
+    shards = run(attempt, arguments={"mishap": "dies once", "at": 12})
     assert (attempt.folder / "died").exists()
-    assert is_complete(attempt, records)
+    assert is_complete(shards)
     assert sum(call.startswith("010") for call in calls(attempt)) == 2
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize(
     ("mishap", "error", "message"),
     [
@@ -142,14 +169,15 @@ def test_errors_of_a_worker_come_out_as_they_were_raised(
     assert "Traceback" in caught.value.__notes__[0]
 
 
-def test_a_failed_pass_keeps_what_is_done(ray_cluster: None, attempt: Attempt) -> None:
-    with pytest.raises(UserError):
-        run(attempt, actors=1, arguments={"mishap": "user error", "at": 22})
+def test_a_failed_pass_keeps_what_is_done(actors: int, attempt: Attempt) -> None:
+    with pytest.raises(UserError, match=r"^frame 7 has no label; add one$"):
+        run(attempt, actors=min(actors, 1), arguments={"mishap": "user error", "at": 22})
     (attempt.folder / "calls").delete()
-    assert is_complete(attempt, run(attempt, actors=1))
+    assert is_complete(run(attempt, actors=min(actors, 1)))
     assert [call[:3] for call in calls(attempt)] == ["020"]
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_a_shard_that_kills_its_worker_ends_the_pass(ray_cluster: None, attempt: Attempt) -> None:
     import ray
@@ -172,6 +200,7 @@ class OnlyHere(Double):
         raise ImportError("cannot import name 'tone' from 'nightseg.metrics'")
 
 
+@pytest.mark.ray
 def test_a_worker_that_a_node_cannot_import_is_told_apart(ray_cluster: None, attempt: Attempt) -> None:
     class Sent:
         def __reduce__(self) -> tuple[Any, tuple[()]]:
@@ -183,6 +212,7 @@ def test_a_worker_that_a_node_cannot_import_is_told_apart(ray_cluster: None, att
         run(attempt, actors=1, arguments={"mishap": Sent()})
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize(("cpus", "gpus", "key"), [(1.5, 0.0, "cpus_per_actor"), (0.5, 1.0, "gpus_per_actor")])
 def test_actors_that_never_fit_are_refused(
     ray_cluster: None, attempt: Attempt, cpus: float, gpus: float, key: str
@@ -192,8 +222,9 @@ def test_actors_that_never_fit_are_refused(
         run(attempt, cpus_per_actor=cpus, gpus_per_actor=gpus)
 
 
+@pytest.mark.ray
 def test_one_actor_may_take_the_whole_cluster(ray_cluster: None, attempt: Attempt) -> None:
-    assert is_complete(attempt, run(attempt, worker=Torch, actors=1, cpus_per_actor=2.0))
+    assert is_complete(run(attempt, worker=Torch, actors=1, cpus_per_actor=2.0))
     assert (attempt.folder / "threads").read_bytes() == b"2"
 
 
@@ -215,9 +246,29 @@ class Counts:
         raise AssertionError(message)
 
 
-def test_progress_counts_rows_and_those_of_before(ray_cluster: None, attempt: Attempt) -> None:
+def test_progress_counts_rows_and_those_of_before(actors: int, attempt: Attempt) -> None:
     first, again = Counts(), Counts()
-    run(attempt, actors=1, progress=first)
-    run(attempt, actors=1, progress=again)
+    run(attempt, actors=min(actors, 1), progress=first)
+    run(attempt, actors=min(actors, 1), progress=again)
     assert sorted(first.counts) == [0, 3, 5, 5, 5, 5]
     assert again.counts == [23]
+
+
+class Talkative(Double):
+    """Tells of some rows as it finishes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.advance: Callable[[int], None] = lambda count: None
+
+    def __call__(self, rows: pa.Table, folder: Location) -> Mapping[str, pa.Table]:
+        self.advance(1)
+        self.advance(2)
+        return super().__call__(rows, folder)
+
+
+def test_a_worker_may_tell_of_every_row(actors: int, attempt: Attempt) -> None:
+    progress = Counts()
+    run(attempt, worker=Talkative, actors=actors, progress=progress)
+    assert sum(progress.counts) == 23
+    assert (progress.counts == [0, *4 * [1, 2, 2], 1, 2, 0]) == (actors == 0)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from nightseg.cluster.settings import MapCompute
 from nightseg.pipeline.distance import Distance, distance
 from nightseg.progress import SilentProgress
 from nightseg.selection.features import build_extractor
@@ -17,7 +18,7 @@ from nightseg.selection.kernel import kernel_distance
 from nightseg.selection.settings import Extraction
 from nightseg.stages import score as stage
 from nightseg.storage import Location, UserError
-from tests.frames_on_disk import folder_of, image, in_this_process
+from tests.frames_on_disk import folder_of, image
 
 LITE0 = "efficientnet_lite0"
 
@@ -30,18 +31,13 @@ def one_thread() -> Any:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "map_shards", in_this_process)
-
-
 def measured(a: Path | str, b: Path | str, tmp_path: Path, **settings: Any) -> Distance:
     extraction = Extraction(name=settings.pop("extractor", LITE0), mode=settings.pop("mode", "exact"))
-    settings = {"extraction": extraction, "progress": SilentProgress()} | settings
+    settings = {"extraction": extraction, "progress": SilentProgress(), "compute": MapCompute(actors=0)} | settings
     return distance(str(a), str(b), folder=Location.of(tmp_path / "work"), **settings)
 
 
-def test_fid_of_folder_table_and_file_agree(without_ray: None, tmp_path: Path) -> None:
+def test_fid_of_folder_table_and_file_agree(tmp_path: Path) -> None:
     folder_of(tmp_path / "a" / "nested", range(5))
     Location.of(tmp_path / "b.parquet").write_table(folder_of(tmp_path / "b", range(5, 9)))
     got = measured(tmp_path / "a", tmp_path / "b.parquet", tmp_path)
@@ -84,7 +80,7 @@ def test_an_extractor_that_was_asked_for_is_not_ignored_beside_two_files(tmp_pat
         measured(*files, insist=True)
 
 
-def test_fid_refuses_what_does_not_compare(without_ray: None, tmp_path: Path) -> None:
+def test_fid_refuses_what_does_not_compare(tmp_path: Path) -> None:
     folder_of(tmp_path / "a", range(2))
     np.savez(tmp_path / "pytorch_fid.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     with pytest.raises(UserError, match=r"extractor of .*a is efficientnet_lite0"):

@@ -1,4 +1,4 @@
-"""Models whose answers are known, and a pass over shards without a cluster."""
+"""Models whose answers are known, and the shards of a pass."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 
+from nightseg.cluster import map as map_module
 from nightseg.data.taxonomy import Taxonomy
 from nightseg.networks.model_folder import CARD, TENSORS, save_model
 from nightseg.segmenter import predict
@@ -66,34 +66,21 @@ def reads_the_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def serial(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """`map_shards` of my stages in this process, with the same protocol; the titles of the shards that were done."""
-    from nightseg.stages import evaluate, evaluate_translation, predict, pseudo_label, translate
-
+def shards_done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The shards that passes of this process finish. What they hand to their workers is pickled, as for an actor."""
     done: list[str] = []
+    begin, write = map_module._Shards.__init__, Attempt.write_shard
 
-    def map_shards(
-        rows: pa.Table,
-        worker: Any,
-        arguments: Mapping[str, Any],
-        *,
-        attempt: Attempt,
-        shard_rows: int,
-        title: str,
-        **_: Any,
-    ) -> list[ShardRecord]:
-        num_shards, built = attempt.plan(rows.num_rows, shard_rows), None
-        worker, arguments, attempt = pickle.loads(pickle.dumps((worker, dict(arguments), attempt)))  # as to an actor
-        for index in range(num_shards):
-            if attempt.shard(index) is None:
-                built = built or worker(**arguments)
-                part = rows.slice(index * shard_rows, shard_rows)
-                attempt.write_shard(index, built(part, attempt.folder), rows_in=part.num_rows, seconds=0.0)
-                done.append(f"{title} {index}")
-        return [record for index in range(num_shards) if (record := attempt.shard(index))]
+    def pickled(self: Any, worker: Any, arguments: Mapping[str, Any], attempt: Attempt) -> None:
+        begin(self, *pickle.loads(pickle.dumps((worker, arguments, attempt))))
 
-    for module in (evaluate, evaluate_translation, predict, pseudo_label, translate):
-        monkeypatch.setattr(module, "map_shards", map_shards)
+    def noted(self: Attempt, index: int, *args: Any, **kwargs: Any) -> ShardRecord:
+        record = write(self, index, *args, **kwargs)
+        done.append(f"{self.folder.name} {index}")
+        return record
+
+    monkeypatch.setattr(map_module._Shards, "__init__", pickled)
+    monkeypatch.setattr(Attempt, "write_shard", noted)
     return done
 
 

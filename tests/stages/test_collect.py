@@ -19,7 +19,6 @@ from nightseg.data.table import FRAME_SCHEMA, check_frames, resolve
 from nightseg.progress import SilentProgress
 from nightseg.stages import collect as stage
 from nightseg.storage import Attempt, Commit, Location, Stage, UserError, Workspace, sha256_of
-from tests.frames_on_disk import in_this_process
 
 HEIGHT, WIDTH = 24, 32
 
@@ -87,17 +86,16 @@ def corpus(tmp_path: Path) -> Path:
     return root
 
 
-@pytest.fixture
-def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "map_shards", in_this_process)
-
-
 def node(tmp_path: Path, run: str = "run") -> Stage:
     return Workspace(tmp_path / run).stage("collect", "d", version=stage.VERSION, recipe={}, inputs={}, seed=0)
 
 
 def collected(
-    attempt: Attempt, dataset: FolderDataset | ScenesDataset, bad: float = 1.0, classes: str = "camvid11"
+    attempt: Attempt,
+    dataset: FolderDataset | ScenesDataset,
+    bad: float = 1.0,
+    classes: str = "camvid11",
+    actors: int = 0,
 ) -> Commit:
     return stage.collect(
         dataset,
@@ -105,7 +103,7 @@ def collected(
         taxonomy=classes,
         attempt=attempt,
         progress=SilentProgress(),
-        compute=MapCompute(shard_rows=4, cpus_per_actor=0.5),
+        compute=MapCompute(actors=actors, shard_rows=4, cpus_per_actor=0.5),
         max_bad_fraction=bad,
     )
 
@@ -156,7 +154,6 @@ def check_corpus(commit: Commit, corpus: Path) -> None:
     assert details["bomb.png"].startswith("60000 x 60000 pixels, at most")
 
 
-@pytest.mark.usefixtures("without_ray")
 def test_the_corpus(tmp_path: Path, corpus: Path) -> None:
     commit = collected(node(tmp_path).open(), folder(corpus))
     check_corpus(commit, corpus)
@@ -166,23 +163,20 @@ def test_the_corpus(tmp_path: Path, corpus: Path) -> None:
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_the_corpus_on_ray(tmp_path: Path, corpus: Path) -> None:
-    check_corpus(collected(node(tmp_path).open(), folder(corpus)), corpus)
+    check_corpus(collected(node(tmp_path).open(), folder(corpus), actors=1), corpus)
 
 
-@pytest.mark.usefixtures("without_ray")
 def test_two_runs_agree_to_the_byte(tmp_path: Path, corpus: Path) -> None:
     contents = {collected(node(tmp_path, run).open(), folder(corpus)).content for run in ("one", "two")}
     assert len(contents) == 1
 
 
-@pytest.mark.usefixtures("without_ray")
 def test_too_many_bad_frames_fail_and_say_which(tmp_path: Path, corpus: Path) -> None:
     with pytest.raises(UserError, match=r"11 of 16 frames \(68.8%\) are bad(.|\n)*bomb.png: decompression_bomb"):
         collected(node(tmp_path).open(), folder(corpus), bad=0.01)
     assert node(tmp_path).commit() is None
 
 
-@pytest.mark.usefixtures("without_ray")
 def test_unlabelled_frames_ignore_the_labels(tmp_path: Path, corpus: Path) -> None:
     commit = collected(node(tmp_path).open(), folder(corpus, labelled=False, domain="unknown"))
     assert commit.summary["labelled"] == 0 and commit.summary["domains"] == {"unknown": 11}
@@ -196,7 +190,6 @@ def test_unlabelled_frames_ignore_the_labels(tmp_path: Path, corpus: Path) -> No
     assert commit.table("frames")["label_encoding"].null_count == 11
 
 
-@pytest.mark.usefixtures("without_ray")
 def test_frames_with_the_same_bytes_are_counted(tmp_path: Path) -> None:
     root = tmp_path / "data"
     root.mkdir()
@@ -210,7 +203,6 @@ def test_frames_with_the_same_bytes_are_counted(tmp_path: Path) -> None:
     assert "backslash" in refused["detail"]
 
 
-@pytest.mark.usefixtures("without_ray")
 def test_a_file_that_vanishes_after_the_listing_is_missing(tmp_path: Path, corpus: Path) -> None:
     work = stage._folder(folder(corpus), "d", "camvid11")
     (corpus / "images" / "0001_grey.png").unlink()
@@ -249,7 +241,6 @@ def check_scenes(commit: Commit) -> None:
         assert row["label_encoding"] == "train_ids"
 
 
-@pytest.mark.usefixtures("without_ray")
 def test_scenes(tmp_path: Path) -> None:
     commit = collected(node(tmp_path).open(), scenes())
     check_scenes(commit)
@@ -262,10 +253,9 @@ def test_scenes(tmp_path: Path) -> None:
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_scenes_on_ray(tmp_path: Path) -> None:
-    check_scenes(collected(node(tmp_path).open(), scenes()))
+    check_scenes(collected(node(tmp_path).open(), scenes(), actors=1))
 
 
-@pytest.mark.usefixtures("without_ray")
 def test_a_pool_of_scenes_hides_its_domains(tmp_path: Path) -> None:
     commit = collected(node(tmp_path).open(), scenes(labelled=False), classes="cityscapes19")
     frames = commit.table("frames")

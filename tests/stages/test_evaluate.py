@@ -47,7 +47,7 @@ def run(frames: pa.Table, model: Commit, attempt: Attempt, **changes: Any) -> Co
         "name": "m",
         "taxonomy": "camvid11",
         "attempt": attempt,
-        "compute": MapCompute(shard_rows=2, batch=2),
+        "compute": MapCompute(actors=0, shard_rows=2, batch=2),
         "progress": SilentProgress(),
         "max_bad_fraction": 0.0,
         "evaluation": Evaluation(),
@@ -60,7 +60,7 @@ def scores_of(commit: Commit) -> Any:
     return commit.json("scores.json")["night"]
 
 
-@pytest.mark.usefixtures("serial", "reads_the_pixels")
+@pytest.mark.usefixtures("shards_done", "reads_the_pixels")
 class TestStage:
     @pytest.fixture
     def model(self, model_commit: Callable[..., Commit]) -> Commit:
@@ -166,14 +166,14 @@ class TestStage:
             run(frame_table([row]), model, work("evaluate"))
 
 
-@pytest.mark.usefixtures("serial", "reads_the_pixels")
+@pytest.mark.usefixtures("shards_done", "reads_the_pixels")
 def test_a_frame_of_two_test_sets_is_segmented_once_and_counts_in_both(
     frames: pa.Table, model_commit: Callable[..., Commit], work: Any
 ) -> None:
     model, sets = model_commit(CLASSES), {"all": frames, "last": frames.slice(2)}
     arguments: dict[str, Any] = {
         "name": "m", "taxonomy": "camvid11", "evaluation": Evaluation(), "inference": Inference(),
-        "compute": MapCompute(shard_rows=2), "progress": SilentProgress(), "max_bad_fraction": 0.5,
+        "compute": MapCompute(actors=0, shard_rows=2), "progress": SilentProgress(), "max_bad_fraction": 0.5,
     }  # fmt: skip
     commit = evaluate(sets, model, attempt=work("evaluate"), **arguments)
     assert (commit.rows_in, commit.rows_out) == (3, 3)
@@ -187,7 +187,7 @@ def test_a_frame_of_two_test_sets_is_segmented_once_and_counts_in_both(
         evaluate({"all": frames, "bad": bad}, model, attempt=work("evaluate", "bad"), **arguments)
 
 
-@pytest.mark.usefixtures("serial")
+@pytest.mark.usefixtures("shards_done")
 def test_the_stage_looks_as_it_is_told(
     frames: pa.Table, model_commit: Callable[..., Commit], work: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -122,7 +122,7 @@ class Maker:
             taxonomy="camvid11",
             attempt=self.attempt("evaluate_translation", "made"),
             progress=SilentProgress(),
-            compute=MapCompute(shard_rows=2),
+            compute=MapCompute(actors=0, shard_rows=2),
             max_bad_fraction=max_bad_fraction,
         )
 
@@ -132,7 +132,7 @@ def maker(tmp_path: Path) -> Maker:
     return Maker(tmp_path)
 
 
-pytestmark = pytest.mark.usefixtures("serial")
+pytestmark = pytest.mark.usefixtures("shards_done")
 
 
 def miou(errors: int, frames: int = 3) -> float:

@@ -29,7 +29,7 @@ def model(model_commit: Callable[..., Commit]) -> Commit:
     return model_commit(CLASSES)
 
 
-@pytest.mark.usefixtures("serial", "reads_the_pixels")
+@pytest.mark.usefixtures("shards_done", "reads_the_pixels")
 def test_stage_writes_every_picture_and_says_where(model: Commit, work: Any, frame_file: Any) -> None:
     rows = [{"frame_id": f"dusk/{i}", "uri": frame_file(f"{i}.png", encode_png(image(i))).uri} for i in range(3)]
     rows.append({"frame_id": "dusk/bad", "uri": frame_file("bad.png", b"").uri})
@@ -38,7 +38,7 @@ def test_stage_writes_every_picture_and_says_where(model: Commit, work: Any, fra
         model,
         name="dusk",
         attempt=work("predict"),
-        compute=MapCompute(shard_rows=2, batch=2),
+        compute=MapCompute(actors=0, shard_rows=2, batch=2),
         progress=SilentProgress(),
         max_bad_fraction=0.5,
     )
@@ -58,11 +58,11 @@ def test_stage_writes_every_picture_and_says_where(model: Commit, work: Any, fra
         assert decode_image(files["overlay"]).shape == (4, 6, 3)
 
 
-@pytest.mark.usefixtures("serial", "reads_the_pixels")
+@pytest.mark.usefixtures("shards_done", "reads_the_pixels")
 def test_stage_saves_only_what_is_asked_for(model: Commit, work: Any, frame_file: Any) -> None:
     rows = frame_table([{"frame_id": "a", "uri": frame_file("a.png", encode_png(image(1))).uri}])
     settings: dict[str, Any] = {
-        "compute": MapCompute(), "progress": SilentProgress(), "max_bad_fraction": 0.0, "name": "x",
+        "compute": MapCompute(actors=0), "progress": SilentProgress(), "max_bad_fraction": 0.0, "name": "x",
     }  # fmt: skip
     commit = predict(rows, model, attempt=work("predict"), save=("mask",), **settings)
     assert "overlay_uri" not in commit.table("predictions").column_names

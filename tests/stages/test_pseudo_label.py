@@ -50,7 +50,7 @@ def run(frames: pa.Table, teacher: Commit, attempt: Attempt, threshold: Threshol
         "threshold": threshold,
         "taxonomy": "camvid11",
         "attempt": attempt,
-        "compute": MapCompute(shard_rows=2, batch=2),
+        "compute": MapCompute(actors=0, shard_rows=2, batch=2),
         "progress": SilentProgress(),
         "max_bad_fraction": 0.0,
     }
@@ -62,7 +62,7 @@ def labels_of(commit: Commit) -> list[np.ndarray]:
     return [decode_label(Location.of(uri).read_bytes()) for uri in table["label_uri"].to_pylist()]
 
 
-@pytest.mark.usefixtures("serial", "reads_the_pixels")
+@pytest.mark.usefixtures("shards_done", "reads_the_pixels")
 class TestRules:
     @pytest.fixture
     def teacher(self, model_commit: Callable[..., Commit]) -> Commit:
@@ -156,17 +156,17 @@ class TestRules:
 
     @pytest.mark.parametrize("kind", ["fixed", "class_balanced"])
     def test_a_run_that_died_anywhere_ends_with_the_same_bytes(
-        self, frames: pa.Table, teacher: Commit, work: Any, serial: list[str], monkeypatch: Any, kind: Any
+        self, frames: pa.Table, teacher: Commit, work: Any, shards_done: list[str], monkeypatch: Any, kind: Any
     ) -> None:
         threshold = Threshold(kind=kind, confidence=0.4)
         whole = run(frames, teacher, work("pseudo_label", "whole"), threshold)
-        num_shards, files = len(serial), {}
+        num_shards, files = len(shards_done), {}
         write = Attempt.write_shard
         for survive in range(num_shards):
-            serial.clear()
+            shards_done.clear()
 
             def dies(self: Attempt, *args: Any, limit: int = survive, **kwargs: Any) -> Any:
-                if len(serial) == limit:
+                if len(shards_done) == limit:
                     raise KeyboardInterrupt
                 return write(self, *args, **kwargs)
 
@@ -175,7 +175,7 @@ class TestRules:
                 with pytest.raises(KeyboardInterrupt):
                     run(frames, teacher, work("pseudo_label", f"dies {survive}"), threshold)
             commit = run(frames, teacher, work("pseudo_label", f"dies {survive}"), threshold)
-            assert len(serial) == num_shards  # no shard was done twice
+            assert len(shards_done) == num_shards  # no shard was done twice
             files = {output.path: output.sha256 for output in commit.outputs}
             assert files == {output.path: output.sha256 for output in whole.outputs}
 
@@ -220,14 +220,14 @@ def test_the_stage_under_ray(
     frames: pa.Table,
     model_commit: Callable[..., Commit],
     work: Any,
-    serial: list[str],
+    shards_done: list[str],
     ray_cluster: Any,
     monkeypatch: Any,
 ) -> None:
     """Two actors do what one process does, to the byte."""
     teacher, threshold = model_commit(CLASSES), Threshold(kind="class_balanced", confidence=0.5, share=0.5)
     alone = run(frames, teacher, work("pseudo_label", "alone"), threshold)
-    assert len(serial) == 6
+    assert len(shards_done) == 6
     monkeypatch.undo()
     compute = MapCompute(shard_rows=2, batch=2, actors=2, cpus_per_actor=0.5)
     spread = run(frames, teacher, work("pseudo_label", "spread"), threshold, compute=compute)

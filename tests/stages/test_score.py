@@ -20,7 +20,7 @@ from nightseg.selection.frechet import read_statistics
 from nightseg.selection.settings import Extraction
 from nightseg.stages import score as stage
 from nightseg.storage import Commit, UserError, Workspace
-from tests.frames_on_disk import folder_of, image, in_this_process
+from tests.frames_on_disk import folder_of, image
 
 LITE0 = "efficientnet_lite0"
 
@@ -33,12 +33,7 @@ def one_thread() -> Any:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "map_shards", in_this_process)
-
-
-def scored(tmp_path: Path, frames: pa.Table, shard_rows: int = 3, **settings: Any) -> Commit:
+def scored(tmp_path: Path, frames: pa.Table, shard_rows: int = 3, actors: int = 0, **settings: Any) -> Commit:
     node = Workspace(tmp_path / f"run{shard_rows}").stage(
         "score", "d", version=stage.VERSION, recipe={}, inputs={}, seed=0
     )
@@ -50,7 +45,7 @@ def scored(tmp_path: Path, frames: pa.Table, shard_rows: int = 3, **settings: An
         extraction,
         attempt=node.open(),
         progress=SilentProgress(),
-        compute=MapCompute(shard_rows=shard_rows, batch=2, cpus_per_actor=0.5),
+        compute=MapCompute(actors=actors, shard_rows=shard_rows, batch=2, cpus_per_actor=0.5),
         **settings,
     )
 
@@ -72,7 +67,7 @@ def check(commit: Commit, frames: pa.Table) -> None:
     assert commit.summary["dims"] == 1280 and commit.summary["weights_sha256"].startswith("57934424")
 
 
-def test_features_histograms_and_statistics(without_ray: None, tmp_path: Path) -> None:
+def test_features_histograms_and_statistics(tmp_path: Path) -> None:
     frames = folder_of(tmp_path / "d", range(7))
     commit = scored(tmp_path, frames)
     check(commit, frames)
@@ -80,26 +75,26 @@ def test_features_histograms_and_statistics(without_ray: None, tmp_path: Path) -
     assert commit.file("statistics.npz").read_bytes() == other.file("statistics.npz").read_bytes()
 
 
-def test_broken_frames_are_quarantined(without_ray: None, tmp_path: Path) -> None:
+def test_broken_frames_are_quarantined(tmp_path: Path) -> None:
     commit = scored(tmp_path, folder_of(tmp_path / "d", range(2), broken=2))
     assert commit.table("features")["frame_id"].to_pylist() == ["d/000", "d/001"]
     assert [row["reason"] for row in commit.table("quarantine").to_pylist()] == ["not_an_image"] * 2
     assert (commit.rows_in, commit.rows_out, commit.quarantined) == (4, 2, 2)
 
 
-def test_one_frame_has_features_but_no_statistics(without_ray: None, tmp_path: Path) -> None:
+def test_one_frame_has_features_but_no_statistics(tmp_path: Path) -> None:
     commit = scored(tmp_path, folder_of(tmp_path / "d", range(1)))
     assert commit.rows_out == 1 and not commit.has("statistics.npz")
 
 
-def test_nothing_to_score_and_no_weights_are_errors(without_ray: None, tmp_path: Path) -> None:
+def test_nothing_to_score_and_no_weights_are_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no frame to score"):
         scored(tmp_path, frame_table([]))
     with pytest.raises(UserError, match="no weights file"):
         scored(tmp_path, folder_of(tmp_path / "d", range(1)), name="inception", weights="/absent.pth")
 
 
-def test_positions_of_a_reference_and_spatial_scores_of_a_pool(without_ray: None, tmp_path: Path) -> None:
+def test_positions_of_a_reference_and_spatial_scores_of_a_pool(tmp_path: Path) -> None:
     near = scored(tmp_path / "near", folder_of(tmp_path / "r", range(5, 9)), positions=True, shard_rows=3)
     extractor = build_extractor(Extraction(name=LITE0))
     _, maps = extractor.with_positions([image(seed) for seed in range(5, 9)])
@@ -119,7 +114,7 @@ def test_positions_of_a_reference_and_spatial_scores_of_a_pool(without_ray: None
     np.testing.assert_allclose(table["spatial_error"].to_numpy(), error, rtol=1e-2, atol=1e-3)
 
 
-def test_a_pass_with_positions_that_was_refused_can_be_given_again(without_ray: None, tmp_path: Path) -> None:
+def test_a_pass_with_positions_that_was_refused_can_be_given_again(tmp_path: Path) -> None:
     frames = folder_of(tmp_path / "r", range(3), broken=1)
     for _ in range(2):
         with pytest.raises(UserError, match="not_an_image"):
@@ -128,7 +123,7 @@ def test_a_pass_with_positions_that_was_refused_can_be_given_again(without_ray: 
     assert read_statistics(commit.file("positions.npz")).count == 3 * 49
 
 
-def test_fast_mode_is_decided_once_and_kept(without_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fast_mode_is_decided_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     frames = folder_of(tmp_path / "d", range(2))
     monkeypatch.setattr(Extractor, "faster_precision", lambda self: "bfloat16")
     with pytest.raises(UserError):
@@ -152,10 +147,10 @@ def test_files_of_weights_are_part_of_name_and_key(tmp_path: Path) -> None:
 @pytest.mark.ray
 def test_through_ray(ray_cluster: None, tmp_path: Path) -> None:
     frames = folder_of(tmp_path / "d", range(4))
-    check(scored(tmp_path, frames), frames)
+    check(scored(tmp_path, frames, actors=1), frames)
 
 
-def test_a_spatial_reference_without_a_good_frame_is_named(without_ray: None, tmp_path: Path) -> None:
+def test_a_spatial_reference_without_a_good_frame_is_named(tmp_path: Path) -> None:
     near = scored(tmp_path / "near", folder_of(tmp_path / "r", range(0), broken=2), positions=True)
     with pytest.raises(UserError, match="d: none of its 2 frames could be read"):
         scored(tmp_path / "pool", folder_of(tmp_path / "d", range(2)), spatial_reference=near)

@@ -16,7 +16,6 @@ from nightseg.data.table import FRAME_SCHEMA, check_frames, frame_table, vectors
 from nightseg.progress import SilentProgress
 from nightseg.stages import split as stage
 from nightseg.storage import Commit, UserError, Workspace
-from tests.frames_on_disk import in_this_process
 
 
 def street(kind: str, seed: int) -> np.ndarray:
@@ -38,12 +37,15 @@ def pool_of(folder: Path, kinds: Mapping[str, str]) -> pa.Table:
     return frame_table(rows)
 
 
-@pytest.fixture
-def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "map_shards", in_this_process)
-
-
-def done(tmp_path: Path, pool: pa.Table, *, margin: float = 0.2, shard_rows: int = 4, bad: float = 1.0) -> Commit:
+def done(
+    tmp_path: Path,
+    pool: pa.Table,
+    *,
+    margin: float = 0.2,
+    shard_rows: int = 4,
+    bad: float = 1.0,
+    actors: int = 0,
+) -> Commit:
     run = f"run-{margin}-{shard_rows}"
     node = Workspace(tmp_path / run).stage("split", "pool", version=stage.VERSION, recipe={}, inputs={}, seed=0)
     return stage.split(
@@ -51,7 +53,7 @@ def done(tmp_path: Path, pool: pa.Table, *, margin: float = 0.2, shard_rows: int
         margin=margin,
         attempt=node.open(),
         progress=SilentProgress(),
-        compute=MapCompute(shard_rows=shard_rows, cpus_per_actor=0.5),
+        compute=MapCompute(actors=actors, shard_rows=shard_rows, cpus_per_actor=0.5),
         max_bad_fraction=bad,
     )
 
@@ -71,7 +73,7 @@ def check_mixed(commit: Commit) -> None:
     assert (commit.rows_in, commit.rows_out, commit.quarantined) == (11, 11, 0)
 
 
-def test_a_pool_comes_apart_with_evidence(without_ray: None, tmp_path: Path) -> None:
+def test_a_pool_comes_apart_with_evidence(tmp_path: Path) -> None:
     commit = done(tmp_path, pool_of(tmp_path / "pool", MIXED))
     check_mixed(commit)
     evidence = commit.json("evidence.json")
@@ -91,14 +93,14 @@ def test_a_pool_comes_apart_with_evidence(without_ray: None, tmp_path: Path) -> 
     np.testing.assert_allclose(bands[0] / 3 + bands[1] * 2 / 3, expected, atol=1e-6)
 
 
-def test_shards_change_nothing(without_ray: None, tmp_path: Path) -> None:
+def test_shards_change_nothing(tmp_path: Path) -> None:
     pool = pool_of(tmp_path / "pool", MIXED)
     one, other = done(tmp_path, pool, shard_rows=100), done(tmp_path, pool, shard_rows=3)
     assert one.table("frames").equals(other.table("frames"))
     assert one.json("evidence.json") == other.json("evidence.json")
 
 
-def test_a_broken_frame_is_quarantined_and_the_rest_is_split(without_ray: None, tmp_path: Path) -> None:
+def test_a_broken_frame_is_quarantined_and_the_rest_is_split(tmp_path: Path) -> None:
     commit = done(tmp_path, pool_of(tmp_path / "pool", {"a": "day", "b": "broken", "c": "night", "d": "broken"}))
     assert commit.table("frames")["frame_id"].to_pylist() == ["pool/a", "pool/c"]
     assert commit.table("frames")["domain"].to_pylist() == ["day", "night"]
@@ -107,7 +109,7 @@ def test_a_broken_frame_is_quarantined_and_the_rest_is_split(without_ray: None, 
     assert (commit.rows_in, commit.rows_out, commit.quarantined) == (4, 2, 2)
 
 
-def test_no_good_frame_at_all(without_ray: None, tmp_path: Path) -> None:
+def test_no_good_frame_at_all(tmp_path: Path) -> None:
     pool = pool_of(tmp_path / "pool", {"a": "broken", "b": "broken"})
     commit = done(tmp_path, pool)
     assert commit.rows_out == 0 and commit.json("evidence.json")["counts"] == {}
@@ -115,16 +117,16 @@ def test_no_good_frame_at_all(without_ray: None, tmp_path: Path) -> None:
         done(tmp_path, pool, margin=0.3, bad=0.5)
 
 
-def test_an_empty_pool_is_an_error(without_ray: None, tmp_path: Path) -> None:
+def test_an_empty_pool_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no frame to split"):
         done(tmp_path, frame_table([]))
 
 
-def test_a_wide_margin_makes_twilight(without_ray: None, tmp_path: Path) -> None:
+def test_a_wide_margin_makes_twilight(tmp_path: Path) -> None:
     commit = done(tmp_path, pool_of(tmp_path / "pool", MIXED), margin=1.0)
     assert set(commit.table("frames")["domain"].to_pylist()) == {"twilight"}
 
 
 @pytest.mark.ray
 def test_through_ray(ray_cluster: None, tmp_path: Path) -> None:
-    check_mixed(done(tmp_path, pool_of(tmp_path / "pool", MIXED)))
+    check_mixed(done(tmp_path, pool_of(tmp_path / "pool", MIXED), actors=1))

@@ -67,6 +67,7 @@ def run(
     to: stage.Domain = "night",
     shard_rows: int = 2,
     seed: int = 0,
+    actors: int = 0,
     progress: Progress | None = None,
 ) -> Commit:
     untrained = stage.Untrained(settings, lenders, "night", "camvid11")
@@ -78,7 +79,7 @@ def run(
         to=to,
         attempt=attempt,
         progress=progress or SilentProgress(),
-        compute=MapCompute(shard_rows=shard_rows, batch=2),
+        compute=MapCompute(actors=actors, shard_rows=shard_rows, batch=2),
         max_bad_fraction=0.5,
     )
 
@@ -97,7 +98,7 @@ def lenders_for(settings: UntrainedTranslator, folder: Path, domain: str = "nigh
 
 
 @pytest.mark.parametrize("way", list(WAYS))
-@pytest.mark.usefixtures("serial")
+@pytest.mark.usefixtures("shards_done")
 def test_the_frames_are_those_of_the_source_at_night(tmp_path: Path, way: str) -> None:
     settings, source = WAYS[way], frames(tmp_path, "day")
     commit = run(tmp_path / "run", settings, source, lenders_for(settings, tmp_path))
@@ -121,7 +122,7 @@ def test_the_frames_are_those_of_the_source_at_night(tmp_path: Path, way: str) -
 
 
 @pytest.mark.parametrize("way", list(WAYS))
-@pytest.mark.usefixtures("serial")
+@pytest.mark.usefixtures("shards_done")
 def test_bytes_follow_from_seed_and_frame_not_from_the_shards(tmp_path: Path, way: str) -> None:
     settings, source = WAYS[way], frames(tmp_path, "day")
     lenders = lenders_for(settings, tmp_path)
@@ -139,7 +140,7 @@ def test_bytes_follow_from_seed_and_frame_not_from_the_shards(tmp_path: Path, wa
 
 
 @pytest.mark.parametrize("way", list(WAYS))
-@pytest.mark.usefixtures("serial")
+@pytest.mark.usefixtures("shards_done")
 def test_bad_frames_are_quarantined_and_the_rest_goes_on(tmp_path: Path, way: str) -> None:
     settings, source = WAYS[way], frames(tmp_path, "day")
     (tmp_path / "day 1.png").unlink()
@@ -150,7 +151,7 @@ def test_bad_frames_are_quarantined_and_the_rest_goes_on(tmp_path: Path, way: st
     assert commit.table("frames")["frame_id"].to_pylist() == [f"made/day/drive/{index}" for index in (0, 2, 3)]
 
 
-@pytest.mark.usefixtures("serial")
+@pytest.mark.usefixtures("shards_done")
 def test_a_broken_label_is_a_bad_frame_for_who_looks_at_labels(tmp_path: Path) -> None:
     source = frames(tmp_path, "day")
     (tmp_path / "day 2 label.png").unlink()
@@ -159,7 +160,7 @@ def test_a_broken_label_is_a_bad_frame_for_who_looks_at_labels(tmp_path: Path) -
     assert run(tmp_path / "other", WAYS["command"], source, None).quarantined == 0
 
 
-@pytest.mark.usefixtures("serial")
+@pytest.mark.usefixtures("shards_done")
 def test_optics_without_labels_only_darken(tmp_path: Path) -> None:
     source = frames(tmp_path, "day", labelled=False)
     quiet = PhotometricTranslator(kind="photometric", electrons=1e15, read_noise=0.0)
@@ -169,7 +170,7 @@ def test_optics_without_labels_only_darken(tmp_path: Path) -> None:
         assert (read_image(Location.of(row["uri"])) <= read_image(Location.of(before["uri"]))).all()
 
 
-@pytest.mark.usefixtures("serial")
+@pytest.mark.usefixtures("shards_done")
 def test_the_named_lender_lent_its_colours_and_the_way_back_uses_day(tmp_path: Path) -> None:
     source, night = frames(tmp_path, "day"), frames(tmp_path, "night", 4)
     places = dict(zip(night["frame_id"].to_pylist(), night["uri"].to_pylist(), strict=True))
@@ -185,7 +186,7 @@ def test_the_named_lender_lent_its_colours_and_the_way_back_uses_day(tmp_path: P
         assert row[LENDER] != row["frame_id"].removeprefix("made/made/")  # never the answer itself
 
 
-@pytest.mark.usefixtures("serial")
+@pytest.mark.usefixtures("shards_done")
 def test_a_program_that_fails_stops_the_stage_with_its_words(tmp_path: Path) -> None:
     broken = CommandTranslator(
         kind="command", argv=[sys.executable, "-c", "raise SystemExit('no weights')", "{input}", "{output}"]
@@ -205,7 +206,7 @@ def test_a_dataset_whose_frames_cannot_lend_is_named(tmp_path: Path) -> None:
         run(tmp_path / "run", WAYS["reinhard"], frames(tmp_path, "day"), night)
 
 
-@pytest.mark.usefixtures("serial")
+@pytest.mark.usefixtures("shards_done")
 def test_an_attempt_that_goes_on_borrows_from_the_same_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings, source, night = WAYS["fourier"], frames(tmp_path, "day"), frames(tmp_path, "night", 4)
     whole = run(tmp_path / "whole", settings, source, night)
@@ -227,7 +228,7 @@ def test_an_attempt_that_goes_on_borrows_from_the_same_frames(tmp_path: Path, mo
     assert run(tmp_path / "run", settings, source, night).content == whole.content
 
 
-@pytest.mark.usefixtures("serial")
+@pytest.mark.usefixtures("shards_done")
 def test_lenders_that_cannot_be_read_are_named_and_do_without(tmp_path: Path) -> None:
     said: list[str] = []
 
@@ -240,13 +241,8 @@ def test_lenders_that_cannot_be_read_are_named_and_do_without(tmp_path: Path) ->
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-def test_ray_gives_what_one_process_gives(tmp_path: Path, serial: Any) -> None:
-    from nightseg.cluster.map import map_shards
-
+def test_ray_gives_what_one_process_gives(tmp_path: Path) -> None:
     settings, source = WAYS["photometric"], frames(tmp_path, "day")
-    alone = run(tmp_path / "serial", settings, source, None)
-    assert serial
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage, "map_shards", map_shards)
-        spread = run(tmp_path / "ray", settings, source, None)
+    alone = run(tmp_path / "here", settings, source, None)
+    spread = run(tmp_path / "ray", settings, source, None, actors=1)
     assert spread.table("frames").equals(alone.table("frames"))
