@@ -170,7 +170,7 @@ def test_errors_of_a_worker_come_out_as_they_were_raised(
 
 
 def test_a_failed_pass_keeps_what_is_done(actors: int, attempt: Attempt) -> None:
-    with pytest.raises(UserError, match=r"^frame 7 has no label; add one$"):
+    with pytest.raises(UserError, match=r"^frame 7 has no label; add one"):
         run(attempt, actors=min(actors, 1), arguments={"mishap": "user error", "at": 22})
     (attempt.folder / "calls").delete()
     assert is_complete(run(attempt, actors=min(actors, 1)))
