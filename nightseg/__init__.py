@@ -137,10 +137,9 @@ Models of other programs
 Recipes
     recipe/types.py      the recipe as frozen, strict types, made of the rooms' settings
     recipe/load.py       YAML and overrides in, a recipe or every error at once out
-    recipe/names.py      the names of a recipe as a graph
-    recipe/schema.py     which keys and words are allowed where
+    recipe/checks.py     unknown names, cycles, missing folders, contradictions
+    recipe/reference.py  which keys and words are allowed where; docs/recipe.md
     recipe/renamed.py    old names of keys
-    recipe/chain.py      rounds of a model as the models they stand for
 
 Stages: explicit inputs, their part of the recipe, an attempt; each returns its commit
     stages/collect.py            folders and scenes to frame tables

@@ -14,14 +14,13 @@ from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from nightseg.data.images import SUFFIXES
+from nightseg.data.settings import FolderDataset
 from nightseg.data.table import DOMAINS
 from nightseg.data.taxonomy import TRAIN_IDS
 from nightseg.errors import closest
 from nightseg.storage import Entry, Location, UserError, hash_of
 
-FOLDER_LAYOUTS = ("camvid", "cityscapes", "nighttime_driving", "images")
-SCENES = "scenes"  # procedural frames: no folder is read
-
+_CHECK_DATASET = "check root, split and layout of the dataset"
 _CITYSCAPES_IMAGE = "_leftImg8bit"
 _NIGHTTIME_LABELS = "gtCoarse_daytime_trainvaltest"
 
@@ -73,18 +72,8 @@ class _Pair:
     domain: str | None
 
 
-def list_frames(
-    layout: str,
-    root: Location,
-    *,
-    split: str = "",
-    dataset: str,
-    domain: str = "unknown",
-    labelled: bool = True,
-    label_encoding: str | None = None,
-    limit: int | None = None,
-) -> list[Candidate]:
-    """The frames a folder promises, sorted by their unique `frame_id`; `limit` keeps the first.
+def list_frames(dataset: FolderDataset, name: str) -> list[Candidate]:
+    """The frames a folder promises, sorted by their unique `frame_id`, which begins with the `name` of the dataset.
 
     camvid: <root>/<split>/images/*, <root>/<split>/labels/<same stem>.png; sequence = the part before the first "_".
     cityscapes: <root>/leftImg8bit/<split>/<city>/*, <root>/gtFine/<split>/<city>/*_labelIds.png (or gtCoarse, or
@@ -93,10 +82,11 @@ def list_frames(
     images: all images below <root>/<split>, never labelled; sequence = their folder. Links to folders are not followed.
     Files whose name starts with a dot are not frames. Raises UserError: no such folder, no such split, no image.
     """
-    listing = _list(layout, root, split, labelled)
-    candidates = _candidates(listing, _pairs(layout, listing, label_encoding), dataset, domain)
+    listing = _list(dataset)
+    pairs = _pairs(dataset.layout, listing, dataset.label_encoding)
+    candidates = _candidates(listing, pairs, name, dataset.domain)
     candidates.sort(key=lambda candidate: candidate.frame_id)
-    return candidates[:limit]
+    return candidates[: dataset.limit]
 
 
 def named_frames(root: Location, names: Iterable[str], dataset: str) -> list[Candidate]:
@@ -126,33 +116,28 @@ def _candidates(listing: _Listing, pairs: list[_Pair], dataset: str, domain: str
     return candidates
 
 
-def check_folders(layout: str, root: Location, *, split: str = "", labelled: bool = True) -> None:
+def check_folders(dataset: FolderDataset) -> None:
     """Raises the UserError that `list_frames` would raise for a folder that is not there. No file is listed."""
-    _folders(layout, root, split, labelled)
+    _folders(dataset)
 
 
-def count(layout: str, root: Location, *, split: str = "", labelled: bool = True, limit: int | None = None) -> int:
+def count(dataset: FolderDataset) -> int:
     """How many frames `list_frames` would give. Raises the same errors."""
-    num_images = len(_list(layout, root, split, labelled).image_entries)
-    return num_images if limit is None else min(limit, num_images)
+    num_images = len(_list(dataset).image_entries)
+    return num_images if dataset.limit is None else min(dataset.limit, num_images)
 
 
-def fingerprint(
-    layout: str, root: Location | None = None, *, split: str = "", labelled: bool = True, limit: int | None = None
-) -> str:
+def fingerprint(dataset: FolderDataset) -> str:
     """sha256 (hex) of what would be read: names, sizes and times of the files. Unchanged folder = unchanged value.
 
-    `limit` is accepted to mirror `count`; which frames it keeps follows from the names, so they are all hashed.
+    `limit` does not count: which frames it keeps follows from the names, so they are all hashed.
     """
-    if layout == SCENES:
-        return hash_of([SCENES])
-    assert root is not None, layout
-    listing = _list(layout, root, split, labelled)
+    listing = _list(dataset)
     facts = [
         [[_printable(entry.name), entry.size, entry.modified_ns] for entry in entries]
         for entries in (listing.image_entries, listing.label_entries)
     ]
-    return hash_of([layout, *facts])
+    return hash_of([dataset.layout, *facts])
 
 
 def scene_domains(mix: Mapping[str, float], first: int, count: int) -> list[str]:
@@ -180,47 +165,45 @@ def scene_domains(mix: Mapping[str, float], first: int, count: int) -> list[str]
 # -- what lies where ---------------------------------------------------------------------------------------------------
 
 
-def _folders(layout: str, root: Location, split: str, labelled: bool) -> _Folders:
-    _need_folder(root, f"layout {layout}: root")
-    match layout:
+def _folders(dataset: FolderDataset) -> _Folders:
+    root, split, labelled = Location.of(dataset.root), dataset.split, dataset.labelled
+    _need_folder(root, f"layout {dataset.layout}: root")
+    match dataset.layout:
         case "camvid":
-            part = _split_folder(layout, root, split)
+            part = _split_folder(dataset.layout, root, split)
             _need_folder(part / "images", "layout camvid: images")
             found = _Folders(part / "images", 1, part / "labels" if labelled else None)
         case "cityscapes":
-            images = _split_folder(layout, root / "leftImg8bit", split)
+            images = _split_folder(dataset.layout, root / "leftImg8bit", split)
             found = _Folders(images, 2, _cityscapes_labels(root, split) if labelled else None)
         case "nighttime_driving":
-            images = _split_folder(layout, root / "leftImg8bit", split or "test")
+            images = _split_folder(dataset.layout, root / "leftImg8bit", split or "test")
             found = _Folders(images, 2, root / _NIGHTTIME_LABELS / (split or "test") if labelled else None)
         case "images":
-            found = _Folders(_split_folder(layout, root, split), None, None)
-        case _:
-            known = ", ".join(FOLDER_LAYOUTS)
-            raise UserError(f"unknown layout {layout!r}{closest(layout, FOLDER_LAYOUTS)}; known: {known}")
+            found = _Folders(_split_folder(dataset.layout, root, split), None, None)
     if found.labels is not None and not found.labels.is_folder():
         raise UserError(
-            f"layout {layout}: no label folder {found.labels.uri}."
-            " Put the labels there, or set `labelled: false` if these frames have none"
+            f"layout {dataset.layout}: no label folder {found.labels.uri}",
+            cure="put the labels there, or set labelled: false if these frames have none",
         )
     return found
 
 
-def _list(layout: str, root: Location, split: str, labelled: bool) -> _Listing:
-    found = _folders(layout, root, split, labelled)
+def _list(dataset: FolderDataset) -> _Listing:
+    found = _folders(dataset)
     labels = _labels(found.labels) if found.labels is not None else []
     listing = _Listing(found.images, _images(found.images, found.depth), found.labels, labels)
     if not listing.image_entries:
         raise UserError(
-            f"layout {layout}: no image in {listing.images.uri}; looked for {', '.join(SUFFIXES)}."
-            " Check root, split and layout of the dataset"
+            f"layout {dataset.layout}: no image in {listing.images.uri}; looked for {', '.join(SUFFIXES)}",
+            cure=_CHECK_DATASET,
         )
     return listing
 
 
 def _need_folder(folder: Location, what: str) -> None:
     if not folder.is_folder():
-        raise UserError(f"{what}: no such folder: {folder.uri}. Check root, split and layout of the dataset")
+        raise UserError(f"{what}: no such folder: {folder.uri}", cure=_CHECK_DATASET)
 
 
 def _split_folder(layout: str, parent: Location, split: str) -> Location:
@@ -232,7 +215,8 @@ def _split_folder(layout: str, parent: Location, split: str) -> Location:
     if not split or not folder.is_folder():
         found = [entry.name for entry in parent.list() if entry.is_folder]
         wrong = f"unknown split {split!r}{closest(split, found)}" if split else "a split is needed"
-        raise UserError(f"layout {layout}: {wrong}; {parent.uri} has {', '.join(found) or 'no folders'}")
+        has = ", ".join(found) or "no folders"
+        raise UserError(f"layout {layout}: {wrong}; {parent.uri} has {has}", cure="set split to one of its folders")
     return folder
 
 

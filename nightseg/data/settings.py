@@ -20,6 +20,11 @@ class FolderDataset(Strict):
     label_encoding: str | None = Field(default=None, description="raw-id map of the labels; null = the layout's own")
     limit: Positive | None = Field(default=None, description="keep the first N frames in name order")
 
+    @classmethod
+    def of_images(cls, folder: str) -> FolderDataset:
+        """All images of a folder, without labels."""
+        return cls(layout="images", root=folder, labelled=False)
+
 
 class ScenesDataset(Strict):
     """Procedural street scenes with exact labels (`frames/scenes.py`); `mix` gives the share of each domain."""

@@ -27,9 +27,17 @@ from nightseg.pipeline.graph import (
     View,
     Views,
 )
-from nightseg.recipe.chain import expand_rounds
-from nightseg.recipe.names import is_ready, way_missing
-from nightseg.recipe.types import Evaluation, Model, Recipe, SelfTraining, TestRow, TranslationEvaluation
+from nightseg.recipe.checks import way_missing
+from nightseg.recipe.types import (
+    Evaluation,
+    Model,
+    Recipe,
+    SelfTraining,
+    TestRow,
+    TranslationEvaluation,
+    expand_rounds,
+    is_ready,
+)
 from nightseg.segmenter.starting import start_identity, weights_identity
 from nightseg.selection.settings import Extraction, Selection
 from nightseg.stages import (
@@ -45,7 +53,7 @@ from nightseg.stages import (
     train_translator,
     translate,
 )
-from nightseg.storage import Commit, Location, hash_of
+from nightseg.storage import Commit, hash_of
 from nightseg.translators.settings import ColourTranslator, CommandTranslator, FourierTranslator, PhotometricTranslator
 from nightseg.unit.settings import Translator
 from nightseg.unit.start import start_sha256
@@ -131,10 +139,8 @@ class Builder:
         if isinstance(dataset, ScenesDataset):
             expected = dataset.count
         else:
-            layout, root = dataset.layout, Location.of(dataset.root)
-            of: dict[str, Any] = {"split": dataset.split, "labelled": dataset.labelled, "limit": dataset.limit}
-            facts |= {"listing": layouts.fingerprint(layout, root, **of)}
-            expected = layouts.count(layout, root, **of)
+            facts |= {"listing": layouts.fingerprint(dataset)}
+            expected = layouts.count(dataset)
         settings = {"dataset": dataset}
         unhashed = {"name": name, "taxonomy": self.recipe.taxonomy}
         return self._pass(collect, name, {}, settings, unhashed=unhashed, facts=facts, expected_rows=expected)

@@ -16,6 +16,7 @@ from nightseg.cluster import ray as cluster
 from nightseg.cluster.settings import MapCompute
 from nightseg.data import table as frame
 from nightseg.data.layouts import list_frames
+from nightseg.data.settings import FolderDataset
 from nightseg.data.table import sampled_vectors
 from nightseg.progress import Progress
 from nightseg.selection.features import identify
@@ -173,5 +174,5 @@ def _frames_at(place: Location) -> pa.Table:
         frames = frame.resolve(place.read_table(), place.parent)
         frame.check_frames(frames)
         return frames
-    found = list_frames("images", place, dataset=place.name, labelled=False)
+    found = list_frames(FolderDataset.of_images(place.uri), place.name)
     return frame.frame_table({frame.FRAME_ID: one.frame_id, frame.URI: one.uri} for one in found)

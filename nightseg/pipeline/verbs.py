@@ -34,7 +34,7 @@ def split_folder(images: str, out: str, *, margin: float, compute: MapCompute, p
     table = Location.of(out)
     if not table.name.endswith(".parquet"):
         raise UserError(f"--out {out}: the frame table is a Parquet file. Cure: a name that ends in .parquet.")
-    layouts.count("images", Location.of(images), labelled=False)
+    layouts.count(FolderDataset.of_images(images))
     with _workshop(table.parent / f".{table.name}.work") as workspace:
         found = _collected(workspace, images, compute, progress)
         pool = frame.resolve(found.table("frames"), found.folder)
@@ -113,8 +113,8 @@ def _workshop(folder: Location) -> Iterator[Workspace]:
 def _collected(
     workspace: Workspace, images: str, compute: MapCompute, progress: Progress, name: str = "pool"
 ) -> Commit:
-    dataset = FolderDataset(layout="images", root=images, labelled=False)
-    listing = layouts.fingerprint("images", Location.of(images), labelled=False)
+    dataset = FolderDataset.of_images(images)
+    listing = layouts.fingerprint(dataset)
     stage = workspace.stage("collect", name, version=collect.VERSION, recipe={"listing": listing}, inputs={}, seed=0)
     return stage.commit() or collect.collect(
         dataset,
@@ -131,7 +131,7 @@ def _count(source: str) -> int:
     """The frames that an image folder or a frame table promises."""
     place = Location.of(source)
     if not place.name.endswith(".parquet"):
-        return layouts.count("images", place, labelled=False)
+        return layouts.count(FolderDataset.of_images(source))
     if not place.exists():
         raise UserError(f"{source}: there is no such frame table. Cure: check the path.")
     return int(place.read_table().num_rows)

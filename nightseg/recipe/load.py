@@ -18,9 +18,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from nightseg.errors import closest
-from nightseg.recipe.names import Problem, graph_problems
+from nightseg.recipe.checks import Problem, recipe_problems
+from nightseg.recipe.reference import allowed_keys, allowed_values, dotted
 from nightseg.recipe.renamed import new_name
-from nightseg.recipe.schema import allowed_keys, allowed_values, dotted
 from nightseg.recipe.types import Recipe, is_name
 from nightseg.storage import Location, UserError
 
@@ -67,7 +67,7 @@ def load_recipe(file: str | Path | Location, overrides: Sequence[str] = ()) -> R
         _override(source, text)
     _fill_roots(source)
     _fill_presets(source)
-    return _typed(Recipe, source, graph_problems)
+    return _typed(Recipe, source, recipe_problems)
 
 
 def load_settings(kind: type[Settings], file: str | Path | Location, overrides: Sequence[str] = ()) -> Settings:
@@ -165,12 +165,12 @@ def _override(source: Source, text: str) -> None:
     key, equals, value = text.partition("=")
     path = tuple(key.strip().split("."))
     if not equals or not all(path):
-        source.problems.append(Problem((), f"--set {text}: write it as key.key=value"))
+        source.problems.append(Problem((), f"set {text}: write it as key.key=value"))
         return
     try:
         parsed = yaml.load(value, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
     except yaml.YAMLError as error:
-        source.problems.append(Problem(path, f"--set {text}: the value is not valid YAML ({error})"))
+        source.problems.append(Problem(path, f"set {text}: the value is not valid YAML ({error})"))
         return
     path = _steps(source.data, path)
     target: Any = source.data
@@ -183,14 +183,14 @@ def _override(source: Source, text: str) -> None:
             place = part
         else:
             what = f"a list of {len(target)}" if isinstance(target, list) else _kind(target)
-            source.problems.append(Problem(path, f"--set {text}: {inside} is {what}, it has no {part!r}"))
+            source.problems.append(Problem(path, f"set {text}: {inside} is {what}, it has no {part!r}"))
             return
         if is_last:
             target[place] = parsed
         elif isinstance(target, dict) and target.get(place) is None:
             target[place] = {}
         target = target[place]
-    source.places[path] = f"--set {text}"
+    source.places[path] = f"set {text}"
 
 
 def _steps(data: Any, path: tuple[str, ...]) -> tuple[str, ...]:
@@ -259,7 +259,7 @@ def _over(values: Mapping[str, Any], written: Mapping[str, Any]) -> dict[str, An
 
 def _typed_problems(kind: type[BaseModel], error: ValidationError, source: Source) -> Iterator[Problem]:
     for item in error.errors():
-        path = dotted(item["loc"], source.data)
+        path = dotted(item["loc"])
         fault, got = item["type"], item.get("input")
         if fault == "extra_forbidden":
             allowed, renamed = allowed_keys(kind, item["loc"][:-1]), new_name(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag
@@ -20,6 +21,8 @@ from nightseg.translators.settings import (
     translator_kind,
 )
 from nightseg.unit.settings import Translator
+
+STARTS = ("imagenet", "scratch")
 
 AnyTranslator = Annotated[
     Annotated[Translator, Tag("unit")]
@@ -123,7 +126,7 @@ class Recipe(Strict):
     evaluation: Evaluation = Evaluation()
     predictions: dict[Name, Prediction] = {}
     translations: dict[Name, TranslationEvaluation] = Field(
-        default={}, description="translated dataset -> how to measure it"
+        default={}, description="translated dataset -> how to measure the quality of its translations"
     )
 
     def network_of(self, model: Model) -> Network:
@@ -138,3 +141,28 @@ class Recipe(Strict):
 
 def is_name(text: str) -> bool:
     return re.fullmatch(NAME_PATTERN[1:-1], text) is not None
+
+
+def is_ready(start: str) -> bool:
+    """Whether what a model starts from is there already: one of STARTS, or a model folder, known by its slash."""
+    return start in STARTS or "/" in start
+
+
+def expand_rounds(models: Mapping[str, Model]) -> dict[str, Model]:
+    """`rounds: 3` as the chain it stands for: m.1, m.2, m, each starting from and taught by the one before."""
+    chain: dict[str, Model] = {}
+    for name, model in models.items():
+        learning = model.self_training
+        if model.rounds == 1 or learning is None:
+            chain[name] = model
+            continue
+        previous = ""
+        for number in range(1, model.rounds + 1):
+            last = number == model.rounds
+            step = model.model_copy(update={"rounds": 1} if last else {"rounds": 1, "test": model.test})
+            if previous:
+                taught = learning.model_copy(update={"teacher": previous})
+                step = step.model_copy(update={"start": previous, "self_training": taught})
+            previous = name if last else f"{name}.{number}"
+            chain[previous] = step
+    return chain

@@ -88,16 +88,7 @@ def _summary(frames: pa.Table, quarantine: pa.Table) -> dict[str, Any]:
 
 
 def _folder(dataset: FolderDataset, name: str, classes: str) -> _Pass:
-    candidates = list_frames(
-        dataset.layout,
-        Location.of(dataset.root),
-        split=dataset.split,
-        dataset=name,
-        domain=dataset.domain,
-        labelled=dataset.labelled,
-        label_encoding=dataset.label_encoding,
-        limit=dataset.limit,
-    )
+    candidates = list_frames(dataset, name)
     known = taxonomy(classes)
     for encoding in {candidate.label_encoding for candidate in candidates} - {None}:
         known.lut(encoding or "")  # an encoding the taxonomy does not know is an error now, not one bad frame each

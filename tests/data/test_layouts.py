@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from nightseg.data.images import read_image, read_label
 from nightseg.data.layouts import Candidate, count, fingerprint, list_frames, scene_domains
+from nightseg.data.settings import FolderDataset
 from nightseg.data.taxonomy import taxonomy
 from nightseg.storage import Location, UserError
 
@@ -24,6 +26,10 @@ def tree(root: Path, *files: str) -> Location:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(b"not opened here")
     return Location.of(root)
+
+
+def at(layout: Any, root: Location, **settings: Any) -> FolderDataset:
+    return FolderDataset(layout=layout, root=root.uri, **settings)
 
 
 def ids(candidates: list[Candidate]) -> list[str]:
@@ -45,7 +51,7 @@ def test_camvid(tmp_path: Path) -> None:
         "train/labels/Seq05VD_f2.PNG",
         "val/images/x.png",
     )
-    frames = list_frames("camvid", root, split="train", dataset="day", domain="day")
+    frames = list_frames(at("camvid", root, split="train", domain="day"), "day")
     assert ids(frames) == ["day/Seq05VD_f1", "day/Seq05VD_f2", "day/lonely"]
     assert frames[0] == Candidate(
         frame_id="day/Seq05VD_f1",
@@ -58,22 +64,22 @@ def test_camvid(tmp_path: Path) -> None:
     assert frames[1].label_uri == f"{tmp_path}/train/labels/Seq05VD_f2.PNG"
     assert frames[2].label_uri == f"{tmp_path}/train/labels/lonely.png", "named, so that it can be missed"
     assert frames[2].sequence is None
-    assert list_frames("camvid", root / "train", dataset="day", domain="day") == frames
-    assert count("camvid", root, split="train") == 3 and count("camvid", root, split="train", limit=2) == 2
-    assert ids(list_frames("camvid", root, split="train", dataset="d", limit=2)) == ["d/Seq05VD_f1", "d/Seq05VD_f2"]
+    assert list_frames(at("camvid", root / "train", domain="day"), "day") == frames
+    assert count(at("camvid", root, split="train")) == 3 and count(at("camvid", root, split="train", limit=2)) == 2
+    assert ids(list_frames(at("camvid", root, split="train", limit=2), "d")) == ["d/Seq05VD_f1", "d/Seq05VD_f2"]
 
 
 def test_unlabelled_frames_need_no_label_folder(tmp_path: Path) -> None:
     root = tree(tmp_path, "val/images/x.png")
-    (frame,) = list_frames("camvid", root, split="val", dataset="d", labelled=False)
+    (frame,) = list_frames(at("camvid", root, split="val", labelled=False), "d")
     assert frame.label_uri is None and frame.label_encoding is None
     with pytest.raises(UserError, match=r"no label folder .*val/labels.*labelled: false"):
-        list_frames("camvid", root, split="val", dataset="d")
+        list_frames(at("camvid", root, split="val"), "d")
 
 
 def test_encoding_can_be_named(tmp_path: Path) -> None:
     root = tree(tmp_path, "images/x.png", "labels/x.png")
-    (frame,) = list_frames("camvid", root, dataset="d", label_encoding="train_ids")
+    (frame,) = list_frames(at("camvid", root, label_encoding="train_ids"), "d")
     assert frame.label_encoding == "train_ids"
 
 
@@ -89,19 +95,19 @@ def cityscapes(root: Path, *suffixes: str, kind: str = "gtFine", split: str = "v
 
 def test_cityscapes_pairs_label_ids(tmp_path: Path) -> None:
     root = cityscapes(tmp_path, "labelIds", "labelTrainIds", "color", "instanceIds")
-    frames = list_frames("cityscapes", root, split="val", dataset="cs")
+    frames = list_frames(at("cityscapes", root, split="val"), "cs")
     assert ids(frames) == ["cs/aachen/aachen_1", "cs/ulm/ulm_2"]
     assert frames[0].label_uri == f"{tmp_path}/gtFine/val/aachen/aachen_1_gtFine_labelIds.png"
     assert (frames[0].sequence, frames[0].label_encoding, frames[0].domain) == ("aachen", "label_ids", "unknown")
-    chosen = list_frames("cityscapes", root, split="val", dataset="cs", label_encoding="train_ids")
+    chosen = list_frames(at("cityscapes", root, split="val", label_encoding="train_ids"), "cs")
     assert chosen[1].label_uri == f"{tmp_path}/gtFine/val/ulm/ulm_2_gtFine_labelTrainIds.png"
 
 
 def test_cityscapes_with_train_ids_only_and_with_coarse_labels_only(tmp_path: Path) -> None:
-    frames = list_frames("cityscapes", cityscapes(tmp_path / "a", "labelTrainIds"), split="val", dataset="cs")
+    frames = list_frames(at("cityscapes", cityscapes(tmp_path / "a", "labelTrainIds"), split="val"), "cs")
     assert {frame.label_encoding for frame in frames} == {"train_ids"}
     root = cityscapes(tmp_path / "b", "labelIds", kind="gtCoarse", split="train_extra")
-    frames = list_frames("cityscapes", root, split="train_extra", dataset="cs")
+    frames = list_frames(at("cityscapes", root, split="train_extra"), "cs")
     assert frames[0].label_uri == f"{tmp_path}/b/gtCoarse/train_extra/aachen/aachen_1_gtCoarse_labelIds.png"
 
 
@@ -111,7 +117,7 @@ def test_cityscapes_cities_may_be_links(tmp_path: Path) -> None:
     for kind in ("leftImg8bit", "gtFine"):
         (linked / kind / "val").mkdir(parents=True)
         (linked / kind / "val" / "ulm").symlink_to(root.local / kind / "val" / "ulm")
-    assert ids(list_frames("cityscapes", Location.of(linked), split="val", dataset="cs")) == ["cs/ulm/ulm_2"]
+    assert ids(list_frames(at("cityscapes", Location.of(linked), split="val"), "cs")) == ["cs/ulm/ulm_2"]
 
 
 def test_nighttime_driving(tmp_path: Path) -> None:
@@ -122,11 +128,11 @@ def test_nighttime_driving(tmp_path: Path) -> None:
         f"gtCoarse_daytime_trainvaltest/{stem}gtCoarse_labelTrainIds.png",
         f"gtCoarse_daytime_trainvaltest/{stem}gtCoarse_labelIds.png",
     )
-    (frame,) = list_frames("nighttime_driving", root, dataset="nd")
+    (frame,) = list_frames(at("nighttime_driving", root), "nd")
     assert frame.frame_id == "nd/night/0_GOPR0356_frame_000321"
     assert frame.label_uri == f"{tmp_path}/gtCoarse_daytime_trainvaltest/{stem}gtCoarse_labelTrainIds.png"
     assert (frame.label_encoding, frame.domain, frame.sequence) == ("train_ids", "night", "night")
-    (frame,) = list_frames("nighttime_driving", root, split="test", dataset="nd", domain="twilight")
+    (frame,) = list_frames(at("nighttime_driving", root, split="test", domain="twilight"), "nd")
     assert frame.domain == "twilight", "what the recipe says wins over the folder's name"
 
 
@@ -135,35 +141,35 @@ def test_nighttime_driving(tmp_path: Path) -> None:
 
 def test_images_are_found_at_any_depth_and_in_any_case(tmp_path: Path) -> None:
     root = tree(tmp_path, "b/c/2.PNG", "a.JpG", "b/1.jpeg", "b/readme.md", ".thumbs/a.png", "b/.hidden.png")
-    frames = list_frames("images", root, dataset="pool", labelled=True)
+    frames = list_frames(at("images", root, labelled=True), "pool")
     assert ids(frames) == ["pool/a", "pool/b/1", "pool/b/c/2"]
     assert [frame.sequence for frame in frames] == [None, "b", "b/c"]
     assert all(frame.label_uri is None and frame.label_encoding is None for frame in frames)
-    assert ids(list_frames("images", root, split="b", dataset="pool")) == ["pool/1", "pool/c/2"]
+    assert ids(list_frames(at("images", root, split="b"), "pool")) == ["pool/1", "pool/c/2"]
 
 
 def test_names_with_spaces_letters_and_dots(tmp_path: Path) -> None:
     root = tree(tmp_path, "Straße bei Nacht.png", "夜 1.v2.png")
-    frames = list_frames("images", root, dataset="d")
+    frames = list_frames(at("images", root), "d")
     assert ids(frames) == ["d/Straße bei Nacht", "d/夜 1.v2"]
     assert frames[0].uri == f"{tmp_path}/Straße bei Nacht.png" and not frames[0].problem
 
 
 def test_names_that_collide_keep_their_suffix(tmp_path: Path) -> None:
     root = tree(tmp_path, "a.png", "a.jpg", "a.png.jpg", "b.png")
-    assert ids(list_frames("images", root, dataset="d")) == ["d/a.jpg", "d/a.png", "d/a.png.jpg", "d/b"]
+    assert ids(list_frames(at("images", root), "d")) == ["d/a.jpg", "d/a.png", "d/a.png.jpg", "d/b"]
 
 
 def test_names_no_table_can_hold_are_listed_as_a_problem(tmp_path: Path) -> None:
     root = tree(tmp_path, "good.png", "back\\slash.png")
     with open(os.fsencode(tmp_path) + b"/caf\xe9.png", "wb") as stream:
         stream.write(b"latin-1")
-    frames = {frame.frame_id: frame for frame in list_frames("images", root, dataset="d")}
+    frames = {frame.frame_id: frame for frame in list_frames(at("images", root), "d")}
     assert frames["d/good"].problem == ""
     assert "UTF-8" in frames["d/caf\\udce9"].problem and "backslash" in frames["d/back\\slash"].problem
     for frame in frames.values():
         frame.uri.encode(), frame.problem.encode()
-    assert count("images", root) == 3 and len(fingerprint("images", root)) == 64
+    assert count(at("images", root)) == 3 and len(fingerprint(at("images", root))) == 64
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------
@@ -179,11 +185,10 @@ def test_wrong_folders_are_named(tmp_path: Path) -> None:
         ("camvid", root, "../x", "leads out"),
         ("cityscapes", root, "", "a split is needed; .*leftImg8bit has val"),
         ("images", root / "empty", "", "no image in"),
-        ("imagse", root, "", "unknown layout 'imagse', did you mean 'images'"),
     ):
-        for ask in (lambda *a, **k: list_frames(*a, dataset="d", **k), count, fingerprint):
+        for ask in (lambda dataset: list_frames(dataset, "d"), count, fingerprint):
             with pytest.raises(UserError, match=message):
-                ask(layout, where, split=split, labelled=False)
+                ask(at(layout, where, split=split, labelled=False))
 
 
 # -- fingerprints ----------------------------------------------------------------------------------------------------
@@ -191,16 +196,15 @@ def test_wrong_folders_are_named(tmp_path: Path) -> None:
 
 def test_fingerprint_changes_with_what_is_read_and_only_then(tmp_path: Path) -> None:
     root = tree(tmp_path, "images/a.png", "labels/a.png")
-    labelled, images = fingerprint("camvid", root), fingerprint("camvid", root, labelled=False)
+    labelled, images = fingerprint(at("camvid", root)), fingerprint(at("camvid", root, labelled=False))
     tree(tmp_path, "images/readme.txt", "other/b.png")
-    assert fingerprint("camvid", root) == labelled
+    assert fingerprint(at("camvid", root)) == labelled
     (tmp_path / "labels/a.png").write_bytes(b"longer than before, by far")
-    assert fingerprint("camvid", root) != labelled and fingerprint("camvid", root, labelled=False) == images
+    assert fingerprint(at("camvid", root)) != labelled and fingerprint(at("camvid", root, labelled=False)) == images
     os.utime(tmp_path / "images/a.png", ns=(1, 1))
-    touched = fingerprint("camvid", root, labelled=False)
+    touched = fingerprint(at("camvid", root, labelled=False))
     (tmp_path / "images/a.png").rename(tmp_path / "images/b.png")
-    assert len({images, touched, fingerprint("camvid", root, labelled=False)}) == 3
-    assert fingerprint("scenes") == fingerprint("scenes", None)
+    assert len({images, touched, fingerprint(at("camvid", root, labelled=False))}) == 3
 
 
 # -- domains of scenes -----------------------------------------------------------------------------------------------
@@ -244,7 +248,7 @@ def test_real_cityscapes(split: str) -> None:
     if not (root / "leftImg8bit" / split).is_folder():
         pytest.skip(f"the sample has no {split}")
     classes = taxonomy("cityscapes19")
-    frames = list_frames("cityscapes", root, split=split, dataset="cs", domain="day")
+    frames = list_frames(at("cityscapes", root, split=split, domain="day"), "cs")
     for frame in frames:
         image, label = read_image(Location.of(frame.uri)), read_label(Location.of(frame.label_uri or ""))
         assert image.shape == (1024, 2048, 3) and label.shape == (1024, 2048)
@@ -254,18 +258,18 @@ def test_real_cityscapes(split: str) -> None:
 
 def test_real_camvid() -> None:
     root, classes = real("camvid"), taxonomy("camvid11")
-    assert [count("camvid", root / "day", split=split) for split in ("train", "val", "test")] == [305, 101, 171]
-    frames = list_frames("camvid", root / "day", split="val", dataset="day", limit=25)
+    assert [count(at("camvid", root / "day", split=split)) for split in ("train", "val", "test")] == [305, 101, 171]
+    frames = list_frames(at("camvid", root / "day", split="val", limit=25), "day")
     for frame in frames:
         image, label = read_image(Location.of(frame.uri)), read_label(Location.of(frame.label_uri or ""))
         assert image.shape == (360, 480, 3) and label.shape == (360, 480)
         classes.to_train_ids(label, frame.label_encoding or "")
-    dusk = list_frames("camvid", root / "dusk", split="unlabelled", dataset="dusk", labelled=False)
+    dusk = list_frames(at("camvid", root / "dusk", split="unlabelled", labelled=False), "dusk")
     assert len(dusk) == 62 and {frame.sequence for frame in dusk} == {"0001TP"}
 
 
 def test_real_street() -> None:
-    frames = list_frames("images", real("street"), dataset="street")
+    frames = list_frames(at("images", real("street")), "street")
     assert len(frames) == sum(file.is_file() for file in (DATA / "street").glob("*.*g"))
     for frame in frames[::25]:
         assert read_image(Location.of(frame.uri)).shape[2] == 3

@@ -10,8 +10,7 @@ from nightseg.pipeline.build import build_graph
 from nightseg.pipeline.graph import Graph, NodeId, View
 from nightseg.pipeline.run import plan
 from nightseg.recipe import load_recipe
-from nightseg.recipe.chain import expand_rounds
-from nightseg.recipe.types import Recipe
+from nightseg.recipe.types import Recipe, expand_rounds
 from nightseg.segmenter import detectron2
 from nightseg.storage import Location, UserError
 

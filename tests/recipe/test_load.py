@@ -120,7 +120,7 @@ def test_class_weights_name_classes_of_the_taxonomy(tmp_path: Path) -> None:
     text = GOOD + "loss: {class_weights: {pole: 2, car: 0.5}}\n"
     assert load_recipe(write(tmp_path, text)).loss.class_weights == {"pole": 2.0, "car": 0.5}
     wrong = errors_of(tmp_path, text, "loss.class_weights.poel=3", "models.first.loss={class_weights: [1, 2]}")
-    assert "--set loss.class_weights.poel=3" not in wrong  # the mapping is named, and its keys
+    assert "set loss.class_weights.poel=3" not in wrong  # the mapping is named, and its keys
     assert "loss.class_weights: cityscapes19 has no class 'poel', did you mean 'pole'?" in wrong
     assert "models.first.loss.class_weights: 2 values for the 19 classes of cityscapes19" in wrong
 
@@ -137,9 +137,9 @@ def test_duplicate_keys_are_refused_at_every_depth(tmp_path: Path) -> None:
 
 def test_an_error_in_an_override_names_the_override(tmp_path: Path) -> None:
     message = errors_of(tmp_path, GOOD, "training.epoch=3", "nonsense", "seed.deep.er=1", "models.first.train.7=x")
-    assert "--set training.epoch=3: training.epoch: unknown key, did you mean 'epochs'?" in message
-    assert "--set nonsense: write it as key.key=value" in message
-    assert "--set models.first.train.7=x: models.first.train is a list of 2, it has no '7'" in message
+    assert "set training.epoch=3: training.epoch: unknown key, did you mean 'epochs'?" in message
+    assert "set nonsense: write it as key.key=value" in message
+    assert "set models.first.train.7=x: models.first.train is a list of 2, it has no '7'" in message
 
 
 def test_an_old_key_is_answered_with_its_new_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,7 +102,7 @@ def test_wrong_settings_are_named_in_the_words_of_their_kind(tmp_path: Path, ove
     ("overrides", "message"),
     [
         (["datasets.made.to=day"], "datasets.made.to: the translator optics has no way to day"),
-        (["datasets.turned.by=fourier"], "fourier has no way to day: it lacks frames that lend"),
+        (["datasets.turned.by=fourier"], "fourier has no way to day: it lacks style images"),
         (
             ["datasets.turned.by=program", "translators.program.to=[night]"],
             "program has no way to day: if the program can do it, add day to its list `to`",

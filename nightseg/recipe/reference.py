@@ -1,0 +1,167 @@
+"""The recipe's types as people read them: which keys and words are allowed at a place, and docs/recipe.md.
+
+Both walk the JSON schema that pydantic makes of the types.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+from nightseg.data.settings import Dataset
+from nightseg.recipe.types import AnyTranslator, Recipe
+
+Schema = dict[str, Any]
+Path = Sequence[int | str]
+
+# pydantic puts the tag of a kind of dataset or translator into the path of an error.
+_TAGS: dict[str | int, str] = {
+    get_args(kind)[1].tag: get_args(kind)[0].__name__
+    for union in (Dataset, AnyTranslator)
+    for kind in get_args(get_args(union)[0])
+}
+
+
+def dotted(path: Path) -> tuple[str, ...]:
+    """The place of an error as the user wrote it: without the tags that pydantic adds for kinds of things."""
+    words = [str(part) for part in path if part != "[key]"]
+    if len(words) > 2 and words[0] in ("datasets", "translators") and words[2] in _TAGS:
+        del words[2]
+    return tuple(words)
+
+
+def allowed_keys(kind: type[BaseModel], path: Path) -> list[str]:
+    """The keys of the mapping at `path` (pydantic's own path, tags included), in the order of the types."""
+    return list(dict.fromkeys(key for schema in _at(kind, path) for key in schema.get("properties", {})))
+
+
+def allowed_values(kind: type[BaseModel], path: Path) -> list[str]:
+    """The words allowed at `path`, over all kinds of thing that may stand there (a layout of any kind of dataset)."""
+    found = _at(kind, [part for index, part in enumerate(path) if index != 2 or part not in _TAGS])
+    return list(dict.fromkeys(str(word) for schema in found for word in _words(schema)))
+
+
+def _at(kind: type[BaseModel], path: Path) -> list[Schema]:
+    """The alternatives that the types allow at `path`."""
+    whole = kind.model_json_schema()
+    found = _alternatives(whole, whole.get("$defs", {}))
+    for part in path:
+        tagged = [schema for schema in found if schema.get("title") == _TAGS.get(part)] if len(found) > 1 else []
+        below = [inner for schema in found if (inner := _below(schema, str(part))) is not None]
+        found = tagged or [one for schema in below for one in _alternatives(schema, whole.get("$defs", {}))] or found
+    return found
+
+
+def _below(schema: Schema, part: str) -> Schema | None:
+    """What a schema says of one of its keys or items."""
+    named = schema.get("properties", {}).get(part) or next(iter(schema.get("patternProperties", {}).values()), None)
+    if named is not None:
+        return dict(named)
+    for inside in ("additionalProperties", "items"):
+        if isinstance(schema.get(inside), dict):
+            return dict(schema[inside])
+    return None
+
+
+def _alternatives(schema: Schema, definitions: Schema) -> list[Schema]:
+    if "$ref" in schema:
+        return _alternatives(definitions[schema["$ref"].rpartition("/")[2]], definitions)
+    members = schema.get("anyOf") or schema.get("oneOf")
+    return [one for member in members for one in _alternatives(member, definitions)] if members else [schema]
+
+
+def _words(schema: Schema) -> list[Any]:
+    return [schema["const"]] if "const" in schema else list(schema.get("enum", []))
+
+
+# -- docs/recipe.md --------------------------------------------------------------------------------------------------
+
+_HEAD = """# The recipe, key by key
+
+Made from the types that check a recipe (`nightseg.recipe.reference.render_reference`); a test compares the two. A key
+without default is required. NAME is a name that you choose: letters, digits, `_` and `-`, beginning with a letter.
+"""
+
+
+def render_reference() -> str:
+    """All sections of a recipe as Markdown: key, type, default and description of everything that may be written."""
+    whole = Recipe.model_json_schema()
+    definitions = whole["$defs"]
+    places: dict[str, list[str]] = {}
+    for place, name in _sections(whole, definitions, ()):
+        places.setdefault(name, []).append(f"`{place}`")
+    parts = [_HEAD, _table(whole)]
+    for name, found in places.items():
+        text = " ".join(definitions[name].get("description", "").split())
+        parts.append(f"## {name}\n\nAt {', '.join(dict.fromkeys(found))}. {text}\n\n{_table(definitions[name])}")
+    return "\n".join(parts)
+
+
+def _sections(schema: Schema, definitions: Schema, path: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """(dotted place, definition) of every mapping of settings, from the top down."""
+    inner = [(key, value, (*path, key)) for key, value in schema.get("properties", {}).items()]
+    for value in schema.get("patternProperties", {}).values():
+        inner.append(("NAME", value, (*path, "NAME")))
+    for _, value, place in inner:
+        yield from _sections(value, definitions, place) if "patternProperties" in value else ()
+        for member in (value, *value.get("anyOf", ()), *value.get("oneOf", ())):
+            if "$ref" in member:
+                name = member["$ref"].rpartition("/")[2]
+                yield ".".join(place), name
+                yield from _sections(definitions[name], definitions, place)
+            elif member is not value:
+                yield from _sections(member, definitions, place)
+
+
+def _table(schema: Schema) -> str:
+    rows = ["| key | type | default | what it is |", "|---|---|---|---|"]
+    required = schema.get("required", [])
+    for key, value in schema["properties"].items():
+        default = "required" if key in required else f"`{_shown(value.get('default'))}`"
+        if "$ref" in value:
+            default = ""
+        cells = (f"`{key}`", _kind(value), default, value.get("description", ""))
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value).replace('"', "") if isinstance(value, dict | list) else str(json.dumps(value)).strip('"')
+
+
+def _kind(schema: Schema) -> str:
+    """The type of a value in words."""
+    if "$ref" in schema:
+        name = schema["$ref"].rpartition("/")[2]
+        return f"[{name}](#{name.lower()})"
+    if members := schema.get("anyOf") or schema.get("oneOf"):
+        return " or ".join(dict.fromkeys(_kind(member) for member in members))
+    if words := _words(schema):
+        return ", ".join(f"`{word}`" for word in words)
+    match schema.get("type"):
+        case "array":
+            items = schema.get("prefixItems")
+            return f"[{', '.join(_kind(item) for item in items)}]" if items else f"list of {_kind(schema['items'])}"
+        case "object":
+            named = schema.get("patternProperties")
+            inner = next(iter(named.values())) if named else schema["additionalProperties"]
+            words = _words(schema.get("propertyNames", {}))
+            key = ", ".join(words) if words else "NAME" if named else "text"
+            return f"mapping of {key} to {_kind(inner)}"
+        case "integer" | "number" as name:
+            return f"{name}{_bounds(schema)}"
+        case "string":
+            return "name" if "pattern" in schema and "A-Z" in schema["pattern"] else "text"
+        case "boolean":
+            return "true or false"
+    return str(schema.get("type", "any"))
+
+
+def _bounds(schema: Schema) -> str:
+    signs = (("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="), ("exclusiveMaximum", "<"))
+    told = [f"{sign} {schema[key]:g}" for key, sign in signs if key in schema]
+    told += [f"multiple of {schema['multipleOf']}"] if "multipleOf" in schema else []
+    return f" {', '.join(told)}" if told else ""
