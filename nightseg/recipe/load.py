@@ -1,4 +1,4 @@
-"""From YAML text and `--set` overrides to a checked `Recipe`, or to one message that names every error.
+"""From YAML text and overrides `a.b=c` to a checked `Recipe`, or to one message that names every error.
 
 YAML is read by a SafeLoader that refuses duplicate keys and alias bombs, and that reads `1e-4` as a number. The graph
 and the folders are checked on the raw mapping, so that a misspelt key does not hide an unknown name or a cycle.
@@ -136,7 +136,7 @@ def read_source(file: Location, shown: str, what: str = "recipe") -> Source:
 
 
 def _unshared(value: Any) -> Any:
-    """Without aliases: what --set changes in one place does not change in another."""
+    """Without aliases: what an override changes in one place does not change in another."""
     if isinstance(value, dict):
         return {key: _unshared(item) for key, item in value.items()}
     return [_unshared(item) for item in value] if isinstance(value, list) else value
@@ -205,7 +205,7 @@ def _steps(data: Any, path: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _fill_roots(source: Source) -> None:
-    """Replace `{name}` in the roots of datasets by what `roots` says, so that one --set moves many datasets."""
+    """Replace `{name}` in the roots of datasets by what `roots` says, so that one override moves many datasets."""
     roots, datasets = source.data.get("roots"), source.data.get("datasets")
     known = {str(name): root for name, root in roots.items()} if isinstance(roots, dict) else {}
     for name, entry in datasets.items() if isinstance(datasets, dict) else ():

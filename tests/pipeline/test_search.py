@@ -82,7 +82,7 @@ def test_everything_that_is_wrong_is_in_one_message(tmp_path: Path) -> None:
         "space.models.self_trained.loss.alhpa: ",
         "unknown key, did you mean 'alpha'?",
         "space.models.self_trained.loss.gamma: ",
-        f'space.{COUNT}: --set {COUNT}="many": ',
+        f'space.{COUNT}: set {COUNT}="many": ',
     ):
         assert expected in message, f"{expected}\nis missing in\n{message}"
 
@@ -101,7 +101,7 @@ def test_a_score_is_needed_and_it_must_not_be_a_test(tmp_path: Path) -> None:
         (f"space.{ALPHA}={{uniform: [1, 0]}}", "the end must be larger"),
         ("space={}", "space: "),
         ("recipe=demo2.yaml", "demo2.yaml: there is no such recipe file"),
-        ("set=[training.epoch=3]", "--set training.epoch=3: training.epoch: unknown key, did you mean 'epochs'?"),
+        ("set=[training.epoch=3]", "set training.epoch=3: training.epoch: unknown key, did you mean 'epochs'?"),
     ],
 )
 def test_wrong_settings_name_their_key(tmp_path: Path, override: str, message: str) -> None:
