@@ -45,11 +45,8 @@ Frames: no torch, no ray
     data/day_night.py       day, night and twilight by luminance histograms
     data/scenes/street.py   procedural street scenes: plan of a street, and the function `scene`
     data/scenes/sheet.py    camera, and strokes that carry colour and surface together
-    data/scenes/things.py   people, bicyclists, trees, lamps, signs
-    data/scenes/cars.py     cars, vans, buses
-    data/scenes/lots.py     houses, shops, fences, skyline
-    data/scenes/weather.py  light and exposure of a domain
-    data/scenes/light.py    the look of a street under that light
+    data/scenes/things.py   people, trees, lamps, signs, cars, houses, fences, skyline
+    data/scenes/light.py    weather of a domain, and how a street appears under it
 
 Metrics
     metrics/confusion.py  confusion matrix; PA, CA, mIoU, FWIoU

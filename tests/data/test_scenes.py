@@ -9,13 +9,12 @@ import pytest
 from numpy.typing import NDArray
 
 from nightseg.data.scenes import Scene, scene
-from nightseg.data.scenes.sheet import Camera, Card, Sheet, Surface, facing_plane, upright_plane
-from nightseg.data.scenes.weather import DOMAINS
+from nightseg.data.scenes.light import DOMAINS
+from nightseg.data.scenes.sheet import Camera, Label, Sheet, upright_plane
 from nightseg.data.taxonomy import taxonomy
 from nightseg.storage import UserError
 
 NUM_CLASSES = 11
-BUILDING, CAR = 1, 8
 
 
 def digest(frame: Scene) -> str:
@@ -37,10 +36,8 @@ def test_shapes_and_values(domain: str) -> None:
 
 
 def test_the_numbers_are_those_of_camvid11() -> None:
-    from nightseg.data.scenes import sheet as numbers
-
-    for number, name in enumerate(taxonomy("camvid11").classes):
-        assert getattr(numbers, name.upper().replace(" ", "_")) == number
+    names = [name.upper().replace(" ", "_") for name in taxonomy("camvid11").classes]
+    assert [label.name for label in Label] == names and [int(label) for label in Label] == list(range(NUM_CLASSES))
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
@@ -109,7 +106,7 @@ def test_a_night_has_lights_of_its_own() -> None:
     for index in range(24):
         day, night = scene(0, index, "day"), scene(0, index, "night")
         gain = luminance(night.image) > luminance(day.image) + 25
-        brighter.append([gain[night.label == BUILDING].sum(), gain[night.label == CAR].sum()])
+        brighter.append([gain[night.label == Label.BUILDING].sum(), gain[night.label == Label.CAR].sum()])
     windows, cars = np.array(brighter).T
     assert np.mean(windows > 0) > 0.5 and np.mean(cars > 0) > 0.4
     assert np.median(windows) < 1500  # most of a facade stays dark
@@ -148,11 +145,11 @@ def test_upright_plane_holds_both_points() -> None:
 
 def test_a_stroke_draws_colour_and_label_together() -> None:
     page = sheet()
-    card = Card(page, 0.0, 10.0, page.add(Surface(CAR, facing_plane(10.0))))
+    card = page.card(Label.CAR, 0.0, 10.0, grain=0.06)
     card.box(-2.0, 0.5, 2.0, 2.5, (255, 0, 0))  # 16 to 24 across, 8 to 12 down, in pixels of the frame
     frame = page.finish()
     expected = np.zeros((20, 40), np.uint8)
-    expected[8:12, 16:24] = CAR
+    expected[8:12, 16:24] = Label.CAR
     assert np.array_equal(frame.label, expected)
-    assert np.array_equal(frame.albedo[0] == 1.0, expected == CAR)
+    assert np.array_equal(frame.albedo[0] == 1.0, expected == Label.CAR)
     assert frame.sky[expected == 0].min() > 0.2 and frame.sky[9:11, 17:23].max() == 0.0

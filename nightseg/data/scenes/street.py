@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -17,15 +16,27 @@ import numpy as np
 from numpy.random import Generator, SeedSequence
 from numpy.typing import NDArray
 
-from nightseg.data.scenes.cars import car, crossing_car
-from nightseg.data.scenes.light import illuminate
-from nightseg.data.scenes.lots import LAST_LOT, barrier, lots, paint_skyline
+from nightseg.data.scenes.light import DOMAINS, illuminate
 from nightseg.data.scenes.sheet import NEAR, PAVEMENT_SURFACE, ROAD_SURFACE, Camera, Colour, Sheet, Stroke, pick, shade
-from nightseg.data.scenes.things import bicyclist, bollard, lamp_post, pedestrian, road_sign, street_tree, traffic_light
-from nightseg.data.scenes.weather import DOMAINS
-from nightseg.storage import UserError
+from nightseg.data.scenes.things import (
+    LAST_LOT,
+    barrier,
+    bicyclist,
+    bollard,
+    car,
+    crossing_car,
+    lamp_post,
+    lots,
+    paint_skyline,
+    pedestrian,
+    road_sign,
+    street_tree,
+    traffic_light,
+)
+from nightseg.errors import UserError
 
 SMALLEST = 32  # pixels; a smaller frame has no room for a street
+_STATIONS = (NEAR, 1.5, 2.2, 3.0, 4.0, 5.5, 7.5, 10.0, 14.0, 20.0, 28.0, 40.0, 60.0, 90.0, 140.0, 240.0)
 
 
 class Scene(NamedTuple):
@@ -42,17 +53,17 @@ def scene(seed: int, index: int, domain: str, height: int = 128, width: int = 25
     seed and index are not negative. Raises UserError for another domain or a side under 32 pixels.
     """
     if domain not in DOMAINS:
-        raise UserError(f"scenes have no domain '{domain}'. Use one of {', '.join(DOMAINS)}")
+        raise UserError(f"scenes: there is no domain {domain!r}", cure=f"use one of {', '.join(DOMAINS)}")
     if min(height, width) < SMALLEST:
-        raise UserError(f"a scene of {height} x {width} pixels is too small. Use at least {SMALLEST} pixels a side")
+        raise UserError(
+            f"scenes: {height} x {width} pixels are too few for a street", cure=f"use at least {SMALLEST} pixels a side"
+        )
     if min(seed, index) < 0:
-        raise UserError(f"a scene needs a seed and an index of 0 or more, it got seed {seed} and index {index}")
+        raise UserError(f"scenes: seed {seed} and index {index} are not both 0 or more", cure="use numbers from 0 on")
     street = _paint_street(_generator(seed, index, "street"), height, width)
     image, label = illuminate(
-        street.sheet,
+        *street,
         domain,
-        walls=street.walls,
-        roofs=street.roofs,
         weather=_generator(seed, index, domain),
         grain=_generator(seed, index, "grain"),
         sensor=_generator(seed, index, domain + " sensor"),
@@ -65,8 +76,7 @@ def _generator(seed: int, index: int, purpose: str) -> Generator:
     return np.random.default_rng(SeedSequence([seed, index, *purpose.encode()]))
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """The cross section of a street. kerb and wall: metres from the road's middle, by side (-1 left, +1 right)."""
 
     side: int  # the side we drive on
@@ -105,15 +115,9 @@ def _paint_street(rng: Generator, height: int, width: int) -> Street:
     paint_skyline(sheet, rng)
     roofs = np.zeros((2, int(LAST_LOT)), np.float32)
     strokes: list[Stroke] = []
-    for side in (-1, 1):
-        strokes += lots(
-            sheet,
-            rng,
-            wall=side * plan.wall[side],
-            crossing=plan.crossing,
-            built=plan.built,
-            roofs=roofs[(side + 1) // 2],
-        )
+    for side, heights in zip((-1, 1), roofs, strict=True):
+        wall = side * plan.wall[side]
+        strokes += lots(sheet, rng, wall=wall, crossing=plan.crossing, built=plan.built, roofs=heights)
     strokes += [*_traffic(sheet, rng, plan), *_furniture(sheet, rng, plan), *_people(sheet, rng, plan)]
     for _, paint in sorted(strokes, key=lambda stroke: -stroke[0]):
         paint()
@@ -138,49 +142,39 @@ def _plan(rng: Generator) -> Plan:
 # -- the ground ------------------------------------------------------------------------------------------------------
 
 
-_STATIONS = (NEAR, 1.5, 2.2, 3.0, 4.0, 5.5, 7.5, 10.0, 14.0, 20.0, 28.0, 40.0, 60.0, 90.0, 140.0, 240.0)
-
-
-def _strip(sheet: Sheet, x0: float, x1: float, colour: Colour, surface: int) -> None:
+def _strip(sheet: Sheet, x0: float, x1: float, colour: Colour, surface: int = ROAD_SURFACE) -> None:
     """A strip of ground along the whole street between x0 and x1 metres from its middle."""
     along = sheet.camera.along
     border = [(along(x0, z), z) for z in _STATIONS] + [(along(x1, z), z) for z in reversed(_STATIONS)]
     sheet.floor(border, colour, surface)
 
 
-def _patch(sheet: Sheet, x0: float, x1: float, z0: float, z1: float, colour: Colour, surface: int) -> None:
-    along = sheet.camera.along
-    sheet.floor([(along(x0, z0), z0), (along(x1, z0), z0), (along(x1, z1), z1), (along(x0, z1), z1)], colour, surface)
+def _patch(sheet: Sheet, x0: float, x1: float, z0: float, z1: float, colour: Colour) -> None:
+    """A piece of the road."""
+    corners = ((x0, z0), (x1, z0), (x1, z1), (x0, z1))
+    sheet.floor([(sheet.camera.along(x, z), z) for x, z in corners], colour, ROAD_SURFACE)
 
 
 def _paint_ground(sheet: Sheet, rng: Generator, plan: Plan) -> None:
-    camera, kerb = sheet.camera, plan.kerb
-    width, height = sheet.image.size
+    kerb, (width, height) = plan.kerb, sheet.image.size
     stone = pick(rng, ((150, 146, 138), (132, 130, 128), (160, 150, 136), (126, 118, 110), (146, 132, 122)))
     tar = pick(rng, ((96, 96, 98), (82, 82, 86), (110, 108, 106), (74, 76, 82)))
-    horizon = camera.project(0.0, 0.0, 240.0)[1]
+    horizon = sheet.camera.project(0.0, 0.0, 240.0)[1]
     sheet.polygon([(0, horizon), (width, horizon), (width, height), (0, height)], stone, PAVEMENT_SURFACE)
     for way in (-1, 1):  # joints of the paving, and the kerb stone
         for share in (0.35, 0.7, 1.0):
             x = way * (kerb[way] + share * (plan.wall[way] - kerb[way]))
             _strip(sheet, x - 0.03, x + 0.03, shade(stone, 0.88), PAVEMENT_SURFACE)
         _strip(sheet, way * kerb[way], way * (kerb[way] + 0.22), shade(stone, 1.2), PAVEMENT_SURFACE)
-    _strip(sheet, -kerb[-1], kerb[1], tar, ROAD_SURFACE)
+    _strip(sheet, -kerb[-1], kerb[1], tar)
     if plan.crossing:
-        _patch(sheet, -60.0, 60.0, plan.crossing, plan.crossing + 8.0, tar, ROAD_SURFACE)
+        _patch(sheet, -60.0, 60.0, plan.crossing, plan.crossing + 8.0, tar)
     for _ in range(3):  # mended tar
         x, z = rng.uniform(-kerb[-1], kerb[1] - 1.2), 4.0 + 22.0 * rng.random() ** 2
-        _patch(
-            sheet,
-            x,
-            x + rng.uniform(0.5, 1.2),
-            z,
-            z + rng.uniform(1.0, 5.0),
-            shade(tar, rng.uniform(0.78, 1.12)),
-            ROAD_SURFACE,
-        )
-    _strip(sheet, -kerb[-1] + 0.0, -kerb[-1] + 0.25, shade(tar, 0.8), ROAD_SURFACE)
-    _strip(sheet, kerb[1] - 0.25, kerb[1], shade(tar, 0.8), ROAD_SURFACE)
+        x1, z1, tone = x + rng.uniform(0.5, 1.2), z + rng.uniform(1.0, 5.0), rng.uniform(0.78, 1.12)
+        _patch(sheet, x, x1, z, z1, shade(tar, tone))
+    _strip(sheet, -kerb[-1], -kerb[-1] + 0.25, shade(tar, 0.8))
+    _strip(sheet, kerb[1] - 0.25, kerb[1], shade(tar, 0.8))
     _paint_markings(sheet, rng, plan)
 
 
@@ -192,26 +186,26 @@ def _paint_markings(sheet: Sheet, rng: Generator, plan: Plan) -> None:
     solid = rng.random() < 0.25
     for x in dividers:
         if solid and x == middle:
-            _strip(sheet, x - 0.07, x + 0.07, white, ROAD_SURFACE)
+            _strip(sheet, x - 0.07, x + 0.07, white)
             continue
         z = start
         while z < 80.0:
             if not plan.crossing or not plan.crossing - 3.0 < z < plan.crossing + 8.0:
-                _patch(sheet, x - 0.07, x + 0.07, max(z, NEAR), max(z + 0.5 * pitch, NEAR), white, ROAD_SURFACE)
+                _patch(sheet, x - 0.07, x + 0.07, max(z, NEAR), max(z + 0.5 * pitch, NEAR), white)
             z += pitch
     lines = rng.random()
-    for way in (-1, 1):
-        x = way * (plan.kerb[way] - (2.2 if plan.parking[way] else 0.35))
-        if lines < 0.4:
-            _strip(sheet, x - 0.06, x + 0.06, white if lines < 0.25 else (196, 160, 60), ROAD_SURFACE)
+    if lines < 0.4:
+        for way in (-1, 1):
+            x = way * (plan.kerb[way] - (2.2 if plan.parking[way] else 0.35))
+            _strip(sheet, x - 0.06, x + 0.06, white if lines < 0.25 else (196, 160, 60))
     zebra = rng.uniform(8.0, 26.0)
     if plan.crossing:
         zebra = plan.crossing - 4.5
-        _patch(sheet, middle, plan.side * (plan.kerb[plan.side] - 0.4), zebra - 1.4, zebra - 0.9, white, ROAD_SURFACE)
+        _patch(sheet, middle, plan.side * (plan.kerb[plan.side] - 0.4), zebra - 1.4, zebra - 0.9, white)
     if plan.crossing or rng.random() < 0.2:
         x = -plan.kerb[-1] + 0.5
         while x < plan.kerb[1] - 0.7:
-            _patch(sheet, x, x + 0.5, zebra, zebra + 3.2, white, ROAD_SURFACE)
+            _patch(sheet, x, x + 0.5, zebra, zebra + 3.2, white)
             x += 1.05
 
 
@@ -243,30 +237,33 @@ def _traffic(sheet: Sheet, rng: Generator, plan: Plan) -> Iterator[Stroke]:
 
 def _furniture(sheet: Sheet, rng: Generator, plan: Plan) -> Iterator[Stroke]:
     """Street lamps, trees, signs, signals, bollards and railings at the kerb."""
-    along = sheet.camera.along
     spacing, both = rng.uniform(15.0, 28.0), rng.random() < 0.5
     for way in (-1, 1):
+
+        def beside(offset: float, z: float, way: int = way) -> float:
+            """x of what stands offset metres behind the kerb."""
+            return sheet.camera.along(way * (plan.kerb[way] + offset), z)
+
         z = rng.uniform(5.0, 5.0 + spacing)
         while z < 100.0 and (both or way == plan.side):
             arm = -way * rng.uniform(0.8, 2.0)
-            yield z, partial(lamp_post, sheet, rng, along(way * (plan.kerb[way] + 0.5), z), z, arm)
+            yield z, partial(lamp_post, sheet, rng, beside(0.5, z), z, arm)
             z += spacing
         z = rng.uniform(6.0, 16.0)
         if rng.random() < 0.4:
             while z < 70.0:
-                yield z, partial(street_tree, sheet, rng, along(way * (plan.kerb[way] + 0.9), z), z)
+                yield z, partial(street_tree, sheet, rng, beside(0.9, z), z)
                 z += rng.uniform(8.0, 16.0)
         for _ in range(1 + int(rng.random() * 2.5)):
             z = 5.0 + 26.0 * rng.random() ** 1.5
-            yield z, partial(road_sign, sheet, rng, along(way * (plan.kerb[way] + rng.uniform(0.6, 1.4)), z), z)
+            yield z, partial(road_sign, sheet, rng, beside(rng.uniform(0.6, 1.4), z), z)
         if plan.crossing or rng.random() < 0.15:
             z = plan.crossing - 3.0 if plan.crossing else rng.uniform(10.0, 30.0)
-            yield z, partial(traffic_light, sheet, rng, along(way * (plan.kerb[way] + 0.5), z), z)
+            yield z, partial(traffic_light, sheet, rng, beside(0.5, z), z)
         if rng.random() < 0.25:
             start = rng.uniform(4.0, 14.0)
-            for k in range(5):
-                z = start + 1.8 * k
-                yield z, partial(bollard, sheet, rng, along(way * (plan.kerb[way] + 0.35), z), z)
+            for z in (start + 1.8 * k for k in range(5)):
+                yield z, partial(bollard, sheet, rng, beside(0.35, z), z)
         elif rng.random() < 0.3:
             z = rng.uniform(6.0, 12.0)
             span = (z, z + rng.uniform(5.0, 16.0))
