@@ -170,8 +170,6 @@ Runs
     pipeline/search.py             Ray Tune over the rounds
     pipeline/distance.py           FID and KID of two sets of frames
     pipeline/single.py             single stages without a recipe
-    pipeline/verbs.py              single stages without a recipe
-    pipeline/masks.py              masks of images and videos without a run
 
 The command line
     cli/doctor.py    is this machine fit

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import click
+from pydantic import BaseModel, ValidationError
 
 from nightseg.cli.output import answer, json_option, libraries_on_stderr, print_folder_scores, print_json
 from nightseg.selection.settings import METHODS, known_extractor
-from nightseg.storage import Location
+from nightseg.storage import Location, UserError
+
+Settings = TypeVar("Settings", bound=BaseModel)
 
 
 def _actors_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -20,6 +23,16 @@ def _actors_option(command: Callable[..., Any]) -> Callable[..., Any]:
         type=click.IntRange(0),
         help="Parallel readers, one CPU each; 0: none.",
     )(command)
+
+
+def valid(kind: type[Settings], **values: Any) -> Settings:
+    """Settings from the values of options of the same names. Raises UserError that names the option."""
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = "--" + str(first["loc"][0] if first["loc"] else "").replace("_", "-")
+        raise UserError(f"{option} {first['input']}: {first['msg']}", cure="see --help") from error
 
 
 def _checked_extractor(context: click.Context, parameter: click.Parameter, name: str) -> str:
@@ -66,7 +79,7 @@ def split(images: str, out: str, margin: float, actors: int, as_json: bool) -> N
     nightseg split /data/dashcam --out dashcam.parquet
     """
     from nightseg.cluster.settings import MapCompute
-    from nightseg.pipeline.verbs import split_folder
+    from nightseg.pipeline.single import split_folder
     from nightseg.progress import progress_for
 
     with libraries_on_stderr():
@@ -166,11 +179,12 @@ def select(
     nightseg select night.parquet --reference translated/ --count 1600 --extractor efficientnet_lite0 --out chosen
     """
     from nightseg.cluster.settings import MapCompute
-    from nightseg.pipeline.verbs import select_frames
+    from nightseg.pipeline.single import select_frames
     from nightseg.progress import progress_for
     from nightseg.selection.settings import Extraction, Selection
 
-    choice = Selection(
+    selection = valid(
+        Selection,
         method=method,
         count=count,
         quota=quota,
@@ -180,7 +194,9 @@ def select(
     )
     compute = MapCompute(actors=actors)
     with libraries_on_stderr():
-        found = select_frames(pool, reference, out, choice=choice, seed=seed, compute=compute, progress=progress_for())
+        found = select_frames(
+            pool, reference, out, selection=selection, seed=seed, compute=compute, progress=progress_for()
+        )
     answer(found, as_json)
 
 
@@ -240,7 +256,7 @@ def evaluate(
             Location.of(labels),
             taxonomy,
             label_encoding=label_encoding,
-            evaluation=Evaluation(boundary=boundary_distance if boundary else None, absent_class=absent_class),
+            evaluation=valid(Evaluation, boundary=boundary_distance if boundary else None, absent_class=absent_class),
             compute=MapCompute(actors=actors),
             work=None if work is None else Location.of(work),
             progress=progress_for(),
@@ -294,7 +310,7 @@ def _factors(context: click.Context, parameter: click.Parameter, text: str) -> t
 @_inference_options
 @click.option("--device", help="cpu, cuda or cuda:N. Default: CUDA where there is one; with --actors, cpu.")
 @click.option("--batch", default=8, show_default=True, type=click.IntRange(1), help="Frames, or windows, at a time.")
-@click.option("--actors", type=click.IntRange(1), help="Spread images over this many actors of Ray, one CPU each.")
+@_actors_option
 @json_option
 def predict(
     model: str,
@@ -304,7 +320,7 @@ def predict(
     overlay_video: bool,
     device: str | None,
     batch: int,
-    actors: int | None,
+    actors: int,
     as_json: bool,
     **modes: Any,
 ) -> None:
@@ -322,16 +338,26 @@ def predict(
     nightseg predict runs/demo:self_trained 'drives/**/*.jpg' --out masks --flip --scales 0.75,1,1.25
     nightseg predict runs/demo:self_trained drive.mp4 --out drive --window 512x1024 --overlay-video
     """
-    from nightseg.pipeline.masks import Wishes, predict_frames
+    from nightseg.cluster.settings import MapCompute
     from nightseg.pipeline.results import model_folder
+    from nightseg.pipeline.single import predict_frames
     from nightseg.progress import progress_for
-    from nightseg.segmenter.inference import Inference
+    from nightseg.segmenter.settings import Inference
     from nightseg.stages.predict import check_pictures
 
     pictures = check_pictures([word.strip() for word in save.split(",") if word.strip()])
-    wishes = Wishes(pictures, Inference(**modes), batch, device, overlay_video)
+    inference = valid(Inference, **modes)
+    on_gpu = device is not None and device.startswith("cuda")
     with libraries_on_stderr():
         found = predict_frames(
-            model_folder(model), source, Location.of(out), wishes=wishes, actors=actors, progress=progress_for()
+            model_folder(model),
+            source,
+            Location.of(out),
+            save=pictures,
+            inference=inference,
+            device=device,
+            overlay_video=overlay_video,
+            compute=MapCompute(actors=actors, gpus_per_actor=float(on_gpu), batch=batch),
+            progress=progress_for(),
         )
     answer(found, as_json)

@@ -6,13 +6,14 @@ share it: the model that four students start from is trained once, a pool is sco
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Final, Literal
 
 from nightseg.cluster.settings import MapCompute, TrainCompute
 from nightseg.data import layouts
 from nightseg.data.settings import FolderDataset, JoinedDataset, ScenesDataset, SplitDataset, TranslatedDataset
+from nightseg.data.sources import Video
 from nightseg.data.taxonomy import taxonomy
 from nightseg.errors import UserError, closest
 from nightseg.pipeline.graph import (
@@ -29,6 +30,7 @@ from nightseg.pipeline.graph import (
 )
 from nightseg.recipe.checks import way_missing
 from nightseg.recipe.types import (
+    Compute,
     Evaluation,
     Model,
     Recipe,
@@ -90,6 +92,66 @@ def build_graph(recipe: Recipe, only: str | None = None) -> Graph:
     return builder.graph
 
 
+# -- without a recipe -------------------------------------------------------------------------------------------------
+
+POOL, REFERENCE = "pool", "reference"  # names of the sets of frames
+
+
+def split_graph(images: str, margin: float, compute: MapCompute) -> Graph:
+    """A folder of images collected and split."""
+    builder = _without_recipe({POOL: images}, compute)
+    builder.split(POOL, margin)
+    return builder.graph
+
+
+def selection_graph(places: Mapping[str, str | Given], selection: Selection, seed: int, compute: MapCompute) -> Graph:
+    """Frames of POOL chosen by their features, close to those of REFERENCE if there is one."""
+    builder = _without_recipe(places, compute, seed)
+    builder.select(POOL, selection, POOL, [REFERENCE] if REFERENCE in places else [])
+    return builder.graph
+
+
+def _without_recipe(places: Mapping[str, str | Given], compute: MapCompute, seed: int = 0) -> Builder:
+    """Image folders and frame tables as datasets. Of frames from the road some are always broken: they are listed."""
+    folders: dict[str, Any] = {
+        name: FolderDataset.of_images("" if isinstance(place, Given) else place) for name, place in places.items()
+    }
+    recipe = Recipe(name="single", seed=seed, datasets=folders, max_bad_fraction=1.0, compute=Compute(map=compute))
+    builder = Builder(recipe)
+    builder.graph.datasets |= {name: (place,) for name, place in places.items() if isinstance(place, Given)}
+    return builder
+
+
+def prediction_graph(
+    images: Given | None,
+    videos: Sequence[Video],
+    source: str,
+    settings: Mapping[str, Any],
+    overlay_video: bool,
+    unhashed: Mapping[str, Any],
+    model_sha256: str,
+    compute: MapCompute,
+) -> Graph:
+    """A model folder on images and videos: a node for all images, and one a video. `source` identifies the files."""
+    graph = Graph()
+    # The batch is part of it: a network may round differently with another one.
+    facts = {"model": model_sha256, "batch": compute.batch, "shard_rows": compute.shard_rows}
+    unhashed = {**unhashed, "compute": compute}
+    if images is not None:
+        node = NodeId("predict", "images")
+        more = {**settings, "max_bad_fraction": 1.0}
+        inputs = {"frames": Frames((images,))}
+        rest = {**unhashed, "name": "images"}
+        graph.nodes[node] = Node(node, predict.VERSION, predict.predict, compute, inputs, more, rest, facts)
+    for number, video in enumerate(videos):
+        node = NodeId("predict", f"video-{number}")
+        more = {**settings, "overlay_video": overlay_video, "name": video.name}
+        rest = {**unhashed, "video": video.file}
+        known = {**facts, "source": source}
+        graph.nodes[node] = Node(node, predict.VERSION, predict.predict_video, compute, {}, more, rest, known)
+    return graph
+
+
 def evaluation_graph(
     pairs: Given, taxonomy: str, label_encoding: str | None, evaluation: Evaluation, compute: MapCompute
 ) -> Graph:
@@ -99,6 +161,9 @@ def evaluation_graph(
     call, facts = evaluate.evaluate_folders, {"shard_rows": compute.shard_rows}
     inputs, unhashed = {"pairs": Frames((pairs,))}, {"compute": compute}
     return Graph({node: Node(node, evaluate.VERSION, call, compute, inputs, settings, unhashed, facts)})
+
+
+# -- of a recipe ------------------------------------------------------------------------------------------------------
 
 
 class Builder:

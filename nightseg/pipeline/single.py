@@ -8,20 +8,193 @@ from __future__ import annotations
 
 import secrets
 import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 
 from nightseg.cluster.settings import MapCompute
+from nightseg.data import layouts
 from nightseg.data import table as frame
 from nightseg.data.layouts import pair_up
+from nightseg.data.settings import FolderDataset
+from nightseg.data.sources import Source, find_source
 from nightseg.data.taxonomy import taxonomy as load_taxonomy
+from nightseg.data.video import need_av
+from nightseg.networks.model_folder import TENSORS, load_card
 from nightseg.pipeline import build, run
-from nightseg.pipeline.graph import Given, NodeId
+from nightseg.pipeline.graph import Given, NodeId, part_of_key
 from nightseg.progress import Progress
 from nightseg.recipe.types import Evaluation
-from nightseg.segmenter.predict import PICTURES
-from nightseg.storage import Location, hash_of
+from nightseg.segmenter.predict import PICTURES, Picture, check_kind, usable_device
+from nightseg.segmenter.settings import Inference
+from nightseg.selection.features import identify
+from nightseg.selection.settings import Selection
+from nightseg.stages.predict import check_pictures, picture_files
+from nightseg.storage import Location, UserError, hash_of, sha256_of
+
+
+def split_folder(images: str, out: str, *, margin: float, compute: MapCompute, progress: Progress) -> dict[str, Any]:
+    """Separate a folder of images into day, night and twilight; write one frame table with domain, score, margin.
+
+    Beside `out` lie the evidence (histograms, thresholds, borderline frames) and, if there are bad frames, why.
+    """
+    table = Location.of(out)
+    if not table.name.endswith(".parquet"):
+        raise UserError(f"{out}: the frame table is a Parquet file", cure="a name that ends in .parquet")
+    graph = build.split_graph(images, margin, compute)
+    with run.finished(graph, table.parent / f".{table.name}.work", progress) as commits:
+        collected, done = commits.values()
+        bad = [commit.table("quarantine") for commit in (collected, done) if commit.quarantined]
+        table.write_table(frame.resolve(done.table("frames"), done.folder))
+        stem = table.name.removesuffix(".parquet")
+        (table.parent / f"{stem}.evidence.json").write_json(done.json("evidence.json"))
+        if bad:
+            (table.parent / f"{stem}.quarantine.parquet").write_table(pa.concat_tables(bad))
+    return dict(done.summary) | {"frames": table.uri, "quarantined": sum(part.num_rows for part in bad)}
+
+
+def select_frames(
+    pool: str,
+    reference: str | None,
+    out: str,
+    *,
+    selection: Selection,
+    seed: int,
+    compute: MapCompute,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Choose frames of a pool (image folder or frame table); write frames.parquet, scores.parquet, evidence.json.
+
+    Raises UserError before any frame is read: no such pool or reference, a method that needs a reference and has none,
+    an extractor whose weights are not at hand.
+    """
+    folder = Location.of(out)
+    if reference is None and selection.needs_reference:
+        raise UserError(
+            f"method {selection.method} needs a reference that the chosen frames should be close to",
+            cure="name a folder or a frame table as the reference, or the method random",
+        )
+    places = {build.POOL: _frames(pool)} | ({} if reference is None else {build.REFERENCE: _frames(reference)})
+    found = places[build.POOL]
+    num_frames = found.table.num_rows if isinstance(found, Given) else layouts.count(FolderDataset.of_images(found))
+    if selection.count > num_frames:
+        raise UserError(f"count {selection.count}: the pool {pool} has {num_frames} frames", cure="a smaller count")
+    identify(selection.extractor)
+    graph = build.selection_graph(places, selection, seed, compute)
+    with run.finished(graph, folder / ".work", progress) as commits:
+        done = commits[NodeId("select", build.POOL)]
+        for name in ("frames.parquet", "scores.parquet", "evidence.json"):
+            (folder / name).write_bytes(done.file(name).read_bytes())
+    return dict(done.summary) | {"out": folder.uri}
+
+
+def _frames(source: str) -> str | Given:
+    """An image folder as it is, or the rows of a frame table."""
+    place = Location.of(source)
+    if not place.name.endswith(".parquet"):
+        return source
+    if not place.exists():
+        raise UserError(f"{source}: there is no such frame table", cure="check the path")
+    rows = frame.resolve(place.read_table(), place.parent)
+    frame.check_frames(rows)
+    whole = frame.frame_table(rows.to_pylist())  # a table made by hand may hold only frame_id and uri
+    return Given(whole, hash_of(whole.to_pylist()))
+
+
+# -- predictions ------------------------------------------------------------------------------------------------------
+
+
+def predict_frames(
+    model: Location,
+    source: str,
+    out: Location,
+    *,
+    save: Sequence[str],
+    inference: Inference,
+    device: str | None = None,
+    overlay_video: bool = False,
+    compute: MapCompute,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Segment what `source` points at (see `find_source`). Returns what was done, and writes it to prediction.json.
+
+    The mask of `a/b.jpg` is `<out>/a/b.png`, its other pictures `<out>/<picture>/a/b.*`; frame 7 of the video `a/c.mp4`
+    is `a/c/000007` in the same way. Frames that cannot be used do not stop the rest: `<out>/quarantine.json` lists
+    them with their reasons. `device` None: CUDA where there is one; with actors, the CPU. Videos need no actors.
+
+    Raises UserError: no model, nothing to read, none of it usable, two frames that would be written to one file.
+    """
+    started = time.monotonic()
+    pictures = check_pictures(save)
+    card = load_card(model)
+    check_kind(model, card)
+    device = device or "cpu" if compute.actors else str(usable_device(device))
+    found = find_source(source)
+    _check_source(found, pictures, overlay_video, compute.actors, source)
+    sha256 = {"model": hash_of([card, sha256_of((model / TENSORS).read_bytes())]), "source": found.identity}
+    images = Given(frame.frame_table(found.images), found.identity) if found.images else None
+    settings = {"save": pictures, "inference": inference}
+    unhashed = {"model": model, "out": out, "device": device}
+    graph = build.prediction_graph(
+        images, found.videos, found.identity, settings, overlay_video, unhashed, sha256["model"], compute
+    )
+    with run.finished(graph, out / ".work", progress) as commits:
+        bad = [*found.bad, *(row for commit in commits.values() for row in commit.table("quarantine").to_pylist())]
+        (out / "quarantine.json").write_json(bad)
+        written = sum(commit.rows_out for commit in commits.values())
+    if not written:
+        first = bad[0]
+        raise UserError(
+            f"{source}: none of the {len(bad)} frames can be used; the first, {first[frame.URI]}, is "
+            f"{first[frame.REASON]} ({first[frame.DETAIL]})",
+            cure=f"mend the files that are listed in {out / 'quarantine.json'}",
+        )
+    answer = {
+        "model": str(model),
+        "source": source,
+        "images": written + len(bad),
+        "written": written,
+        "quarantined": len(bad),
+        "out": out.uri,
+        "save": list(pictures),
+        "taxonomy": card["taxonomy"]["name"],
+        "seconds": round(time.monotonic() - started, 3),
+    }
+    (out / "prediction.json").write_json(answer | {"inference": part_of_key(inference), "sha256": sha256})
+    return answer
+
+
+def _check_source(found: Source, save: Sequence[Picture], overlay_video: bool, actors: int, source: str) -> None:
+    """What cannot be done is said before anything is."""
+    if found.videos:
+        need_av()
+        if actors:
+            raise UserError(f"{source}: a video is decoded in order, in one process", cure="no actors")
+    elif overlay_video:
+        raise UserError(f"{source}: an overlay video needs a video", cure="save overlay, a picture of each image")
+    owner: dict[str, str] = {}
+    for row in found.images:
+        for file in picture_files(row[frame.FRAME_ID], save).values():
+            if owner.setdefault(file, row[frame.FRAME_ID]) != row[frame.FRAME_ID]:
+                raise UserError(
+                    f"{source}: the images {owner[file]} and {row[frame.FRAME_ID]} would both write {file}",
+                    cure="rename their folder, or save one kind of picture at a time",
+                )
+    for video in found.videos:
+        folders = {str(PurePosixPath(file).parent) for file in picture_files(f"{video.name}/0", save).values()}
+        taken = [file for file in owner if str(PurePosixPath(file).parent) in folders]
+        if taken:
+            raise UserError(
+                f"{source}: the frames of the video {video.name} and the image {owner[taken[0]]} would be written to "
+                "one folder",
+                cure="rename either, or give them one after the other",
+            )
+
+
+# -- scores of a folder -----------------------------------------------------------------------------------------------
 
 
 def evaluate_folders(

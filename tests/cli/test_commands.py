@@ -9,15 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from nightseg.cluster.settings import MapCompute
 from nightseg.data.images import encode_png
 from nightseg.data.taxonomy import taxonomy
 from nightseg.interop import onnx as export_module
 from nightseg.networks.model_folder import save_model
-from nightseg.pipeline import masks as masks_module
-from nightseg.pipeline import verbs
-from nightseg.pipeline.masks import Wishes
-from nightseg.segmenter.inference import Inference
+from nightseg.pipeline import single
 from nightseg.segmenter.network import build_semantic_fpn
+from nightseg.segmenter.settings import Inference
 from nightseg.selection.frechet import Statistics, write_statistics
 from nightseg.storage import Location
 from tests.command_line import forbid_ray, good, json_of, refused
@@ -121,11 +120,15 @@ def test_predict_passes_on_what_it_was_given(monkeypatch: pytest.MonkeyPatch, tm
         asked.update(more, source=source, out=out)
         return {"written": 3}
 
-    monkeypatch.setattr(masks_module, "predict_frames", predict_frames)
+    monkeypatch.setattr(single, "predict_frames", predict_frames)
     (tmp_path / "model.json").write_text("{}")
     words = ("predict", tmp_path, "drives/**/*.jpg", "--out", "o")
     assert json_of(*words) == {"written": 3}
-    assert (asked["wishes"], asked["actors"], asked["source"]) == (Wishes(), None, "drives/**/*.jpg")
+    del asked["progress"]
+    assert asked == {
+        "source": "drives/**/*.jpg", "out": Location.of("o"), "save": ("mask",), "inference": Inference(),
+        "device": None, "overlay_video": False, "compute": MapCompute(actors=0),
+    }  # fmt: skip
     looks = (
         "--window",
         "512x1024",
@@ -139,8 +142,14 @@ def test_predict_passes_on_what_it_was_given(monkeypatch: pytest.MonkeyPatch, tm
     )
     rest = ("--batch", "3", "--device", "cpu", "--actors", "2", "--overlay-video", "--save", "color")
     json_of(*words, *looks, *rest)
-    inference = Inference((512, 1024), 0.5, True, (0.75, 1.0, 1.25), "bfloat16")
-    assert asked["wishes"] == Wishes(("color",), inference, 3, "cpu", True) and asked["actors"] == 2
+    del asked["progress"]
+    assert asked == {
+        "source": "drives/**/*.jpg", "out": Location.of("o"), "save": ("color",), "device": "cpu",
+        "inference": Inference(
+            window=(512, 1024), overlap=0.5, flip=True, scales=(0.75, 1.0, 1.25), precision="bfloat16"
+        ),
+        "overlay_video": True, "compute": MapCompute(actors=2, batch=3),
+    }  # fmt: skip
 
 
 def test_export_shows_the_check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -192,7 +201,7 @@ def test_steps_pass_on_what_they_were_given(
         asked.update(more)
         return {"frames": 3}
 
-    monkeypatch.setattr(verbs, name, step)
+    monkeypatch.setattr(single, name, step)
     assert json_of(*words, "--actors", "5") == {"frames": 3}
     assert asked["compute"].actors == 5
     assert {key: asked[key] for key in expected} == expected

@@ -13,7 +13,7 @@ from nightseg.cli.doctor import Finding
 from nightseg.cli.main import main
 from nightseg.pipeline import run as run_module
 from nightseg.pipeline import search as search_module
-from nightseg.pipeline import verbs
+from nightseg.pipeline import single
 from nightseg.pipeline.run import Outcome
 from nightseg.pipeline.search import Found
 from nightseg.storage import Location, Workspace
@@ -102,8 +102,11 @@ def test_verbs_that_answer_can_answer_in_json(verb: str) -> None:
         (("predict", "m", "a", "--out", "o", "--window", "512"), "'512' is not HEIGHTxWIDTH in pixels, like 512x1024"),
         (("predict", "m", "a", "--out", "o", "--window", "0x8"), "'0x8' is not HEIGHTxWIDTH in pixels, like 512x1024"),
         (("predict", "m", "a", "--out", "o", "--scales", "1;2"), "'1;2' is not a list of numbers, like 0.75,1,1.25"),
-        (("predict", "m", "a", "--out", "o", "--scales", "1,9"), "above 0, at most 4"),
-        (("predict", "m", "a", "--out", "o", "--overlap", "1"), "overlap 1.0"),
+        (
+            ("predict", "m", "a", "--out", "o", "--scales", "1,9"),
+            "--scales 9.0: Input should be less than or equal to 4",
+        ),
+        (("predict", "m", "a", "--out", "o", "--overlap", "1"), "--overlap 1.0: "),
         (("export", "/does/not/exist", "--out", "o.onnx"), "neither a model folder"),
         (("export", "m", "--out", "o.onnx", "--size", "0x4"), "'0x4' is not HEIGHTxWIDTH in pixels, like 512x1024"),
         (("export", "m", "--out", "o.onnx", "--tolerance", "0"), "--tolerance"),
@@ -119,7 +122,7 @@ def test_a_folder_that_may_not_be_read_is_a_wrong_request(monkeypatch: pytest.Mo
     def forbidden(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied", "/secret")
 
-    monkeypatch.setattr(verbs, "split_folder", forbidden)
+    monkeypatch.setattr(single, "split_folder", forbidden)
     assert "/secret: Permission denied" in refused("split", "/secret", "--out", "a.parquet")
 
 

@@ -16,7 +16,6 @@ from nightseg.selection.features import build_extractor
 from nightseg.selection.frechet import Statistics, frechet_distance, write_statistics
 from nightseg.selection.kernel import kernel_distance
 from nightseg.selection.settings import Extraction
-from nightseg.stages import score as stage
 from nightseg.storage import Location, UserError
 from tests.frames_on_disk import folder_of, image
 

@@ -13,16 +13,17 @@ import pyarrow as pa
 import pytest
 import torch
 
+from nightseg.cluster.settings import MapCompute
 from nightseg.data.images import decode_image, decode_label, encode_jpeg, encode_png
 from nightseg.data.taxonomy import taxonomy
 from nightseg.data.video import new_video, open_video
 from nightseg.networks.model_folder import save_model
-from nightseg.pipeline import masks
-from nightseg.pipeline.masks import Wishes, predict_frames
+from nightseg.pipeline.single import predict_frames
 from nightseg.progress import SilentProgress
-from nightseg.segmenter.inference import Inference
 from nightseg.segmenter.network import build_semantic_fpn
 from nightseg.segmenter.predict import Segmented, Segmenter
+from nightseg.segmenter.settings import Inference
+from nightseg.stages import predict as stage
 from nightseg.storage import Location, UserError
 
 CLASSES = taxonomy("camvid11")
@@ -68,9 +69,12 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     yield shown
 
 
-def predict(model: Location, source: object, out: Path, actors: int | None = None, **changes: Any) -> dict[str, Any]:
-    wishes = Wishes(**({"batch": 2, "device": "cpu"} | changes))
-    return predict_frames(model, str(source), Location.of(out), wishes=wishes, actors=actors, progress=SilentProgress())
+def predict(
+    model: Location, source: object, out: Path, actors: int = 0, batch: int = 2, **changes: Any
+) -> dict[str, Any]:
+    settings = {"save": ("mask",), "inference": Inference(), "device": "cpu", "progress": SilentProgress()} | changes
+    compute = MapCompute(actors=actors, batch=batch, shard_rows=2)
+    return predict_frames(model, str(source), Location.of(out), compute=compute, **settings)
 
 
 def labels_of(file: Path) -> np.ndarray:
@@ -144,10 +148,8 @@ class TestImages:
             predict(model, images, out, save=("mask", "color"))
         with pytest.raises(UserError, match="unknown picture 'maks'"):
             predict(model, images, out, save=("maks",))
-        with pytest.raises(UserError, match="--overlay-video needs a video"):
+        with pytest.raises(UserError, match="an overlay video needs a video"):
             predict(model, images, out, overlay_video=True)
-        with pytest.raises(UserError, match="batch 0"):
-            predict(model, images, out, batch=0)
         with pytest.raises(UserError, match="device 'gpu': unknown; known: cpu, cuda"):
             predict(model, images, out, device="gpu")
         with pytest.raises(UserError, match=r"device 'cuda:99': PyTorch sees \d+ CUDA GPUs here"):
@@ -171,15 +173,14 @@ class TestImages:
         def full(*_: Any) -> bytes:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(masks, "picture", full)
+        monkeypatch.setattr(stage, "picture", full)
         with pytest.raises(OSError, match="No space left"):
             predict(model, tmp_path / "images", tmp_path / "out")
 
 
 class TestGoingOn:
     @pytest.fixture
-    def images(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Location:
-        monkeypatch.setattr(masks, "SHARD_FRAMES", 2)
+    def images(self, tmp_path: Path) -> Location:
         folder = Location.of(tmp_path / "images")
         for number in range(6):
             (folder / f"{number}.png").write_bytes(encode_png(image(number)) if number != 1 else b"")
@@ -274,7 +275,6 @@ class TestVideos:
             ]
 
         monkeypatch.setattr(Segmenter, "batch", batch)
-        monkeypatch.setattr(masks, "SHARD_FRAMES", 2)
         return shown
 
     def test_frames_are_named_by_number_and_the_overlay_is_a_video(
@@ -351,7 +351,7 @@ class TestVideos:
 
     def test_a_video_is_not_spread(self, model: Location, tmp_path: Path) -> None:
         film(Location.of(tmp_path / "drive.mp4"), 1)
-        with pytest.raises(UserError, match="Cure: leave --actors out"):
+        with pytest.raises(UserError, match="Cure: no actors"):
             predict(model, tmp_path / "drive.mp4", tmp_path / "out", actors=2)
 
 
@@ -359,14 +359,13 @@ class TestVideos:
 def test_actors_write_the_same_bytes_as_this_process(
     ray_cluster: None, model: Location, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(masks, "SHARD_FRAMES", 2)
     images = Location.of(tmp_path / "images")
     for number in range(5):
         noise = np.random.default_rng(number).integers(0, 256, (33, 40, 3), dtype=np.uint8)
         (images / f"{number}.png").write_bytes(encode_png(noise) if number != 2 else b"")
-    wishes: dict[str, Any] = {"save": ("mask", "confidence"), "inference": Inference(window=(32, 32), flip=True)}
-    here = predict(model, images, tmp_path / "here", **wishes)
-    there = predict(model, images, tmp_path / "there", actors=2, **wishes)
+    settings: dict[str, Any] = {"save": ("mask", "confidence"), "inference": Inference(window=(32, 32), flip=True)}
+    here = predict(model, images, tmp_path / "here", **settings)
+    there = predict(model, images, tmp_path / "there", actors=2, **settings)
     assert (here["written"], here["quarantined"]) == (there["written"], there["quarantined"]) == (4, 1)
     for file in sorted((tmp_path / "here").rglob("*.png")):
         assert file.read_bytes() == (tmp_path / "there" / file.relative_to(tmp_path / "here")).read_bytes()

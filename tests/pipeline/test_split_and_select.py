@@ -11,12 +11,12 @@ import pytest
 from nightseg.cluster.settings import MapCompute
 from nightseg.data.images import encode_png
 from nightseg.data.scenes.street import scene
-from nightseg.pipeline import verbs
+from nightseg.pipeline import single
 from nightseg.progress import SilentProgress
 from nightseg.selection.settings import Extraction, Selection
 from nightseg.storage import Location, UserError
 
-COMPUTE = MapCompute(actors=1, cpus_per_actor=1, batch=4, shard_rows=16)
+COMPUTE = MapCompute(actors=0, batch=4, shard_rows=16)
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +33,16 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def choose(pool: Path, out: Path, method: str = "histogram", reference: Path | None = None) -> dict[str, object]:
-    choice = Selection(method=method, count=3, extractor=Extraction(name="efficientnet_lite0"))
+    selection = Selection(method=method, count=3, extractor=Extraction(name="efficientnet_lite0"))
     near = str(reference) if reference else None
-    return verbs.select_frames(
-        str(pool), near, str(out), choice=choice, seed=0, compute=COMPUTE, progress=SilentProgress()
+    return single.select_frames(
+        str(pool), near, str(out), selection=selection, seed=0, compute=COMPUTE, progress=SilentProgress()
     )
 
 
-@pytest.mark.ray
-def test_a_pool_is_split_into_a_frame_table_with_its_evidence(ray_cluster: None, pool: Path, tmp_path: Path) -> None:
+def test_a_pool_is_split_into_a_frame_table_with_its_evidence(pool: Path, tmp_path: Path) -> None:
     out = tmp_path / "out" / "frames.parquet"
-    found = verbs.split_folder(str(pool), str(out), margin=0.1, compute=COMPUTE, progress=SilentProgress())
+    found = single.split_folder(str(pool), str(out), margin=0.1, compute=COMPUTE, progress=SilentProgress())
     frames = Location.of(out).read_table()
     domains = dict(zip(frames["frame_id"].to_pylist(), frames["domain"].to_pylist(), strict=True))
     assert len(domains) == 8
@@ -59,8 +58,7 @@ def test_a_pool_is_split_into_a_frame_table_with_its_evidence(ray_cluster: None,
     ]  # fmt: skip
 
 
-@pytest.mark.ray
-def test_the_frames_closest_to_the_reference_are_chosen(ray_cluster: None, tmp_path: Path) -> None:
+def test_the_frames_closest_to_the_reference_are_chosen(tmp_path: Path) -> None:
     pool, reference = tmp_path / "pool", tmp_path / "reference"
     for folder, levels in ((pool, (10, 40, 80, 90, 100, 160, 220)), (reference, (88, 92))):
         folder.mkdir()
@@ -76,8 +74,7 @@ def test_the_frames_closest_to_the_reference_are_chosen(ray_cluster: None, tmp_p
     assert found["chosen"] == 3 and not (tmp_path / "chosen/.work").exists()
 
 
-@pytest.mark.ray
-def test_a_frame_table_made_by_hand_can_be_a_pool(ray_cluster: None, pool: Path, tmp_path: Path) -> None:
+def test_a_frame_table_made_by_hand_can_be_a_pool(pool: Path, tmp_path: Path) -> None:
     names = sorted(path.name for path in pool.glob("day*.png"))
     table = pa.table({"frame_id": names, "uri": [str(pool / name) for name in names]})
     Location.of(tmp_path / "pool.parquet").write_table(table)
@@ -86,14 +83,13 @@ def test_a_frame_table_made_by_hand_can_be_a_pool(ray_cluster: None, pool: Path,
     assert len(set(chosen)) == 3 and set(chosen) <= set(names)
 
 
-@pytest.mark.ray
-def test_what_was_done_is_kept_for_the_next_try(ray_cluster: None, pool: Path, tmp_path: Path) -> None:
-    pool = tmp_path / "pool"
-    pool.mkdir()
+def test_what_was_done_is_kept_for_the_next_try(pool: Path, tmp_path: Path) -> None:
+    small = tmp_path / "pool"
+    small.mkdir()
     for path in [pool / "broken.png", *sorted(pool.glob("day*.png"))[:2]]:
-        (pool / path.name).write_bytes(path.read_bytes())
+        (small / path.name).write_bytes(path.read_bytes())
     with pytest.raises(UserError, match="the pool has 2 frames, 3 were asked for"):
-        choose(pool, tmp_path / "chosen", method="random")
+        choose(small, tmp_path / "chosen", method="random")
     assert (tmp_path / "chosen/.work/stages/score").is_dir()  # the frames need not be looked at again
 
 
@@ -112,8 +108,8 @@ def test_wrong_requests_leave_nothing_behind(pool: Path, tmp_path: Path) -> None
     out, few = tmp_path / "out", tmp_path / "few.parquet"
     Location.of(few).write_table(pa.table({"frame_id": ["a", "b"], "uri": ["/a.png", "/b.png"]}))
     for frames, method, reference, message in (
-        (few, "random", None, "--count 3: the pool .* has 2 frames"),
-        (pool, "histogram", None, "--method histogram needs a reference"),
+        (few, "random", None, "count 3: the pool .* has 2 frames"),
+        (pool, "histogram", None, "method histogram needs a reference"),
         (tmp_path / "nowhere", "random", None, "no such folder"),
         (tmp_path / "no.parquet", "random", None, "there is no such frame table"),
         (pool, "pooled", tmp_path / "nowhere", "no such folder"),
@@ -122,14 +118,20 @@ def test_wrong_requests_leave_nothing_behind(pool: Path, tmp_path: Path) -> None
             choose(frames, out, method, reference)
     for images, table, message in ((tmp_path / "nowhere", "a.parquet", "no such folder"), (pool, "a.csv", "ends in")):
         with pytest.raises(UserError, match=message):
-            verbs.split_folder(str(images), str(out / table), margin=0.1, compute=COMPUTE, progress=SilentProgress())
+            single.split_folder(str(images), str(out / table), margin=0.1, compute=COMPUTE, progress=SilentProgress())
     assert not out.exists()
 
 
 @pytest.mark.usefixtures("no_ray")
 def test_weights_that_are_not_at_hand_are_missed_before_a_frame_is_read(pool: Path, tmp_path: Path) -> None:
-    choice = Selection(method="random", count=3, extractor=Extraction(weights="/no/weights.pth"))
+    selection = Selection(method="random", count=3, extractor=Extraction(weights="/no/weights.pth"))
     with pytest.raises(UserError, match=r"there is no weights file /no/weights\.pth"):
-        verbs.select_frames(
-            str(pool), None, str(tmp_path / "o"), choice=choice, seed=0, compute=COMPUTE, progress=SilentProgress()
+        single.select_frames(
+            str(pool),
+            None,
+            str(tmp_path / "o"),
+            selection=selection,
+            seed=0,
+            compute=COMPUTE,
+            progress=SilentProgress(),
         )
