@@ -143,7 +143,7 @@ def test_all_errors_of_a_recipe_are_in_one_message(tmp_path: Path) -> None:
         "line 10: models.first.train.0: there is no dataset 'dya', did you mean 'day'?",
         "models.first: a cycle",
         "line 12: models.third.train.0: the frames of pool have no labels",
-        "--set training.epoch=3: training.epoch: unknown key, did you mean 'epochs'?",
+        "set training.epoch=3: training.epoch: unknown key, did you mean 'epochs'?",
     ):
         assert expected in message, f"{expected}\nis missing in\n{message}"
     assert not (tmp_path / "run").exists()
