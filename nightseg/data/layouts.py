@@ -370,8 +370,9 @@ def pair_up(predictions_folder: Location, labels_folder: Location, skip: Sequenc
     if missing:
         raise UserError(
             f"{len(missing)} of {len(labels)} labels in {labels_folder.uri} have no prediction in "
-            f"{predictions_folder.uri}: {first_of(missing)}. A prediction is a PNG with the label's name "
-            f"(without endings such as {NAME_ENDINGS[0]}); `nightseg predict` writes them so"
+            f"{predictions_folder.uri}: {first_of(missing)}",
+            cure=f"name predictions, which are PNGs, like their labels (without endings such as {NAME_ENDINGS[0]}); "
+            "`nightseg predict` does so",
         )
     return pairs
 
@@ -392,7 +393,7 @@ def _keys_by_name(keys: Iterable[str]) -> dict[str, list[str]]:
 def _label_pngs(folder: Location, what: str, skip: Sequence[str] = ()) -> dict[str, Entry]:
     """Key of the frame -> file, for the PNG files below a folder, but not below its folders in `skip`."""
     if not folder.is_folder():
-        raise UserError(f"{what}: there is no folder {folder.uri}")
+        raise UserError(f"{what}: there is no folder {folder.uri}", cure="check the path")
     files: dict[str, Entry] = {}
     for entry in folder.list(recursive=True):
         path = PurePosixPath(entry.name)
@@ -405,9 +406,12 @@ def _label_pngs(folder: Location, what: str, skip: Sequence[str] = ()) -> dict[s
         if key not in files or path.stem.endswith("_labelTrainIds"):
             files[key] = entry
         elif not PurePosixPath(files[key].name).stem.endswith("_labelTrainIds"):
-            raise UserError(f"{what}: {files[key].name} and {entry.name} in {folder.uri} are the same frame by name")
+            both = f"{files[key].name} and {entry.name} in {folder.uri}"
+            raise UserError(f"{what}: {both} are the same frame by name", cure="keep one of them there")
     if not files:
-        raise UserError(f"{what}: there is no PNG below {folder.uri}")
+        raise UserError(
+            f"{what}: there is no PNG below {folder.uri}", cure="check the folder; other files do not count"
+        )
     return files
 
 

@@ -45,26 +45,28 @@ def find_source(source: str) -> Source:
     if place.exists():
         if place.is_folder():
             entries = [entry for entry in _visible(place.list(recursive=True)) if _is_image(entry)]
-            nothing = f"no image in {place}; looked for {', '.join(SUFFIXES)}. Videos need a pattern: '{place}/*.mp4'"
-            return _found(place, entries, nothing)
+            if not entries:
+                cure = f"check the folder; videos need a pattern: '{place}/*.mp4'"
+                raise UserError(f"{place}: there is no image; looked for {', '.join(SUFFIXES)}", cure=cure)
+            return _found(place, entries)
         if place.name.endswith(".parquet"):
             return _of_table(place)
-        return _found(place.parent, [_entry(place)], "")
+        return _found(place.parent, [_entry(place)])
     if not _has_magic(place, source):
-        raise UserError(f"{source}: there is no such file or folder. Cure: check the path; quote a pattern ('*.jpg').")
+        raise UserError(f"{source}: there is no such file or folder", cure="check the path; quote a pattern ('*.jpg')")
     root, pattern = _fixed_part(place)
     entries = sorted(_matches(root, pattern), key=lambda entry: entry.name)
     if not entries:
-        raise UserError(f"{source}: no file matches this pattern. Cure: check it; ** stands for any folders.")
+        raise UserError(f"{source}: no file matches this pattern", cure="check it; ** stands for any folders")
     known = [entry for entry in entries if _is_image(entry) or _is_video(entry)]
     known_suffixes = ", ".join((*SUFFIXES, *VIDEO_SUFFIXES))
-    nothing = f"{source}: {len(entries)} files match, none is an image or a video ({known_suffixes})"
-    return _found(root, known, nothing)
+    if not known:
+        what = f"{source}: {len(entries)} files match, none is an image or a video"
+        raise UserError(what, cure=f"name files that end in {known_suffixes}")
+    return _found(root, known)
 
 
-def _found(root: Location, entries: Sequence[Entry], nothing: str) -> Source:
-    if not entries:
-        raise UserError(nothing)
+def _found(root: Location, entries: Sequence[Entry]) -> Source:
     images, videos, bad = [], [], []
     candidates = named_frames(root, [entry.name for entry in entries], dataset="")
     for entry, candidate in zip(entries, candidates, strict=True):
@@ -84,7 +86,7 @@ def _of_table(file: Location) -> Source:
     rows = frame.resolve(file.read_table(), file.parent)
     frame.check_frames(rows)
     if rows.num_rows == 0:
-        raise UserError(f"{file}: the frame table has no row")
+        raise UserError(f"{file}: the frame table has no row", cure="name a table with frames")
     columns = [name for name in (frame.FRAME_ID, frame.URI, frame.SHA256) if name in rows.column_names]
     images = rows.select(columns).to_pylist()
     return Source(images, [], [], hash_of(images))

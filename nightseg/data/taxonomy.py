@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from importlib import resources
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -46,10 +47,11 @@ class Taxonomy:
     def lut(self, encoding: str) -> tuple[UInt8, NDArray[np.bool_]]:
         """(train id of each raw id, uint8[256]; whether the raw id is known, bool[256])."""
         if encoding not in self.encodings:
+            hint, listed = closest(encoding, self.encodings), ", ".join(sorted(self.encodings))
             raise UserError(
-                f"the taxonomy {self.name} has no label encoding {encoding!r}{closest(encoding, self.encodings)};"
-                f" known: {', '.join(sorted(self.encodings))}. The encoding says what the raw ids of the label files"
-                " mean: set label_encoding of the dataset, or add the encoding to the taxonomy's YAML file"
+                f"the taxonomy {self.name} has no label encoding {encoding!r}{hint}; known: {listed}",
+                cure="set label_encoding of the dataset to what the raw ids of its label files mean, or add that"
+                " encoding to the taxonomy's YAML file",
             )
         train_ids = np.full(256, IGNORE, dtype=np.uint8)
         known = np.zeros(256, dtype=np.bool_)
@@ -80,14 +82,16 @@ class Taxonomy:
         if not isinstance(values, Mapping):
             if len(values) != self.num_classes:
                 raise UserError(
-                    f"{len(values)} values for the {self.num_classes} classes of {self.name}; give one a class, in the "
-                    f"order {', '.join(self.classes)}, or name them: {{{self.classes[0]}: 2.0}}"
+                    f"{len(values)} values for the {self.num_classes} classes of {self.name}",
+                    cure=f"give one a class, in the order {', '.join(self.classes)}, or name them: "
+                    f"{{{self.classes[0]}: 2.0}}",
                 )
             return tuple(float(value) for value in values)
         for name in values:
             if name not in self.classes:
                 known = ", ".join(self.classes)
-                raise UserError(f"{self.name} has no class {name!r}{closest(name, self.classes)}; known: {known}")
+                hint = closest(name, self.classes)
+                raise UserError(f"{self.name} has no class {name!r}{hint}", cure=f"use one of {known}")
         return tuple(float(values.get(name, default)) for name in self.classes)
 
     def colourize(self, label: UInt8) -> UInt8:
@@ -97,116 +101,72 @@ class Taxonomy:
         return colours[label]
 
 
-def train_ids_of(row: Mapping[str, Any], classes: Taxonomy, size: tuple[int, ...] | None = None) -> UInt8 | None:
-    """uint8 HW train ids, 255 = ignored; None for a row without label.
+class Label(NamedTuple):
+    """The label of a frame, as it was read."""
+
+    train_ids: UInt8  # HW, 255 = ignored
+    sha256: str  # of the file
+
+
+def label_of(row: Mapping[str, Any], classes: Taxonomy, size: tuple[int, ...] | None = None) -> Label:
+    """Read and check the label of a row of a frame table that has one.
 
     Raises BadFrame: label_missing, unreadable (it has changed since it was collected), label_value, label_size if it is
     not `size` = (height, width), and what `decode_label` raises. Each names the label's file, because the uri of a
     quarantine row is the image.
     """
-    uri = row.get(frame.LABEL_URI)
-    if uri is None or row.get(frame.LABEL_ENCODING) is None:
-        return None
+    uri = row[frame.LABEL_URI]
     try:
         data = read_bytes(Location.of(uri), missing="label_missing")
-        if row.get(frame.LABEL_SHA256) not in (None, sha256_of(data)):
+        sha256 = sha256_of(data)
+        if row.get(frame.LABEL_SHA256) not in (None, sha256):
             raise BadFrame("unreadable", "it has changed since it was collected (sha256)")
         label_HW = decode_label(data)
         if size is not None and label_HW.shape != tuple(size):
-            raise BadFrame("label_size", f"it is {label_HW.shape}, the image {tuple(size)} (height, width)")
-        return classes.to_train_ids(label_HW, row[frame.LABEL_ENCODING])
+            found, wanted = (f"{width} x {height}" for height, width in (label_HW.shape, size))
+            raise BadFrame("label_size", f"{found} pixels, but the upright image is {wanted}")
+        return Label(classes.to_train_ids(label_HW, row[frame.LABEL_ENCODING]), sha256)
     except BadFrame as fault:
         named = fault.detail if uri in fault.detail else f"{uri}: {fault.detail}"
         raise BadFrame(fault.reason, f"label {named}") from fault
 
 
+def train_ids_of(row: Mapping[str, Any], classes: Taxonomy, size: tuple[int, ...] | None = None) -> UInt8 | None:
+    """`label_of` as uint8 HW train ids; None for a row without label."""
+    if row.get(frame.LABEL_URI) is None or row.get(frame.LABEL_ENCODING) is None:
+        return None
+    return label_of(row, classes, size).train_ids
+
+
 def taxonomy(name_or_yaml_path: str) -> Taxonomy:
-    """cityscapes19, camvid11, or a YAML file (see `_from_yaml`). Raises UserError."""
-    match name_or_yaml_path:
-        case "cityscapes19":
-            return _cityscapes19()
-        case "camvid11":
-            return _camvid11()
+    """cityscapes19, camvid11 (taxonomies/*.yaml), or a YAML file of the same form. Raises UserError.
+
+    {name, classes: [{name, color: [r, g, b], ids: {encoding: id or [ids]}}], ignore: {encoding: [ids]}}: `train_ids`
+    (0..K-1 and 255) is always there; raw ids that carry no class are listed in `ignore`, or "rest" says that every
+    other id is such a one.
+    """
+    folder = resources.files("nightseg.data") / "taxonomies"
+    known = sorted(file.name.removesuffix(".yaml") for file in folder.iterdir())
+    if name_or_yaml_path in known:
+        return _parsed(f"taxonomy {name_or_yaml_path}", (folder / f"{name_or_yaml_path}.yaml").read_bytes())
     if not re.search(r"\.ya?ml$", name_or_yaml_path, re.IGNORECASE):
-        known = ("cityscapes19", "camvid11")
         raise UserError(
-            f"unknown taxonomy {name_or_yaml_path!r}{closest(name_or_yaml_path, known)};"
-            f" known: {', '.join(known)}, or the path of a .yaml file with name and classes"
+            f"unknown taxonomy {name_or_yaml_path!r}{closest(name_or_yaml_path, known)}; known: {', '.join(known)}",
+            cure="set taxonomy to one of these, or to the path of a .yaml file with name and classes",
         )
-    return _from_yaml(Location.of(name_or_yaml_path))
-
-
-# Class, colour and raw id of the 19 evaluated classes (cityscapesScripts, helpers/labels.py).
-_CITYSCAPES: tuple[tuple[str, Colour, int], ...] = (
-    ("road", (128, 64, 128), 7),
-    ("sidewalk", (244, 35, 232), 8),
-    ("building", (70, 70, 70), 11),
-    ("wall", (102, 102, 156), 12),
-    ("fence", (190, 153, 153), 13),
-    ("pole", (153, 153, 153), 17),
-    ("traffic light", (250, 170, 30), 19),
-    ("traffic sign", (220, 220, 0), 20),
-    ("vegetation", (107, 142, 35), 21),
-    ("terrain", (152, 251, 152), 22),
-    ("sky", (70, 130, 180), 23),
-    ("person", (220, 20, 60), 24),
-    ("rider", (255, 0, 0), 25),
-    ("car", (0, 0, 142), 26),
-    ("truck", (0, 0, 70), 27),
-    ("bus", (0, 60, 100), 28),
-    ("train", (0, 80, 100), 31),
-    ("motorcycle", (0, 0, 230), 32),
-    ("bicycle", (119, 11, 32), 33),
-)
-_NUM_CITYSCAPES_IDS = 34  # 0..33; the licence plate is -1 and lies in 8-bit files as 255
-
-# The 11 classes of the SegNet release of CamVid; the order of ids is that of the 12-valued label files.
-_CAMVID: tuple[tuple[str, Colour], ...] = (
-    ("sky", (128, 128, 128)),
-    ("building", (128, 0, 0)),
-    ("pole", (192, 192, 128)),
-    ("road", (128, 64, 128)),
-    ("pavement", (60, 40, 222)),
-    ("tree", (128, 128, 0)),
-    ("sign", (192, 128, 128)),
-    ("fence", (64, 64, 128)),
-    ("car", (64, 0, 128)),
-    ("pedestrian", (64, 64, 0)),
-    ("bicyclist", (0, 128, 192)),
-)
-_CAMVID_VOID = 11
-
-
-def _cityscapes19() -> Taxonomy:
-    label_ids = {raw_id: IGNORE for raw_id in range(_NUM_CITYSCAPES_IDS)}
-    label_ids |= {raw_id: train_id for train_id, (_, _, raw_id) in enumerate(_CITYSCAPES)}
-    label_ids[255] = IGNORE
-    return Taxonomy(
-        name="cityscapes19",
-        classes=tuple(name for name, _, _ in _CITYSCAPES),
-        palette=tuple(colour for _, colour, _ in _CITYSCAPES),
-        encodings={TRAIN_IDS: _train_ids(len(_CITYSCAPES)), "label_ids": label_ids},
-    )
-
-
-def _camvid11() -> Taxonomy:
-    num_classes = len(_CAMVID)
-    return Taxonomy(
-        name="camvid11",
-        classes=tuple(name for name, _ in _CAMVID),
-        palette=tuple(colour for _, colour in _CAMVID),
-        encodings={
-            TRAIN_IDS: _train_ids(num_classes),
-            "camvid12": {**{index: index for index in range(num_classes)}, _CAMVID_VOID: IGNORE},
-        },
-    )
+    location = Location.of(name_or_yaml_path)
+    where = f"taxonomy file {location.uri}"
+    try:
+        return _parsed(where, location.read_bytes())
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise UserError(f"{where}: no such file", cure="check the path of the taxonomy") from error
 
 
 def _train_ids(num_classes: int) -> dict[int, int]:
     return {**{index: index for index in range(num_classes)}, IGNORE: IGNORE}
 
 
-# -- taxonomies of the user ------------------------------------------------------------------------------------------
+# -- YAML ------------------------------------------------------------------------------------------------------------
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -228,27 +188,17 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _from_yaml(location: Location) -> Taxonomy:
-    """Read {name, classes: [{name, color: [r, g, b], ids: {encoding: id or [ids]}}], ignore: {encoding: [ids]}}.
-
-    `train_ids` (0..K-1 and 255) is always there. Raw ids that carry no class are listed in `ignore`, or "rest" says
-    that every other id is such a one.
-    """
-    where = f"taxonomy file {location.uri}"
-    try:
-        data = location.read_bytes()
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise UserError(f"{where}: no such file") from error
+def _parsed(where: str, data: bytes) -> Taxonomy:
     if len(data) > _MAX_YAML_BYTES:
-        raise UserError(f"{where}: {len(data)} bytes; a class list has at most {_MAX_YAML_BYTES}")
+        raise UserError(f"{where}: {len(data)} bytes", cure=f"a class list has at most {_MAX_YAML_BYTES}")
     try:
         content = yaml.load(data, Loader=_StrictLoader)  # noqa: S506 a SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid YAML: {error}") from error
+        raise UserError(f"{where}: not valid YAML: {error}", cure="mend the file there") from error
     _check_keys(where, content, required={"name": str, "classes": list}, optional={"ignore": dict})
     classes = content["classes"]
     if not 2 <= len(classes) <= 255:
-        raise UserError(f"{where}: classes: {len(classes)} classes, between 2 and 255 are possible")
+        raise UserError(f"{where}: classes: there are {len(classes)}", cure="between 2 and 255 classes are possible")
     encodings: dict[str, dict[int, int]] = {TRAIN_IDS: _train_ids(len(classes))}
     names: list[str] = []
     palette: list[Colour] = []
@@ -256,7 +206,7 @@ def _from_yaml(location: Location) -> Taxonomy:
         path = f"{where}: classes[{train_id}]"
         _check_keys(path, entry, required={"name": str, "color": list}, optional={"ids": dict})
         if entry["name"] in names:
-            raise UserError(f"{path}: the class name '{entry['name']}' is given twice")
+            raise UserError(f"{path}: the class name '{entry['name']}' is given twice", cure="give each class its name")
         names.append(entry["name"])
         palette.append(_colour(path, entry["color"]))
         for encoding, raw_ids in entry.get("ids", {}).items():
@@ -269,33 +219,36 @@ def _from_yaml(location: Location) -> Taxonomy:
 
 def _check_keys(where: str, value: Any, *, required: dict[str, type], optional: dict[str, type]) -> None:
     if not isinstance(value, dict):
-        raise UserError(f"{where}: expected a mapping with {', '.join(required)}, got {type(value).__name__}")
+        keys = ", ".join(required)
+        raise UserError(f"{where}: expected a mapping, got {type(value).__name__}", cure=f"write one with {keys}")
     for key in value:
         if key not in required and key not in optional:
-            raise UserError(f"{where}: unknown key '{key}'{closest(str(key), [*required, *optional])}")
+            hint, keys = closest(str(key), [*required, *optional]), ", ".join([*required, *optional])
+            raise UserError(f"{where}: unknown key '{key}'{hint}", cure=f"the keys here are {keys}")
     for key, kind in (required | optional).items():
         if key not in value and key in required:
-            raise UserError(f"{where}: the key '{key}' is missing")
+            raise UserError(f"{where}: the key '{key}' is missing", cure="add it")
         if key in value and not isinstance(value[key], kind):
-            cure = "; quote names that YAML reads as something else, such as no or 1" if kind is str else ""
-            raise UserError(f"{where}: {key}: expected {kind.__name__}, got {value[key]!r}{cure}")
+            cure = "quote names that YAML reads as something else, such as no or 1" if kind is str else "mend the value"
+            raise UserError(f"{where}: {key}: expected {kind.__name__}, got {value[key]!r}", cure=cure)
 
 
 def _colour(where: str, value: list[Any]) -> Colour:
     if len(value) != 3 or not all(_is_byte(channel) for channel in value):
-        raise UserError(f"{where}.color: expected [red, green, blue] with values 0..255, got {value!r}")
+        raise UserError(f"{where}.color: got {value!r}", cure="write [red, green, blue] with values 0..255")
     return (value[0], value[1], value[2])
 
 
 def _add_ids(where: str, encodings: dict[str, dict[int, int]], encoding: Any, raw_ids: Any, train_id: int) -> None:
     if not isinstance(encoding, str) or encoding == TRAIN_IDS:
-        raise UserError(f"{where}: the name of an encoding is a word other than {TRAIN_IDS}, which is built in")
+        raise UserError(f"{where}: an encoding called {encoding!r}", cure=f"use a word; {TRAIN_IDS} is built in")
     for raw_id in raw_ids if isinstance(raw_ids, list) else [raw_ids]:
         if not _is_byte(raw_id):
-            raise UserError(f"{where}: expected raw ids 0..255 of an 8-bit label file, got {raw_id!r}")
+            raise UserError(f"{where}: got {raw_id!r}", cure="list raw ids 0..255 of an 8-bit label file")
         ids = encodings.setdefault(encoding, {})
         if raw_id in ids:
-            raise UserError(f"{where}: the raw id {raw_id} already means something else in this encoding")
+            what = f"{where}: the raw id {raw_id} already means something else in this encoding"
+            raise UserError(what, cure="list each id once")
         ids[raw_id] = train_id
 
 

@@ -136,7 +136,7 @@ def need_av() -> Any:
         import av
     except ImportError as error:
         raise UserError(
-            "videos are read and written with PyAV, which is not installed here. Cure: pip install av "
-            "(or the extra `video` of nightseg)"
+            "videos are read and written with PyAV, which is not installed here",
+            cure="pip install av (or the extra `video` of nightseg)",
         ) from error
     return av

@@ -107,9 +107,10 @@ def read_source(file: Location, shown: str, what: str = "recipe") -> Source:
     try:
         text = file.read_bytes().decode("utf-8")
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise RecipeError(f"{shown}: there is no such {what} file. Cure: give the path of a YAML file.") from None
+        raise RecipeError(f"{shown}: there is no such {what} file", cure="give the path of a YAML file") from None
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{shown}: the {what} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
+        found = f"{shown}: the {what} is not UTF-8 text ({error.reason} at byte {error.start})"
+        raise RecipeError(found, cure="save it as UTF-8") from None
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
@@ -117,9 +118,8 @@ def read_source(file: Location, shown: str, what: str = "recipe") -> Source:
         places: Lines = {}
         for count, (path, line, duplicate) in enumerate(_walk(node, ())):
             if count > MAX_NODES:
-                raise RecipeError(
-                    f"{shown}: more than {MAX_NODES} entries once aliases are followed. Cure: fewer aliases."
-                )
+                many = f"{shown}: more than {MAX_NODES} entries once aliases are followed"
+                raise RecipeError(many, cure="use fewer aliases")
             if duplicate:
                 problems.append(Problem(path, "this key stands twice in the same mapping", line=f"line {line}"))
             places.setdefault(path, f"line {line}")
@@ -127,11 +127,14 @@ def read_source(file: Location, shown: str, what: str = "recipe") -> Source:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""
-        raise RecipeError(f"{shown}: {where}not valid YAML: {getattr(error, 'problem', None) or error}") from None
+        found = f"{shown}: {where}not valid YAML: {getattr(error, 'problem', None) or error}"
+        raise RecipeError(found, cure="mend the file there") from None
     finally:
         loader.dispose()
     if not isinstance(data, dict):
-        raise RecipeError(f"{shown}: a {what} is a mapping of keys (name, ...), not {_kind(data)}.")
+        raise RecipeError(
+            f"{shown}: a {what} is a mapping, not {_kind(data)}", cure="write keys (name: ...) and values"
+        )
     return Source(_unshared(data), places, shown, problems)
 
 

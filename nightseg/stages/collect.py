@@ -17,12 +17,12 @@ import pyarrow.compute as pc
 from nightseg.cluster.map import ShardWorker, map_shards
 from nightseg.cluster.settings import MapCompute
 from nightseg.data import table as columns
-from nightseg.data.images import BadFrame, decode_image, decode_label, encode_png, read_bytes
+from nightseg.data.images import BadFrame, decode_image, encode_png, read_bytes
 from nightseg.data.layouts import list_frames, scene_domains
 from nightseg.data.scenes import scene
 from nightseg.data.settings import FolderDataset, ScenesDataset
 from nightseg.data.table import check_frames, frame_table, quarantine_table
-from nightseg.data.taxonomy import TRAIN_IDS, Taxonomy, taxonomy
+from nightseg.data.taxonomy import TRAIN_IDS, Taxonomy, label_of, taxonomy
 from nightseg.progress import Progress
 from nightseg.storage import Attempt, Commit, Location, UserError, sha256_of
 
@@ -135,26 +135,8 @@ class FolderReader:
         height, width = decode_image(data).shape[:2]
         row |= {columns.HEIGHT: height, columns.WIDTH: width, columns.BYTES: len(data), columns.SHA256: sha256_of(data)}
         if row[columns.LABEL_URI] is not None:
-            row[columns.LABEL_SHA256] = self._check_label(row, (height, width))
+            row[columns.LABEL_SHA256] = label_of(row, self.classes, (height, width)).sha256
         return row
-
-    def _check_label(self, row: Mapping[str, Any], size: tuple[int, int]) -> str:
-        """sha256 of the label file. A fault names the file, because the quarantine row's uri is the image."""
-        uri = row[columns.LABEL_URI]
-        try:
-            data = read_bytes(Location.of(uri), missing="label_missing")
-            label = decode_label(data)
-            if label.shape != size:
-                raise BadFrame("label_size", f"{_by(label.shape)}, but the upright image is {_by(size)}")
-            self.classes.to_train_ids(label, row[columns.LABEL_ENCODING])
-        except BadFrame as fault:
-            named = fault.detail if uri in fault.detail else f"{uri}: {fault.detail}"
-            raise BadFrame(fault.reason, f"label {named}") from fault
-        return sha256_of(data)
-
-
-def _by(height_width: tuple[int, ...]) -> str:
-    return f"{height_width[1]} x {height_width[0]} pixels"
 
 
 def _quarantined(row: Mapping[str, Any], fault: BadFrame) -> dict[str, str]:
@@ -173,8 +155,8 @@ def _scenes(dataset: ScenesDataset, name: str, classes: str) -> _Pass:
     known = taxonomy(classes)
     if dataset.labelled and known.name != SCENES_TAXONOMY:
         raise UserError(
-            f"dataset {name}: scenes are labelled with the classes of {SCENES_TAXONOMY}, the recipe's taxonomy is"
-            f" {known.name}. Set `taxonomy: {SCENES_TAXONOMY}`, or `labelled: false` for this dataset"
+            f"dataset {name}: scenes are labelled with the classes of {SCENES_TAXONOMY}, not of {known.name}",
+            cure=f"set taxonomy: {SCENES_TAXONOMY}, or labelled: false for this dataset",
         )
     domains = scene_domains({str(domain): share for domain, share in dataset.mix.items()}, dataset.first, dataset.count)
     rows = pa.table({_INDEX: range(dataset.first, dataset.first + dataset.count), columns.DOMAIN: domains})

@@ -51,7 +51,8 @@ def split(
     domain. The rule is that of `data.day_night.separate`.
     """
     if pool.num_rows == 0:
-        raise UserError("there is no frame to split into day and night; look at the counts of the pool's dataset")
+        cure = "see the counts of the pool's dataset: how many frames were quarantined, and why"
+        raise UserError("split: there is no frame to split into day and night", cure=cure)
     shards = map_shards(
         pool.select([frame.FRAME_ID, frame.URI]),
         HistogramFrames,

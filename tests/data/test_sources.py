@@ -127,7 +127,7 @@ def test_the_identity_changes_with_the_files(tree: Path) -> None:
         ("*.tif", "no file matches this pattern"),
         ("nowhere/*.png", "no file matches this pattern"),
         ("**/*.txt", "2 files match, none is an image or a video"),
-        ("empty", r"no image in .*/empty; looked for .*Videos need a pattern: '.*/empty/\*.mp4'"),
+        ("empty", r"/empty: there is no image; looked for .*videos need a pattern: '.*/empty/\*.mp4'"),
     ],
 )
 def test_nothing_to_read_is_said(tree: Path, source: str, message: str) -> None:

@@ -51,7 +51,7 @@ def test_a_good_table_passes() -> None:
         ([ROWS[0], ROWS[0] | {"uri": "/other.png"}], "'d/a' occurs 2 times"),
         ([ROWS[0], {"frame_id": "", "uri": "x", "domain": "day"}], "1 of 2 rows have an empty frame_id"),
         ([ROWS[0], {"frame_id": "d/c", "domain": "day"}], "empty uri"),
-        ([ROWS[0] | {"domain": "dusk"}], "unknown domain 'dusk'; a domain is one of day, night"),
+        ([ROWS[0] | {"domain": "dusk"}], "unknown domain 'dusk'. Cure: use one of day, night"),
         ([{"frame_id": "d/a", "uri": "x"}], "unknown domain 'None'"),
         ([ROWS[0] | {"label_uri": "l.png"}], "'d/a' has a label but no label_encoding"),
     ],

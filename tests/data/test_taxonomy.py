@@ -87,11 +87,11 @@ def test_yaml(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("color: [1, 2, 3]", "color: [1, 2]"), r"classes\[0\].color: expected \[red, green, blue\]"),
+        (("color: [1, 2, 3]", "color: [1, 2]"), r"classes\[0\].color: got .*write \[red, green, blue\]"),
         (("color: [1, 2, 3]", "color: [1, 2, 300]"), "0..255"),
         (("color: [1, 2, 3]", "colour: [1, 2, 3]"), "unknown key 'colour', did you mean 'color'"),
         (("mine: [7, 9]", "mine: [7, 8]"), "raw id 8 already means something else"),
-        (("mine: [7, 9]", "mine: [7, 256]"), "0..255 of an 8-bit label file, got 256"),
+        (("mine: [7, 9]", "mine: [7, 256]"), "got 256. Cure: list raw ids 0..255 of an 8-bit label file"),
         (("mine: [7, 9]", "train_ids: [7, 9]"), "built in"),
         (("ids: {mine: 8}", "ids: {mine: true}"), "got True"),
         (('name: "no"', "name: no"), "quote names"),
