@@ -162,6 +162,6 @@ def _kind(schema: Schema) -> str:
 
 def _bounds(schema: Schema) -> str:
     signs = (("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="), ("exclusiveMaximum", "<"))
-    told = [f"{sign} {schema[key]:g}" for key, sign in signs if key in schema]
+    told = [f"{sign} {schema[key]}" for key, sign in signs if key in schema]
     told += [f"multiple of {schema['multipleOf']}"] if "multipleOf" in schema else []
     return f" {', '.join(told)}" if told else ""

@@ -44,7 +44,7 @@ class Compute(Strict):
 class SelfTraining(Strict):
     """Pseudo-labels of a teacher on a pool of unlabelled frames, added to the train sets."""
 
-    pool: Name
+    pool: Name = Field(description="dataset of unlabelled frames")
     teacher: Name | None = Field(default=None, description="null = the model this one starts from")
     select: Selection | None = Field(default=None, description="null = every frame of the pool")
     threshold: Threshold = Threshold()
@@ -54,19 +54,19 @@ class SelfTraining(Strict):
 class TestRow(Strict):
     """One published number that this model and test set reproduce."""
 
-    row: str = ""
+    row: str = Field(default="", description="the name of that row")
     published_miou: Annotated[float, Field(ge=0, le=100)] | None = Field(default=None, description="percent")
 
 
 class Model(Strict):
     """One segmenter: its data, its start, its teacher and selection, its loss."""
 
-    train: Annotated[list[Name], Field(min_length=1)]
-    validate_on: list[Name] = []
+    train: Annotated[list[Name], Field(min_length=1)] = Field(description="datasets to learn from")
+    validate_on: list[Name] = Field(default=[], description="datasets for the curve of mIoU in training")
     start: str = Field(
         default="imagenet", description="imagenet, scratch, another model's name, or a model folder (a/path)"
     )
-    self_training: SelfTraining | None = None
+    self_training: SelfTraining | None = Field(default=None, description="null = no pseudo-labels")
     rounds: Positive = Field(default=1, description="repeat the self-training this many times, each from the last")
     network: Network | None = Field(default=None, description="null = the recipe's")
     loss: Loss | None = Field(default=None, description="null = the recipe's")
@@ -88,8 +88,8 @@ class Evaluation(Strict):
 class Prediction(Strict):
     """Frames without labels that the report and the user want to see segmented."""
 
-    dataset: Name
-    model: Name
+    dataset: Name = Field(description="frames to segment")
+    model: Name = Field(description="by which model")
 
 
 class TranslationEvaluation(Strict):
@@ -109,22 +109,26 @@ class TranslationEvaluation(Strict):
 class Recipe(Strict):
     """Everything a run does. Sections name things; `nightseg run --dry-run` prints the graph they make."""
 
-    name: Name
-    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
-    taxonomy: str = "cityscapes19"
-    max_bad_fraction: Fraction = 0.01
+    name: Name = Field(description="of the run")
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = Field(default=0, description="everything random follows from it")
+    taxonomy: str = Field(default="cityscapes19", description="class list: cityscapes19, camvid11, or a YAML file")
+    max_bad_fraction: Fraction = Field(
+        default=0.01, description="share of quarantined frames above which a stage fails"
+    )
     compute: Compute = Compute()
     roots: dict[Name, str] = Field(default={}, description="folders that dataset roots refer to as {name}")
-    datasets: Annotated[dict[Name, Dataset], Field(min_length=1)]
-    translators: dict[Name, AnyTranslator] = {}
+    datasets: Annotated[dict[Name, Dataset], Field(min_length=1)] = Field(description="sets of frames by name")
+    translators: dict[Name, AnyTranslator] = Field(default={}, description="ways between day and night by name")
     network: Network = Network()
     loss: Loss = Loss()
     training: Training = Training()
     inference: Inference = Inference()
-    models: dict[Name, Model] = {}
+    models: dict[Name, Model] = Field(default={}, description="segmenters by name")
     test_sets: dict[Name, Name] = Field(default={}, description="name in the tables -> dataset")
     evaluation: Evaluation = Evaluation()
-    predictions: dict[Name, Prediction] = {}
+    predictions: dict[Name, Prediction] = Field(
+        default={}, description="frames without labels to show segmented, by name"
+    )
     translations: dict[Name, TranslationEvaluation] = Field(
         default={}, description="translated dataset -> how to measure the quality of its translations"
     )

@@ -29,8 +29,8 @@ class Network(Strict):
     )
     encoder_weights: str | None = Field(default=None, description="local file with ImageNet weights of the encoder")
     input_size: Size | None = Field(default=None, description="(height, width) frames are resized to; null = native")
-    pyramid_channels: Positive = 256
-    head_channels: Positive = 128
+    pyramid_channels: Positive = Field(default=256, description="channels of the feature pyramid")
+    head_channels: Positive = Field(default=128, description="channels of the segmentation head")
     norm: Literal["batch", "frozen", "sync"] = Field(
         default="batch",
         description="the encoder's batch norms learn from a worker's batch, not at all, or from all workers' (GPUs)",
@@ -78,7 +78,7 @@ class Inference(Strict):
     scales: Annotated[tuple[Annotated[float, Field(gt=0, le=4)], ...], Field(min_length=1)] = Field(
         default=(1.0,), description="factors of the input size, one look each; probabilities are averaged"
     )
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16"] = Field(default="float32", description="of the forward pass")
 
     @model_validator(mode="after")
     def _every_scale_once(self) -> Inference:
@@ -106,10 +106,12 @@ class HardExamples(Strict):
 class Loss(Strict):
     """Cross-entropy, focal, or alpha CE + (1 - alpha) w focal (thesis section 3)."""
 
-    kind: Literal["cross_entropy", "focal", "combined"] = "cross_entropy"
-    alpha: Fraction = 0.5
-    gamma: Annotated[float, Field(ge=0)] = 2.0
-    focal_weight: Annotated[float, Field(gt=0)] = 1.0
+    kind: Literal["cross_entropy", "focal", "combined"] = Field(
+        default="cross_entropy", description="combined: alpha CE + (1 - alpha) focal_weight focal"
+    )
+    alpha: Fraction = Field(default=0.5, description="combined: share of the cross-entropy")
+    gamma: Annotated[float, Field(ge=0)] = Field(default=2.0, description="focal: exponent of 1 - p_t")
+    focal_weight: Annotated[float, Field(gt=0)] = Field(default=1.0, description="combined: factor of the focal term")
     class_weights: dict[str, Annotated[float, Field(ge=0)]] | list[Annotated[float, Field(ge=0)]] | None = Field(
         default=None, description="class name -> weight (others weigh 1), or a weight for every class in order"
     )
@@ -122,11 +124,13 @@ class Loss(Strict):
 class Augmentation(Strict):
     """Joint image and label transforms, drawn from (seed, epoch, frame)."""
 
-    scale: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.5, 2.0)
-    flip: Fraction = 0.5
-    brightness: Fraction = 0.0
-    contrast: Fraction = 0.0
-    saturation: Fraction = 0.0
+    scale: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = Field(
+        default=(0.5, 2.0), description="range of the random resize, as a share of the input size"
+    )
+    flip: Fraction = Field(default=0.5, description="probability of a horizontal flip")
+    brightness: Fraction = Field(default=0.0, description="largest relative change")
+    contrast: Fraction = Field(default=0.0, description="largest relative change")
+    saturation: Fraction = Field(default=0.0, description="largest relative change")
     noise: Fraction = Field(default=0.0, description="largest standard deviation of the noise, as a share of white")
 
 
@@ -136,26 +140,30 @@ class Training(Strict):
     preset: str | None = Field(
         default=None, description="thesis or detectron2: settings to start from; keys written beside it win"
     )
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    learning_rate: Annotated[float, Field(gt=0)] = 0.01
+    optimizer: Literal["sgd", "adamw"] = Field(default="sgd", description="SGD with momentum, or AdamW")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(
+        default=0.01, description="after the warm-up, before the decay"
+    )
     encoder_rate: Annotated[float, Field(gt=0)] = Field(
         default=1.0, description="learning rate of the encoder, as a multiple of learning_rate"
     )
     head_rate: Annotated[float, Field(gt=0)] = Field(
         default=1.0, description="learning rate of all that follows the encoder, as a multiple of learning_rate"
     )
-    momentum: Fraction = 0.9
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    momentum: Fraction = Field(default=0.9, description="of SGD")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(default=1e-4, description="of convolutions; not of norms")
     decay_biases: bool = Field(default=False, description="biases of convolutions are decayed too, as in detectron2")
     batch: Positive = Field(default=4, description="frames of one step, over all workers")
     accumulate: Positive = Field(
         default=1, description="parts in which a worker takes its frames of a step: less memory"
     )
-    epochs: Positive = 60
+    epochs: Positive = Field(default=60, description="number of epochs")
     steps_per_epoch: Positive | None = Field(default=None, description="null = one pass over the frames")
-    warmup_steps: Annotated[int, Field(ge=0)] = 200
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(
+        default=200, description="steps in which the learning rate rises linearly"
+    )
     decay: Literal["poly", "step", "cosine"] = Field(default="poly", description="how the learning rate falls, once")
-    poly_power: Annotated[float, Field(ge=0)] = 0.9
+    poly_power: Annotated[float, Field(ge=0)] = Field(default=0.9, description="poly: exponent of the decay")
     decay_at: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(min_length=1)] = Field(
         default=[2 / 3, 8 / 9], description="step: shares of the training after which the rate falls"
     )
@@ -166,8 +174,10 @@ class Training(Strict):
         description="decay of the running mean of the weights, which becomes the model; 0 = the last weights",
     )
     crop: Size = (512, 1024)
-    freeze_batch_norm: bool = False
-    precision: Literal["float32", "bfloat16"] = "float32"
+    freeze_batch_norm: bool = Field(default=False, description="batch norms keep their statistics and weights")
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of forward and backward passes; weights stay float32"
+    )
     compile: bool = Field(default=False, description="torch.compile the network: slow first steps, then faster ones")
     validate_every: Positive = Field(default=1, description="epochs between validations")
     checkpoint_every: Positive | None = Field(
@@ -189,6 +199,9 @@ class Training(Strict):
 class Threshold(Strict):
     """Which pixels of a pseudo-label are kept; the rest becomes 255."""
 
-    kind: Literal["none", "fixed", "class_balanced"] = "class_balanced"
+    kind: Literal["none", "fixed", "class_balanced"] = Field(
+        default="class_balanced",
+        description="none keeps every pixel; fixed: one confidence for all classes; class_balanced: one for each class",
+    )
     confidence: Fraction = Field(default=0.9, description="fixed: least confidence kept; class_balanced: upper limit")
     share: Fraction = Field(default=0.6, description="class_balanced: share of each class's pixels that is kept")

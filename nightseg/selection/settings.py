@@ -59,7 +59,9 @@ class Extraction(Strict):
     In a recipe a mapping, or the name alone.
     """
 
-    name: Annotated[str, AfterValidator(known_extractor)] = "inception"
+    name: Annotated[str, AfterValidator(known_extractor)] = Field(
+        default="inception", description="network whose features are compared"
+    )
     weights: str | None = Field(default=None, description="file with its weights; null = those it is known with")
     resize: Literal["pytorch-fid", "clean"] | None = Field(default=None, description="null = the usual one")
     mode: Literal["exact", "fast"] = Field(default="exact", description="fast: bfloat16 where it is faster")
@@ -83,7 +85,7 @@ class Selection(Strict):
     method: Annotated[str, AfterValidator(known_method)] = Field(
         default="fid-subset", description="; ".join(f"{name}: {method.what}" for name, method in METHODS.items())
     )
-    count: Positive
+    count: Positive = Field(description="frames to choose")
     quota: Positive | None = Field(default=None, description="most frames of one sequence")
     gap: Positive | None = Field(default=None, description="least distance of two frames of a sequence, in frames")
     duplicates: Fraction | None = Field(default=None, description="cosine from which a frame repeats an earlier one")

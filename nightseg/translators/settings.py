@@ -23,11 +23,15 @@ Range = tuple[float, float]
 class LitClasses(Strict):
     """Which classes of the taxonomy are the sky, and which of them carry lights at night."""
 
-    sky: list[str] = ["sky"]
-    vehicle: list[str] = ["car", "truck", "bus", "van", "motorcycle"]
-    signal: list[str] = ["traffic light"]
-    facade: list[str] = ["building", "window", "house"]
-    lamp: list[str] = ["pole", "lamp", "street light", "polegroup"]
+    sky: list[str] = Field(default=["sky"], description="classes of the sky")
+    vehicle: list[str] = Field(
+        default=["car", "truck", "bus", "van", "motorcycle"], description="classes with headlights and rear lights"
+    )
+    signal: list[str] = Field(default=["traffic light"], description="classes of traffic lights")
+    facade: list[str] = Field(default=["building", "window", "house"], description="classes with windows")
+    lamp: list[str] = Field(
+        default=["pole", "lamp", "street light", "polegroup"], description="classes that carry street lamps"
+    )
 
 
 class PhotometricTranslator(Strict):

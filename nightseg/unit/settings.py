@@ -21,11 +21,11 @@ PERCEPTUAL_LAYERS: Final[Mapping[str, tuple[str, ...]]] = {
 class UnitWeights(Strict):
     """Weights of the UNIT loss terms (night_segmentation 5.1; UNIT, arXiv 1703.00848, MUNIT-style master branch)."""
 
-    adversarial: float = 1.0
-    reconstruction: float = 10.0
-    kl: float = 0.01
-    cycle: float = 10.0
-    cycle_kl: float = 0.01
+    adversarial: float = Field(default=1.0, description="GAN loss of the translations")
+    reconstruction: float = Field(default=10.0, description="L1 of a frame and its reconstruction")
+    kl: float = Field(default=0.01, description="of the latent code")
+    cycle: float = Field(default=10.0, description="L1 of a frame and its translation translated back")
+    cycle_kl: float = Field(default=0.01, description="of the latent code of the translation")
     perceptual: Annotated[float, Field(ge=0)] = Field(default=1.0, description="0 trains without perceptual loss")
     discriminator: Annotated[float, Field(gt=0)] = Field(default=1.0, description="the discriminators' own loss")
 
@@ -37,19 +37,23 @@ class Translator(Strict):
     preset: str | None = Field(
         default=None, description="thesis, paper or small: settings to start from; keys written beside it win"
     )
-    day: Name
-    night: Name
-    width: Positive = 64
-    res_blocks: Positive = 4
+    day: Name = Field(description="dataset of day frames")
+    night: Name = Field(description="dataset of night frames")
+    width: Positive = Field(default=64, description="channels of the first layer of the generators")
+    res_blocks: Positive = Field(default=4, description="residual blocks of encoder and of decoder")
     shared_blocks: Annotated[int, Field(ge=0)] = Field(
         default=0, description="residual blocks next to the latent code that both domains share; at most res_blocks"
     )
-    discriminator_width: Positive = 64
-    discriminator_scales: Positive = 3
-    discriminator_norm: Literal["none", "layer"] = "none"
-    adversarial_loss: Literal["least_squares", "cross_entropy"] = "least_squares"
+    discriminator_width: Positive = Field(default=64, description="channels of the first layer of the discriminators")
+    discriminator_scales: Positive = Field(default=3, description="image scales, one discriminator each")
+    discriminator_norm: Literal["none", "layer"] = Field(default="none", description="norm of the discriminators")
+    adversarial_loss: Literal["least_squares", "cross_entropy"] = Field(
+        default="least_squares", description="least squares (LSGAN) or cross-entropy"
+    )
     weights: UnitWeights = UnitWeights()
-    perceptual_network: Literal["vgg16", "efficientnet_lite0"] = "vgg16"
+    perceptual_network: Literal["vgg16", "efficientnet_lite0"] = Field(
+        default="vgg16", description="network of the perceptual loss"
+    )
     perceptual_weights: str | None = Field(default=None, description="file with the VGG16 weights")
     perceptual_sha256: str | None = Field(
         default=None, pattern="^[0-9a-f]{64}$", description="of that file; null = it is torchvision's"
@@ -62,12 +66,12 @@ class Translator(Strict):
         description="weights to begin from: a model folder or .safetensors file of a translator, or scenes, which "
         "comes with nightseg; null = random",
     )
-    iterations: Positive = 330_000
-    batch: Positive = 1
+    iterations: Positive = Field(default=330_000, description="steps of the training")
+    batch: Positive = Field(default=1, description="crops of each domain in a step")
     short_side: Positive | None = Field(default=512, description="resize the shorter side to this before cropping")
     crop: Size = (256, 256)
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    learning_rate: Annotated[float, Field(gt=0)] = Field(default=1e-4, description="of Adam")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(default=1e-4, description="of Adam")
     step_every: Positive = Field(default=100_000, description="iterations between halvings of the learning rate")
     ema_decay: Fraction = Field(
         default=0.0, description="of the generators' exponential moving average; 0 = the last weights"
@@ -76,7 +80,7 @@ class Translator(Strict):
         default="auto", description="auto: bfloat16 on a GPU, float32 on a CPU, where it is as fast"
     )
     compile: bool = Field(default=False, description="torch.compile the networks: minutes at the start, faster steps")
-    checkpoint_every: Positive = 10_000
+    checkpoint_every: Positive = Field(default=10_000, description="iterations between checkpoints")
     samples_every: Positive | None = Field(
         default=None, description="iterations between sample sheets and loss terms in the run folder; null = at the end"
     )
