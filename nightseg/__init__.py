@@ -125,11 +125,10 @@ Selection of frames
     selection/settings.py      methods, counts, extractors: what a recipe may say
 
 Models of other programs
-    interop/detectron2_config.py      what its configs say about a network
-    interop/detectron2_checkpoint.py  its tensors as ours, and back
-    interop/unpickle.py               pickles of arrays that can call nothing
-    interop/onnx.py                   a segmenter as an ONNX file, checked before it is written
-    interop/convert.py                detectron2's checkpoints as model folders, and back
+    interop/detectron2.py         detectron2's checkpoints as model folders, and back
+    interop/detectron2_config.py  what its configs say about a network
+    interop/unpickle.py           pickles of arrays that can call nothing
+    interop/onnx.py               a segmenter as an ONNX file, checked before it is written
 
 Recipes
     recipe/types.py      the recipe as frozen, strict types, made of the rooms' settings

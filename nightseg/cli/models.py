@@ -69,8 +69,8 @@ def detectron2(
     nightseg convert detectron2 output/model_final.pth models/day --config output/config.yaml --taxonomy cityscapes19
     nightseg predict models/day /data/night --out masks
     """
-    from nightseg.interop.convert import convert_from_detectron2
-    from nightseg.interop.detectron2_config import Facts
+    from nightseg.interop.detectron2 import convert_from_detectron2
+    from nightseg.interop.detectron2_config import Detectron2Config
 
     options = {
         "--channels": channels,
@@ -78,18 +78,30 @@ def detectron2(
         "--pixel-std": pixel_std,
         "--stride-in-1x1 or --stride-in-3x3": stride_in_1x1,
     }
-    stated = None
-    if channels is not None and pixel_mean is not None and pixel_std is not None and stride_in_1x1 is not None:
-        stated = Facts(channels, pixel_mean, pixel_std, stride_in_1x1)
-    elif any(value is not None for value in options.values()):
-        missing = [option for option, value in options.items() if value is None]
-        raise UserError(f"without a config all facts are needed; missing: {', '.join(missing)}")
+    missing = [option for option, value in options.items() if value is None]
+    if config is not None and len(missing) < len(options):
+        raise UserError(f"--config and {', '.join(options)} exclude each other", cure="give the config alone")
+    if config is None and len(missing) == len(options):
+        beside = Location.of(checkpoint).parent / "config.yaml"
+        which = f"--config {beside}, which lies there" if beside.exists() else "--config FILE"
+        raise UserError(
+            f"{checkpoint}: the input of its network, and where its ResNet has its strides, stand in detectron2's "
+            "config.yaml and not in the checkpoint",
+            cure=f"give {which}; or say it: the networks of detectron2's model zoo are "
+            "--channels BGR --pixel-mean 103.53,116.28,123.675 --pixel-std 1,1,1 --stride-in-1x1",
+        )
+    said: Location | Detectron2Config
+    if config is not None:
+        said = Location.of(config)
+    elif channels is not None and pixel_mean is not None and pixel_std is not None and stride_in_1x1 is not None:
+        said = Detectron2Config(channels, pixel_mean, pixel_std, stride_in_1x1)
+    else:
+        raise UserError(f"convert: without a config these are missing: {', '.join(missing)}", cure="add them")
     with libraries_on_stderr():
         found = convert_from_detectron2(
             Location.of(checkpoint),
             Location.of(out),
-            config=Location.of(config) if config else None,
-            stated=stated,
+            said,
             classes=taxonomy,
             unfreeze=unfreeze,
         )
@@ -110,7 +122,7 @@ def to_detectron2(model: str, out: str, as_json: bool) -> None:
     \b
     nightseg convert to-detectron2 models/day day.pth
     """
-    from nightseg.interop.convert import convert_to_detectron2
+    from nightseg.interop.detectron2 import convert_to_detectron2
     from nightseg.pipeline.results import model_folder
 
     with libraries_on_stderr():

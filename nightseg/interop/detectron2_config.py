@@ -45,10 +45,11 @@ _FIXED: Final[dict[str, tuple[Any, Any]]] = {  # key: detectron2's default, what
     "MODEL.SEM_SEG_HEAD.NORM": ("GN", "GN"),
     "MODEL.SEM_SEG_HEAD.COMMON_STRIDE": (4, 4),
 }
+_YACS: Final = "give the config.yaml that detectron2 wrote beside the checkpoint"
 _ARCHITECTURES: Final = ("PanopticFPN", "SemanticSegmentor")
 
 
-class Facts(NamedTuple):
+class Detectron2Config(NamedTuple):
     """What the tensors of a checkpoint do not say. Mean and deviation are in [0, 255], in the order of `channels`."""
 
     channels: str  # RGB or BGR
@@ -60,73 +61,83 @@ class Facts(NamedTuple):
     depth: int | None = None  # None: as the tensors look
 
 
-OURS: Final = Facts("RGB", RGB_MEAN, RGB_STD, stride_in_1x1=False)
+OURS: Final = Detectron2Config("RGB", RGB_MEAN, RGB_STD, stride_in_1x1=False)
 
 
-def read_facts(file: Location) -> Facts:
-    """The facts of a config.yaml, also one with `_BASE_`.
+def read_config(file: Location) -> Detectron2Config:
+    """What a config.yaml says, also one with `_BASE_`.
 
-    Raises UserError: no such file, not a config, or of a network that nightseg does not have.
+    Raises UserError: no such file, not a config, a network that nightseg does not have.
     """
     config = _read(file)
     values = {key: _value(config, key, default) for key, default in _DEFAULTS.items()}
     where = str(file)
     kind = _value(config, "MODEL.META_ARCHITECTURE", "GeneralizedRCNN")
     if kind not in _ARCHITECTURES:
-        raise UserError(f"{where}: MODEL.META_ARCHITECTURE is {kind}; only {' and '.join(_ARCHITECTURES)} segment")
+        raise UserError(
+            f"{where}: MODEL.META_ARCHITECTURE is {kind}", cure=f"only {' and '.join(_ARCHITECTURES)} can be converted"
+        )
     for key, (default, wanted) in _FIXED.items():
         if (found := _value(config, key, default)) != wanted:
-            raise UserError(f"{where}: {key} is {found!r}, a Semantic FPN that nightseg has is built with {wanted!r}")
+            raise UserError(
+                f"{where}: {key} is {found!r}", cure=f"only networks built with {wanted!r} can be converted"
+            )
     norms = {theirs: ours for ours, theirs in NORMS.items()} | {"nnSyncBN": "sync", "naiveSyncBN": "sync"}
     norm = values["MODEL.RESNETS.NORM"]
     if norm not in norms:
         raise UserError(
-            f"{where}: MODEL.RESNETS.NORM is {norm!r}{closest(str(norm), norms)}; known: {', '.join(norms)}"
+            f"{where}: MODEL.RESNETS.NORM is {norm!r}{closest(str(norm), norms)}", cure=f"known: {', '.join(norms)}"
         )
     stride, freeze_at = values["MODEL.RESNETS.STRIDE_IN_1X1"], values["MODEL.BACKBONE.FREEZE_AT"]
     if not isinstance(stride, bool) or not isinstance(freeze_at, int):
-        raise UserError(f"{where}: STRIDE_IN_1X1 {stride!r} is not true or false, or FREEZE_AT {freeze_at!r} no number")
+        raise UserError(
+            f"{where}: MODEL.RESNETS.STRIDE_IN_1X1 {stride!r} or BACKBONE.FREEZE_AT {freeze_at!r} has a wrong type",
+            cure="the first is true or false, the second a number",
+        )
     depth = int(values["MODEL.RESNETS.DEPTH"])
-    facts = Facts(
-        str(values["INPUT.FORMAT"]),
-        _three(where, "MODEL.PIXEL_MEAN", values["MODEL.PIXEL_MEAN"]),
-        _three(where, "MODEL.PIXEL_STD", values["MODEL.PIXEL_STD"]),
-        stride and depth >= 50,  # smaller ResNets have no such convolution, and detectron2 does not look
-        norms[norm],
-        max(0, min(5, freeze_at)),
-        depth,
+    return check_input(
+        Detectron2Config(
+            str(values["INPUT.FORMAT"]),
+            _three(where, "MODEL.PIXEL_MEAN", values["MODEL.PIXEL_MEAN"]),
+            _three(where, "MODEL.PIXEL_STD", values["MODEL.PIXEL_STD"]),
+            stride and depth >= 50,  # smaller ResNets have no such convolution, and detectron2 does not look
+            norms[norm],
+            max(0, min(5, freeze_at)),
+            depth,
+        ),
+        where,
     )
-    check_input(facts, where)
-    return facts
 
 
-def check_input(facts: Facts, where: str) -> None:
-    """Raise UserError unless conv1 can be changed so that it takes RGB with ImageNet's mean and deviation."""
-    if facts.channels not in ("RGB", "BGR"):
-        raise UserError(f"{where}: INPUT.FORMAT is {facts.channels!r}; RGB and BGR can be read")
-    mean = facts.pixel_mean if facts.channels == "RGB" else facts.pixel_mean[::-1]
+def check_input(config: Detectron2Config, where: str) -> Detectron2Config:
+    """The config; UserError unless conv1 can be changed so that it takes RGB with ImageNet's mean and deviation."""
+    if config.channels not in ("RGB", "BGR"):
+        raise UserError(f"{where}: INPUT.FORMAT is {config.channels!r}", cure="RGB and BGR can be read")
+    mean = config.pixel_mean if config.channels == "RGB" else config.pixel_mean[::-1]
     if any(abs(found - wanted) > 1e-3 for found, wanted in zip(mean, RGB_MEAN, strict=True)):
         raise UserError(
-            f"{where}: PIXEL_MEAN is {list(facts.pixel_mean)} ({facts.channels}), not ImageNet's {list(RGB_MEAN)}. "
-            "Another mean cannot be moved into the first convolution exactly, because that pads with zeros"
+            f"{where}: PIXEL_MEAN is {list(config.pixel_mean)} ({config.channels}), not ImageNet's {list(RGB_MEAN)}; "
+            "another mean cannot be moved into the first convolution exactly, because that pads with zeros",
+            cure="only networks with ImageNet's mean can be converted",
         )
-    if not all(std > 0 for std in facts.pixel_std):
-        raise UserError(f"{where}: PIXEL_STD is {list(facts.pixel_std)}; deviations are positive")
+    if not all(std > 0 for std in config.pixel_std):
+        raise UserError(f"{where}: PIXEL_STD is {list(config.pixel_std)}", cure="deviations are positive")
+    return config
 
 
-def config_text(facts: Facts, architecture: Mapping[str, Any], num_classes: int) -> str:
-    """A config for detectron2 that builds the SemanticSegmentor of these facts; `read_facts` reads it back."""
+def config_text(config: Detectron2Config, architecture: Mapping[str, Any], num_classes: int) -> str:
+    """A config for detectron2 that builds the SemanticSegmentor of this config; `read_config` reads it back."""
     depth = int(str(architecture["encoder"]).removeprefix("resnet"))
-    norm: Norm = facts.norm or "frozen"
+    norm: Norm = config.norm or "frozen"
     model = {
         "META_ARCHITECTURE": "SemanticSegmentor",
-        "PIXEL_MEAN": list(facts.pixel_mean),
-        "PIXEL_STD": list(facts.pixel_std),
-        "BACKBONE": {"NAME": "build_resnet_fpn_backbone", "FREEZE_AT": facts.freeze_at},
+        "PIXEL_MEAN": list(config.pixel_mean),
+        "PIXEL_STD": list(config.pixel_std),
+        "BACKBONE": {"NAME": "build_resnet_fpn_backbone", "FREEZE_AT": config.freeze_at},
         "RESNETS": {
             "DEPTH": depth,
             "NORM": NORMS[norm],
-            "STRIDE_IN_1X1": facts.stride_in_1x1,
+            "STRIDE_IN_1X1": config.stride_in_1x1,
             "OUT_FEATURES": ["res2", "res3", "res4", "res5"],
             "RES2_OUT_CHANNELS": 64 if depth < 50 else 256,
         },
@@ -136,39 +147,41 @@ def config_text(facts: Facts, architecture: Mapping[str, Any], num_classes: int)
         },
         "SEM_SEG_HEAD": {"NUM_CLASSES": num_classes, "CONVS_DIM": architecture["head_channels"], "NORM": "GN"},
     }
-    return yaml.safe_dump({"VERSION": 2, "MODEL": model, "INPUT": {"FORMAT": facts.channels}}, sort_keys=False)
+    return yaml.safe_dump({"VERSION": 2, "MODEL": model, "INPUT": {"FORMAT": config.channels}}, sort_keys=False)
 
 
 def _read(file: Location, depth: int = 0) -> dict[str, Any]:
     if depth > _MAX_BASES:
-        raise UserError(f"{file}: more than {_MAX_BASES} configs refer to each other by _BASE_")
+        raise UserError(
+            f"{file}: more than {_MAX_BASES} configs refer to each other by _BASE_", cure="end the circle of _BASE_"
+        )
     try:
         data = file.read_bytes()
     except (FileNotFoundError, IsADirectoryError) as error:
         raise UserError(
-            f"there is no config file {file}; it lies beside detectron2's checkpoints as config.yaml"
+            f"{file}: there is no config file", cure="it lies beside detectron2's checkpoints as config.yaml"
         ) from error
     if len(data) > _MAX_BYTES:
-        raise UserError(f"{file}: {len(data)} bytes; a detectron2 config has a few thousand")
+        raise UserError(f"{file}: has {len(data)} bytes, a config has a few thousand", cure=_YACS)
     try:
         config = yaml.safe_load(data)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not plain YAML, such as detectron2 writes from a yacs config: {error}") from error
+        raise UserError(f"{file}: not plain YAML: {error}", cure=_YACS) from error
     if not isinstance(config, dict):
-        raise UserError(f"{file}: not a detectron2 config, which is a mapping with MODEL and INPUT")
+        raise UserError(f"{file}: not a detectron2 config, which is a mapping with MODEL and INPUT", cure=_YACS)
     base = config.pop("_BASE_", None)
     if base is not None:
         whole = _read(_base(file, base), depth + 1)
         config = _merged(whole, config)
     if depth == 0 and not isinstance(config.get("MODEL"), dict):
-        cure = "; LazyConfigs are not read: state the facts by options instead" if "model" in config else ""
-        raise UserError(f"{file}: not a detectron2 config, it has no MODEL{cure}")
+        lazy = "LazyConfigs are not read; state the input and the stride by hand instead"
+        raise UserError(f"{file}: not a detectron2 config, it has no MODEL", cure=lazy if "model" in config else _YACS)
     return dict(config)
 
 
 def _base(file: Location, base: Any) -> Location:
     if not isinstance(base, str) or "://" in base:
-        raise UserError(f"{file}: _BASE_ is {base!r}; only files can be followed")
+        raise UserError(f"{file}: _BASE_ is {base!r}", cure="only files can be followed; give the config that was used")
     if base.startswith(("/", "~")) or not file.is_local:
         return Location.of(base)
     return Location.of(f"{file.parent.uri}/{base}")
@@ -193,7 +206,7 @@ def _value(config: Mapping[str, Any], dotted: str, default: Any) -> Any:
 
 def _three(where: str, key: str, value: Any) -> tuple[float, float, float]:
     if not isinstance(value, list | tuple) or len(value) != 3 or not all(_is_number(number) for number in value):
-        raise UserError(f"{where}: {key} is {value!r}, expected three numbers")
+        raise UserError(f"{where}: {key} is {value!r}", cure="give three numbers")
     return (float(value[0]), float(value[1]), float(value[2]))
 
 

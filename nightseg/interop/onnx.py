@@ -33,7 +33,7 @@ Output = Literal["labels", "logits"]
 Size = tuple[int, int]
 
 PACKAGES: Final = ("onnx", "onnxscript", "onnxruntime")
-LEAST_AGREEMENT: Final = 0.999
+MIN_AGREEMENT: Final = 0.999
 """Share of the pixels whose label must be the same: where two classes are equally likely, a rounding decides."""
 
 _SMALLEST_SCENE = 32
@@ -66,25 +66,25 @@ def export_onnx(
     """
     _need_packages()
     if not out.name.endswith(".onnx"):
-        raise UserError(f"--out {out.uri}: an ONNX file is asked for. Cure: a name that ends in .onnx.")
+        raise UserError(f"{out.uri}: not the name of an ONNX file", cure="use a name that ends in .onnx")
     segmenter = Segmenter(model, "cpu")
     portable = PortableSegmenter(segmenter, output, size).eval()
     proto = _exported(portable, size)
-    facts = _facts(segmenter, model, portable)
-    for key, value in facts.items():
+    metadata = _metadata(segmenter, model, portable)
+    for key, value in metadata.items():
         entry = proto.metadata_props.add()
         entry.key, entry.value = key, value if isinstance(value, str) else json.dumps(value)
     data = proto.SerializeToString()
     checks = check_graph(data, portable, segmenter, _check_sizes(segmenter.card["input_size"], size))
-    _judge(checks, tolerance, resizes=portable.input_size is not None)
+    _require_agreement(checks, tolerance, resizes=portable.input_size is not None)
     out.write_bytes(data)
     return {
         "model": str(model),
         "out": out.uri,
         "bytes": len(data),
         "opset": next(part.version for part in proto.opset_import if part.domain == ""),
-        "input": facts["input"],
-        "outputs": facts["outputs"],
+        "input": metadata["input"],
+        "outputs": metadata["outputs"],
         "tolerance": tolerance,
         "max_abs_difference": max(check.max_abs_difference for check in checks),
         "label_agreement": min(check.label_agreement for check in checks),
@@ -97,8 +97,8 @@ def _need_packages() -> None:
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
-            f"export needs {', '.join(PACKAGES)}; not installed: {', '.join(missing)}. "
-            f"Cure: pip install {' '.join(PACKAGES)} (or the extra `onnx` of nightseg)"
+            f"ONNX export: needs {', '.join(PACKAGES)}; not installed: {', '.join(missing)}",
+            cure=f"pip install {' '.join(PACKAGES)} (or the extra `onnx` of nightseg)",
         )
 
 
@@ -193,8 +193,8 @@ def _exported(portable: PortableSegmenter, size: Size | None) -> Any:
                 dynamic_shapes={"image_BHW3": shapes},
             )
     except torch.onnx.OnnxExporterError as error:
-        cure = "" if size is not None else ". With a fixed size (--size HxW) it may succeed"
-        raise RuntimeError(f"PyTorch cannot export this network: {_first_line(error)}{cure}") from error
+        cure = "" if size is not None else ". Cure: a fixed size of the frames may succeed"
+        raise RuntimeError(f"PyTorch cannot export this network: {str(error).strip().splitlines()[0]}{cure}") from error
     assert program is not None
     proto = program.model_proto
     proto.doc_string = ""
@@ -208,11 +208,7 @@ def _exported(portable: PortableSegmenter, size: Size | None) -> Any:
     return proto
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
-
-
-def _facts(segmenter: Segmenter, model: Location, portable: PortableSegmenter) -> dict[str, Any]:
+def _metadata(segmenter: Segmenter, model: Location, portable: PortableSegmenter) -> dict[str, Any]:
     card, classes = segmenter.card, segmenter.taxonomy
     outputs = {
         "labels": "labels uint8 [batch, height, width] train ids; confidence float32 [batch, height, width] in (0, 1]",
@@ -285,15 +281,15 @@ def _street(number: int, height: int, width: int) -> npt.NDArray[np.uint8]:
     return np.ascontiguousarray(whole[:height, :width])
 
 
-def _judge(checks: Sequence[Check], tolerance: float, *, resizes: bool) -> None:
+def _require_agreement(checks: Sequence[Check], tolerance: float, *, resizes: bool) -> None:
     for check in checks:
-        # A graph that resizes is near `load_model`, which does it in whole bytes; how near is told, not judged.
+        # A graph that resizes is near `load_model`, which does it in whole bytes; how near is reported, not required.
         agreement = check.label_agreement if resizes else min(check.label_agreement, check.segmenter_agreement)
         # Not `>`: a graph that answers NaN must not pass.
-        if not (check.max_abs_difference <= tolerance and agreement >= LEAST_AGREEMENT):
+        if not (check.max_abs_difference <= tolerance and agreement >= MIN_AGREEMENT):
             raise RuntimeError(
                 f"the graph differs from the network: on {check.batch} frames of {check.height} x {check.width} by "
                 f"{check.max_abs_difference:.2g} (tolerance {tolerance:.2g}), with {agreement:.2%} of the labels equal "
-                f"(at least {LEAST_AGREEMENT:.1%}). No file is written. Cure: another version of onnxruntime or torch; "
-                "or --tolerance, if this is good enough"
+                f"(at least {MIN_AGREEMENT:.1%}). No file is written. Cure: another version of onnxruntime or torch; "
+                "or a larger tolerance, if this is good enough"
             )

@@ -1,8 +1,9 @@
 """Plain pickles of numpy arrays, such as detectron2's model zoo, read without letting them call anything.
 
-A pickle is a program: it may ask for any function by name and call it. Here only names of plain data and of numpy's
-array reconstruction are answered, the latter by stand-ins of our own, so not even numpy's unpickling code runs. What
-else a file asks for is refused by name.
+A pickle is a program: it may ask for any function by name and call it. Here a whitelist of plain data is answered, and
+numpy's array reconstruction by stand-ins of our own, so that not even numpy's unpickling code runs. (What torch.load
+does for weights_only is for its own files.) A pickle may set attributes of whatever it gets hold of, so nothing that
+is answered outlives the file.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import io
 import math
 import pickle
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
@@ -20,18 +22,8 @@ import numpy.typing as npt
 from nightseg.networks.weights import refusal
 from nightseg.storage import UserError
 
-# Of builtins: what holds data and does nothing.
-_PLAIN: Final = (
-    *("bool", "int", "float", "complex", "str"),
-    *("list", "tuple", "dict", "set", "frozenset"),
-)
-_NUMPY: Final = (
-    "numpy",
-    "numpy.core.multiarray",
-    "numpy._core.multiarray",
-    "numpy.core.numeric",
-    "numpy._core.numeric",
-)
+_PLAIN: Final = ("bool", "int", "float", "complex", "str", "list", "tuple", "dict", "set", "frozenset")
+_NUMPY: Final = ("numpy", *(f"numpy.{core}.{part}" for core in ("core", "_core") for part in ("multiarray", "numeric")))
 _NUMBERS: Final = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
 
 
@@ -40,13 +32,14 @@ def unpickle_arrays(data: bytes, where: str) -> Any:
 
     Raises UserError, naming the file by `where`: it asks for anything else, or is damaged.
     """
-    reader = _Reader(data)
     try:
-        return _with_arrays(reader.load())
+        return _with_arrays(_Reader(io.BytesIO(data), encoding="latin1").load())
     except _Refused as refused:
         raise refusal(where, str(refused)) from None
     except Exception as error:  # of the pickle machine, or of a stand-in that was given nonsense: a dozen types
-        raise UserError(f"{where} is not a pickle of numpy arrays, or is damaged: {error}") from error
+        raise UserError(
+            f"{where}: not a pickle of numpy arrays, or damaged: {error}", cure="copy or download the file again"
+        ) from error
 
 
 class _Refused(Exception):  # noqa: N818 (on its way through the pickle machine to its caller)
@@ -56,99 +49,66 @@ class _Refused(Exception):  # noqa: N818 (on its way through the pickle machine 
 class _Dtype:
     """What stands for numpy.dtype: a code such as f4 and a byte order."""
 
-    def __init__(self, code: str, *_: Any) -> None:
+    def __init__(self, code: str) -> None:
         self.code, self.order = code, "="
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.order = state[1]
 
-    def numpy(self) -> np.dtype[Any]:
-        if self.code not in _NUMBERS or self.order not in ("<", ">", "=", "|"):
-            raise ValueError(f"an array of type {self.order}{self.code}, which are not numbers")
-        return np.dtype(self.order + self.code)
-
 
 class _Array:
     """What stands for numpy.ndarray until the whole file is read: pickles fill arrays after making them."""
 
-    shape: tuple[int, ...] = ()
-    raw: bytes | str = b""
-
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        _, self.shape, self.dtype, self.columns_first, self.raw = state
-
-    def numpy(self) -> npt.NDArray[Any]:
-        return _numbers(self.raw, self.dtype, self.shape, "F" if self.columns_first else "C")
+        _, shape, dtype, columns_first, raw = state
+        self.values = _numbers(raw, dtype, shape, "F" if columns_first else "C")
 
 
 def _numbers(raw: bytes | str, dtype: _Dtype, shape: tuple[int, ...], order: str) -> npt.NDArray[Any]:
-    kind = dtype.numpy()
+    if dtype.code not in _NUMBERS or dtype.order not in ("<", ">", "=", "|"):
+        raise ValueError(f"an array of type {dtype.order}{dtype.code}, which are not numbers")
     data = raw.encode("latin1") if isinstance(raw, str) else bytes(raw)  # Python 2 has bytes as text
-    flat = np.frombuffer(data, kind)
+    flat = np.frombuffer(data, np.dtype(dtype.order + dtype.code))
     if flat.size != math.prod(shape):
         raise ValueError(f"an array of shape {shape} with {flat.size} numbers")
     values = flat.reshape(shape, order="F" if order == "F" else "C")
     return values.astype(values.dtype.newbyteorder("="), order="C")
 
 
-class _Reader(pickle.Unpickler):
-    def __init__(self, data: bytes) -> None:
-        super().__init__(io.BytesIO(data), encoding="latin1")
-        self._stand_ins = _stand_ins()
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module in ("builtins", "__builtin__") and name in ("bytes", "bytearray"):
-            return _bytes
-        if module in ("builtins", "__builtin__") and name in _PLAIN:
-            return getattr(builtins, name)
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if (module in _NUMPY or (module, name) == ("_codecs", "encode")) and name in self._stand_ins:
-            return self._stand_ins[name]
-        raise _Refused(f"{module}.{name}")
-
-    def persistent_load(self, key: Any) -> Any:
-        raise _Refused(f"an object outside of the file ({key!r})")
-
-
 def _bytes(content: bytes | str | list[int] = b"", encoding: str = "latin1") -> bytes:
     """What a pickle may make bytes of. A number would make as many zeros: a small file could fill the memory."""
-    if isinstance(content, str):
+    if isinstance(content, str) and encoding == "latin1":  # how Python 3 writes bytes for Python 2
         return content.encode(encoding)
     if not isinstance(content, bytes | list | tuple):
         raise _Refused(f"bytes from a {type(content).__name__}")
     return bytes(content)
 
 
-def _stand_ins() -> dict[str, Any]:
-    """New ones for each file: a pickle may set attributes of whatever it gets hold of."""
+class _Reader(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module in ("builtins", "__builtin__") and name in _PLAIN:
+            return getattr(builtins, name)
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        answers: dict[str, Callable[..., Any]] = {}  # new functions each time
+        if module in _NUMPY:
+            answers = {
+                "dtype": lambda code, *_: _Dtype(code),
+                "ndarray": lambda *_: _Array(),
+                "_reconstruct": lambda *_: _Array(),
+                "scalar": lambda dtype, raw: _numbers(raw, dtype, (), "C")[()],
+                "_frombuffer": lambda raw, dtype, shape, order: _numbers(raw, dtype, shape, order),
+            }
+        elif module in ("builtins", "__builtin__"):
+            answers = {"bytes": lambda *content: _bytes(*content), "bytearray": lambda *content: _bytes(*content)}
+        elif module == "_codecs":
+            answers = {"encode": lambda *content: _bytes(*content)}
+        if name not in answers:
+            raise _Refused(f"{module}.{name}")
+        return answers[name]
 
-    class Dtype(_Dtype): ...
-
-    class Array(_Array): ...
-
-    def reconstruct(*_: Any) -> Array:
-        return Array()
-
-    def scalar(dtype: _Dtype, raw: bytes | str) -> Any:
-        return _numbers(raw, dtype, (), "C")[()]
-
-    def from_buffer(raw: bytes, dtype: _Dtype, shape: tuple[int, ...], order: str) -> npt.NDArray[Any]:
-        return _numbers(raw, dtype, shape, order)
-
-    def encode(text: str, encoding: str) -> bytes:
-        if encoding != "latin1":  # how Python 3 writes bytes for Python 2
-            raise ValueError(f"text encoded as {encoding}")
-        return text.encode("latin1")
-
-    return {
-        "dtype": Dtype,
-        "ndarray": Array,
-        "_reconstruct": reconstruct,
-        "scalar": scalar,
-        "_frombuffer": from_buffer,
-        "encode": encode,
-    }
+    def persistent_load(self, key: Any) -> Any:
+        raise _Refused(f"an object outside of the file ({key!r})")
 
 
 def _with_arrays(content: Any) -> Any:
@@ -161,7 +121,7 @@ def _with_arrays(content: Any) -> Any:
         for key in list(holder) if isinstance(holder, dict) else range(len(holder)):
             value = holder[key]
             if isinstance(value, _Array):
-                holder[key] = value.numpy()
+                holder[key] = value.values
             elif isinstance(value, dict | list) and id(value) not in seen:
                 seen.add(id(value))
                 waiting.append(value)

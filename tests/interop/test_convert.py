@@ -18,7 +18,7 @@ from torch import Tensor
 from nightseg import load_model
 from nightseg.cli.main import main
 from nightseg.data.taxonomy import taxonomy
-from nightseg.interop.convert import KEEPSAKE
+from nightseg.interop.detectron2 import ORIGINAL_CONV1
 from nightseg.networks.model_folder import CARD, load_tensors
 from nightseg.segmenter.detectron2 import their_name
 from nightseg.segmenter.network import build_semantic_fpn
@@ -99,7 +99,7 @@ def test_there_predicts_and_back_is_bit_for_bit(checkpoint: Path, theirs: dict[s
     tensors, card = load_tensors(Location.of(model))
     assert card["detectron2"]["source"]["sha256"] == answer["sha256"]
     assert card["detectron2"]["source"]["config_sha256"] == sha256_of(config.read_bytes())
-    assert card["detectron2"]["facts"]["channels"] == "BGR"
+    assert card["detectron2"]["config"]["channels"] == "BGR"
     assert card["stride_in_1x1"] is False
     assert len(tensors) == len(kept(theirs))
     labels, confidence = load_model(model)(np.random.default_rng(0).integers(0, 256, (45, 70, 3), dtype=np.uint8))
@@ -136,7 +136,7 @@ def test_a_model_that_was_never_detectron2s_goes_there_as_rgb(checkpoint: Path, 
     card = json.loads((tmp_path / "model" / CARD).read_text())
     del card["detectron2"]
     (tmp_path / "model" / CARD).write_text(json.dumps(card))
-    (tmp_path / "model" / KEEPSAKE).unlink()
+    (tmp_path / "model" / ORIGINAL_CONV1).unlink()
     json_of("convert", "to-detectron2", tmp_path / "model", tmp_path / "out.pth")
     config = yaml.safe_load((tmp_path / "out.yaml").read_text())
     assert config["INPUT"]["FORMAT"] == "RGB"
@@ -146,7 +146,7 @@ def test_a_model_that_was_never_detectron2s_goes_there_as_rgb(checkpoint: Path, 
     assert torch.equal(written["backbone.bottom_up.stem.conv1.weight"], ours["body.conv1.weight"])
 
 
-def test_a_keepsake_of_other_weights_is_not_taken(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_original_conv1_of_other_weights_is_not_taken(checkpoint: Path, tmp_path: Path) -> None:
     """A folder whose tensors were replaced by later ones: they win."""
     json_of("convert", "detectron2", checkpoint, tmp_path / "model", *ZOO)
     import safetensors.torch
@@ -161,7 +161,7 @@ def test_a_keepsake_of_other_weights_is_not_taken(checkpoint: Path, tmp_path: Pa
     torch.testing.assert_close(written[name], 3 * original[name])
 
 
-def test_facts_are_never_guessed(checkpoint: Path, tmp_path: Path) -> None:
+def test_the_config_is_never_guessed(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "model"
     message = refused("convert", "detectron2", checkpoint, out)
     assert f"--config {checkpoint.parent / 'config.yaml'}" in message.replace("\n", "")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from nightseg.interop.detectron2_config import OURS, Facts, check_input, config_text, read_facts
+from nightseg.interop.detectron2_config import OURS, Detectron2Config, check_input, config_text, read_config
 from nightseg.storage import Location, UserError
 
 ZOO_BASE = """
@@ -43,12 +43,12 @@ def test_a_config_of_the_zoo_follows_its_bases_to_detectron2s_defaults(tmp_path:
         '_BASE_: "../Base-RCNN-FPN.yaml"\nMODEL:\n  META_ARCHITECTURE: "PanopticFPN"\n  MASK_ON: True\n'
     )
     (tmp_path / "coco" / "r101.yaml").write_text('_BASE_: "Base.yaml"\nMODEL:\n  RESNETS:\n    DEPTH: 101\n')
-    facts = read_facts(Location.of(tmp_path / "coco" / "r101.yaml"))
-    assert facts == Facts("BGR", (103.53, 116.28, 123.675), (1.0, 1.0, 1.0), True, "frozen", 2, 101)
+    config = read_config(Location.of(tmp_path / "coco" / "r101.yaml"))
+    assert config == Detectron2Config("BGR", (103.53, 116.28, 123.675), (1.0, 1.0, 1.0), True, "frozen", 2, 101)
 
 
 def test_a_config_says_what_it_says(tmp_path: Path) -> None:
-    facts = read_facts(
+    config = read_config(
         write(
             tmp_path,
             INPUT__FORMAT="RGB",
@@ -59,23 +59,25 @@ def test_a_config_says_what_it_says(tmp_path: Path) -> None:
             MODEL__BACKBONE__FREEZE_AT=0,
         )
     )
-    assert facts == OURS._replace(norm="sync", freeze_at=0, depth=50)
+    assert config == OURS._replace(norm="sync", freeze_at=0, depth=50)
 
 
 def test_a_resnet_18_has_no_1x1_convolution_to_stride_in(tmp_path: Path) -> None:
-    facts = read_facts(write(tmp_path, MODEL__RESNETS__DEPTH=18, MODEL__RESNETS__RES2_OUT_CHANNELS=64))
-    assert (facts.stride_in_1x1, facts.depth) == (False, 18)
+    config = read_config(write(tmp_path, MODEL__RESNETS__DEPTH=18, MODEL__RESNETS__RES2_OUT_CHANNELS=64))
+    assert (config.stride_in_1x1, config.depth) == (False, 18)
 
 
 @pytest.mark.parametrize("channels", ["RGB", "BGR"])
 @pytest.mark.parametrize("encoder", ["resnet18", "resnet152"])
 def test_what_is_written_reads_back(tmp_path: Path, channels: str, encoder: str) -> None:
-    facts = Facts(channels, *((OURS.pixel_mean, OURS.pixel_std)), encoder == "resnet152", "batch", 3, int(encoder[6:]))
+    config = Detectron2Config(
+        channels, *((OURS.pixel_mean, OURS.pixel_std)), encoder == "resnet152", "batch", 3, int(encoder[6:])
+    )
     if channels == "BGR":
-        facts = facts._replace(pixel_mean=OURS.pixel_mean[::-1], pixel_std=(1.0, 1.0, 1.0))
+        config = config._replace(pixel_mean=OURS.pixel_mean[::-1], pixel_std=(1.0, 1.0, 1.0))
     architecture = {"encoder": encoder, "pyramid_channels": 128, "head_channels": 64}
-    (tmp_path / "out.yaml").write_text(config_text(facts, architecture, 7))
-    assert read_facts(Location.of(tmp_path / "out.yaml")) == facts
+    (tmp_path / "out.yaml").write_text(config_text(config, architecture, 7))
+    assert read_config(Location.of(tmp_path / "out.yaml")) == config
     written = yaml.safe_load((tmp_path / "out.yaml").read_text())["MODEL"]
     assert written["SEM_SEG_HEAD"]["NUM_CLASSES"] == 7
     assert written["FPN"]["OUT_CHANNELS"] == 128
@@ -85,7 +87,7 @@ def test_what_is_written_reads_back(tmp_path: Path, channels: str, encoder: str)
 @pytest.mark.parametrize(
     ("changed", "part"),
     [
-        ({"MODEL__META_ARCHITECTURE": "GeneralizedRCNN"}, "PanopticFPN and SemanticSegmentor"),
+        ({"MODEL__META_ARCHITECTURE": "GeneralizedRCNN"}, "PanopticFPN and SemanticSegmentor can be"),
         ({"MODEL__BACKBONE__NAME": "build_mnasnet_backbone"}, "MODEL.BACKBONE.NAME is 'build_mnasnet_backbone'"),
         ({"MODEL__RESNETS__NUM_GROUPS": 32}, "MODEL.RESNETS.NUM_GROUPS is 32"),
         ({"MODEL__RESNETS__RES5_DILATION": 2}, "RES5_DILATION is 2"),
@@ -101,13 +103,13 @@ def test_what_is_written_reads_back(tmp_path: Path, channels: str, encoder: str)
         ({"INPUT__FORMAT": "L"}, "INPUT.FORMAT is 'L'"),
         ({"MODEL__PIXEL_MEAN": [127.5, 127.5, 127.5]}, "pads with zeros"),
         ({"INPUT__FORMAT": "RGB"}, "PIXEL_MEAN"),  # whose default is in the order of BGR
-        ({"MODEL__PIXEL_MEAN": [1.0, 2.0]}, "expected three numbers"),
+        ({"MODEL__PIXEL_MEAN": [1.0, 2.0]}, "three numbers"),
         ({"MODEL__PIXEL_STD": [1.0, 0.0, 1.0]}, "deviations are positive"),
     ],
 )
 def test_configs_of_other_networks_are_refused_by_the_key(tmp_path: Path, changed: dict[str, Any], part: str) -> None:
     with pytest.raises(UserError, match=part):
-        read_facts(write(tmp_path, **changed))
+        read_config(write(tmp_path, **changed))
 
 
 @pytest.mark.parametrize(
@@ -126,12 +128,12 @@ def test_configs_of_other_networks_are_refused_by_the_key(tmp_path: Path, change
 def test_files_that_are_no_configs_are_refused(tmp_path: Path, text: str, part: str) -> None:
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(UserError, match=part):
-        read_facts(Location.of(tmp_path / "config.yaml"))
+        read_config(Location.of(tmp_path / "config.yaml"))
 
 
 def test_a_missing_config_says_where_it_usually_lies(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="lies beside detectron2's checkpoints"):
-        read_facts(Location.of(tmp_path / "config.yaml"))
+        read_config(Location.of(tmp_path / "config.yaml"))
 
 
 def test_the_means_of_both_orders_are_imagenets() -> None:

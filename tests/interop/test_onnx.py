@@ -155,7 +155,7 @@ def test_a_graph_that_differs_is_not_kept(
 
 def test_a_file_of_another_kind_is_refused(native: Location, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnx, "PACKAGES", ())
-    with pytest.raises(UserError, match=r"Cure: a name that ends in \.onnx"):
+    with pytest.raises(UserError, match=r"Cure: use a name that ends in \.onnx"):
         export_onnx(native, Location.of(tmp_path / "x.pt"))
     with pytest.raises(UserError, match="not a model folder"):
         export_onnx(Location.of(tmp_path), Location.of(tmp_path / "x.onnx"))

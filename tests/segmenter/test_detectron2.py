@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nightseg.interop.detectron2_checkpoint import from_detectron2, read_checkpoint, to_detectron2
-from nightseg.interop.detectron2_config import OURS, config_text, read_facts
+from nightseg.interop.detectron2 import from_detectron2, read_checkpoint, to_detectron2
+from nightseg.interop.detectron2_config import OURS, config_text, read_config
 from nightseg.segmenter import detectron2
 from nightseg.segmenter.batch_norm import Norm
 from nightseg.segmenter.encoders import normalise
@@ -172,7 +172,7 @@ def test_a_panoptic_fpn_as_its_trainer_saves_it(tmp_path: Path, drawn_as_golden:
     (tmp_path / "config.yaml").write_text(settings.dump())
 
     where = str(tmp_path / "model_final.pth")
-    facts = read_facts(Location.of(tmp_path / "config.yaml"))
+    facts = read_config(Location.of(tmp_path / "config.yaml"))
     found = from_detectron2(read_checkpoint(Path(where).read_bytes(), where), facts, where)
     assert set(found.left_out) == {"proposal_generator", "roi_heads"}
     assert (found.architecture["stride_in_1x1"], found.architecture["freeze_at"]) == (True, 2)

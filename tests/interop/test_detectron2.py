@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from nightseg.interop.detectron2_checkpoint import CONV1, fold, from_detectron2, read_checkpoint, to_detectron2, unfold
-from nightseg.interop.detectron2_config import OURS, Facts
+from nightseg.interop.detectron2 import CONV1, fold, from_detectron2, read_checkpoint, to_detectron2, unfold
+from nightseg.interop.detectron2_config import OURS, Detectron2Config
 from nightseg.segmenter.encoders import normalise
 from nightseg.segmenter.network import architecture_of, open_semantic_fpn, upsample_logits
 from nightseg.storage import UserError
 
-ZOO = Facts("BGR", (103.53, 116.28, 123.675), (1.0, 1.0, 1.0), stride_in_1x1=True)
+ZOO = Detectron2Config("BGR", (103.53, 116.28, 123.675), (1.0, 1.0, 1.0), stride_in_1x1=True)
 STEM = "backbone.bottom_up.stem.conv1.weight"
 Make = Callable[..., dict[str, Tensor]]
 
@@ -34,12 +34,12 @@ def small(make: Make, encoder: str = "resnet18", **settings: Any) -> dict[str, T
 def test_converted_weights_give_detectron2s_logits(golden: Callable[[str], Any], name: str, channels: str) -> None:
     """As BGR the same network is fed with bytes less their mean: what its first convolution was for RGB, undone."""
     expected = golden(name)
-    tensors, facts = dict(expected.tensors), OURS
+    tensors, config = dict(expected.tensors), OURS
     if channels == "BGR":
         std = torch.tensor([58.395, 57.12, 57.375]).view(1, 3, 1, 1)
         tensors[STEM] = (tensors[STEM] / std).flip(1)
-        facts = ZOO._replace(stride_in_1x1=False)
-    found = from_detectron2(tensors, facts, "golden")
+        config = ZOO._replace(stride_in_1x1=False)
+    found = from_detectron2(tensors, config, "golden")
     assert found.architecture["encoder"] == f"resnet{name[1:]}"
     assert found.architecture["norm"] == "frozen"
     assert (found.left_out, found.added) == ({}, 0)
@@ -93,12 +93,12 @@ DEPTHS = [
 def test_there_and_back_is_bit_for_bit(
     detectron2_tensors: Make, encoder: str, stride_in_1x1: bool, folded: bool
 ) -> None:
-    facts = (ZOO if folded else OURS)._replace(stride_in_1x1=stride_in_1x1)
+    config = (ZOO if folded else OURS)._replace(stride_in_1x1=stride_in_1x1)
     theirs = detectron2_tensors(encoder)
-    found = from_detectron2(theirs, facts, "here")
+    found = from_detectron2(theirs, config, "here")
     assert found.architecture["stride_in_1x1"] == stride_in_1x1
     conv1 = found.conv1 if folded else None
-    back = to_detectron2(found.tensors, found.architecture, facts, conv1, "here")
+    back = to_detectron2(found.tensors, found.architecture, config, conv1, "here")
     assert back.keys() == theirs.keys()
     assert all(same_bits(back[name], tensor) for name, tensor in theirs.items())
     assert same_bits(found.tensors[CONV1], theirs[STEM]) != folded
@@ -117,10 +117,10 @@ def test_norms_that_count_and_norms_that_do_not_come_back(detectron2_tensors: Ma
 
 
 def test_a_first_convolution_that_has_learned_since_is_unfolded(detectron2_tensors: Make) -> None:
-    facts = ZOO._replace(stride_in_1x1=False)
-    found = from_detectron2(small(detectron2_tensors), facts, "here")
+    config = ZOO._replace(stride_in_1x1=False)
+    found = from_detectron2(small(detectron2_tensors), config, "here")
     found.tensors[CONV1] = found.tensors[CONV1] * 2
-    back = to_detectron2(found.tensors, found.architecture, facts, found.conv1, "here")
+    back = to_detectron2(found.tensors, found.architecture, config, found.conv1, "here")
     torch.testing.assert_close(back[STEM], found.conv1 * 2)
 
 
@@ -210,16 +210,18 @@ def test_tensors_too_few_too_many_or_wrong_are_named(
 
 
 @pytest.mark.parametrize(
-    ("facts", "part"),
+    ("config", "part"),
     [
         (OURS._replace(depth=34), "holds a resnet18, but its config says MODEL.RESNETS.DEPTH 34"),
         (OURS._replace(norm="batch"), "holds frozen batch norms, but its config says"),
         (OURS._replace(stride_in_1x1=True), "blocks of resnet18 have no 1x1"),
     ],
 )
-def test_a_config_of_another_checkpoint_is_noticed(detectron2_tensors: Make, facts: Facts, part: str) -> None:
+def test_a_config_of_another_checkpoint_is_noticed(
+    detectron2_tensors: Make, config: Detectron2Config, part: str
+) -> None:
     with pytest.raises(UserError, match=part):
-        from_detectron2(small(detectron2_tensors), facts, "here")
+        from_detectron2(small(detectron2_tensors), config, "here")
 
 
 def test_a_backbone_alone_is_no_segmenter() -> None:
