@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from benchmarks.contest import Contest, Size
 from nightseg.cluster import ray as cluster
-from nightseg.cluster.train import LocalSession, Session, Workers, exchanging, fit
+from nightseg.cluster.settings import TrainCompute
+from nightseg.cluster.train import LocalSession, Session, exchanging, fit
 from nightseg.data.images import encode_png
 from nightseg.data.scenes import scene
 from nightseg.data.table import frame_table
@@ -63,7 +64,7 @@ def contest(size: Size) -> Contest:
             {"folder": str(folder), "course": str(place.with_suffix(".json"))},
             folder=Location.of(place),
             name="step",
-            workers=Workers(WORKERS, cpus=1.0, gpus=0.0, max_failures=0),
+            compute=TrainCompute(workers=WORKERS, max_failures=0),
             progress=SilentProgress(),
             title="step",
             total=STEPS[size],

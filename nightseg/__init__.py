@@ -13,25 +13,18 @@ Root: no torch, no ray
 
 Storage
     storage/paths.py    a file or folder, local or behind a URI: all reading and writing
-    storage/remote.py   file systems behind URIs
     storage/tables.py   tables to bytes and back
+    storage/commits.py  the run folder: stages and their keys, attempts and shards, commits
+    storage/lock.py     one driver at a time
     storage/scratch.py  large files that can be made again, shared by the processes of a machine
     storage/events.py   curves and pictures as TensorBoard reads them
-    storage/faults.py   points at which a test may kill the process
-    storage/stage.py    the run folder; a stage and its key
-    storage/attempt.py  where a stage works until it is committed
-    storage/commit.py   what a finished stage left
-    storage/lock.py     one driver at a time
 
 Cluster: ray, no words of the domain
     cluster/settings.py        resources of trainings and passes
-    cluster/ray.py             join or start Ray
-    cluster/tables.py          a table as shards
-    cluster/map.py             passes over shards on Ray Data
-    cluster/train.py           training loops on Ray Train
-    cluster/checkpoints.py     the state of a training on disk
-    cluster/progress_actor.py  news from workers to the driver
-    cluster/quiet.py           Ray's own output, silenced
+    cluster/ray.py             join or start Ray; its own output, silenced
+    cluster/map.py             passes over shards, on Ray Data or in this process
+    cluster/train.py           training loops on Ray Train, and their checkpoints
+    cluster/progress_actor.py  from training workers to the driver: how far, and why it failed
     cluster/launch.py          what is wrong with a cluster.yaml
 
 Frames: no torch, no ray

@@ -17,15 +17,13 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import pyarrow as pa
 
 from nightseg.cluster import ray as cluster
-from nightseg.cluster.quiet import hide_ray_data
 from nightseg.cluster.settings import MapCompute
-from nightseg.cluster.tables import blocks, shard_slice, shards_of
 from nightseg.errors import UserError
 from nightseg.progress import Progress, Task
 from nightseg.storage import Attempt, Location, ShardRecord, Shards
@@ -33,6 +31,9 @@ from nightseg.storage import Attempt, Location, ShardRecord, Shards
 RETRIES_OF_A_SHARD = 3
 """How often a shard is done again because its process died. Ray's default is forever: a file that crashes a decoder,
 or a batch that does not fit into memory, would keep a cluster busy until someone looks."""
+
+SHARD = "nightseg_shard"
+"""Column that tells an actor which shard its rows are; it exists only between driver and actor."""
 
 
 class ShardWorker(Protocol):
@@ -127,16 +128,43 @@ def _here(shards: _Shards, index: int, rows: pa.Table, task: Task) -> ShardRecor
     return record
 
 
+# -- tables between driver and actors --------------------------------------------------------------------------------
+
+
+def shard_slice(rows: pa.Table, index: int, shard_rows: int) -> pa.Table:
+    """Rows [index * shard_rows, (index + 1) * shard_rows): the same rows in every run, whoever works on them."""
+    return rows.slice(index * shard_rows, shard_rows)
+
+
+def blocks(rows: pa.Table, indices: Iterable[int], shard_rows: int) -> Iterator[pa.Table]:
+    """One contiguous block per shard, each row marked with its shard's index (int64).
+
+    Copied row by row, because a slice of a table drags all of the table's bytes along when it is pickled.
+    """
+    for index in indices:
+        part = shard_slice(rows, index, shard_rows)
+        block = part.take(pa.array(range(part.num_rows), pa.int64())).combine_chunks()
+        yield block.append_column(SHARD, pa.array([index] * block.num_rows, pa.int64()))
+
+
+def shards_of(batch: pa.Table) -> Iterator[tuple[int, pa.Table]]:
+    """The shards of a batch, in order, without the mark: one as `blocks` cuts them, but Ray may join blocks."""
+    for index in sorted(set(batch[SHARD].to_pylist())):
+        mine = pa.compute.equal(batch[SHARD], index)
+        yield index, batch.filter(mine).drop_columns([SHARD])
+
+
+# -- actors ----------------------------------------------------------------------------------------------------------
+
+
 def _on_actors(
     shards: _Shards, tables: list[pa.Table], compute: MapCompute, progress: Progress, task: Task, title: str
 ) -> Iterator[ShardRecord]:
     """Records as shards finish, in any order."""
     cluster.connect()
     compute = compute.model_copy(update={"actors": min(compute.actors, len(tables))})
-    for resource, each in (("CPU", compute.cpus_per_actor), ("GPU", compute.gpus_per_actor)):
-        key = f"compute.map.actors or compute.map.{resource.lower()}s_per_actor"
-        count = compute.actors
-        cluster.require(resource, count=count, each=each, what="actors", recipe_key=key, say=progress.say)
+    cpus, gpus = compute.cpus_per_actor, compute.gpus_per_actor
+    cluster.require("actor", compute.actors, cpus=cpus, gpus=gpus, place="compute.map", say=progress.say)
     for record in _run(shards, tables, compute, title):
         task.advance(record.rows_in)
         yield record
@@ -146,7 +174,7 @@ def _run(shards: _Shards, tables: list[pa.Table], compute: MapCompute, title: st
     """Actors end with the iterator, also when it ends with an error."""
     import ray
 
-    hide_ray_data()
+    cluster.hide_ray_data()
     results = _pass(shards, tables, compute)
     batches = iter(results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
     failure = None

@@ -1,7 +1,7 @@
-"""The notice board between training workers and the driver: how far the training is, and why it failed.
+"""The actor between training workers and the driver: how far a training is, and why it failed.
 
-Ray Train itself tells a driver nothing before the end, and hands back errors as text. The board is one small actor,
-shared by all trainings of a driver, that workers write to without waiting.
+Ray Train itself tells a driver nothing before the end, and hands back errors as text. One small actor, shared by all
+trainings of a driver; workers write to it without waiting.
 """
 
 from __future__ import annotations
@@ -12,99 +12,110 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from nightseg.errors import UserError
 from nightseg.progress import Progress, Task
 
-SECONDS_BETWEEN_LOOKS = 0.25
-"""How often the driver looks at the board, and the least time between two messages of a worker."""
+SECONDS_BETWEEN_UPDATES = 0.25
+"""How often the driver asks, and the least time between two messages of a worker."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a worker's loop ended early. `is_user_error`: doing it again cannot help."""
+    """Why a worker's loop ended early. With a `user_error`, doing it again cannot help."""
 
-    is_user_error: bool
+    user_error: UserError | None
     message: str
     trace: str
 
 
 @dataclass
-class Notice:
+class Status:
     """What is known of one training. `done`: units of work finished in all; `messages`: for the reader, in order."""
 
     done: int = 0
-    figures: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
     failure: Failure | None = None
     messages: list[str] = field(default_factory=list)
     starts: int = 0
 
 
-class Board:
+class ProgressActor:
     """Runs as an actor. Trainings are told apart by a key, because a search has several at a time."""
 
     def __init__(self) -> None:
-        self._notices: dict[str, Notice] = {}
+        self._statuses: dict[str, Status] = {}
 
     def begin(self, key: str, rank: int) -> Failure | None:
         """A worker starts: the user's mistake that ended the training before, if one did; other failures are over."""
-        notice = self._notice(key)
-        if notice.failure is not None and notice.failure.is_user_error:
-            return notice.failure
+        status = self._status(key)
+        if status.failure is not None and status.failure.user_error:
+            return status.failure
         if rank == 0:
-            notice.starts += 1
-            if notice.starts > 1:
-                reason = f" ({notice.failure.message})" if notice.failure else ""
-                notice.messages.append(f"a worker failed{reason}; the training goes on after its last checkpoint")
-            notice.failure = None
+            status.starts += 1
+            if status.starts > 1:
+                reason = f" ({status.failure.message})" if status.failure else ""
+                status.messages.append(f"a worker failed{reason}; the training goes on after its last checkpoint")
+            status.failure = None
         return None
 
     def say(self, key: str, message: str) -> None:
-        self._notice(key).messages.append(message)
+        self._status(key).messages.append(message)
 
-    def advance(self, key: str, done: int, figures: Mapping[str, float]) -> None:
-        notice = self._notice(key)
-        notice.done = done
-        notice.figures.update(figures)
+    def advance(self, key: str, done: int, metrics: Mapping[str, float]) -> None:
+        status = self._status(key)
+        status.done = done
+        status.metrics.update(metrics)
 
     def fail(self, key: str, failure: Failure) -> None:
         """The first failure counts, as those of other workers follow from it; a user's mistake counts more."""
-        notice = self._notice(key)
-        if notice.failure is None or (failure.is_user_error and not notice.failure.is_user_error):
-            notice.failure = failure
+        status = self._status(key)
+        if status.failure is None or (failure.user_error and not status.failure.user_error):
+            status.failure = failure
 
-    def read(self, key: str) -> Notice:
-        return self._notice(key)
+    def read(self, key: str) -> Status:
+        return self._status(key)
 
     def forget(self, key: str) -> None:
-        self._notices.pop(key, None)
+        self._statuses.pop(key, None)
 
-    def _notice(self, key: str) -> Notice:
-        return self._notices.setdefault(key, Notice())
-
-
-_boards: dict[tuple[str, str], Any] = {}
+    def _status(self, key: str) -> Status:
+        return self._statuses.setdefault(key, Status())
 
 
-def board() -> Any:
-    """The actor handle of this process's board, on the cluster it is connected to now."""
+_actors: dict[tuple[str, str], Any] = {}
+
+
+def progress_actor() -> Any:
+    """The handle of this process's actor, on the cluster it is connected to now."""
     import ray
 
     context = ray.get_runtime_context()
     place = (context.get_session_name(), context.get_worker_id())
-    if place not in _boards:
-        _boards.clear()  # a handle from before a disconnect leads nowhere
-        _boards[place] = ray.remote(num_cpus=0, max_restarts=-1)(Board).remote()
-    return _boards[place]
+    if place not in _actors:
+        _actors.clear()  # a handle from before a disconnect leads nowhere
+        _actors[place] = ray.remote(num_cpus=0, max_restarts=-1)(ProgressActor).remote()
+    return _actors[place]
 
 
 @contextmanager
-def shown(board: Any, key: str, task: Task, progress: Progress, title: str) -> Iterator[None]:
-    """While the body runs, the task and the reader follow what rank 0 writes on the board."""
+def shown(actor: Any, key: str, task: Task, progress: Progress, title: str) -> Iterator[None]:
+    """While the body runs, the task and the reader follow what rank 0 reports."""
     stop = threading.Event()
-    display = _Display(board, key, task, progress, title)
 
     def follow() -> None:
-        while not stop.wait(SECONDS_BETWEEN_LOOKS):
-            display.refresh()
+        done = num_said = 0
+        while True:
+            is_last = stop.wait(SECONDS_BETWEEN_UPDATES)
+            status = _read(actor, key)
+            if status is not None:
+                # A restarted worker begins before where its predecessor died: the bar stands still until it is past it.
+                task.advance(max(0, status.done - done), **status.metrics)
+                done = max(done, status.done)
+                for message in status.messages[num_said:]:
+                    progress.say(f"{title}: {message}")
+                num_said = len(status.messages)
+            if is_last:
+                return
 
     thread = threading.Thread(target=follow, name="nightseg-progress", daemon=True)
     thread.start()
@@ -113,26 +124,14 @@ def shown(board: Any, key: str, task: Task, progress: Progress, title: str) -> I
     finally:
         stop.set()
         thread.join()
-        display.refresh()
-        board.forget.remote(key)
+        actor.forget.remote(key)
 
 
-class _Display:
-    def __init__(self, board: Any, key: str, task: Task, progress: Progress, title: str) -> None:
-        self._board, self._key, self._task, self._progress, self._title = board, key, task, progress, title
-        self._done = 0
-        self._num_said = 0
+def _read(actor: Any, key: str) -> Status | None:
+    import ray
 
-    def refresh(self) -> None:
-        import ray
-
-        try:
-            notice: Notice = ray.get(self._board.read.remote(self._key), timeout=5.0)
-        except ray.exceptions.RayError:  # busy, or starting anew: the training goes on without a display
-            return
-        # A restarted worker begins before where its predecessor died: the bar stands still until it is past that.
-        self._task.advance(max(0, notice.done - self._done), **notice.figures)
-        self._done = max(self._done, notice.done)
-        for message in notice.messages[self._num_said :]:
-            self._progress.say(f"{self._title}: {message}")
-        self._num_said = len(notice.messages)
+    try:
+        status: Status = ray.get(actor.read.remote(key), timeout=5.0)
+    except ray.exceptions.RayError:  # busy, or starting again: the training goes on without a display
+        return None
+    return status

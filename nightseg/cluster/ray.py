@@ -13,12 +13,12 @@ import os
 import re
 import secrets
 import socket
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nightseg.cluster.quiet import hide_daemons, wants_logs
 from nightseg.errors import UserError
 
 OBJECT_STORE_BYTES = 512 * 2**20
@@ -29,6 +29,7 @@ SMALLEST_OBJECT_STORE_BYTES = 80 * 2**20
 
 REACHABLE_SECONDS = 20.0
 
+ADDRESS_CURE = "unset RAY_ADDRESS to work on this machine"
 ADMISSION_CURE = "set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to what `ray get-auth-token` prints on its head node"
 
 ENVIRONMENT = {
@@ -57,6 +58,7 @@ CLUSTER_ENVIRONMENT = {
 }
 
 _started_here = False
+_is_notice_out = False  # Ray's warning of actors as Ray Data makes them
 
 
 def connect(num_cpus: int | None = None, *, dashboard: bool = False) -> None:
@@ -136,23 +138,25 @@ def capacity(resource: str) -> float:
     return math.inf if limits is None else max(now, float(limits.get(resource, 0.0)))
 
 
-def require(resource: str, *, count: int, each: float, what: str, recipe_key: str, say: Callable[[str], None]) -> None:
+def require(who: str, count: int, *, cpus: float, gpus: float, place: str, say: Callable[[str], None]) -> None:
     """Refuse a request that the cluster can never serve: Ray would wait for it without a word.
 
-    One that a growing cluster will serve later is announced through `say`.
+    `who`: "actor" or "worker", of which each takes `cpus` and `gpus`; `place`: where the recipe says so. A request that
+    a growing cluster will serve later is announced through `say`.
 
     Raises:
         UserError: names what is asked, what there is, and the recipe keys that ask for it.
     """
-    asked, most = count * each, capacity(resource)
-    if asked > most + 1e-6:
-        raise UserError(
-            f"{count} {what} with {each:g} {resource} each need {asked:g} {resource}, but the cluster has {most:g}; "
-            f"lower {recipe_key} in the recipe, or add nodes"
-        )
-    now = resources().get(resource, 0.0)
-    if asked > now + 1e-6:
-        say(f"{count} {what} need {asked:g} {resource}, the cluster has {now:g} now: waiting for more nodes")
+    for resource, each in (("CPU", cpus), ("GPU", gpus)):
+        asked, most, now = count * each, capacity(resource), resources().get(resource, 0.0)
+        if asked > most + 1e-6:
+            raise UserError(
+                f"{place}: {count} {who}s with {each:g} {resource} each need {asked:g} {resource}, but the cluster has "
+                f"{most:g}",
+                cure=f"lower {place}.{who}s or {place}.{resource.lower()}s_per_{who}, or add nodes",
+            )
+        if asked > now + 1e-6:
+            say(f"{count} {who}s need {asked:g} {resource}, the cluster has {now:g} now: waiting for more nodes")
 
 
 def _set_defaults(environment: Mapping[str, str]) -> None:
@@ -185,8 +189,8 @@ def _join(address: str) -> None:
     shown = re.sub(r"//[^/@]*@", "//", address)  # never repeat a password of an address in a message
     if "://" in address:
         raise UserError(
-            f"RAY_ADDRESS is {shown!r}, which is not the address of a cluster's control store (HOST:PORT): submit with "
-            "`ray job submit --working-dir . -- python jobs/...`, or unset RAY_ADDRESS to work on this machine"
+            f"RAY_ADDRESS: {shown!r} is not the address of a cluster's control store (HOST:PORT)",
+            cure=f"submit with `ray job submit --working-dir . -- python jobs/...`, or {ADDRESS_CURE}",
         )
     _set_defaults(CLUSTER_ENVIRONMENT)
     _prepare_token(may_create=False)
@@ -198,13 +202,13 @@ def _join(address: str) -> None:
     try:
         ray.init(address=address, log_to_driver=wants_logs(), logging_level="ERROR", runtime_env=environment)
     except AuthenticationError as error:
-        raise UserError(f"the Ray cluster at {shown} (RAY_ADDRESS) wants its token: {ADMISSION_CURE}") from error
+        raise UserError(f"RAY_ADDRESS: the cluster at {shown} wants its token", cure=ADMISSION_CURE) from error
     except (ConnectionError, RuntimeError, ValueError) as error:
         first_line = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"the Ray cluster at {shown} (RAY_ADDRESS) does not let us in: {first_line}. Its token may be another "
-            f"({ADMISSION_CURE}), or its version of Ray (here {ray.__version__}); unset RAY_ADDRESS to work on this "
-            "machine"
+            f"RAY_ADDRESS: the cluster at {shown} does not let us in: {first_line}. Its token may be another, or its "
+            f"version of Ray (here {ray.__version__})",
+            cure=f"{ADMISSION_CURE}, or {ADDRESS_CURE}",
         ) from error
     _started_here = False
 
@@ -218,8 +222,8 @@ def _check_reachable(address: str, shown: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=REACHABLE_SECONDS).close()
     except (OSError, OverflowError) as error:
         raise UserError(
-            f"no Ray cluster answers at {shown} (RAY_ADDRESS): {error}; start it, correct the address, or unset "
-            "RAY_ADDRESS to work on this machine"
+            f"RAY_ADDRESS: no cluster answers at {shown}: {error}",
+            cure=f"start it, correct the address, or {ADDRESS_CURE}",
         ) from error
 
 
@@ -276,3 +280,67 @@ def _object_store_bytes() -> int:
         return OBJECT_STORE_BYTES
     free = int(status.f_bsize * status.f_bavail * 0.8)
     return OBJECT_STORE_BYTES if free < SMALLEST_OBJECT_STORE_BYTES else min(OBJECT_STORE_BYTES, free)
+
+
+# -- Ray's own output ------------------------------------------------------------------------------------------------
+# A run shows its own progress and nothing else. What matters comes back as an exception, the rest is in Ray's log
+# folder, and RAY_LOG_TO_DRIVER=1 (Ray's own switch) brings everything back.
+
+
+def wants_logs() -> bool:
+    """Whether the user asks for the output of Ray's workers and daemons."""
+    return os.environ.get("RAY_LOG_TO_DRIVER", "0").lower() in ("1", "true")
+
+
+def hide_daemons() -> None:
+    """Ray prints what its daemons say to standard output, even with log_to_driver off; that belongs to `--json`."""
+    if not wants_logs():
+        import ray._private.worker
+
+        ray._private.worker._worker_logs_enabled = False
+
+
+def hide_ray_data() -> None:
+    """Ray Data's bars, banners, tracebacks of errors that we raise anyway, and a debug log that grows without limit."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    if not wants_logs():
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # after the import, which sets it to DEBUG
+        _let_out_actor_notice()
+
+
+def _let_out_actor_notice() -> None:
+    """Ray's C++ core warns on standard error, once a process, of actors as Ray Data makes them. Here nobody sees it."""
+    global _is_notice_out
+    if _is_notice_out:
+        return
+    import ray
+
+    class Nobody:
+        def __init__(self, argument: object) -> None:
+            del argument
+
+    with _stderr_without(b"has constructor arguments in the object store"):
+        actor = ray.remote(num_cpus=0, max_restarts=1)(Nobody).remote(ray.put(None))
+        ray.kill(actor)
+    _is_notice_out = True
+
+
+@contextmanager
+def _stderr_without(unwanted: bytes) -> Iterator[None]:
+    """Holds standard error (the descriptor: C++ does not know sys.stderr) back, and lets out lines without the text."""
+    with tempfile.TemporaryFile() as held:
+        stderr = os.dup(2)
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            held.seek(0)
+            for line in held:
+                if unwanted not in line:
+                    os.write(2, line)

@@ -21,6 +21,9 @@ Reports are few (one an epoch): each is a barrier of all workers. `progress` may
 
 from __future__ import annotations
 
+import io
+import logging
+import pickle
 import signal
 import tempfile
 import threading
@@ -28,7 +31,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -36,21 +39,14 @@ import torch
 from torch import Tensor, nn
 
 from nightseg.cluster import ray as cluster
-from nightseg.cluster.checkpoints import Checkpoints
-from nightseg.cluster.progress_actor import SECONDS_BETWEEN_LOOKS, Failure, board, shown
+from nightseg.cluster.progress_actor import SECONDS_BETWEEN_UPDATES, Failure, progress_actor, shown
+from nightseg.cluster.settings import TrainCompute
 from nightseg.errors import UserError
 from nightseg.progress import Progress
-from nightseg.storage import Location
+from nightseg.storage import Location, sha256_of
 
-
-@dataclass(frozen=True)
-class Workers:
-    """How a training is spread: `count` processes with `cpus` and `gpus` each; `max_failures` deaths are survived."""
-
-    count: int
-    cpus: float
-    gpus: float
-    max_failures: int
+NUM_KEPT = 2  # checkpoints
+_LOG = logging.getLogger(__name__)
 
 
 class Session(Protocol):
@@ -72,7 +68,7 @@ class Session(Protocol):
     def report(self, metrics: Mapping[str, float], state: Mapping[str, Any] | None) -> None:
         """A barrier. Notes the metrics, and keeps rank 0's state as a checkpoint if it is given."""
 
-    def progress(self, done: int, **figures: float) -> None:
+    def progress(self, done: int, **metrics: float) -> None:
         """`done` units of work are finished in all, not since the last call. Cheap; never waits."""
 
 
@@ -85,7 +81,7 @@ class LocalSession:
         self.device = torch.device(device)
         self.history: list[dict[str, Any]] = []
         self.done = 0
-        self.figures: dict[str, float] = {}
+        self.metrics: dict[str, float] = {}
         self._checkpoints = Checkpoints(folder)
 
     def wrap(self, module: nn.Module) -> nn.Module:
@@ -106,9 +102,9 @@ class LocalSession:
         if state is not None:
             self._checkpoints.save(len(self.history), state, self.history)
 
-    def progress(self, done: int, **figures: float) -> None:
+    def progress(self, done: int, **metrics: float) -> None:
         self.done = done
-        self.figures.update(figures)
+        self.metrics.update(metrics)
 
 
 def exchanging(module: nn.Module, device: torch.device) -> nn.Module:
@@ -118,9 +114,9 @@ def exchanging(module: nn.Module, device: torch.device) -> nn.Module:
 
 
 class _WorkerSession:
-    """One worker of a cluster. Rank 0 keeps the history, the checkpoints and the board."""
+    """One worker of a cluster. Rank 0 keeps the history and the checkpoints, and reports progress."""
 
-    def __init__(self, checkpoints: Checkpoints, board: Any, key: str) -> None:
+    def __init__(self, checkpoints: Checkpoints, actor: Any, key: str) -> None:
         import ray.train.torch
 
         context = ray.train.get_context()
@@ -129,7 +125,7 @@ class _WorkerSession:
         self.device: torch.device = ray.train.torch.get_device()
         self.history: list[dict[str, Any]] = []
         self._checkpoints = checkpoints
-        self._board = board
+        self._actor = actor
         self._key = key
         self._told = 0.0
         self._untold: tuple[int, dict[str, float]] | None = None
@@ -160,21 +156,21 @@ class _WorkerSession:
         if self.rank == 0 and state is not None:
             self._checkpoints.save(len(self.history), state, self.history)
 
-    def progress(self, done: int, **figures: float) -> None:
+    def progress(self, done: int, **metrics: float) -> None:
         if self.rank == 0:
             held = self._untold[1] if self._untold is not None else {}
-            self._untold = (done, held | figures)  # what an epoch ended with is not lost to the next step
-            if time.monotonic() - self._told >= SECONDS_BETWEEN_LOOKS:
+            self._untold = (done, held | metrics)  # what an epoch ended with is not lost to the next step
+            if time.monotonic() - self._told >= SECONDS_BETWEEN_UPDATES:
                 self.tell()
 
     def _say(self, message: str) -> None:
         if self.rank == 0:
-            self._board.say.remote(self._key, message)
+            self._actor.say.remote(self._key, message)
 
     def tell(self) -> None:
-        """What `progress` held back goes to the board; nobody waits for an answer."""
+        """What `progress` held back goes to the progress actor; nobody waits for an answer."""
         if self._untold is not None:
-            self._board.advance.remote(self._key, *self._untold)
+            self._actor.advance.remote(self._key, *self._untold)
             self._told, self._untold = time.monotonic(), None
 
 
@@ -194,7 +190,7 @@ class FitResult:
         damaged: list[str] = []
         snapshot = self.checkpoints.newest(damaged.append)
         if damaged:
-            raise RuntimeError(f"{damaged[0]}; run the same command again to train the rest anew")
+            raise RuntimeError(f"{damaged[0]}; run the same command again to train the rest again")
         if snapshot is None:
             raise RuntimeError(f"the training in {self.checkpoints.folder} ended without reporting a state")
         return snapshot.state
@@ -206,7 +202,7 @@ def fit(
     *,
     folder: Location,
     name: str,
-    workers: Workers,
+    compute: TrainCompute,
     progress: Progress,
     title: str,
     total: int,
@@ -218,7 +214,7 @@ def fit(
         loop, settings: called as `loop(session, settings)` on every worker; both are pickled, paths in them absolute.
         folder, name: checkpoints lie in `folder`/`name`, on a file system that all workers reach. What is there is
             continued, so two trainings that differ in anything must have different folders: put it under the attempt.
-        workers: what to reserve. PyTorch gets int(cpus) threads, at least one. gloo on CPUs, NCCL on GPUs.
+        compute: what to reserve. PyTorch gets int(cpus_per_worker) threads, at least one. gloo on CPUs, NCCL on GPUs.
         total, unit: of `Session.progress`, for the display.
 
     Raises:
@@ -226,42 +222,39 @@ def fit(
         RuntimeError: the loop failed otherwise, or its process died, more than `max_failures` times.
     """
     cluster.connect()
-    for resource, each in (("CPU", workers.cpus), ("GPU", workers.gpus)):
-        key = f"compute.train.workers or compute.train.{resource.lower()}s_per_worker"
-        what = "training workers"
-        cluster.require(resource, count=workers.count, each=each, what=what, recipe_key=key, say=progress.say)
+    cpus, gpus = compute.cpus_per_worker, compute.gpus_per_worker
+    cluster.require("worker", compute.workers, cpus=cpus, gpus=gpus, place="compute.train", say=progress.say)
     job = {
         "loop": loop,
         "settings": settings,
         "checkpoints": Checkpoints(folder / name),
-        "threads": max(1, int(workers.cpus)),
-        "board": board(),
+        "threads": max(1, int(cpus)),
+        "actor": progress_actor(),
         "key": uuid.uuid4().hex,
     }
-    with progress.task(title, total, unit) as task, shown(job["board"], job["key"], task, progress, title):
-        history = _run(job, workers, name, title)
+    with progress.task(title, total, unit) as task, shown(job["actor"], job["key"], task, progress, title):
+        history = _run(job, compute, name, title)
     return FitResult(history[-1] if history else {}, history, job["checkpoints"])
 
 
-def _run(job: dict[str, Any], workers: Workers, name: str, title: str) -> list[dict[str, Any]]:
+def _run(job: dict[str, Any], compute: TrainCompute, name: str, title: str) -> list[dict[str, Any]]:
     """The history, from rank 0. Ray's own storage holds nothing and goes away: checkpoints are ours."""
     import ray
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig
 
-    resources = {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
+    on_gpu = compute.gpus_per_worker > 0
+    resources = {"CPU": compute.cpus_per_worker} | ({"GPU": compute.gpus_per_worker} if on_gpu else {})
     with tempfile.TemporaryDirectory(prefix="nightseg-train-", ignore_cleanup_errors=True) as storage:
         trainer = _lean_trainer()(
             _work,
             train_loop_config=job,
-            torch_config=TorchConfig(backend="nccl" if workers.gpus else "gloo"),
-            scaling_config=ScalingConfig(
-                num_workers=workers.count, use_gpu=workers.gpus > 0, resources_per_worker=resources
-            ),
+            torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+            scaling_config=ScalingConfig(num_workers=compute.workers, use_gpu=on_gpu, resources_per_worker=resources),
             run_config=RunConfig(
                 name=name,
                 storage_path=storage,
-                failure_config=FailureConfig(max_failures=workers.max_failures),
+                failure_config=FailureConfig(max_failures=compute.max_failures),
                 logging_config=LoggingConfig(log_level="ERROR"),
             ),
         )
@@ -293,37 +286,37 @@ def _lean_trainer() -> type[Any]:
 
 
 def _work(job: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """What every worker runs. None: the user's mistake that ended the training is on the board."""
+    """What every worker runs. None: the progress actor knows the user's mistake that ended the training."""
     import ray
 
-    board, key = job["board"], job["key"]
-    session = _WorkerSession(job["checkpoints"], board, key)
-    if ray.get(board.begin.remote(key, session.rank)) is not None:
+    actor, key = job["actor"], job["key"]
+    session = _WorkerSession(job["checkpoints"], actor, key)
+    if ray.get(actor.begin.remote(key, session.rank)) is not None:
         return None  # Ray started the workers again, but the mistake is still there
     torch.set_num_threads(job["threads"])
     try:
         job["loop"](session, job["settings"])
         session.tell()
     except Exception as error:
-        is_user_error = isinstance(error, UserError)
-        message = str(error) if is_user_error else f"{type(error).__name__}: {error}"
-        ray.get(board.fail.remote(key, Failure(is_user_error, message, traceback.format_exc())))
-        if is_user_error and session.world_size == 1:
+        user_error = error if isinstance(error, UserError) else None
+        failure = Failure(user_error, f"{type(error).__name__}: {error}", traceback.format_exc())
+        ray.get(actor.fail.remote(key, failure))
+        if user_error and session.world_size == 1:
             return None
         raise  # the other workers wait in a collective; only a failed worker makes Ray end them
     return session.history
 
 
 def _failure(job: dict[str, Any], title: str, error: BaseException | None) -> Exception:
-    """The error to raise: what a worker wrote on the board, else what Ray knows."""
+    """The error to raise: what a worker told the progress actor, else what Ray knows."""
     import ray
 
     try:
-        failure: Failure | None = ray.get(job["board"].read.remote(job["key"]), timeout=10.0).failure
-    except ray.exceptions.RayError:  # the cluster went down, and the board with it
+        failure: Failure | None = ray.get(job["actor"].read.remote(job["key"]), timeout=10.0).failure
+    except ray.exceptions.RayError:  # the cluster went down, and the actor with it
         failure = None
-    if failure is not None and failure.is_user_error:
-        raised: Exception = UserError(failure.message)
+    if failure is not None and failure.user_error is not None:
+        raised: Exception = failure.user_error
     elif _has_died(error):  # what other workers wrote then is about the connection they lost
         raised = RuntimeError(f"{title}: a worker process died: it ran out of memory, was killed, or crashed")
     else:
@@ -362,3 +355,84 @@ def _interrupts_stay_interrupts() -> Iterator[None]:
         raise KeyboardInterrupt from None
     finally:
         signal.signal(signal.SIGINT, handler)
+
+
+# -- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What one checkpoint holds. `report` counts from 1; `history` has the metrics of every report up to it."""
+
+    report: int
+    state: dict[str, Any]
+    history: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints in a folder, local or remote: written whole or not at all, checked when read. Picklable.
+
+    Ray Train can keep checkpoints too, but its list of them (`checkpoint_manager_snapshot.json`, Ray 2.60) is
+    overwritten in place: a kill between truncating and writing leaves a run that never starts again, and so does a
+    damaged checkpoint or another version of Ray. Files that carry their own hash need no list.
+    """
+
+    folder: Location
+
+    def save(self, report: int, state: Mapping[str, Any], history: list[dict[str, Any]]) -> None:
+        """Writes a checkpoint, then forgets all but the last two.
+
+        `state`: tensors, numbers, strings, None and dicts, lists, tuples of them: what `weights_only` can read back.
+        Raises TypeError at the first checkpoint for anything else, rather than when a resume needs it.
+        """
+        stream = io.BytesIO()
+        torch.save({"report": report, "state": dict(state), "history": history}, stream)
+        data = stream.getbuffer()
+        if not self._names():
+            try:
+                torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError as error:
+                first_line = str(error).partition("\n")[0]
+                raise TypeError(f"a training state holds what a checkpoint may not hold: {first_line}") from error
+        place = self.folder / f"report-{report:08d}"
+        (place / "state.pt").write_bytes(data)
+        (place / "state.sha256").write_bytes(sha256_of(data).encode())  # last: it makes the checkpoint count
+        for old in self._names()[:-NUM_KEPT]:
+            (self.folder / old).delete()
+
+    def newest(self, warn: Callable[[str], None] = _LOG.warning) -> Snapshot | None:
+        """The newest whole checkpoint, tensors on the CPU; None without any. Each damaged one is told to `warn`.
+
+        Raises UserError when there are checkpoints but none is whole: starting anew in silence would hide a loss.
+        """
+        damaged = self._names()[::-1]
+        for name in damaged:
+            snapshot = self._read(name, warn)
+            if snapshot is not None:
+                return snapshot
+        if damaged:
+            raise UserError(
+                f"{self.folder}: every checkpoint is damaged ({', '.join(damaged)})",
+                cure="delete this folder to train from the start",
+            )
+        return None
+
+    def _read(self, name: str, warn: Callable[[str], None]) -> Snapshot | None:
+        place = self.folder / name
+        try:
+            data = (place / "state.pt").read_bytes()
+            if (place / "state.sha256").read_bytes().decode("ascii", "replace").strip() != sha256_of(data):
+                raise ValueError("its content does not match its hash")
+            body = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            return Snapshot(int(body["report"]), body["state"], body["history"])
+        except (OSError, ValueError, KeyError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            warn(f"checkpoint {place} is damaged and left out: {error}")
+            return None
+
+    def _names(self) -> list[str]:
+        """Folders of finished checkpoints, oldest first. One whose writer was killed has no hash and does not count."""
+        with suppress(FileNotFoundError):
+            files = (entry.name.partition("/") for entry in self.folder.list(recursive=True))
+            return sorted(name for name, _, file in files if file == "state.sha256" and name.startswith("report-"))
+        return []

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from nightseg.storage import Commit, Location, UserError
-from nightseg.storage.commit import table_paths
+from nightseg.storage.commits import table_paths
 
 FRAME_ID = "frame_id"  # unique, stable, readable: "<dataset>/<name>"
 URI = "uri"

@@ -16,7 +16,7 @@ from contextlib import redirect_stdout
 from typing import Any, NamedTuple
 
 from nightseg.cluster import ray as cluster
-from nightseg.cluster.quiet import wants_logs
+from nightseg.cluster.ray import wants_logs
 from nightseg.errors import UserError, closest
 from nightseg.pipeline import run
 from nightseg.pipeline.graph import NodeId

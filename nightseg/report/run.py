@@ -12,7 +12,7 @@ import pyarrow as pa
 from nightseg.data import table as frame
 from nightseg.data.taxonomy import IGNORE, TRAIN_IDS, Taxonomy, taxonomy
 from nightseg.storage import Location
-from nightseg.storage.commit import Commit, read_commit, table_paths
+from nightseg.storage.commits import Commit, read_commit, table_paths
 
 Row = dict[str, Any]
 BUILT_IN = ("cityscapes19", "camvid11")

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from nightseg.cluster.settings import TrainCompute
-from nightseg.cluster.train import Session, Workers, fit
+from nightseg.cluster.train import Session, fit
 from nightseg.data.taxonomy import Taxonomy
 from nightseg.data.taxonomy import taxonomy as load_taxonomy
 from nightseg.networks.ema import decay_of_step, update_average
@@ -117,7 +117,6 @@ def train_segmenter(
     """
     begun = time.monotonic()
     classes = load_taxonomy(taxonomy)
-    workers = Workers(compute.workers, compute.cpus_per_worker, compute.gpus_per_worker, compute.max_failures)
     begin, curves = attempt.folder / "start", attempt.folder / "tensorboard"
     plan = Plan(train, validate, begin, classes, network, loss, training, seed, curves)
     shape: dict[str, Any] = {"network": network, "training": training, "steps_per_epoch": plan.steps_per_epoch}
@@ -137,7 +136,7 @@ def train_segmenter(
         {"plan": plan},
         folder=attempt.folder / "trainer",
         name=name,
-        workers=workers,
+        compute=compute,
         progress=progress,
         title=f"train {name}",
         total=plan.total_steps,

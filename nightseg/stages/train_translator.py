@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nightseg.cluster.settings import TrainCompute
-from nightseg.cluster.train import Session, Workers, fit
+from nightseg.cluster.train import Session, fit
 from nightseg.data import table as frame
 from nightseg.data.images import encode_png
 from nightseg.networks.model_folder import save_model
@@ -110,7 +110,7 @@ def train_translator(
         {"plan": plan},
         folder=attempt.folder / "trainer",
         name=name,
-        workers=Workers(compute.workers, compute.cpus_per_worker, compute.gpus_per_worker, compute.max_failures),
+        compute=compute,
         progress=progress,
         title=f"train {name}",
         total=settings.iterations,

@@ -4,21 +4,19 @@ A crash at any instant costs at most the open shards, and a commit never changes
 """
 
 from nightseg.errors import UserError
-from nightseg.storage.attempt import Attempt, ShardRecord, Shards
-from nightseg.storage.commit import Commit, DamagedCommit, Output
-from nightseg.storage.faults import fault_point
+from nightseg.storage.commits import Attempt, Commit, DamagedCommit, Output, ShardRecord, Shards, Stage, Workspace
 from nightseg.storage.lock import WorkspaceBusy
 from nightseg.storage.paths import (
     Entry,
     Location,
     canonical_json,
+    fault_point,
     hash_of,
     hide_credentials,
     safe_relative,
     sha256_of,
     write_errors,
 )
-from nightseg.storage.stage import Stage, Workspace
 
 __all__ = [
     "Attempt",

@@ -76,14 +76,8 @@ def _step_of(name: str) -> int:
 def _framed(event: Mapping[str, Any]) -> bytes:
     """A TFRecord: length and content, each followed by its masked checksum (tensorflow/core/lib/io/record_writer.h)."""
     from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.record_writer import masked_crc32c
 
     data: bytes = Event(wall_time=time.time(), **event).SerializeToString()
     length = struct.pack("<Q", len(data))
-    return length + _checksum(length) + data + _checksum(data)
-
-
-def _checksum(data: bytes) -> bytes:
-    from tensorboardX.crc32c import crc32c
-
-    crc = crc32c(data)
-    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+    return length + struct.pack("<I", masked_crc32c(length)) + data + struct.pack("<I", masked_crc32c(data))

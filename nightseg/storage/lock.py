@@ -187,5 +187,5 @@ def _name(holder: dict[str, Any] | None) -> str:
 
 def _busy(root: Location, holder: dict[str, Any] | None) -> WorkspaceBusy:
     return WorkspaceBusy(
-        f"run folder {root} is in use by {_name(holder)}. Wait for it, stop it, or choose another folder with --run-dir"
+        f"run folder {root}: it is in use by {_name(holder)}", cure="wait for it, stop it, or choose another folder"
     )

@@ -1,18 +1,21 @@
-"""Where bytes live: files and folders on local disk or on any pyarrow file system, addressed by one `Location`.
+"""Files and folders, on local disk or on any file system of pyarrow or fsspec, addressed by one `Location`.
 
-All file access of the project goes through here, so that atomic writes, path safety, retries of an object store and
-the refusal of dangerous Parquet columns are decided once.
+All file access of the project goes through here, so that atomic writes, path safety and the refusal of dangerous
+Parquet columns are decided once. A file is read and written as the bytes it has, whatever its name says. Retries of a
+busy store are those of the file systems themselves.
 """
 
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,20 +27,21 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from nightseg.errors import UserError
-from nightseg.storage.faults import fault_point
-from nightseg.storage.remote import file_system, retried
 from nightseg.storage.tables import format_table, parse_table
 
+FAULT_VARIABLE = "NIGHTSEG_FAULT"
 TEMPORARY_PREFIX = ".nightseg-tmp-"
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
 _CREDENTIALS = re.compile(r"(?<=://)[^/@\s:]*:[^/@\s]*@")
+_FREE_SPACE = "free space or choose another run folder, then run it again"
+_PERMISSIONS = ("you may not write there", "fix the permissions or choose another run folder")
 _WRITE_CURES = {
-    errno.ENOSPC: "the disk is full: free space or choose another run folder (--run-dir), then run it again",
-    errno.EDQUOT: "your quota is used up: free space or choose another run folder (--run-dir), then run it again",
-    errno.EFBIG: "the file would grow over the limit on file sizes: raise it (ulimit -f), then run it again",
-    errno.EROFS: "the file system is read-only: choose another run folder (--run-dir)",
-    errno.EACCES: "you may not write there: fix the permissions or choose another run folder (--run-dir)",
-    errno.EPERM: "you may not write there: fix the permissions or choose another run folder (--run-dir)",
+    errno.ENOSPC: ("the disk is full", _FREE_SPACE),
+    errno.EDQUOT: ("your quota is used up", _FREE_SPACE),
+    errno.EFBIG: ("the file would grow over the limit on file sizes", "raise it (ulimit -f), then run it again"),
+    errno.EROFS: ("the file system is read-only", "choose another run folder"),
+    errno.EACCES: _PERMISSIONS,
+    errno.EPERM: _PERMISSIONS,
 }
 
 
@@ -63,8 +67,8 @@ class Location:
         if isinstance(path, Location):
             return path
         text = os.fspath(path)
-        if "\0" in text or not text:
-            raise UserError(f"not a path: {text!r} is empty or holds a NUL; give the path of a file or folder")
+        if not text or "\0" in text or _is_not_utf8(text):
+            raise UserError(f"path {text!r}: it is empty, holds a NUL or is not UTF-8", cure="give the path of a file")
         scheme = _SCHEME.match(text)
         if scheme and scheme[1].lower() != "file":
             before, mark, query = text.partition("?")
@@ -73,7 +77,7 @@ class Location:
             text = unquote(text[len(scheme[0]) :])
             if not text.startswith("/"):
                 raise UserError(
-                    f"{os.fspath(path)!r} names another host; file:// URIs need three slashes: file:///data"
+                    f"{os.fspath(path)!r}: it names another host", cure="give three slashes, like file:///data"
                 )
         return cls(os.path.abspath(os.path.expanduser(text)))
 
@@ -81,7 +85,9 @@ class Location:
         """A file or folder below this one; raises `UserError` for anything that could lead out of it."""
         before, mark, query = self._split()
         if "?" in relative and not self.is_local:
-            raise UserError(f"path {relative!r} refused: a question mark starts the options of {self}; rename the file")
+            raise UserError(
+                f"path {relative!r} refused: a question mark starts the options of {self}", cure="rename the file"
+            )
         slash = "" if before.endswith("/") else "/"
         return Location(before + slash + safe_relative(relative) + mark + query)
 
@@ -109,7 +115,7 @@ class Location:
     @property
     def local(self) -> Path:
         if not self.is_local:
-            raise UserError(f"{self} is remote, this step needs a local path: copy it to a local disk first")
+            raise UserError(f"{self}: it is remote, and a local path is needed", cure="copy it to a local disk first")
         return Path(self.uri)
 
     def _split(self) -> tuple[str, str, str]:
@@ -119,15 +125,13 @@ class Location:
     # -- looking -------------------------------------------------------------------------------------------------
 
     def exists(self) -> bool:
-        return self.local.exists() if self.is_local else self._info().type != pafs.FileType.NotFound
+        return bool(self._info().type != pafs.FileType.NotFound)
 
     def is_folder(self) -> bool:
-        return self.local.is_dir() if self.is_local else bool(self._info().type == pafs.FileType.Directory)
+        return bool(self._info().type == pafs.FileType.Directory)
 
     def size(self) -> int:
         """Bytes of the file; raises FileNotFoundError when absent."""
-        if self.is_local:
-            return self.local.stat().st_size
         info = self._info()
         if info.type != pafs.FileType.File:
             raise FileNotFoundError(errno.ENOENT, "no such file", str(self))
@@ -135,11 +139,10 @@ class Location:
 
     def list(self, recursive: bool = False) -> list[Entry]:
         """Entries sorted by name, without open writes. Links to folders are listed but not followed when recursive."""
-        if self.is_local:
+        if self.is_local:  # pyarrow follows links, in circles too, and refuses names that are not UTF-8
             entries = _list_local(self.uri, "", recursive)
         else:
             system, path = file_system(self.uri)
-            infos = retried(str(self), lambda: system.get_file_info(pafs.FileSelector(path, recursive=recursive)))
             start = len(path.strip("/")) + 1 if path.strip("/") else 0
             entries = (
                 Entry(
@@ -148,35 +151,26 @@ class Location:
                     int(info.mtime_ns or 0),
                     info.type == pafs.FileType.Directory,
                 )
-                for info in infos
+                for info in system.get_file_info(pafs.FileSelector(path, recursive=recursive))
             )
         finished = (entry for entry in entries if TEMPORARY_PREFIX not in entry.name)
         return sorted(finished, key=lambda entry: entry.name)
 
     def _info(self) -> pafs.FileInfo:
         system, path = file_system(self.uri)
-        return retried(str(self), lambda: system.get_file_info(path))
+        return system.get_file_info(path)
 
     # -- reading and writing bytes -------------------------------------------------------------------------------
 
     def open_input(self) -> pa.NativeFile:
         """A random-access stream for reading; raises FileNotFoundError when absent."""
-        if self.is_local:
-            return pa.OSFile(self.uri, "rb")
         system, path = file_system(self.uri)
-        return retried(str(self), lambda: system.open_input_file(path))
+        return system.open_input_file(path)
 
     def read_bytes(self) -> bytes:
         """The whole file; raises FileNotFoundError when absent."""
-        if self.is_local:
-            return self.local.read_bytes()
-
-        def read() -> bytes:
-            with system.open_input_file(path) as stream:
-                return bytes(stream.read())
-
-        system, path = file_system(self.uri)
-        return retried(str(self), read)
+        with self.open_input() as stream:
+            return bytes(stream.read())
 
     def write_bytes(self, data: bytes | memoryview) -> None:
         """Replaces the file as a whole: readers see the old content or the new one, also after a crash."""
@@ -185,8 +179,7 @@ class Location:
                 with _temporary_file(self.uri, data) as temporary:
                     os.replace(temporary, self.uri)
             else:
-                system, path = file_system(self.uri)
-                retried(str(self), lambda: _put(system, path, data))
+                _put(*file_system(self.uri), data)
 
     def create_bytes(self, data: bytes | memoryview) -> bool:
         """Like `write_bytes`, but only if nothing is there; False when something is.
@@ -222,11 +215,8 @@ class Location:
 
     def make_folder(self) -> None:
         with write_errors(self):
-            if self.is_local:
-                self.local.mkdir(parents=True, exist_ok=True)
-            else:
-                system, path = file_system(self.uri)
-                retried(str(self), lambda: system.create_dir(path, recursive=True))
+            system, path = file_system(self.uri)
+            system.create_dir(path, recursive=True)
 
     def delete(self) -> None:
         """Removes the file or the folder with all it holds; nothing happens when it is not there."""
@@ -238,7 +228,7 @@ class Location:
             return
         system, path = file_system(self.uri)
         with suppress(FileNotFoundError):
-            retried(str(self), lambda: system.delete_dir(path) if self.is_folder() else system.delete_file(path))
+            (system.delete_dir if self.is_folder() else system.delete_file)(path)
 
     # -- JSON and tables -----------------------------------------------------------------------------------------
 
@@ -266,14 +256,20 @@ def safe_relative(relative: str) -> str:
         why = "it holds a NUL character or a backslash"
     elif ".." in relative.split("/"):
         why = "it leads out of its folder"
-    elif any("\ud800" <= character <= "\udfff" for character in relative):
+    elif _is_not_utf8(relative):
         why = "its name is not valid UTF-8 (rename the file)"
     normal = str(PurePosixPath(relative))
     if not why and normal == ".":
         why = "it is empty"
     if why:
-        raise UserError(f"path {relative!r} refused: {why}; give a relative path below the folder, like 'a/b.png'")
+        raise UserError(
+            f"path {relative!r} refused: {why}", cure="give a relative path below the folder, like 'a/b.png'"
+        )
     return normal
+
+
+def _is_not_utf8(name: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def hide_credentials(text: str) -> str:
@@ -346,7 +342,7 @@ def _put(system: pafs.FileSystem, path: str, data: bytes | memoryview) -> None:
     # object stores have no folders; creating one would only leave a marker object, or try to make the bucket
     if parent and not any(name in system.type_name for name in ("s3", "gcs", "gs", "abfs")):
         system.create_dir(parent, recursive=True)
-    with system.open_output_stream(path) as stream:
+    with system.open_output_stream(path, compression=None) as stream:  # by default it goes by the suffix of the name
         stream.write(data)
 
 
@@ -356,7 +352,65 @@ def write_errors(location: Location) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        cure = _WRITE_CURES.get(error.errno or 0)
-        if cure is None:
+        if error.errno not in _WRITE_CURES:
             raise
-        raise UserError(f"cannot write {location}: {cure} ({error.strerror})") from error
+        what, cure = _WRITE_CURES[error.errno]
+        raise UserError(f"cannot write {location}: {what} ({error.strerror})", cure=cure) from error
+
+
+# -- file systems ------------------------------------------------------------------------------------------------------
+
+
+def file_system(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The file system of a path or URI, and the path on it.
+
+    Only `scheme://authority?options` is parsed; the path is taken as it is written, so that names with spaces,
+    percent signs and letters of any language mean themselves.
+    """
+    if not _SCHEME.match(uri):
+        return _LOCAL, uri
+    before, _, options = uri.partition("?")
+    scheme, _, rest = before.partition("://")
+    authority, _, path = rest.partition("/")
+    system, root = _system(scheme, authority, options)
+    return system, f"{root}/{path}".rstrip("/") if path else root
+
+
+_LOCAL = pafs.LocalFileSystem()
+
+
+@functools.cache
+def _system(scheme: str, authority: str, options: str) -> tuple[pafs.FileSystem, str]:
+    query = f"?{options}" if options else ""
+    try:
+        system, root = pafs.FileSystem.from_uri(f"{scheme}://{authority}/{query}")
+    except OSError as error:
+        raise UserError(
+            f"{scheme}:// storage: it cannot be reached ({error})",
+            cure="check the bucket's name, the network, the credentials, and the region (add ?region=NAME)",
+        ) from error
+    except pa.ArrowInvalid:
+        import fsspec  # for the schemes that pyarrow does not know
+
+        try:
+            inner, root = fsspec.core.url_to_fs(f"{scheme}://{authority}{query}")
+        except (ValueError, ImportError) as error:
+            raise UserError(
+                f"{scheme}:// addresses: there is no file system for them ({error})",
+                cure="install the fsspec package of this scheme, or use a local path, s3:// or gs://",
+            ) from error
+        system = pafs.PyFileSystem(pafs.FSSpecHandler(inner))
+    return system, root.rstrip("/")
+
+
+# -- faults ------------------------------------------------------------------------------------------------------------
+
+
+def fault_point(name: str) -> None:
+    """SIGKILLs this process if the environment says `NIGHTSEG_FAULT=after:<name>`, so that a test can prove a rerun.
+
+    The commit protocol passes, in this order: `attempt`, for every shard `tables`, `shard` and `shard-<5 digits>`, then
+    `hashed` and `commit`; and `temporary-<file name>` whenever a file is written but not yet in place.
+    """
+    if os.environ.get(FAULT_VARIABLE) == f"after:{name}":
+        os.kill(os.getpid(), signal.SIGKILL)

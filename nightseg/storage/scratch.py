@@ -25,7 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
-from nightseg.storage.faults import fault_point
+from nightseg.storage.paths import fault_point
 
 KEPT_FREE = 0.1  # share of the disk that is left to others,
 MOST_KEPT_FREE = 4 * 2**30  # bytes: but no more than this of a large one

@@ -87,8 +87,8 @@ def _has_extension(field: pa.Field) -> bool:
 
 def _extension_error(where: str, what: str) -> UserError:
     return UserError(
-        f"table {where}: {what} uses an Arrow extension type; loading one can run code (CVE-2026-41486), so it is "
-        "refused. Write the table again with plain columns (numbers, strings, lists of numbers)"
+        f"table {where}: {what} uses an Arrow extension type, and loading one can run code (CVE-2026-41486)",
+        cure="write the table again with plain columns (numbers, strings, lists of numbers)",
     )
 
 
@@ -99,4 +99,6 @@ def _parquet_errors(where: str) -> Iterator[None]:
         yield
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"table {where} is damaged or not Parquet ({reason}); restore it or make it again") from error
+        raise UserError(
+            f"table {where}: it is damaged or not Parquet ({reason})", cure="restore it or make it again"
+        ) from error

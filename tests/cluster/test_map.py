@@ -217,7 +217,7 @@ def test_a_worker_that_a_node_cannot_import_is_told_apart(ray_cluster: None, att
 def test_actors_that_never_fit_are_refused(
     ray_cluster: None, attempt: Attempt, cpus: float, gpus: float, key: str
 ) -> None:
-    message = f"^2 actors with .* but the cluster has .*; lower compute.map.actors or compute.map.{key}"
+    message = f"^compute.map: 2 actors with .* but the cluster has .*lower compute.map.actors or compute.map.{key}"
     with pytest.raises(UserError, match=message):
         run(attempt, cpus_per_actor=cpus, gpus_per_actor=gpus)
 

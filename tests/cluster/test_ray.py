@@ -46,7 +46,7 @@ def test_an_address_of_another_kind_is_refused(
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(UserError) as caught:
         cluster.connect()
-    assert f"RAY_ADDRESS is {shown}" in str(caught.value)
+    assert f"RAY_ADDRESS: {shown}" in str(caught.value)
     assert "ray job submit" in str(caught.value) and "unset RAY_ADDRESS" in str(caught.value)
 
 
@@ -56,14 +56,13 @@ def test_an_address_where_nobody_listens_is_refused_at_once(
     address = f"127.0.0.1:{free_port()}"
     monkeypatch.setenv("RAY_ADDRESS", address)
     started = time.monotonic()
-    with pytest.raises(UserError, match=f"no Ray cluster answers at {address}"):
+    with pytest.raises(UserError, match=f"RAY_ADDRESS: no cluster answers at {address}"):
         cluster.connect()
     assert time.monotonic() - started < 5
 
 
 def ask(count: int, said: list[str]) -> None:
-    key = "compute.map.actors"
-    cluster.require("CPU", count=count, each=0.5, what="actors", recipe_key=key, say=said.append)
+    cluster.require("actor", count, cpus=0.5, gpus=0.0, place="compute.map", say=said.append)
 
 
 def test_a_request_that_needs_sleeping_nodes_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:

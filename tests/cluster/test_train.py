@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from nightseg.cluster.train import FitResult, LocalSession, Session, Workers, fit
+from nightseg.cluster.settings import TrainCompute
+from nightseg.cluster.train import FitResult, LocalSession, Session, fit
 from nightseg.errors import UserError
 from nightseg.storage import Location
 
@@ -72,7 +73,7 @@ class Display:
 
     def __init__(self) -> None:
         self.done = 0
-        self.figures: dict[str, float | str] = {}
+        self.metrics: dict[str, float | str] = {}
         self.messages: list[str] = []
 
     @contextmanager
@@ -80,22 +81,22 @@ class Display:
         assert (title, total, unit) == ("train line", EPOCHS, "epochs")
         yield self
 
-    def advance(self, count: int = 1, **figures: float | str) -> None:
+    def advance(self, count: int = 1, **metrics: float | str) -> None:
         self.done += count
-        self.figures.update(figures)
+        self.metrics.update(metrics)
 
     def say(self, message: str) -> None:
         self.messages.append(message)
 
 
 def train(folder: Path, mishap: str = "", display: Display | None = None, **changes: Any) -> FitResult:
-    workers = Workers(**{"count": 1, "cpus": 1.0, "gpus": 0.0, "max_failures": 1} | changes)
+    compute = TrainCompute(**{"max_failures": 1} | changes)
     return fit(
         learn,
         {"mishap": mishap, "folder": str(folder)},
         folder=Location.of(folder) / "trainer",
         name="line",
-        workers=workers,
+        compute=compute,
         progress=display or Display(),
         title="train line",
         total=EPOCHS,
@@ -129,7 +130,7 @@ def test_ray_and_local_end_alike_and_nothing_is_printed(
     result = train(tmp_path, display=display)
     assert same(result, expected)
     assert result.metrics == expected.history[-1] and result.metrics["epoch"] == EPOCHS
-    assert (display.done, display.figures, display.messages) == (EPOCHS, {"loss": result.metrics["loss"]}, [])
+    assert (display.done, display.metrics, display.messages) == (EPOCHS, {"loss": result.metrics["loss"]}, [])
     assert signal.getsignal(signal.SIGINT) is before
     shown = capfd.readouterr()
     assert (shown.out, shown.err) == ("", "")
@@ -185,7 +186,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_used(
 
 @pytest.mark.ray
 def test_two_workers_learn_what_one_learns(ray_cluster: None, tmp_path: Path, expected: LocalSession) -> None:
-    result = train(tmp_path, count=2)
+    result = train(tmp_path, workers=2)
     assert [row["epoch"] for row in result.history] == [1, 2, 3, 4]
     assert [row["loss"] for row in result.history] == pytest.approx([row["loss"] for row in expected.history])
     # only rank 0's state is kept, and it continues on one worker
@@ -199,16 +200,18 @@ def test_two_workers_learn_what_one_learns(ray_cluster: None, tmp_path: Path, ex
 @pytest.mark.parametrize("max_failures", [0, 2])
 def test_a_users_mistake_on_two_workers(ray_cluster: None, tmp_path: Path, max_failures: int) -> None:
     with pytest.raises(UserError, match="class 7 has no pixel"):
-        train(tmp_path, "user error", count=2, max_failures=max_failures)
+        train(tmp_path, "user error", workers=2, max_failures=max_failures)
     assert (tmp_path / "user error-0").read_text() == "x"
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize(("changes", "key"), [({"count": 3}, "cpus"), ({"gpus": 1.0}, "gpus")])
+@pytest.mark.parametrize(("changes", "key"), [({"workers": 3}, "cpus"), ({"gpus_per_worker": 1.0}, "gpus")])
 def test_workers_that_never_fit_are_refused(
     ray_cluster: None, tmp_path: Path, changes: dict[str, Any], key: str
 ) -> None:
-    with pytest.raises(UserError, match=rf"training workers.*compute.train.workers or compute.train.{key}_per_worker"):
+    with pytest.raises(
+        UserError, match=rf"compute.train: [13] workers.*compute.train.workers or compute.train.{key}_per_worker"
+    ):
         train(tmp_path, **changes)
 
 

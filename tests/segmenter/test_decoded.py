@@ -24,7 +24,7 @@ from nightseg.segmenter.augment import Augmentation
 from nightseg.segmenter.data import Batch, LabelledFrames, sample_order, training_batches
 from nightseg.segmenter.decoded import Decoded, InMemory, Kept, OnDisk, decoded_bytes, memory_share, place_for
 from nightseg.storage import Location, UserError, sha256_of
-from nightseg.storage.faults import VARIABLE
+from nightseg.storage.paths import FAULT_VARIABLE
 from nightseg.storage.scratch import Scratch
 
 CLASSES = taxonomy("camvid11")
@@ -169,7 +169,7 @@ for index in range(len(frames)):
 def test_after_a_kill_whole_frames_are_used_and_the_torn_one_is_not_there(rows: pa.Table, tmp_path: Path) -> None:
     (tmp_path / "table").write_bytes(pickle.dumps((rows, WHERE)))
     words = [sys.executable, "-c", PROGRAM, str(tmp_path / "table")]
-    ended = subprocess.run(words, env=os.environ | {VARIABLE: "after:scratch-0000003.frame"}, check=False)
+    ended = subprocess.run(words, env=os.environ | {FAULT_VARIABLE: "after:scratch-0000003.frame"}, check=False)
     assert ended.returncode == -9
     kept = on_disk(rows)
     assert [kept.get(row) is not None for row in range(5)] == [True, True, True, False, False]

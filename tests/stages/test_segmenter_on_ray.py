@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nightseg.cluster.train import FitResult, LocalSession, Session, Workers, fit
+from nightseg.cluster.settings import TrainCompute
+from nightseg.cluster.train import FitResult, LocalSession, Session, fit
 from nightseg.networks.model_folder import TENSORS, save_model
 from nightseg.progress import SilentProgress
 from nightseg.stages.train_segmenter import Plan, learn
@@ -72,7 +73,7 @@ def run(folder: Path, loop: Any, count: int = 1) -> FitResult:
         {"plan": plan, "marks": str(folder)},
         folder=Location.of(folder) / "trainer",
         name="toy",
-        workers=Workers(count, cpus=1.0, gpus=0.0, max_failures=1),
+        compute=TrainCompute(workers=count, max_failures=1),
         progress=SilentProgress(),
         title="train toy",
         total=plan.total_steps,

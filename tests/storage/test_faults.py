@@ -16,10 +16,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from nightseg.storage import Commit, Stage, UserError, Workspace, paths
-from nightseg.storage import attempt as attempt_module
-from nightseg.storage import stage as stage_module
-from nightseg.storage.attempt import Attempt
+from nightseg.storage import Commit, Stage, UserError, Workspace, commits, paths
+from nightseg.storage.commits import Attempt
 
 # Two stages, the second built on the first, as a run does it. Returns how many shards it wrote, and the content hashes.
 DRIVER = """
@@ -140,7 +138,7 @@ def crash_after(num_points: int) -> Iterator[None]:
             raise Crash(name)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (paths, attempt_module, stage_module):
+        for module in (paths, commits):
             patch.setattr(module, "fault_point", point)
         try:
             yield

@@ -91,7 +91,7 @@ def test_a_folder_that_cannot_be_written_is_told_in_a_sentence(tmp_path: Path, m
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("filelock.FileLock.acquire", fail)
-    with pytest.raises(UserError, match=r"cannot write .*permissions.*--run-dir"), Workspace(tmp_path).lock():
+    with pytest.raises(UserError, match=r"cannot write .*permissions.*another run folder"), Workspace(tmp_path).lock():
         pytest.fail("locked")
 
 

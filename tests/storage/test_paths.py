@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pytest
 
-from nightseg.storage import Entry, Location, UserError, hash_of, paths, remote, sha256_of
+from nightseg.storage import Entry, Location, UserError, hash_of, paths, sha256_of
 
 STORES = ("local", "memory", "subtree")
 
@@ -58,7 +58,7 @@ def test_other_schemes_are_kept() -> None:
         _ = place / "what?.png"
 
 
-@pytest.mark.parametrize("path", ["", "a\0b", "file://host/data"])
+@pytest.mark.parametrize("path", ["", "a\0b", "a\udcff", "file://host/data"])
 def test_what_is_no_path_is_refused(path: str) -> None:
     with pytest.raises(UserError):
         Location.of(path)
@@ -120,6 +120,13 @@ def test_bytes_come_back(root: Location) -> None:
         assert stream.read() == b"cond"
     assert (root / "ein Ordner").is_folder()
     assert pickle.loads(pickle.dumps(file)).read_bytes() == b"second"
+
+
+@pytest.mark.parametrize("name", ["draft.zst", "table.gz", "a.bz2", "a.lz4"])
+def test_the_suffix_of_a_name_compresses_nothing(root: Location, name: str) -> None:
+    (root / name).write_bytes(b"as it is" * 100)
+    assert (root / name).size() == 800
+    assert (root / name).read_bytes() == b"as it is" * 100
 
 
 def test_create_writes_once(root: Location) -> None:
@@ -264,46 +271,8 @@ def test_unfinished_writes_are_not_listed(tmp_path: Path) -> None:
 # -- remote stores ---------------------------------------------------------------------------------------------------
 
 
-def test_a_busy_store_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    pauses: list[float] = []
-    monkeypatch.setattr("time.sleep", pauses.append)
-    answers: list[Exception | int] = [OSError("503 slow down"), OSError("503 slow down"), 7]
-
-    def action() -> int:
-        answer = answers.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    assert remote.retried("s3://b/a", action) == 7
-    assert pauses == [0.2, 0.8]
-
-
-def test_a_dead_store_is_given_up_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-    calls = []
-
-    def action() -> None:
-        calls.append(1)
-        raise OSError("503 slow down")
-
-    with pytest.raises(OSError, match=r"gave up after 4 tries.*s3://b/a"):
-        remote.retried("s3://b/a", action)
-    assert len(calls) == 4
-
-
-def test_what_is_missing_is_not_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("slept"))
-
-    def action() -> None:
-        raise FileNotFoundError("a")
-
-    with pytest.raises(FileNotFoundError):
-        remote.retried("s3://b/a", action)
-
-
 def test_an_unknown_scheme_is_refused() -> None:
-    with pytest.raises(UserError, match=r"no file system for nonsense://"):
+    with pytest.raises(UserError, match=r"nonsense:// addresses: there is no file system"):
         Location.of("nonsense://a/b").exists()
 
 

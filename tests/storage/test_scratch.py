@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from nightseg.storage import scratch
-from nightseg.storage.faults import VARIABLE
+from nightseg.storage.paths import FAULT_VARIABLE
 from nightseg.storage.scratch import Scratch
 
 
@@ -73,7 +73,7 @@ def test_a_killed_writer_leaves_the_files_it_finished(tmp_path: Path) -> None:
         "place = Scratch.open('a', Path(sys.argv[1]))\n"
         "for name in ('1', '2', '3'): place.write(name, [b'x' * 100_000])"
     )
-    environment = os.environ | {VARIABLE: "after:scratch-2"}
+    environment = os.environ | {FAULT_VARIABLE: "after:scratch-2"}
     ended = subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=environment, check=False)
     assert ended.returncode == -9
     place = opened("a", tmp_path)

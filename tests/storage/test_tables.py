@@ -98,9 +98,9 @@ def test_damage_is_told_in_a_sentence() -> None:
     footer = int.from_bytes(data[-8:-4], "little")
     blanked = data[: -8 - footer] + b"\0" * footer + data[-8:]
     for broken in (b"", data[:4], data[: len(data) // 2], data[:-1], blanked, b"x" * 500):
-        with pytest.raises(UserError, match=r"table t\.parquet is damaged"):
+        with pytest.raises(UserError, match=r"table t\.parquet: it is damaged"):
             parse_table(broken, "t.parquet")
-        with pytest.raises(UserError, match=r"table t\.parquet is damaged"):
+        with pytest.raises(UserError, match=r"table t\.parquet: it is damaged"):
             table_rows(pa.BufferReader(broken), "t.parquet")
 
 

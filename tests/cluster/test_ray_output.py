@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from nightseg.cluster.quiet import _stderr_without, wants_logs
+from nightseg.cluster.ray import _stderr_without, wants_logs
 
 
 def test_other_lines_get_through(capfd: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ import pickle
 import pyarrow as pa
 import pytest
 
-from nightseg.cluster.tables import SHARD, blocks, shard_slice, shards_of
+from nightseg.cluster.map import SHARD, blocks, shard_slice, shards_of
 
 
 @pytest.fixture

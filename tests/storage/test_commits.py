@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from nightseg.storage import Commit, Location, Stage, UserError, Workspace, hash_of
-from nightseg.storage.commit import COMMIT_NAME, DamagedCommit, Output, table_paths
+from nightseg.storage.commits import COMMIT_NAME, DamagedCommit, Output, table_paths
 
 
 @pytest.fixture(params=["local", "memory", "file-uri"])

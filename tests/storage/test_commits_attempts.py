@@ -12,7 +12,7 @@ import pytest
 
 from nightseg import storage
 from nightseg.storage import Location, Stage, UserError, Workspace
-from nightseg.storage.attempt import Attempt
+from nightseg.storage.commits import Attempt
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -184,8 +184,8 @@ def test_too_many_bad_frames_stop_the_stage(stage: Stage) -> None:
     assert str(caught.value) == (
         "collect/day 1 ü: 2 of 8 frames (25.0%) are bad, max_bad_fraction allows 20.0% (2 truncated)\n"
         "  1/0: truncated end at 3\n"
-        "  1/1: truncated end at 3\n"
-        "Mend or remove these files, or set max_bad_fraction to 0.25 or more; then run the same command again"
+        "  1/1: truncated end at 3. Cure: repair or remove these files, or set max_bad_fraction to 0.25 or more; then "
+        "run the same command again."
     )
     assert stage.commit() is None
     assert fill(stage.open(), 2) == [1]  # the files may have been mended: only the shard with bad ones is read again
@@ -266,7 +266,7 @@ def test_a_full_or_read_only_disk_leaves_no_half_commit(
     for call in ("fsync", "link", "replace"):
         with monkeypatch.context() as patch:
             patch.setattr(f"os.{call}", fail)
-            with pytest.raises(UserError, match=r"cannot write .*--run-dir"):
+            with pytest.raises(UserError, match=r"cannot write .*another run folder"):
                 attempt.write_shard(0, shard_tables(0), rows_in=4, seconds=0)
                 attempt.finish(rows_in=4, rows_out=4, num_shards=1)
         assert stage.commit() is None

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nightseg.cluster.checkpoints import Checkpoints
-from nightseg.cluster.train import FitResult, LocalSession
+from nightseg.cluster.train import Checkpoints, FitResult, LocalSession
 from nightseg.errors import UserError
 from nightseg.storage import Location, sha256_of
 
@@ -79,7 +78,7 @@ def test_one_without_its_hash_was_never_finished(checkpoints: Checkpoints) -> No
 def test_only_damaged_ones_are_no_reason_to_start_anew(checkpoints: Checkpoints) -> None:
     save(checkpoints, 1)
     (checkpoints.folder / "report-00000001/state.pt").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged .*; delete this folder to train anew"):
+    with pytest.raises(UserError, match=r"every checkpoint is damaged .*delete this folder to train from the start"):
         checkpoints.newest()
 
 
@@ -121,7 +120,7 @@ def test_a_local_session_resumes_with_its_history(tmp_path: Path) -> None:
     first.report({"loss": 2.0}, {"epoch": 1})
     first.report({"loss": 1.0}, None)
     first.progress(7, loss=1.0)
-    assert (first.done, first.figures) == (7, {"loss": 1.0})
+    assert (first.done, first.metrics) == (7, {"loss": 1.0})
     second = LocalSession(Location.of(tmp_path))
     assert second.restore() == {"epoch": 1}
     assert second.history == [{"loss": 2.0}]  # what came after the checkpoint will be reported again

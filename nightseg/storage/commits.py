@@ -1,0 +1,622 @@
+"""The run folder: which stage was done with which inputs, and the protocol that makes a crash harmless.
+
+A stage works in an attempt folder, shard by shard; a shard counts once its marker is there. One atomic
+`_COMMITTED.json` then makes the attempt the stage's result. The key of a stage is the hash of everything its result
+follows from, so the same key means: done, skip. Readers go through the commit and never list folders; its paths are
+relative to where it was found, so a run folder can be moved or copied.
+
+    root/stages/<stage>/<name>/<key[:12]>/_COMMITTED.json
+                                         /attempt-1/attempt.json, <outputs>, <table>/part-00000.parquet
+                                                    _shards/00000.json
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pyarrow as pa
+
+from nightseg.errors import UserError
+from nightseg.progress import printable
+from nightseg.storage.lock import hold, holder
+from nightseg.storage.paths import Location, canonical_json, fault_point, hash_of, safe_relative, sha256_of
+from nightseg.storage.tables import format_table, table_rows
+
+COMMIT_NAME = "_COMMITTED.json"
+ATTEMPT_NAME = "attempt.json"
+SHARDS_NAME = "_shards"
+QUARANTINE = "quarantine"
+SCHEMA = 1
+_KEY_LETTERS = 12  # of the key in the folder's name; the whole key is compared when reading
+_CHUNK = 1 << 23  # bytes read at a time when hashing
+_LOG = logging.getLogger("nightseg.storage")
+
+
+# -- commits ---------------------------------------------------------------------------------------------------------
+
+
+class DamagedCommit(UserError):  # noqa: N818 (what is the case, not what went wrong)
+    """Outputs of a commit are missing or have another size than when they were committed."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """One committed file: path relative to the attempt's folder, bytes, sha256 (hex), rows of a table or None."""
+
+    path: str
+    bytes: int
+    sha256: str
+    rows: int | None = None
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What one stage made. `folder` is the attempt's folder; `seconds` wall time; `created` ISO 8601, UTC."""
+
+    stage: str
+    name: str
+    key: str
+    folder: Location
+    identity: Mapping[str, Any]
+    seed: int
+    rows_in: int
+    rows_out: int
+    quarantined: int
+    seconds: float
+    summary: Mapping[str, Any]
+    outputs: tuple[Output, ...]
+    code: str
+    created: str
+
+    @property
+    def content(self) -> str:
+        """Hash over (path, sha256) of all outputs: what later stages put into their `inputs`."""
+        return hash_of(sorted([output.path, output.sha256] for output in self.outputs))
+
+    def file(self, path: str) -> Location:
+        """A listed output; raises KeyError for anything else, even if such a file lies in the folder."""
+        if not self.has(path):
+            raise KeyError(f"{self.stage}/{self.name} committed no {path!r}; it has {[o.path for o in self.outputs]}")
+        return self.folder / path
+
+    def has(self, path: str) -> bool:
+        return any(output.path == path for output in self.outputs)
+
+    def table(self, name: str) -> pa.Table:
+        """`<name>.parquet`, or the shards `<name>/part-*.parquet` in order as one table; KeyError if not committed."""
+        paths = table_paths(self.outputs, name)
+        if not paths:
+            raise KeyError(f"{self.stage}/{self.name} committed no table {name!r}")
+        tables = [(self.folder / path).read_table() for path in paths]
+        return pa.concat_tables(tables, promote_options="default")  # a column that is all null in one shard fits any
+
+    def json(self, path: str) -> Any:
+        return self.file(path).read_json()
+
+    def verify(self) -> list[str]:
+        """Reads every output again; the paths of those whose content is not the committed one."""
+        damaged = []
+        for output in self.outputs:
+            with suppress(FileNotFoundError, NotADirectoryError, UserError):
+                if describe(self.folder, output.path) == output:
+                    continue
+            damaged.append(output.path)
+        return damaged
+
+
+def table_paths(outputs: Iterable[Output], name: str) -> list[str]:
+    """Paths of the files that make up a table, in row order."""
+    paths = sorted(output.path for output in outputs)
+    if f"{name}.parquet" in paths:
+        return [f"{name}.parquet"]
+    start = f"{name}/part-"
+    # shorter first: part-100000 comes after part-99999
+    parts = [path for path in paths if path.startswith(start) and path.endswith(".parquet") and path.count("/") == 1]
+    return sorted(parts, key=lambda path: (len(path), path))
+
+
+def describe(folder: Location, path: str) -> Output:
+    """Size, hash and (for Parquet) rows of a file as it is now; FileNotFoundError when absent."""
+    file = folder / path
+    digest = hashlib.sha256()
+    size = 0
+    with file.open_input() as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+        rows = table_rows(stream, str(file)) if path.endswith(".parquet") else None
+    return Output(safe_relative(path), size, digest.hexdigest(), rows)
+
+
+def write_commit(stage_folder: Location, commit: Commit) -> bool:
+    """Publishes the commit. False if there is a readable one already; then nothing is changed."""
+    body = asdict(commit) | {"schema": SCHEMA, "attempt": commit.folder.name, "content": commit.content}
+    del body["folder"]
+    place = stage_folder / COMMIT_NAME
+    data = (json.dumps(body | {"sha256": hash_of(body)}, sort_keys=True, indent=2, ensure_ascii=False) + "\n").encode()
+    if place.create_bytes(data):
+        return True
+    if _read_body(place) is not None:
+        return False
+    place.write_bytes(data)  # what was there was cut short and never valid
+    return True
+
+
+def read_commit(stage_folder: Location) -> Commit | None:
+    """The commit of this folder, without a look at its outputs. None if there is none or it was cut short."""
+    body = _read_body(stage_folder / COMMIT_NAME)
+    if body is None:
+        return None
+    try:
+        fields = {key: body[key] for key in Commit.__dataclass_fields__ if key not in ("folder", "outputs")}
+        outputs = tuple(Output(**{**output, "path": safe_relative(output["path"])}) for output in body["outputs"])
+        return Commit(folder=stage_folder / body["attempt"], outputs=outputs, **fields)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{stage_folder / COMMIT_NAME}: it was not written by nightseg ({error!r})", cure="delete it"
+        ) from error
+
+
+def check_outputs(commit: Commit) -> None:
+    """Raises `DamagedCommit` if an output is missing, has another size, or is a link that leads out of the folder."""
+    problems = []
+    sizes = _sizes(commit)
+    for output in commit.outputs:
+        size = sizes.get(output.path)
+        if size is None:
+            problems.append(f"{output.path} is missing")
+        elif size != output.bytes:
+            problems.append(f"{output.path} has {size} bytes instead of {output.bytes}")
+        elif commit.folder.is_local and not _is_inside(commit.folder / output.path, commit.folder):
+            problems.append(f"{output.path} is a link that leads out of the folder")
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise DamagedCommit(
+            f"{commit.stage}/{commit.name}: outputs in {commit.folder} are damaged: {'; '.join(problems[:3])}{more}",
+            cure=f"restore them, or delete {commit.folder.parent} to compute them again",
+        )
+
+
+def _sizes(commit: Commit) -> dict[str, int]:
+    """Bytes of the outputs that are there. One listing on a store, where every single look takes a round trip."""
+    if not commit.folder.is_local:
+        if not commit.outputs or not commit.folder.is_folder():
+            return {}
+        return {entry.name: entry.size for entry in commit.folder.list(recursive=True) if not entry.is_folder}
+    sizes = {}
+    for output in commit.outputs:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            sizes[output.path] = (commit.folder / output.path).size()
+    return sizes
+
+
+def _is_inside(file: Location, folder: Location) -> bool:
+    return Path(os.path.realpath(file.uri)).is_relative_to(os.path.realpath(folder.uri))
+
+
+def _read_body(place: Location) -> dict[str, Any] | None:
+    try:
+        data = place.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        body = json.loads(data)
+        seal = body.pop("sha256")
+        schema = body["schema"]
+    except (ValueError, KeyError, AttributeError, TypeError):
+        _LOG.warning("%s was cut short; the stage counts as not committed", place)
+        return None
+    if schema != SCHEMA:
+        raise UserError(
+            f"{place}: it has schema {schema!r}, this nightseg reads schema {SCHEMA}",
+            cure="use the nightseg that wrote it (see 'code' in the file), or a new run folder",
+        )
+    if seal != hash_of(body):
+        _LOG.warning("%s does not match its own hash; the stage counts as not committed", place)
+        return None
+    return dict(body)
+
+
+@functools.cache
+def code_version() -> str:
+    """nightseg's version and a hash of its sources, like `0.1.0+3f9c2ab01d44`."""
+    root = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for source in sorted(root.rglob("*.py")):
+        digest.update(f"{source.relative_to(root).as_posix()}\0".encode() + source.read_bytes() + b"\0")
+    return f"{metadata.version('nightseg')}+{digest.hexdigest()[:12]}"
+
+
+def outputs_below(folder: Location, paths: Sequence[str]) -> list[Output]:
+    """The named files, and all files below the named folders, described and forced to disk.
+
+    Raises FileNotFoundError for a path that is not there.
+    """
+    files = set()
+    for path in map(safe_relative, paths):
+        if (folder / path).is_folder():
+            below = (folder / path).list(recursive=True)
+            files |= {f"{path}/{entry.name}" for entry in below if not entry.is_folder}
+        else:
+            files.add(path)
+    for path in files:
+        (folder / path).flush()
+    return [describe(folder, path) for path in sorted(files)]
+
+
+# -- attempts --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """A finished shard: input rows, seconds of work, and its part of each table."""
+
+    index: int
+    rows_in: int
+    seconds: float
+    tables: Mapping[str, Output]
+
+    def rows(self, table: str) -> int:
+        """Rows of this shard's part of the table; 0 if it wrote no such table."""
+        return self.tables[table].rows or 0 if table in self.tables else 0
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """Where a stage works. Picklable: workers receive it and write shards. All names in it are deterministic."""
+
+    folder: Location
+    stage_folder: Location
+    key: str
+    identity: Mapping[str, Any]
+    opened: float = field(default_factory=time.monotonic, compare=False)  # in the driver
+
+    @property
+    def seed(self) -> int:
+        return int(self.identity["seed"])
+
+    def plan(self, num_rows: int, shard_rows: int) -> int:
+        """Number of shards when `num_rows` rows are cut into shards of `shard_rows`.
+
+        Call it before `shard`: markers of an earlier run that cut the rows otherwise (the recipe's `shard_rows` was
+        changed in between) name other rows by the same index, so they are forgotten here.
+        """
+        note = self.folder / f"{SHARDS_NAME}/plan.json"
+        plan = {"num_rows": num_rows, "shard_rows": shard_rows}
+        try:
+            is_same = note.read_json() == plan
+        except (FileNotFoundError, ValueError):
+            is_same = False
+        if not is_same:
+            (self.folder / SHARDS_NAME).delete()
+            note.write_json(plan)
+        return -(-num_rows // shard_rows)
+
+    def shard(self, index: int) -> ShardRecord | None:
+        """The finished shard, or None if its marker or one of its tables is missing or damaged."""
+        try:
+            body = self._marker(index).read_json()
+            tables = {name: Output(**output) for name, output in body["tables"].items()}
+            record = ShardRecord(int(body["index"]), int(body["rows_in"]), float(body["seconds"]), tables)
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            _LOG.warning("%s is damaged; the shard is computed again", self._marker(index))
+            return None
+        if record.index == index and all(self._is_whole(output) for output in tables.values()):
+            return record
+        return None
+
+    def write_shard(self, index: int, tables: Mapping[str, pa.Table], *, rows_in: int, seconds: float) -> ShardRecord:
+        """Writes `<table>/part-<index>.parquet` for each table, then the marker that makes the shard count."""
+        outputs = {}
+        for name in sorted(tables):
+            file = self.folder / f"{name}/part-{index:05d}.parquet"
+            data = memoryview(format_table(tables[name], str(file)))
+            file.write_bytes(data)
+            outputs[name] = Output(f"{name}/{file.name}", len(data), sha256_of(data), tables[name].num_rows)
+        fault_point("tables")
+        record = ShardRecord(index, rows_in, round(seconds, 6), outputs)
+        self._marker(index).write_json(asdict(record))
+        fault_point("shard")
+        fault_point(f"shard-{index:05d}")
+        return record
+
+    def finish(
+        self,
+        *,
+        rows_in: int,
+        rows_out: int,
+        quarantined: int = 0,
+        max_bad_fraction: float = 1.0,
+        outputs: Sequence[str] = (),
+        num_shards: int = 0,
+        summary: Mapping[str, Any] | None = None,
+        seconds: float | None = None,
+    ) -> Commit:
+        """Commits the attempt and returns the commit; the one that is there if another driver was faster.
+
+        `outputs`: relative files or folders that the stage wrote itself. Tables of shards 0..num_shards-1 come from
+        their markers. `seconds`: by default since the attempt was opened. Raises `UserError` if more than
+        `max_bad_fraction` of the rows are quarantined.
+        """
+        assert rows_in == rows_out + quarantined, f"{rows_in} rows in, but {rows_out} out + {quarantined} quarantined"
+        shards = [self._finished(index) for index in range(num_shards)]
+        found = {output.path: output for output in outputs_below(self.folder, outputs)}
+        found |= {output.path: output for record in shards for output in record.tables.values()}
+        listed = tuple(found[path] for path in sorted(found))
+        if rows_in and quarantined / rows_in > max_bad_fraction:
+            self._reject(listed, shards, quarantined, rows_in, max_bad_fraction)
+        commit = Commit(
+            stage=self.identity["stage"],
+            name=self.identity["name"],
+            key=self.key,
+            folder=self.folder,
+            identity=self.identity,
+            seed=self.seed,
+            rows_in=rows_in,
+            rows_out=rows_out,
+            quarantined=quarantined,
+            seconds=round(time.monotonic() - self.opened if seconds is None else seconds, 3),
+            summary=json.loads(canonical_json(dict(summary or {}))),  # what a later run will read, already now
+            outputs=listed,
+            code=code_version(),
+            created=datetime.now(UTC).isoformat(timespec="milliseconds"),
+        )
+        fault_point("hashed")
+        if write_commit(self.stage_folder, commit):
+            fault_point("commit")
+            return commit
+        return self._agree(commit)
+
+    def _finished(self, index: int) -> ShardRecord:
+        record = self.shard(index)
+        if record is None:
+            raise FileNotFoundError(f"shard {index} of {self.folder} is not finished; run the same command again")
+        return record
+
+    def _agree(self, mine: Commit) -> Commit:
+        """What a loser of the race to commit does: nothing, if the winner has the same outputs."""
+        theirs = read_commit(self.stage_folder)
+        if theirs is not None and theirs.key == mine.key and theirs.content == mine.content:
+            return theirs
+        raise UserError(
+            f"{mine.stage}/{mine.name}: another process committed it in {self.stage_folder}, with other outputs than "
+            f"those in {self.folder}",
+            cure="run the same command again to go on from that commit, which stays as it is",
+        )
+
+    def _reject(
+        self, outputs: Sequence[Output], shards: Sequence[ShardRecord], quarantined: int, rows_in: int, limit: float
+    ) -> NoReturn:
+        """Too many bad rows: says why, and opens the shards that have some, so that mended files are read again."""
+        paths = table_paths(outputs, QUARANTINE)
+        reasons = [row for path in paths for row in (self.folder / path).read_table().to_pylist()]
+        counts = Counter(str(row.get("reason")) for row in reasons)
+        by_reason = printable(", ".join(f"{count} {reason}" for reason, count in counts.most_common()))
+        texts = (f"{row.get('uri')}: {row.get('reason')} {row.get('detail') or ''}" for row in reasons[:5])
+        first = "".join(f"\n  {printable(text).strip()}" for text in texts)
+        for record in shards:
+            if record.rows(QUARANTINE):
+                self._marker(record.index).delete()
+        share = quarantined / rows_in
+        stage, name = self.identity["stage"], self.identity["name"]
+        raise UserError(
+            f"{stage}/{name}: {quarantined} of {rows_in} frames ({share:.1%}) are bad, "
+            f"max_bad_fraction allows {limit:.1%} ({by_reason or 'no reasons were noted'}){first}",
+            cure=f"repair or remove these files, or set max_bad_fraction to {math.ceil(share * 1000) / 1000} or more; "
+            "then run the same command again",
+        )
+
+    def _marker(self, index: int) -> Location:
+        return self.folder / f"{SHARDS_NAME}/{index:05d}.json"
+
+    def _is_whole(self, output: Output) -> bool:
+        """Same size as when written, and a readable Parquet footer with the same number of rows."""
+        file = self.folder / output.path
+        try:
+            if file.size() == output.bytes:
+                with file.open_input() as stream:
+                    return table_rows(stream, str(file)) == output.rows
+        except (FileNotFoundError, UserError) as error:
+            _LOG.warning("%s; the shard is computed again", error)
+        return False
+
+
+@dataclass(frozen=True)
+class Shards:
+    """All shards of a pass, in order."""
+
+    attempt: Attempt
+    records: tuple[ShardRecord, ...]
+
+    def count(self, table: str) -> int:
+        """Rows of the table in all shards."""
+        return sum(record.rows(table) for record in self.records)
+
+    def parts(self, table: str) -> Iterator[pa.Table]:
+        """The table shard by shard, read as it is asked for."""
+        for record in self.records:
+            if table in record.tables:
+                yield (self.attempt.folder / record.tables[table].path).read_table()
+
+    def table(self, name: str) -> pa.Table:
+        """The whole table; KeyError if there is no shard that has it."""
+        parts = list(self.parts(name))
+        if not parts:
+            raise KeyError(f"{self.attempt.folder}: no shard has a table {name!r}")
+        return pa.concat_tables(parts, promote_options="default")
+
+    def finish(
+        self,
+        table: str,
+        *,
+        max_bad_fraction: float,
+        outputs: Sequence[str] = (),
+        summary: Mapping[str, Any] | None = None,
+    ) -> Commit:
+        """Commits a pass that put every row of its input into `table` or into the quarantine."""
+        return self.attempt.finish(
+            rows_in=sum(record.rows_in for record in self.records),
+            rows_out=self.count(table),
+            quarantined=self.count(QUARANTINE),
+            max_bad_fraction=max_bad_fraction,
+            outputs=outputs,
+            num_shards=len(self.records),
+            summary=summary,
+        )
+
+
+# -- the run folder --------------------------------------------------------------------------------------------------
+
+
+class Workspace:
+    """A run folder. `borrow` names other run folders whose commits of the same stage, name and key are used as well."""
+
+    def __init__(self, root: Location | str | Path, borrow: Sequence[Location | str | Path] = ()) -> None:
+        self.root = Location.of(root)
+        self.borrow = tuple(Location.of(folder) for folder in borrow)
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Held by the one driver that works here; raises `WorkspaceBusy`, naming the holder, when another has it."""
+        return hold(self.root)
+
+    def holder(self) -> str | None:
+        """Who has the lock now: process, host, since when, command. None if nobody has. Takes no lock itself."""
+        return holder(self.root)
+
+    def stage(
+        self, stage: str, name: str, *, version: int, recipe: Mapping[str, Any], inputs: Mapping[str, str], seed: int
+    ) -> Stage:
+        """One node of the graph. `recipe` is its part of the recipe, `inputs` the `content` of each commit it reads."""
+        identity = {"stage": stage, "name": name, "version": version, "recipe": recipe, "inputs": inputs, "seed": seed}
+        return Stage(self, json.loads(json.dumps(identity, default=dict, allow_nan=False)))
+
+    def commits(self) -> list[Commit]:
+        """All valid commits of this run folder (borrowed ones not included), in the order they were made."""
+        found = []
+        for folder in self._key_folders(self.root / "stages", depth=3):
+            try:
+                commit = read_commit(folder)
+                if commit is not None:
+                    check_outputs(commit)
+                    found.append(commit)
+            except DamagedCommit as error:
+                _LOG.warning("%s", error)
+        return sorted(found, key=lambda commit: (commit.created, commit.stage, commit.name))
+
+    def _key_folders(self, place: Location, depth: int) -> list[Location]:
+        if not place.is_folder():
+            return []
+        children = [place / entry.name for entry in place.list() if entry.is_folder]
+        return children if depth == 1 else [deep for child in children for deep in self._key_folders(child, depth - 1)]
+
+
+class Stage:
+    """A stage with all that its result follows from: `identity`, and `key`, its hash (hex)."""
+
+    def __init__(self, workspace: Workspace, identity: dict[str, Any]) -> None:
+        self.identity = identity
+        self.stage: str = identity["stage"]
+        self.name: str = identity["name"]
+        for part in (self.stage, self.name):
+            if "/" in safe_relative(part):
+                raise UserError(f"stage {part!r}: its name holds a slash", cure="use letters, digits, - and _")
+        self.key = hash_of(identity)
+        self._workspace = workspace
+        self.folder = workspace.root / self._path(self.key)
+
+    def _path(self, key: str) -> str:
+        return f"stages/{self.stage}/{self.name}/{key[:_KEY_LETTERS]}"
+
+    def commit(self) -> Commit | None:
+        """The commit with this key, here or in a borrowed run folder; None if there is none.
+
+        The sizes of all outputs are checked; `DamagedCommit` if one is missing or differs. A damaged borrowed commit
+        is passed over: this run cannot mend it, but it can compute its own.
+        """
+        for root in (self._workspace.root, *self._workspace.borrow):
+            commit = read_commit(root / self._path(self.key))
+            if commit is None or commit.key != self.key:
+                continue
+            try:
+                check_outputs(commit)
+            except DamagedCommit as error:
+                if root == self._workspace.root:
+                    raise
+                _LOG.warning("not borrowed: %s", error)
+            else:
+                return commit
+        return None
+
+    def nearest(self) -> dict[str, Any] | None:
+        """Identity of the commit of the same stage and name that differs least: shows why this one is not done yet."""
+        folders = self._workspace._key_folders(self.folder.parent, depth=1)
+        others = [commit for commit in map(read_commit, folders) if commit is not None and commit.key != self.key]
+        newest_first = sorted(others, key=lambda commit: commit.created, reverse=True)
+        closest = min(newest_first, key=lambda commit: _differences(self.identity, commit.identity), default=None)
+        return dict(closest.identity) if closest else None
+
+    def is_open(self) -> bool:
+        """True if `open` would go on with an attempt that an earlier run began."""
+        return self._open_attempt() is not None
+
+    def open(self) -> Attempt:
+        """The attempt to work in: the newest open one of this key with its finished shards, or a new one."""
+        attempt = self._open_attempt()
+        if attempt is None:
+            attempt = self._attempt(max(self._numbers(), default=0) + 1)
+            attempt.folder.make_folder()
+            (attempt.folder / ATTEMPT_NAME).write_json(
+                {"key": self.key, "identity": self.identity, "host": socket.gethostname(), "pid": os.getpid()}
+            )
+            fault_point("attempt")
+        return attempt
+
+    def _open_attempt(self) -> Attempt | None:
+        numbers = self._numbers()
+        newest = self._attempt(max(numbers)) if numbers else None
+        committed = read_commit(self.folder)
+        if newest is None or (committed is not None and committed.folder.name == newest.folder.name):
+            return None
+        try:
+            key = (newest.folder / ATTEMPT_NAME).read_json()["key"]
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None  # cut short: it is left alone
+        return newest if key == self.key else None
+
+    def _attempt(self, number: int) -> Attempt:
+        return Attempt(self.folder / f"attempt-{number}", self.folder, self.key, self.identity)
+
+    def _numbers(self) -> list[int]:
+        entries = self.folder.list() if self.folder.is_folder() else []
+        matches = (re.fullmatch(r"attempt-([1-9]\d*)", entry.name) for entry in entries if entry.is_folder)
+        return [int(match[1]) for match in matches if match]
+
+
+def _differences(mine: Mapping[str, Any], other: Mapping[str, Any]) -> int:
+    """Number of leaves in which two identities differ."""
+    count = 0
+    for key in mine.keys() | other.keys():
+        left, right = mine.get(key), other.get(key)
+        if isinstance(left, Mapping) and isinstance(right, Mapping):
+            count += _differences(left, right)
+        else:
+            count += left != right
+    return count
