@@ -85,8 +85,8 @@ def test_requests_beyond_the_cluster_are_refused(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(UserError) as caught:
         ask(count, [])
     assert str(caught.value) == (
-        "5 actors with 0.5 CPU each need 2.5 CPU, but the cluster has 2; "
-        "lower compute.map.actors in the recipe, or add nodes"
+        "compute.map: 5 actors with 0.5 CPU each need 2.5 CPU, but the cluster has 2. Cure: lower "
+        "compute.map.actors or compute.map.cpus_per_actor, or add nodes."
     )
 
 
