@@ -109,11 +109,3 @@ def test_unit_is_filled_mapping_by_mapping(tmp_path: Path) -> None:
 def test_a_preset_is_of_unit_only(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"translators.p.preset: unknown key"):
         load_recipe(recipe(tmp_path, translators={"p": {"kind": "photometric", "preset": "small"}}))
-
-
-@pytest.mark.parametrize(("preset", "config", "name"), [("thesis", "thesis", "unit"), ("small", "camvid", "unit")])
-def test_presets_are_what_the_recipes_say(preset: str, config: str, name: str, tmp_path: Path) -> None:
-    text = (Path(__file__).parents[2] / "configs" / f"{config}.yaml").read_text()
-    written = yaml.safe_load(text)["translators"][name] | {"day": "day", "night": "day"}
-    of_preset = unit(tmp_path, preset=preset)
-    assert unit(tmp_path, **written, samples_every=of_preset.samples_every) == of_preset
