@@ -1,4 +1,7 @@
-"""Progress of long work: a live display on a terminal, otherwise a line every few seconds that a log can keep."""
+"""Progress of long work: rich's bars on a terminal, otherwise a line every few seconds that a log can keep.
+
+The lines are ours: rich redraws what it shows, and its rate counts what an earlier run had finished.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,8 @@ SECONDS_OF_SKIPPING = 1.0  # what comes this early was finished by an earlier ru
 class Task(Protocol):
     """One piece of work that is under way. Safe to advance from any thread."""
 
-    def advance(self, count: int = 1, **figures: float | str) -> None:
-        """`count` more units are done; `figures` (loss, miou, frames/s) stand beside the bar until replaced."""
+    def advance(self, count: int = 1, **metrics: float | str) -> None:
+        """`count` more units are done; `metrics` (loss, miou, frames/s) stand beside the bar until replaced."""
 
 
 class Progress(Protocol):
@@ -56,18 +59,16 @@ def printable(text: str) -> str:
 
 
 class SilentProgress:
-    """Says nothing; for tests and `--quiet`."""
+    """Says nothing; for tests, and where nobody reads."""
 
     @contextmanager
     def task(self, title: str, total: int | None, unit: str) -> Iterator[Task]:
-        yield _SilentTask()
+        yield self
 
-    def say(self, message: str) -> None:
+    def advance(self, count: int = 1, **metrics: float | str) -> None:
         pass
 
-
-class _SilentTask:
-    def advance(self, count: int = 1, **figures: float | str) -> None:
+    def say(self, message: str) -> None:
         pass
 
 
@@ -78,13 +79,13 @@ class LineProgress:
         self, stream: TextIO, seconds: float = SECONDS_BETWEEN_LINES, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._stream = stream
-        self._seconds = seconds
-        self._clock = clock
+        self.seconds = seconds
+        self.clock = clock
         self._lock = threading.Lock()
 
     @contextmanager
     def task(self, title: str, total: int | None, unit: str) -> Iterator[Task]:
-        task = _LineTask(title, total, unit, self._clock, self._seconds, self.say)
+        task = _LineTask(self, title, total, unit)
         self.say(task.line())
         try:
             yield task
@@ -101,30 +102,21 @@ class LineProgress:
 
 
 class _LineTask:
-    def __init__(
-        self,
-        title: str,
-        total: int | None,
-        unit: str,
-        clock: Callable[[], float],
-        seconds: float,
-        say: Callable[[str], None],
-    ) -> None:
-        self._title, self._total, self._unit = title, total, unit
-        self._clock, self._seconds, self._say = clock, seconds, say
+    def __init__(self, log: LineProgress, title: str, total: int | None, unit: str) -> None:
+        self._log, self._title, self._total, self._unit = log, title, total, unit
         self._lock = threading.Lock()
         self._done = 0
-        self._figures: dict[str, float | str] = {}
-        self._started = self._last_line = clock()
+        self._metrics: dict[str, float | str] = {}
+        self._started = self._last_line = log.clock()
         self._first = (self._started, 0)
         self._marks = deque([self._first])
         self._is_open = True
 
-    def advance(self, count: int = 1, **figures: float | str) -> None:
+    def advance(self, count: int = 1, **metrics: float | str) -> None:
         with self._lock:
             self._done += count
-            self._figures.update(figures)
-            now = self._clock()
+            self._metrics.update(metrics)
+            now = self._log.clock()
             if now - self._started < SECONDS_OF_SKIPPING:
                 self._first = (now, self._done)
                 self._marks[0] = self._first
@@ -132,11 +124,11 @@ class _LineTask:
                 self._marks.append((now, self._done))
                 while len(self._marks) > 2 and now - self._marks[0][0] > SECONDS_OF_RATE:
                     self._marks.popleft()
-            is_due = self._is_open and now - self._last_line >= self._seconds
+            is_due = self._is_open and now - self._last_line >= self._log.seconds
             if is_due:
                 self._last_line = now
         if is_due:
-            self._say(self.line())
+            self._log.say(self.line())
 
     def line(self) -> str:
         """Like `[translate] 128/400 frames  32%  15.2 frames/s  18 s left  loss 0.31`."""
@@ -151,11 +143,11 @@ class _LineTask:
         """The last line: totals, the mean rate, and how long it took. Later calls of `advance` print nothing."""
         with self._lock:
             self._is_open = False
-            ending = f"{ending} in {duration(self._clock() - self._started)}"
+            ending = f"{ending} in {duration(self._log.clock() - self._started)}"
             return "  ".join([*self._amount(), *self._speed(self._rate_since(self._first)), ending, *self._extras()])
 
     def _rate_since(self, mark: tuple[float, int]) -> float:
-        seconds = self._clock() - mark[0]
+        seconds = self._log.clock() - mark[0]
         return (self._done - mark[1]) / seconds if seconds > 0 else 0.0
 
     def _amount(self) -> list[str]:
@@ -166,10 +158,10 @@ class _LineTask:
 
     def _speed(self, rate: float) -> list[str]:
         key = f"{self._unit}/s"
-        return [f"{_number(rate)} {key}"] if rate > 0 and key not in self._figures else []
+        return [f"{_number(rate)} {key}"] if rate > 0 and key not in self._metrics else []
 
     def _extras(self) -> list[str]:
-        return [format_figures(self._figures)] if self._figures else []
+        return [format_metrics(self._metrics)] if self._metrics else []
 
 
 class LiveProgress:
@@ -184,7 +176,7 @@ class LiveProgress:
     @contextmanager
     def task(self, title: str, total: int | None, unit: str) -> Iterator[Task]:
         bars = self._enter()
-        number = bars.add_task(printable(title), total=total, unit=printable(unit), figures="")
+        number = bars.add_task(printable(title), total=total, unit=printable(unit), metrics="")
         try:
             yield _LiveTask(bars, number)
         finally:
@@ -227,7 +219,7 @@ def _bars(console: rich.console.Console) -> rich.progress.Progress:
         TextColumn("{task.fields[unit]}", markup=False),
         RateColumn(),
         TimeRemainingColumn(elapsed_when_finished=True),
-        TextColumn("{task.fields[figures]}", markup=False),
+        TextColumn("{task.fields[metrics]}", markup=False),
         console=console,
         speed_estimate_period=SECONDS_OF_RATE,
     )
@@ -237,18 +229,18 @@ class _LiveTask:
     def __init__(self, bars: rich.progress.Progress, number: rich.progress.TaskID) -> None:
         self._bars, self._number = bars, number
         self._lock = threading.Lock()
-        self._figures: dict[str, float | str] = {}
+        self._metrics: dict[str, float | str] = {}
 
-    def advance(self, count: int = 1, **figures: float | str) -> None:
+    def advance(self, count: int = 1, **metrics: float | str) -> None:
         with self._lock:
-            self._figures.update(figures)
-            text = format_figures(self._figures)
-        self._bars.update(self._number, advance=count, figures=printable(text))
+            self._metrics.update(metrics)
+            text = format_metrics(self._metrics)
+        self._bars.update(self._number, advance=count, metrics=printable(text))
 
 
-def format_figures(figures: Mapping[str, float | str]) -> str:
-    """`loss 0.31  miou 0.52`; a figure whose name is a rate reads `15.2 frames/s`."""
-    texts = {name: _number(value) if isinstance(value, float | int) else value for name, value in figures.items()}
+def format_metrics(metrics: Mapping[str, float | str]) -> str:
+    """`loss 0.31  miou 0.52`; a metric whose name is a rate reads `15.2 frames/s`."""
+    texts = {name: _number(value) if isinstance(value, float | int) else value for name, value in metrics.items()}
     return "  ".join(f"{text} {name}" if name.endswith("/s") else f"{name} {text}" for name, text in texts.items())
 
 

@@ -15,7 +15,7 @@ from nightseg.progress import (
     LiveProgress,
     SilentProgress,
     duration,
-    format_figures,
+    format_metrics,
     printable,
     progress_for,
 )
@@ -117,8 +117,8 @@ def test_nothing_is_said_after_the_end(stream: io.StringIO, clock: Clock) -> Non
 def test_a_rate_that_is_told_replaces_the_measured_one(stream: io.StringIO, clock: Clock) -> None:
     with LineProgress(stream, clock=clock).task("train", 10, "frames") as task:
         clock.now += 10.0
-        figures: dict[str, float | str] = {"frames/s": 123.4, "miou": 0.5123, "device": "cpu"}
-        task.advance(5, **figures)
+        metrics: dict[str, float | str] = {"frames/s": 123.4, "miou": 0.5123, "device": "cpu"}
+        task.advance(5, **metrics)
     assert lines(stream)[1] == "[train] 5/10 frames  50%  10 s left  123 frames/s  miou 0.512  device cpu"
 
 
@@ -153,7 +153,7 @@ def test_threads_lose_no_count_and_mix_no_lines(stream: io.StringIO) -> None:
 
 
 def test_numbers_are_short() -> None:
-    figures: dict[str, float | str] = {
+    metrics: dict[str, float | str] = {
         "loss": 1234.5678,
         "step": 12,
         "rate": 1e-4,
@@ -161,8 +161,8 @@ def test_numbers_are_short() -> None:
         "frames/s": 9.876,
         "who": "me",
     }
-    assert format_figures(figures) == "loss 1235  step 12  rate 0.0001  big 3e+07  9.88 frames/s  who me"
-    assert format_figures({"loss": float("nan")}) == "loss nan"
+    assert format_metrics(metrics) == "loss 1235  step 12  rate 0.0001  big 3e+07  9.88 frames/s  who me"
+    assert format_metrics({"loss": float("nan")}) == "loss nan"
     assert [duration(seconds) for seconds in (0.2, 59.4, 59.9, 245, 3599.6, 12_000)] == [
         "0 s",
         "59 s",

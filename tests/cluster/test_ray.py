@@ -124,7 +124,7 @@ def test_the_object_store_fits_into_shared_memory(monkeypatch: pytest.MonkeyPatc
 
 LOCAL = """
 import json, os, stat, sys
-from nightseg.compute import cluster
+from nightseg.cluster import ray as cluster
 cluster.connect(num_cpus=1)
 cluster.connect(num_cpus=5)
 import ray
@@ -183,7 +183,7 @@ def test_the_users_choice_of_authentication_is_kept(tmp_path: Path) -> None:
 JOIN = """
 import os
 import ray
-from nightseg.compute import cluster
+from nightseg.cluster import ray as cluster
 from nightseg.errors import UserError
 try:
     cluster.connect(num_cpus=5)
@@ -222,7 +222,7 @@ def test_a_cluster_is_joined_with_its_token_only(tmp_path: Path) -> None:
 
         assert join(token) == "1.0 False 1000\n"
         refusal = join("f" * 64)
-        assert f"the Ray cluster at 127.0.0.1:{port} (RAY_ADDRESS)" in refusal
+        assert f"RAY_ADDRESS: the cluster at 127.0.0.1:{port}" in refusal
         assert "RAY_AUTH_TOKEN" in refusal and token not in refusal and "f" * 64 not in refusal
     finally:
         head.terminate()

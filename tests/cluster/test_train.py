@@ -218,7 +218,7 @@ def test_workers_that_never_fit_are_refused(
 DRIVER = """
 import sys
 from pathlib import Path
-from nightseg.compute import cluster
+from nightseg.cluster import ray as cluster
 from tests.compute.test_training import train
 cluster.connect(num_cpus=1)
 train(Path(sys.argv[1]), sys.argv[2])

@@ -101,7 +101,7 @@ CARD = {"kind": "semantic_fpn"}
 DRIVER = """
 import sys
 from pathlib import Path
-from nightseg.compute import cluster
+from nightseg.cluster import ray as cluster
 from tests.stages.test_segmenter_on_ray import frail, run
 cluster.connect(num_cpus=1)
 run(Path(sys.argv[1]), frail)
