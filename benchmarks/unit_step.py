@@ -2,7 +2,7 @@
 
 The naive one does what the textbook says, in plain PyTorch: NCHW in float32; an encoder or decoder pass wherever an
 image or code is needed, also in the discriminators' step, whose images keep the generators' graph until they are cut
-off; real and translated images judged separately; discriminators that ask for gradients while the generators learn;
+off; real and translated images scored separately; discriminators that ask for gradients while the generators learn;
 nearest upsampling followed by a 5x5 convolution; PyTorch's instance norm; Adam a parameter at a time. It is ours,
 written for this comparison.
 """
@@ -19,10 +19,17 @@ from torch import Tensor, nn
 
 from benchmarks.contest import Contest, Size
 from nightseg.unit import network
-from nightseg.unit.loss import TERMS, TermWeights, latent_noise, least_squares
+from nightseg.unit.loss import (
+    ADAM_BETAS,
+    TERMS,
+    Networks,
+    build_networks,
+    discriminator_step,
+    generator_step,
+    latent_noise,
+)
 from nightseg.unit.perceptual import PerceptualFeatures, build_perceptual
-from nightseg.unit.step import ADAM_BETAS, Networks, build_networks, discriminator_step, generator_step
-from nightseg.unit.upsampling import UpsamplingConvolution
+from nightseg.unit.settings import LossWeights, Translator
 
 WIDTHS: dict[Size, int] = {"tiny": 4, "default": 64, "full": 64}
 SIDES: dict[Size, int] = {"tiny": 64, "default": 256, "full": 256}
@@ -34,18 +41,17 @@ Terms = dict[str, float]
 def contest(size: Size) -> Contest:
     """`full` adds the perceptual loss with EfficientNet-Lite0."""
     width, side = WIDTHS[size], SIDES[size]
-    networks = build_networks(
+    settings = Translator(
+        day="day",
+        night="night",
         width=width,
-        res_blocks=4,
-        shared_blocks=0,
         discriminator_width=width,
-        discriminator_scales=3,
         discriminator_norm="layer",
         learning_rate=RATE,
         weight_decay=DECAY,
-        seed=SEED,
-        device=CPU,
+        weights=LossWeights(perceptual=0.1),
     )
+    networks = build_networks(settings, SEED, CPU)
     features = build_perceptual("efficientnet_lite0") if size == "full" else None
     naive = Naive(networks, copy.deepcopy(features))
     if features is not None:
@@ -54,7 +60,7 @@ def contest(size: Size) -> Contest:
     day_B3HW, night_B3HW = (torch.rand(1, 3, side, side, generator=random) * 2 - 1 for _ in range(2))
     last = [images.to(memory_format=torch.channels_last) for images in (day_B3HW, night_B3HW)]
     latent_Chw = (4 * width, side // 4, side // 4)
-    weights, exact = TermWeights(perceptual=0.1), torch.autocast("cpu", torch.bfloat16, enabled=False)
+    exact = torch.autocast("cpu", torch.bfloat16, enabled=False)
     numbers = {"ours": 0, "peer": 0}
 
     def noise_of(name: str) -> network.LatentNoise:
@@ -63,13 +69,13 @@ def contest(size: Size) -> Contest:
 
     def ours() -> Terms:
         translation = networks.generators(*last, noise_of("ours"))
-        game: tuple[Any, ...] = (*last, translation, weights, least_squares, exact)
-        judged = discriminator_step(networks, networks.discriminators, *game)
-        made = generator_step(networks, networks.discriminators, features, *game)
-        return dict(zip(TERMS, [term.item() for term in (*judged, *made)], strict=True))
+        given: tuple[Any, ...] = (*last, translation, settings, exact)
+        of_discriminators = discriminator_step(networks, networks.discriminators, *given)
+        of_generators = generator_step(networks, networks.discriminators, features, *given)
+        return dict(zip(TERMS, [term.item() for term in (*of_discriminators, *of_generators)], strict=True))
 
     def peer() -> Terms:
-        return naive.step(day_B3HW, night_B3HW, noise_of("peer"), weights)
+        return naive.step(day_B3HW, night_B3HW, noise_of("peer"), settings.weights)
 
     def check(mine: Terms, theirs: Terms) -> str:
         apart = max(abs(mine[name] - theirs[name]) / max(1.0, abs(theirs[name])) for name in theirs)
@@ -99,16 +105,16 @@ class Naive:
             for module in (self.generators, self.discriminators)
         ]
 
-    def step(self, day: Tensor, night: Tensor, noise: network.LatentNoise, weights: TermWeights) -> Terms:
-        generators, judges = self.generators, self.discriminators
+    def step(self, day: Tensor, night: Tensor, noise: network.LatentNoise, weights: LossWeights) -> Terms:
+        generators, discriminators = self.generators, self.discriminators
 
         day_code, night_code = generators.day_encoder(day), generators.night_encoder(night)
         day_made = generators.day_decoder(night_code + noise.night)
         night_made = generators.night_decoder(day_code + noise.day)
         self.optimizers[1].zero_grad()
-        judged_day = judge_loss(judges.day, day_made.detach(), day)
-        judged_night = judge_loss(judges.night, night_made.detach(), night)
-        (judged_day + judged_night).backward()
+        loss_day = discriminator_loss(discriminators.day, day_made.detach(), day)
+        loss_night = discriminator_loss(discriminators.night, night_made.detach(), night)
+        (loss_day + loss_night).backward()
         self.optimizers[1].step()
 
         self.optimizers[0].zero_grad()
@@ -121,8 +127,8 @@ class Naive:
         day_cycled = generators.day_decoder(code_of_night_made + noise.day_again)
         night_cycled = generators.night_decoder(code_of_day_made + noise.night_again)
         terms = {
-            "adversarial_day": sum((score - 1).square().mean() for score in judges.day(day_made)),
-            "adversarial_night": sum((score - 1).square().mean() for score in judges.night(night_made)),
+            "adversarial_day": sum((score - 1).square().mean() for score in discriminators.day(day_made)),
+            "adversarial_night": sum((score - 1).square().mean() for score in discriminators.night(night_made)),
             "reconstruction_day": (day_again - day).abs().mean(),
             "reconstruction_night": (night_again - night).abs().mean(),
             "kl_day": day_code.square().mean(),
@@ -138,7 +144,7 @@ class Naive:
         total = sum(getattr(weights, name.rsplit("_", 1)[0]) * term for name, term in terms.items())
         total.backward()
         self.optimizers[0].step()
-        terms |= {"discriminator_day": judged_day, "discriminator_night": judged_night, "total": total}
+        terms |= {"discriminator_day": loss_day, "discriminator_night": loss_night, "total": total}
         return {name: term.item() for name, term in terms.items()}
 
     def perceptual(self, translated: Tensor, source: Tensor) -> Tensor:
@@ -147,8 +153,8 @@ class Naive:
         return sum(F.mse_loss(map_BChw, aim_BChw) for map_BChw, aim_BChw in pairs) / len(pairs)
 
 
-def judge_loss(judge: Callable[[Tensor], list[Tensor]], translated: Tensor, real: Tensor) -> Tensor:
-    pairs = zip(judge(translated), judge(real), strict=True)
+def discriminator_loss(discriminator: Callable[[Tensor], list[Tensor]], translated: Tensor, real: Tensor) -> Tensor:
+    pairs = zip(discriminator(translated), discriminator(real), strict=True)
     return sum(score.square().mean() + (other - 1).square().mean() for score, other in pairs)
 
 
@@ -190,7 +196,7 @@ def _plain_layer(layer: nn.Module) -> nn.Module:
             return PlainLayerNorm(layer.gain, layer.shift)
         case network.ResidualConvolution():
             return _reflecting(layer.weight, layer.bias, padding=1)
-        case UpsamplingConvolution():
+        case network.UpsamplingConvolution():
             return nn.Sequential(nn.Upsample(scale_factor=2), _reflecting(layer.weight, layer.bias, padding=2))
         case _:
             return layer

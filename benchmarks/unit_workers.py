@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from benchmarks.contest import Contest, Size
 from nightseg.data.images import encode_png
 from nightseg.data.scenes import scene
-from nightseg.stages import train_translator as stage
 from nightseg.unit.data import FrameRef
-from nightseg.unit.settings import Translator, UnitWeights
+from nightseg.unit.settings import LossWeights, Translator
+from nightseg.unit.train import Plan, learn
 
 ITERATIONS: dict[Size, int] = {"tiny": 2, "default": 12, "full": 40}
 WIDTHS: dict[Size, int] = {"tiny": 2, "default": 32, "full": 64}
@@ -61,7 +61,7 @@ def contest(size: Size) -> Contest:
     )
 
 
-def _plan(folder: Path, size: Size) -> stage.Plan:
+def _plan(folder: Path, size: Size) -> Plan:
     refs: dict[str, list[FrameRef]] = {"day": [], "night": []}
     side = SIDES[size]
     for domain, number in ((domain, number) for domain in ("day", "night") for number in range(FRAMES)):
@@ -73,13 +73,13 @@ def _plan(folder: Path, size: Size) -> stage.Plan:
         night="night",
         width=WIDTHS[size],
         discriminator_width=WIDTHS[size],
-        weights=UnitWeights(perceptual=0.0),
+        weights=LossWeights(perceptual=0.0),
         iterations=ITERATIONS[size],
         batch=BATCH,
         short_side=None,
         crop=(side, side),
     )
-    return stage.Plan(tuple(refs["day"]), tuple(refs["night"]), settings, seed=0, threads=1)
+    return Plan(tuple(refs["day"]), tuple(refs["night"]), settings, seed=0, threads=1)
 
 
 class GlooSession:
@@ -113,7 +113,7 @@ class GlooSession:
 class Pool:
     """Processes that train whenever they are told to."""
 
-    def __init__(self, count: int, plan: stage.Plan, folder: Path) -> None:
+    def __init__(self, count: int, plan: Plan, folder: Path) -> None:
         context = multiprocessing.get_context("spawn")
         self.lines, self.processes = [], []
         for rank in range(count):
@@ -140,14 +140,14 @@ class Pool:
             process.join()
 
 
-def _train_on_demand(line: Any, rank: int, world_size: int, place: str, plan: stage.Plan) -> None:
+def _train_on_demand(line: Any, rank: int, world_size: int, place: str, plan: Plan) -> None:
     torch.set_num_threads(1)
     if world_size > 1:
         dist.init_process_group("gloo", init_method=place, rank=rank, world_size=world_size)
     line.send("ready")
     while line.recv() == "train":
         session = GlooSession(rank, world_size)
-        stage.learn(session, {"plan": plan})
+        learn(session, {"plan": plan})
         line.send(session.history)
     if world_size > 1:
         dist.destroy_process_group()

@@ -79,18 +79,14 @@ The segmenter
     segmenter/self_training.py  which pixels of a pseudo-label are kept
 
 The translator that is trained
-    unit/settings.py      the translator that is trained
-    unit/start.py         weights that a training starts from
-    unit/network.py       the translator and its discriminators
-    unit/upsampling.py    upsampling and convolution as one layer
-    unit/winograd.py      3x3 convolutions with a quarter of the multiplications
-    unit/tiles.py         large images a tile at a time
-    unit/perceptual.py    frozen features of the perceptual loss
-    unit/loss.py          loss terms of UNIT
-    unit/step.py          one step of the generators, and of the discriminators
-    unit/collapse.py      when a training of UNIT has gone wrong
-    unit/data.py          day and night crops as batches
-    unit/sample_sheet.py  a look at a translator
+    unit/settings.py    what a recipe may say about UNIT
+    unit/network.py     encoders, decoders, discriminators; large images a tile at a time
+    unit/winograd.py    3x3 convolutions with a quarter of the multiplications
+    unit/perceptual.py  frozen features of the perceptual loss
+    unit/start.py       weights that a training starts from
+    unit/data.py        day and night crops as batches
+    unit/loss.py        loss terms, and one step of the generators and of the discriminators
+    unit/train.py       the training loop, its log and checkpoints, when it has gone wrong
 
 Translators that need no training: pixels in, pixels out
     translators/settings.py      translators that need no training

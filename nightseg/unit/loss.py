@@ -1,6 +1,6 @@
-"""How one step of UNIT learns: its loss terms as values (arXiv 1703.00848 section 3, MUNIT-style weights).
+"""The losses of UNIT (arXiv 1703.00848 section 3, with the weights of its 2018 code), and one step of either side.
 
-The functions take networks and the images of one `Translation`, and return NamedTuples of scalars; `total` is the
+The loss functions take networks and the images of one `Translation` and return NamedTuples of scalars: `total` is the
 weighted sum that is minimised, every other field is the bare term. All terms are computed in float32.
 
 Letters in tensor names: B batch, 3 RGB, H, W image size; C, h, w of the latent.
@@ -9,45 +9,35 @@ Letters in tensor names: B batch, 3 RGB, H, W image size; C, h, w of the latent.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Final, Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nightseg.networks.ema import average_of
 from nightseg.unit.data import Stream, mix_seed
-from nightseg.unit.network import LatentNoise, Translation
+from nightseg.unit.network import Discriminators, Generators, LatentNoise, Translation
+from nightseg.unit.settings import LossWeights, Translator
+from nightseg.unit.start import load_start
 
-Judges = Callable[[Tensor, Tensor], tuple[list[Tensor], list[Tensor]]]  # networks.unit.Discriminators, or its wrapper
-Features = Callable[[Tensor], list[Tensor]]  # networks.perceptual.PerceptualFeatures
+Scores = Callable[[Tensor, Tensor], tuple[list[Tensor], list[Tensor]]]  # network.Discriminators, or its wrapper
+Features = Callable[[Tensor], list[Tensor]]  # perceptual.PerceptualFeatures
 Adversarial = Callable[[Sequence[Tensor], float], Tensor]  # how far scores are from an aim: below
 AdversarialName = Literal["least_squares", "cross_entropy"]
 
-
-class TermWeights(NamedTuple):
-    """What each term of the generators counts; the defaults are UNIT's of 2018. `discriminator`: both judges' own."""
-
-    adversarial: float = 1.0
-    reconstruction: float = 10.0
-    kl: float = 0.01
-    cycle: float = 10.0
-    cycle_kl: float = 0.01
-    perceptual: float = 1.0
-    discriminator: float = 1.0
-
-    @property
-    def needs_cycle(self) -> bool:
-        return self.cycle != 0.0 or self.cycle_kl != 0.0
+ADAM_BETAS: Final = (0.5, 0.999)
+LEARNING_RATE_FACTOR: Final = 0.5
 
 
 class DiscriminatorLosses(NamedTuple):
-    """Terms of the two judges, `total` weighted; and how differently they score real and translated patches."""
+    """Terms of the two discriminators; how differently they score real and translated patches."""
 
     total: Tensor
     day: Tensor
     night: Tensor
-    gap_day: Tensor  # mean distance of the scores of a real and a translated patch: 0 when a judge sees nothing
+    gap_day: Tensor  # mean distance of the scores of a real and a translated patch: 0 when they are all the same
     gap_night: Tensor
 
 
@@ -79,16 +69,19 @@ class TermMeans:
         self.sums = torch.zeros(len(TERMS), device=device) if sums is None else sums.to(device)
         self.count = count
 
-    def add(self, judged: DiscriminatorLosses, made: GeneratorLosses) -> None:
-        self.sums += torch.stack([term.detach().float() for term in (*judged, *made)])
+    def add(self, of_discriminators: DiscriminatorLosses, of_generators: GeneratorLosses) -> None:
+        self.sums += torch.stack([term.detach().float() for term in (*of_discriminators, *of_generators)])
         self.count += 1
 
     def close(self, over_workers: Callable[[Tensor], Tensor], num_workers: int) -> dict[str, float]:
-        """Mean of every term over the iterations and all workers; counting starts anew. `over_workers` sums."""
+        """Mean of every term over the iterations and all workers; counting begins again. `over_workers` sums."""
         means = over_workers(self.sums.clone()) / (num_workers * max(1, self.count))
         self.sums.zero_()
         self.count = 0
         return dict(zip(TERMS, means.tolist(), strict=True))
+
+
+# -- terms ------------------------------------------------------------------------------------------------------------
 
 
 def least_squares(scores: Sequence[Tensor], aim: float) -> Tensor:
@@ -97,8 +90,8 @@ def least_squares(scores: Sequence[Tensor], aim: float) -> Tensor:
 
 
 def cross_entropy(scores: Sequence[Tensor], aim: float) -> Tensor:
-    """Binary cross-entropy of sigmoid(score) against `aim`, in nats, summed over the scales (arXiv 1406.2661, with
-    the generator's loss of its section 3: -log D). The scores are logits, so a sure judge gives no infinities."""
+    """Binary cross-entropy of sigmoid(score) against `aim`, in nats, summed over the scales (arXiv 1406.2661, with the
+    generator's loss of its section 3: -log D). The scores are logits, so a certain one gives no infinity."""
     return torch.stack(
         [F.binary_cross_entropy_with_logits(score.float(), torch.full_like(score, aim).float()) for score in scores]
     ).sum()
@@ -109,8 +102,8 @@ def adversarial_loss(name: AdversarialName) -> Adversarial:
     return {"least_squares": least_squares, "cross_entropy": cross_entropy}[name]
 
 
-def loss_of_a_coin(name: AdversarialName) -> float:
-    """A judge's loss a scale when it cannot tell real from translated and knows it."""
+def chance_loss(name: AdversarialName) -> float:
+    """A discriminator's loss a scale at chance level: it cannot tell real from translated and says so."""
     return {"least_squares": 0.5, "cross_entropy": 2 * math.log(2)}[name]
 
 
@@ -125,15 +118,15 @@ def absolute_error(found: Tensor, aim: Tensor) -> Tensor:
 
 
 def discriminator_loss(
-    judges: Judges,
+    discriminators: Scores,
     day_B3HW: Tensor,
     night_B3HW: Tensor,
     translation: Translation,
     adversarial: Adversarial = least_squares,
     weight: float = 1.0,
 ) -> DiscriminatorLosses:
-    """Real images aim at 1, translated ones (cut off from the generators) at 0; one pass a judge over both halves."""
-    day_scores, night_scores = judges(
+    """Real images aim at 1, translated ones (detached) at 0; one pass a discriminator over both halves."""
+    day_scores, night_scores = discriminators(
         torch.cat((day_B3HW, translation.day_from_night.detach().to(day_B3HW.dtype))),
         torch.cat((night_B3HW, translation.night_from_day.detach().to(night_B3HW.dtype))),
     )
@@ -147,31 +140,20 @@ def discriminator_loss(
 
 
 def generator_loss(
-    judges: Judges,
+    discriminators: Scores,
     features: Features | None,
     day_B3HW: Tensor,
     night_B3HW: Tensor,
     translation: Translation,
-    weights: TermWeights,
+    weights: LossWeights,
     adversarial: Adversarial = least_squares,
 ) -> GeneratorLosses:
-    """All terms of both generators; the judges are expected to be frozen (`requires_grad_(False)`) by the caller.
+    """All terms of both generators; the caller freezes the discriminators (`requires_grad_(False)`).
 
     `features` None leaves the perceptual terms out; a `translation` made without the cycle leaves the cycle terms out.
     """
-    day_scores, night_scores = judges(translation.day_from_night, translation.night_from_day)
+    day_scores, night_scores = discriminators(translation.day_from_night, translation.night_from_day)
     zero = day_B3HW.new_zeros(())
-    cycle_day = cycle_night = cycle_kl_day = cycle_kl_night = perceptual_day = perceptual_night = zero
-    if translation.day_cycled is not None and translation.night_cycled is not None:
-        assert translation.latent_day_again is not None and translation.latent_night_again is not None
-        cycle_day = absolute_error(translation.day_cycled, day_B3HW)
-        cycle_night = absolute_error(translation.night_cycled, night_B3HW)
-        cycle_kl_day, cycle_kl_night = (
-            latent_kl(translation.latent_day_again),
-            latent_kl(translation.latent_night_again),
-        )
-    if features is not None:
-        perceptual_day, perceptual_night = perceptual_terms(features, day_B3HW, night_B3HW, translation)
     terms = {
         "adversarial_day": adversarial(day_scores, 1.0),
         "adversarial_night": adversarial(night_scores, 1.0),
@@ -179,17 +161,21 @@ def generator_loss(
         "reconstruction_night": absolute_error(translation.night_from_night, night_B3HW),
         "kl_day": latent_kl(translation.latent_day),
         "kl_night": latent_kl(translation.latent_night),
-        "cycle_day": cycle_day,
-        "cycle_night": cycle_night,
-        "cycle_kl_day": cycle_kl_day,
-        "cycle_kl_night": cycle_kl_night,
-        "perceptual_day": perceptual_day,
-        "perceptual_night": perceptual_night,
+        **dict.fromkeys(("cycle_day", "cycle_night", "cycle_kl_day", "cycle_kl_night"), zero),
+        **dict.fromkeys(("perceptual_day", "perceptual_night"), zero),
     }
+    if translation.day_cycled is not None and translation.night_cycled is not None:
+        assert translation.latent_day_again is not None and translation.latent_night_again is not None
+        terms["cycle_day"] = absolute_error(translation.day_cycled, day_B3HW)
+        terms["cycle_night"] = absolute_error(translation.night_cycled, night_B3HW)
+        terms["cycle_kl_day"] = latent_kl(translation.latent_day_again)
+        terms["cycle_kl_night"] = latent_kl(translation.latent_night_again)
+    if features is not None:
+        day, night = perceptual_terms(features, day_B3HW, night_B3HW, translation)
+        terms["perceptual_day"], terms["perceptual_night"] = day, night
     total = zero
-    for name, weight in weights._asdict().items():
-        if name != "discriminator":
-            total = total + weight * (terms[f"{name}_day"] + terms[f"{name}_night"])
+    for name in ("adversarial", "reconstruction", "kl", "cycle", "cycle_kl", "perceptual"):
+        total = total + getattr(weights, name) * (terms[f"{name}_day"] + terms[f"{name}_night"])
     return GeneratorLosses(total=total, **terms)
 
 
@@ -214,14 +200,126 @@ def perceptual_terms(
 def latent_noise(
     seed: int, iteration: int, slots: Sequence[int], shape_Chw: tuple[int, int, int], device: torch.device
 ) -> LatentNoise:
-    """The noise of one iteration, a function of (seed, iteration, slot in the global batch) and the kind of device.
-
-    A slot's draw does not depend on how many workers share the batch, so a resumed or differently spread training sees
-    the same noise.
-    """
+    """The noise of one iteration, a function of (seed, iteration, slot in the global batch) and the kind of device, so
+    that a resumed or differently spread training sees the same noise."""
     generator = torch.Generator(device=device)
     draws = []
     for slot in slots:
         generator.manual_seed(mix_seed(seed, Stream.NOISE, iteration, slot))
         draws.append(torch.randn((4, *shape_Chw), generator=generator, device=device))
     return LatentNoise(*torch.stack(draws, dim=1))
+
+
+# -- networks and their steps -----------------------------------------------------------------------------------------
+
+
+class Networks(NamedTuple):
+    """What is trained, and the two optimisers that do it."""
+
+    generators: Generators
+    discriminators: Discriminators
+    generator_optimizer: torch.optim.Adam
+    discriminator_optimizer: torch.optim.Adam
+    ema: Generators  # of the generators: what the model becomes
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a step changes."""
+        return {name: part.state_dict() for name, part in self._asdict().items()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        for name, part in self._asdict().items():
+            part.load_state_dict(state[name])
+
+    def first_not_finite(self) -> str | None:
+        """Name of a weight that is infinite or not a number, if there is one. Waits for the device."""
+        modules = {"generators": self.generators, "ema": self.ema, "discriminators": self.discriminators}
+        for side, module in modules.items():
+            for name, parameter in module.named_parameters():
+                if not bool(parameter.isfinite().all()):
+                    return f"{side}.{name}"
+        return None
+
+
+def build_networks(settings: Translator, seed: int, device: torch.device) -> Networks:
+    """New networks, the same on every worker because they follow from `seed` and the start, and their optimisers."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(mix_seed(seed, Stream.WEIGHTS))
+        generators = Generators(settings.width, settings.res_blocks, settings.shared_blocks)
+        discriminators = Discriminators(
+            settings.discriminator_width, settings.discriminator_scales, settings.discriminator_norm
+        )
+    if settings.start is not None:
+        load_start(settings.start, generators, discriminators)
+    optimizers = []
+    for module in (generators, discriminators):
+        module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        optimizers.append(
+            torch.optim.Adam(
+                module.parameters(),
+                lr=settings.learning_rate,
+                betas=ADAM_BETAS,
+                weight_decay=settings.weight_decay,
+                fused=True,
+            )
+        )
+    return Networks(generators, discriminators, optimizers[0], optimizers[1], average_of(generators))
+
+
+def stepped_rate(peak: float, iteration: int, step_every: int) -> float:
+    """Learning rate of iteration 0, 1, ...: halved every `step_every` iterations (PyTorch's StepLR)."""
+    return float(peak * LEARNING_RATE_FACTOR ** (iteration // step_every))
+
+
+def set_learning_rate(networks: Networks, rate: float) -> None:
+    for optimizer in (networks.generator_optimizer, networks.discriminator_optimizer):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+
+def discriminator_step(
+    networks: Networks,
+    discriminators: Scores,
+    day_B3HW: Tensor,
+    night_B3HW: Tensor,
+    translation: Translation,
+    settings: Translator,
+    precision: torch.autocast,
+) -> DiscriminatorLosses:
+    """One update of both discriminators, given as the cluster wraps them; returns the terms before the update."""
+    adversarial = adversarial_loss(settings.adversarial_loss)
+    with precision:
+        losses = discriminator_loss(
+            discriminators, day_B3HW, night_B3HW, translation, adversarial, settings.weights.discriminator
+        )
+    networks.discriminator_optimizer.zero_grad(set_to_none=True)
+    losses.total.backward()  # type: ignore[no-untyped-call]
+    networks.discriminator_optimizer.step()
+    return losses
+
+
+def generator_step(
+    networks: Networks,
+    discriminators: Scores,
+    features: Features | None,
+    day_B3HW: Tensor,
+    night_B3HW: Tensor,
+    translation: Translation,
+    settings: Translator,
+    precision: torch.autocast,
+) -> GeneratorLosses:
+    """One update of all generators through the pass that made `translation`; returns the terms before the update.
+
+    `discriminators` are the bare ones: none of their gradients is exchanged between workers. They ask for none here,
+    which also saves a third of their backward pass.
+    """
+    adversarial = adversarial_loss(settings.adversarial_loss)
+    networks.discriminators.requires_grad_(False)
+    with precision:
+        losses = generator_loss(
+            discriminators, features, day_B3HW, night_B3HW, translation, settings.weights, adversarial
+        )
+    networks.generator_optimizer.zero_grad(set_to_none=True)
+    losses.total.backward()  # type: ignore[no-untyped-call]
+    networks.generator_optimizer.step()
+    networks.discriminators.requires_grad_(True)
+    return losses

@@ -10,17 +10,16 @@ Images are float32 in [-1, 1]; height and width must be multiples of 4.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nightseg.networks.model_folder import load_tensors
+from nightseg.networks.weights import check_names_and_shapes
 from nightseg.storage import Location, UserError
-from nightseg.unit.tiles import tiled
-from nightseg.unit.upsampling import UpsamplingConvolution
 from nightseg.unit.winograd import convolve_3x3
 
 KIND = "unit"  # of the model card
@@ -31,6 +30,9 @@ NORM_EPSILON = 1e-5
 LEAK = 0.2
 DISCRIMINATOR_LAYERS = 4
 DISCRIMINATOR_DEVIATION = 0.02
+# Rows: the three source pixels i-1, i, i+1; columns: the five kernel taps that fall on them after nearest upsampling.
+EVEN_TAPS = ((1, 1, 0, 0, 0), (0, 0, 1, 1, 0), (0, 0, 0, 0, 1))
+ODD_TAPS = ((1, 0, 0, 0, 0), (0, 1, 1, 0, 0), (0, 0, 0, 1, 1))
 
 
 def to_unit_range(images: Tensor) -> Tensor:
@@ -110,6 +112,74 @@ class ResidualBlock(nn.Module):
     def forward(self, features_BCHW: Tensor) -> Tensor:
         output: Tensor = features_BCHW + self.layers(features_BCHW)
         return output
+
+
+class UpsamplingConvolution(nn.Module):
+    """Nearest upsampling by 2, then a 5x5 convolution with reflect padding, at 36 % of the multiplications.
+
+    After nearest upsampling the five taps of a row or column fall on three source pixels, so each of the four output
+    phases is a 3x3 convolution of the small image with summed weights. Only the outermost ring of output pixels sees
+    the reflection differently; it is computed from two-pixel strips. The result equals the plain form to rounding.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        plain = nn.Conv2d(channels_in, channels_out, 5)
+        self.weight, self.bias = plain.weight, plain.bias
+        self.register_buffer("taps", torch.tensor([EVEN_TAPS, ODD_TAPS], dtype=torch.float32), persistent=False)
+
+    def forward(self, features_BCHW: Tensor) -> Tensor:
+        if min(features_BCHW.shape[2:]) < 2:
+            raise ValueError(f"UpsamplingConvolution needs at least 2x2 features, got {tuple(features_BCHW.shape)}")
+        assert self.bias is not None
+        taps = self.get_buffer("taps")
+        phases = torch.einsum("pty,qux,oiyx->opqitu", taps, taps, self.weight).flatten(0, 2)
+        output = F.pixel_shuffle(convolve_3x3(_replicated(features_BCHW), phases, self.bias.repeat_interleave(4)), 2)
+        top = self._edge(features_BCHW[:, :, :2], self.weight)
+        bottom = self._edge(features_BCHW[:, :, -2:].flip(2), self.weight.flip(2))
+        columns, weight = features_BCHW.transpose(2, 3), self.weight.transpose(2, 3)
+        left = self._edge(columns[:, :, :2], weight)
+        right = self._edge(columns[:, :, -2:].flip(2), weight.flip(2))
+        pasted: Tensor = _PasteRing.apply(output, top, bottom, left, right)
+        return pasted
+
+    def _edge(self, strip_BC2W: Tensor, weight: Tensor) -> Tensor:
+        """First output row: the reflected taps 0..4 fall on source rows 1, 0, 0, 0, 1."""
+        rows = torch.stack((weight[:, :, 1:4].sum(2), weight[:, :, 0] + weight[:, :, 4]), dim=2)
+        wide = F.pad(strip_BC2W.repeat_interleave(2, dim=3), (2, 2, 0, 0), mode="reflect")
+        return F.conv2d(wide, rows, self.bias)[:, :, 0]
+
+
+def _replicated(features_BCHW: Tensor) -> Tensor:
+    """One more pixel on every side, the same as its neighbour."""
+    if not torch.compiler.is_compiling():
+        return F.pad(features_BCHW, (1, 1, 1, 1), mode="replicate")
+    # The compiler of PyTorch 2.14 takes the gradient of that padding for contiguous, and stops when it is not.
+    for axis in (2, 3):
+        first, last = features_BCHW.narrow(axis, 0, 1), features_BCHW.narrow(axis, -1, 1)
+        features_BCHW = torch.cat((first, features_BCHW, last), axis)
+    return features_BCHW
+
+
+class _PasteRing(torch.autograd.Function):
+    """Overwrites the outermost rows and columns; autograd's own slice assignment copies the image for each of them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, output_BCHW: Tensor, top_BCW: Tensor, bottom_BCW: Tensor, left_BCH: Tensor, right_BCH: Tensor
+    ) -> Tensor:
+        ctx.mark_dirty(output_BCHW)
+        output_BCHW[:, :, 0], output_BCHW[:, :, -1] = top_BCW, bottom_BCW
+        output_BCHW[:, :, :, 0], output_BCHW[:, :, :, -1] = left_BCH, right_BCH  # these own the corners
+        return output_BCHW
+
+    @staticmethod
+    def backward(ctx: Any, gradient_BCHW: Tensor) -> tuple[Tensor, ...]:
+        inner_BCHW = gradient_BCHW.clone()
+        inner_BCHW[:, :, :, 0] = inner_BCHW[:, :, :, -1] = 0.0
+        rows = (inner_BCHW[:, :, 0].clone(), inner_BCHW[:, :, -1].clone())
+        inner_BCHW[:, :, 0] = inner_BCHW[:, :, -1] = 0.0
+        return inner_BCHW, *rows, gradient_BCHW[:, :, :, 0], gradient_BCHW[:, :, :, -1]
 
 
 class Encoder(nn.Module):
@@ -330,8 +400,9 @@ def check_tile(tile: tuple[int, int], res_blocks: int) -> None:
     smallest = 2 * seam_width(res_blocks) + STRIDE
     if min(tile) < smallest or any(side % STRIDE for side in tile):
         raise UserError(
-            f"tile {tuple(tile)} must be multiples of {STRIDE}, {smallest} or more: with {res_blocks} residual blocks "
-            f"a pixel depends on {seam_width(res_blocks)} around it"
+            f"tile: with {res_blocks} residual blocks a pixel depends on {seam_width(res_blocks)} around it, so "
+            f"{tuple(tile)} must be multiples of {STRIDE}, {smallest} or more",
+            cure="set it so, or to null for whole frames",
         )
 
 
@@ -352,20 +423,16 @@ class Discriminators(nn.Module):
         self.night = Discriminator(width, scales, norm)
 
     def forward(self, day_B3HW: Tensor, night_B3HW: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Scores of day images by the day judge, and of night images by the night judge; see `Discriminator`."""
+        """Scores of day images by the day discriminator, of night images by the night discriminator."""
         return self.day(day_B3HW), self.night(night_B3HW)
 
 
 def build_generators(width: int, res_blocks: int, tensors: Mapping[str, Tensor], shared_blocks: int = 0) -> Generators:
     """Generators with the given tensors, for translation only. UserError when they belong to another architecture."""
     generators = Generators(width, res_blocks, shared_blocks)
-    try:
-        generators.load_state_dict(dict(tensors))
-    except RuntimeError as error:
-        raise UserError(
-            f"these are not the tensors of a UNIT of width {width} with {res_blocks} blocks, {shared_blocks} of them "
-            f"shared: {error}"
-        ) from error
+    name = f"a UNIT of width {width} with {res_blocks} residual blocks, {shared_blocks} of them shared"
+    check_names_and_shapes(name, "this model", generators.state_dict(), tensors)
+    generators.load_state_dict(dict(tensors))
     return generators.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
 
@@ -387,3 +454,50 @@ def load_generators(folder: Location) -> Generators:
         )
     width, res_blocks, shared_blocks = (int(card[name]) for name in ("width", "res_blocks", "shared_blocks"))
     return build_generators(width, res_blocks, split_tensors(tensors)[0], shared_blocks)
+
+
+# -- large images, a tile at a time ------------------------------------------------------------------------------------
+
+
+def tiled(apply: Callable[[Tensor], Tensor], images_BCHW: Tensor, tile: tuple[int, int], overlap: int) -> Tensor:
+    """`apply(images)` for an `apply` that keeps the size, from tiles of `tile` = (height, width) pixels; float32.
+
+    Neighbours overlap by `overlap` pixels or more and are blended there linearly. A stride that divides image, tile and
+    overlap stays in phase. An axis along which the image is no larger than the tile is not cut.
+    """
+    batch, _, height, width = images_BCHW.shape
+    rows, columns = spans(height, tile[0], overlap), spans(width, tile[1], overlap)
+    if len(rows) == len(columns) == 1:
+        return apply(images_BCHW).float()
+    sums_BCHW: Tensor | None = None
+    shares_HW = torch.zeros(height, width, device=images_BCHW.device)
+    for top, bottom in rows:
+        for left, right in columns:
+            made_BChw = apply(images_BCHW[:, :, top:bottom, left:right]).float()
+            share_hw = _ramp(top, bottom, height, overlap).view(-1, 1) * _ramp(left, right, width, overlap)
+            share_hw = share_hw.to(made_BChw.device)
+            if sums_BCHW is None:
+                sums_BCHW = made_BChw.new_zeros(batch, made_BChw.shape[1], height, width)
+            sums_BCHW[:, :, top:bottom, left:right] += made_BChw * share_hw
+            shares_HW[top:bottom, left:right] += share_hw
+    assert sums_BCHW is not None
+    return sums_BCHW / shares_HW
+
+
+def spans(size: int, tile: int, overlap: int) -> list[tuple[int, int]]:
+    """(begin, end) of tiles that cover `size` pixels, all `tile` long, the last one moved back to end with them."""
+    if not 0 <= overlap < tile:
+        raise ValueError(f"tiles of {tile} pixels cannot overlap by {overlap}")
+    if size <= tile:
+        return [(0, size)]
+    return [(begin, begin + tile) for begin in (*range(0, size - tile, tile - overlap), size - tile)]
+
+
+def _ramp(begin: int, end: int, size: int, overlap: int) -> Tensor:
+    """Share of a tile along one axis: 1 in the middle and at the image's own border, falling in the overlaps."""
+    positions = torch.arange(end - begin, dtype=torch.float32) + 0.5
+    share = torch.ones(end - begin)
+    if overlap:
+        share = share if begin == 0 else torch.minimum(share, positions / overlap)
+        share = share if end == size else torch.minimum(share, positions.flip(0) / overlap)
+    return share

@@ -18,7 +18,7 @@ PERCEPTUAL_LAYERS: Final[Mapping[str, tuple[str, ...]]] = {
 }
 
 
-class UnitWeights(Strict):
+class LossWeights(Strict):
     """Weights of the UNIT loss terms (night_segmentation 5.1; UNIT, arXiv 1703.00848, MUNIT-style master branch)."""
 
     adversarial: float = Field(default=1.0, description="GAN loss of the translations")
@@ -28,6 +28,10 @@ class UnitWeights(Strict):
     cycle_kl: float = Field(default=0.01, description="of the latent code of the translation")
     perceptual: Annotated[float, Field(ge=0)] = Field(default=1.0, description="0 trains without perceptual loss")
     discriminator: Annotated[float, Field(gt=0)] = Field(default=1.0, description="the discriminators' own loss")
+
+    @property
+    def needs_cycle(self) -> bool:
+        return self.cycle != 0.0 or self.cycle_kl != 0.0
 
 
 class Translator(Strict):
@@ -50,7 +54,7 @@ class Translator(Strict):
     adversarial_loss: Literal["least_squares", "cross_entropy"] = Field(
         default="least_squares", description="least squares (LSGAN) or cross-entropy"
     )
-    weights: UnitWeights = UnitWeights()
+    weights: LossWeights = LossWeights()
     perceptual_network: Literal["vgg16", "efficientnet_lite0"] = Field(
         default="vgg16", description="network of the perceptual loss"
     )

@@ -18,11 +18,12 @@ from nightseg.data.images import decode_image
 from nightseg.progress import SilentProgress
 from nightseg.stages import train_translator as stage
 from nightseg.storage import Location, Workspace
+from nightseg.unit import train
 from nightseg.unit.network import load_generators
-from nightseg.unit.sample_sheet import sample_sheet
-from nightseg.unit.settings import UnitWeights
-from tests.stages.test_train_translator import TINY, frames, train
-from tests.stages.test_translator_stops import attempt_in
+from nightseg.unit.settings import LossWeights
+from nightseg.unit.train import Plan, sample_sheet
+from tests.stages.test_train_translator import attempt_in
+from tests.unit.test_train import TINY, frames, run
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +37,7 @@ def test_two_workers_commit_a_model_its_history_and_samples(tmp_path: Path) -> N
     settings = TINY.model_copy(
         update={
             "perceptual_network": "efficientnet_lite0",
-            "weights": UnitWeights(),
+            "weights": LossWeights(),
             "crop": (32, 32),
             "iterations": 5,
             "samples_every": 4,
@@ -63,11 +64,11 @@ def test_two_workers_commit_a_model_its_history_and_samples(tmp_path: Path) -> N
     assert (card["kind"], card["width"], card["res_blocks"], card["shared_blocks"]) == ("unit", 2, 1, 0)
     generators = load_generators(commit.folder / "model")
     sheet = decode_image(commit.file("samples.png").read_bytes())
-    plan = stage.Plan(stage._refs(day), stage._refs(night), settings, 5, 1)
+    plan = Plan(stage._refs(day), stage._refs(night), settings, 5, 1)
     assert np.array_equal(sheet, sample_sheet(generators, plan.reader(plan.day), plan.reader(plan.night)))
     assert not (attempt.folder / "trainer").exists()
 
-    alone = train({"plan": plan}).state()["history"]
+    alone = run({"plan": plan}).state()["history"]
     for row, expected in zip(commit.json("history.json"), alone, strict=True):
         assert row == pytest.approx(expected, rel=1e-2, abs=1e-3)  # the second step amplifies rounding (Adam)
     assert commit.json("history.json")[0] == pytest.approx(alone[0], rel=1e-4, abs=1e-6)
@@ -76,7 +77,7 @@ def test_two_workers_commit_a_model_its_history_and_samples(tmp_path: Path) -> N
 def learn_and_die_once(session: Any, settings: dict[str, Any]) -> None:
     """The loop, in a worker that is killed in the middle of its fifth iteration, the first time."""
     marker = Location.of(settings["plan"].day[0].uri).parent / "died"
-    steps, whole_step = 0, stage.generator_step
+    steps, whole_step = 0, train.generator_step
 
     def step(*arguments: Any) -> Any:
         nonlocal steps
@@ -86,11 +87,11 @@ def learn_and_die_once(session: Any, settings: dict[str, Any]) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return whole_step(*arguments)
 
-    stage.generator_step = step
+    train.generator_step = step
     try:
-        stage.learn(session, settings)
+        train.learn(session, settings)
     finally:
-        stage.generator_step = whole_step
+        train.generator_step = whole_step
 
 
 @pytest.mark.slow
