@@ -35,7 +35,7 @@ def attempt_in(folder: Path) -> Attempt:
         ({"crop": (18, 16)}, "multiples of 4"),
         ({"weights": LossWeights()}, r"crop \(16, 16\) is too small for the perceptual loss"),
         ({"discriminator_scales": 2}, r"crop \(16, 16\) is too small.*32 pixels"),
-        ({"tile": (80, 200)}, r"tile \(80, 200\) must be multiples of 4, 84 or more"),
+        ({"tile": (80, 200)}, r"tile: .*\(80, 200\) must be multiples of 4, 84 or more"),
         ({"tile": (86, 200)}, "multiples of 4"),
     ],
 )
