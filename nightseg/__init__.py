@@ -143,9 +143,9 @@ The report
     report/page.py          report.html
     report/run.py           a finished run as the report sees it
     report/gallery.py       which frames are shown
-    report/figures.py       charts as SVG
+    report/charts.py        charts as SVG
     report/pictures.py      thumbnails as data URIs
-    report/strip.py         the picture strip
+    report/sheets.py        pictures for a README: the strip, the sheet of translations
     report/translations.py  the table of translations, their best and worst frames
     report/formatting.py    numbers and sentences
 

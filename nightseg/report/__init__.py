@@ -4,7 +4,6 @@ It reads results.json and committed outputs, and nothing else: no stage, no torc
 """
 
 from nightseg.report.page import write_report
-from nightseg.report.strip import strip_image
-from nightseg.report.translations import translation_sheet
+from nightseg.report.sheets import strip_image, translation_sheet
 
 __all__ = ["strip_image", "translation_sheet", "write_report"]

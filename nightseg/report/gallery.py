@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from nightseg.data import table as frame
 from nightseg.data.taxonomy import TRAIN_IDS
 from nightseg.report import formatting
-from nightseg.report.figures import Chart, curves, line, overlaid_histogram, scatter, stacked_histogram
-from nightseg.report.pictures import frame_pixels, label_map_uri, label_pixels, photo_uri, tinted
-from nightseg.report.run import Row, Run
-from nightseg.report.strip import accuracy, by_accuracy, source_of, strip_panels
+from nightseg.report.charts import Chart, curves, line, overlaid_histogram, scatter, stacked_histogram
+from nightseg.report.pictures import (
+    THUMBNAIL,
+    Picture,
+    frame_pixels,
+    label_map_uri,
+    label_pixels,
+    mask,
+    photo,
+    photo_uri,
+    tinted,
+)
+from nightseg.report.run import Row, Run, accuracy, by_accuracy, source_of, spread
+from nightseg.report.sheets import strip_panels
 
-_THUMBNAIL = 320  # pixels
 _MAX_THUMBNAILS = 8
-
-
-class Picture(NamedTuple):
-    """One picture: data URI, what it is, a detail below, and whether it is a label map (drawn with hard edges)."""
-
-    src: str
-    caption: str
-    detail: str = ""
-    is_label: bool = False
 
 
 def strip(run: Run) -> list[Picture]:
@@ -74,12 +72,12 @@ def translations(run: Run, samples: int) -> list[dict[str, Any]]:
             continue
         rows = run.rows(node, "frames", limit=64)
         pairs = []
-        for row in _spread(rows, samples):
+        for row in spread(rows, samples):
             source = source_of(run, row)
-            before = _photo(
+            before = photo(
                 source[frame.URI] if source else None, "source", str(source[frame.FRAME_ID] if source else "")
             )
-            after = _photo(row[frame.URI], row[frame.DOMAIN])
+            after = photo(row[frame.URI], row[frame.DOMAIN])
             pairs.append([picture for picture in (before, after) if picture])
         found.append({"name": node.partition("/")[2], "pairs": [pair for pair in pairs if pair]})
     return found
@@ -135,7 +133,7 @@ def _share_of_gap(fid: Mapping[str, float | None]) -> str:
 
 def distances_by_count(evidence: Mapping[str, Any]) -> Chart | None:
     """FID against the number of frames, the chosen number marked."""
-    curve = evidence.get("curve", {"counts": [], "fid": []})  # runs of older versions have none
+    curve = evidence["curve"]
     counts, values = curve["counts"], curve["fid"]
     if len(counts) < 2:
         return None
@@ -150,7 +148,7 @@ def distances_by_count(evidence: Mapping[str, Any]) -> Chart | None:
 
 def plane(evidence: Mapping[str, Any]) -> Chart | None:
     """Pool, choice and reference on their first two principal components."""
-    points = {kind: rows for kind, rows in evidence.get("plane", {"points": {}})["points"].items() if rows}
+    points = {kind: rows for kind, rows in evidence["plane"]["points"].items() if rows}
     shown = {kind: points[kind] for kind in ("pool", "reference", "chosen") if kind in points}
     return scatter(shown, description="Features of the frames on their first two principal components")
 
@@ -200,19 +198,19 @@ def pseudo_labels(run: Run, samples: int) -> list[dict[str, Any]]:
 def _labelled_rows(run: Run, node: str, samples: int) -> list[tuple[Row, Row]]:
     frames = run.rows(node, "frames", limit=64)
     facts = run.rows(node, "labels", limit=64, drop=["histogram"])
-    return _spread(list(zip(frames, facts, strict=True)), samples)
+    return spread(list(zip(frames, facts, strict=True)), samples)
 
 
 def _labelled_frame(run: Run, row: Row, facts: Row) -> list[Picture]:
     image = frame_pixels(row[frame.URI])
     label = label_pixels(row[frame.LABEL_URI], TRAIN_IDS, run.classes)
-    confidence = _photo(facts["confidence_uri"], "confidence", "white = certain")
+    confidence = photo(facts["confidence_uri"], "confidence", "white = certain")
     pictures = []
     if image is not None:
-        pictures.append(Picture(photo_uri(image, _THUMBNAIL), "night frame", str(row[frame.FRAME_ID])))
+        pictures.append(Picture(photo_uri(image, THUMBNAIL), "night frame", str(row[frame.FRAME_ID])))
     if image is not None and label is not None:
         kept = f"{formatting.percent(facts['kept'], 0)} % kept"
-        pictures.append(Picture(photo_uri(tinted(image, label, run.classes), _THUMBNAIL), "pseudo-label", kept))
+        pictures.append(Picture(photo_uri(tinted(image, label, run.classes), THUMBNAIL), "pseudo-label", kept))
     return pictures + ([confidence] if confidence else [])
 
 
@@ -222,18 +220,17 @@ def test_samples(run: Run, test: str, samples: int) -> dict[str, Any]:
     by_model = {model: {row[frame.FRAME_ID]: row for row in run.predictions(model, test)} for model in models}
     ranked = by_accuracy(list(by_model[best].values()))
     rows = []
-    for row in _spread(ranked, samples):
-        image = _photo(row[frame.URI], "frame", str(row[frame.FRAME_ID]))
+    for row in spread(ranked, samples):
+        image = photo(row[frame.URI], "frame", str(row[frame.FRAME_ID]))
         label = label_pixels(row[frame.LABEL_URI], row[frame.LABEL_ENCODING], run.classes)
         pictures = [image] if image else []
         if label is not None:
-            pictures.append(Picture(label_map_uri(label, run.classes, _THUMBNAIL), "label", "", True))
+            pictures.append(Picture(label_map_uri(label, run.classes, THUMBNAIL), "label", "", True))
         for model in models:
             guess = by_model[model].get(row[frame.FRAME_ID])
-            mask = label_pixels(guess["prediction_uri"], TRAIN_IDS, run.classes) if guess else None
-            if guess and mask is not None:
-                right = f"{formatting.percent(accuracy(guess), 0)} % of its pixels right"
-                pictures.append(Picture(label_map_uri(mask, run.classes, _THUMBNAIL), model, right, True))
+            right = f"{formatting.percent(accuracy(guess), 0)} % of its pixels right" if guess else ""
+            seen = mask(guess, run.classes, model, right)
+            pictures += [seen] if seen else []
         rows.append(pictures)
     return {"test": test, "best": best, "frames": len(ranked), "rows": [row for row in rows if row]}
 
@@ -243,33 +240,21 @@ def predictions(run: Run, samples: int) -> list[dict[str, Any]]:
     found = []
     for name, entry in sorted(run.results["predictions"].items()):
         pairs = []
-        for row in _spread(run.rows(entry["node"], "predictions", limit=64), samples):
+        for row in spread(run.rows(entry["node"], "predictions", limit=64), samples):
             image = frame_pixels(row[frame.URI])
-            mask = label_pixels(row["prediction_uri"], TRAIN_IDS, run.classes)
-            if image is not None and mask is not None:
+            label = label_pixels(row["prediction_uri"], TRAIN_IDS, run.classes)
+            if image is not None and label is not None:
                 sure = f"mean confidence {formatting.percent(row['mean_confidence'], 0)} %"
                 pairs.append(
                     [
-                        Picture(photo_uri(image, _THUMBNAIL), "frame", str(row[frame.FRAME_ID])),
-                        Picture(photo_uri(tinted(image, mask, run.classes), _THUMBNAIL), entry["model"], sure),
+                        Picture(photo_uri(image, THUMBNAIL), "frame", str(row[frame.FRAME_ID])),
+                        Picture(photo_uri(tinted(image, label, run.classes), THUMBNAIL), entry["model"], sure),
                     ]
                 )
         found.append({"name": name, "model": entry["model"], "dataset": entry["dataset"], "pairs": pairs})
     return found
 
 
-def _spread(rows: list[Any], samples: int) -> list[Any]:
-    """At most `samples` rows, evenly over the list, first and last included."""
-    if len(rows) <= samples:
-        return rows
-    return [rows[index] for index in np.linspace(0, len(rows) - 1, samples).round().astype(int)]
-
-
 def _scored(rows: list[Row], detail: Any) -> list[Picture]:
-    pictures = (_photo(row[frame.URI], str(row[frame.FRAME_ID]), detail(row)) for row in rows[:_MAX_THUMBNAILS])
+    pictures = (photo(row[frame.URI], str(row[frame.FRAME_ID]), detail(row)) for row in rows[:_MAX_THUMBNAILS])
     return [picture for picture in pictures if picture]
-
-
-def _photo(uri: str | None, caption: str, detail: str = "") -> Picture | None:
-    pixels = frame_pixels(uri)
-    return None if pixels is None else Picture(photo_uri(pixels, _THUMBNAIL), caption, detail)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import base64
 import io
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from nightseg.data.images import BadFrame, read_image, read_label
-from nightseg.data.taxonomy import IGNORE, Taxonomy
+from nightseg.data.taxonomy import IGNORE, TRAIN_IDS, Taxonomy
+from nightseg.report.run import Row
 from nightseg.storage import Location
 
 UInt8 = npt.NDArray[np.uint8]
 
+THUMBNAIL = 320  # pixels of most pictures
 WIDTH = 480  # pixels: twice the width of most places, for sharp screens
 _DIMMED = 0.38  # brightness of a frame where its pseudo-label is ignored
 _TINT = 0.72  # share of the class colour where it is not
@@ -38,6 +41,27 @@ def label_pixels(uri: str | None, encoding: str | None, classes: Taxonomy) -> UI
         return classes.to_train_ids(read_label(Location.of(uri)), encoding)
     except BadFrame:
         return None
+
+
+class Picture(NamedTuple):
+    """One picture: data URI, what it is, a detail below, and whether it is a label map (drawn with hard edges)."""
+
+    src: str
+    caption: str
+    detail: str = ""
+    is_label: bool = False
+
+
+def photo(uri: str | None, caption: str, detail: str = "", width: int = THUMBNAIL) -> Picture | None:
+    """A frame, or None where its file is gone."""
+    pixels = frame_pixels(uri)
+    return None if pixels is None else Picture(photo_uri(pixels, width), caption, detail)
+
+
+def mask(row: Row | None, classes: Taxonomy, caption: str, detail: str = "", width: int = THUMBNAIL) -> Picture | None:
+    """The prediction in a row, or None where there is no row or its file is gone."""
+    label = label_pixels(row["prediction_uri"], TRAIN_IDS, classes) if row else None
+    return None if label is None else Picture(label_map_uri(label, classes, width), caption, detail, True)
 
 
 def photo_uri(image_HWC: UInt8, width: int = WIDTH) -> str:

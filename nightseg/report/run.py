@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from nightseg.data import table as frame
@@ -142,3 +143,37 @@ def _absolute(table: pa.Table, commit: Commit | None) -> list[Row]:
             if name.endswith("_uri") and name not in known and value is not None:
                 row[name] = (commit.folder / value).uri
     return rows
+
+
+def source_of(run: Run, row: Row) -> Row | None:
+    """The frame that a translated frame was made from; its id is that of the source behind the data set's name."""
+    wanted = source_id(row)
+    dataset = wanted.partition("/")[0]
+    found = (other for other in run.rows(f"collect/{dataset}", "frames") if other[frame.FRAME_ID] == wanted)
+    return next(found, None)
+
+
+def by_accuracy(predictions: list[Row]) -> list[Row]:
+    """Predictions from the worst frame to the best, by pixel accuracy; frames without a labelled pixel are left out."""
+    return sorted(
+        (row for row in predictions if any(row["confusion"])), key=lambda row: (accuracy(row), row["frame_id"])
+    )
+
+
+def accuracy(prediction: Row) -> float:
+    """Pixel accuracy of one frame, a fraction."""
+    counts = np.asarray(prediction["confusion"], dtype=np.int64)
+    side = int(len(counts) ** 0.5)
+    return float(np.trace(counts.reshape(side, side)) / counts.sum())
+
+
+def spread(rows: list[Any], samples: int) -> list[Any]:
+    """At most `samples` rows, evenly over the list, first and last included."""
+    if len(rows) <= samples:
+        return rows
+    return [rows[index] for index in np.linspace(0, len(rows) - 1, samples).round().astype(int)]
+
+
+def source_id(row: Row) -> str:
+    """Id of the frame that a translated frame was made from."""
+    return str(row[frame.FRAME_ID]).removeprefix(f"{row[frame.DATASET]}/")

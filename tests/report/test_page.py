@@ -180,7 +180,8 @@ def test_a_run_without_its_commits_still_has_its_numbers(made_up_run: Any, tmp_p
 
 def test_a_run_with_nothing_but_frames(made_up_run: Any, tmp_path: Path) -> None:
     results = made_up_run.results | {
-        "models": {}, "splits": {}, "selections": {}, "pseudo_labels": {}, "predictions": {}, "quarantine": [],
+        "models": {}, "splits": {}, "selections": {}, "pseudo_labels": {}, "predictions": {}, "translations": {},
+        "quarantine": [],
         "commits": {"collect/day": made_up_run.results["commits"]["collect/day"]},
     }  # fmt: skip
     page = Page(write_report(Location.of(tmp_path), results).read_bytes().decode())

@@ -1,8 +1,8 @@
-"""The five pictures that tell the story: a day frame, its night, a real night, its pseudo-label, a prediction."""
+"""Pictures for a README or a note: the strip (day, its night, real night, pseudo-label, prediction) and the sheet."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,13 +12,14 @@ from nightseg.data import table as frame
 from nightseg.data.images import encode_png
 from nightseg.data.taxonomy import TRAIN_IDS
 from nightseg.report.pictures import UInt8, frame_pixels, label_pixels, tinted
-from nightseg.report.run import Row, Run
+from nightseg.report.run import Row, Run, by_accuracy, source_id, source_of
 from nightseg.storage import Location, UserError
 
-_LOOKED_AT = 64  # frames among which the ones to show are chosen
+_CANDIDATES = 64  # frames among which the ones to show are chosen
 
 _GAP = 10  # pixels of the README's strip
 _CAPTION = 34
+_SHEET_GAP, _SHEET_HEAD = 6, 26  # pixels
 _INK, _PAPER = (87, 96, 106), (255, 255, 255)
 
 
@@ -37,7 +38,10 @@ def strip_image(run_folder: Location, results: Mapping[str, Any], file: Location
     """
     panels = strip_panels(Run(run_folder, results))
     if not panels:
-        raise UserError(f"{run_folder.uri}: no picture for a strip; the run has neither translations nor predictions")
+        raise UserError(
+            f"{run_folder.uri}: no picture for a strip",
+            cure="use a run with translations or predictions whose files exist",
+        )
     pictures = [_scaled(panel.pixels, height) for panel in panels]
     width = sum(picture.width for picture in pictures) + _GAP * (len(pictures) - 1)
     canvas = Image.new("RGB", (width, height + _CAPTION), _PAPER)
@@ -58,7 +62,7 @@ def strip_panels(run: Run) -> list[Panel]:
 
 def _translation(run: Run) -> list[Panel | None]:
     for node in run.nodes("translate"):
-        rows = [row for row in run.rows(node, "frames", _LOOKED_AT) if row[frame.DOMAIN] == "night"]
+        rows = [row for row in run.rows(node, "frames", _CANDIDATES) if row[frame.DOMAIN] == "night"]
         if rows:
             row = rows[len(rows) // 2]
             source = source_of(run, row)
@@ -69,14 +73,6 @@ def _translation(run: Run) -> list[Panel | None]:
     return []
 
 
-def source_of(run: Run, row: Row) -> Row | None:
-    """The frame that a translated frame was made from; its id is that of the source behind the data set's name."""
-    source_id = row[frame.FRAME_ID].removeprefix(f"{row[frame.DATASET]}/")
-    dataset = source_id.partition("/")[0]
-    found = (other for other in run.rows(f"collect/{dataset}", "frames") if other[frame.FRAME_ID] == source_id)
-    return next(found, None)
-
-
 def _pseudo_label(run: Run) -> list[Panel | None]:
     labelled = [model for model in run.models if model in run.results["pseudo_labels"]]
     if not labelled:
@@ -84,8 +80,8 @@ def _pseudo_label(run: Run) -> list[Panel | None]:
     preferred = run.best(run.main_test) if run.main_test else None
     model = preferred if preferred in labelled else labelled[-1]
     node = run.results["pseudo_labels"][model]["node"]
-    frames = run.rows(node, "frames", _LOOKED_AT)
-    facts = run.rows(node, "labels", _LOOKED_AT, drop=["histogram"])
+    frames = run.rows(node, "frames", _CANDIDATES)
+    facts = run.rows(node, "labels", _CANDIDATES, drop=["histogram"])
     if not frames:
         return []
     # The one with most classes to see; the first of equals.
@@ -123,20 +119,6 @@ def _prediction(run: Run) -> Panel | None:
     )
 
 
-def by_accuracy(predictions: list[Row]) -> list[Row]:
-    """Predictions from the worst frame to the best, by pixel accuracy; frames without a labelled pixel are left out."""
-    return sorted(
-        (row for row in predictions if any(row["confusion"])), key=lambda row: (accuracy(row), row["frame_id"])
-    )
-
-
-def accuracy(prediction: Row) -> float:
-    """Pixel accuracy of one frame, a fraction."""
-    counts = np.asarray(prediction["confusion"], dtype=np.int64)
-    side = int(len(counts) ** 0.5)
-    return float(np.trace(counts.reshape(side, side)) / counts.sum())
-
-
 def _panel(title: str, note: str, uri: str | None) -> Panel | None:
     pixels = frame_pixels(uri)
     return None if pixels is None else Panel(title, note, pixels)
@@ -145,3 +127,55 @@ def _panel(title: str, note: str, uri: str | None) -> Panel | None:
 def _scaled(pixels: UInt8, height: int) -> Image.Image:
     picture = Image.fromarray(pixels)
     return picture.resize((round(picture.width * height / picture.height), height), Image.Resampling.LANCZOS)
+
+
+def translation_sheet(
+    run_folder: Location, results: Mapping[str, Any], file: Location, frames: int = 6, width: int = 320
+) -> Location:
+    """Write a PNG: a row for each of `frames` source frames, evenly over their dataset, a column for each translation.
+
+    The source with the most translations is shown. Raises UserError: the run has no translation of which source and
+    image are still there.
+    """
+    run = Run(run_folder, results)
+    names = [node.partition("/")[2] for node in run.nodes("translate") if "." not in node]
+    made = {name: {source_id(row): row for row in run.rows(f"translate/{name}", "frames")} for name in names}
+    groups: dict[frozenset[str], list[str]] = {}
+    for name, by_source in made.items():
+        groups.setdefault(frozenset(by_source), []).append(name)
+    ids, columns = max(groups.items(), key=lambda group: len(group[1]), default=(frozenset(), []))
+    chosen = [sorted(ids)[place] for place in np.linspace(0, len(ids) - 1, min(frames, len(ids))).round().astype(int)]
+    lines = []
+    for chosen_id in chosen:
+        rows = [made[name][chosen_id] for name in columns]
+        pictures = [frame_pixels(row[frame.URI] if row else None) for row in (source_of(run, rows[0]), *rows)]
+        if all(picture is not None for picture in pictures):
+            lines.append([_fitted(picture, width) for picture in pictures if picture is not None])
+    if not lines:
+        raise UserError(
+            f"{run_folder.uri}: no translated frame that is there with its source",
+            cure="use a run whose translations and datasets still exist",
+        )
+    file.write_bytes(encode_png(_tiled(lines, ["source", *columns], width)))
+    return file
+
+
+def _fitted(pixels: Any, width: int) -> Image.Image:
+    picture = Image.fromarray(pixels)
+    return picture.resize((width, max(1, round(picture.height * width / picture.width))), Image.Resampling.LANCZOS)
+
+
+def _tiled(lines: Sequence[Sequence[Image.Image]], titles: Sequence[str], width: int) -> np.ndarray[Any, Any]:
+    heights = [max(picture.height for picture in line) for line in lines]
+    size = (len(titles) * (width + _SHEET_GAP) - _SHEET_GAP, _SHEET_HEAD + sum(heights) + _SHEET_GAP * (len(lines) - 1))
+    canvas = Image.new("RGB", size, _PAPER)
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(15)
+    for column, title in enumerate(titles):
+        place = (column * (width + _SHEET_GAP) + width / 2, _SHEET_HEAD / 2)
+        draw.text(place, title, _INK, font, anchor="mm")
+    top = _SHEET_HEAD
+    for line, height in zip(lines, heights, strict=True):
+        for column, picture in enumerate(line):
+            canvas.paste(picture, (column * (width + _SHEET_GAP), top))
+        top += height + _SHEET_GAP
+    return np.asarray(canvas)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nightseg.report.figures import curves, line, nice_values, overlaid_histogram, scatter, stacked_histogram
+from nightseg.report.charts import curves, line, nice_values, overlaid_histogram, scatter, stacked_histogram
 
 
 def test_ticks_are_round_and_inside() -> None:
