@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import (
+    classify,
     confusion,
     extraction,
     frechet,
-    looks,
     loss,
     moments,
     ray_pass,
@@ -64,12 +64,12 @@ BENCHMARKS: dict[str, Callable[[Size], Contest]] = {
     "input_first_epoch": reading.first_epoch,
     "input_later_epochs": reading.later_epochs,
     "loss": loss.contest,
-    "loss_strips": loss.strips,
+    "loss_chunks": loss.chunks,
     "focal": loss.focal,
     "training_step": training_step.contest,
     "ray_step": ray_step.contest,
-    "classify_whole": looks.whole,
-    "classify_many": looks.many,
+    "classify_whole": classify.whole,
+    "classify_many": classify.many,
 }
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("nightseg", "numpy", "scipy", "torch", "pytorch-fid")

@@ -1,7 +1,7 @@
 """The loss of a training step, forward and backward: against PyTorch's cross-entropy, and against another focal loss.
 
 loss          CE + focal against F.cross_entropy alone, which does less
-loss_strips   upsampling and cross-entropy strip by strip against both at once: peak memory, and the same gradient
+loss_chunks   upsampling and cross-entropy in chunks of rows against both at once: peak memory, and the same gradient
 focal         against the softmax focal loss of segmentation-models-pytorch, same logits
 """
 
@@ -16,13 +16,13 @@ from torch import Tensor
 
 from benchmarks.contest import Contest, PeerMissing, Size
 from benchmarks.memory import peak_bytes
-from nightseg.segmenter.loss import Mixture, combined_loss
-from nightseg.segmenter.pixel_loss import PixelLoss, pixel_loss_sum
+from nightseg.segmenter.loss import combined_loss, segmentation_loss
+from nightseg.segmenter.settings import Loss
 
 NUM_CLASSES, IGNORE, STRIDE = 19, 255, 4
 SIZES: dict[Size, tuple[int, int]] = {"tiny": (64, 128), "default": (512, 1024), "full": (1024, 2048)}
 ALPHA, GAMMA = 0.5, 2.0
-STRIP_ROWS = 16
+CHUNK_ROWS = 16
 GRADIENT_TOLERANCE = 1e-5  # relative to the largest entry
 FOCAL_TOLERANCE = 1e-6
 
@@ -51,33 +51,33 @@ def contest(size: Size) -> Contest:
     )
 
 
-def strips(size: Size) -> Contest:
+def chunks(size: Size) -> Contest:
     def check(ours: Answer, peer: Answer) -> str:
         apart = _apart(ours, peer)
         assert apart < GRADIENT_TOLERANCE, apart
         return f"loss and gradient {apart:.1g} apart"
 
     return Contest(
-        name="loss_strips",
-        work=f"upsampling x{STRIDE} and CE in strips of {STRIP_ROWS} rows, {NUM_CLASSES} x {_shape(size)}",
+        name="loss_chunks",
+        work=f"upsampling x{STRIDE} and CE in chunks of {CHUNK_ROWS} rows, {NUM_CLASSES} x {_shape(size)}",
         peer=f"F.interpolate and F.cross_entropy, torch {torch.__version__}",
-        run_ours=strips_of_ours(size),
-        run_peer=strips_of_peer(size),
+        run_ours=chunks_of_ours(size),
+        run_peer=chunks_of_peer(size),
         check=check,
         peaks=lambda: (
-            peak_bytes("benchmarks.loss", "strips_of_ours", size),
-            peak_bytes("benchmarks.loss", "strips_of_peer", size),
+            peak_bytes("benchmarks.loss", "chunks_of_ours", size),
+            peak_bytes("benchmarks.loss", "chunks_of_peer", size),
         ),
     )
 
 
-def strips_of_ours(size: Size) -> Callable[[], Answer]:
+def chunks_of_ours(size: Size) -> Callable[[], Answer]:
     logits, target = _inputs(size, STRIDE)
-    labels, loss = target.to(torch.uint8), PixelLoss(Mixture(1.0, GAMMA, 1.0), strip_rows=STRIP_ROWS)
-    return lambda: _run(logits, lambda leaf: pixel_loss_sum(leaf, labels, loss).mean())
+    labels, loss = target.to(torch.uint8), Loss(loss_chunk_rows=CHUNK_ROWS)
+    return lambda: _run(logits, lambda leaf: segmentation_loss(leaf, labels, loss).mean())
 
 
-def strips_of_peer(size: Size) -> Callable[[], Answer]:
+def chunks_of_peer(size: Size) -> Callable[[], Answer]:
     logits, target = _inputs(size, STRIDE)
 
     def upsampled(leaf: Tensor) -> Tensor:
@@ -134,9 +134,9 @@ def _run(logits: Tensor, loss: Callable[[Tensor], Tensor]) -> Answer:
 
 
 def _formula(leaf: Tensor, target: Tensor) -> Tensor:
-    surprise = F.cross_entropy(leaf, target, ignore_index=IGNORE, reduction="none")
-    doubt = 1 - torch.exp(-surprise)
-    return (surprise * (ALPHA + (1 - ALPHA) * doubt**GAMMA)).sum() / (target != IGNORE).sum()
+    nll = F.cross_entropy(leaf, target, ignore_index=IGNORE, reduction="none")
+    error = 1 - torch.exp(-nll)
+    return (nll * (ALPHA + (1 - ALPHA) * error**GAMMA)).sum() / (target != IGNORE).sum()
 
 
 def _apart(ours: Answer, peer: Answer) -> float:

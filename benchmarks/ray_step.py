@@ -31,9 +31,9 @@ from nightseg.data.table import frame_table
 from nightseg.data.taxonomy import taxonomy
 from nightseg.networks.model_folder import save_model
 from nightseg.progress import SilentProgress
-from nightseg.segmenter.network import build_semantic_fpn
+from nightseg.segmenter.network import build_semantic_fpn, model_card
 from nightseg.segmenter.settings import Augmentation, Loss, Network, Training
-from nightseg.stages.train_segmenter import Plan, learn
+from nightseg.segmenter.train import Plan, learn
 from nightseg.storage import Location
 
 WORKERS = 2
@@ -118,8 +118,10 @@ def _plan(size: Size, folder: Location) -> Plan:
         row = {"frame_id": f"scenes/{index}", "uri": files[0].uri, "label_uri": files[1].uri}
         rows.append(row | {"label_encoding": "camvid12", "width": width, "height": height})
     torch.manual_seed(0)
-    network = build_semantic_fpn(encoder=ENCODER, num_classes=classes.num_classes)
-    save_model(folder / "start", network.state_dict(), {"kind": "semantic_fpn"})
+    settings = Network(encoder=ENCODER)
+    network = build_semantic_fpn(settings, classes.num_classes)
+    card = model_card(settings, classes, network.body.mean, network.body.std)
+    save_model(folder / "start", network.state_dict(), card)
     training = Training(
         batch=BATCH,
         epochs=1,
@@ -128,8 +130,7 @@ def _plan(size: Size, folder: Location) -> Plan:
         crop=(height, width),
         augmentation=Augmentation(scale=(1.0, 1.0)),
     )
-    settings = (Network(encoder=ENCODER), Loss(), training)
-    return Plan(frame_table(rows), None, folder / "start", classes, *settings, seed=0)
+    return Plan(frame_table(rows), None, folder / "start", classes, settings, Loss(), training, seed=0)
 
 
 class _Timed:

@@ -30,9 +30,9 @@ from nightseg.data.images import encode_png
 from nightseg.data.scenes import scene
 from nightseg.data.table import frame_table
 from nightseg.data.taxonomy import taxonomy
-from nightseg.segmenter.augment import Augmentation, sample_rng
-from nightseg.segmenter.data import Batch, LabelledFrames, Sample, sample_order, training_batches
-from nightseg.segmenter.decoded import OnDisk
+from nightseg.segmenter.augment import sample_rng
+from nightseg.segmenter.data import Batch, LabelledFrames, OnDisk, Sample, sample_order, training_batches
+from nightseg.segmenter.settings import Augmentation, Training
 from nightseg.storage import sha256_of
 from nightseg.storage.scratch import Scratch
 
@@ -126,20 +126,18 @@ def _agreement(ours: list[Batch], peer: list[Batch]) -> str:
 def _labelled(rows: pa.Table, files: Path, number: int) -> LabelledFrames:
     scratch = Scratch.open(f"benchmark {number}", files)
     assert scratch is not None
-    return LabelledFrames(rows, taxonomy("camvid11"), size=None, resize_labels=True, kept=OnDisk(scratch))
+    return LabelledFrames(rows, taxonomy("camvid11"), size=None, resize_labels=True, cache=OnDisk(scratch))
 
 
 def _our_batches(frames: LabelledFrames, order: list[Sample], crop: tuple[int, int], threads: int) -> Iterator[Batch]:
     return training_batches(
         frames,
         order,
-        batch=BATCH,
+        Training(batch=BATCH, crop=crop, augmentation=AUGMENTATION),
         rank=0,
         world_size=1,
         seed=SEED,
         epoch=EPOCH,
-        crop=crop,
-        augmentation=AUGMENTATION,
         fill=(0, 0, 0),
         threads=threads,
         pin_memory=False,

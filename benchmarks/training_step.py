@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,13 +19,11 @@ from torch import Tensor
 
 from benchmarks.contest import Contest, Size
 from nightseg.data.scenes import scene
-from nightseg.segmenter.encoders import IMAGENET_MEAN, IMAGENET_STD, normalise
-from nightseg.segmenter.loss import Mixture
+from nightseg.segmenter.data import Batch
 from nightseg.segmenter.network import SemanticFPN, build_semantic_fpn
-from nightseg.segmenter.optimizer import build_optimizer, set_learning_rate
-from nightseg.segmenter.pixel_loss import PixelLoss
-from nightseg.segmenter.schedule import linear_warmup
-from nightseg.segmenter.step import Part, training_step
+from nightseg.segmenter.optimizer import build_optimizer, linear_warmup, set_learning_rate
+from nightseg.segmenter.settings import Loss, Network, Training
+from nightseg.segmenter.train import training_step
 
 ENCODER: dict[Size, str] = {"tiny": "resnet18", "default": "resnet50", "full": "resnet101"}
 SIZES: dict[Size, tuple[int, int]] = {"tiny": (64, 64), "default": (256, 512), "full": (512, 1024)}
@@ -33,7 +32,7 @@ STEPS: dict[Size, int] = {"tiny": 3, "default": 50, "full": 50}  # after which t
 BATCHES = 5  # that come again and again: enough to learn from, quick to make
 FIRST_STEPS: dict[Size, int] = {"tiny": 2, "default": 60, "full": 60}  # before, by AdamW, the same for both
 RATE, WARM_UP, MOMENTUM, CLASSES = 0.002, 10, 0.9, 11  # the warm-up is in steps; at 0.01 the loss climbs first
-LOSS = PixelLoss(Mixture(1.0, 2.0, 1.0))  # cross-entropy, as the peer's
+LOSS = Loss()  # cross-entropy, as the peer's
 TOLERANCE = 0.02
 LAST = 10  # losses of so many last steps are averaged: one step's depends on its batch
 
@@ -57,8 +56,7 @@ def contest(size: Size) -> Contest:
     height, width = SIZES[size]
     return Contest(
         name="training_step",
-        work=f"training step, {ENCODER[size]} Semantic FPN, {BATCH} x {height} x {width}, "
-        f"channels last, {str(fast).removeprefix('torch.')}",
+        work=f"training step, {ENCODER[size]} Semantic FPN, {BATCH} x {height} x {width}, channels last, {fast}",
         peer=f"same network, eager float32 NCHW loop, torch {torch.__version__}",
         run_ours=ours,
         run_peer=peer,
@@ -66,9 +64,9 @@ def contest(size: Size) -> Contest:
     )
 
 
-def _precision() -> torch.dtype:
+def _precision() -> Literal["bfloat16", "float32"]:
     """bfloat16 where the processor computes with it; emulated it would be slower than float32."""
-    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
 
 
 def _rates() -> Iterator[float]:
@@ -76,50 +74,51 @@ def _rates() -> Iterator[float]:
     return (RATE * linear_warmup(step, WARM_UP) for step in itertools.count())
 
 
-def _start(size: Size, batches: list[Part]) -> dict[str, Tensor]:
+def _start(size: Size, batches: list[Batch]) -> dict[str, Tensor]:
     """Weights that are past the first descent. It is chaotic: from random weights even two float32 layouts, which round
     differently, are percents apart after fifty steps, and nothing could be said about ours."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = build_semantic_fpn(encoder=ENCODER[size], num_classes=CLASSES)
+        network = build_semantic_fpn(Network(encoder=ENCODER[size]), CLASSES)
     network.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    optimizer = build_optimizer(network, "adamw", learning_rate=1e-3, momentum=0.0, weight_decay=0.0)
-    for part in itertools.islice(itertools.cycle(batches), FIRST_STEPS[size]):
-        training_step(network, optimizer, [part], LOSS, mean=IMAGENET_MEAN, std=IMAGENET_STD, precision=_precision())
+    training = Training(optimizer="adamw", learning_rate=1e-3, weight_decay=0.0, precision=_precision())
+    optimizer = build_optimizer(network, training)
+    for batch in itertools.islice(itertools.cycle(batches), FIRST_STEPS[size]):
+        training_step(network, optimizer, network.normalise, batch, LOSS, training)
     return network.state_dict()
 
 
 def _network(size: Size, start: dict[str, Tensor]) -> SemanticFPN:
-    network = build_semantic_fpn(encoder=ENCODER[size], num_classes=CLASSES)
+    network = build_semantic_fpn(Network(encoder=ENCODER[size]), CLASSES)
     network.load_state_dict(start)
     return network.train()
 
 
-def _batches(size: Size) -> list[Part]:
+def _batches(size: Size) -> list[Batch]:
     """Street scenes: frames that can be learned, as uint8."""
     height, width = SIZES[size]
     parts = []
     for number in range(BATCHES):
         drawn = [scene(0, number * BATCH + index, "day", height, width) for index in range(BATCH)]
         images = torch.from_numpy(np.stack([one.image for one in drawn])).permute(0, 3, 1, 2)
-        parts.append(Part(images, torch.from_numpy(np.stack([one.label for one in drawn]))))
+        parts.append(Batch(images, torch.from_numpy(np.stack([one.label for one in drawn]))))
     return parts
 
 
-def _ours(size: Size, batches: list[Part], start: dict[str, Tensor]) -> Callable[[], float]:
+def _ours(size: Size, batches: list[Batch], start: dict[str, Tensor]) -> Callable[[], float]:
     network = _network(size, start).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = build_optimizer(network, "sgd", learning_rate=RATE, momentum=MOMENTUM, weight_decay=0.0)
-    stream, rates, precision = itertools.cycle(batches), _rates(), _precision()
+    training = Training(learning_rate=RATE, momentum=MOMENTUM, weight_decay=0.0, precision=_precision())
+    optimizer = build_optimizer(network, training)
+    stream, rates = itertools.cycle(batches), _rates()
 
     def step() -> float:
-        statistics = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
         set_learning_rate(optimizer, next(rates))
-        return float(training_step(network, optimizer, [next(stream)], LOSS, precision=precision, **statistics).loss)
+        return float(training_step(network, optimizer, network.normalise, next(stream), LOSS, training).loss)
 
     return step
 
 
-def _peer(size: Size, batches: list[Part], start: dict[str, Tensor]) -> Callable[[], float]:
+def _peer(size: Size, batches: list[Batch], start: dict[str, Tensor]) -> Callable[[], float]:
     network = _network(size, start)  # in the layout it is built in
     optimizer = torch.optim.SGD(network.parameters(), lr=RATE, momentum=MOMENTUM)
     stream, rates = itertools.cycle(batches), _rates()
@@ -128,7 +127,7 @@ def _peer(size: Size, batches: list[Part], start: dict[str, Tensor]) -> Callable
         images, labels = next(stream)
         for group in optimizer.param_groups:
             group["lr"] = next(rates)
-        inputs: Tensor = normalise(images, IMAGENET_MEAN, IMAGENET_STD).contiguous()
+        inputs: Tensor = network.normalise(images).contiguous()
         logits = F.interpolate(network(inputs), scale_factor=4, mode="bilinear", align_corners=False)
         loss = F.cross_entropy(logits, labels.long(), ignore_index=255)
         optimizer.zero_grad()

@@ -36,6 +36,7 @@ Frames: no torch, no ray
     data/sources.py         a file, folder, pattern, table or video as frames to read
     data/video.py           videos as frames, frames as a video
     data/day_night.py       day, night and twilight by luminance histograms
+    data/prefetch.py        items computed by threads ahead of their use
     data/scenes/street.py   procedural street scenes: plan of a street, and the function `scene`
     data/scenes/sheet.py    camera, and strokes that carry colour and surface together
     data/scenes/things.py   people, trees, lamps, signs, cars, houses, fences, skyline
@@ -47,35 +48,23 @@ Metrics
     metrics/edges.py      do the edges of two frames agree
 
 Shared by networks
-    networks/weights.py       files of weights, read safely
+    networks/weights.py       files of weights: downloaded once, read safely
     networks/model_folder.py  model folders
     networks/normaliser.py    bytes to an encoder's numbers, as a module
-    networks/ema.py           running mean of weights
+    networks/ema.py           EMA of weights
 
 The segmenter
     segmenter/settings.py       network, loss, training, inference, thresholds: what a recipe may say
-    segmenter/trainable.py  what cannot train
-    segmenter/augment.py        joint transforms of image and label
-    segmenter/encoders.py       ResNets and EfficientNet-Lite0 as four feature maps, with their weights
-    segmenter/timm_encoder.py   any encoder of timm as four feature maps, with its weights
-    segmenter/batch_norm.py     frozen, synchronised and ordinary batch norms
-    segmenter/network.py        the segmenter
+    segmenter/encoders.py       ResNets, EfficientNet-Lite0, timm's networks as four feature maps; weights, norms
+    segmenter/network.py        the network; its model folders, and what a training starts from
     segmenter/detectron2.py     detectron2's modules and names behind ours
-    segmenter/loss.py           cross-entropy, focal and combined loss
-    segmenter/hard_pixels.py    which pixels of a frame are learned from
-    segmenter/pixel_loss.py     the loss of a batch; classes weighed, hard pixels, strips
-    segmenter/step.py           one step of a segmenter
-    segmenter/learner.py        all that changes while it learns; checkpoints
-    segmenter/watching.py       its curves
-    segmenter/label_sheet.py    a look at a segmenter
-    segmenter/data.py           labelled frames as batches
-    segmenter/decoded.py        where decoded frames are kept
-    segmenter/schedule.py       learning rate of a step
-    segmenter/optimizer.py      which weights decay
-    segmenter/starting.py       the weights a training starts from
-    segmenter/validation.py     confusion of a network in training
-    segmenter/inference.py      how a frame goes through a network: whole, in windows, mirrored, at several scales
-    segmenter/predict.py        a model folder as a callable segmenter
+    segmenter/loss.py           cross-entropy, focal and combined loss; class weights, OHEM, chunks of rows
+    segmenter/augment.py        joint transforms of image and label
+    segmenter/data.py           labelled frames as batches; caches of decoded frames
+    segmenter/optimizer.py      parameter groups, learning rate of a step
+    segmenter/train.py          the training loop: step, learner, checkpoints, validation
+    segmenter/watching.py       its curves and pictures
+    segmenter/predict.py        a model folder as a callable segmenter: tiles, test-time augmentation, pictures
     segmenter/self_training.py  which pixels of a pseudo-label are kept
 
 The translator that is trained
@@ -180,8 +169,8 @@ def load_model(path: str | Path, device: str | None = None) -> Segmenter:
     """Open a model folder, or `RUN_DIR:MODEL` of a finished run.
 
     Returns a callable: uint8 RGB image (H, W, 3) -> (uint8 train ids (H, W), float32 confidence (H, W) in (0, 1]).
-    `device` is "cpu" or "cuda"; by default CUDA where there is one. It looks once at the whole frame; another way to
-    look, with the same weights: `segment.using(window=(512, 1024), flip=True, scales=(0.75, 1, 1.25))`.
+    `device` is "cpu" or "cuda"; by default CUDA where there is one. A tiled and test-time augmented prediction with the
+    same weights: `segment.using(window=(512, 1024), flip=True, scales=(0.75, 1.0, 1.25))`.
     Raises UserError if there is no such model.
     """
     from nightseg.pipeline.results import model_folder

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nightseg.segmenter.detectron2 import their_name
 from nightseg.segmenter.network import build_semantic_fpn
+from nightseg.segmenter.settings import Network
 
 GOLDEN = next(
     (place / "shared" / "golden" for place in Path(__file__).parents if (place / "shared" / "golden").is_dir()), None
@@ -82,8 +83,9 @@ def detectron2_tensors() -> Callable[..., dict[str, Tensor]]:
 
     def make(encoder: str, **settings: object) -> dict[str, Tensor]:
         sizes = {"num_classes": 3, "pyramid_channels": 8, "head_channels": 32, "norm": "frozen"} | settings
+        num_classes = sizes.pop("num_classes")
         with torch.device("meta"):
-            ours = build_semantic_fpn(encoder=encoder, **sizes).state_dict()  # type: ignore[arg-type]
+            ours = build_semantic_fpn(Network(encoder=encoder, **sizes), num_classes).state_dict()  # type: ignore[arg-type]
         generator = torch.Generator().manual_seed(1)
         tensors = {}
         for place, (name, like) in enumerate(ours.items()):

@@ -27,7 +27,8 @@ from nightseg.networks.model_folder import CARD, load_tensors, save_model
 from nightseg.networks.weights import asked_of_torch, refusal
 from nightseg.segmenter.detectron2 import RGB_STD, their_name
 from nightseg.segmenter.encoders import IMAGENET_MEAN, IMAGENET_STD
-from nightseg.segmenter.network import architecture_of, build_semantic_fpn, num_groups
+from nightseg.segmenter.network import build_semantic_fpn, network_of, num_groups
+from nightseg.segmenter.settings import Network
 from nightseg.storage import Location, sha256_of
 
 CONV1: Final = "body.conv1.weight"
@@ -125,7 +126,7 @@ def convert_to_detectron2(folder: Location, out: Location) -> dict[str, Any]:
     tensors, card = load_tensors(folder)
     if card["kind"] != "semantic_fpn":
         raise UserError(f"{folder}: a model of kind {card['kind']!r}", cure="give a segmenter (kind semantic_fpn)")
-    architecture = architecture_of(card)
+    architecture = network_of(card).model_dump()
     known = card.get("detectron2", {}).get("config")  # a model that was trained here has none
     config = OURS
     if known is not None:
@@ -231,7 +232,7 @@ def from_detectron2(
     architecture, num_classes = _architecture(theirs, config, where)
     added = _add_statistics(theirs) if architecture["norm"] == "frozen" else _add_counts(theirs)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        wanted = build_semantic_fpn(**architecture, num_classes=num_classes).state_dict()
+        wanted = build_semantic_fpn(Network(**architecture), num_classes).state_dict()
     _check(theirs, {their_name(name): tensor for name, tensor in wanted.items()}, where)
     tensors = {name: theirs[their_name(name)] for name in wanted}
     conv1, tensors[CONV1] = tensors[CONV1], fold(tensors[CONV1], config)

@@ -13,8 +13,8 @@ from typing import Any, Final, NamedTuple
 import yaml
 
 from nightseg.errors import closest
-from nightseg.segmenter.batch_norm import Norm
 from nightseg.segmenter.detectron2 import NORMS, RGB_MEAN, RGB_STD
+from nightseg.segmenter.encoders import Norm
 from nightseg.storage import Location, UserError
 
 _MAX_BYTES: Final = 1_000_000

@@ -1,6 +1,8 @@
-"""The running mean of a network's weights over its last steps: smoother than the last weights, and often better.
+"""Exponential moving average (EMA) of a network's weights over its steps (Polyak and Juditsky 1992; as the teacher of
+mean teachers, arXiv 1703.01780).
 
-(Polyak and Juditsky 1992; as an exponential mean in mean teachers, arXiv 1703.01780.)
+The update rule is torch's. torch's AveragedModel around it is not used: it copies its counter to the device in every
+update, which makes the host wait for the GPU, and it blends batch norms' counters instead of copying them.
 """
 
 from __future__ import annotations
@@ -10,36 +12,37 @@ from typing import TypeVar
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def average_of(network: Network) -> Network:
-    """A copy that `update_average` keeps; it is never trained itself and stays in evaluation mode."""
-    average = copy.deepcopy(network).requires_grad_(False)
-    average.eval()
-    return average
+def ema_of(network: Network) -> Network:
+    """A copy for `update_ema` to keep: without gradients, in evaluation mode."""
+    ema = copy.deepcopy(network).requires_grad_(False)
+    ema.eval()
+    return ema
 
 
-def decay_of_step(decay: float, step: int) -> float:
-    """What step 0, 1, ... keeps of the mean: little at first, or the start would weigh for 1 / (1 - decay) steps."""
+def warmed_up_decay(decay: float, step: int) -> float:
+    """Decay of step 0, 1, ...: small at first, or the initial weights would weigh for 1 / (1 - decay) steps."""
     return min(decay, (1 + step) / (10 + step))
 
 
 @torch.no_grad()
-def update_average(average: nn.Module, network: nn.Module, decay: float) -> None:
-    """average = decay average + (1 - decay) network, for weights and statistics of batch norms; counters are copied.
+def update_ema(ema: nn.Module, network: nn.Module, decay: float) -> None:
+    """ema = decay ema + (1 - decay) network, for weights and batch norm statistics; integer counters are copied.
 
     Statistics belong to the weights they were measured with, so they are averaged alike.
     """
-    means, values = [], []
-    for mean, value in zip(_tensors(average), _tensors(network), strict=True):
-        if mean.is_floating_point():
-            means.append(mean)
+    averages, values = [], []
+    for average, value in zip(_tensors(ema), _tensors(network), strict=True):
+        if average.is_floating_point():
+            averages.append(average)
             values.append(value)
         else:
-            mean.copy_(value)
-    torch._foreach_lerp_(means, values, 1 - decay)
+            average.copy_(value)
+    get_ema_multi_avg_fn(decay)(averages, values, 0)  # type: ignore[no-untyped-call]
 
 
 def _tensors(network: nn.Module) -> list[torch.Tensor]:

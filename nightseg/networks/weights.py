@@ -1,41 +1,96 @@
-"""Files of weights: read without running anything that is in them, and compared with the network they are for."""
+"""Files of weights: downloaded once, read without running anything that is in them, compared with their network."""
 
 from __future__ import annotations
 
 import io
 import pickle
 import re
-from collections.abc import Mapping
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from nightseg.storage import Location, UserError
+from nightseg.storage import Location, UserError, sha256_of
+
+_DOWNLOAD_TIMEOUT_SECONDS: Final = 30.0
 
 
-def read_state_dict(file: str | Path | Location, name: str) -> dict[str, Tensor]:
-    """The tensors of a PyTorch state dict or a .safetensors file, on the CPU; `name` of the network is for messages.
+def cached_download(url: str, sha256_prefix: str, *, name: str, cure: str) -> Path:
+    """The file of `url` in torch's cache ($TORCH_HOME/hub/checkpoints), downloaded there if it is not.
 
-    Raises UserError: no such file, damaged, asks for code to be run, or not a flat dictionary of tensors.
+    Only a download whose sha256 begins with `sha256_prefix` is kept. `name`: of the network, for messages. Raises
+    UserError with `cure` if there is no such download.
     """
-    location = Location.of(file)
+    file = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
+    if not file.is_file():
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with download_timeout():
+                torch.hub.download_url_to_file(url, str(file), hash_prefix=sha256_prefix, progress=False)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"{name}: the weights {file} are not there and {url} cannot be downloaded ({error})",
+                cure=f"put {file.name} there, or {cure}",
+            ) from error
+    return file
+
+
+@contextmanager
+def download_timeout() -> Iterator[None]:
+    """For libraries whose downloads have no timeout of their own: offline must not hang."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_DOWNLOAD_TIMEOUT_SECONDS)
     try:
-        data = location.read_bytes()
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"{name}: there is no weights file {file}; check `encoder_weights`") from None
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def read_weights_file(
+    file: str | Path | Location, name: str, *, key: str = "network.encoder_weights", sha256_prefix: str = ""
+) -> bytes:
+    """The content of a file, whose sha256 begins with `sha256_prefix`; `name` of the network and recipe `key` are for
+    messages. Raises UserError."""
     try:
-        if location.name.endswith(".safetensors"):
+        data = Location.of(file).read_bytes()
+    except OSError:
+        raise UserError(f"{name}: there is no weights file {file} that can be read", cure=f"check {key}") from None
+    if not (found := sha256_of(data)).startswith(sha256_prefix):
+        raise UserError(
+            f"{name}: {file} is another file, or is damaged: its sha256 begins with {found[: len(sha256_prefix)]}, not "
+            f"with {sha256_prefix}",
+            cure=f"delete it and download it again, or check {key}",
+        )
+    return data
+
+
+def read_state_dict(
+    file: str | Path | Location, name: str, *, key: str = "network.encoder_weights", sha256_prefix: str = ""
+) -> dict[str, Tensor]:
+    """The tensors of a PyTorch state dict or a .safetensors file, on the CPU; arguments as of `read_weights_file`.
+
+    Raises UserError: no such file, another hash, damaged, asks for code to be run, or not a flat dictionary of tensors.
+    """
+    data = read_weights_file(file, name, key=key, sha256_prefix=sha256_prefix)
+    cure = f"give the state dict that {name} was saved as (.pth or .safetensors); check {key}"
+    try:
+        if str(file).endswith(".safetensors"):
             return dict(safetensors.torch.load(data))
         loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, SafetensorError) as error:
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError, SafetensorError) as error:
         if asked := asked_of_torch(error):
             raise refusal(f"{name}: {file}", asked) from None
-        raise UserError(f"{name}: {file} is not a file of PyTorch weights, or is damaged: {error}") from error
+        raise UserError(
+            f"{name}: {file} is not a file of PyTorch weights, or is damaged: {error}", cure=cure
+        ) from error
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise UserError(f"{name}: {file} is not a dictionary of tensors (a PyTorch state dict)")
+        raise UserError(f"{name}: {file} is not a dictionary of tensors (a PyTorch state dict)", cure=cure)
     return dict(loaded)
 
 
@@ -50,7 +105,10 @@ def check_names_and_shapes(name: str, file: object, wanted: Mapping[str, Tensor]
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"{file} does not hold the weights of {name}: {'; '.join(wrong[:3])}{more}")
+        raise UserError(
+            f"{file}: it does not hold the weights of {name}: {'; '.join(wrong[:3])}{more}",
+            cure=f"give a file of {name}'s weights, under the names its library gives them",
+        )
 
 
 def refusal(where: str, asked: str) -> UserError:

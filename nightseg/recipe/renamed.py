@@ -8,6 +8,9 @@ from typing import Final
 # The old key, with as many of the keys above it as make it unmistakable -> what stands in its place.
 RENAMED: Final[Mapping[str, str]] = {
     "average": "ema_decay",
+    "loss.strips": "loss_chunk_rows",
+    "loss.hard_examples": "ohem",
+    "ohem.least": "min_kept",
     "lenders": "style_images",
     "among": "nearest",
     "judge": "segmenter",

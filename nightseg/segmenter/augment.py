@@ -11,7 +11,6 @@ but for the outermost pixel of the crop (ceil(scale / 2) pixels for scales above
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -21,20 +20,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transform
 
 from nightseg.data.taxonomy import IGNORE
+from nightseg.segmenter.settings import Augmentation
 
-STRIP_ROWS = 64  # of a crop: its floats fit into the cache of one core
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """What may be drawn: scale factor range, probability of a flip, strengths s of the factor range [1 - s, 1 + s]."""
-
-    scale: tuple[float, float] = (1.0, 1.0)
-    flip: float = 0.0
-    brightness: float = 0.0
-    contrast: float = 0.0
-    saturation: float = 0.0
-    noise: float = 0.0  # largest standard deviation, as a share of white
+CHUNK_ROWS = 64  # of a crop: its floats fit into the cache of one core
 
 
 def sample_rng(seed: int, epoch: int, repeat: int, index: int) -> np.random.Generator:
@@ -118,27 +106,27 @@ def augment(
 def _coloured(image_3HW: Tensor, brightness: float | None, contrast: float | None, saturation: float | None) -> Tensor:
     """Brightness, contrast and saturation times a factor (None: as it is), bit for bit as torchvision's functions.
 
-    Done in strips, so that the floats between two bytes stay in the processor's cache.
+    Done in chunks of rows, so that the floats between two bytes stay in the processor's cache.
     """
-    strips = [slice(top, top + STRIP_ROWS) for top in range(0, image_3HW.shape[1], STRIP_ROWS)]
+    chunks = [slice(top, top + CHUNK_ROWS) for top in range(0, image_3HW.shape[1], CHUNK_ROWS)]
     found = image_3HW if brightness is contrast is saturation is None else torch.empty_like(image_3HW)
     grey_HW = torch.empty(image_3HW.shape[1:]) if contrast is not None else None
-    for strip in strips if brightness is not None or contrast is not None else ():
-        part = image_3HW[:, strip]
+    for chunk in chunks if brightness is not None or contrast is not None else ():
+        part = image_3HW[:, chunk]
         if brightness is not None:
             part = part.mul(brightness).clamp_(0, 255).to(torch.uint8)
         if grey_HW is not None:
-            grey_HW[strip] = _grey(part)
-        found[:, strip] = part
+            grey_HW[chunk] = _grey(part)
+        found[:, chunk] = part
     bright = image_3HW if brightness is None and contrast is None else found
     mean = torch.zeros(()) if grey_HW is None else grey_HW.mean()
-    for strip in strips if contrast is not None or saturation is not None else ():
-        part = bright[:, strip]
+    for chunk in chunks if contrast is not None or saturation is not None else ():
+        part = bright[:, chunk]
         if contrast is not None:
             part = part.mul(contrast).add_(mean, alpha=1 - contrast).clamp_(0, 255).to(torch.uint8)
         if saturation is not None:
             part = part.mul(saturation).add_(_grey(part), alpha=1 - saturation).clamp_(0, 255).to(torch.uint8)
-        found[:, strip] = part
+        found[:, chunk] = part
     return found
 
 

@@ -1,7 +1,8 @@
 """Labelled frames of a table as training batches: decoded once, drawn in an order that follows from the seed alone.
 
 B images, H x W pixels. Which frames a step sees, and how each is augmented, is a function of (seed, epoch, frame): not
-of the number of workers or threads, nor of what is kept decoded.
+of the number of workers or threads, nor of what is cached. torch's DataLoader gives this for whole batches only, from
+processes that would each hold the decoded frames.
 
 Threads of this process read ahead of the training. Decoders, resampling and colour work release Python's lock, so they
 run side by side; each of them works on one core, or every one of them would start a team of PyTorch's threads.
@@ -9,30 +10,133 @@ run side by side; each of them works on one core, or every one of them would sta
 
 from __future__ import annotations
 
+import os
+import struct
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from pathlib import Path
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
+import PIL
 import pyarrow as pa
 import torch
 from torch import Tensor
 
 from nightseg.data import table as frame
 from nightseg.data.images import BadFrame, decode_image, decode_label
+from nightseg.data.prefetch import prefetch
 from nightseg.data.taxonomy import Taxonomy
-from nightseg.segmenter.augment import Augmentation, augment, resize_image, resize_label, sample_rng
-from nightseg.segmenter.decoded import Decoded, Kept
-from nightseg.storage import Location, UserError, sha256_of
+from nightseg.segmenter.augment import augment, resize_image, resize_label, sample_rng
+from nightseg.segmenter.settings import Training
+from nightseg.storage import Location, UserError, hash_of, sha256_of
+from nightseg.storage.scratch import Scratch
 
 BATCHES_AHEAD: Final = 2
 MOST_THREADS: Final = 8  # more only wait for Python's lock
+SHARE_OF_MEMORY: Final = 0.25  # of the machine, for the decoded frames of all its processes
+_CONTAINER_LIMITS: Final = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+_HEADER: Final = struct.Struct("<8s4I")  # height and width of the image, height and width of the label
+_MAGIC: Final = b"nsframe1"
+
+Bytes = npt.NDArray[np.uint8]
+
+
+# -- frames -----------------------------------------------------------------------------------------------------------
+
+
+class Decoded(NamedTuple):
+    """image uint8 H x W x 3 (RGB), label uint8 H' x W' of train ids and 255; both contiguous."""
+
+    image: Bytes
+    label: Bytes
+
+
+class FrameCache(Protocol):
+    """Decoded frames by row number. Threads may use it at the same time."""
+
+    def get(self, row: int) -> Decoded | None:
+        """The frame, if it is here."""
+
+    def put(self, row: int, decoded: Decoded) -> None:
+        """Keep the frame, if there is room for it."""
+
+    def close(self) -> None:
+        """Nothing of it is needed any more."""
+
+
+class LabelledFrames:
+    """Random access to decoded frames: (image uint8 3 x H x W, label uint8 H x W). Safe to use from several threads.
+
+    Images are resized to `size` = (height, width), None keeps them native; labels too when `resize_labels`. A frame
+    that is not in the `cache` is decoded, and put there. The tensors may be views of it: change nothing in them.
+    Raises UserError for a frame that is missing, damaged, or not the file that was collected: the stage's key stands
+    for these very frames, so training on fewer would be a different result under the same name.
+    """
+
+    def __init__(
+        self, rows: pa.Table, classes: Taxonomy, *, size: Sequence[int] | None, resize_labels: bool, cache: FrameCache
+    ) -> None:
+        self._rows: list[dict[str, Any]] = rows.select(
+            [frame.FRAME_ID, frame.URI, frame.LABEL_URI, frame.LABEL_ENCODING, frame.SHA256, frame.LABEL_SHA256]
+        ).to_pylist()
+        self._classes = classes
+        self._size = size
+        self._resize_labels = resize_labels
+        self._cache = cache
+        # However the training ends, files go when nobody holds the frames any more; a killed one leaves them.
+        self.close = weakref.finalize(self, cache.close)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def frame_id(self, index: int) -> str:
+        return str(self._rows[index][frame.FRAME_ID])
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        decoded = self._cache.get(index)
+        if decoded is None:
+            decoded = self._decode(self._rows[index])
+            self._cache.put(index, decoded)
+        return torch.from_numpy(decoded.image).permute(2, 0, 1), torch.from_numpy(decoded.label)
+
+    def _decode(self, row: dict[str, Any]) -> Decoded:
+        try:
+            pixels = decode_image(_read(row, frame.URI, frame.SHA256))
+            raw_label = decode_label(_read(row, frame.LABEL_URI, frame.LABEL_SHA256))
+            if raw_label.shape != pixels.shape[:2]:
+                raise BadFrame("label_size", f"label {raw_label.shape}, image {pixels.shape[:2]} (height, width)")
+            train_ids = self._classes.to_train_ids(raw_label, row[frame.LABEL_ENCODING])
+        except BadFrame as bad:
+            raise UserError(
+                f"{row[frame.FRAME_ID]}: {bad}\n  image {row[frame.URI]}\n  label {row[frame.LABEL_URI]}\n"
+                "  The frame was good when it was collected",
+                cure="restore the files, or start a new run folder to collect what is there now",
+            ) from bad
+        image_3HW = resize_image(torch.from_numpy(pixels).permute(2, 0, 1), self._size)
+        label_HW = torch.from_numpy(train_ids)
+        if self._resize_labels:
+            label_HW = resize_label(label_HW, self._size)
+        return Decoded(image_3HW.permute(1, 2, 0).contiguous().numpy(), label_HW.contiguous().numpy())
+
+
+def _read(row: dict[str, Any], uri: str, sha256: str) -> bytes:
+    try:
+        data = Location.of(row[uri]).read_bytes()
+    except FileNotFoundError as error:
+        raise BadFrame("missing", f"there is no file {row[uri]}") from error
+    if row[sha256] is not None and sha256_of(data) != row[sha256]:
+        raise BadFrame("unreadable", f"the content of {row[uri]} has changed (sha256)")
+    return data
+
+
+# -- batches ----------------------------------------------------------------------------------------------------------
 
 
 class Sample(NamedTuple):
@@ -68,26 +172,6 @@ class Pace:
                 return
             yield batch
 
-    @property
-    def images_per_second(self) -> float:
-        """Frames that went through the training, 0 before the first epoch has ended."""
-        return self.frames / self.seconds if self.seconds else 0.0
-
-    @property
-    def waiting_share(self) -> float:
-        """Share in [0, 1] of the time in which the training waited for frames."""
-        return self.waiting_seconds / self.seconds if self.seconds else 0.0
-
-
-def reading_threads(cpus: int, device_type: str) -> int:
-    """Threads that read ahead of a training that has `cpus` cores.
-
-    A GPU leaves the cores free, but for one that feeds it. On a CPU the training needs all of them: reading, a few
-    percent of the work, must not make its parallel loops wait for a thread that has lost its core.
-    """
-    free = cpus - 1 if device_type == "cuda" else cpus // 4
-    return max(1, min(MOST_THREADS, free))
-
 
 def sample_order(num_frames: int, num_samples: int, seed: int, epoch: int) -> list[Sample]:
     """The samples of one epoch: permutation after permutation of all frames, cut at `num_samples`."""
@@ -100,123 +184,61 @@ def sample_order(num_frames: int, num_samples: int, seed: int, epoch: int) -> li
     return samples[:num_samples]
 
 
-class LabelledFrames:
-    """Random access to decoded frames: (image uint8 3 x H x W, label uint8 H x W). Safe to use from several threads.
-
-    Images are resized to `size` = (height, width), None keeps them native; labels too when `resize_labels`. `kept` is
-    where decoded frames stay; one that is not there is decoded, and put there. The tensors may be views of it: change
-    nothing in them.
-    Raises UserError for a frame that is missing, damaged, or not the file that was collected: the stage's key stands
-    for these very frames, so training on fewer would be a different result under the same name.
-    """
-
-    def __init__(
-        self, rows: pa.Table, classes: Taxonomy, *, size: Sequence[int] | None, resize_labels: bool, kept: Kept
-    ) -> None:
-        self._rows: list[dict[str, Any]] = rows.select(
-            [frame.FRAME_ID, frame.URI, frame.LABEL_URI, frame.LABEL_ENCODING, frame.SHA256, frame.LABEL_SHA256]
-        ).to_pylist()
-        self._classes = classes
-        self._size = size
-        self._resize_labels = resize_labels
-        self._kept = kept
-        # However the training ends, files go when nobody holds the frames any more; a killed one leaves them.
-        self.close = weakref.finalize(self, kept.close)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def frame_id(self, index: int) -> str:
-        return str(self._rows[index][frame.FRAME_ID])
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        decoded = self._kept.get(index)
-        if decoded is None:
-            decoded = self._decode(self._rows[index])
-            self._kept.put(index, decoded)
-        return torch.from_numpy(decoded.image).permute(2, 0, 1), torch.from_numpy(decoded.label)
-
-    def _decode(self, row: dict[str, Any]) -> Decoded:
-        try:
-            pixels = decode_image(_read(row, frame.URI, frame.SHA256))
-            raw_label = decode_label(_read(row, frame.LABEL_URI, frame.LABEL_SHA256))
-            if raw_label.shape != pixels.shape[:2]:
-                raise BadFrame("label_size", f"label {raw_label.shape}, image {pixels.shape[:2]} (height, width)")
-            train_ids = self._classes.to_train_ids(raw_label, row[frame.LABEL_ENCODING])
-        except BadFrame as bad:
-            raise UserError(
-                f"{row[frame.FRAME_ID]}: {bad}\n  image {row[frame.URI]}\n  label {row[frame.LABEL_URI]}\n"
-                f"  The frame was sound when it was collected: restore the files, or start a new run folder to collect "
-                f"what is there now."
-            ) from bad
-        image_3HW = resize_image(torch.from_numpy(pixels).permute(2, 0, 1), self._size)
-        label_HW = torch.from_numpy(train_ids)
-        if self._resize_labels:
-            label_HW = resize_label(label_HW, self._size)
-        return Decoded(image_3HW.permute(1, 2, 0).contiguous().numpy(), label_HW.contiguous().numpy())
-
-
-def _read(row: dict[str, Any], uri: str, sha256: str) -> bytes:
-    try:
-        data = Location.of(row[uri]).read_bytes()
-    except FileNotFoundError as error:
-        raise BadFrame("missing", f"there is no file {row[uri]}") from error
-    if row[sha256] is not None and sha256_of(data) != row[sha256]:
-        raise BadFrame("unreadable", f"the content of {row[uri]} has changed (sha256)")
-    return data
-
-
 def training_batches(
     frames: LabelledFrames,
     order: Sequence[Sample],
+    training: Training,
     *,
-    batch: int,
     rank: int,
     world_size: int,
     seed: int,
     epoch: int,
-    crop: tuple[int, int],
-    augmentation: Augmentation,
     fill: tuple[int, int, int],
     threads: int,
     pin_memory: bool,
 ) -> Iterator[Batch]:
-    """This rank's part of every global batch of `batch` samples (rows rank, rank + world_size, ... of it).
+    """This rank's part of every global batch of `training.batch` samples (rows rank, rank + world_size, ... of it).
 
-    `threads` decode and augment up to two batches ahead of the training, straight into the batch.
+    `threads` decode and augment up to two batches ahead of the training, straight into the batch. `fill` is the colour
+    of what lies outside of a frame.
     """
+    mine = [order[start : start + training.batch][rank::world_size] for start in range(0, len(order), training.batch)]
 
-    def load(sample: Sample, image_HW3: Tensor, label_HW: Tensor) -> None:
-        rng = sample_rng(seed, epoch, sample.repeat, sample.row)
-        image, label = augment(*frames[sample.row], rng, crop=crop, settings=augmentation, fill=fill)
-        image_HW3.copy_(image.permute(1, 2, 0))
-        label_HW.copy_(label)
-
-    def begin(pool: ThreadPoolExecutor, samples: Sequence[Sample]) -> tuple[Batch, list[Future[None]]]:
-        images_BHW3 = torch.empty((len(samples), *crop, 3), dtype=torch.uint8, pin_memory=pin_memory)
-        labels_BHW = torch.empty((len(samples), *crop), dtype=torch.uint8, pin_memory=pin_memory)
-        places = zip(samples, images_BHW3, labels_BHW, strict=True)
-        return Batch(images_BHW3.permute(0, 3, 1, 2), labels_BHW), [pool.submit(load, *place) for place in places]
-
-    mine = [order[start : start + batch][rank::world_size] for start in range(0, len(order), batch)]
-    with _reading(threads) as pool:
-        waiting: deque[tuple[Batch, list[Future[None]]]] = deque()
+    def places() -> Iterator[tuple[Batch, Sample, Tensor, Tensor]]:
         for samples in mine:
-            waiting.append(begin(pool, samples))
-            if len(waiting) > BATCHES_AHEAD:
-                yield _finished(*waiting.popleft())
-        while waiting:
-            yield _finished(*waiting.popleft())
+            shape = (len(samples), *training.crop)
+            images_BHW3 = torch.empty((*shape, 3), dtype=torch.uint8, pin_memory=pin_memory)
+            labels_BHW = torch.empty(shape, dtype=torch.uint8, pin_memory=pin_memory)
+            batch = Batch(images_BHW3.permute(0, 3, 1, 2), labels_BHW)
+            for place in zip(samples, images_BHW3, labels_BHW, strict=True):
+                yield batch, *place
+
+    def load(place: tuple[Batch, Sample, Tensor, Tensor]) -> Batch:
+        batch, sample, image_HW3, label_HW = place
+        rng = sample_rng(seed, epoch, sample.repeat, sample.row)
+        view = augment(*frames[sample.row], rng, crop=training.crop, settings=training.augmentation, fill=fill)
+        image_HW3.copy_(view[0].permute(1, 2, 0))
+        label_HW.copy_(view[1])
+        return batch
+
+    with _single_core_threads(threads) as pool:
+        loaded = prefetch(pool, load, places(), ahead=BATCHES_AHEAD * -(-training.batch // world_size))
+        for samples in mine:
+            yield [next(loaded) for _ in samples][-1]
 
 
-def _finished(batch: Batch, parts: Sequence[Future[None]]) -> Batch:
-    for part in parts:
-        part.result()
-    return batch
+def reading_threads(cpus: int, device_type: str) -> int:
+    """Threads that read ahead of a training that has `cpus` cores.
+
+    A GPU leaves the cores free, but for one that feeds it. On a CPU the training needs all of them: reading, a few
+    percent of the work, must not make its parallel loops wait for a thread that has lost its core.
+    """
+    free = cpus - 1 if device_type == "cuda" else cpus // 4
+    return max(1, min(MOST_THREADS, free))
 
 
 @contextmanager
-def _reading(threads: int) -> Iterator[ThreadPoolExecutor]:
+def _single_core_threads(threads: int) -> Iterator[ThreadPoolExecutor]:
     """Threads whose PyTorch works on one core each. What this thread and later ones use stays as it is."""
     own = torch.get_num_threads()
     ready = threading.Barrier(threads + 1)
@@ -238,3 +260,119 @@ def _reading(threads: int) -> Iterator[ThreadPoolExecutor]:
         ready.abort()  # had a thread not started, the others would wait for it for ever
         # An error, or a training that stopped: what has not begun is dropped.
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+# -- caches of decoded frames -----------------------------------------------------------------------------------------
+
+
+class InMemory:
+    """Frames in the memory of this process, up to `room` bytes; the first come stay."""
+
+    def __init__(self, room: int) -> None:
+        self._room = room
+        self._lock = threading.Lock()
+        self._frames: dict[int, Decoded] = {}
+
+    def get(self, row: int) -> Decoded | None:
+        return self._frames.get(row)
+
+    def put(self, row: int, decoded: Decoded) -> None:
+        needed = decoded.image.nbytes + decoded.label.nbytes
+        with self._lock:
+            if row not in self._frames and needed <= self._room:
+                self._room -= needed
+                self._frames[row] = decoded
+
+    def close(self) -> None:
+        self._frames.clear()
+
+
+class OnDisk:
+    """Frames as memory-mapped files, shared by all processes of this machine that train on the same table.
+
+    A file is written whole or not at all, so a killed process leaves no torn frame; a file whose size is not that of
+    its frame is not there. Frames are kept while a tenth of the disk, or 4 GiB, stays free.
+    """
+
+    def __init__(self, scratch: Scratch) -> None:
+        self._scratch = scratch
+
+    def get(self, row: int) -> Decoded | None:
+        mapped = self._scratch.map(_name(row))
+        if mapped is None or len(mapped) < _HEADER.size:
+            return None
+        magic, height, width, label_height, label_width = _HEADER.unpack_from(mapped)
+        middle = _HEADER.size + 3 * height * width
+        if magic != _MAGIC or len(mapped) != middle + label_height * label_width:
+            return None
+        pixels = np.frombuffer(mapped, np.uint8, 3 * height * width, _HEADER.size)
+        label = np.frombuffer(mapped, np.uint8, label_height * label_width, middle)
+        return Decoded(pixels.reshape(height, width, 3), label.reshape(label_height, label_width))
+
+    def put(self, row: int, decoded: Decoded) -> None:
+        header = _HEADER.pack(_MAGIC, *decoded.image.shape[:2], *decoded.label.shape)
+        self._scratch.write(_name(row), [header, decoded.image.data, decoded.label.data])
+
+    def close(self) -> None:
+        self._scratch.close()
+
+
+def _name(row: int) -> str:
+    return f"{row:07d}.frame"
+
+
+def cache_for(
+    rows: pa.Table, classes: Taxonomy, *, size: Sequence[int] | None, resize_labels: bool, sharers: int, workers: int
+) -> FrameCache:
+    """The best cache for the frames of a table.
+
+    `sharers` tables of decoded frames lie on this machine in all, `workers` of them are this one. A single worker
+    whose frames fit into its share of a quarter of the memory keeps them there. Several workers share files: else each
+    would decode every frame, and hold it. So does one that has more frames than memory: the system keeps in memory what
+    it can of the files, and a crop reads its own rows only. Frames without a hash, and machines without a private
+    temporary folder, are left with memory: nobody could say whose pixels a file holds.
+    """
+    room = memory_share(sharers)
+    needed = decoded_bytes(rows, size=size, resize_labels=resize_labels)
+    if workers == 1 and needed is not None and needed <= room:
+        return InMemory(room)
+    hashes = rows.select([frame.SHA256, frame.LABEL_SHA256, frame.LABEL_ENCODING])
+    if any(column.null_count for column in hashes.columns):
+        return InMemory(room)
+    encodings = sorted(set(hashes[frame.LABEL_ENCODING].to_pylist()))
+    key = {
+        "frames": hash_of(hashes.to_pylist()),
+        "ids": {name: classes.lut(name)[0].tolist() for name in encodings},
+        "size": None if size is None else list(size),
+        "resize_labels": resize_labels,
+        "made by": [_MAGIC.decode(), torch.__version__, PIL.__version__],  # another resize, another decoder
+    }
+    scratch = Scratch.open(hash_of(key))
+    return InMemory(room) if scratch is None else OnDisk(scratch)
+
+
+def memory_share(sharers: int) -> int:
+    """Bytes that one of `sharers` tables may keep in memory: a quarter of this machine's, shared evenly."""
+    return int(_memory() * SHARE_OF_MEMORY) // sharers
+
+
+def _memory() -> int:
+    """Bytes of this machine, or of the container that is all this process may use of it."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for file in _CONTAINER_LIMITS:
+        if file.exists() and (text := file.read_text().strip()).isdecimal():  # "max" where there is no limit
+            limits.append(int(text))
+    return min(limits)
+
+
+def decoded_bytes(rows: pa.Table, *, size: Sequence[int] | None, resize_labels: bool) -> int | None:
+    """Bytes that all frames of the table take when decoded; None if it does not tell the size of each."""
+    wanted = None if size is None else size[0] * size[1]
+    total = 0
+    for width, height in zip(rows[frame.WIDTH].to_pylist(), rows[frame.HEIGHT].to_pylist(), strict=True):
+        native = None if width is None or height is None else width * height
+        pixels, label = (wanted or native), (wanted if wanted and resize_labels else native)
+        if pixels is None or label is None:
+            return None
+        total += 3 * pixels + label
+    return total

@@ -1,8 +1,8 @@
 """detectron2 as the thing that computes, and its names for our tensors.
 
 detectron2 has no package in the registry: it is built from source, and nothing here imports it before it is asked for.
-Its modules stand behind the interface of our own encoder, pyramid and head, and the state dict of such a network has
-our names, so that a model folder looks the same whoever computed it.
+Its modules have the interface of our own encoder, pyramid and head, and the state dict of such a network has our names,
+so that a model folder is the same whoever computed it.
 
 B images, C channels, h x w pixels of a map.
 """
@@ -18,8 +18,8 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
-from nightseg.segmenter.batch_norm import Norm
-from nightseg.segmenter.encoders import IMAGENET_MEAN, IMAGENET_STD
+from nightseg.segmenter.encoders import IMAGENET_MEAN, IMAGENET_STD, Norm
+from nightseg.segmenter.settings import Network
 from nightseg.storage import UserError
 
 COMMIT: Final = "02b5c4e295e990042a714712c21dc79b731e8833"
@@ -73,24 +73,14 @@ def require() -> None:
     """Raise UserError with the line that installs it unless detectron2 can be imported."""
     if not is_installed():
         raise UserError(
-            "network.backend: detectron2 needs detectron2, which is not installed. It is built from source, after "
-            f"torch, with a C++ compiler (minutes):\n  {INSTALL}\n"
-            "  Or leave network.backend at torchvision: the same network, which also reads and writes detectron2's "
-            "checkpoints (nightseg convert)."
+            "network.backend: detectron2 is not installed. It is built from source, after torch, with a C++ compiler "
+            f"(minutes):\n  {INSTALL}\n",
+            cure="install it, or leave network.backend at torchvision: the same network, which also reads and writes "
+            "detectron2's checkpoints",
         )
 
 
-def semantic_segmentor(
-    encoder: str,
-    *,
-    num_classes: int,
-    pyramid_channels: int = 256,
-    head_channels: int = 128,
-    num_groups: int = 32,
-    norm: Norm = "frozen",
-    freeze_at: int = 0,
-    stride_in_1x1: bool = False,
-) -> Any:
+def semantic_segmentor(network: Network, num_classes: int, num_groups: int = 32) -> Any:
     """detectron2's SemanticSegmentor on a ResNet with FPN, from its classes; input RGB, ImageNet mean and deviation.
 
     What its own builders make of Base-RCNN-FPN.yaml, without its model zoo, whose import fails beside setuptools 82.
@@ -102,27 +92,23 @@ def semantic_segmentor(
         from detectron2.modeling.meta_arch.semantic_seg import SemanticSegmentor, SemSegFPNHead
     except ImportError as error:
         raise UserError(
-            f"network.backend: detectron2 is installed but cannot be imported ({error}). It has to be built against "
-            f"the torch that is installed:\n  {INSTALL}"
+            f"network.backend: detectron2 is installed but cannot be imported ({error})",
+            cure=f"build it against the torch that is installed:\n  {INSTALL}",
         ) from error
 
-    depth = int(encoder.removeprefix("resnet"))
-    options: dict[str, Any] = {"norm": NORMS[norm]}
-    if depth >= 50:
-        options["stride_in_1x1"] = stride_in_1x1
-    elif stride_in_1x1:
-        raise UserError(f"network.stride_in_1x1: the blocks of {encoder} have no 1x1 convolution; leave it at false")
+    depth, norm = int(network.encoder.removeprefix("resnet")), NORMS[network.norm]
+    stages: dict[str, Any] = {"norm": norm} | ({"stride_in_1x1": network.stride_in_1x1} if depth >= 50 else {})
     bottom_up = ResNet(
-        BasicStem(norm=NORMS[norm]),
-        ResNet.make_default_stages(depth, **options),
+        BasicStem(norm=norm),
+        ResNet.make_default_stages(depth, **stages),
         out_features=list(_MAPS),
-        freeze_at=freeze_at,
+        freeze_at=network.freeze_at,
     )
-    backbone = FPN(bottom_up, list(_MAPS), pyramid_channels, top_block=LastLevelMaxPool())
+    backbone = FPN(bottom_up, list(_MAPS), network.pyramid_channels, top_block=LastLevelMaxPool())
     head = SemSegFPNHead(
         {level: backbone.output_shape()[level] for level in _LEVELS},
         num_classes=num_classes,
-        conv_dims=head_channels,
+        conv_dims=network.head_channels,
         common_stride=4,
         norm=lambda channels: nn.GroupNorm(num_groups, channels),
         ignore_value=255,
@@ -168,25 +154,15 @@ class Head(nn.Module):
         super().__init__()
         self.theirs = sem_seg_head
 
-    @property
-    def predictor(self) -> nn.Module:
-        return self.theirs.get_submodule("predictor")
-
-    def reset_predictor(self) -> None:
-        """Forget the classes: the start of a model for another class list."""
-        from fvcore.nn.weight_init import c2_msra_fill
-
-        c2_msra_fill(self.predictor)
-
     def forward(self, levels: list[Tensor]) -> Tensor:
         logits_BKhw: Tensor = self.theirs.layers(dict(zip(_LEVELS, levels, strict=True)))  # type: ignore[operator]
         return logits_BKhw
 
 
-def build_parts(encoder: str, **settings: Any) -> tuple[Encoder, Pyramid, Head]:
+def build_parts(network: Network, num_classes: int, num_groups: int) -> tuple[Encoder, Pyramid, Head]:
     """Encoder, pyramid and head of a `semantic_segmentor`."""
-    segmentor = semantic_segmentor(encoder, **settings)
-    body = Encoder(encoder, segmentor.backbone.bottom_up)
+    segmentor = semantic_segmentor(network, num_classes, num_groups)
+    body = Encoder(network.encoder, segmentor.backbone.bottom_up)
     return body, Pyramid(segmentor.backbone), Head(segmentor.sem_seg_head)
 
 

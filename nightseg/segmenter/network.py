@@ -11,27 +11,31 @@ import functools
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Mapping
-from typing import Any, Final, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 
-from nightseg.errors import UserError
+from nightseg.data.taxonomy import Taxonomy
+from nightseg.networks.model_folder import CARD, TENSORS, load_tensors
+from nightseg.networks.normaliser import Normaliser
 from nightseg.segmenter import detectron2
-from nightseg.segmenter.batch_norm import Norm
-from nightseg.segmenter.encoders import RESNETS, Encoder, build_encoder
-from nightseg.segmenter.timm_encoder import STRIDES
+from nightseg.segmenter.encoders import STRIDES, Encoder, build_encoder, imagenet_weights
+from nightseg.segmenter.settings import Network
+from nightseg.storage import Location, UserError, sha256_of
 
 SIZE_DIVISOR: Final = 32
 COMMON_STRIDE: Final = 4
 LEVELS: Final = ("p2", "p3", "p4", "p5")
+ARCHITECTURE: Final = (
+    *("encoder", "pyramid_channels", "head_channels", "norm", "freeze_at", "stride_in_1x1", "backend"),
+)  # what a model card repeats of the settings
+PREDICTOR: Final = ("head.predictor.weight", "head.predictor.bias")
 _NORM_GROUPS: Final = 32
-_LOG = logging.getLogger("nightseg.networks")
-
-Backend = Literal["torchvision", "detectron2"]
+_LOG = logging.getLogger("nightseg.segmenter")
 
 
 def num_groups(channels: int) -> int:
@@ -70,10 +74,6 @@ class SemanticHead(nn.Module):
                     layers.append(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False))
             self.add_module(level, nn.Sequential(*layers))
         self.predictor = nn.Conv2d(head_channels, num_classes, kernel_size=1)
-        self.reset_predictor()
-
-    def reset_predictor(self) -> None:
-        """Forget the classes: the start of a model for another class list."""
         nn.init.kaiming_normal_(self.predictor.weight, mode="fan_out", nonlinearity="relu")
         nn.init.zeros_(self.predictor.bias)  # type: ignore[arg-type]  # the predictor has a bias
 
@@ -90,6 +90,7 @@ class SemanticFPN(nn.Module):
     """Encoder, feature pyramid and semantic head.
 
     `fpn` takes and returns an ordered mapping with one map for each of LEVELS; `head` takes the list of levels.
+    `normalise` turns bytes into what `forward` takes.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class SemanticFPN(nn.Module):
         self.fpn = pyramid
         self.head = head
         self.num_classes = num_classes
+        self.normalise = Normaliser(encoder.mean, encoder.std)
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
         """Normalised float images of any size to logits_BKhw at stride 4, of the image as it is padded.
@@ -122,76 +124,67 @@ class SemanticFPN(nn.Module):
 
 
 def build_semantic_fpn(
-    *,
-    encoder: str,
-    num_classes: int,
-    pyramid_channels: int = 256,
-    head_channels: int = 128,
-    norm: Norm = "batch",
-    freeze_at: int = 0,
-    stride_in_1x1: bool = False,
-    backend: Backend = "torchvision",
-    encoder_weights: Mapping[str, Tensor] | None = None,
+    network: Network, num_classes: int, *, encoder_weights: Mapping[str, Tensor] | None = None
 ) -> SemanticFPN:
-    """The one place where the network is put together.
+    """The one place where the network is put together; the settings' `input_size` is for whoever feeds it.
 
-    `encoder`: one of `encoders.ENCODERS` or timm/NAME. `norm`: batch norms of the encoder that learn from each worker's
-    batch, from all workers' (sync), or not at all (frozen). `freeze_at`: so many first stages of a ResNet do not learn.
-    `stride_in_1x1`: see `ResNetEncoder`. `encoder_weights` are tensors from `encoders.imagenet_weights(encoder)`; None
-    leaves the encoder random (to be filled from a model folder, or trained from scratch).
+    `encoder_weights`: tensors from `encoders.imagenet_weights`; None leaves the encoder random.
 
     `backend: detectron2` computes with the modules of detectron2's SemanticSegmentor; names of tensors, input and
-    output are the same, so a model of either opens with the other. Raises UserError: detectron2 is not installed, or a
-    setting that this encoder does not have.
+    output are the same, so a model of either opens with the other. Raises UserError: detectron2 is not installed, or an
+    encoder that cannot be had.
     """
-    if backend == "detectron2":
-        network = _detectron2_fpn(
-            encoder=encoder,
-            num_classes=num_classes,
-            pyramid_channels=pyramid_channels,
-            head_channels=head_channels,
-            norm=norm,
-            freeze_at=freeze_at,
-            stride_in_1x1=stride_in_1x1,
-        )
+    if network.backend == "detectron2":
+        parts = detectron2.build_parts(network, num_classes, num_groups=num_groups(network.head_channels))
+        built = SemanticFPN(*parts, num_classes)
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            ours = build_semantic_fpn(network.model_copy(update={"backend": "torchvision"}), num_classes)
+        detectron2.rename_parameters(built, ours.state_dict())
     else:
-        body = build_encoder(encoder, norm=norm, freeze_at=freeze_at, stride_in_1x1=stride_in_1x1)
-        pyramid = FeaturePyramidNetwork(list(body.channels), pyramid_channels)
-        network = SemanticFPN(body, pyramid, SemanticHead(pyramid_channels, head_channels, num_classes), num_classes)
-    if encoder_weights is not None:
-        drawn = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("body.")}
-        network.load_state_dict(drawn | {f"body.{name}": tensor for name, tensor in encoder_weights.items()})
-    return network
-
-
-def _detectron2_fpn(*, encoder: str, num_classes: int, head_channels: int, **settings: Any) -> SemanticFPN:
-    if encoder not in RESNETS:
-        raise UserError(
-            f"network.backend detectron2 computes {', '.join(RESNETS)}, not {encoder}; use backend torchvision"
+        body = build_encoder(
+            network.encoder, norm=network.norm, freeze_at=network.freeze_at, stride_in_1x1=network.stride_in_1x1
         )
-    shape = {"encoder": encoder, "num_classes": num_classes, "head_channels": head_channels, **settings}
-    parts = detectron2.build_parts(**shape, num_groups=num_groups(head_channels))
-    network = SemanticFPN(*parts, num_classes)
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        twin = build_semantic_fpn(**shape, backend="torchvision")
-    detectron2.rename_parameters(network, twin.state_dict())
-    return network
+        pyramid = FeaturePyramidNetwork(list(body.channels), network.pyramid_channels)
+        head = SemanticHead(network.pyramid_channels, network.head_channels, num_classes)
+        built = SemanticFPN(body, pyramid, head, num_classes)
+    if encoder_weights is not None:
+        initial = {name: tensor for name, tensor in built.state_dict().items() if not name.startswith("body.")}
+        built.load_state_dict(initial | {f"body.{name}": tensor for name, tensor in encoder_weights.items()})
+    return built
 
 
 @functools.cache
-def check_architecture(**architecture: Any) -> None:
+def check_architecture(network: Network) -> None:
     """Raise the UserErrors of `build_semantic_fpn` without the memory and the time that building takes."""
-    if architecture.get("backend") == "detectron2":
+    if network.backend == "detectron2":
         detectron2.require()
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        build_semantic_fpn(**{**architecture, "backend": "torchvision"}, num_classes=2)
+        build_semantic_fpn(network.model_copy(update={"backend": "torchvision"}), num_classes=2)
 
 
-def architecture_of(card: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `build_semantic_fpn` that a model card states; older cards lack what was not yet a choice."""
-    later = {"norm": "batch", "freeze_at": 0, "stride_in_1x1": False, "backend": "torchvision"}
-    always = ("encoder", "pyramid_channels", "head_channels")
-    return {key: card[key] for key in always} | {key: card.get(key, default) for key, default in later.items()}
+# -- model folders ----------------------------------------------------------------------------------------------------
+
+
+def model_card(network: Network, classes: Taxonomy, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
+    """What the card of every segmenter says: enough to build it, to feed it and to name its classes."""
+    return {
+        "kind": "semantic_fpn",
+        **{key: getattr(network, key) for key in ARCHITECTURE},
+        "num_classes": classes.num_classes,
+        "taxonomy": {
+            "name": classes.name,
+            "classes": list(classes.classes),
+            "palette": [list(colour) for colour in classes.palette],
+        },
+        "input_size": list(network.input_size) if network.input_size else None,
+        "mean": list(mean),
+        "std": list(std),
+    }
+
+
+def network_of(card: Mapping[str, Any]) -> Network:
+    """The network settings that a model card states."""
+    return Network(**{key: card[key] for key in ARCHITECTURE if key in card})
 
 
 def open_semantic_fpn(tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> SemanticFPN:
@@ -199,15 +192,90 @@ def open_semantic_fpn(tensors: Mapping[str, Tensor], card: Mapping[str, Any]) ->
 
     A model that was computed with detectron2 opens without it, too: the tensors are the same.
     """
-    architecture = architecture_of(card)
-    if architecture["backend"] == "detectron2" and not detectron2.is_installed():
+    network = network_of(card)
+    if network.backend == "detectron2" and not detectron2.is_installed():
         _LOG.warning(
             "this model was made with detectron2, which is not installed: computing with torchvision's modules"
         )
-        architecture["backend"] = "torchvision"
-    network = build_semantic_fpn(**architecture, num_classes=card["num_classes"])
-    network.load_state_dict(dict(tensors))
-    return network.eval()
+        network = network.model_copy(update={"backend": "torchvision"})
+    built = build_semantic_fpn(network, card["num_classes"])
+    built.load_state_dict(dict(tensors))
+    return built.eval()
+
+
+def starting_network(
+    start: str | Location, network: Network, classes: Taxonomy, *, seed: int, say: Callable[[str], None] = _LOG.warning
+) -> SemanticFPN:
+    """The network before its first step. `start` is "imagenet" (encoder only; the rest is random), "scratch", or the
+    folder of another model (as text, a path with a slash).
+
+    From another model everything is kept; only its predictor is re-initialised, and `say` told, when its class list
+    differs. What is random follows from `seed`. Raises UserError: weights missing, or of another architecture.
+    """
+    weights = None
+    if start == "imagenet":
+        if network.stride_in_1x1 and network.encoder_weights is None:
+            raise UserError(
+                f"network.stride_in_1x1: the ImageNet weights of {network.encoder} that nightseg downloads have no "
+                "stride in 1x1 convolutions",
+                cure="set it to false, or give network.encoder_weights that have",
+            )
+        weights = imagenet_weights(network.encoder, network.encoder_weights)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        built = build_semantic_fpn(network, classes.num_classes, encoder_weights=weights)
+    if start in ("imagenet", "scratch"):
+        return built
+
+    folder = Location.of(start)
+    tensors, card = load_tensors(folder)
+    if card["kind"] != "semantic_fpn":
+        raise UserError(
+            f"model {folder.uri}: it is of kind {card['kind']!r}, a segmenter starts from one of kind semantic_fpn",
+            cure="set start to the folder of a segmenter",
+        )
+    _check_same_architecture(folder, network_of(card), network)
+    if tuple(card["taxonomy"]["classes"]) != classes.classes:
+        say(
+            f"{folder.uri} has the {card['num_classes']} classes of {card['taxonomy']['name']}, not the "
+            f"{classes.num_classes} of {classes.name}: its predictor is re-initialised, everything else is kept"
+        )
+        initial = built.state_dict()
+        tensors |= {name: initial[name] for name in PREDICTOR}
+    built.load_state_dict(tensors)
+    return built
+
+
+def weights_identity(file: str | None, start: str) -> str | None:
+    """What a training's key has of a file of encoder weights: its content, and nothing where it is not read."""
+    if file is None or start != "imagenet":
+        return None
+    place = Location.of(file)
+    return sha256_of(place.read_bytes()) if place.exists() else file  # a missing file is an error of the training
+
+
+def start_identity(start: str) -> str:
+    """What a training's key has of its start: the word itself, or the content of a model folder."""
+    if "/" not in start:
+        return start
+    folder = Location.of(start)
+    return " ".join(sha256_of((folder / file).read_bytes()) for file in (CARD, TENSORS))
+
+
+def _check_same_architecture(start: Location, theirs: Network, wanted: Network) -> None:
+    """Whose modules compute and which stages learn may change from one model to the next, the rest may not."""
+    for key in ("encoder", "pyramid_channels", "head_channels", "stride_in_1x1"):
+        if getattr(theirs, key) != getattr(wanted, key):
+            raise UserError(
+                f"model {start.uri}: it has {key} {getattr(theirs, key)!r}, the one that starts from it wants "
+                f"{getattr(wanted, key)!r}",
+                cure=f"give both models the same network.{key}",
+            )
+    if theirs.norm == "frozen" != wanted.norm:
+        raise UserError(
+            f"model {start.uri}: its batch norms never learned, so their statistics need not be those of any data",
+            cure="give both models network.norm: frozen, or unfreeze them when its checkpoint is converted",
+        )
 
 
 def upsample_logits(logits_BKhw: Tensor, height: int, width: int) -> Tensor:

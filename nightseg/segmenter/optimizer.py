@@ -1,26 +1,20 @@
-"""Which rule moves which weights of a segmenter, and how fast."""
+"""Which rule moves which weights of a segmenter, and how fast: parameter groups, and the learning rate of a step."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
 
 import torch
 from torch import nn
 
+from nightseg.segmenter.settings import Training
 
-def build_optimizer(
-    network: nn.Module,
-    kind: str,
-    *,
-    learning_rate: float,
-    momentum: float,
-    weight_decay: float,
-    decay_biases: bool = False,
-    encoder: nn.Module | None = None,
-    encoder_rate: float = 1.0,
-    head_rate: float = 1.0,
-) -> torch.optim.Optimizer:
+WARMUP_START: Final = 1e-3  # detectron2's WARMUP_FACTOR
+
+
+def build_optimizer(network: nn.Module, training: Training, encoder: nn.Module | None = None) -> torch.optim.Optimizer:
     """SGD with momentum, or AdamW (whose betas are PyTorch's; `momentum` is not used).
 
     Weights of normalisations are not decayed (detectron2's WEIGHT_DECAY_NORM 0; decay pulls them towards values that
@@ -31,22 +25,18 @@ def build_optimizer(
     """
     inside = {id(parameter) for parameter in encoder.parameters()} if encoder is not None else set()
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for parameter, is_decayed in _decayed(network, decay_biases):
-        rate = encoder_rate if id(parameter) in inside else head_rate
-        groups.setdefault((rate, weight_decay if is_decayed else 0.0), []).append(parameter)
+    for parameter, is_decayed in _decayed(network, training.decay_biases):
+        rate = training.encoder_rate if id(parameter) in inside else training.head_rate
+        groups.setdefault((rate, training.weight_decay if is_decayed else 0.0), []).append(parameter)
     described: list[dict[str, Any]] = [
         {"params": parameters, "weight_decay": decay, "rate": rate} for (rate, decay), parameters in groups.items()
     ]
-    match kind:  # fused: one pass over the weights instead of one for each operation
-        case "sgd":
-            optimizer: torch.optim.Optimizer = torch.optim.SGD(
-                described, lr=learning_rate, momentum=momentum, fused=True
-            )
-        case "adamw":
-            optimizer = torch.optim.AdamW(described, lr=learning_rate, fused=True)
-        case _:
-            raise AssertionError(f"unknown optimizer {kind!r}")
-    set_learning_rate(optimizer, learning_rate)
+    optimizer: torch.optim.Optimizer  # fused: one pass over the weights instead of one for each operation
+    if training.optimizer == "sgd":
+        optimizer = torch.optim.SGD(described, lr=training.learning_rate, momentum=training.momentum, fused=True)
+    else:
+        optimizer = torch.optim.AdamW(described, lr=training.learning_rate, fused=True)
+    set_learning_rate(optimizer, training.learning_rate)
     return optimizer
 
 
@@ -54,6 +44,46 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
     """`learning_rate` for every group, multiplied by the group's own `rate`."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["rate"]
+
+
+def learning_rate_of(training: Training, step: int, total_steps: int) -> float:
+    """Of step 0 .. total_steps - 1: one warm-up, times one decay from `training.learning_rate`, no restarts.
+
+    A pure function of the step, unlike torch's schedulers: a resumed training has no scheduler state to restore.
+    """
+    match training.decay:
+        case "poly":
+            share = poly_decay(step, total_steps, training.poly_power)
+        case "step":
+            share = step_decay(step, total_steps, training.decay_at, training.decay_factor)
+        case "cosine":
+            share = cosine_decay(step, total_steps)
+    return training.learning_rate * linear_warmup(step, training.warmup_steps) * share
+
+
+def linear_warmup(step: int, warmup_steps: int) -> float:
+    """Factor that rises linearly from 0.001 at step 0 to 1 at `warmup_steps`, and stays 1."""
+    if step >= warmup_steps:
+        return 1.0
+    return WARMUP_START + (1 - WARMUP_START) * step / warmup_steps
+
+
+def poly_decay(step: int, total_steps: int, power: float) -> float:
+    """(1 - step / total_steps)^power (DeepLab, arXiv 1606.00915, section 3): 1 at step 0, above 0 at the last step."""
+    assert 0 <= step < total_steps, f"step {step} of {total_steps}"
+    return float((1 - step / total_steps) ** power)
+
+
+def cosine_decay(step: int, total_steps: int) -> float:
+    """Half a cosine (arXiv 1608.03983, equation 5, without restarts): 1 at step 0, above 0 at the last step."""
+    assert 0 <= step < total_steps, f"step {step} of {total_steps}"
+    return (1 + math.cos(math.pi * step / total_steps)) / 2
+
+
+def step_decay(step: int, total_steps: int, at: Sequence[float], factor: float) -> float:
+    """`factor` to the power of how many of the shares `at` of the training are over (detectron2's STEPS, GAMMA)."""
+    assert 0 <= step < total_steps, f"step {step} of {total_steps}"
+    return float(factor ** sum(step >= round(share * total_steps) for share in at))
 
 
 def _decayed(network: nn.Module, decay_biases: bool) -> Iterator[tuple[nn.Parameter, bool]]:

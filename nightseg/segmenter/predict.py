@@ -1,35 +1,52 @@
 """A model folder as a callable: frames in, train ids and confidence out, at the frames' own size.
 
-B = batch, C = colours, H W = height and width of a frame or of the network's input, h w = of the logits (stride 4).
+A frame goes through the network whole or in overlapping tiles, and with test-time augmentation also mirrored and at
+several scales; each such pass is a `TiledLogits`. Only the network's own logits are kept of it, at a quarter of its
+height and width. They reach the frame's size in chunks of rows, so that no K x H x W of a large frame is ever in
+memory, whatever the number of passes. (MONAI's sliding_window_inference holds all of it.)
+
+Where the tiles of a pass overlap, their *logits* are averaged with even weights: one network at one scale gives them,
+and the mean is still what upsampling works on. Over passes, *softmax probabilities* are averaged: logits differ in
+size from scale to scale, and the largest would decide alone; the mean of probabilities stays a probability, which is
+what the thresholds of pseudo-labels compare.
+
+B = batch, C = colours, K = classes, H W = height and width of a frame or of the network's input, h w = of the logits.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
 from torch import Tensor
 
 from nightseg.data import table as frame
 from nightseg.data.images import BadFrame, decode_image, encode_jpeg, encode_png, read_bytes
+from nightseg.data.prefetch import prefetch
 from nightseg.data.taxonomy import Taxonomy
 from nightseg.networks.model_folder import load_card, load_tensors
 from nightseg.networks.normaliser import Normaliser
 from nightseg.segmenter.augment import resize_image
-from nightseg.segmenter.inference import WHOLE_FRAME, Inference, Look, classify, looks_at
-from nightseg.segmenter.network import SemanticFPN, open_semantic_fpn
+from nightseg.segmenter.network import COMMON_STRIDE, SemanticFPN, open_semantic_fpn
+from nightseg.segmenter.settings import Inference
 from nightseg.storage import Location, UserError, sha256_of
 
-_READERS = 2  # threads that decode ahead; the decoders of Pillow leave the interpreter to others
+CHUNK_VALUES = 2**23  # logits of a chunk at full size: 32 MiB; below about 2 MiB chunks cost speed
+WHOLE_FRAME: Final = Inference()
+_READERS: Final = 2  # threads that decode ahead; Pillow's decoders release the interpreter's lock
+
 Image = npt.NDArray[np.uint8]
+Size = tuple[int, int]
 Picture = Literal["mask", "color", "overlay", "confidence"]
 PICTURES: tuple[Picture, ...] = ("mask", "color", "overlay", "confidence")
 PICTURE_SUFFIX: Mapping[Picture, str] = {"mask": ".png", "color": ".png", "overlay": ".jpg", "confidence": ".png"}
@@ -42,19 +59,18 @@ class Segmented(NamedTuple):
     confidence: npt.NDArray[np.float32]  # (H, W) softmax probability of that id, in (0, 1]
 
 
-class SegmentedRow(NamedTuple):
-    """One row of a frame table with its upright image and prediction."""
-
-    row: dict[str, Any]
-    image: Image
-    segmented: Segmented
-
-
-class UnreadRow(NamedTuple):
-    """One row of a frame table whose image could not be used, and why."""
-
-    row: dict[str, Any]
-    fault: BadFrame
+def inference_settings(**changes: Any) -> Inference:
+    """`Inference` from values that did not come through a recipe. Raises UserError for impossible ones."""
+    try:
+        return Inference(**changes)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(("inference", *map(str, first["loc"])))
+        known = ", ".join(Inference.model_fields)
+        raise UserError(
+            f"{where}: {first['msg'].removeprefix('Value error, ')}, not {first['input']!r}",
+            cure=f"give valid values for {known}: see `inference` in the recipe reference",
+        ) from None
 
 
 def load_model(path: str | Path | Location, device: str | None = None) -> Segmenter:
@@ -67,10 +83,7 @@ def load_model(path: str | Path | Location, device: str | None = None) -> Segmen
 
 
 class Segmenter:
-    """A segmenter in evaluation mode. It resizes, normalises and scales back by what its model card says.
-
-    `inference` says how frames are looked at: whole by default, or in windows, mirrored, at several scales.
-    """
+    """A segmenter in evaluation mode. It resizes, normalises and scales back by what its model card says."""
 
     def __init__(self, folder: Location, device: str | None = None, inference: Inference = WHOLE_FRAME) -> None:
         tensors, card = load_tensors(folder)
@@ -78,18 +91,17 @@ class Segmenter:
         self.card: Mapping[str, Any] = card
         self.device = usable_device(device)
         self.inference = inference
-        network = open_semantic_fpn(tensors, card)
         # In two steps: `Module.to` has no signature for both at once.
-        self._network = network.eval().to(self.device).to(memory_format=torch.channels_last)
+        self._network = open_semantic_fpn(tensors, card).to(self.device).to(memory_format=torch.channels_last)
         self._normalise = Normaliser(card["mean"], card["std"]).to(self.device)
 
-    def using(self, **modes: Any) -> Segmenter:
-        """The same network with other modes: `segment.using(flip=True, scales=(0.75, 1, 1.25))`. Copies no weights.
+    def using(self, **changes: Any) -> Segmenter:
+        """The same network with other inference settings: `segment.using(flip=True, scales=(0.75, 1.0, 1.25))`.
 
-        `modes` are fields of `Inference`; those that are not named stay. Raises UserError for what cannot be meant.
+        `changes` are fields of `settings.Inference`; the others stay. Copies no weights. Raises UserError.
         """
         other = copy.copy(self)
-        other.inference = replace(self.inference, **modes)
+        other.inference = inference_settings(**self.inference.model_dump() | changes)
         return other
 
     @property
@@ -114,20 +126,20 @@ class Segmenter:
 
         On a GPU everything is queued, and waited for once, at the end.
         """
-        looks: list[list[Look]] = [[] for _ in images]
+        passes: list[list[TiledLogits]] = [[] for _ in images]
         for scale in self.inference.scales:
             inputs = [self._input(image, scale) for image in images]
             groups: dict[tuple[int, ...], list[int]] = {}
-            for place, input_CHW in enumerate(inputs):
-                groups.setdefault(tuple(input_CHW.shape), []).append(place)
-            for places in groups.values():
-                inputs_BCHW = torch.stack([inputs[place] for place in places])
+            for index, input_CHW in enumerate(inputs):
+                groups.setdefault(tuple(input_CHW.shape), []).append(index)
+            for members in groups.values():
+                inputs_BCHW = torch.stack([inputs[index] for index in members])
                 for mirrored in (False, True) if self.inference.flip else (False,):
-                    found = looks_at(self._logits, inputs_BCHW, self.inference, mirrored=mirrored)
-                    for place, look in zip(places, found, strict=True):
-                        looks[place].append(look)
+                    found = tiled_logits(self._logits, inputs_BCHW, self.inference, mirrored=mirrored)
+                    for index, logits in zip(members, found, strict=True):
+                        passes[index].append(logits)
         sizes = [(image.shape[0], image.shape[1]) for image in images]
-        return self._on_host([classify(seen, size) for seen, size in zip(looks, sizes, strict=True)])
+        return self._on_host([classify(seen, size) for seen, size in zip(passes, sizes, strict=True)])
 
     def _logits(self, inputs_BCHW: Tensor) -> Tensor:
         logits_BKhw: Tensor = self._network(self._normalise(inputs_BCHW))
@@ -136,11 +148,11 @@ class Segmenter:
     def _input(self, image_HWC: Image, scale: float) -> Tensor:
         if image_HWC.dtype != np.uint8 or image_HWC.ndim != 3 or image_HWC.shape[2] != 3:
             raise UserError(
-                f"an image must be uint8 RGB of shape (height, width, 3), this one is {image_HWC.dtype} "
-                f"{tuple(image_HWC.shape)}; convert it first, grey images by repeating the channel"
+                f"image: it is {image_HWC.dtype} of shape {tuple(image_HWC.shape)}, not uint8 RGB (height, width, 3)",
+                cure="convert it first, grey images by repeating the channel",
             )
         size = self.card["input_size"] or image_HWC.shape[:2]
-        # On the CPU like in training: another device may round the resized bytes differently.
+        # On the CPU as in training: another device may round the resized bytes differently.
         image_CHW = torch.from_numpy(np.ascontiguousarray(image_HWC.transpose(2, 0, 1)))
         resized_CHW = resize_image(image_CHW, [max(1, round(side * scale)) for side in size])
         return (resized_CHW.pin_memory() if self.device.type == "cuda" else resized_CHW).to(
@@ -166,11 +178,11 @@ def usable_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"device {name!r}: unknown; known: cpu, cuda, cuda:0, ...") from error
+        raise UserError(f"device {name!r}: unknown", cure="choose cpu, cuda, cuda:0, ...") from error
     if device.type == "cuda" and not 0 <= (device.index or 0) < torch.cuda.device_count():
         raise UserError(
-            f"device {name!r}: PyTorch sees {torch.cuda.device_count()} CUDA GPUs here. Cure: --device cpu, or a "
-            "machine and an installation of PyTorch with CUDA"
+            f"device {name!r}: PyTorch sees {torch.cuda.device_count()} CUDA GPUs here",
+            cure="choose the device cpu, or a machine and an installation of PyTorch with CUDA",
         )
     return device
 
@@ -182,9 +194,9 @@ def check_classes(folder: Location, classes: Taxonomy) -> None:
     known = tuple(card["taxonomy"]["classes"])
     if known != classes.classes:
         raise UserError(
-            f"the model {folder.uri} predicts the {len(known)} classes of {card['taxonomy']['name']}, but the labels "
-            f"here have the {classes.num_classes} of {classes.name}: their ids mean different things. Use the model's "
-            "taxonomy, or a model trained with this one"
+            f"model {folder.uri}: it predicts the {len(known)} classes of {card['taxonomy']['name']}, but the labels "
+            f"here have the {classes.num_classes} of {classes.name}: their ids mean different things",
+            cure="use the model's taxonomy, or a model trained with this one",
         )
 
 
@@ -192,32 +204,187 @@ def check_kind(folder: Location, card: Mapping[str, Any]) -> None:
     """Raise UserError unless the card is a segmenter's."""
     if card["kind"] != "semantic_fpn":
         raise UserError(
-            f"{folder.uri} holds a model of kind {card['kind']!r}, but a segmenter (semantic_fpn) is needed; "
-            "give the model folder of a train_segmenter stage"
+            f"model {folder.uri}: it is of kind {card['kind']!r}, but a segmenter (semantic_fpn) is needed",
+            cure="give the model folder of a train_segmenter stage",
         )
 
 
-# -- rows of a frame table -------------------------------------------------------------------------------------------
+# -- a frame through the network --------------------------------------------------------------------------------------
+
+
+class Tile(NamedTuple):
+    """Logits (K, h, w) of a part of the network's input; top, left, height, width are pixels of that input."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    logits: Tensor
+
+
+class TiledLogits(NamedTuple):
+    """All tiles of one pass over a frame. height, width: of the network's input, which was flipped if `mirrored`."""
+
+    height: int
+    width: int
+    mirrored: bool
+    tiles: Sequence[Tile]
+
+
+def tiled_logits(
+    network: Callable[[Tensor], Tensor], inputs_BCHW: Tensor, inference: Inference, *, mirrored: bool
+) -> list[TiledLogits]:
+    """One pass over each of B frames of one size. The network sees B tiles, or B whole frames, at a time.
+
+    network: inputs_BCHW of any size -> logits_BKhw; the inputs are passed to it as they are, or cut, or mirrored.
+    """
+    height, width = inputs_BCHW.shape[-2:]
+    seen_BCHW = inputs_BCHW.flip(-1) if mirrored else inputs_BCHW
+    tiles: list[list[Tile]] = [[] for _ in range(len(inputs_BCHW))]
+    high, wide = inference.window or (height, width)
+    high, wide = min(high, height), min(wide, width)
+    for top in window_starts(height, high, inference.overlap):
+        for left in window_starts(width, wide, inference.overlap):
+            with torch.autocast(seen_BCHW.device.type, torch.bfloat16, enabled=inference.precision == "bfloat16"):
+                logits_BKhw = network(seen_BCHW[:, :, top : top + high, left : left + wide])
+            for index, logits_Khw in enumerate(logits_BKhw):
+                tiles[index].append(Tile(top, left, high, wide, logits_Khw))
+    return [TiledLogits(height, width, mirrored, parts) for parts in tiles]
+
+
+def window_starts(length: int, window: int, overlap: float) -> list[int]:
+    """Where windows begin along one side: every (1 - overlap) of a window, and the last one ends where the side ends.
+
+    So every pixel is covered, nothing is padded, and only the last window is shifted inwards.
+    """
+    stride = max(1, round(window * (1 - overlap)))
+    return [*range(0, length - window, stride), length - window] if window < length else [0]
+
+
+# -- logits to labels -------------------------------------------------------------------------------------------------
+
+
+def classify(passes: Sequence[TiledLogits], size: Size, stride: int = COMMON_STRIDE) -> tuple[Tensor, Tensor]:
+    """Passes over one frame -> (uint8 train ids (H, W), float32 confidence (H, W) in (0, 1]), on the logits' device.
+
+    The confidence is the probability of the predicted class: softmax of one pass, the mean of the softmaxes of several.
+    `size` is the frame's (height, width); `stride` the pixels of the input that one logit stands for.
+    """
+    height = size[0]
+    sample = passes[0].tiles[0].logits
+    labels_HW = torch.empty(size, dtype=torch.uint8, device=sample.device)
+    confidence_HW = torch.empty(size, dtype=torch.float32, device=sample.device)
+    rows = _rows_of_a_chunk(passes, size)
+    for start in range(0, height, rows):
+        stop = min(height, start + rows)
+        if len(passes) == 1:
+            logits_KrW = frame_rows(passes[0], size, start, stop, stride)
+            highest_rW, winner_rW = logits_KrW.max(dim=0)
+            # The softmax of the winner alone, exp(u_max - u_max) = 1 over the sum: no K probabilities are kept.
+            sure_rW = torch.exp(logits_KrW - highest_rW).sum(dim=0).reciprocal()
+        else:
+            total_KrW = frame_rows(passes[0], size, start, stop, stride).softmax(dim=0)
+            for one in passes[1:]:
+                total_KrW += frame_rows(one, size, start, stop, stride).softmax(dim=0)
+            highest_rW, winner_rW = total_KrW.max(dim=0)
+            sure_rW = (highest_rW / len(passes)).clamp(max=1.0)
+        labels_HW[start:stop] = winner_rW
+        confidence_HW[start:stop] = sure_rW
+    return labels_HW, confidence_HW
+
+
+def _rows_of_a_chunk(passes: Sequence[TiledLogits], size: Size) -> int:
+    """As many rows of the frame as keep a chunk within CHUNK_VALUES, in every pass and at the frame's own size."""
+    height, width = size
+    num_classes = len(passes[0].tiles[0].logits)
+    values = max(one.width * max(1.0, one.height / height) for one in passes)
+    return max(1, int(CHUNK_VALUES / (num_classes * max(values, width))))
+
+
+def frame_rows(logits: TiledLogits, size: Size, start: int, stop: int, stride: int = COMMON_STRIDE) -> Tensor:
+    """Logits_KrW float32 of the frame's rows [start, stop): bilinear, by pixel centres, from the network's input."""
+    height, width = size
+    if (logits.height, logits.width) == size:
+        return _input_rows(logits, start, stop, stride)
+    if (start, stop) == (0, height):
+        return _to_size(_input_rows(logits, 0, logits.height, stride), size)
+    # The same two rows with the same weights as if the whole frame were interpolated at once.
+    source_r = torch.arange(start, stop, dtype=torch.float64).add(0.5).mul(logits.height / height).sub(0.5).clamp(min=0)
+    above_r = source_r.floor().to(torch.int64).clamp(max=logits.height - 1)
+    below_r = (above_r + 1).clamp(max=logits.height - 1)
+    first, last = int(above_r[0]), int(below_r[-1])
+    rows_KrW = _input_rows(logits, first, last + 1, stride)
+    weight_r1 = (source_r - above_r).to(torch.float32).to(rows_KrW.device, non_blocking=True)[:, None]
+    above_r, below_r = ((part - first).to(rows_KrW.device, non_blocking=True) for part in (above_r, below_r))
+    return _to_size(torch.lerp(rows_KrW[:, above_r], rows_KrW[:, below_r], weight_r1), (stop - start, width))
+
+
+def _to_size(logits_KHW: Tensor, size: Size) -> Tensor:
+    if tuple(logits_KHW.shape[1:]) == size:
+        return logits_KHW
+    return F.interpolate(logits_KHW[None], size, mode="bilinear", align_corners=False)[0]
+
+
+def _input_rows(logits: TiledLogits, start: int, stop: int, stride: int) -> Tensor:
+    """Logits_KrW float32 of the rows [start, stop) of the network's input, flipped back if it was mirrored."""
+    if len(logits.tiles) == 1:
+        rows_KrW = _tile_rows(logits.tiles[0], start, stop, stride)
+    else:
+        rows_KrW = _mean_of_tiles(logits, start, stop, stride)
+    return rows_KrW.flip(-1) if logits.mirrored else rows_KrW
+
+
+def _mean_of_tiles(logits: TiledLogits, start: int, stop: int, stride: int) -> Tensor:
+    sample = logits.tiles[0].logits
+    total_KrW = torch.zeros(len(sample), stop - start, logits.width, dtype=torch.float32, device=sample.device)
+    count_rW = torch.zeros(stop - start, logits.width, dtype=torch.float32, device=sample.device)
+    for tile in logits.tiles:
+        first, last = max(start, tile.top), min(stop, tile.top + tile.height)
+        if first < last:
+            across = slice(tile.left, tile.left + tile.width)
+            down = slice(first - start, last - start)
+            total_KrW[:, down, across] += _tile_rows(tile, first - tile.top, last - tile.top, stride)
+            count_rW[down, across] += 1
+    return total_KrW.div_(count_rW)
+
+
+def _tile_rows(tile: Tile, start: int, stop: int, stride: int) -> Tensor:
+    """Logits_KrW float32 of rows of a tile: what `upsample_logits` gives for them, without the other rows."""
+    if stride == 1:
+        return tile.logits[:, start:stop].float()
+    # One more row of logits on either side: bilinear upsampling reads half a stride around.
+    first, last = max(0, start // stride - 1), min(tile.logits.shape[1], (stop - 1) // stride + 2)
+    part_1Khw = tile.logits[None, :, first:last].float()
+    full_KHW = F.interpolate(part_1Khw, scale_factor=stride, mode="bilinear", align_corners=False)[0]
+    return full_KHW[:, start - first * stride : stop - first * stride, : tile.width]
+
+
+# -- rows of a frame table --------------------------------------------------------------------------------------------
+
+
+class SegmentedRow(NamedTuple):
+    """One row of a frame table with its upright image and prediction."""
+
+    row: dict[str, Any]
+    image: Image
+    segmented: Segmented
+
+
+class UnreadRow(NamedTuple):
+    """One row of a frame table whose image could not be used, and why."""
+
+    row: dict[str, Any]
+    fault: BadFrame
 
 
 def segment_rows(segmenter: Segmenter, rows: pa.Table, batch: int) -> Iterator[SegmentedRow | UnreadRow]:
     """Read and segment the frames of a resolved table, in its order; a frame that cannot be used does not stop it."""
-    for read in _read_ahead(rows, batch):
-        found = iter(segmenter.batch([image for _, image in read if not isinstance(image, BadFrame)]))
-        for row, image in read:
-            yield UnreadRow(row, image) if isinstance(image, BadFrame) else SegmentedRow(row, image, next(found))
-
-
-def _read_ahead(rows: pa.Table, batch: int) -> Iterator[list[tuple[dict[str, Any], Image | BadFrame]]]:
-    """The frames of one batch after another; the next is read while the present one is worked on."""
     with ThreadPoolExecutor(_READERS, thread_name_prefix="nightseg-read") as readers:
-        waiting: list[Future[tuple[dict[str, Any], Image | BadFrame]]] = []
-        for start in range(0, rows.num_rows, batch):
-            coming = [readers.submit(_read, row) for row in rows.slice(start, batch).to_pylist()]
-            if waiting:
-                yield [future.result() for future in waiting]
-            waiting = coming
-        yield [future.result() for future in waiting]
+        reading = prefetch(readers, _read, rows.to_pylist(), ahead=batch)
+        while read := list(islice(reading, batch)):
+            found = iter(segmenter.batch([image for _, image in read if not isinstance(image, BadFrame)]))
+            for row, image in read:
+                yield UnreadRow(row, image) if isinstance(image, BadFrame) else SegmentedRow(row, image, next(found))
 
 
 def _read(row: dict[str, Any]) -> tuple[dict[str, Any], Image | BadFrame]:
@@ -240,12 +407,12 @@ def quarantined(row: Mapping[str, Any], fault: BadFrame) -> dict[str, Any]:
     }
 
 
-# -- pictures --------------------------------------------------------------------------------------------------------
+# -- pictures ---------------------------------------------------------------------------------------------------------
 
 
 def picture(kind: Picture, image_HWC: Image, segmented: Segmented, classes: Taxonomy) -> bytes:
-    """What people and tools look at, at the frame's size: `mask` is a palette PNG of train ids, `color` an RGB PNG in
-    the classes' colours, `overlay` a JPEG of both mixed evenly, `confidence` a grey PNG (255 = certain)."""
+    """A prediction as a file at the frame's size: `mask` is a palette PNG of train ids, `color` an RGB PNG in the
+    classes' colours, `overlay` a JPEG of image and colours mixed evenly, `confidence` a grey PNG (255 = certain)."""
     match kind:
         case "mask":
             return encode_png(segmented.labels, classes.palette)

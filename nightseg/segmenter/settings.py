@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -56,48 +56,39 @@ class Network(Strict):
             raise ValueError(f"backend detectron2 computes {', '.join(RESNETS)}, not {self.encoder}")
         return self
 
-    def architecture(self) -> dict[str, Any]:
-        """What is built, as arguments of `build_semantic_fpn`; a model card repeats it."""
-        keys = ("encoder", "pyramid_channels", "head_channels", "norm", "freeze_at", "stride_in_1x1", "backend")
-        return {key: getattr(self, key) for key in keys}
-
-    def identity(self) -> dict[str, Any]:
-        """What a stage's result follows from. Later settings count only where they say something, so that stages which
-        were done before there were such settings keep their keys."""
-        whole = self.model_dump(mode="json")
-        later = {"norm": "batch", "freeze_at": 0, "stride_in_1x1": False, "backend": "torchvision"}
-        return {key: value for key, value in whole.items() if key not in later or value != later[key]}
-
 
 class Inference(Strict):
-    """How a trained model looks at frames in evaluation, pseudo-labels, predictions. Validation sees whole frames."""
+    """How a trained model sees frames in evaluation, pseudo-labels, predictions. Validation sees whole frames."""
 
     window: Size | None = Field(default=None, description="(height, width) of a sliding window; null = whole frames")
     overlap: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.25, description="share of a window covered again")
-    flip: bool = Field(default=False, description="look at the mirrored frame as well; probabilities are averaged")
+    flip: bool = Field(
+        default=False, description="test-time augmentation: the mirrored frame as well; probabilities averaged"
+    )
     scales: Annotated[tuple[Annotated[float, Field(gt=0, le=4)], ...], Field(min_length=1)] = Field(
-        default=(1.0,), description="factors of the input size, one look each; probabilities are averaged"
+        default=(1.0,), description="test-time augmentation: factors of the input size; probabilities averaged"
     )
     precision: Literal["float32", "bfloat16"] = Field(default="float32", description="of the forward pass")
 
     @model_validator(mode="after")
     def _every_scale_once(self) -> Inference:
         if len(set(self.scales)) != len(self.scales):
-            raise ValueError("a scale stands there twice, which would count its look double")
+            raise ValueError("scales: a scale is given twice, and would count twice in the mean")
         return self
 
 
-class HardExamples(Strict):
-    """Learn from the hardest pixels of each frame only: a share of them, or those below a confidence."""
+class Ohem(Strict):
+    """Online hard example mining (arXiv 1604.03540, for pixels): the loss counts the hardest pixels of each frame only,
+    a share of them, or those below a confidence."""
 
     share: Annotated[float, Field(gt=0, le=1)] | None = Field(default=None, description="of a frame's valid pixels")
     confidence: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         default=None, description="learn from pixels whose true class has at most this probability"
     )
-    least: Positive = Field(default=10_000, description="with confidence: pixels of a frame learned from in any case")
+    min_kept: Positive = Field(default=10_000, description="with confidence: the fewest pixels kept of a frame")
 
     @model_validator(mode="after")
-    def _one_rule(self) -> HardExamples:
+    def _one_rule(self) -> Ohem:
         if (self.share is None) == (self.confidence is None):
             raise ValueError("give exactly one of share and confidence")
         return self
@@ -115,8 +106,8 @@ class Loss(Strict):
     class_weights: dict[str, Annotated[float, Field(ge=0)]] | list[Annotated[float, Field(ge=0)]] | None = Field(
         default=None, description="class name -> weight (others weigh 1), or a weight for every class in order"
     )
-    hard_examples: HardExamples | None = Field(default=None, description="null = learn from every valid pixel")
-    strips: Annotated[int, Field(ge=4, multiple_of=4)] | None = Field(
+    ohem: Ohem | None = Field(default=None, description="null = learn from every valid pixel")
+    loss_chunk_rows: Annotated[int, Field(ge=4, multiple_of=4)] | None = Field(
         default=None, description="rows of full-size logits held at a time (16 is good): less memory; null = all"
     )
 
@@ -169,9 +160,8 @@ class Training(Strict):
     )
     decay_factor: Annotated[float, Field(gt=0, lt=1)] = Field(default=0.1, description="step: what it falls by")
     clip_norm: Annotated[float, Field(gt=0)] | None = Field(default=None, description="largest norm of the gradient")
-    average: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.0,
-        description="decay of the running mean of the weights, which becomes the model; 0 = the last weights",
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="decay of the EMA of the weights, which becomes the model; 0 = the last weights"
     )
     crop: Size = (512, 1024)
     freeze_batch_norm: bool = Field(default=False, description="batch norms keep their statistics and weights")

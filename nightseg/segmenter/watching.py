@@ -1,33 +1,84 @@
-"""What one sees of a segmenter in training: curves of its steps, scores and pictures of its validation frames."""
+"""What TensorBoard shows of a segmenter in training: curves of its steps, scores and pictures of validation frames."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
 
 from nightseg.data.images import encode_png
 from nightseg.data.taxonomy import Taxonomy
 from nightseg.segmenter.data import LabelledFrames
-from nightseg.segmenter.label_sheet import label_sheet
-from nightseg.segmenter.learner import Lap, Learner, Recent
+from nightseg.segmenter.network import SemanticFPN, upsample_logits
+from nightseg.storage import Location
 from nightseg.storage.events import Curves
 
-
-def draw_steps(curves: Curves, step: int, recent: Recent, learning_rate: float, lap: Lap) -> None:
-    """One point of each curve for the last steps."""
-    points = {"train/loss": recent.loss, "train/gradient_norm": recent.gradient_norm}
-    points |= {"train/learning_rate": learning_rate}
-    points |= {"pace/images_per_second": lap.images_per_second, "pace/data_wait_share": lap.waited}
-    curves.scalars(step, points)
-    curves.flush_if_due()
+SHEET_ROWS: Final = 3
+TILE_WIDTH: Final = 384  # pixels at most
+GAP: Final = 2
 
 
-def draw_validation(
-    curves: Curves, learner: Learner, scored: Mapping[str, Any], frames: LabelledFrames, classes: Taxonomy
-) -> None:
-    """Scores, and some validation frames as the network sees them now. Undefined scores leave a gap."""
-    points = {f"validation/{key}": value for key, value in scored.items() if key != "iou"}
-    points |= {f"iou/{name}": value for name, value in scored["iou"].items()}
-    curves.scalars(learner.step, {tag: value for tag, value in points.items() if value is not None})
-    sheet = label_sheet(learner.judged, frames, classes, learner.figures.device)
-    curves.picture(learner.step, "validation/frame_label_prediction", encode_png(sheet), *sheet.shape[:2])
+class TrainingCurves:
+    """Event files in `folder`, continued after `step`; without a folder nothing is computed or written."""
+
+    def __init__(self, folder: Location | None, step: int, classes: Taxonomy) -> None:
+        self._curves = None if folder is None else Curves(folder, step)
+        self._classes = classes
+
+    def steps(self, step: int, points: Mapping[str, float]) -> None:
+        """One point of each curve for the last steps."""
+        if self._curves is not None:
+            self._curves.scalars(step, points)
+            self._curves.flush_if_due()
+
+    def validation(self, step: int, scored: Mapping[str, Any], network: SemanticFPN, frames: LabelledFrames) -> None:
+        """Scores, and some validation frames as the network predicts them now. Undefined scores leave a gap."""
+        if self._curves is None:
+            return
+        points = {f"validation/{key}": value for key, value in scored.items() if key != "iou"}
+        points |= {f"iou/{name}": value for name, value in scored["iou"].items()}
+        self._curves.scalars(step, {tag: value for tag, value in points.items() if value is not None})
+        sheet = label_sheet(network, frames, self._classes)
+        self._curves.picture(step, "validation/frame_label_prediction", encode_png(sheet), *sheet.shape[:2])
+
+    def flush(self) -> None:
+        if self._curves is not None:
+            self._curves.flush()
+
+
+@torch.inference_mode()
+def label_sheet(network: SemanticFPN, frames: LabelledFrames, classes: Taxonomy) -> NDArray[np.uint8]:
+    """uint8 HWC RGB: rows of frame, label, prediction, for frames spread over the table. Ignored pixels are black.
+
+    The network must be in evaluation mode, and stays so.
+    """
+    device, rows = network.normalise.scale.device, []
+    for index in np.unique(np.linspace(0, len(frames) - 1, SHEET_ROWS).round().astype(int)):
+        image, label = frames[int(index)]
+        logits_1Khw = network(network.normalise(image[None].to(device)))
+        prediction_HW = upsample_logits(logits_1Khw, *image.shape[-2:])[0].argmax(dim=0).to("cpu", torch.uint8)
+        tiles = [image, _coloured(label, classes), _coloured(prediction_HW, classes)]
+        rows.append([_tile(tile, *image.shape[-2:]) for tile in tiles])
+    height, width = (max(row[0].shape[axis] for row in rows) for axis in (1, 2))
+    sheet = torch.zeros(3, len(rows) * (height + GAP) - GAP, 3 * (width + GAP) - GAP, dtype=torch.uint8)
+    for y, row in enumerate(rows):
+        for x, tile in enumerate(row):
+            top, left = y * (height + GAP), x * (width + GAP)
+            sheet[:, top : top + tile.shape[1], left : left + tile.shape[2]] = tile
+    return np.ascontiguousarray(sheet.permute(1, 2, 0).numpy())
+
+
+def _coloured(label_HW: Tensor, classes: Taxonomy) -> Tensor:
+    return torch.from_numpy(classes.colourize(label_HW.numpy())).permute(2, 0, 1)
+
+
+def _tile(image_3HW: Tensor, height: int, width: int) -> Tensor:
+    """The picture of a frame of height x width at the size of a tile. Nearest pixels: colours of classes never mix."""
+    shown = min(TILE_WIDTH, width)
+    size = (max(1, round(height * shown / width)), shown)
+    return F.interpolate(image_3HW[None], size, mode="nearest")[0]

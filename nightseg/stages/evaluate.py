@@ -22,8 +22,8 @@ from nightseg.metrics.boundary import boundary_counts, boundary_scores
 from nightseg.metrics.confusion import add_up, confusion_matrix, scores
 from nightseg.progress import Progress
 from nightseg.recipe.types import Evaluation
-from nightseg.segmenter.inference import Inference
 from nightseg.segmenter.predict import Segmenter, UnreadRow, check_classes, quarantined, segment_rows
+from nightseg.segmenter.settings import Inference
 from nightseg.storage import Attempt, Commit, Location, UserError, sha256_of
 
 VERSION = 3

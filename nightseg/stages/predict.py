@@ -18,10 +18,10 @@ from nightseg.data import table as frame
 from nightseg.data.images import BadFrame
 from nightseg.data.video import new_video, open_video
 from nightseg.progress import Progress
-from nightseg.segmenter.inference import WHOLE_FRAME, Inference
 from nightseg.segmenter.predict import (
     PICTURE_SUFFIX,
     PICTURES,
+    WHOLE_FRAME,
     Image,
     Picture,
     Segmented,
@@ -32,6 +32,7 @@ from nightseg.segmenter.predict import (
     quarantined,
     segment_rows,
 )
+from nightseg.segmenter.settings import Inference
 from nightseg.storage import Attempt, Commit, Location, UserError, sha256_of
 
 VERSION = 3

@@ -26,10 +26,9 @@ from nightseg.data.taxonomy import TRAIN_IDS, Taxonomy
 from nightseg.data.taxonomy import taxonomy as load_taxonomy
 from nightseg.progress import Progress
 from nightseg.segmenter import self_training
-from nightseg.segmenter.inference import WHOLE_FRAME, Inference
-from nightseg.segmenter.predict import Segmenter, UnreadRow, check_classes, quarantined, segment_rows
+from nightseg.segmenter.predict import WHOLE_FRAME, Segmenter, UnreadRow, check_classes, quarantined, segment_rows
 from nightseg.segmenter.self_training import NUM_BINS, KeptPixels
-from nightseg.segmenter.settings import Threshold
+from nightseg.segmenter.settings import Inference, Threshold
 from nightseg.storage import Attempt, Commit, Location, Shards, UserError, sha256_of
 
 VERSION = 2

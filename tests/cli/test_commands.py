@@ -16,7 +16,7 @@ from nightseg.interop import onnx as export_module
 from nightseg.networks.model_folder import save_model
 from nightseg.pipeline import single
 from nightseg.segmenter.network import build_semantic_fpn
-from nightseg.segmenter.settings import Inference
+from nightseg.segmenter.settings import Inference, Network
 from nightseg.selection.frechet import Statistics, write_statistics
 from nightseg.storage import Location
 from tests.command_line import forbid_ray, good, json_of, refused
@@ -99,7 +99,7 @@ def test_predict_writes_masks(tmp_path: Path) -> None:
             "palette": [list(colour) for colour in classes.palette],
         },
     }
-    network = build_semantic_fpn(encoder="resnet18", num_classes=11, pyramid_channels=8, head_channels=8)
+    network = build_semantic_fpn(Network(encoder="resnet18", pyramid_channels=8, head_channels=8), num_classes=11)
     save_model(Location.of(tmp_path / "model"), network.state_dict(), card)
     (tmp_path / "images").mkdir()
     (tmp_path / "images/a.png").write_bytes(encode_png(np.full((32, 64, 3), 90, np.uint8)))

@@ -22,6 +22,7 @@ from nightseg.interop.detectron2 import ORIGINAL_CONV1
 from nightseg.networks.model_folder import CARD, load_tensors
 from nightseg.segmenter.detectron2 import their_name
 from nightseg.segmenter.network import build_semantic_fpn
+from nightseg.segmenter.settings import Network
 from nightseg.storage import Location, sha256_of
 
 ZOO = ["--channels", "BGR", "--pixel-mean", "103.53,116.28,123.675", "--pixel-std", "1,1,1", "--stride-in-3x3"]
@@ -57,9 +58,8 @@ def refused(*words: object) -> str:
 def theirs() -> dict[str, Tensor]:
     """A PanopticFPN of detectron2 on a narrow ResNet-18, 11 classes."""
     torch.manual_seed(0)
-    network = build_semantic_fpn(
-        encoder="resnet18", num_classes=11, pyramid_channels=8, head_channels=32, norm="frozen"
-    )
+    small = Network(encoder="resnet18", pyramid_channels=8, head_channels=32, norm="frozen")
+    network = build_semantic_fpn(small, num_classes=11)
     tensors = {their_name(name): tensor.clone() for name, tensor in network.state_dict().items()}
     tensors["backbone.bottom_up.stem.conv1.weight"] /= 50  # about what bytes need
     return tensors | {"roi_heads.box_head.fc1.weight": torch.zeros(2), "pixel_mean": torch.zeros(3, 1, 1)}

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from nightseg.interop.detectron2 import CONV1, fold, from_detectron2, read_checkpoint, to_detectron2, unfold
 from nightseg.interop.detectron2_config import OURS, Detectron2Config
-from nightseg.segmenter.encoders import normalise
-from nightseg.segmenter.network import architecture_of, open_semantic_fpn, upsample_logits
+from nightseg.networks.normaliser import Normaliser
+from nightseg.segmenter.network import network_of, open_semantic_fpn, upsample_logits
 from nightseg.storage import UserError
 
 ZOO = Detectron2Config("BGR", (103.53, 116.28, 123.675), (1.0, 1.0, 1.0), stride_in_1x1=True)
@@ -45,7 +45,7 @@ def test_converted_weights_give_detectron2s_logits(golden: Callable[[str], Any],
     assert (found.left_out, found.added) == ({}, 0)
     network = open_semantic_fpn(found.tensors, found.architecture)
     with torch.no_grad():
-        logits = upsample_logits(network(normalise(expected.image, network.body.mean, network.body.std)), 96, 160)[0]
+        logits = upsample_logits(network(network.normalise(expected.image)), 96, 160)[0]
     difference = float((logits - expected.logits).abs().max())
     print(f"{name}, checkpoint fed with {channels}: {difference:.2e}")  # shown by -s
     assert difference <= 1e-4
@@ -57,7 +57,7 @@ def test_folding_undoes_what_the_other_input_does() -> None:
     pixels = torch.randint(0, 256, (1, 3, 20, 24), dtype=torch.uint8)
     conv1 = torch.randn(4, 3, 7, 7, dtype=torch.float64).float() / 100
     theirs = pixels.flip(1).double() - torch.tensor(ZOO.pixel_mean, dtype=torch.float64).view(1, 3, 1, 1)
-    ours = normalise(pixels, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)).double()
+    ours = Normaliser((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(pixels).double()
     expected = torch.nn.functional.conv2d(theirs, conv1.double(), stride=2, padding=3)
     found = torch.nn.functional.conv2d(ours, fold(conv1, ZOO).double(), stride=2, padding=3)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
@@ -238,7 +238,7 @@ def test_a_backbone_alone_is_no_segmenter() -> None:
 )
 def test_networks_that_detectron2_does_not_have_stay_here(card: dict[str, Any], part: str) -> None:
     with pytest.raises(UserError, match=part):
-        to_detectron2({}, architecture_of(card), OURS, None, "model")
+        to_detectron2({}, network_of(card).model_dump(), OURS, None, "model")
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

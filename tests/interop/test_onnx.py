@@ -19,6 +19,7 @@ from nightseg.networks.model_folder import save_model
 from nightseg.segmenter.encoders import build_encoder
 from nightseg.segmenter.network import build_semantic_fpn
 from nightseg.segmenter.predict import Segmenter
+from nightseg.segmenter.settings import Network
 from nightseg.storage import Location, UserError
 
 CLASSES = taxonomy("camvid11")
@@ -28,7 +29,7 @@ SIZES = {"num_classes": 11, "pyramid_channels": 8, "head_channels": 8}
 def save(folder: Path, input_size: list[int] | None = None) -> Location:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    network = build_semantic_fpn(encoder="resnet18", **SIZES)
+    network = build_semantic_fpn(Network(encoder="resnet18", pyramid_channels=8, head_channels=8), num_classes=11)
     network.head.predictor.weight.data.mul_(4)  # so that classes differ
     card = SIZES | {
         "kind": "semantic_fpn",

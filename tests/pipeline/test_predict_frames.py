@@ -22,7 +22,7 @@ from nightseg.pipeline.single import predict_frames
 from nightseg.progress import SilentProgress
 from nightseg.segmenter.network import build_semantic_fpn
 from nightseg.segmenter.predict import Segmented, Segmenter
-from nightseg.segmenter.settings import Inference
+from nightseg.segmenter.settings import Inference, Network
 from nightseg.stages import predict as stage
 from nightseg.storage import Location, UserError
 
@@ -52,7 +52,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Location:
         "std": [0.2, 0.2, 0.2],
     }
     folder = Location.of(tmp_path_factory.mktemp("model"))
-    save_model(folder, build_semantic_fpn(encoder="resnet18", **sizes).state_dict(), card)
+    save_model(
+        folder,
+        build_semantic_fpn(Network(encoder="resnet18", pyramid_channels=8, head_channels=8), 11).state_dict(),
+        card,
+    )
     return folder
 
 

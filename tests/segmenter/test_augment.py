@@ -12,9 +12,15 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from nightseg.segmenter.augment import Augmentation, augment, resize_image, resize_label, sample_rng
+from nightseg.segmenter.augment import augment, resize_image, resize_label, sample_rng
+from nightseg.segmenter.settings import Augmentation
 
 FILL = (1, 2, 3)
+
+
+def still(scale: tuple[float, float] = (1.0, 1.0), flip: float = 0.0, **strengths: float) -> Augmentation:
+    """Nothing moves or changes but what is asked for."""
+    return Augmentation(scale=scale, flip=flip, **strengths)
 
 
 def coded(height: int, width: int, block: int = 8) -> tuple[Tensor, Tensor]:
@@ -68,7 +74,7 @@ def test_cutting_before_scaling_is_scaling_before_cutting(scale: Fraction) -> No
         if any((start * scale).denominator > 1 for start in taken):
             continue
         compared += 1
-        settings = Augmentation(scale=(float(scale), float(scale)))
+        settings = still(scale=(float(scale), float(scale)))
         found, found_label = augment(image, label, sample_rng(0, 0, 0, index), crop=crop, settings=settings)
         top, left = (int(start * scale) for start in taken)
         expected = whole[:, top : top + crop[0], left : left + crop[1]]
@@ -85,7 +91,7 @@ def test_views_do_not_depend_on_how_a_frame_lies_in_memory() -> None:
     planes = torch.randint(0, 256, (3, 70, 110), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     pixels = planes.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     label = torch.zeros((70, 110), dtype=torch.uint8)
-    settings = Augmentation((0.5, 2.0), 0.5, 0.3, 0.3, 0.3, 0.1)
+    settings = Augmentation(brightness=0.3, contrast=0.3, saturation=0.3, noise=0.1)
     for index in range(20):
         first, second = (
             augment(image, label, sample_rng(0, 0, 0, index), crop=(40, 60), settings=settings)[0]
@@ -109,9 +115,7 @@ def test_labels_are_never_interpolated() -> None:
 
 def test_a_frame_smaller_than_the_crop_is_padded_with_ignore_and_fill() -> None:
     image, label = coded(16, 16)
-    moved, moved_label = augment(
-        image, label, sample_rng(0, 0, 0, 0), crop=(32, 40), settings=Augmentation(), fill=FILL
-    )
+    moved, moved_label = augment(image, label, sample_rng(0, 0, 0, 0), crop=(32, 40), settings=still(), fill=FILL)
     assert int((moved_label != 255).sum()) == 16 * 16
     assert moved_label[moved_label != 255].tolist() == label.flatten().tolist()
     assert (moved[:, moved_label == 255] == torch.tensor(FILL)[:, None]).all()
@@ -119,14 +123,14 @@ def test_a_frame_smaller_than_the_crop_is_padded_with_ignore_and_fill() -> None:
 
 def test_nothing_drawn_changes_nothing() -> None:
     image, label = coded(32, 48)
-    moved, moved_label = augment(image, label, sample_rng(0, 0, 0, 0), crop=(32, 48), settings=Augmentation())
+    moved, moved_label = augment(image, label, sample_rng(0, 0, 0, 0), crop=(32, 48), settings=still())
     assert torch.equal(moved, image)
     assert torch.equal(moved_label, label)
 
 
 def test_a_flip_is_a_mirror() -> None:
     image, label = coded(32, 48)
-    moved, moved_label = augment(image, label, sample_rng(0, 0, 0, 0), crop=(32, 48), settings=Augmentation(flip=1.0))
+    moved, moved_label = augment(image, label, sample_rng(0, 0, 0, 0), crop=(32, 48), settings=still(flip=1.0))
     assert torch.equal(moved, image.flip(-1))
     assert torch.equal(moved_label, label.flip(-1))
 
@@ -145,8 +149,8 @@ def test_the_same_generator_gives_the_same_view_and_others_give_others() -> None
 
 def test_colour_moves_the_image_only_and_not_its_geometry() -> None:
     image, label = coded(32, 48)
-    plain = Augmentation(flip=0.5)
-    coloured = Augmentation(flip=0.5, brightness=0.4, contrast=0.4, saturation=0.4)
+    plain = still(flip=0.5)
+    coloured = still(flip=0.5, brightness=0.4, contrast=0.4, saturation=0.4)
     for index in range(6):
         rngs = [sample_rng(0, 0, 0, index) for _ in range(2)]
         _, expected = augment(image, label, rngs[0], crop=(32, 48), settings=plain)
@@ -165,9 +169,7 @@ def test_colours_are_those_of_torchvision_bit_for_bit(chosen: tuple[bool, bool, 
         for (name, strength), draw in zip(strengths.items(), draws, strict=True):
             if strength:
                 expected = getattr(functional, f"adjust_{name}")(expected, 1 + strength * (2 * draw - 1))
-        found, _ = augment(
-            image, image[0], sample_rng(0, 0, 0, index), crop=(150, 90), settings=Augmentation(**strengths)
-        )
+        found, _ = augment(image, image[0], sample_rng(0, 0, 0, index), crop=(150, 90), settings=still(**strengths))
         assert torch.equal(found, expected)
 
 
@@ -186,14 +188,14 @@ def test_noise_is_of_the_drawn_strength_and_leaves_label_and_other_draws_alone()
     label = torch.zeros((64, 64), dtype=torch.uint8)
     deviations = []
     for index in range(60):
-        noisy, same = augment(image, label, sample_rng(0, 0, 0, index), crop=(64, 64), settings=Augmentation(noise=0.1))
+        noisy, same = augment(image, label, sample_rng(0, 0, 0, index), crop=(64, 64), settings=still(noise=0.1))
         deviations.append(float(noisy.float().std()))
         assert torch.equal(same, label) and abs(float(noisy.float().mean()) - 128) < 2
     assert max(deviations) < 26 and min(deviations) < 3 and abs(np.mean(deviations) - 25.5 / 2) < 3
     plain = torch.randint(0, 256, (3, 40, 40), dtype=torch.uint8)
     views = [
         augment(
-            plain, label[:40, :40], sample_rng(0, 0, 0, 7), crop=(20, 20), settings=Augmentation((0.8, 1.5), noise=n)
+            plain, label[:40, :40], sample_rng(0, 0, 0, 7), crop=(20, 20), settings=still(scale=(0.8, 1.5), noise=n)
         )
         for n in (0.0, 1e-6)
     ]

@@ -17,9 +17,9 @@ from nightseg.data.images import decode_image, encode_png
 from nightseg.data.table import frame_table
 from nightseg.data.taxonomy import Taxonomy
 from nightseg.segmenter import data as module
-from nightseg.segmenter.augment import Augmentation, augment, sample_rng
-from nightseg.segmenter.data import Batch, LabelledFrames, Pace, reading_threads, sample_order, training_batches
-from nightseg.segmenter.decoded import InMemory
+from nightseg.segmenter.augment import augment, sample_rng
+from nightseg.segmenter.data import Batch, InMemory, LabelledFrames, reading_threads, sample_order, training_batches
+from nightseg.segmenter.settings import Augmentation, Training
 from nightseg.storage import Location, UserError, sha256_of
 
 CLASSES = Taxonomy("three", ("a", "b", "c"), ((0, 0, 0), (1, 1, 1), (2, 2, 2)), {"raw": {7: 0, 8: 1, 9: 2, 0: 255}})
@@ -54,22 +54,22 @@ def rows(tmp_path: Path) -> pa.Table:
 
 
 def labelled(rows: pa.Table, cache: int = 1 << 20, size: tuple[int, int] | None = None) -> LabelledFrames:
-    return LabelledFrames(rows, CLASSES, size=size, resize_labels=True, kept=InMemory(cache))
+    return LabelledFrames(rows, CLASSES, size=size, resize_labels=True, cache=InMemory(cache))
 
 
 def batches(
     frames: LabelledFrames, rank: int = 0, world_size: int = 1, threads: int = 1, **changed: Any
 ) -> list[Batch]:
-    settings: dict[str, Any] = {"seed": 5, "epoch": 2, "batch": 4, "crop": (16, 16), "fill": (0, 0, 0), **changed}
+    settings: dict[str, Any] = {"seed": 5, "epoch": 2, "fill": (0, 0, 0), **changed}
     order = sample_order(len(frames), 10, settings["seed"], settings["epoch"])
     return list(
         training_batches(
             frames,
             order,
+            Training(batch=4, crop=(16, 16), augmentation=Augmentation(scale=(0.5, 2.0), flip=0.5)),
             rank=rank,
             world_size=world_size,
             threads=threads,
-            augmentation=Augmentation(scale=(0.5, 2.0), flip=0.5),
             pin_memory=False,
             **settings,
         )
@@ -134,7 +134,7 @@ def test_frames_and_labels_are_resized_or_the_frame_alone(rows: pa.Table) -> Non
     image, label = labelled(rows, size=(12, 16))[0]
     assert tuple(image.shape) == (3, 12, 16)
     assert tuple(label.shape) == (12, 16)
-    native = LabelledFrames(rows, CLASSES, size=(12, 16), resize_labels=False, kept=InMemory(0))[0]
+    native = LabelledFrames(rows, CLASSES, size=(12, 16), resize_labels=False, cache=InMemory(0))[0]
     assert tuple(native[1].shape) == (24, 32)
 
 
@@ -172,9 +172,9 @@ def test_readers_work_on_one_core_each_and_the_training_keeps_its_threads(
     try:
         frames = labelled(rows)
         order = sample_order(6, 12, 0, 0)
-        settings: dict[str, Any] = {"batch": 4, "rank": 0, "world_size": 1, "seed": 0, "epoch": 0, "crop": (8, 8)}
-        settings |= {"augmentation": Augmentation(), "fill": (0, 0, 0), "threads": 2, "pin_memory": False}
-        for _ in training_batches(frames, order, **settings):
+        settings: dict[str, Any] = {"rank": 0, "world_size": 1, "seed": 0, "epoch": 0}
+        settings |= {"fill": (0, 0, 0), "threads": 2, "pin_memory": False}
+        for _ in training_batches(frames, order, Training(batch=4, crop=(8, 8)), **settings):
             seen["training"].add(torch.get_num_threads())
             late = ThreadPoolExecutor(1)
             seen["training"].add(late.submit(torch.get_num_threads).result())
@@ -221,15 +221,3 @@ def test_a_label_value_outside_the_map_names_file_and_value(tmp_path: Path) -> N
     changed = rows.set_column(rows.schema.get_field_index("label_sha256"), "label_sha256", [[sha256_of(data)]])
     with pytest.raises(UserError, match=r"(?s)frame0: label_value: .*3 \(768 pixels\).*label0\.png"):
         labelled(changed)[0]
-
-
-def test_pace_in_words() -> None:
-    pace = Pace(seconds=20.0, waiting_seconds=5.0, frames=100)
-    assert pace.images_per_second == 5.0 and pace.waiting_share == 0.25
-    assert Pace().images_per_second == Pace().waiting_share == 0.0
-
-
-def test_waiting_time_is_counted(rows: pa.Table) -> None:
-    pace = Pace()
-    assert len(list(pace.timed(iter(batches(labelled(rows)))))) == 3
-    assert 0 <= pace.waiting_seconds < 1

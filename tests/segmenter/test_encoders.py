@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import urllib.error
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,13 @@ import pytest
 import torch
 import torchvision
 
-from nightseg.segmenter import encoders
-from nightseg.segmenter import settings as config
+from nightseg.networks.normaliser import Normaliser
 from nightseg.segmenter.encoders import (
     build_encoder,
     freeze_batch_norm,
     imagenet_weights,
     lite0_classifier_weights,
-    normalise,
 )
-from nightseg.segmenter.network import build_semantic_fpn
 from nightseg.storage import UserError
 
 RESNET18_FILE = "resnet18-f37072fd.pth"
@@ -44,15 +40,6 @@ def test_four_maps_at_strides_4_to_32(name: str, channels: tuple[int, ...]) -> N
     ]
 
 
-def test_recipes_know_the_same_encoders() -> None:
-    assert config.ENCODERS == encoders.ENCODERS
-    assert config.RESNETS == encoders.RESNETS
-    assert config.BOTTLENECK_RESNETS == encoders.BOTTLENECK_RESNETS
-    defaults = inspect.signature(build_semantic_fpn).parameters
-    later = {key: value for key, value in config.Network().architecture().items() if key != "encoder"}
-    assert later == {key: defaults[key].default for key in later}
-
-
 def test_lite0_weights_come_with_the_installation_and_every_tensor_fits() -> None:
     encoder = build_encoder("efficientnet_lite0")
     encoder.load_state_dict(imagenet_weights("efficientnet_lite0"))  # strict
@@ -73,7 +60,7 @@ def test_lite0_weights_classify_under_timms_names() -> None:
     image = torch.where(black, 0, 250).to(torch.uint8).repeat(1, 3, 1, 1)
     encoder = build_encoder("efficientnet_lite0")
     with torch.no_grad():
-        probabilities = classifier(normalise(image, encoder.mean, encoder.std)).softmax(1)[0]
+        probabilities = classifier(Normaliser(encoder.mean, encoder.std)(image)).softmax(1)[0]
     assert probabilities[918] > 0.7
 
 
@@ -129,16 +116,6 @@ def test_files_that_would_run_code_are_refused(tmp_path: Path) -> None:
     torch.save({"conv1.weight": print}, tmp_path / "evil.pth")
     with pytest.raises(UserError, match=r"evil\.pth refused: .* asks for print"):
         imagenet_weights("resnet18", tmp_path / "evil.pth")
-
-
-def test_normalise_is_its_formula() -> None:
-    images = torch.randint(0, 256, (2, 3, 4, 5), dtype=torch.uint8)
-    mean, std = (0.1, 0.2, 0.3), (0.5, 0.25, 2.0)
-    found = normalise(images, mean, std)
-    expected = (images / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-    assert found.dtype == torch.float32
-    assert found.is_contiguous(memory_format=torch.channels_last)
-    assert torch.allclose(found, expected, atol=1e-6)
 
 
 def test_frozen_batch_norms_do_not_move() -> None:

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nightseg.segmenter.loss import combined_loss, combined_loss_sum, mixture
+from nightseg.segmenter.loss import LossSum, Mixture, combined_loss, mixed_sum, mixture, negative_log_likelihood
+from nightseg.segmenter.settings import Loss
 
 
 @pytest.fixture
@@ -68,8 +69,9 @@ def test_gradient_is_that_of_finite_differences(alpha: float, gamma: float, weig
     pixel_weights = torch.rand(2, 2, 2, dtype=torch.float64, generator=generator).masked_fill_(target == 255, 0.0)
     for weights in (None, pixel_weights):
         assert torch.autograd.gradcheck(
-            lambda values, weights=weights: combined_loss_sum(
-                values, target, alpha, gamma, weight, weight_BHW=weights
+            lambda values, weights=weights: LossSum(
+                mixed_sum(negative_log_likelihood(values, target), weights, Mixture(alpha, gamma, weight)),
+                torch.tensor(5.0, dtype=torch.float64) if weights is None else weights.sum(),
             ).mean(),
             (logits,),
             atol=1e-9,
@@ -128,19 +130,21 @@ def test_wrong_and_certain_pixels_stay_finite() -> None:
     assert logits.grad.flatten().tolist() == pytest.approx([-1, 1])
 
 
-def test_small_doubt_keeps_its_digits() -> None:
+def test_a_small_error_keeps_its_digits() -> None:
     # p_t = 1 - 2e-4: the focal factor (1 - p_t)^2 = 4e-8 would drown in the rounding of 1 - exp(-c) in float32.
-    doubt = 2e-4
-    logits = torch.tensor([0.0, math.log(doubt / (1 - doubt))]).view(1, 2, 1, 1)
+    error = 2e-4
+    logits = torch.tensor([0.0, math.log(error / (1 - error))]).view(1, 2, 1, 1)
     found = combined_loss(logits, torch.zeros(1, 1, 1, dtype=torch.uint8), 0.0, 2.0)
-    assert found.item() == pytest.approx(doubt**2 * -math.log1p(-doubt), rel=2e-3)
+    assert found.item() == pytest.approx(error**2 * -math.log1p(-error), rel=2e-3)
 
 
 def test_sums_of_parts_give_the_mean_of_the_whole(logits: Tensor, target: Tensor) -> None:
     whole = combined_loss(logits, target, 0.5, 2.0)
-    parts = [combined_loss_sum(logits[i : i + 1], target[i : i + 1], 0.5, 2.0) for i in range(2)]
-    assert [int(part.weight) for part in parts] == [28, 42]
-    joined = (parts[0].total + parts[1].total) / (parts[0].weight + parts[1].weight)
+    totals = [
+        mixed_sum(negative_log_likelihood(logits[i : i + 1], target[i : i + 1]), None, Mixture(0.5, 2.0, 1.0))
+        for i in range(2)
+    ]
+    joined = (totals[0] + totals[1]) / (28 + 42)
     assert torch.allclose(joined, whole, rtol=1e-6)
 
 
@@ -152,9 +156,9 @@ def test_autocast_does_not_lower_the_precision(logits: Tensor, target: Tensor) -
 
 
 def test_named_losses_are_points_of_the_mixture() -> None:
-    assert mixture("cross_entropy", 0.5, 2.0, 1.0).alpha == 1
-    assert mixture("focal", 0.5, 2.0, 0.25) == (0.0, 2.0, 0.25)
-    assert mixture("combined", 0.6, 2.0, 0.5) == (0.6, 2.0, 0.5)
+    assert mixture(Loss(kind="cross_entropy", alpha=0.5)).alpha == 1
+    assert mixture(Loss(kind="focal", alpha=0.5, focal_weight=0.25)) == (0.0, 2.0, 0.25)
+    assert mixture(Loss(kind="combined", alpha=0.6, focal_weight=0.5)) == (0.6, 2.0, 0.5)
 
 
 def test_a_tiny_network_learns_in_twenty_steps() -> None:

@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from nightseg.data.taxonomy import taxonomy
 from nightseg.segmenter import detectron2
-from nightseg.segmenter.batch_norm import Norm
 from nightseg.segmenter.detectron2 import their_name
-from nightseg.segmenter.encoders import normalise
+from nightseg.segmenter.encoders import Norm
 from nightseg.segmenter.network import (
     NormedConvolution,
     SemanticFPN,
-    architecture_of,
     build_semantic_fpn,
     check_architecture,
+    model_card,
+    network_of,
     open_semantic_fpn,
     upsample_logits,
 )
+from nightseg.segmenter.settings import Network
 from nightseg.storage import UserError
 
-SMALL: dict[str, Any] = {"encoder": "resnet18", "num_classes": 5, "pyramid_channels": 16, "head_channels": 8}
-BOTTLENECK = SMALL | {"encoder": "resnet50"}
+SMALL = Network(encoder="resnet18", pyramid_channels=16, head_channels=8)
+
+
+def small_network(**changed: Any) -> SemanticFPN:
+    return build_semantic_fpn(SMALL.model_copy(update=changed), num_classes=5)
 
 
 @pytest.fixture(scope="module")
 def small() -> SemanticFPN:
-    return build_semantic_fpn(encoder="resnet18", num_classes=5, pyramid_channels=16, head_channels=8).eval()
+    return small_network().eval()
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 96), (33, 50), (32, 31)])
@@ -72,7 +79,7 @@ def test_upsampled_logits_are_float32_and_bilinear_without_aligned_corners() -> 
 
 
 def test_head_has_detectron2_names_and_structure() -> None:
-    head = build_semantic_fpn(encoder="resnet18", num_classes=5, pyramid_channels=64, head_channels=32).head
+    head = small_network(pyramid_channels=64, head_channels=32).head
     convolutions = ["p2.0", "p3.0", "p4.0", "p4.2", "p5.0", "p5.2", "p5.4"]
     expected = {f"{c}.{leaf}" for c in convolutions for leaf in ("weight", "norm.weight", "norm.bias")}
     assert set(head.state_dict()) == expected | {"predictor.weight", "predictor.bias"}
@@ -86,17 +93,17 @@ def test_a_narrow_head_gets_groups_that_divide_it(channels: int, groups: int) ->
 @pytest.mark.parametrize(("name", "encoder"), [("r50", "resnet50"), ("r101", "resnet101")])
 def test_logits_are_those_of_detectron2(golden: Callable[[str], Any], name: str, encoder: str) -> None:
     expected = golden(name)
-    network = build_semantic_fpn(encoder=encoder, num_classes=19).eval()
+    network = build_semantic_fpn(Network(encoder=encoder), num_classes=19).eval()
     ours = {ours: expected.tensors[their_name(ours)] for ours in network.state_dict() if "num_batches" not in ours}
     assert len(ours) == len(expected.tensors)
     network.load_state_dict(ours)
     with torch.no_grad():
-        logits = upsample_logits(network(normalise(expected.image, network.body.mean, network.body.std)), 96, 160)[0]
+        logits = upsample_logits(network(network.normalise(expected.image)), 96, 160)[0]
     assert (logits - expected.logits).abs().max() <= 1e-4
 
 
 def test_where_the_stride_lies_changes_no_shape_but_the_numbers() -> None:
-    ours, msra = (build_semantic_fpn(**BOTTLENECK, stride_in_1x1=stride).eval() for stride in (False, True))
+    ours, msra = (small_network(encoder="resnet50", stride_in_1x1=stride).eval() for stride in (False, True))
     msra.load_state_dict(ours.state_dict())
     image = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
@@ -110,7 +117,7 @@ def test_where_the_stride_lies_changes_no_shape_but_the_numbers() -> None:
 @pytest.mark.parametrize(("freeze_at", "frozen"), [(0, ""), (1, "conv1 bn1"), (3, "conv1 bn1 layer1 layer2")])
 @pytest.mark.parametrize("norm", ["batch", "frozen"])
 def test_frozen_stages_do_not_learn_and_the_others_do(freeze_at: int, frozen: str, norm: Norm) -> None:
-    network = build_semantic_fpn(**SMALL, norm=norm, freeze_at=freeze_at).train()
+    network = small_network(norm=norm, freeze_at=freeze_at).train()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     for _ in range(2):
@@ -126,7 +133,7 @@ def test_frozen_stages_do_not_learn_and_the_others_do(freeze_at: int, frozen: st
 
 def test_one_state_dict_fits_every_kind_of_norm() -> None:
     networks = [
-        build_semantic_fpn(**SMALL, norm=norm, freeze_at=freeze_at).eval()
+        small_network(norm=norm, freeze_at=freeze_at).eval()
         for norm, freeze_at in (("batch", 0), ("batch", 2), ("frozen", 0), ("sync", 0))
     ]
     image = torch.rand(1, 3, 64, 64)
@@ -142,40 +149,41 @@ def test_settings_that_an_encoder_does_not_have_are_refused() -> None:
     for settings, part in (
         ({"encoder": "resnet34", "stride_in_1x1": True}, "stride_in_1x1 is for resnet50"),
         ({"encoder": "efficientnet_lite0", "freeze_at": 1}, "stages of resnet18"),
-        ({"encoder": "efficientnet_lite0", "backend": "detectron2"}, "use backend torchvision"),
+        ({"encoder": "efficientnet_lite0", "backend": "detectron2"}, "backend detectron2 computes resnet18"),
         ({"encoder": "resnet19"}, "did you mean 'resnet18'"),
     ):
-        with pytest.raises(UserError, match=part):
-            build_semantic_fpn(**{"num_classes": 2, **settings})
+        with pytest.raises(ValueError, match=part):
+            Network(**settings)  # type: ignore[arg-type]
 
 
-def test_an_old_card_opens_and_a_new_one_says_all(small: SemanticFPN) -> None:
-    old = {"encoder": "resnet18", "num_classes": 5, "pyramid_channels": 16, "head_channels": 8}
-    opened = open_semantic_fpn(small.state_dict(), old)
+def test_a_card_says_what_the_network_is_and_opens_it(small: SemanticFPN) -> None:
+    classes = taxonomy("camvid11")
+    chosen = Network(encoder="resnet50", norm="frozen", freeze_at=2, stride_in_1x1=True, input_size=(8, 9))
+    card = model_card(chosen, classes, small.body.mean, small.body.std)
+    assert network_of(json.loads(json.dumps(card))) == chosen.model_copy(update={"input_size": None})
+    assert (card["num_classes"], card["input_size"], card["taxonomy"]["name"]) == (11, [8, 9], "camvid11")
+    opened = open_semantic_fpn(small.state_dict(), {**model_card(SMALL, classes, (), ()), "num_classes": 5})
     assert not opened.training
     image = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(opened(image), small(image))
-    new = {**old, "norm": "frozen", "freeze_at": 2, "stride_in_1x1": False, "backend": "torchvision", "kind": "x"}
-    assert architecture_of(new) == {key: new[key] for key in new if key not in ("num_classes", "kind")}
 
 
 def test_a_model_of_detectron2_opens_without_it_and_that_is_said(
     small: SemanticFPN, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(detectron2, "is_installed", lambda: False)
-    card = {"encoder": "resnet18", "num_classes": 5, "pyramid_channels": 16, "head_channels": 8}
-    open_semantic_fpn(small.state_dict(), {**card, "backend": "detectron2"})
+    card = model_card(SMALL.model_copy(update={"backend": "detectron2"}), taxonomy("camvid11"), (), ())
+    open_semantic_fpn(small.state_dict(), {**card, "num_classes": 5})
     assert "detectron2, which is not installed" in caplog.text
 
 
 def test_the_backend_detectron2_is_refused_with_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(detectron2, "is_installed", lambda: False)
-    for build in (check_architecture, build_semantic_fpn):
+    network = Network(encoder="resnet18", backend="detectron2")
+    for build in (check_architecture, partial(build_semantic_fpn, num_classes=2)):
         with pytest.raises(UserError) as caught:
-            build(
-                encoder="resnet18", backend="detectron2", **({} if build is check_architecture else {"num_classes": 2})
-            )
+            build(network)
         assert "pip install --no-build-isolation" in str(caught.value)
         assert detectron2.COMMIT in str(caught.value)
 
@@ -192,5 +200,5 @@ def test_checking_an_architecture_draws_no_random_number_and_takes_no_memory() -
     torch.manual_seed(1)
     expected = torch.rand(2)
     torch.manual_seed(1)
-    check_architecture(encoder="resnet101", pyramid_channels=8192, head_channels=8192)
+    check_architecture(Network(encoder="resnet101", pyramid_channels=8192, head_channels=8192))
     assert torch.equal(torch.rand(2), expected)

@@ -1,14 +1,29 @@
-"""What is decayed and what is not, and how fast each part learns."""
+"""What is decayed and what is not, how fast each part learns, and the learning rate at steps where it is known."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from nightseg.segmenter.optimizer import build_optimizer, set_learning_rate
+from nightseg.segmenter.optimizer import (
+    build_optimizer,
+    cosine_decay,
+    learning_rate_of,
+    linear_warmup,
+    poly_decay,
+    set_learning_rate,
+    step_decay,
+)
+from nightseg.segmenter.settings import Training
 
-RULES = {"learning_rate": 0.1, "momentum": 0.9, "weight_decay": 0.5}
+KINDS: list[dict[str, Any]] = [{"decay": "poly"}, {"decay": "cosine"}, {"decay": "step", "decay_at": [0.5, 0.9]}]
+
+
+def rules(optimizer: str, **changed: Any) -> Training:
+    return Training(optimizer=optimizer, learning_rate=0.1, momentum=0.9, weight_decay=0.5, **changed)  # type: ignore[arg-type]
 
 
 def network() -> nn.Sequential:
@@ -17,21 +32,21 @@ def network() -> nn.Sequential:
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 def test_only_weights_of_convolutions_are_decayed(kind: str) -> None:
-    decayed, free = build_optimizer(network(), kind, **RULES).param_groups
+    decayed, free = build_optimizer(network(), rules(kind)).param_groups
     assert [tuple(p.shape) for p in decayed["params"]] == [(1, 1, 3, 3), (2, 1, 1, 1)]
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.5, 0.0)
     assert sum(p.numel() for p in free["params"]) == 1 + 2 + 2 + 2
 
 
 def test_biases_of_convolutions_are_decayed_on_demand_and_those_of_norms_never() -> None:
-    decayed, free = build_optimizer(network(), "sgd", **RULES, decay_biases=True).param_groups
+    decayed, free = build_optimizer(network(), rules("sgd", decay_biases=True)).param_groups
     assert [tuple(p.shape) for p in decayed["params"]] == [(1, 1, 3, 3), (1,), (2, 1, 1, 1), (2,)]
     assert sum(p.numel() for p in free["params"]) == 4
 
 
 def test_each_part_has_its_own_rate_and_no_parameter_is_lost() -> None:
     parts = network()
-    optimizer = build_optimizer(parts, "adamw", **RULES, encoder=parts[0], encoder_rate=0.1, head_rate=10.0)
+    optimizer = build_optimizer(parts, rules("adamw", encoder_rate=0.1, head_rate=10.0), encoder=parts[0])
     found = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     assert len(found) == len(list(parts.parameters()))
     assert [found[id(p)]["lr"] for p in parts[0].parameters()] == pytest.approx([0.01, 0.01])
@@ -40,7 +55,7 @@ def test_each_part_has_its_own_rate_and_no_parameter_is_lost() -> None:
     set_learning_rate(optimizer, 0.02)
     assert sorted({group["lr"] for group in optimizer.param_groups}) == pytest.approx([0.002, 0.2])
     saved = optimizer.state_dict()
-    again = build_optimizer(parts, "adamw", **RULES, encoder=parts[0], encoder_rate=0.1, head_rate=10.0)
+    again = build_optimizer(parts, rules("adamw", encoder_rate=0.1, head_rate=10.0), encoder=parts[0])
     again.load_state_dict(saved)
     assert [group["rate"] for group in again.param_groups] == [group["rate"] for group in optimizer.param_groups]
 
@@ -48,7 +63,7 @@ def test_each_part_has_its_own_rate_and_no_parameter_is_lost() -> None:
 def test_sgd_step_is_its_formula() -> None:
     line = nn.Linear(1, 1)
     before = line.weight.detach().clone()
-    optimizer = build_optimizer(line, "sgd", **RULES)
+    optimizer = build_optimizer(line, rules("sgd"))
     for _ in range(2):
         line.weight.grad, line.bias.grad = torch.ones(1, 1), torch.zeros(1)
         optimizer.step()
@@ -61,7 +76,44 @@ def test_sgd_step_is_its_formula() -> None:
 def test_adamw_step_is_its_formula() -> None:
     line = nn.Linear(1, 1)
     before = line.weight.detach().clone()
-    optimizer = build_optimizer(line, "adamw", **RULES)
+    optimizer = build_optimizer(line, rules("adamw"))
     line.weight.grad, line.bias.grad = torch.full((1, 1), 3.0), torch.zeros(1)
     optimizer.step()
     assert torch.allclose(line.weight, before * (1 - 0.1 * 0.5) - 0.1)  # m / sqrt(v) of the first step is the sign
+
+
+def test_warmup_is_linear_and_ends_at_one() -> None:
+    assert linear_warmup(0, 100) == pytest.approx(1e-3)
+    assert linear_warmup(50, 100) == pytest.approx(0.5005)
+    assert linear_warmup(100, 100) == 1
+    assert linear_warmup(10_000, 100) == 1
+    assert linear_warmup(0, 0) == 1
+
+
+def test_poly_decay_with_power_one_is_a_line_and_never_reaches_zero() -> None:
+    assert [poly_decay(step, 4, 1.0) for step in range(4)] == [1, 0.75, 0.5, 0.25]
+    assert poly_decay(50, 100, 0.9) == pytest.approx(0.5**0.9)
+    assert poly_decay(3, 4, 0.0) == 1
+
+
+def test_cosine_decay_is_half_a_cosine() -> None:
+    assert [cosine_decay(step, 6) for step in (0, 2, 3, 4)] == pytest.approx([1, 0.75, 0.5, 0.25])
+    assert 0 < cosine_decay(999, 1000) < 1e-5
+
+
+def test_step_decay_falls_where_detectron2_does() -> None:
+    """STEPS (60000, 80000) of MAX_ITER 90000, GAMMA 0.1."""
+    shares = [step_decay(step, 90_000, (2 / 3, 8 / 9), 0.1) for step in (0, 59_999, 60_000, 79_999, 80_000, 89_999)]
+    assert shares == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_learning_rate_rises_then_falls_once(kind: dict[str, Any]) -> None:
+    training = Training(learning_rate=0.01, warmup_steps=20, **kind)
+    rates = [learning_rate_of(training, step, 200) for step in range(200)]
+    top = rates.index(max(rates))
+    assert 19 <= top <= 20
+    assert rates[0] == pytest.approx(1e-5, rel=1e-2)
+    assert rates[:top] == sorted(rates[:top])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    assert 0 < rates[-1] <= 1.01e-4

@@ -11,12 +11,12 @@ from nightseg.data.images import decode_image, decode_label, encode_png
 from nightseg.data.table import frame_table
 from nightseg.data.taxonomy import Taxonomy, taxonomy
 from nightseg.networks.model_folder import save_model
+from nightseg.networks.normaliser import Normaliser
 from nightseg.segmenter.augment import resize_image
-from nightseg.segmenter.encoders import normalise
-from nightseg.segmenter.inference import WHOLE_FRAME, Inference
 from nightseg.segmenter.network import build_semantic_fpn, upsample_logits
 from nightseg.segmenter.predict import (
     PICTURES,
+    WHOLE_FRAME,
     Segmented,
     SegmentedRow,
     Segmenter,
@@ -28,6 +28,7 @@ from nightseg.segmenter.predict import (
     quarantined,
     segment_rows,
 )
+from nightseg.segmenter.settings import Inference, Network
 from nightseg.storage import Location, UserError, sha256_of
 
 CLASSES = Taxonomy("three", ("road", "sky", "car"), ((128, 64, 128), (70, 130, 180), (0, 0, 142)), {})
@@ -43,12 +44,13 @@ CARD = {
     "head_channels": 8,
     "parents": [],
 }
+normalise = Normaliser(CARD["mean"], CARD["std"])  # type: ignore[arg-type]
 
 
 def save(folder: Path, constant: bool = False, **card: object) -> Location:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    network = build_semantic_fpn(encoder="resnet18", num_classes=3, pyramid_channels=8, head_channels=8)
+    network = build_semantic_fpn(Network(encoder="resnet18", pyramid_channels=8, head_channels=8), num_classes=3)
     if constant:
         with torch.no_grad():
             network.head.predictor.weight.zero_()
@@ -87,7 +89,7 @@ def test_labels_and_confidence_are_those_of_the_softmax_at_native_size(
     if input_size is not None:
         tensor_BCHW = F.interpolate(tensor_BCHW, input_size, mode="bilinear", antialias=True)
     with torch.inference_mode():
-        logits_BKhw = segmenter._network(normalise(tensor_BCHW, CARD["mean"], CARD["std"]))
+        logits_BKhw = segmenter._network(normalise(tensor_BCHW))
         logits_BKHW = upsample_logits(logits_BKhw, *tensor_BCHW.shape[2:])
         wanted = F.interpolate(logits_BKHW, (45, 77), mode="bilinear").softmax(dim=1).max(dim=1)
     labels, confidence = segmenter(pixels)
@@ -123,7 +125,7 @@ def test_other_modes_share_the_weights_and_are_those_of_the_plain_loop(tmp_path:
         for mirrored in (False, True):
             inputs_1CHW = seen_1CHW.flip(-1) if mirrored else seen_1CHW
             with torch.inference_mode():
-                logits_1Khw = segmenter._network(normalise(inputs_1CHW, CARD["mean"], CARD["std"]))
+                logits_1Khw = segmenter._network(normalise(inputs_1CHW))
             logits_1KHW = upsample_logits(logits_1Khw, *size)
             logits_1KHW = F.interpolate(logits_1KHW.flip(-1) if mirrored else logits_1KHW, (45, 77), mode="bilinear")
             total += logits_1KHW.softmax(dim=1)[0]
@@ -132,9 +134,9 @@ def test_other_modes_share_the_weights_and_are_those_of_the_plain_loop(tmp_path:
     np.testing.assert_allclose(confidence, wanted.values.numpy(), rtol=1e-5)
     assert (labels == wanted.indices.numpy()).mean() > 0.999
     windowed = careful.using(window=(16, 16), overlap=0.5, flip=False)
-    assert windowed.inference == Inference((16, 16), 0.5, False, (0.5, 1.0, 1.5))
+    assert windowed.inference == Inference(window=(16, 16), overlap=0.5, scales=(0.5, 1.0, 1.5))
     assert windowed(pixels).labels.shape == (45, 77)
-    with pytest.raises(UserError, match="overlap 2"):
+    with pytest.raises(UserError, match=r"inference\.overlap: Input should be less than 1, not 2"):
         segmenter.using(overlap=2)
 
 

@@ -15,8 +15,9 @@ from nightseg.cluster import map as map_module
 from nightseg.data.taxonomy import Taxonomy
 from nightseg.networks.model_folder import CARD, TENSORS, save_model
 from nightseg.segmenter import predict
-from nightseg.segmenter.network import build_semantic_fpn
+from nightseg.segmenter.network import build_semantic_fpn, model_card
 from nightseg.segmenter.predict import Segmented
+from nightseg.segmenter.settings import Network
 from nightseg.storage import Attempt, Commit, Location, ShardRecord, Workspace
 
 
@@ -33,20 +34,10 @@ def model_commit(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Taxonomy
     def build(classes: Taxonomy) -> Commit:
         torch.set_num_threads(1)
         torch.manual_seed(1)
-        sizes = {"num_classes": classes.num_classes, "pyramid_channels": 8, "head_channels": 8}
-        network = build_semantic_fpn(encoder="resnet18", **sizes)
-        card = sizes | {
-            "kind": "semantic_fpn",
-            "encoder": "resnet18",
-            "taxonomy": {
-                "name": classes.name,
-                "classes": list(classes.classes),
-                "palette": [list(colour) for colour in classes.palette],
-            },
-            "input_size": [64, 96],  # one group norm needs more than a pixel of the coarsest map
-            "mean": [0.485, 0.456, 0.406],
-            "std": [0.229, 0.224, 0.225],
-        }
+        # One group norm needs more than a pixel of the coarsest map.
+        settings = Network(encoder="resnet18", pyramid_channels=8, head_channels=8, input_size=(64, 96))
+        network = build_semantic_fpn(settings, classes.num_classes)
+        card = model_card(settings, classes, network.body.mean, network.body.std)
         workspace = Workspace(tmp_path_factory.mktemp("models"))
         attempt = workspace.stage("train_segmenter", "teacher", version=1, recipe={}, inputs={}, seed=0).open()
         save_model(attempt.folder / "model", network.state_dict(), card)

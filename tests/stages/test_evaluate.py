@@ -15,7 +15,7 @@ from nightseg.data.table import frame_table
 from nightseg.data.taxonomy import taxonomy
 from nightseg.progress import SilentProgress
 from nightseg.recipe.types import Evaluation
-from nightseg.segmenter.inference import Inference
+from nightseg.segmenter.settings import Inference
 from nightseg.stages.evaluate import evaluate
 from nightseg.storage import Attempt, Commit, Location, UserError, sha256_of
 

@@ -17,11 +17,11 @@ from nightseg.data.images import encode_png
 from nightseg.data.table import frame_table
 from nightseg.data.taxonomy import taxonomy
 from nightseg.networks.model_folder import load_tensors, save_model
+from nightseg.segmenter.network import model_card, starting_network
 from nightseg.segmenter.predict import Segmenter
 from nightseg.segmenter.settings import Loss, Network, Training
-from nightseg.segmenter.starting import starting_network
-from nightseg.segmenter.trainable import check_training
-from nightseg.stages.train_segmenter import Plan, learn
+from nightseg.segmenter.train import Plan, learn
+from nightseg.stages.train_segmenter import check_training
 from nightseg.storage import Location, UserError
 
 TRAINING = Training(batch=2, epochs=1, steps_per_epoch=2, warmup_steps=0, crop=(64, 64))
@@ -55,18 +55,8 @@ def test_what_is_trained_is_what_was_asked_for_and_opens_again(
 ) -> None:
     network = Network(**settings, pyramid_channels=8, head_channels=8)
     plan = plan_for(rows, tmp_path, network)
-    initial = starting_network(
-        "scratch", **network.architecture(), encoder_weights=None, classes=plan.classes, seed=0, say=lambda _: None
-    )
-    card: dict[str, Any] = {
-        "kind": "semantic_fpn",
-        **network.architecture(),
-        "num_classes": 11,
-        "mean": list(initial.body.mean),
-        "std": list(initial.body.std),
-        "input_size": None,
-        "taxonomy": {"name": "camvid11", "classes": list(plan.classes.classes), "palette": list(plan.classes.palette)},
-    }
+    initial = starting_network("scratch", network, plan.classes, seed=0)
+    card = model_card(network, plan.classes, initial.body.mean, initial.body.std)
     save_model(plan.start, initial.state_dict(), card)
     session = LocalSession(Location.of(tmp_path) / "trainer")
     learn(session, {"plan": plan})
@@ -89,10 +79,11 @@ def test_what_is_trained_is_what_was_asked_for_and_opens_again(
         assert segmenter._network.body.get_submodule("layer3.0.conv1").stride == (2, 2)
 
 
-def test_norms_of_all_workers_need_gpus(rows: pa.Table) -> None:
+def test_norms_of_all_workers_need_gpus(rows: pa.Table, tmp_path: Path) -> None:
+    plan = plan_for(rows, tmp_path, Network(encoder="resnet18", norm="sync"))
+
     def check(**compute: Any) -> None:
-        settings = {"network": Network(encoder="resnet18", norm="sync"), "training": TRAINING}
-        check_training("m", rows, None, compute=TrainCompute(**compute), steps_per_epoch=10, **settings)
+        check_training("m", plan, TrainCompute(**compute))
 
     with pytest.raises(UserError, match=r"network\.norm sync"):
         check(workers=2)

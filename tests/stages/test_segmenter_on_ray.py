@@ -20,11 +20,11 @@ from nightseg.cluster.settings import TrainCompute
 from nightseg.cluster.train import FitResult, LocalSession, Session, fit
 from nightseg.networks.model_folder import TENSORS, save_model
 from nightseg.progress import SilentProgress
-from nightseg.stages.train_segmenter import Plan, learn
+from nightseg.segmenter.train import Plan, learn
 from nightseg.storage import Location, sha256_of
 from tests.stages.test_train_segmenter import TRAINING, plan_for, write_frames
 
-FRAIL = TRAINING.model_copy(update={"steps_per_epoch": 5, "checkpoint_every": 2, "average": 0.9})
+FRAIL = TRAINING.model_copy(update={"steps_per_epoch": 5, "checkpoint_every": 2, "ema_decay": 0.9})
 DIES, WAITS = 3, 8  # in these steps, counted from 0: each in the middle of an epoch
 
 
@@ -91,9 +91,7 @@ def prepare(folder: Path, **changed: Any) -> Plan:
 
 
 def weights_hash(state: dict[str, Any], folder: Path, name: str) -> str:
-    save_model(
-        Location.of(folder) / name, state["network"] | {f"mean.{k}": v for k, v in state["average"].items()}, CARD
-    )
+    save_model(Location.of(folder) / name, state["network"] | {f"mean.{k}": v for k, v in state["ema"].items()}, CARD)
     return sha256_of((folder / name / TENSORS).read_bytes())
 
 
@@ -155,8 +153,8 @@ def test_two_workers_draw_the_loss_curve_of_one(ray_cluster: None, tmp_path: Pat
     assert expected is not None
     assert [row["loss"] for row in found.history] == pytest.approx([row["loss"] for row in alone.history], rel=1e-4)
     state = found.load()
-    for name, value in expected["average"].items():
-        torch.testing.assert_close(state["average"][name], value, rtol=1e-3, atol=1e-5, msg=name)
+    for name, value in expected["ema"].items():
+        torch.testing.assert_close(state["ema"][name], value, rtol=1e-3, atol=1e-5, msg=name)
     assert state["history"][-1]["validation"]["pa"] == pytest.approx(
         expected["history"][-1]["validation"]["pa"], abs=0.01
     )

@@ -11,9 +11,9 @@ import torch
 
 from nightseg.data.images import decode_image
 from nightseg.data.taxonomy import taxonomy
+from nightseg.segmenter import train as training_loop
 from nightseg.segmenter.settings import Loss
-from nightseg.stages import train_segmenter as stage
-from nightseg.stages.train_segmenter import Plan
+from nightseg.segmenter.train import Plan
 from nightseg.storage import Location
 from tests.stages.test_train_segmenter import TRAINING, Killed, Session, assert_same, plan_for, train, write_frames
 
@@ -34,11 +34,11 @@ def test_resumed_training_is_bit_for_bit_the_uninterrupted_one(tmp_path: Path) -
 
 
 EVERYTHING = TRAINING.model_copy(
-    update={"steps_per_epoch": 5, "checkpoint_every": 2, "average": 0.9, "clip_norm": 1.0, "encoder_rate": 0.3}
+    update={"steps_per_epoch": 5, "checkpoint_every": 2, "ema_decay": 0.9, "clip_norm": 1.0, "encoder_rate": 0.3}
     | {"decay": "step", "decay_at": [0.5], "accumulate": 2, "freeze_batch_norm": False}
 )
 ALL_LOSSES = Loss.model_validate(
-    {"kind": "combined", "class_weights": {"car": 3.0}, "hard_examples": {"share": 0.5}, "strips": 16}
+    {"kind": "combined", "class_weights": {"car": 3.0}, "ohem": {"share": 0.5}, "loss_chunk_rows": 16}
 )
 
 
@@ -81,8 +81,8 @@ def test_how_often_it_is_saved_changes_nothing(
     assert_same(train(session, plan), expected)
     assert [metrics["epoch"] for metrics in session.history] == [1, 2]
 
-    monkeypatch.setattr(stage, "STEPS_BETWEEN_LOOKS", 3)
-    monkeypatch.setattr(stage, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)  # as if an epoch took hours
+    monkeypatch.setattr(training_loop, "STEPS_BETWEEN_READS", 3)
+    monkeypatch.setattr(training_loop, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)  # as if an epoch took hours
     by_clock = Session(tmp_path / "clock")
     assert_same(train(by_clock, plan), expected)
     assert [metrics.get("step") for metrics in by_clock.history] == [3, None, 8, None]

@@ -18,14 +18,14 @@ from nightseg.data.table import frame_table
 from nightseg.data.taxonomy import taxonomy
 from nightseg.networks.model_folder import load_tensors, save_model
 from nightseg.progress import SilentProgress
-from nightseg.segmenter import step as steps
+from nightseg.segmenter import train as training_loop
 from nightseg.segmenter.data import sample_order
-from nightseg.segmenter.learner import step_seed
-from nightseg.segmenter.pixel_loss import pixel_loss_sum
+from nightseg.segmenter.loss import segmentation_loss
+from nightseg.segmenter.network import model_card, starting_network
 from nightseg.segmenter.settings import Augmentation, Loss, Network, Training
-from nightseg.segmenter.starting import starting_network
+from nightseg.segmenter.train import Plan, learn, start_learner, validate
 from nightseg.stages import train_segmenter as stage
-from nightseg.stages.train_segmenter import Plan, learn, train_segmenter
+from nightseg.stages.train_segmenter import train_segmenter
 from nightseg.storage import Attempt, Location, UserError, Workspace
 
 NETWORK = Network(encoder="efficientnet_lite0", input_size=(64, 64), pyramid_channels=8, head_channels=8)
@@ -38,10 +38,6 @@ TRAINING = Training(
     crop=(64, 64),
     augmentation=Augmentation(scale=(0.75, 1.5), flip=0.5, brightness=0.2),
 )
-
-
-SHAPE: dict[str, Any] = {"encoder": NETWORK.encoder, "encoder_weights": None, "classes": taxonomy("camvid11")}
-SHAPE |= {"pyramid_channels": 8, "head_channels": 8}
 
 
 class Killed(Exception):  # noqa: N818 (an event, not an error)
@@ -109,9 +105,9 @@ def plan_for(
     loss: Loss = Loss(kind="combined"),  # noqa: B008 frozen
 ) -> Plan:
     classes = taxonomy("camvid11")
-    initial = starting_network("imagenet", **SHAPE, seed=0, say=lambda _: None)
+    initial = starting_network("imagenet", NETWORK, classes, seed=0)
     start = Location.of(folder) / "start"
-    save_model(start, initial.state_dict(), {"kind": "semantic_fpn"})
+    save_model(start, initial.state_dict(), model_card(NETWORK, classes, initial.body.mean, initial.body.std))
     return Plan(rows, validate, start, classes, NETWORK, loss, training, 0)
 
 
@@ -164,22 +160,24 @@ def test_parts_of_a_batch_learn_what_the_batch_learns(rows: pa.Table, tmp_path: 
         torch.testing.assert_close(found["network"][name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_the_running_mean_is_what_is_validated_and_kept(rows: pa.Table, tmp_path: Path) -> None:
-    training = TRAINING.model_copy(update={"epochs": 1, "average": 0.5})
+def test_the_ema_is_what_is_validated_and_kept(rows: pa.Table, tmp_path: Path) -> None:
+    training = TRAINING.model_copy(update={"epochs": 1, "ema_decay": 0.5})
     plan = plan_for(rows, tmp_path, training, rows.slice(0, 3))
     state = train(Session(tmp_path / "trainer"), plan)
-    plain = train(Session(tmp_path / "plain"), plan_for(rows, tmp_path, training.model_copy(update={"average": 0.0})))
-    assert plain["average"] is None
+    plain = train(Session(tmp_path / "plain"), plan_for(rows, tmp_path, training.model_copy(update={"ema_decay": 0.0})))
+    assert plain["ema"] is None
     assert_same(state["network"], plain["network"])  # what is learned does not depend on it
     weight = "head.predictor.weight"
-    assert not torch.equal(state["average"][weight], state["network"][weight])
-    session = Session(tmp_path / "judge")
-    learner = stage._learner(plan, session)
+    assert not torch.equal(state["ema"][weight], state["network"][weight])
+    session = Session(tmp_path / "again")
+    learner = start_learner(plan, session)
     learner.restore(state)
-    assert stage._validate(learner, stage._frames(plan, session)[1], plan, session) == state["history"][0]["validation"]
-    initial = starting_network("scratch", **SHAPE, seed=0, say=print)
+    watched = training_loop._frames(plan, session)[1]
+    assert watched is not None
+    assert validate(learner.evaluated, watched, plan, session) == state["history"][0]["validation"]
+    initial = starting_network("scratch", NETWORK, plan.classes, seed=0)
     card = stage._card(initial, plan, "scratch", Attempt(Location.of(tmp_path), Location.of(tmp_path), "k", {}))
-    assert card["weights"] == "running mean, decay 0.5"
+    assert card["weights"] == "EMA, decay 0.5"
 
 
 def test_a_step_is_slower_in_the_encoder_if_the_recipe_says_so(rows: pa.Table, tmp_path: Path) -> None:
@@ -195,7 +193,7 @@ def test_a_compiled_network_without_a_compiler_is_refused(
     rows: pa.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match=r"training\.compile needs a C\+\+ compiler"):
+    with pytest.raises(UserError, match=r"training\.compile: it needs a C\+\+ compiler"):
         train(Session(tmp_path / "trainer"), plan_for(rows, tmp_path, TRAINING.model_copy(update={"compile": True})))
 
 
@@ -249,10 +247,10 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_frames(
 
     def poisoned(*arguments: Any) -> Any:
         calls.append(1)
-        found = pixel_loss_sum(*arguments)
+        found = segmentation_loss(*arguments)
         return found._replace(total=found.total * float("nan")) if len(calls) == 5 else found
 
-    monkeypatch.setattr(steps, "pixel_loss_sum", poisoned)
+    monkeypatch.setattr(training_loop, "segmentation_loss", poisoned)
     plan = plan_for(rows, tmp_path)  # 3 steps an epoch: the fifth is the second of epoch 2
     session = Session(tmp_path / "trainer")
     with pytest.raises(UserError) as caught:
@@ -264,12 +262,6 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_frames(
     assert "training.learning_rate" in str(caught.value)
     assert len(session.state["history"]) == 1  # the good checkpoint of epoch 1 is there
     assert all(torch.isfinite(value).all() for value in session.state["network"].values())
-
-
-def test_the_random_numbers_of_a_step_follow_from_seed_step_and_worker() -> None:
-    seeds = {step_seed(seed, step, rank) for seed in (0, 1) for step in (0, 1) for rank in (0, 1)}
-    assert len(seeds) == 8 and step_seed(1, 1, 0) in seeds
-    assert all(0 <= seed < 2**63 for seed in seeds)  # torch.manual_seed takes no more
 
 
 @pytest.mark.ray

@@ -1,4 +1,4 @@
-"""Kept frames are the decoded frames, bit for bit, wherever they are kept and whatever was killed before."""
+"""FrameCache frames are the decoded frames, bit for bit, wherever they are kept and whatever was killed before."""
 
 from __future__ import annotations
 
@@ -18,17 +18,28 @@ import torch
 from nightseg.data.images import encode_png
 from nightseg.data.table import frame_table
 from nightseg.data.taxonomy import Taxonomy, taxonomy
-from nightseg.segmenter import data as batches_module
-from nightseg.segmenter import decoded as module
-from nightseg.segmenter.augment import Augmentation
-from nightseg.segmenter.data import Batch, LabelledFrames, sample_order, training_batches
-from nightseg.segmenter.decoded import Decoded, InMemory, Kept, OnDisk, decoded_bytes, memory_share, place_for
+from nightseg.segmenter import data as module
+from nightseg.segmenter.data import (
+    Batch,
+    Decoded,
+    FrameCache,
+    InMemory,
+    LabelledFrames,
+    OnDisk,
+    cache_for,
+    decoded_bytes,
+    memory_share,
+    sample_order,
+    training_batches,
+)
+from nightseg.segmenter.settings import Augmentation, Training
 from nightseg.storage import Location, UserError, sha256_of
 from nightseg.storage.paths import FAULT_VARIABLE
 from nightseg.storage.scratch import Scratch
 
 CLASSES = taxonomy("camvid11")
 WHERE = {"size": None, "resize_labels": True}
+AUGMENTATION = Augmentation(brightness=0.2, contrast=0.2, saturation=0.2, noise=0.1)
 
 
 @pytest.fixture(autouse=True)
@@ -67,26 +78,24 @@ def rows(tmp_path: Path) -> pa.Table:
 
 
 def on_disk(rows: pa.Table, workers: int = 2, **changed: object) -> OnDisk:
-    kept = place_for(rows, CLASSES, **(WHERE | changed), sharers=2, workers=workers)  # type: ignore[arg-type]
+    kept = cache_for(rows, CLASSES, **(WHERE | changed), sharers=2, workers=workers)  # type: ignore[arg-type]
     assert isinstance(kept, OnDisk)
     return kept
 
 
-def views(rows: pa.Table, kept: Kept, epochs: int = 2) -> list[Batch]:
-    frames = LabelledFrames(rows, CLASSES, size=None, resize_labels=True, kept=kept)
+def views(rows: pa.Table, kept: FrameCache, epochs: int = 2) -> list[Batch]:
+    frames = LabelledFrames(rows, CLASSES, size=None, resize_labels=True, cache=kept)
     return [
         batch
         for epoch in range(epochs)
         for batch in training_batches(
             frames,
             sample_order(len(frames), 7, 3, epoch),
-            batch=3,
+            Training(batch=3, crop=(20, 24), augmentation=AUGMENTATION),
             rank=0,
             world_size=1,
             seed=3,
             epoch=epoch,
-            crop=(20, 24),
-            augmentation=Augmentation((0.5, 2.0), 0.5, 0.2, 0.2, 0.2, 0.1),
             fill=(9, 8, 7),
             threads=2,
             pin_memory=False,
@@ -117,7 +126,7 @@ def test_frames_on_disk_are_decoded_once_for_all_processes(rows: pa.Table, monke
     def decoded_again(data: bytes) -> None:
         raise AssertionError("decoded twice")
 
-    monkeypatch.setattr(batches_module, "decode_image", decoded_again)
+    monkeypatch.setattr(module, "decode_image", decoded_again)
     views(rows, on_disk(rows))
     held.close()
 
@@ -156,11 +165,10 @@ PROGRAM = """
 import pickle, sys
 from nightseg.data.taxonomy import Taxonomy
 from nightseg.data.taxonomy import taxonomy
-from nightseg.segmenter.data import LabelledFrames
-from nightseg.segmenter.decoded import place_for
+from nightseg.segmenter.data import LabelledFrames, cache_for
 rows, where = pickle.load(open(sys.argv[1], "rb"))
 classes = taxonomy("camvid11")
-frames = LabelledFrames(rows, classes, **where, kept=place_for(rows, classes, **where, sharers=2, workers=2))
+frames = LabelledFrames(rows, classes, **where, cache=cache_for(rows, classes, **where, sharers=2, workers=2))
 for index in range(len(frames)):
     frames[index]
 """
@@ -173,7 +181,7 @@ def test_after_a_kill_whole_frames_are_used_and_the_torn_one_is_not_there(rows: 
     assert ended.returncode == -9
     kept = on_disk(rows)
     assert [kept.get(row) is not None for row in range(5)] == [True, True, True, False, False]
-    plain = LabelledFrames(rows, CLASSES, size=None, resize_labels=True, kept=InMemory(0))
+    plain = LabelledFrames(rows, CLASSES, size=None, resize_labels=True, cache=InMemory(0))
     for row in range(3):
         found = kept.get(row)
         image, label = plain[row]
@@ -183,7 +191,7 @@ def test_after_a_kill_whole_frames_are_used_and_the_torn_one_is_not_there(rows: 
 
 
 def test_files_go_when_the_frames_do(rows: pa.Table, temporary: Path) -> None:
-    frames = LabelledFrames(rows, CLASSES, size=None, resize_labels=True, kept=on_disk(rows))
+    frames = LabelledFrames(rows, CLASSES, size=None, resize_labels=True, cache=on_disk(rows))
     image, _ = frames[0]
     assert list(temporary.glob("*/*/*.frame"))
     before = image.clone()
@@ -194,8 +202,8 @@ def test_files_go_when_the_frames_do(rows: pa.Table, temporary: Path) -> None:
 
 
 def test_memory_for_one_worker_whose_frames_fit_else_files(rows: pa.Table, monkeypatch: pytest.MonkeyPatch) -> None:
-    def kind(table: pa.Table, workers: int) -> type[Kept]:
-        kept = place_for(table, CLASSES, size=None, resize_labels=True, sharers=2, workers=workers)
+    def kind(table: pa.Table, workers: int) -> type[FrameCache]:
+        kept = cache_for(table, CLASSES, size=None, resize_labels=True, sharers=2, workers=workers)
         kept.close()
         return type(kept)
 
@@ -216,7 +224,7 @@ def test_files_belong_to_frames_and_settings(rows: pa.Table) -> None:
     first.put(0, Decoded(np.zeros((2, 2, 3), np.uint8), np.zeros((2, 2), np.uint8)))
     assert on_disk(rows).get(0) is not None
     other_ids = Taxonomy("other", CLASSES.classes, CLASSES.palette, {"camvid12": {index: 0 for index in range(12)}})
-    assert place_for(rows, other_ids, size=None, resize_labels=True, sharers=2, workers=2).get(0) is None
+    assert cache_for(rows, other_ids, size=None, resize_labels=True, sharers=2, workers=2).get(0) is None
     for changed in ({"size": (8, 8)}, {"resize_labels": False}):
         assert on_disk(rows, **changed).get(0) is None
     assert on_disk(rows.slice(0, 4)).get(0) is None

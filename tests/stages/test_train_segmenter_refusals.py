@@ -11,8 +11,10 @@ from nightseg.cluster.settings import TrainCompute
 from nightseg.data.table import frame_table
 from nightseg.data.taxonomy import taxonomy
 from nightseg.errors import UserError
-from nightseg.segmenter.settings import HardExamples, Loss, Network, Training
-from nightseg.segmenter.trainable import check_training
+from nightseg.segmenter.settings import Loss, Network, Ohem, Training
+from nightseg.segmenter.train import Plan
+from nightseg.stages.train_segmenter import check_training
+from nightseg.storage import Location
 
 TRAINING = Training(batch=2, epochs=2, warmup_steps=2, crop=(64, 64))
 
@@ -34,14 +36,11 @@ def rows(*labels: str | None) -> pa.Table:
 
 
 def refusal(train: pa.Table, validate: pa.Table | None = None, workers: int = 1, **changed: Any) -> str:
+    network = Network(encoder="efficientnet_lite0", input_size=(64, 64))
+    training = TRAINING.model_copy(update={"steps_per_epoch": 3, **changed})
+    plan = Plan(train, validate, Location.of("nowhere"), taxonomy("camvid11"), network, Loss(), training, seed=0)
     with pytest.raises(UserError) as caught:
-        check_training(
-            *("student", train, validate),
-            network=Network(encoder="efficientnet_lite0", input_size=(64, 64)),
-            training=TRAINING.model_copy(update=changed),
-            compute=TrainCompute(workers=workers),
-            steps_per_epoch=3,
-        )
+        check_training("student", plan, TrainCompute(workers=workers))
     return str(caught.value)
 
 
@@ -56,7 +55,7 @@ def test_settings_that_contradict_each_other() -> None:
     good = rows("a", "b")
     assert "set training.warmup_steps to 0 or so" in refusal(good, warmup_steps=6)
     assert "multiple of 2" in refusal(good, workers=2, batch=3)
-    assert "2 in 3 parts each (training.accumulate); choose a batch that is a multiple of 6" in refusal(
+    assert "2 in 3 parts each (training.accumulate). Cure: choose a batch that is a multiple of 6" in refusal(
         good, workers=2, batch=9, accumulate=3
     )
     assert "set training.crop to (64, 64)" in refusal(good, crop=(160, 64))
@@ -67,7 +66,7 @@ def test_settings_that_contradict_each_other() -> None:
     [
         ({"batch": 4, "accumulate": 3}, "cannot be taken in 3 equal parts"),
         ({"decay_at": [0.9, 0.5]}, "the shares must rise"),
-        ({"average": 1.0}, "less than 1"),
+        ({"ema_decay": 1.0}, "less than 1"),
         ({"clip_norm": 0.0}, "greater than 0"),
     ],
 )
@@ -76,12 +75,12 @@ def test_trainings_that_mean_nothing(settings: dict[str, Any], message: str) -> 
         Training(**settings)
 
 
-def test_one_rule_for_hard_examples_and_strips_of_whole_logit_rows() -> None:
+def test_one_rule_of_ohem_and_chunks_of_whole_logit_rows() -> None:
     for wrong in ({}, {"share": 0.5, "confidence": 0.5}):
         with pytest.raises(ValueError, match="exactly one of share and confidence"):
-            HardExamples(**wrong)
+            Ohem(**wrong)
     with pytest.raises(ValueError, match="multiple of 4"):
-        Loss(strips=30)
+        Loss(loss_chunk_rows=30)
 
 
 def test_values_by_class() -> None:

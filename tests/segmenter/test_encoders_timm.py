@@ -11,6 +11,7 @@ import torch
 
 from nightseg.segmenter.encoders import build_encoder, imagenet_weights
 from nightseg.segmenter.network import build_semantic_fpn
+from nightseg.segmenter.settings import Network
 from nightseg.storage import UserError
 
 SMALL = "resnet10t"
@@ -20,7 +21,9 @@ SMALL = "resnet10t"
     ("model", "channels"), [("resnet10t", (64, 128, 256, 512)), ("convnext_atto", (40, 80, 160, 320))]
 )
 def test_a_semantic_fpn_on_an_encoder_of_timm(model: str, channels: tuple[int, ...]) -> None:
-    network = build_semantic_fpn(encoder=f"timm/{model}", num_classes=4, pyramid_channels=8, head_channels=8).eval()
+    network = build_semantic_fpn(
+        Network(encoder=f"timm/{model}", pyramid_channels=8, head_channels=8), num_classes=4
+    ).eval()
     assert network.body.channels == channels
     assert network.body.mean == tuple(timm.get_pretrained_cfg(model).mean)
     assert network.body.std == tuple(timm.get_pretrained_cfg(model).std)
@@ -103,7 +106,7 @@ def test_offline_says_what_to_do(monkeypatch: pytest.MonkeyPatch, error: Excepti
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(UserError) as caught:
         imagenet_weights(f"timm/{SMALL}")
-    for part in (SMALL, "encoder_weights: FILE", "start: scratch", str(error)):
+    for part in (SMALL, "network.encoder_weights", "start: scratch", str(error)):
         assert part in str(caught.value)
 
 

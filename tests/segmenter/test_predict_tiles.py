@@ -10,9 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nightseg.segmenter import inference
-from nightseg.segmenter.inference import WHOLE_FRAME, Inference, Look, classify, frame_rows, looks_at, window_starts
+from nightseg.segmenter import predict
 from nightseg.segmenter.network import build_semantic_fpn, upsample_logits
+from nightseg.segmenter.predict import (
+    WHOLE_FRAME,
+    TiledLogits,
+    classify,
+    frame_rows,
+    inference_settings,
+    tiled_logits,
+    window_starts,
+)
+from nightseg.segmenter.settings import Inference, Network
 from nightseg.storage import UserError
 
 NUM_CLASSES = 3
@@ -28,7 +37,7 @@ def per_pixel(images_BCHW: Tensor) -> Tensor:
 def network() -> Any:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    made = build_semantic_fpn(encoder="resnet18", num_classes=NUM_CLASSES, pyramid_channels=8, head_channels=8)
+    made = build_semantic_fpn(Network(encoder="resnet18", pyramid_channels=8, head_channels=8), NUM_CLASSES)
     made.head.predictor.weight.data.mul_(8)  # so that classes differ
     return made.eval().requires_grad_(False)
 
@@ -41,8 +50,8 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def whole_logits(look: Look, size: tuple[int, int], stride: int) -> Tensor:
-    return frame_rows(look, size, 0, size[0], stride)
+def whole_logits(one: TiledLogits, size: tuple[int, int], stride: int) -> Tensor:
+    return frame_rows(one, size, 0, size[0], stride)
 
 
 # -- windows ----------------------------------------------------------------------------------------------------------
@@ -72,11 +81,11 @@ def test_windows_of_a_network_that_sees_single_pixels_change_nothing(
     size: tuple[int, int], window: tuple[int, int], overlap: float
 ) -> None:
     inputs_BCHW = pixels(2, 3, *size)
-    looks = looks_at(per_pixel, inputs_BCHW, Inference(window=window, overlap=overlap), mirrored=False)
-    for look, image_CHW in zip(looks, inputs_BCHW, strict=True):
-        assert torch.equal(whole_logits(look, size, stride=1), per_pixel(image_CHW[None])[0])
-    (whole,) = looks_at(per_pixel, inputs_BCHW[:1], WHOLE_FRAME, mirrored=False)
-    for one, other in zip(classify([looks[0]], size, 1), classify([whole], size, 1), strict=True):
+    passes = tiled_logits(per_pixel, inputs_BCHW, Inference(window=window, overlap=overlap), mirrored=False)
+    for one, image_CHW in zip(passes, inputs_BCHW, strict=True):
+        assert torch.equal(whole_logits(one, size, stride=1), per_pixel(image_CHW[None])[0])
+    (whole,) = tiled_logits(per_pixel, inputs_BCHW[:1], WHOLE_FRAME, mirrored=False)
+    for one, other in zip(classify([passes[0]], size, 1), classify([whole], size, 1), strict=True):
         assert torch.equal(one, other)
 
 
@@ -86,13 +95,13 @@ def test_where_windows_overlap_their_logits_are_averaged_evenly() -> None:
     def column(images_BCHW: Tensor) -> Tensor:
         return torch.arange(images_BCHW.shape[3]).float().expand(len(images_BCHW), 2, images_BCHW.shape[2], -1)
 
-    (look,) = looks_at(column, pixels(1, 3, 1, 7), Inference(window=(1, 4), overlap=0.5), mirrored=False)
-    assert [(tile.left, tile.width) for tile in look.tiles] == [(0, 4), (2, 4), (3, 4)]
+    (one,) = tiled_logits(column, pixels(1, 3, 1, 7), Inference(window=(1, 4), overlap=0.5), mirrored=False)
+    assert [(tile.left, tile.width) for tile in one.tiles] == [(0, 4), (2, 4), (3, 4)]
     #   0 1 2 3
     #       0 1 2 3
     #         0 1 2 3
     wanted = [0, 1, (2 + 0) / 2, (3 + 1 + 0) / 3, (2 + 1) / 2, (3 + 2) / 2, 3]
-    assert whole_logits(look, (1, 7), stride=1)[0, 0].tolist() == pytest.approx(wanted, abs=1e-6)
+    assert whole_logits(one, (1, 7), stride=1)[0, 0].tolist() == pytest.approx(wanted, abs=1e-6)
 
 
 def test_windows_of_a_real_network_are_those_of_the_plain_loop(network: Any) -> None:
@@ -105,9 +114,9 @@ def test_windows_of_a_real_network_are_those_of_the_plain_loop(network: Any) -> 
             part = image_1CHW[:, :, top : top + high, left : left + wide]
             total_KHW[:, top : top + high, left : left + wide] += upsample_logits(network(part), high, wide)[0]
             count_HW[top : top + high, left : left + wide] += 1
-    (look,) = looks_at(network, image_1CHW, Inference(window=(high, wide), overlap=0.5), mirrored=False)
-    torch.testing.assert_close(whole_logits(look, (height, width), stride=4), total_KHW / count_HW)
-    labels_HW, confidence_HW = classify([look], (height, width))
+    (one,) = tiled_logits(network, image_1CHW, Inference(window=(high, wide), overlap=0.5), mirrored=False)
+    torch.testing.assert_close(whole_logits(one, (height, width), stride=4), total_KHW / count_HW)
+    labels_HW, confidence_HW = classify([one], (height, width))
     wanted = (total_KHW / count_HW).softmax(dim=0).max(dim=0)
     assert torch.equal(labels_HW.long(), wanted.indices)
     torch.testing.assert_close(confidence_HW, wanted.values)
@@ -116,8 +125,8 @@ def test_windows_of_a_real_network_are_those_of_the_plain_loop(network: Any) -> 
 @pytest.mark.parametrize("size", [(1, 50), (33, 1), (1, 1), (40, 65)])
 def test_frames_smaller_than_the_window_are_taken_whole(network: Any, size: tuple[int, int]) -> None:
     inputs_BCHW = noise(2, 3, *size)
-    windowed = looks_at(network, inputs_BCHW, Inference(window=(64, 128), overlap=0.5), mirrored=False)
-    whole = looks_at(network, inputs_BCHW, WHOLE_FRAME, mirrored=False)
+    windowed = tiled_logits(network, inputs_BCHW, Inference(window=(64, 128), overlap=0.5), mirrored=False)
+    whole = tiled_logits(network, inputs_BCHW, WHOLE_FRAME, mirrored=False)
     for one, other in zip(windowed, whole, strict=True):
         assert torch.equal(one.tiles[0].logits, other.tiles[0].logits)
         labels_HW, confidence_HW = classify([one], size)
@@ -125,14 +134,16 @@ def test_frames_smaller_than_the_window_are_taken_whole(network: Any, size: tupl
         assert float(confidence_HW.min()) >= 1 / NUM_CLASSES and float(confidence_HW.max()) <= 1
 
 
-# -- looks ------------------------------------------------------------------------------------------------------------
+# -- passes ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [(32, 64), (37, 50)])  # the second is padded, and not a multiple of the stride
 def test_a_mirrored_frame_has_the_mirrored_answer(network: Any, size: tuple[int, int]) -> None:
     def answer(image_CHW: Tensor) -> tuple[Tensor, Tensor]:
-        looks = [looks_at(network, image_CHW[None], WHOLE_FRAME, mirrored=mirrored)[0] for mirrored in (False, True)]
-        return classify(looks, size)
+        passes = [
+            tiled_logits(network, image_CHW[None], WHOLE_FRAME, mirrored=mirrored)[0] for mirrored in (False, True)
+        ]
+        return classify(passes, size)
 
     image_CHW = noise(3, *size)
     labels_HW, confidence_HW = answer(image_CHW)
@@ -141,12 +152,12 @@ def test_a_mirrored_frame_has_the_mirrored_answer(network: Any, size: tuple[int,
     assert (mirrored_labels_HW == labels_HW.flip(-1)).float().mean() > 0.999
 
 
-def test_looks_are_averaged_as_probabilities() -> None:
-    """One look shouts (logits in the hundreds) for class 0, two whisper for class 1: the majority has it."""
+def test_passes_are_averaged_as_probabilities() -> None:
+    """One pass has logits in the hundreds for class 0, two have small ones for class 1: the majority decides."""
 
-    def constant(*logits: float) -> Look:
-        tile = inference.Tile(0, 0, 1, 1, torch.tensor(logits).view(-1, 1, 1))
-        return Look(1, 1, False, [tile])
+    def constant(*logits: float) -> TiledLogits:
+        tile = predict.Tile(0, 0, 1, 1, torch.tensor(logits).view(-1, 1, 1))
+        return TiledLogits(1, 1, False, [tile])
 
     labels_HW, confidence_HW = classify([constant(300.0, 0.0), constant(0.0, 3.0), constant(0.0, 3.0)], (1, 1), 1)
     quiet = 1 / (1 + torch.exp(torch.tensor(-3.0)).item())
@@ -155,19 +166,19 @@ def test_looks_are_averaged_as_probabilities() -> None:
 
 
 @pytest.mark.parametrize("window", [None, (32, 48)])
-def test_looks_of_several_sizes_are_those_of_the_plain_loop(network: Any, window: tuple[int, int] | None) -> None:
-    size, looks, total = (45, 77), [], torch.zeros(NUM_CLASSES, 45, 77)
+def test_passes_of_several_sizes_are_those_of_the_plain_loop(network: Any, window: tuple[int, int] | None) -> None:
+    size, passes, total = (45, 77), [], torch.zeros(NUM_CLASSES, 45, 77)
     for seed, seen in enumerate([(34, 58), (45, 77), (56, 96)]):
         inputs_1CHW = noise(1, 3, *seen, seed=seed)
         for mirrored in (False, True):
-            (look,) = looks_at(network, inputs_1CHW, Inference(window=window), mirrored=mirrored)
-            looks.append(look)
-            logits_1KHW = whole_logits(look, seen, stride=4)[None]  # windows have their own test
+            (one,) = tiled_logits(network, inputs_1CHW, Inference(window=window), mirrored=mirrored)
+            passes.append(one)
+            logits_1KHW = whole_logits(one, seen, stride=4)[None]  # windows have their own test
             if window is None:
                 plain_1KHW = upsample_logits(network(inputs_1CHW.flip(-1) if mirrored else inputs_1CHW), *seen)
                 torch.testing.assert_close(logits_1KHW, plain_1KHW.flip(-1) if mirrored else plain_1KHW)
             total += F.interpolate(logits_1KHW, size, mode="bilinear").softmax(dim=1)[0]
-    labels_HW, confidence_HW = classify(looks, size)
+    labels_HW, confidence_HW = classify(passes, size)
     wanted = (total / 6).max(dim=0)
     torch.testing.assert_close(confidence_HW, wanted.values)
     assert (labels_HW == wanted.indices).float().mean() > 0.999
@@ -175,9 +186,9 @@ def test_looks_of_several_sizes_are_those_of_the_plain_loop(network: Any, window
 
 def test_the_network_sees_bfloat16_only_if_asked(network: Any) -> None:
     def kind(asked: Inference) -> torch.dtype:
-        (look,) = looks_at(network, noise(1, 3, 32, 32), asked, mirrored=False)
-        assert classify([look], (32, 32))[1].dtype == torch.float32
-        return look.tiles[0].logits.dtype
+        (one,) = tiled_logits(network, noise(1, 3, 32, 32), asked, mirrored=False)
+        assert classify([one], (32, 32))[1].dtype == torch.float32
+        return one.tiles[0].logits.dtype
 
     assert kind(WHOLE_FRAME) == torch.float32
     assert kind(Inference(precision="bfloat16")) == torch.bfloat16
@@ -201,9 +212,13 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def looks_of(network: Any, size: tuple[int, int], scales: tuple[float, ...], window: tuple[int, int]) -> list[Look]:
+def passes_of(
+    network: Any, size: tuple[int, int], scales: tuple[float, ...], window: tuple[int, int]
+) -> list[TiledLogits]:
     return [
-        looks_at(network, noise(1, 3, *(round(side * scale) for side in size)), Inference(window=window), mirrored=m)[0]
+        tiled_logits(
+            network, noise(1, 3, *(round(side * scale) for side in size)), Inference(window=window), mirrored=m
+        )[0]
         for scale in scales
         for m in (False, True)
     ]
@@ -211,48 +226,49 @@ def looks_of(network: Any, size: tuple[int, int], scales: tuple[float, ...], win
 
 @pytest.mark.parametrize("scales", [(1.0,), (0.75, 1.0, 1.5), (1.3,)])
 @pytest.mark.parametrize("rows", [1, 3, 10])
-def test_strips_give_what_the_whole_frame_gives(
+def test_chunks_give_what_the_whole_frame_gives(
     network: Any, monkeypatch: pytest.MonkeyPatch, scales: tuple[float, ...], rows: int
 ) -> None:
     size = (61, 46)
-    looks = looks_of(network, size, scales, (40, 46))[: 1 if len(scales) == 1 else None]
-    labels_HW, confidence_HW = classify(looks, size)
-    widest = max(look.width * max(1, look.height / size[0]) for look in looks)
-    monkeypatch.setattr(inference, "STRIP_VALUES", int(rows * NUM_CLASSES * widest) + 1)
-    strip_labels_HW, strip_confidence_HW = classify(looks, size)
-    torch.testing.assert_close(strip_confidence_HW, confidence_HW)
-    assert (strip_labels_HW == labels_HW).float().mean() > 0.999
+    passes = passes_of(network, size, scales, (40, 46))[: 1 if len(scales) == 1 else None]
+    labels_HW, confidence_HW = classify(passes, size)
+    widest = max(one.width * max(1, one.height / size[0]) for one in passes)
+    monkeypatch.setattr(predict, "CHUNK_VALUES", int(rows * NUM_CLASSES * widest) + 1)
+    chunk_labels_HW, chunk_confidence_HW = classify(passes, size)
+    torch.testing.assert_close(chunk_confidence_HW, confidence_HW)
+    assert (chunk_labels_HW == labels_HW).float().mean() > 0.999
 
 
 def test_no_logits_of_the_frames_size_are_ever_in_memory(network: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     height, width, rows = 192, 40, 8
-    monkeypatch.setattr(inference, "STRIP_VALUES", int(rows * NUM_CLASSES * width * 1.5**2))
-    looks = looks_of(network, (height, width), (0.5, 1.0, 1.5), (96, 48))
+    monkeypatch.setattr(predict, "CHUNK_VALUES", int(rows * NUM_CLASSES * width * 1.5**2))
+    passes = passes_of(network, (height, width), (0.5, 1.0, 1.5), (96, 48))
     with Largest() as largest:
-        labels_HW, confidence_HW = classify(looks, (height, width))
-    # A strip of the largest look, and a few rows around it that bilinear interpolation looks at.
+        labels_HW, confidence_HW = classify(passes, (height, width))
+    # A chunk of the largest pass, and a few rows around it that bilinear interpolation reads.
     assert largest.values <= NUM_CLASSES * 1.5 * width * (1.5 * rows + 3 * 4)
     assert largest.values < NUM_CLASSES * height * width / 4
     assert labels_HW.shape == confidence_HW.shape == (height, width)
 
 
-# -- wishes -----------------------------------------------------------------------------------------------------------
+# -- settings ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"window": (0, 5)}, r"window \(0, 5\): it is \(height, width\)"),
-        ({"window": (5,)}, "height, width"),
-        ({"overlap": 1.0}, r"overlap 1.0: .* in \[0, 1\)"),
-        ({"overlap": -0.1}, "overlap -0.1"),
-        ({"scales": ()}, r"scales \(\): one or more"),
-        ({"scales": (1.0, 0.0)}, "above 0, at most 4"),
-        ({"scales": (5.0,)}, "above 0, at most 4"),
-        ({"scales": (1.0, 1.0)}, "stands there twice"),
-        ({"precision": "float16"}, "it is float32 or bfloat16"),
+        ({"window": (0, 5)}, r"window\.0: .* greater than or equal to 1"),
+        ({"window": (5,)}, r"window\.1: Field required"),
+        ({"overlap": 1.0}, "overlap: .* less than 1"),
+        ({"overlap": -0.1}, "overlap: .* greater than or equal to 0"),
+        ({"scales": ()}, "scales: .* at least 1 item"),
+        ({"scales": (1.0, 0.0)}, r"scales\.1: .* greater than 0"),
+        ({"scales": (5.0,)}, r"scales\.0: .* less than or equal to 4"),
+        ({"scales": (1.0, 1.0)}, "given twice"),
+        ({"precision": "float16"}, "precision: .* 'float32' or 'bfloat16'"),
+        ({"flipped": True}, "flipped: .*window, overlap, flip, scales, precision"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(wrong: dict[str, Any], message: str) -> None:
+def test_impossible_settings_are_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        Inference(**wrong)
+        inference_settings(**wrong)

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from nightseg.segmenter.batch_norm import FrozenBatchNorm2d, choose_norm, freeze
-from nightseg.segmenter.encoders import build_encoder
+from nightseg.segmenter.encoders import FrozenBatchNorm2d, build_encoder, choose_norm, freeze
 from nightseg.storage import UserError
 
 

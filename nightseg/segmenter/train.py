@@ -1,0 +1,470 @@
+"""The training of a segmenter as one worker sees it: epochs, steps, validation, checkpoints.
+
+B images, K classes, H x W pixels of the crop, h x w of the logits (a quarter).
+
+The learning rate is a function of the step, the order and the augmentation of the frames of (seed, epoch), and what a
+network draws at random (dropout) of `step_seed`. So a checkpoint in the middle of an epoch needs no state of a
+scheduler, a loader or a generator, and another number of workers can read it.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nightseg.cluster.train import Session
+from nightseg.data.taxonomy import Taxonomy
+from nightseg.metrics.confusion import Counts, confusion_matrix, scores
+from nightseg.networks.ema import ema_of, update_ema, warmed_up_decay
+from nightseg.segmenter.data import (
+    Batch,
+    LabelledFrames,
+    Sample,
+    cache_for,
+    reading_threads,
+    sample_order,
+    training_batches,
+)
+from nightseg.segmenter.encoders import freeze_batch_norm
+from nightseg.segmenter.loss import divisor, segmentation_loss
+from nightseg.segmenter.network import SemanticFPN, starting_network, upsample_logits
+from nightseg.segmenter.optimizer import build_optimizer, learning_rate_of, set_learning_rate
+from nightseg.segmenter.settings import Loss, Network, Training
+from nightseg.segmenter.watching import TrainingCurves
+from nightseg.storage import Location, UserError
+
+STEPS_BETWEEN_READS: Final = 10  # reading the loss waits for the device, so it is read this seldom
+SECONDS_BETWEEN_CHECKPOINTS: Final = 600.0  # in an epoch, unless the recipe says after how many steps
+NORM_GUARD: Final = 1e-6  # torch.nn.utils.clip_grad_norm_ has the same
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every worker needs to know. `start` is a model folder with the weights before the first step."""
+
+    train: pa.Table
+    validate: pa.Table | None
+    start: Location
+    classes: Taxonomy
+    network: Network
+    loss: Loss
+    training: Training
+    seed: int
+    curves: Location | None = None  # where TensorBoard finds them
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.training.steps_per_epoch or -(-self.train.num_rows // self.training.batch)
+
+    @property
+    def total_steps(self) -> int:
+        return self.training.epochs * self.steps_per_epoch
+
+    @property
+    def class_weights(self) -> tuple[float, ...] | None:
+        weights = self.loss.class_weights
+        return None if weights is None else self.classes.per_class(weights, default=1.0)
+
+    def learning_rate(self, step: int) -> float:
+        return learning_rate_of(self.training, step, self.total_steps)
+
+
+def learn(session: Session, settings: dict[str, Any]) -> None:
+    """All epochs, as one worker sees them. A worker or a run that died continues after its last checkpoint.
+
+    A checkpoint may lie anywhere in an epoch: on CPUs, the resumed training ends with the bits of an undisturbed one.
+    """
+    plan: Plan = settings["plan"]
+    training = plan.training
+    frames, watched = _frames(plan, session)
+    learner = start_learner(plan, session)
+    state = session.restore()
+    if state is not None:
+        learner.restore(state)
+    model = _model(learner, plan, session)
+    curves = TrainingCurves(plan.curves if session.rank == 0 else None, learner.step, plan.classes)
+
+    while learner.step < plan.total_steps:
+        _train_epoch(model, learner, frames, plan, session, curves)
+        loss, gradient_norm = learner.metrics.mean(dim=0).tolist()
+        epoch, rate = learner.step // plan.steps_per_epoch, plan.learning_rate(learner.step - 1)
+        record = {"epoch": epoch, "steps": plan.steps_per_epoch, "loss": loss, "gradient_norm": gradient_norm}
+        record |= {"learning_rate": rate}
+        if watched is not None and (epoch % training.validate_every == 0 or epoch == training.epochs):
+            record["validation"] = validate(learner.evaluated, watched, plan, session)
+            with _autocast(session.device, training):
+                curves.validation(learner.step, record["validation"], learner.evaluated, watched)
+        learner.history.append(record)
+        reported = {"epoch": float(epoch), "loss": loss}
+        if record.get("validation", {}).get("miou") is not None:
+            reported["miou"] = record["validation"]["miou"]
+        _checkpoint(session, learner, curves, reported)
+        session.progress(learner.step, **reported)
+
+
+def _train_epoch(
+    model: nn.Module, learner: Learner, frames: LabelledFrames, plan: Plan, session: Session, curves: TrainingCurves
+) -> None:
+    """The rest of the epoch that is under way. `model` is the learner's network as the cluster wraps it."""
+    training, network = plan.training, learner.network
+    network.train()
+    if training.freeze_batch_norm:
+        freeze_batch_norm(network.body)
+    epoch, begun = divmod(learner.step, plan.steps_per_epoch)
+    order = sample_order(len(frames), plan.steps_per_epoch * training.batch, plan.seed, epoch)
+    batches = _batches(frames, order[begun * training.batch :], epoch, learner, plan, session)
+    class_weights = plan.class_weights
+    read, saved = learner.step, (time.monotonic(), learner.step)
+    learner.pace.restart()
+
+    def frames_of(index: int) -> list[str]:
+        samples = order[index * training.batch : (index + 1) * training.batch]
+        return [frames.frame_id(sample.row) for sample in samples]
+
+    for batch in learner.pace.timed(batches):
+        rate = plan.learning_rate(learner.step)
+        set_learning_rate(learner.optimizer, rate)
+        torch.manual_seed(step_seed(plan.seed, learner.step, session.rank))
+        metrics = training_step(
+            model,
+            learner.optimizer,
+            network.normalise,
+            Batch(*(part.to(session.device, non_blocking=True) for part in batch)),
+            plan.loss,
+            training,
+            class_weights=class_weights,
+            world_size=session.world_size,
+            sum_over_workers=session.sum,
+        )
+        if learner.ema is not None:
+            update_ema(learner.ema, network, warmed_up_decay(training.ema_decay, learner.step))
+        learner.note(metrics)
+
+        # Once in a while: progress, curves, checkpoints within the epoch.
+        is_end, is_planned = learner.steps_of_epoch == 0, learner.step % (training.checkpoint_every or math.inf) == 0
+        if not (is_end or is_planned or learner.steps_of_epoch % STEPS_BETWEEN_READS == 0):
+            continue
+        recent = learner.recent(learner.step - read, frames_of, saved[1])  # waits for the device
+        pace = learner.pace.lap((learner.step - read) * training.batch)
+        read = learner.step
+        session.progress(read, loss=recent["train/loss"], learning_rate=rate)
+        curves.steps(read, {**recent, "train/learning_rate": rate, **pace})
+        if not is_end and (is_planned or (not training.checkpoint_every and _is_overdue(session, saved[0]))):
+            reported = {"epoch": float(epoch), "step": float(read), "loss": recent["train/loss"]}
+            _checkpoint(session, learner, curves, reported)
+            saved = (time.monotonic(), read)
+            learner.pace.restart()
+
+
+def _batches(
+    frames: LabelledFrames, order: list[Sample], epoch: int, learner: Learner, plan: Plan, session: Session
+) -> Iterator[Batch]:
+    red, green, blue = (round(255 * mean) for mean in learner.network.body.mean)  # normalises to zero
+    return training_batches(
+        frames,
+        order,
+        plan.training,
+        rank=session.rank,
+        world_size=session.world_size,
+        seed=plan.seed,
+        epoch=epoch,
+        fill=(red, green, blue),
+        threads=reading_threads(torch.get_num_threads(), session.device.type),
+        pin_memory=session.device.type == "cuda",
+    )
+
+
+def _is_overdue(session: Session, saved: float) -> bool:
+    """Whether the last checkpoint is long ago, by the clock of rank 0, so that all workers agree."""
+    late = session.rank == 0 and time.monotonic() - saved >= SECONDS_BETWEEN_CHECKPOINTS
+    return float(session.sum(torch.tensor([float(late)], device=session.device))) > 0
+
+
+def _checkpoint(session: Session, learner: Learner, curves: TrainingCurves, metrics: dict[str, float]) -> None:
+    curves.flush()  # first: whoever continues from this checkpoint finds the curves up to it
+    session.report(metrics, learner.state() if session.rank == 0 else None)
+
+
+# -- one step ---------------------------------------------------------------------------------------------------------
+
+
+class StepMetrics(NamedTuple):
+    """float32 scalars on the device: mean loss over the pixels of all workers, norm of the gradient before clipping."""
+
+    loss: Tensor
+    gradient_norm: Tensor
+
+
+def training_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    normalise: Callable[[Tensor], Tensor],
+    batch: Batch,
+    loss: Loss,
+    training: Training,
+    *,
+    class_weights: Sequence[float] | None = None,
+    world_size: int = 1,
+    sum_over_workers: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> StepMetrics:
+    """Learn from a batch on the device, in `training.accumulate` equal parts; nothing here waits for the device.
+
+    Sums are added up over parts and workers, and divided once, by the weight of all pixels that count: so a step is the
+    same however its frames are split (but for batch norms, whose statistics are those of a part). `model` takes
+    normalised images to logits at a quarter of their size; it may be wrapped for several workers, then
+    `sum_over_workers` adds a tensor up over them.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    sums = []
+    parts = [part.chunk(training.accumulate) for part in batch]
+    for number, (images_B3HW, labels_BHW) in enumerate(zip(*parts, strict=True), 1):
+        # Of several parts only the last one exchanges gradients: all that were added up by then.
+        with nullcontext() if number == training.accumulate else _without_exchange(model):
+            with _autocast(images_B3HW.device, training):
+                logits_BKhw = model(normalise(images_B3HW))
+            total, weight = segmentation_loss(logits_BKhw, labels_BHW, loss, class_weights)
+            torch.autograd.backward(total)
+        sums.append(torch.stack([total.detach(), weight]))
+    all_total, all_weight = sum_over_workers(torch.stack(sums).sum(dim=0))
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    scale = world_size / divisor(all_weight)  # the exchange has averaged over the workers
+    norm = torch.nn.utils.get_total_norm(gradients) * scale
+    if training.clip_norm is not None:
+        scale = scale * (training.clip_norm / (norm + NORM_GUARD)).clamp_max(1.0)
+    torch._foreach_mul_(gradients, scale)
+    optimizer.step()
+    return StepMetrics(all_total / divisor(all_weight), norm)
+
+
+def _without_exchange(model: nn.Module) -> AbstractContextManager[None]:
+    """DistributedDataParallel's `no_sync`; nothing where there is one worker."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return model.no_sync()
+    return nullcontext()
+
+
+def _autocast(device: torch.device, training: Training) -> torch.autocast:
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=training.precision == "bfloat16")
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Seed of torch's generators for one step on one worker."""
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1)
+
+
+# -- what changes while it learns, and how it goes into a checkpoint and comes back -----------------------------------
+
+
+@dataclass
+class Pace:
+    """How fast a training went, without validations and checkpoints; `waiting_seconds` of its `seconds` it waited for
+    a batch."""
+
+    seconds: float = 0.0
+    waiting_seconds: float = 0.0
+    frames: int = 0
+
+    def __post_init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """What happened since the last lap does not count."""
+        self._begun, self._waited = time.perf_counter(), self.waiting_seconds
+
+    def lap(self, frames: int) -> dict[str, float]:
+        """`frames` were learned from since the last lap or restart; the points of its curves."""
+        seconds, waiting = time.perf_counter() - self._begun, self.waiting_seconds - self._waited
+        self.seconds += seconds
+        self.frames += frames
+        self.restart()
+        least = max(seconds, 1e-9)
+        return {"pace/images_per_second": frames / least, "pace/data_wait_share": waiting / least}
+
+    def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The same batches; time spent waiting for them is counted."""
+        stream = iter(batches)
+        while True:
+            asked = time.perf_counter()
+            batch = next(stream, None)
+            self.waiting_seconds += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
+
+
+@dataclass
+class Learner:
+    """A network and its optimiser after `step` steps.
+
+    `ema`: of the network, if one is kept. `metrics`: steps_per_epoch x 2, loss and gradient norm of the steps of the
+    epoch that is under way or has just ended. `history`: one entry for each finished epoch.
+    """
+
+    network: SemanticFPN
+    optimizer: torch.optim.Optimizer
+    ema: SemanticFPN | None
+    metrics: Tensor
+    step: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    pace: Pace = field(default_factory=Pace)
+
+    @property
+    def evaluated(self) -> SemanticFPN:
+        """What is validated and becomes the model."""
+        return self.network if self.ema is None else self.ema
+
+    @property
+    def steps_of_epoch(self) -> int:
+        """Steps of the epoch that is under way; 0 between epochs."""
+        return self.step % len(self.metrics)
+
+    def note(self, metrics: StepMetrics) -> None:
+        """One more step is done. Nothing is read back from the device."""
+        self.metrics[self.steps_of_epoch] = torch.stack(metrics)
+        self.step += 1
+
+    def recent(self, steps: int, frames_of: Callable[[int], Sequence[str]], saved_step: int) -> dict[str, float]:
+        """Means over the last `steps` steps, which lie in one epoch, as points of curves. Waits for the device.
+
+        Raises UserError if a loss or a gradient is not finite, with the frames of that step: `frames_of` its number in
+        the epoch. `saved_step`: where the last checkpoint is, for the message.
+        """
+        end = self.steps_of_epoch or len(self.metrics)
+        metrics = self.metrics[end - steps : end]
+        wrong = (~torch.isfinite(metrics)).any(dim=1).nonzero()
+        if len(wrong):
+            index = end - steps + int(wrong[0])
+            loss, norm = self.metrics[index].tolist()
+            kept = (
+                f"The last good checkpoint (step {saved_step}) is kept" if saved_step else "There is no checkpoint yet"
+            )
+            raise UserError(
+                f"training, step {self.step - end + index + 1}: loss {loss:g}, gradient norm {norm:g}\n"
+                f"  Frames of that batch: {', '.join(frames_of(index))}\n  {kept}",
+                cure="lower training.learning_rate, lengthen training.warmup_steps, set training.clip_norm, or use "
+                "training.precision: float32",
+            )
+        mean = metrics.mean(dim=0).tolist()
+        return {"train/loss": mean[0], "train/gradient_norm": mean[1]}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds: tensors, numbers, lists and dictionaries."""
+        return {
+            "network": self.network.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "metrics": self.metrics[: self.steps_of_epoch].cpu().clone(),
+            "history": self.history,
+            "pace": asdict(self.pace),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Become what `state` was taken from."""
+        self.network.load_state_dict(state["network"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = int(state["step"])
+        self.metrics[: len(state["metrics"])] = state["metrics"].to(self.metrics.device)
+        self.history, self.pace = list(state["history"]), Pace(**state["pace"])
+
+
+def start_learner(plan: Plan, session: Session) -> Learner:
+    """Network, optimiser and EMA before the first step, the same on every worker."""
+    network = starting_network(plan.start, plan.network, plan.classes, seed=plan.seed)
+    network = network.to(session.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if plan.training.freeze_batch_norm:
+        freeze_batch_norm(network.body)  # before wrapping: DDP waits for every parameter that may have a gradient
+    optimizer = build_optimizer(network, plan.training, encoder=network.body)
+    ema = ema_of(network) if plan.training.ema_decay else None
+    return Learner(network, optimizer, ema, torch.zeros(plan.steps_per_epoch, 2, device=session.device))
+
+
+def _model(learner: Learner, plan: Plan, session: Session) -> nn.Module:
+    """The network as a step calls it: compiled if asked for, and wrapped for the workers."""
+    if not plan.training.compile:
+        return session.wrap(learner.network)
+    if session.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
+        raise UserError(
+            "training.compile: it needs a C++ compiler (g++) on every node", cure="install one, or set it to false"
+        )
+    compiled: Any = torch.compile(learner.network, dynamic=False)  # a module, whatever its type says
+    return session.wrap(compiled)
+
+
+def _frames(plan: Plan, session: Session) -> tuple[LabelledFrames, LabelledFrames | None]:
+    """Training frames (labels at the input size) and validation frames (labels at their own size)."""
+
+    def decoded(rows: pa.Table, resize_labels: bool) -> LabelledFrames:
+        where: dict[str, Any] = {"size": plan.network.input_size, "resize_labels": resize_labels}
+        cache = cache_for(rows, plan.classes, **where, sharers=2 * session.world_size, workers=session.world_size)
+        return LabelledFrames(rows, plan.classes, **where, cache=cache)
+
+    return decoded(plan.train, True), None if plan.validate is None else decoded(plan.validate, False)
+
+
+# -- validation -------------------------------------------------------------------------------------------------------
+
+
+def validate(network: SemanticFPN, frames: LabelledFrames, plan: Plan, session: Session) -> dict[str, Any]:
+    """Scores on whole frames at the labels' own size, fractions, null where undefined; `iou` by class.
+
+    Each worker does its share of the frames; the network is left in evaluation mode.
+    """
+    if session.world_size > 1:
+        _share_statistics(network, session)
+    network.eval()
+    total = np.zeros((network.num_classes, network.num_classes), dtype=np.int64)
+    waiting: list[tuple[Tensor, Tensor]] = []
+    with torch.no_grad(), _autocast(session.device, plan.training):
+        for index in range(session.rank, len(frames), session.world_size):
+            image, label = frames[index]
+            if waiting and (len(waiting) == plan.training.batch or waiting[-1][0].shape != image.shape):
+                total += _confusion(network, waiting, session.device)
+                waiting = []
+            waiting.append((image, label))
+        if waiting:
+            total += _confusion(network, waiting, session.device)
+    found = scores(session.sum(torch.from_numpy(total).to(session.device)).cpu().numpy(), "cityscapes")
+    iou = {name: _or_null(value) for name, value in zip(plan.classes.classes, found.iou, strict=True)}
+    return {key: _or_null(getattr(found, key)) for key in ("pa", "ca", "miou", "fwiou")} | {"iou": iou}
+
+
+def _confusion(network: SemanticFPN, views: list[tuple[Tensor, Tensor]], device: torch.device) -> Counts:
+    images_B3HW = torch.stack([image for image, _ in views]).to(device)
+    logits_BKhw = network(network.normalise(images_B3HW))
+    total = np.zeros((network.num_classes, network.num_classes), dtype=np.int64)
+    for logits_Khw, (image, label) in zip(logits_BKhw, views, strict=True):
+        logits_1KHW = upsample_logits(logits_Khw[None], *image.shape[-2:])
+        if logits_1KHW.shape[-2:] != label.shape:
+            logits_1KHW = F.interpolate(logits_1KHW, tuple(label.shape), mode="bilinear", align_corners=False)
+        prediction = logits_1KHW[0].argmax(dim=0).to(torch.uint8).cpu().numpy()
+        total += confusion_matrix(label.numpy(), prediction, network.num_classes)
+    return total
+
+
+@torch.no_grad()
+def _share_statistics(network: SemanticFPN, session: Session) -> None:
+    """Rank 0's batch norm statistics for every worker: each has its own after a step, and rank 0's are those saved."""
+    buffers = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
+    mine = torch.cat([buffer.flatten() for buffer in buffers])
+    shared = session.sum(mine if session.rank == 0 else torch.zeros_like(mine))
+    for buffer, values in zip(buffers, torch.split(shared, [buffer.numel() for buffer in buffers]), strict=True):
+        buffer.copy_(values.view_as(buffer))
+
+
+def _or_null(fraction: float) -> float | None:
+    return None if math.isnan(fraction) else float(fraction)
