@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nightseg.networks.ema import average_of
+from nightseg.networks.ema import ema_of
 from nightseg.unit.data import Stream, mix_seed
 from nightseg.unit.network import Discriminators, Generators, LatentNoise, Translation
 from nightseg.unit.settings import LossWeights, Translator
@@ -262,7 +262,7 @@ def build_networks(settings: Translator, seed: int, device: torch.device) -> Net
                 fused=True,
             )
         )
-    return Networks(generators, discriminators, optimizers[0], optimizers[1], average_of(generators))
+    return Networks(generators, discriminators, optimizers[0], optimizers[1], ema_of(generators))
 
 
 def stepped_rate(peak: float, iteration: int, step_every: int) -> float:

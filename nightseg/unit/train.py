@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nightseg.cluster.train import Session
 from nightseg.data.images import encode_png
-from nightseg.networks.ema import decay_of_step, update_average
+from nightseg.networks.ema import update_ema, warmed_up_decay
 from nightseg.storage import Location, UserError
 from nightseg.storage.events import Curves
 from nightseg.unit.data import FrameReader, FrameRef, UnpairedCrops
@@ -114,7 +114,7 @@ def learn(session: Session, arguments: dict[str, Any]) -> None:
         given = (day_B3HW, night_B3HW, translation, settings, precision)
         of_discriminators = discriminator_step(networks, discriminators, *given)
         of_generators = generator_step(networks, bare_discriminators, features, *given)
-        update_average(networks.ema, networks.generators, decay_of_step(settings.ema_decay, iteration))
+        update_ema(networks.ema, networks.generators, warmed_up_decay(settings.ema_decay, iteration))
 
         done = iteration + 1
         means.add(of_discriminators, of_generators)
