@@ -163,9 +163,14 @@ class Location:
     # -- reading and writing bytes -------------------------------------------------------------------------------
 
     def open_input(self) -> pa.NativeFile:
-        """A random-access stream for reading; raises FileNotFoundError when absent."""
+        """A random-access stream for reading; raises FileNotFoundError when absent, IsADirectoryError for a folder."""
         system, path = file_system(self.uri)
-        return system.open_input_file(path)
+        try:
+            return system.open_input_file(path)
+        except OSError as error:
+            if error.errno is None and self.is_folder():  # Arrow's own message, without a number
+                raise IsADirectoryError(errno.EISDIR, "is a folder", str(self)) from error
+            raise
 
     def read_bytes(self) -> bytes:
         """The whole file; raises FileNotFoundError when absent."""
