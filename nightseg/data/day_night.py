@@ -21,7 +21,7 @@ SKY_SHARE = 1 / 3
 
 Floats = npt.NDArray[np.float64]
 
-_SAMPLED_SIDE = 360  # pixels of the shorter side that are looked at; more change nothing in the histogram
+_SAMPLED_SIDE = 360  # pixels of the shorter side that are read; more change nothing in the histogram
 _BLACK, _WHITE = 0.02, 0.995  # quantiles of the whole frame that count as its black and white
 _LEAST_RANGE = 1 / 16  # of the scale: a frame of one grey must not have its noise stretched to full contrast
 _LEVELS = np.arange(0.05, 1.0, 0.1)  # quantiles that describe a band; without the lamps and mirrors at the very end
@@ -43,24 +43,24 @@ _DUSK = (
 _CLEAR = 0.3  # |score| from which on a frame may move the centre of its domain
 _DUSK_MARGIN = 0.2  # contrast by which a frame must be closer to dusk than to its domain to be called twilight
 _PRIOR_FRAMES = 100  # clear frames that a pool needs to move a centre a quarter of the way to their mean
-_LARGEST_HEAP_WEIGHT = 0.5
+_LARGEST_POOL_WEIGHT = 0.5
 _MAX_STEPS = 50
 _GREY_LEVELS = 0.5  # mean difference between colour and luminance, of 255, below which a frame has no colour
 _GREY_SHARE = 0.02  # the same as a share of the mean luminance: the dark of a colour camera is almost grey
 
 
 class Tone(NamedTuple):
-    """What the split looks at in one frame."""
+    """The features of one frame that the separation uses."""
 
     bands: npt.NDArray[np.float32]  # (2, 64): histograms of the upper third and of the rest, each sums to 1
     chroma: float  # mean absolute difference of R, G and B from the luminance, 0 to 255
 
 
 class Separation(NamedTuple):
-    """The verdict on each frame of a pool."""
+    """The domain of each frame of a pool."""
 
     score: Floats  # (N,) in [-1, 1]: -1 is night, 1 is day
-    margin: Floats  # (N,) in [0, 1]: how clear the verdict is; 0 for frames that look like twilight or have no colour
+    margin: Floats  # (N,) in [0, 1]: how clear that is; 0 for twilight and for frames without colour
     domain: list[str]  # day, night, twilight; unknown for grey frames among coloured ones
     centres: Floats  # (3, 2, 10): night, day, dusk as root stretched luminance at the quantiles 0.05, 0.15 ... 0.95
 
@@ -111,7 +111,7 @@ def separate(bands: npt.ArrayLike, chroma: npt.ArrayLike, *, margin: float = 0.2
     a pool of day frames only come out as day only: nothing forces it into two halves.
 
     Frames without any colour (a thermal or near-infrared camera among colour cameras) are "unknown": in them the sky
-    is dark by day. A pool that is mostly grey comes from grey cameras, and is judged like any other.
+    is dark by day. A pool that is mostly grey comes from grey cameras, and is separated like any other.
 
     `bands` (N, 2, 64), `chroma` (N,): see `Tone`. The result does not depend on the order of the frames but for
     rounding. `margin` lies in [0, 1]; a larger one leaves more frames out.
@@ -123,7 +123,7 @@ def separate(bands: npt.ArrayLike, chroma: npt.ArrayLike, *, margin: float = 0.2
     grey = _without_colour(bands_NBH, np.asarray(chroma, dtype=np.float64))
     start = np.array([_NIGHT, _DAY, _DUSK]).reshape(3, -1)
     centres = _find_centres(described_ND[~grey], start)
-    score, is_dusk = _judge(described_ND, centres)
+    score, is_dusk = _score(described_ND, centres)
     clearness = np.where(is_dusk | grey, 0.0, np.abs(score))
     domain = [
         "unknown" if no_colour else "twilight" if clear < margin or dusk else "day" if value > 0 else "night"
@@ -156,8 +156,8 @@ def _describe(bands_NBH: Floats) -> Floats:
     return np.sqrt(np.concatenate(stretched, axis=1))
 
 
-def _judge(described_ND: Floats, centres: Floats) -> tuple[Floats, npt.NDArray[np.bool_]]:
-    """Score of each frame, and whether it looks like dusk rather than like its domain."""
+def _score(described_ND: Floats, centres: Floats) -> tuple[Floats, npt.NDArray[np.bool_]]:
+    """Score of each frame, and whether it is closer to dusk than to its domain."""
     to_night, to_day, to_dusk = np.linalg.norm(described_ND[:, None] - centres, axis=2).T
     nearest = np.minimum(to_night, to_day)
     return _contrast(to_night, to_day), _contrast(nearest, to_dusk) > _DUSK_MARGIN
@@ -172,12 +172,12 @@ def _find_centres(described_ND: Floats, start: Floats) -> Floats:
     """Centres of night, day and dusk for this pool; dusk stays where it is, it is no domain."""
     centres = start
     for _ in range(_MAX_STEPS):
-        score, is_dusk = _judge(described_ND, centres)
+        score, is_dusk = _score(described_ND, centres)
         moved = start.copy()
         for domain, clear in enumerate((score <= -_CLEAR, score >= _CLEAR)):
             members = described_ND[clear & ~is_dusk]
             if len(members):
-                weight = _LARGEST_HEAP_WEIGHT * len(members) / (len(members) + _PRIOR_FRAMES)
+                weight = _LARGEST_POOL_WEIGHT * len(members) / (len(members) + _PRIOR_FRAMES)
                 moved[domain] = (1 - weight) * start[domain] + weight * members.mean(axis=0)
         if np.abs(moved - centres).max() < 1e-6:
             break

@@ -55,7 +55,7 @@ _UPRIGHT = {
 _HEADER_LOCK = threading.Lock()
 
 
-class BadFrame(Exception):  # noqa: N818 a verdict on the data, not a fault of the program
+class BadFrame(Exception):  # noqa: N818 a property of the data, not a fault of the program
     """A frame that cannot be used. `reason` is one of `REASONS`; `detail` says what was found, without addresses."""
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -221,7 +221,7 @@ def _orientation(image: ImageFile.ImageFile) -> int:
     with _HEADER_LOCK, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            # The plain method: the one of PNG decodes all pixels to look behind them.
+            # The plain method: the one of PNG decodes all pixels to read what follows them.
             value = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
         except Exception:  # damaged metadata of an image that decodes: the pixels are still good
             return 1

@@ -351,7 +351,7 @@ def pair_up(predictions_folder: Location, labels_folder: Location, skip: Sequenc
     """A pair for every PNG below the folder of labels, in the order of their names.
 
     Suffix and the endings of the Cityscapes family are left out of the comparison; folders of predictions in `skip`
-    (pictures to look at) are not searched, and predictions without label are not used.
+    (pictures for people) are not searched, and predictions without label are not used.
     Raises UserError: no folder, no label, a label without prediction, names that fit more than once.
     """
     predictions = _label_pngs(predictions_folder, "predictions", skip)

@@ -18,7 +18,7 @@ class FolderDataset(Strict):
     root: str = Field(description="the folder of the data set; {name} stands for what roots says")
     split: str = Field(default="", description="the part of it, such as train, val, test")
     domain: Domain = Field(default="unknown", description="of all frames; unknown = what the layout says, if it does")
-    labelled: bool = Field(default=True, description="whether there are labels; false = none are looked for")
+    labelled: bool = Field(default=True, description="whether there are labels; false = none are read")
     label_encoding: str | None = Field(default=None, description="raw-id map of the labels; null = the layout's own")
     limit: Positive | None = Field(default=None, description="keep the first N frames in name order")
 

@@ -40,29 +40,12 @@ DOMAINS = ("day", "night", "twilight", "unknown")
 
 FRAME_SCHEMA = pa.schema(
     [
-        pa.field(FRAME_ID, pa.string()),
-        pa.field(URI, pa.string()),
-        pa.field(LABEL_URI, pa.string()),
-        pa.field(DATASET, pa.string()),
-        pa.field(SPLIT, pa.string()),
-        pa.field(DOMAIN, pa.string()),
-        pa.field(SEQUENCE, pa.string()),
-        pa.field(WIDTH, pa.int32()),
-        pa.field(HEIGHT, pa.int32()),
-        pa.field(BYTES, pa.int64()),
-        pa.field(SHA256, pa.string()),
-        pa.field(LABEL_SHA256, pa.string()),
-        pa.field(LABEL_ENCODING, pa.string()),
+        *((name, pa.string()) for name in (FRAME_ID, URI, LABEL_URI, DATASET, SPLIT, DOMAIN, SEQUENCE)),
+        *((WIDTH, pa.int32()), (HEIGHT, pa.int32()), (BYTES, pa.int64())),
+        *((name, pa.string()) for name in (SHA256, LABEL_SHA256, LABEL_ENCODING)),
     ]
 )
-QUARANTINE_SCHEMA = pa.schema(
-    [
-        pa.field(FRAME_ID, pa.string()),
-        pa.field(URI, pa.string()),
-        pa.field(REASON, pa.string()),
-        pa.field(DETAIL, pa.string()),
-    ]
-)
+QUARANTINE_SCHEMA = pa.schema([(name, pa.string()) for name in (FRAME_ID, URI, REASON, DETAIL)])
 
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
 _MAX_NAME_BYTES = 180  # file systems allow 255; the rest is for suffixes and temporary names
@@ -71,7 +54,7 @@ _ESCAPED_CHARACTERS = frozenset('%\\:*?"<>|')  # our own escape, and what Window
 
 def frame_table(rows: Iterable[Mapping[str, Any]], extra: Mapping[str, pa.DataType] | None = None) -> pa.Table:
     """Rows as a table of FRAME_SCHEMA, then the `extra` columns. Columns a row lacks are null."""
-    return _table(rows, _extended(FRAME_SCHEMA, extra or {}))
+    return _table(rows, pa.schema([*FRAME_SCHEMA, *(extra or {}).items()]))
 
 
 def quarantine_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
@@ -205,12 +188,6 @@ def _table(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
         assert not unknown, f"columns {sorted(unknown)} are not in the schema; name them in `extra`"
     columns = [pa.array([row.get(field.name) for row in rows], type=field.type) for field in schema]
     return pa.Table.from_arrays(columns, schema=schema)
-
-
-def _extended(schema: pa.Schema, extra: Mapping[str, pa.DataType]) -> pa.Schema:
-    for name, kind in extra.items():
-        schema = schema.append(pa.field(name, kind))
-    return schema
 
 
 def _map_column(table: pa.Table, name: str, change: Callable[[str | None], str | None]) -> pa.Table:

@@ -48,7 +48,7 @@ class SelfTraining(Strict):
     teacher: Name | None = Field(default=None, description="null = the model this one starts from")
     select: Selection | None = Field(default=None, description="null = every frame of the pool")
     threshold: Threshold = Threshold()
-    inference: Inference | None = Field(default=None, description="how the teacher looks; null = the recipe's")
+    inference: Inference | None = Field(default=None, description="how the teacher predicts; null = the recipe's")
 
 
 class TestRow(Strict):

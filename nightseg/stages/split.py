@@ -1,6 +1,6 @@
 """Separate a pool of frames into day and night by luminance histograms, and leave twilight out (thesis section 1).
 
-One pass over the frames makes their histograms; the decision looks at all of them together, and takes a second.
+One pass over the frames makes their histograms; the decision is made over all of them together, and takes a second.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def split(
 ) -> Commit:
     """Commit `frames` (domain set; extra columns score, margin), `histograms`, `quarantine` and evidence.json.
 
-    `pool` is a frame table with absolute uris; the domain it states is not looked at. Frames that are neither day nor
+    `pool` is a frame table with absolute uris; the domain it states is not used. Frames that are neither day nor
     night stay in `frames` with the domain twilight, or unknown if they have no colour; whoever uses the split picks one
     domain. The rule is that of `data.day_night.separate`.
     """
@@ -100,7 +100,7 @@ class HistogramFrames:
 
 
 def _frames(pool: pa.Table, seen: pa.Table, separation: Separation) -> pa.Table:
-    """The pool's rows that have a histogram, in the pool's order, with the verdict."""
+    """The pool's rows that have a histogram, in the pool's order, with their domain."""
     place = {name: row for row, name in enumerate(pool[frame.FRAME_ID].to_pylist())}
     rows = pa.array([place[name] for name in seen[frame.FRAME_ID].to_pylist()], pa.int64())
     kept = pool.select(frame.FRAME_SCHEMA.names).take(rows)
@@ -114,7 +114,7 @@ def _frames(pool: pa.Table, seen: pa.Table, separation: Separation) -> pa.Table:
 def _evidence(
     frames: pa.Table, bands_NBH: npt.NDArray[np.float32], separation: Separation, margin: float
 ) -> dict[str, Any]:
-    """Why each frame went where it went: what people look at when they doubt a split."""
+    """Why each frame went where it went: what a person needs to check a split."""
     domains = np.array(separation.domain)
     edges = np.linspace(-1, 1, NUM_SCORE_BINS + 1)
     whole_NH = whole(bands_NBH)

@@ -120,7 +120,7 @@ def test_a_grey_frame_among_coloured_ones_is_unknown() -> None:
     assert got.domain == ["day", "night", "night", "unknown"] and got.margin[3] == 0
 
 
-def test_a_pool_of_grey_cameras_is_judged() -> None:
+def test_a_pool_of_grey_cameras_is_separated() -> None:
     grey = [np.repeat(luminance(image)[..., None], 3, axis=2) for image in (night(3), night(4), day(3))]
     assert verdict(grey).domain == ["night", "night", "day"]
 
