@@ -9,13 +9,10 @@ from nightseg.storage.lock import WorkspaceBusy
 from nightseg.storage.paths import (
     Entry,
     Location,
-    canonical_json,
     fault_point,
     hash_of,
-    hide_credentials,
     safe_relative,
     sha256_of,
-    write_errors,
 )
 
 __all__ = [
@@ -31,11 +28,8 @@ __all__ = [
     "UserError",
     "Workspace",
     "WorkspaceBusy",
-    "canonical_json",
     "fault_point",
     "hash_of",
-    "hide_credentials",
     "safe_relative",
     "sha256_of",
-    "write_errors",
 ]

@@ -176,7 +176,9 @@ def read_commit(stage_folder: Location) -> Commit | None:
 def check_outputs(commit: Commit) -> None:
     """Raises `DamagedCommit` if an output is missing, has another size, or is a link that leads out of the folder."""
     problems = []
-    sizes = _sizes(commit)
+    sizes = {}
+    if commit.outputs and commit.folder.is_folder():  # one listing: on a store every look takes a round trip
+        sizes = {entry.name: entry.size for entry in commit.folder.list(recursive=True) if not entry.is_folder}
     for output in commit.outputs:
         size = sizes.get(output.path)
         if size is None:
@@ -191,19 +193,6 @@ def check_outputs(commit: Commit) -> None:
             f"{commit.stage}/{commit.name}: outputs in {commit.folder} are damaged: {'; '.join(problems[:3])}{more}",
             cure=f"restore them, or delete {commit.folder.parent} to compute them again",
         )
-
-
-def _sizes(commit: Commit) -> dict[str, int]:
-    """Bytes of the outputs that are there. One listing on a store, where every single look takes a round trip."""
-    if not commit.folder.is_local:
-        if not commit.outputs or not commit.folder.is_folder():
-            return {}
-        return {entry.name: entry.size for entry in commit.folder.list(recursive=True) if not entry.is_folder}
-    sizes = {}
-    for output in commit.outputs:
-        with suppress(FileNotFoundError, NotADirectoryError):
-            sizes[output.path] = (commit.folder / output.path).size()
-    return sizes
 
 
 def _is_inside(file: Location, folder: Location) -> bool:
