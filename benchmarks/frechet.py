@@ -11,7 +11,12 @@ from pytorch_fid.fid_score import calculate_frechet_distance
 from scipy.linalg import LinAlgWarning
 
 from benchmarks.contest import Contest, Size
-from nightseg.selection.frechet import few_frames_distance, frechet_distance
+from nightseg.selection.frechet import (
+    frechet_distance,
+    gaussian_distance,
+    gaussian_of_features,
+    gaussian_of_moments,
+)
 
 DIMS: dict[Size, int] = {"tiny": 16, "default": 512, "full": 2048}  # 2048 is Inception's
 FEW = 8  # one side has so many times fewer images than dimensions: 256 at Inception's
@@ -55,7 +60,7 @@ def few(size: Size) -> Contest:
         name="frechet_few",
         work=f"Frechet distance, d = {DIMS[size]}, one side from {images} images",
         peer=PEER,
-        run_ours=lambda: few_frames_distance(features, *reference),
+        run_ours=lambda: gaussian_distance(gaussian_of_features(features), gaussian_of_moments(*reference)),
         run_peer=lambda: _peer([*reference, *_moments(features)]),
         check=lambda ours, peer: _agreement(ours, peer, TOLERANCE_OF_FEW),
     )

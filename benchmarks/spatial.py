@@ -13,7 +13,7 @@ from benchmarks.contest import Contest, Size
 from benchmarks.extraction import inception_networks
 from nightseg.data.scenes import scene
 from nightseg.selection.features import Extractor, Identity, fold_batch_norms, inception_network
-from nightseg.selection.frame_scores import spatial_reference, spatial_scores
+from nightseg.selection.frechet import spatial_reference, spatial_scores
 from nightseg.storage import Location
 
 DIMS: dict[Size, int] = {"tiny": 16, "default": 512, "full": 2048}

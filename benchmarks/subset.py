@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from benchmarks.contest import Contest, Size
 from nightseg.selection.evidence import random_subset_distances, subset_distance
-from nightseg.selection.frame_scores import pooled_scores
 from nightseg.selection.frechet import gaussian_of_moments
+from nightseg.selection.methods import pooled_scores
 from nightseg.selection.subset import Subset, select_subset
 
 SIZES: dict[Size, tuple[int, int, int]] = {  # frames, dimensions, count

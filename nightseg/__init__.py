@@ -90,17 +90,14 @@ Translators that need no training: pixels in, pixels out
     translators/rng.py           random numbers of a frame
 
 Selection of frames
-    selection/frechet.py       mergeable moments, Frechet distance, statistics files
-    selection/frame_scores.py  how near one frame is to a reference, by every definition
-    selection/convex.py        the FID of weighted frames: value and gradient
-    selection/exchange.py      exchanges of chosen rows for better ones, each rated by what it does
-    selection/subset.py        the subset with the smallest FID, and its certificate
-    selection/kernel.py        KID, herding
-    selection/limits.py        near duplicates, quotas and gaps of sequences
-    selection/methods.py       the methods of choosing frames behind one function
-    selection/evidence.py      what a choice of frames has to beat
-    selection/features.py      frozen features that FID compares, by name of their network
-    selection/settings.py      methods, counts, extractors: what a recipe may say
+    selection/settings.py  methods, counts, extraction of features: what a recipe may say
+    selection/features.py  frozen features that distances are made from, by name of their network
+    selection/frechet.py   FID and KID, mergeable moments, statistics files, frames by their positions
+    selection/limits.py    near duplicates, quotas and gaps of sequences
+    selection/exchange.py  exchanges of chosen rows for better ones, each rated by what it does
+    selection/subset.py    the subset with the smallest FID, and its certificate
+    selection/methods.py   the methods of choosing frames
+    selection/evidence.py  what a choice of frames has to beat
 
 Models of other programs
     interop/detectron2.py         detectron2's checkpoints as model folders, and back

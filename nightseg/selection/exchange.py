@@ -1,6 +1,6 @@
 """Exchanging chosen rows for better ones, each exchange rated by what it does, without eigenvalues of its own.
 
-A subset lies in a corner, where F of measures/subset.py may have no gradient: with fewer rows than dimensions its
+A subset lies in a corner, where F of selection/subset.py may have no gradient: with fewer rows than dimensions its
 covariance C is singular. But what a change E of C does to tr C^1/2 is
 
     tr (C + E)^1/2 - tr C^1/2 = 1/pi  integral over s > 0 of  log [det (C + E + s^2) / det (C + s^2)]
@@ -11,10 +11,10 @@ covariance C is singular. But what a change E of C does to tr C^1/2 is
 
 with M the second moment and m the mean of the chosen z. Taking v in and giving u away is thus a change of N by two
 rows, and its determinant grows by the factor (1 + v.v/k) (1 - u.u/k) + (u.v)^2 / k^2, where i.j is the product of y_i
-and y_j under the inverse of N. Rows worth a try are multiplied with each other once, for some twenty s. From then on an
-exchange changes all products by two rows (Sherman and Morrison), and the next one is rated as well as the first.
+and y_j under the inverse of N. Rows that may help are multiplied with each other once, for some twenty s. From then on
+an exchange changes all products by two rows (Sherman and Morrison), and the next one is rated as well as the first.
 
-The letters are those of measures/subset.py. a rows to give, b to take, c = a + b, n nodes s.
+The letters are those of selection/subset.py. a rows to give, b to take, c = a + b, n nodes s.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from nightseg.selection.convex import Problem
 from nightseg.selection.limits import Limits
 
+Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
 
 BREADTHS: Final = (1, 2, 4)
@@ -39,14 +39,16 @@ _LEAST_GAIN: Final = 1e-5  # of F; smaller ones drown in the error of the integr
 _LOWEST, _HIGHEST, _STEP = 1e-6, 100.0, 0.8
 
 
-def exchanged(problem: Problem, chosen: Indices, value: float, limits: Limits, breadth: int = 1) -> Indices:
-    """The chosen rows after exchanges that should lower F, the best first, until none of those looked at does.
+def exchanged(
+    rows_Nr: Any, distance_N: Floats, chosen: Indices, value: float, limits: Limits, breadth: int = 1
+) -> Indices:
+    """The chosen rows after exchanges that should lower F, the best first, until none of those tried does.
 
-    `value` is F of the chosen rows; `limits` are respected; `breadth` multiplies how many rows are looked at. One call
-    costs the eigenvectors of one covariance, and each exchange some ten milliseconds, which grow with the square of the
-    breadth.
+    `rows_Nr` (torch, float64) are z, `distance_N` is |x - m2|^2, `value` is F of the chosen rows; `limits` are
+    respected; `breadth` multiplies how many rows are tried. One call costs the eigenvectors of one covariance, and each
+    exchange some ten milliseconds, which grow with the square of the breadth.
     """
-    rated = _Rated.of(problem, chosen, limits, breadth)
+    rated = _Rated.of(rows_Nr, distance_N, chosen, limits, breadth)
     least = _LEAST_GAIN * abs(value)
     current = chosen.copy()
     for _ in range(min(rated.is_done_ab.shape)):
@@ -91,20 +93,22 @@ class _Rated(NamedTuple):
     size: int  # k
 
     @classmethod
-    def of(cls, problem: Problem, chosen: Indices, limits: Limits, breadth: int = 1) -> _Rated:
+    def of(cls, rows_Nr: Any, distance_N: Floats, chosen: Indices, limits: Limits, breadth: int = 1) -> _Rated:
         import torch
 
-        point, count = problem.at(chosen), len(chosen)
-        values_r, vectors_rr = torch.linalg.eigh(point.covariance_rr)
-        rows_Nr = (problem.rows_Nr - point.mean_r) @ vectors_rr
+        count, chosen_kr = len(chosen), rows_Nr[chosen]
+        mean_r = chosen_kr.mean(dim=0)
+        second_rr = chosen_kr.T @ chosen_kr / count
+        values_r, vectors_rr = torch.linalg.eigh(second_rr - mean_r[:, None] * mean_r[None, :])
+        rows_Nr = (rows_Nr - mean_r) @ vectors_rr
         spread_N = rows_Nr.square().sum(dim=1)  # its median, since one row far away is no measure of the others
         nodes = _Nodes.of(float(spread_N.median() + spread_N[chosen].mean()) or float(spread_N.mean()))
         inverse_rn = 1 / (values_r.clamp(min=0)[:, None] + nodes.squares_n)
-        # Which rows are worth a try: by what giving or taking each of them alone does, were k to stay as it is.
+        # Which rows to try: by what giving or taking each of them alone does, were k to stay as it is.
         length_Nn = rows_Nr.square() @ inverse_rn + 1.0
-        distance_N = problem.distance_N / count
-        take_N = distance_N - 2 * (_safe_log(1 + length_Nn / count) @ nodes.weights_n).numpy()
-        give_N = -distance_N - 2 * (_safe_log(1 - length_Nn / count) @ nodes.weights_n).numpy()
+        share_N = distance_N / count
+        take_N = share_N - 2 * (_safe_log(1 + length_Nn / count) @ nodes.weights_n).numpy()
+        give_N = -share_N - 2 * (_safe_log(1 - length_Nn / count) @ nodes.weights_n).numpy()
         outside = np.setdiff1d(np.arange(len(distance_N)), chosen)
         given = chosen[np.argsort(give_N[chosen], kind="stable")]
         taken = outside[np.argsort(take_N[outside], kind="stable")]
@@ -116,7 +120,7 @@ class _Rated(NamedTuple):
         # Seen from the mean, y_i.y_j is (z_i - m)^T (C + s^2)^-1 (z_j - m) + 1.
         products_ncc = torch.stack([(rows_cr * inverse_r) @ rows_cr.T + 1.0 for inverse_r in inverse_rn.T])
         is_done_ab = np.zeros((len(given), len(taken)), dtype=bool)
-        distance_c = torch.from_numpy(problem.distance_N[both])
+        distance_c = torch.from_numpy(distance_N[both])
         return cls(given, taken, is_done_ab, distance_c, products_ncc, nodes.weights_n, count)
 
     def changes(self) -> npt.NDArray[np.float64]:

@@ -1,4 +1,4 @@
-"""The Frechet distance between two sets of feature vectors, and the statistics it needs.
+"""FID and KID: distances between two sets of feature vectors, and the statistics they need.
 
     d^2 = |m1 - m2|^2 + tr C1 + tr C2 - 2 tr (C1 C2)^1/2        (Heusel et al., 2017, arXiv 1706.08500, eq. 6)
 
@@ -6,7 +6,14 @@ Everything is float64. The last trace is computed in a symmetric form: with any 
 is the sum of the singular values of R1^T R2. That is exact for singular covariances, which have factors with few
 columns; it is never complex; and its rounding error is relative to the largest singular value. The rejected ways:
 `sqrtm(C1 @ C2)` is several times slower, returns complex numbers for fewer frames than dimensions, and needs an epsilon
-on the diagonal that changes the result; eigenvalues of C1 @ C2 turn a rounding error e into sqrt(e).
+on the diagonal that changes the result; eigenvalues of C1 @ C2 turn a rounding error e into sqrt(e). pytorch-fid and
+torchmetrics go one of the rejected ways, and neither merges the moments of shards.
+
+KID (Binkowski et al., 2018, arXiv 1801.01401, section 4), unlike FID, is right on average for small sets. Its kernel is
+
+    k(x, y) = (x . y / d + 1)^3
+
+N rows of one set, M of the other, d dimensions, P positions of a feature map.
 """
 
 from __future__ import annotations
@@ -15,12 +22,14 @@ import io
 import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from nightseg.storage import Location, UserError
+from nightseg.data.table import sampled_vectors
+from nightseg.errors import UserError
+from nightseg.storage import Commit, Location
 
 Array = npt.NDArray[np.float64]
 
@@ -29,6 +38,14 @@ BLOCK_ROWS = 1024
 
 _EXACT_ENOUGH = 1e-12  # of the sum of singular values
 _CLIPPED_AT_MOST = 1e-4  # of the trace; covariances summed up in float32 reach 1e-6
+
+STATISTICS_NAME: Final = "statistics.npz"
+FEATURES: Final = "features"
+"""Where the stage `score` leaves statistics and features: a file, and a column of the table of the same name."""
+
+_KID_DRAWS: Final = 100
+_KID_ROWS: Final = 1000  # of a draw: what the paper and the common tools use; fewer where a set has fewer
+_MOST_ROWS: Final = 20_000  # from which KID draws
 
 PYTORCH_FID_DIMS = 2048
 """Statistics with this many dimensions and no other sign of their origin are taken for pytorch-fid's own."""
@@ -127,14 +144,6 @@ def gaussian_of_features(features: npt.ArrayLike) -> Gaussian:
     if len(rows_ND) > rows_ND.shape[1]:
         moments = moments_of(rows_ND)
         return gaussian_of_moments(moments.mean, moments.cov)
-    return gaussian_of_few(rows_ND)
-
-
-def gaussian_of_few(features: npt.ArrayLike) -> Gaussian:
-    """The same with the centred rows as the factor, whatever their number: right, and slow where there are many."""
-    rows_ND = np.asarray(features, dtype=np.float64)
-    if rows_ND.ndim != 2 or len(rows_ND) < 2:
-        raise ValueError(f"a covariance needs features (N >= 2, d), these have shape {rows_ND.shape}")
     mean = rows_ND.mean(axis=0)
     return Gaussian(mean, (rows_ND - mean).T / np.sqrt(len(rows_ND) - 1))
 
@@ -202,40 +211,14 @@ def frechet_distance(mean1: npt.ArrayLike, cov1: npt.ArrayLike, mean2: npt.Array
     return gaussian_distance(gaussian_of_moments(mean1, cov1), gaussian_of_moments(mean2, cov2))
 
 
-def few_frames_distance(features: npt.ArrayLike, mean: npt.ArrayLike, cov: npt.ArrayLike) -> float:
-    """Squared Frechet distance of the rows of (k, d) features, k >= 2, to N(mean, cov); the covariance is not factored.
-
-    With Z the centred rows divided by sqrt(k - 1), the last trace is the sum of the roots of the eigenvalues of
-    Z cov Z^T, a k x k matrix (Mathiasen and Hvilshoj, 2020, arXiv 2009.14075): O(k d^2) instead of O(d^3). Eigenvalues
-    near zero carry a rounding error of about eps times the largest, their roots one of its root.
-    """
-    import torch
-
-    mean_D, cov_DD = _finite(mean, cov)
-    rows = gaussian_of_few(features)
-    if rows.mean.shape != mean_D.shape:
-        raise ValueError(f"features of {len(rows.mean)} and of {len(mean_D)} dimensions do not compare")
-    factor = torch.from_numpy(np.ascontiguousarray(rows.factor.T))
-    seen_kk = factor @ torch.from_numpy(cov_DD) @ factor.T
-    # Made symmetric here and not before: transposing d x d costs more than the product with it.
-    values = torch.linalg.eigvalsh((seen_kk + seen_kk.T) / 2).clamp(min=0.0)
-    shift = float(np.sum((rows.mean - mean_D) ** 2))
-    return max(shift + rows.trace + float(np.trace(cov_DD)) - 2.0 * float(values.sqrt().sum()), 0.0)
-
-
 def _checked(mean: npt.ArrayLike, cov: npt.ArrayLike) -> tuple[Array, Array]:
-    mean_D, cov_DD = _finite(mean, cov)
-    return mean_D, np.ascontiguousarray((cov_DD + cov_DD.T) / 2)
-
-
-def _finite(mean: npt.ArrayLike, cov: npt.ArrayLike) -> tuple[Array, Array]:
     mean_D = np.ascontiguousarray(mean, dtype=np.float64)
     cov_DD = np.ascontiguousarray(cov, dtype=np.float64)
     if mean_D.ndim != 1 or cov_DD.shape != (len(mean_D), len(mean_D)):
         raise ValueError(f"expected a mean (d,) and a covariance (d, d), got {mean_D.shape} and {cov_DD.shape}")
     if not (np.isfinite(mean_D).all() and np.isfinite(cov_DD).all()):
         raise ValueError("mean or covariance hold values that are not finite: were there fewer than 2 frames?")
-    return mean_D, cov_DD
+    return mean_D, np.ascontiguousarray((cov_DD + cov_DD.T) / 2)
 
 
 # -- statistics files ------------------------------------------------------------------------------------------------
@@ -259,23 +242,18 @@ def write_statistics(place: Location, statistics: Statistics) -> None:
 
     Statistics of several sets merge exactly from `n`, `mu` and `sigma`.
     """
-    buffer = io.BytesIO()
-    fields: dict[str, npt.NDArray[np.generic]] = {
+    fields: dict[str, Any] = {
         "mu": np.asarray(statistics.mean, dtype=np.float64),
         "sigma": np.asarray(statistics.cov, dtype=np.float64),
-        "extractor": np.array(statistics.extractor),
-        "resize": np.array(statistics.resize),
-        "weights_sha256": np.array(statistics.weights_sha256),
-        "precision": np.array(statistics.precision),
+        "extractor": statistics.extractor,
+        "resize": statistics.resize,
+        "weights_sha256": statistics.weights_sha256,
+        "precision": statistics.precision,
     }
     if statistics.count is not None:
-        fields["n"] = np.array(statistics.count, dtype=np.int64)
-    # Not np.savez: its zip entries would have to be trusted to carry no clock.
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-        for name in sorted(fields):
-            entry = io.BytesIO()
-            np.lib.format.write_array(entry, np.asanyarray(fields[name]), allow_pickle=False)
-            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), entry.getvalue())
+        fields["n"] = np.int64(statistics.count)
+    buffer = io.BytesIO()
+    np.savez(buffer, **fields)
     place.write_bytes(buffer.getvalue())
 
 
@@ -288,19 +266,21 @@ def read_statistics(place: Location) -> Statistics:
         with np.load(io.BytesIO(place.read_bytes()), allow_pickle=False) as file:
             fields = {name: file[name] for name in file.files}
     except FileNotFoundError:
-        raise UserError(f"{place}: there is no such file of statistics; check the path") from None
+        raise UserError(f"{place}: there is no such file of statistics", cure="check the path") from None
     except (ValueError, OSError, EOFError, KeyError, AttributeError, zipfile.BadZipFile) as error:
         raise UserError(
-            f"{place}: not an .npz file of statistics, or a damaged one ({error}); make it again"
+            f"{place}: not an .npz file of statistics, or a damaged one ({error})", cure="make it again"
         ) from error
     missing = [name for name in ("mu", "sigma") if name not in fields]
     if missing:
         held = ", ".join(sorted(fields)) or "nothing"
-        raise UserError(f"{place}: has no {' and no '.join(missing)}, only {held}; it is no file of FID statistics")
+        raise UserError(
+            f"{place}: it has no {' and no '.join(missing)}, only {held}", cure="name a file of FID statistics"
+        )
     try:
         mean, cov = _checked(fields["mu"], fields["sigma"])
     except (ValueError, TypeError) as error:
-        raise UserError(f"{place}: {error}; make the file again") from error
+        raise UserError(f"{place}: {error}", cure="make the file again") from error
     bare = "extractor" not in fields and len(mean) == PYTORCH_FID_DIMS
     return Statistics(
         mean=mean,
@@ -329,12 +309,169 @@ def check_comparable(first: Statistics, second: Statistics, names: Sequence[str]
         differences.append(f"the network of {names[0]} has other weights than that of {names[1]}")
     if differences:
         raise UserError(
-            f"these statistics do not compare: {'; '.join(differences)}."
-            " Compute both with the same extractor (--extractor, --weights)"
+            f"{names[0]} and {names[1]}: these statistics do not compare: {'; '.join(differences)}",
+            cure="compute both with the same extractor, weights and resize rule",
         )
 
 
-def statistics_distance(first: Statistics, second: Statistics, names: Sequence[str] = ("A", "B")) -> float:
-    """The FID of two statistics; raises UserError if they do not compare."""
-    check_comparable(first, second, names)
-    return frechet_distance(first.mean, first.cov, second.mean, second.cov)
+# -- KID ---------------------------------------------------------------------------------------------------------------
+
+
+class KernelDistance(NamedTuple):
+    """Unbiased squared maximum mean discrepancy: mean and standard deviation over the draws. May be below zero."""
+
+    kid: float
+    deviation: float
+
+
+def kernel_distance(
+    first: npt.ArrayLike, second: npt.ArrayLike, *, subsets: int = _KID_DRAWS, rows: int = _KID_ROWS, seed: int = 0
+) -> KernelDistance:
+    """KID between two feature sets (N, d) and (M, d), each of at least 2 rows; draws follow from `seed`.
+
+    Sets of up to `rows` are taken whole, once; their draws, of half as many rows, only say how far KID would spread.
+    """
+    one_ND, two_MD = np.asarray(first), np.asarray(second)
+    if one_ND.ndim != 2 or two_MD.ndim != 2 or one_ND.shape[1] != two_MD.shape[1]:
+        raise ValueError(f"expected features of shapes (N, d) and (M, d), got {one_ND.shape} and {two_MD.shape}")
+    smaller = min(len(one_ND), len(two_MD))
+    if smaller < 2:
+        raise ValueError("a kernel distance needs at least 2 feature vectors of each set")
+    whole = max(len(one_ND), len(two_MD)) <= rows
+    size = max(2, smaller // 2) if whole else min(rows, smaller)
+    generator = np.random.default_rng(seed)
+    drawn = []
+    for _ in range(subsets):
+        mine = one_ND[generator.choice(len(one_ND), size, replace=False)].astype(np.float64)
+        theirs = two_MD[generator.choice(len(two_MD), size, replace=False)].astype(np.float64)
+        drawn.append(_unbiased(mine, theirs))
+    deviation = float(np.std(drawn))
+    if not whole:
+        return KernelDistance(float(np.mean(drawn)), deviation)
+    # A draw of half a set without replacement spreads about as much as independent sets of the whole size do.
+    return KernelDistance(_unbiased(one_ND.astype(np.float64), two_MD.astype(np.float64)), deviation)
+
+
+def _unbiased(one_ND: Array, two_ND: Array) -> float:
+    """Pairs of a row with itself are left out: they are what biases the plain estimate."""
+    within = sum(
+        (kernel.sum() - np.trace(kernel)) / (len(kernel) * (len(kernel) - 1))
+        for kernel in (_cubic_kernel(one_ND, one_ND), _cubic_kernel(two_ND, two_ND))
+    )
+    return float(within - 2 * _cubic_kernel(one_ND, two_ND).mean())
+
+
+def _cubic_kernel(one_ND: Array, two_MD: Array) -> Array:
+    """The cubic kernel between all rows: (N, M)."""
+    kernel: Array = (one_ND @ two_MD.T / one_ND.shape[1] + 1) ** 3
+    return kernel
+
+
+# -- sets of frames --------------------------------------------------------------------------------------------------
+
+
+class FrameSet(NamedTuple):
+    """A set of frames by its statistics and, where they are at hand, its feature vectors (N, d)."""
+
+    statistics: Statistics
+    features: npt.NDArray[np.float32] | None = None
+
+    @classmethod
+    def of(cls, scored: Commit) -> FrameSet:
+        """What the stage `score` committed; of very many frames an even draw of the vectors.
+
+        Raises UserError if fewer than 2 frames could be read.
+        """
+        if not scored.has(STATISTICS_NAME):
+            raise UserError(
+                f"{scored.name}: {scored.rows_out} of its {scored.rows_in} frames could be read, and a distance needs"
+                " at least 2",
+                cure="see the reasons in its quarantine table",
+            )
+        vectors_Nd = sampled_vectors(scored, FEATURES, FEATURES, _MOST_ROWS)
+        return cls(read_statistics(scored.file(STATISTICS_NAME)), vectors_Nd)
+
+    def gaussian(self) -> Gaussian:
+        """Few vectors are a thin factor of their covariance; a d x d matrix would be large, singular and slow."""
+        if self.features is not None and len(self.features) <= self.features.shape[1]:
+            return gaussian_of_features(self.features)
+        return gaussian_of_moments(self.statistics.mean, self.statistics.cov)
+
+
+class SetDistance(NamedTuple):
+    """FID, and KID where both sets have their feature vectors."""
+
+    fid: float
+    kid: float | None = None
+    kid_deviation: float | None = None  # standard deviation over its draws
+
+
+def set_distance(first: FrameSet, second: FrameSet, names: Sequence[str] = ("A", "B")) -> SetDistance:
+    """The distances of two sets of frames; raises UserError if they do not compare."""
+    check_comparable(first.statistics, second.statistics, names)
+    fid = gaussian_distance(first.gaussian(), second.gaussian())
+    if first.features is None or second.features is None:
+        return SetDistance(fid)
+    return SetDistance(fid, *kernel_distance(first.features, second.features))
+
+
+# -- a frame as a distribution over its positions ----------------------------------------------------------------------
+
+
+class SpatialReference(NamedTuple):
+    """Per-position statistics of the reference frames, their covariance by its largest directions only.
+
+    `tail` is the largest eigenvalue left out: what is missing in a distance is at most 2 sqrt(P tail) times the root
+    of the trace of the frame's own covariance.
+    """
+
+    mean: Array  # (d,)
+    root: Array  # (d, rank)
+    trace: float  # of the whole covariance
+    tail: float
+
+
+def spatial_reference(mean: npt.ArrayLike, cov: npt.ArrayLike, rank: int = 256) -> SpatialReference:
+    """The reference from mean (d,) and covariance (d, d) over all positions of all its frames."""
+    import torch
+
+    mean_D, cov_DD = np.asarray(mean, dtype=np.float64), np.asarray(cov, dtype=np.float64)
+    values, vectors = torch.linalg.eigh(torch.from_numpy(cov_DD))
+    values = values.clamp(min=0)
+    first = max(len(values) - rank, 0)
+    root = (vectors[:, first:] * values[first:].sqrt()).numpy()
+    return SpatialReference(mean_D, root, float(np.trace(cov_DD)), float(values[first - 1]) if first else 0.0)
+
+
+def spatial_scores(maps_NPd: npt.ArrayLike, reference: SpatialReference) -> tuple[Array, Array]:
+    """Squared Frechet distance of each frame's positions (N, P, d), P >= 2, to the reference, and its error bound (N,).
+
+    With Z the centred positions divided by sqrt(P - 1) the cross term is the sum of the singular values of Z root,
+    found from P x P matrices: no d x d object is made for a frame. Leaving out directions makes that sum smaller and
+    the distance larger, by no more than the bound.
+    """
+    import torch
+
+    maps = np.asarray(maps_NPd)
+    if maps.ndim != 3 or maps.shape[2] != len(reference.mean) or maps.shape[1] < 2:
+        raise ValueError(f"expected maps (N, P >= 2, {len(reference.mean)}), got {tuple(maps.shape)}")
+    num_frames, num_positions, dims = maps.shape
+    root = torch.from_numpy(reference.root)
+    means = torch.empty(num_frames, dims, dtype=torch.float64)
+    traces = torch.empty(num_frames, dtype=torch.float64)
+    seen = torch.empty(num_frames, num_positions, num_positions, dtype=torch.float64)
+    # A frame at a time through a buffer that stays in the cache: over all at once, half of the time goes to memory.
+    centred_Pd = torch.empty(num_positions, dims, dtype=torch.float64)
+    for frame in range(num_frames):
+        np.copyto(centred_Pd.numpy(), maps[frame])
+        torch.mean(centred_Pd, dim=0, out=means[frame])
+        centred_Pd.sub_(means[frame])
+        traces[frame] = torch.linalg.vector_norm(centred_Pd) ** 2
+        projected = centred_Pd @ root
+        torch.mm(projected, projected.T, out=seen[frame])
+    traces /= num_positions - 1
+    values = torch.linalg.eigvalsh(seen / (num_positions - 1)).clamp(min=0)
+    shifts = (means - torch.from_numpy(reference.mean)).square().sum(dim=1)
+    distances = shifts + traces + reference.trace - 2 * values.sqrt().sum(dim=1)
+    error = 2 * (num_positions * reference.tail * traces).sqrt()
+    return distances.clamp(min=0).numpy(), error.numpy()

@@ -5,13 +5,17 @@ N frames of the pool, d feature dimensions.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
-from nightseg.storage import UserError
+from nightseg.data import table as frame
+from nightseg.errors import UserError
+from nightseg.selection.settings import Selection
 
 Indices = npt.NDArray[np.int64]
 
@@ -30,14 +34,40 @@ class Limits(NamedTuple):
     quota: int | None = None
     gap: int | None = None
 
+    @classmethod
+    def of(cls, selection: Selection, frame_ids: Sequence[str], pool_frames: pa.Table) -> Limits:
+        """Sequences of these frames as numbers and places in them; a frame without a sequence is one of its own.
+
+        `pool_frames` is the frame table of the whole pool: places count all of them, duplicates too. Raises UserError
+        if there are limits and no frame has a sequence.
+        """
+        if selection.quota is None and selection.gap is None:
+            return cls()
+        columns = (pool_frames[name].to_pylist() for name in (frame.FRAME_ID, frame.SEQUENCE))
+        sequence_of = dict(zip(*columns, strict=True))
+        if not any(sequence_of.values()):
+            raise UserError(
+                "`quota` and `gap`: they are about frames of one sequence, but no frame of the pool has one",
+                cure=f"leave them out, or fill the column `{frame.SEQUENCE}` of the frame table",
+            )
+        members: dict[str, list[str]] = {}
+        for name in sorted(sequence_of, key=_natural):
+            members.setdefault(sequence_of[name] or f"\0{name}", []).append(name)
+        where = {
+            name: (group, place) for group, names in enumerate(members.values()) for place, name in enumerate(names)
+        }
+        groups, places = zip(*(where[name] for name in frame_ids), strict=True)
+        return cls(np.array(groups), np.array(places), selection.quota, selection.gap)
+
     def check(self, count: int) -> None:
         """Raise UserError if no choice of `count` frames respects the limits."""
         room = self.room()
         if room is not None and count > room:
             named = [f"`{name}` {value}" for name, value in (("quota", self.quota), ("gap", self.gap)) if value]
+            leave = "leaves" if len(named) == 1 else "leave"
             raise UserError(
-                f"{' and '.join(named)} {'leaves' if len(named) == 1 else 'leave'} room for {room} frames of the pool,"
-                f" {count} were asked for: relax them or lower `count`"
+                f"count: {' and '.join(named)} {leave} room for {room} frames of the pool, {count} were asked for",
+                cure="relax the limits or lower `count`",
             )
 
     def room(self) -> int | None:
@@ -71,7 +101,8 @@ class Limits(NamedTuple):
         if self.groups is None or (self.quota is None and self.gap is None):
             return order_N[:count]
         if self.gap is None:
-            return order_N[self._within_quota(order_N)][:count]
+            assert self.quota is not None
+            return order_N[self._turns(order_N) < self.quota][:count]
         assert self.places is not None
         taken: list[int] = []
         places_of: dict[int, list[int]] = {}
@@ -155,13 +186,13 @@ class Limits(NamedTuple):
         turns_N[by_group] = np.arange(len(order_N)) - np.searchsorted(sorted_groups, sorted_groups)
         return turns_N
 
-    def _within_quota(self, order_N: Indices) -> npt.NDArray[np.bool_]:
-        assert self.groups is not None
-        assert self.quota is not None
-        return self._turns(order_N) < self.quota
-
 
 NO_LIMITS = Limits()
+
+
+def _natural(frame_id: str) -> list[tuple[int, str]]:
+    """A key by which frame 9 comes before frame 10, whether or not numbers are padded with zeros."""
+    return [(int(word), "") if word.isdigit() else (-1, word) for word in re.split(r"([0-9]+)", frame_id)]
 
 
 def near_duplicates(features: npt.ArrayLike, least_cosine: float) -> Indices:

@@ -9,25 +9,37 @@ is the squared Frechet distance of the weighted frames, C(w) their covariance wi
 tr (.)^1/2 is monotone and concave, so F is convex. A subset of k frames is a corner of the polytope {0 <= w_i <= 1/k},
 so a minimum over the polytope is below the FID of every subset: minimised by Frank and Wolfe's method (1956; Jaggi,
 2013), whose linear step is "take the k frames with the smallest gradient". Every gradient met on the way bounds F from
-below at all corners, and so does every mean of them. Where k is at most r, a larger function takes the place of F and
-bounds it more closely (measures/convex.py). The weights are then rounded to a subset, which exchanges improve.
+below at all corners, and so does every mean of them. The weights are then rounded to a subset, which exchanges improve
+(selection/exchange.py). No library solves this problem, and none that chooses frames says how good its choice is.
+
+A subset of k frames has a covariance of rank k - 1 at most, weighted frames have one of any rank. Where the pool has
+more directions than that, F is replaced by a larger convex function that is still F for subsets, so that its minimum
+bounds them more closely. For every positive P, tr (A^T A)^1/2 of an A of rank m or less is at most half of
+tr P^-1 A^T A plus the m largest eigenvalues of P. The smallest of these bounds over all P is, in the eigenvalues l of
+C = A^T A from the largest on,
+
+    h(C) = sum_{j <= J} l_j^1/2 + [(m - J) sum_{j > J} l_j]^1/2,    l_J > 1/(m - J) sum_{j > J} l_j >= l_{J+1}
+
+with the smallest J >= 0 for which the right side holds; it is tr C^1/2 if C has m directions or fewer. P is C^1/2 with
+its smallest eigenvalues made alike. As a minimum of functions that are linear in C and grow with it, h is concave in
+the weights.
 
 N frames, d dimensions, r columns of R that matter, k = count.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from nightseg.selection.convex import Point, Problem, between
+from nightseg.errors import UserError
 from nightseg.selection.exchange import BREADTHS, exchanged
 from nightseg.selection.frechet import Gaussian, gaussian_distance, gaussian_of_moments
 from nightseg.selection.limits import NO_LIMITS, Limits
-from nightseg.storage import UserError
 
 Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
@@ -37,9 +49,11 @@ TIGHT_ENOUGH: Final = 1e-3
 
 _ITERATIONS: Final = (45, 1000)  # fewest, most; in between as many as their work allows
 _ROUNDS: Final = (12, 150)  # of exchanges, likewise
-_MEMORIES: Final = (0.0, 0.8, 0.95)  # of the running means of gradients that give bounds
+_MEMORIES: Final = (0.0, 0.8, 0.95)  # of the EMAs of gradients that give bounds
 _LONGEST_STEP = 0.99  # a step of 1 would end at a corner, where the covariance may be singular and has no gradient
 _SHORTEST_STEP = 1e-9
+_ROUNDINGS = 64.0  # of a distance, in what is added up from them
+_WORK = 3e11  # floating-point operations of one search: seconds for small pools, a few minutes for large ones
 
 
 def ranking(scores: npt.ArrayLike, frame_ids: Sequence[str]) -> Indices:
@@ -57,18 +71,18 @@ def ranking(scores: npt.ArrayLike, frame_ids: Sequence[str]) -> Indices:
 def check_count(count: int, pool: int) -> None:
     """Raise UserError for a number of frames that a pool cannot give."""
     if count < 1:
-        raise UserError(f"count is {count}, it must be 1 or more")
+        raise UserError(f"count: it is {count}", cure="ask for 1 frame or more")
     if count > pool:
         raise UserError(
-            f"the pool has {pool} frames, {count} were asked for: lower `count`, add frames to the pool,"
-            " or leave `select` out to learn from every frame"
+            f"count: the pool has {pool} frames, {count} were asked for",
+            cure="lower `count`, add frames to the pool, or leave `select` out to learn from every frame",
         )
 
 
 class Subset(NamedTuple):
     """A choice of rows, and how close to the best possible one it is."""
 
-    indices: Indices  # (count,), the surest first
+    indices: Indices  # (count,), the the largest weight first
     fid: float  # squared Frechet distance to the reference, covariance divided by count: what the bound is about
     lower_bound: float  # no choice of as many rows has a smaller `fid`
     fid_unbiased: float  # covariance divided by count - 1, as pytorch-fid; NaN for one row
@@ -101,13 +115,13 @@ def select_subset(
 
     problem = Problem.of(rows_ND, reference, count)
     weights_N, influence_N, lower_bound = _minimise(problem, count, limits.without_gap(), watch)
-    surest = np.lexsort((influence_N, -np.round(weights_N * count, 9)))
-    starts = [limits.filled(order, count) for order in _starts(problem, surest, influence_N)]
+    by_weight = np.lexsort((influence_N, -np.round(weights_N * count, 9)))
+    starts = [limits.filled(order, count) for order in _starts(problem, by_weight, influence_N)]
     start = min(starts, key=lambda rows: problem.value(problem.at(rows)))
     chosen = _improve(problem, start, limits, lower_bound)
     # Best first, so that a shorter choice can be cut from a longer one.
     place = np.empty(len(rows_ND), dtype=np.int64)
-    place[surest] = np.arange(len(rows_ND))
+    place[by_weight] = np.arange(len(rows_ND))
     chosen = chosen[np.argsort(place[chosen], kind="stable")]
 
     fid = _subset_fid(rows_ND[chosen], reference, divisor=count)
@@ -120,11 +134,125 @@ def _subset_fid(rows_kD: Floats, reference: Gaussian, divisor: int) -> float:
     return gaussian_distance(Gaussian(mean_D, (rows_kD - mean_D).T / np.sqrt(divisor)), reference)
 
 
-def _starts(problem: Problem, surest: Indices, influence_N: Floats) -> Iterator[Indices]:
-    """Orders whose beginnings are worth a try: by weight, by gradient, by distance to the reference's mean."""
-    yield surest
+def _starts(problem: Problem, by_weight: Indices, influence_N: Floats) -> Iterator[Indices]:
+    """Orders whose beginnings are tried: by weight, by gradient, by distance to the reference's mean."""
+    yield by_weight
     yield np.argsort(influence_N, kind="stable")
     yield np.argsort(problem.distance_N, kind="stable")
+
+
+# -- the function ----------------------------------------------------------------------------------------------------
+
+
+class Point(NamedTuple):
+    """What F needs to know of some weights: all linear in them."""
+
+    distance: float  # sum_i w_i |x_i - m2|^2
+    mean_r: Any  # torch (r,): sum_i w_i z_i
+    second_rr: Any  # torch (r, r): sum_i w_i z_i z_i^T
+
+    @property
+    def covariance_rr(self) -> Any:
+        """Of z, divisor 1."""
+        return self.second_rr - self.mean_r[:, None] * self.mean_r[None, :]
+
+
+def between(start: Point, end: Point, share: float) -> Point:
+    """The point a share of the way from `start` to `end`."""
+    return Point(*((1 - share) * a + share * b for a, b in zip(start, end, strict=True)))
+
+
+class Problem(NamedTuple):
+    """The pool as seen by the reference: z = R^T (x - pool mean), in the directions in which the pool has spread."""
+
+    rows_Nr: Any  # noqa: N815 (torch float64)
+    distance_N: Floats  # noqa: N815 (|x - m2|^2)
+    trace: float  # tr C2
+    rank: int  # m: of the covariance of z, at most, for the subsets that are asked for
+    error: float  # no value of a subset is wrong by more: what rounding and the directions left out can do
+
+    @classmethod
+    def of(cls, rows_ND: Floats, reference: Gaussian, count: int) -> Problem:
+        """For subsets of `count` rows."""
+        import torch
+
+        to_reference_ND = rows_ND - reference.mean
+        distance_N = np.einsum("nd,nd->n", to_reference_ND, to_reference_ND)
+        rows = torch.from_numpy((rows_ND - rows_ND.mean(axis=0)) @ reference.factor)
+        rows -= rows.mean(dim=0)
+        values, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
+        kept = values > len(values) * np.finfo(np.float64).eps * (values[-1] if len(values) else 0.0)
+        error = _ROUNDINGS * np.finfo(np.float64).eps * float(distance_N.max())
+        if not bool(kept.all()):
+            # What a subset has in the other directions, at most: tr C^1/2 of m directions is at most (m tr C)^1/2.
+            left_N = (rows @ vectors[:, ~kept]).square().sum(dim=1)
+            most = float(left_N.topk(min(count, len(left_N))).values.mean())
+            error += 2 * math.sqrt(min(count, int((~kept).sum())) * most)
+            rows = rows @ vectors[:, kept]
+        return cls(rows, distance_N, reference.trace, min(count - 1, int(rows.shape[1])), error)
+
+    @property
+    def dims(self) -> int:
+        """r: directions in which the pool has spread that the reference sees."""
+        return int(self.rows_Nr.shape[1])
+
+    def at(self, chosen: Indices) -> Point:
+        """Equal weights on the chosen rows."""
+        rows = self.rows_Nr[chosen]
+        return Point(float(self.distance_N[chosen].mean()), rows.mean(dim=0), rows.T @ rows / len(chosen))
+
+    def weighted(self, weights_N: Floats) -> Point:
+        """Any weights (N,) that sum to 1."""
+        import torch
+
+        weights = torch.from_numpy(weights_N)
+        second_rr = self.rows_Nr.T @ (self.rows_Nr * weights[:, None])
+        return Point(float(self.distance_N @ weights_N), weights @ self.rows_Nr, second_rr)
+
+    def affordable(self, fewest: int, most: int) -> int:
+        """How many gradients are worth their time."""
+        size, dims = self.rows_Nr.shape
+        return int(np.clip(_WORK / (25 * dims**3 + 4 * size * dims**2 + 1e9), fewest, most))
+
+    def value(self, point: Point) -> float:
+        """F for a subset, and the larger function for weights that no subset has."""
+        import torch
+
+        total, _ = _roots(torch.linalg.eigvalsh(point.covariance_rr), self.rank)
+        return point.distance + self.trace - 2 * total
+
+    def gradient(self, point: Point) -> tuple[float, Floats]:
+        """The value and its derivative by each weight, up to a constant that is the same for all rows.
+
+        d F / d w_i = |x_i - m2|^2 - (z_i - z)^T P^-1 (z_i - z), P the root of the covariance C of z, or what is at
+        least as large where C has too many directions.
+        """
+        import torch
+
+        values, vectors = torch.linalg.eigh(point.covariance_rr)
+        _, roots = _roots(values, self.rank)
+        # Every P gives a tangent from below: one that rounding leaves standing, and its own value.
+        least = len(values) * np.finfo(np.float64).eps * (values[-1].clamp(min=0) if len(values) else 0.0)
+        roots = roots.clamp(min=max(float(least), np.finfo(np.float64).tiny) ** 0.5)
+        total = float((values.clamp(min=0) / roots).sum() + roots.topk(self.rank).values.sum()) / 2
+        to_unit = vectors * roots**-0.5
+        spread = self.rows_Nr @ to_unit - point.mean_r @ to_unit
+        return point.distance + self.trace - 2 * total, self.distance_N - spread.square_().sum(dim=1).numpy()
+
+
+def _roots(values_r: Any, rank: int) -> tuple[float, Any]:
+    """h of a covariance with these eigenvalues, smallest first, and the eigenvalues (r,) of the P that attains it."""
+    import torch
+
+    values = values_r.flip(0).clamp(min=0)
+    if rank == 0:
+        return 0.0, torch.full_like(values_r, torch.inf)
+    tails = values.flip(0).cumsum(0).flip(0)[:rank]  # sums from each eigenvalue on
+    means = tails / torch.arange(rank, 0, -1)
+    first = int((values[:rank] <= means).byte().argmax())  # J
+    roots = values.sqrt()
+    roots[first:] = means[first].sqrt()
+    return float(roots[:rank].sum()), roots.flip(0)
 
 
 # -- the fractional solution -----------------------------------------------------------------------------------------
@@ -148,7 +276,7 @@ def _minimise(
         for tangent in tangents:
             tangent.add(value - float(gradient_N @ weights_N), gradient_N)
             corners.append(limits.first(np.argsort(tangent.slope_N, kind="stable"), count))
-            below = tangent.offset + float(tangent.slope_N[corners[-1]].mean()) - problem.doubt
+            below = tangent.offset + float(tangent.slope_N[corners[-1]].mean()) - problem.error
             lower_bound = max(lower_bound, below)
         watch(value, lower_bound)
         if value - lower_bound <= TIGHT_ENOUGH / 2 * max(value, 0.0):
@@ -167,7 +295,7 @@ def _minimise(
 
 
 class _Tangents:
-    """A running mean of tangents offset + slope . w, each of which lies below F; with memory 0 the latest one."""
+    """An EMA of tangents offset + slope . w, each of which lies below F; with memory 0 the latest one."""
 
     def __init__(self, memory: float) -> None:
         self.memory = memory
@@ -212,7 +340,7 @@ def _improve(problem: Problem, chosen: Indices, limits: Limits, lower_bound: flo
     for _ in range(problem.affordable(*_ROUNDS)):
         if value - lower_bound <= TIGHT_ENOUGH * value:
             break
-        better = exchanged(problem, chosen, value, limits, breadth)
+        better = exchanged(problem.rows_Nr, problem.distance_N, chosen, value, limits, breadth)
         reached = problem.value(problem.at(better))
         if reached < value:
             chosen, value = better, reached

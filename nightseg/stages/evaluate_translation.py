@@ -29,23 +29,19 @@ from nightseg.cluster.map import map_shards
 from nightseg.cluster.settings import MapCompute
 from nightseg.data import table as frame
 from nightseg.data.images import BadFrame, read_image, read_label
-from nightseg.data.table import sampled_vectors
 from nightseg.data.taxonomy import Taxonomy, train_ids_of
 from nightseg.data.taxonomy import taxonomy as load_taxonomy
 from nightseg.metrics.confusion import add_up, confusion_matrix, scores
 from nightseg.metrics.edges import edge_agreement
 from nightseg.progress import Progress
-from nightseg.selection.frechet import read_statistics, statistics_distance
-from nightseg.selection.kernel import kernel_distance
-from nightseg.storage import Attempt, Commit, Location, UserError
+from nightseg.selection.frechet import FrameSet, SetDistance, set_distance
+from nightseg.storage import Attempt, Commit, Location
 
 VERSION = 2
 
 SCORES_NAME: Final = "scores.json"
-ROWS_FOR_KERNEL: Final = 20_000
 
 # Tables and files of the commits that are read here, by the names under which their stages write them.
-FEATURES, STATISTICS_NAME = "features", "statistics.npz"
 PREDICTIONS, PREDICTION_URI = "predictions", "prediction_uri"
 
 # Columns that a worker is given: absolute places of what a frame is compared with; null = it was left out somewhere.
@@ -106,7 +102,7 @@ def evaluate_translation(
     than two good frames, features that do not compare.
     """
     classes, has_back = load_taxonomy(taxonomy), masks.back is not None
-    distances = _distances(name, features)
+    distances = _distances(features)
     shards = map_shards(
         _rows(translated, source, masks),
         MeasureFrames,
@@ -130,27 +126,16 @@ def evaluate_translation(
 # -- distances of the sets --------------------------------------------------------------------------------------------
 
 
-def _distances(name: str, features: Features) -> dict[str, Any]:
+def _distances(features: Features) -> dict[str, Any]:
     """FID and KID of translated and source frames to real ones, and between what they were measured."""
-    for what, commit in features._asdict().items():
-        if not commit.has(STATISTICS_NAME):
-            raise UserError(
-                f"translation {name}: {commit.rows_out} of the {what} frames could be read, and a distance needs 2",
-                cure="see the quarantine tables for what is wrong with the others",
-            )
-    statistics = [read_statistics(commit.file(STATISTICS_NAME)) for commit in features]
-    vectors = [sampled_vectors(commit, FEATURES, FEATURES, ROWS_FOR_KERNEL) for commit in features]
-    fid, kid, deviation = {}, {}, {}
-    for place, what in ((0, "translated"), (1, "source")):
-        fid[what] = statistics_distance(statistics[place], statistics[2], (what, "real"))
-        kernel = kernel_distance(vectors[place], vectors[2])
-        kid[what], deviation[what] = kernel.kid, kernel.deviation
+    translated, source, real = (FrameSet.of(commit) for commit in features)
+    measured = {
+        what: set_distance(one, real, (what, "real")) for what, one in (("translated", translated), ("source", source))
+    }
     return {
-        "fid": fid,
-        "kid": kid,
-        "kid_deviation": deviation,
-        "extractor": statistics[2].extractor,
-        "resize": statistics[2].resize,
+        **{figure: {what: getattr(one, figure) for what, one in measured.items()} for figure in SetDistance._fields},
+        "extractor": real.statistics.extractor,
+        "resize": real.statistics.resize,
         "compared": {what: commit.rows_out for what, commit in features._asdict().items()},
     }
 

@@ -19,20 +19,25 @@ from nightseg.data.images import BadFrame, read_image
 from nightseg.data.table import vector_column, vectors
 from nightseg.progress import Progress
 from nightseg.selection.features import Extractor, Identity, build_extractor, identify
-from nightseg.selection.frame_scores import SpatialReference, spatial_scores
-from nightseg.selection.frame_scores import spatial_reference as spatial_reference_of
-from nightseg.selection.frechet import Moments, Statistics, moments_of_parts, read_statistics, write_statistics
+from nightseg.selection.frechet import (
+    FEATURES,
+    STATISTICS_NAME,
+    Moments,
+    SpatialReference,
+    Statistics,
+    moments_of_parts,
+    read_statistics,
+    spatial_scores,
+    write_statistics,
+)
+from nightseg.selection.frechet import spatial_reference as spatial_reference_of
+from nightseg.selection.methods import HISTOGRAM, SPATIAL, SPATIAL_ERROR
 from nightseg.selection.settings import Extraction
 from nightseg.storage import Attempt, Commit, Location, UserError, sha256_of
 
 VERSION = 3
 
-FEATURES = "features"  # float32, as many as the extractor has dimensions
-HISTOGRAM = "histogram"  # float32 (64,), luminance of the whole frame, sums to 1
-SPATIAL = "spatial"  # float64, squared Frechet distance of the frame's positions to those of a reference
-SPATIAL_ERROR = "spatial_error"  # float64, by how much that can be too large
-STATISTICS_NAME = "statistics.npz"
-POSITIONS_NAME = "positions.npz"  # the same over all positions of all frames
+POSITIONS_NAME = "positions.npz"  # statistics over all positions of all frames
 
 _POSITIONS_SCRATCH = "positions"  # folder of the shards' own position statistics
 
@@ -64,7 +69,10 @@ def score(
     Raises UserError if the extractor's weights are not at hand, before any frame is read.
     """
     if frames.num_rows == 0:
-        raise UserError("there is no frame to score; look at the counts of the datasets that it is made from")
+        raise UserError(
+            f"{attempt.identity['name']}: there is no frame to score",
+            cure="see the counts of the datasets that it is made from",
+        )
     identity = identify(extraction)
     precision = _precision(extraction, attempt, compute, progress)
     rows = _described(frames)
@@ -93,7 +101,10 @@ def score(
 
 def _positions_of(reference: Commit) -> Location:
     if not reference.has(POSITIONS_NAME):
-        raise UserError(f"{reference.name}: none of its {reference.rows_in} frames could be read to be close to")
+        raise UserError(
+            f"{reference.name}: none of its {reference.rows_in} frames could be read to be close to",
+            cure="mend the files, or name another reference",
+        )
     return reference.file(POSITIONS_NAME)
 
 

@@ -3,10 +3,10 @@ import itertools
 import numpy as np
 import pytest
 
-from nightseg.selection.convex import Problem
 from nightseg.selection.exchange import _Rated, exchanged
 from nightseg.selection.frechet import gaussian_of_features, gaussian_of_moments
 from nightseg.selection.limits import NO_LIMITS, Limits
+from nightseg.selection.subset import Problem
 
 
 def problem_of(size: int, dims: int, count: int, seed: int = 0) -> Problem:
@@ -22,14 +22,14 @@ def swapped(chosen: np.ndarray, out: int, into: int) -> np.ndarray:
 
 
 def improved(problem: Problem, chosen: np.ndarray, limits: Limits) -> np.ndarray:
-    return exchanged(problem, chosen, problem.value(problem.at(chosen)), limits)
+    return exchanged(problem.rows_Nr, problem.distance_N, chosen, problem.value(problem.at(chosen)), limits)
 
 
 @pytest.mark.parametrize(("count", "dims"), [(12, 4), (6, 16), (1, 5), (2, 3), (30, 8)])
 def test_every_exchange_is_rated_as_what_it_does_before_and_after_others(count: int, dims: int) -> None:
     problem = problem_of(60, dims, count)
     chosen = np.arange(0, 60, 60 // count)[:count]
-    rated = _Rated.of(problem, chosen, NO_LIMITS)
+    rated = _Rated.of(problem.rows_Nr, problem.distance_N, chosen, NO_LIMITS)
     for _ in range(min(3, count)):  # the second and third from updated products
         before = problem.value(problem.at(chosen))
         found = rated.changes()

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from nightseg.selection import evidence, subset
-from nightseg.selection.convex import Problem
-from nightseg.selection.frame_scores import influence_scores, pooled_scores
 from nightseg.selection.frechet import frechet_distance, gaussian_of_features, gaussian_of_moments
 from nightseg.selection.limits import Limits
+from nightseg.selection.methods import influence_scores, pooled_scores
+from nightseg.selection.subset import Problem
 from nightseg.storage import UserError
 
 
@@ -29,7 +29,7 @@ def test_choice_does_not_depend_on_the_order_of_the_pool() -> None:
 def test_more_than_the_pool_is_refused() -> None:
     with pytest.raises(UserError, match="the pool has 2 frames, 3 were asked for"):
         subset.check_count(3, 2)
-    with pytest.raises(UserError, match="1 or more"):
+    with pytest.raises(UserError, match="1 frame or more"):
         subset.check_count(0, 1)
     with pytest.raises(ValueError, match="finite"):
         subset.ranking([0.0, float("nan")], ["a", "b"])

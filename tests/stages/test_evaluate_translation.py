@@ -16,8 +16,7 @@ from nightseg.data.table import frame_table, vector_column
 from nightseg.data.taxonomy import taxonomy
 from nightseg.metrics.edges import edge_agreement
 from nightseg.progress import SilentProgress
-from nightseg.selection.frechet import Statistics, moments_of, write_statistics
-from nightseg.selection.kernel import kernel_distance
+from nightseg.selection.frechet import Statistics, kernel_distance, moments_of, write_statistics
 from nightseg.stages import evaluate_translation as stage
 from nightseg.stages import predict, score
 from nightseg.storage import Commit, UserError, Workspace

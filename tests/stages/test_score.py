@@ -15,8 +15,7 @@ from nightseg.data.day_night import luminance_histogram
 from nightseg.data.table import frame_table, vectors
 from nightseg.progress import SilentProgress
 from nightseg.selection.features import Extractor, build_extractor
-from nightseg.selection.frame_scores import spatial_reference, spatial_scores
-from nightseg.selection.frechet import read_statistics
+from nightseg.selection.frechet import read_statistics, spatial_reference, spatial_scores
 from nightseg.selection.settings import Extraction
 from nightseg.stages import score as stage
 from nightseg.storage import Commit, UserError, Workspace

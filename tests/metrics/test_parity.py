@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from nightseg.pipeline.folder_scores import evaluate_folders
 
 from nightseg.data.images import encode_png
 from nightseg.data.taxonomy import taxonomy
 from nightseg.metrics.confusion import add_up, confusion_matrix, scores
-from nightseg.pipeline.folder_scores import evaluate_folders
 from nightseg.storage import Location
 
 Map = npt.NDArray[np.uint8]
