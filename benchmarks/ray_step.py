@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from benchmarks.contest import Contest, Size
 from nightseg.cluster import ray as cluster
+from nightseg.cluster.session import Session
 from nightseg.cluster.settings import TrainCompute
-from nightseg.cluster.train import LocalSession, Session, exchanging, fit
+from nightseg.cluster.train import LocalSession, exchanging, fit
 from nightseg.data.images import encode_png
 from nightseg.data.scenes import scene
 from nightseg.data.table import frame_table

@@ -33,13 +33,14 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nightseg.cluster import ray as cluster
 from nightseg.cluster.progress_actor import SECONDS_BETWEEN_UPDATES, Failure, progress_actor, shown
+from nightseg.cluster.session import Session
 from nightseg.cluster.settings import TrainCompute
 from nightseg.errors import UserError
 from nightseg.progress import Progress
@@ -47,29 +48,6 @@ from nightseg.storage import Location, sha256_of
 
 NUM_KEPT = 2  # checkpoints
 _LOG = logging.getLogger(__name__)
-
-
-class Session(Protocol):
-    """What a training loop sees of the cluster. Every worker has one; all must make the same calls of `report`."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """The module on this worker's device, DistributedDataParallel if there are several workers."""
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Sum of the tensor over all workers, on this worker's device; the tensor itself if there is one worker."""
-
-    def restore(self) -> dict[str, Any] | None:
-        """The state of the newest whole checkpoint (tensors on the CPU), or None at the very start."""
-
-    def report(self, metrics: Mapping[str, float], state: Mapping[str, Any] | None) -> None:
-        """A barrier. Notes the metrics, and keeps rank 0's state as a checkpoint if it is given."""
-
-    def progress(self, done: int, **metrics: float) -> None:
-        """`done` units of work are finished in all, not since the last call. Cheap; never waits."""
 
 
 class LocalSession:

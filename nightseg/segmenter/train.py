@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nightseg.cluster.train import Session
+from nightseg.cluster.session import Session
 from nightseg.data.taxonomy import Taxonomy
 from nightseg.metrics.confusion import Counts, confusion_matrix, scores
 from nightseg.networks.ema import ema_of, update_ema, warmed_up_decay

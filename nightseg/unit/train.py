@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nightseg.cluster.train import Session
+from nightseg.cluster.session import Session
 from nightseg.data.images import encode_png
 from nightseg.networks.ema import update_ema, warmed_up_decay
 from nightseg.storage import Location, UserError

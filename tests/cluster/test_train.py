@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 
+from nightseg.cluster.session import Session
 from nightseg.cluster.settings import TrainCompute
-from nightseg.cluster.train import FitResult, LocalSession, Session, fit
+from nightseg.cluster.train import FitResult, LocalSession, fit
 from nightseg.errors import UserError
 from nightseg.storage import Location
 

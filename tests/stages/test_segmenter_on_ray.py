@@ -16,8 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from nightseg.cluster.session import Session
 from nightseg.cluster.settings import TrainCompute
-from nightseg.cluster.train import FitResult, LocalSession, Session, fit
+from nightseg.cluster.train import FitResult, LocalSession, fit
 from nightseg.networks.model_folder import TENSORS, save_model
 from nightseg.progress import SilentProgress
 from nightseg.segmenter.train import Plan, learn

@@ -1,0 +1,32 @@
+"""What a training loop sees of the cluster, and nothing of how it is spread: a loop needs no more of this room."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Session(Protocol):
+    """What a training loop sees of the cluster. Every worker has one; all must make the same calls of `report`."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module on this worker's device, DistributedDataParallel if there are several workers."""
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum of the tensor over all workers, on this worker's device; the tensor itself if there is one worker."""
+
+    def restore(self) -> dict[str, Any] | None:
+        """The state of the newest whole checkpoint (tensors on the CPU), or None at the very start."""
+
+    def report(self, metrics: Mapping[str, float], state: Mapping[str, Any] | None) -> None:
+        """A barrier. Notes the metrics, and keeps rank 0's state as a checkpoint if it is given."""
+
+    def progress(self, done: int, **metrics: float) -> None:
+        """`done` units of work are finished in all, not since the last call. Cheap; never waits."""
