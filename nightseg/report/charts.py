@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from nightseg.report.formatting import significant
+
 WIDTH, HEIGHT = 480, 200  # of the drawing, in its own units; the page scales it
 LEFT, RIGHT, TOP, BOTTOM = 40, 10, 20, 24  # margins that hold the tick labels
 _MAX_TICKS = 5
@@ -84,7 +86,7 @@ class _Axis:
         return round(self.start + share * (self.end - self.start), 2)
 
     def ticks(self) -> tuple[Tick, ...]:
-        return tuple(Tick(self.place(value), _number(value)) for value in nice_values(self.low, self.high))
+        return tuple(Tick(self.place(value), significant(value)) for value in nice_values(self.low, self.high))
 
 
 def stacked_histogram(
@@ -105,7 +107,7 @@ def stacked_histogram(
         for kind, values in series.items():
             if values[index]:
                 top, bottom = vertical.place(base + values[index]), vertical.place(base)
-                title = f"{kind}: {values[index]:g} {unit}, {_number(low)} to {_number(high)}"
+                title = f"{kind}: {values[index]:g} {unit}, {significant(low)} to {significant(high)}"
                 bars.append(
                     Bar(left + 0.5, top, round(max(right - left - 1, 0.5), 2), round(bottom - top, 2), kind, title)
                 )
@@ -188,7 +190,3 @@ def nice_values(low: float, high: float) -> list[float]:
     first = math.ceil(round(low / step, 9))
     last = math.floor(round(high / step, 9))
     return [index * step for index in range(first, last + 1)]
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}") if abs(value) >= 1000 else f"{value:.3g}"

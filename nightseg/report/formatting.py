@@ -19,6 +19,11 @@ def decimals(value: float | None, digits: int = 2) -> str:
     return "\N{EN DASH}" if value is None else f"{value:.{digits}f}".replace("-", _MINUS)
 
 
+def significant(value: float) -> str:
+    """Three significant digits, thousands apart: 0.05, 12 345."""
+    return (count(round(value)) if abs(value) >= 1000 else f"{value:.3g}").replace("-", _MINUS)
+
+
 def points(value: float | None) -> str:
     """A difference in percentage points with its sign: +1.2."""
     if value is None:

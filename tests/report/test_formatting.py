@@ -17,6 +17,11 @@ def test_numbers() -> None:
         and formatting.points(0.04) == "\u00b10.0"
     )
     assert formatting.points(None) == ""
+    assert [formatting.significant(value) for value in (-0.5, 0.0512, 12345.4)] == [
+        "\u22120.5",
+        "0.0512",
+        f"12{NARROW}345",
+    ]
     assert formatting.count(14937) == f"14{NARROW}937" and formatting.plural(1, "stage") == "1 stage"
     assert formatting.plural(2, "stage") == "2 stages"
     assert formatting.short("abcdefghijklmnop") == "abcdefghijkl"
