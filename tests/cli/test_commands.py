@@ -14,10 +14,14 @@ from nightseg.data.images import encode_png
 from nightseg.data.taxonomy import taxonomy
 from nightseg.interop import onnx as export_module
 from nightseg.networks.model_folder import save_model
+from nightseg.pipeline import distance as distance_module
 from nightseg.pipeline import single
+from nightseg.pipeline.distance import Distance
+from nightseg.recipe.types import Evaluation
 from nightseg.segmenter.network import build_semantic_fpn
 from nightseg.segmenter.settings import Inference, Network
 from nightseg.selection.frechet import Statistics, write_statistics
+from nightseg.selection.settings import Extraction, Selection
 from nightseg.storage import Location
 from tests.command_line import forbid_ray, good, json_of, refused
 
@@ -184,24 +188,81 @@ def test_export_shows_the_check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 @pytest.mark.parametrize(
     ("name", "words", "expected"),
     [
-        ("split_folder", ("split", "pool", "--out", "f.parquet", "--margin", "0.1"), {"margin": 0.1}),
+        (
+            "split_folder",
+            ("split", "pool", "--out", "f.parquet", "--margin", "0.1", "--actors", "5"),
+            {"0": "pool", "1": "f.parquet", "margin": 0.1, "compute": MapCompute(actors=5)},
+        ),
         (
             "select_frames",
-            ("select", "p", "--reference", "r", "--count", "3", "--out", "o", "--seed", "4"),
-            {"seed": 4},
+            (
+                *("select", "p", "--reference", "r", "--count", "3", "--out", "o", "--seed", "4", "--quota", "2"),
+                *("--method", "pooled", "--gap", "6", "--duplicates", "0.9", "--extractor", "resnet18", "--fast"),
+                *("--resize", "clean", "--weights", "w.pth"),
+            ),
+            {
+                "0": "p",
+                "1": "r",
+                "2": "o",
+                "seed": 4,
+                "compute": MapCompute(actors=0),
+                "selection": Selection(
+                    method="pooled",
+                    count=3,
+                    quota=2,
+                    gap=6,
+                    duplicates=0.9,
+                    extractor=Extraction(name="resnet18", weights="w.pth", resize="clean", mode="fast"),
+                ),
+            },
+        ),
+        (
+            "evaluate_folders",
+            (
+                *("evaluate", "p", "l", "--taxonomy", "camvid11", "--label-encoding", "camvid12", "--boundary"),
+                *("--boundary-distance", "0.1", "--absent-class", "detectron2", "--actors", "2", "--work", "w"),
+            ),
+            {
+                "0": Location.of("p"),
+                "1": Location.of("l"),
+                "2": "camvid11",
+                "label_encoding": "camvid12",
+                "evaluation": Evaluation(boundary=0.1, absent_class="detectron2"),
+                "compute": MapCompute(actors=2),
+                "work": Location.of("w"),
+            },
         ),
     ],
 )
-def test_steps_pass_on_what_they_were_given(
+def test_verbs_pass_on_what_they_were_given(
     monkeypatch: pytest.MonkeyPatch, name: str, words: tuple[str, ...], expected: dict[str, Any]
 ) -> None:
     asked: dict[str, Any] = {}
 
-    def step(*_: Any, **more: Any) -> dict[str, Any]:
-        asked.update(more)
+    def step(*arguments: Any, **named: Any) -> dict[str, Any]:
+        asked.update({str(place): value for place, value in enumerate(arguments)} | named)
         return {"frames": 3}
 
     monkeypatch.setattr(single, name, step)
-    assert json_of(*words, "--actors", "5") == {"frames": 3}
-    assert asked["compute"].actors == 5
-    assert {key: asked[key] for key in expected} == expected
+    assert json_of(*words) == {"frames": 3}
+    del asked["progress"]
+    assert asked == expected
+
+
+def test_fid_passes_on_what_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def distance(*sides: str, **named: Any) -> Distance:
+        asked.update(named, sides=sides)
+        return Distance(1.0, 2, 3, "resnet18", "clean")
+
+    monkeypatch.setattr(distance_module, "distance", distance)
+    words = ("fid", "a", "b", "--extractor", "resnet18", "--weights", "w.pth", "--resize", "clean", "--fast")
+    assert json_of(*words, "--save-a", "a.npz", "--save-b", "b.npz", "--actors", "4")["fid"] == 1.0
+    del asked["progress"]
+    assert asked == {
+        "sides": ("a", "b"), "insist": True, "save_statistics": ("a.npz", "b.npz"), "compute": MapCompute(actors=4),
+        "extraction": Extraction(name="resnet18", weights="w.pth", resize="clean", mode="fast"),
+    }  # fmt: skip
+    json_of("fid", "a", "b")
+    assert (asked["insist"], asked["extraction"]) == (False, Extraction(name="inception"))

@@ -187,6 +187,42 @@ def test_the_callback_counts_trials_and_survives_being_pickled() -> None:
     pickle.loads(pickle.dumps(callback))
 
 
+def test_tune_is_handed_what_the_search_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray.tune
+    from ray.tune import schedulers
+    from ray.tune.search import optuna
+
+    asked: dict[str, Any] = {}
+
+    def recorder(what: str) -> Any:
+        def record(*arguments: Any, **named: Any) -> Any:
+            asked[what] = named
+            return SimpleNamespace(fit=list)
+
+        return record
+
+    monkeypatch.setattr(ray.tune, "Tuner", recorder("tuner"))
+    monkeypatch.setattr(ray.tune, "TuneConfig", recorder("config"))
+    monkeypatch.setattr(ray.tune, "RunConfig", recorder("run"))
+    monkeypatch.setattr(schedulers, "ASHAScheduler", recorder("asha"))
+    monkeypatch.setattr(optuna, "OptunaSearch", recorder("optuna"))
+    space = f"space={{{ALPHA}: {{uniform: [0.1, 0.9]}}, {COUNT}: {{choice: [3, 4]}}}}"
+    given = [space, "trials=7", "concurrent=3", "grace_epochs=2", "seed=11"]
+    settings = load_settings(Search, CONFIGS / "search.yaml", given)
+    trials = Trials(settings, Location.of(tmp_path), "shared")
+    save_recipe(load_recipe(CONFIGS / "demo.yaml", settings.set), trials.recipe_file)
+    epochs = trials.training(trials.first).epochs
+    assert module._tune(trials, "0123456789abcdef", SilentProgress()) == []
+    assert asked["optuna"] == {"seed": 11}
+    assert asked["asha"] == {"time_attr": "epoch", "max_t": max(epochs, 2), "grace_period": 2}
+    config = asked["config"]
+    assert (config["metric"], config["mode"]) == ("miou", "max")
+    assert (config["num_samples"], config["max_concurrent_trials"]) == (7, 3)
+    assert (asked["run"]["name"], asked["run"]["storage_path"]) == ("0123456789ab", f"{tmp_path}/tune")
+    domains = asked["tuner"]["param_space"]
+    assert (domains[ALPHA].lower, domains[ALPHA].upper) == (0.1, 0.9) and domains[COUNT].categories == [3, 4]
+
+
 # -- the whole of it --------------------------------------------------------------------------------------------------
 
 TINY = [
