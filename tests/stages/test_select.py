@@ -99,7 +99,10 @@ def test_every_frame_keeps_its_score(tmp_path: Path) -> None:
 
 
 def test_evidence_compares_with_chance(tmp_path: Path) -> None:
-    evidence = chosen(tmp_path).json("evidence.json")
+    commit = chosen(tmp_path)
+    evidence, scores = commit.json("evidence.json"), commit.table("scores").to_pylist()
+    left_out = sorted(row["score"] for row in scores if row["rank"] is None)
+    assert [example["score"] for example in evidence["first_left_out"]] == left_out[:8] != left_out[-8:]
     fid = evidence["fid"]
     assert fid["random_draws"] == 20 and fid["random_sd"] > 0
     assert fid["selection"] < fid["random_mean"] - 2 * fid["random_sd"]
