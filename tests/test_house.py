@@ -93,7 +93,6 @@ def options_of(command: click.Command) -> set[str]:
     return own.union(*(options_of(verb) for verb in below))
 
 
-@pytest.mark.xfail(strict=True, reason="some rooms still do")
 def test_lower_rooms_name_no_option_of_the_command_line() -> None:
     """An option in the message of a lower room misleads whoever came by a recipe, a job or Python."""
     options, wrong = options_of(main), []
