@@ -80,8 +80,7 @@ The translator that is trained
 
 Translators that need no training: pixels in, pixels out
     translators/settings.py      translators that need no training
-    translators/photometric.py   night by optics: less light, lens, sensor
-    translators/lights.py        what shines at night, placed by the label
+    translators/photometric.py   night by optics: less light, lens, sensor; lights by the label
     translators/fourier.py       low-frequency amplitudes of another frame
     translators/colour.py        colours of another frame
     translators/style_images.py  which frame lends its look

@@ -29,8 +29,6 @@ from nightseg.storage import Attempt, Commit, Location, UserError
 from nightseg.translators.colour import match_histograms, reinhard
 from nightseg.translators.command import Program
 from nightseg.translators.fourier import swap_low_amplitudes
-from nightseg.translators.lights import Roles
-from nightseg.translators.photometric import Optics
 from nightseg.translators.settings import (
     ColourTranslator,
     CommandTranslator,
@@ -51,7 +49,7 @@ from nightseg.translators.shards import (
 from nightseg.translators.style_images import Palette, open_palette
 from nightseg.unit.network import STRIDE, check_tile, load_generators, to_uint8, to_unit_range
 
-VERSION = 2
+VERSION = 3
 
 PIXELS_AT_ONCE: Final = 1 << 20  # of one forward pass: about 1 GB at width 64; a larger frame goes alone
 SMALLEST_SIDE: Final = 2 * STRIDE  # the latent needs two rows to reflect one
@@ -146,9 +144,7 @@ def open_translator(
     outputs: tuple[str, ...] = ()
     match settings:
         case PhotometricTranslator():
-            optics = Optics(*(getattr(settings, field) for field in Optics._fields))
-            roles = Roles.of(settings.classes.model_dump(), classes.classes)
-            way = partial(each, partial(by_optics, optics=optics, roles=roles, classes=classes, seed=seed))
+            way = partial(each, partial(by_optics, optics=settings, classes=classes, seed=seed))
         case FourierTranslator() | ColourTranslator():
             palette = _palette(translator, settings, attempt, progress)
             way, outputs = partial(each, Lent(palette, _transfer(settings))), (LENDERS_NAME,)

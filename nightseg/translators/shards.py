@@ -17,8 +17,8 @@ from nightseg.data.images import BadFrame, encode_png, read_image
 from nightseg.data.taxonomy import Taxonomy, train_ids_of
 from nightseg.storage import Location, sha256_of
 from nightseg.translators.command import Program, translate_by
-from nightseg.translators.lights import Roles
-from nightseg.translators.photometric import Optics, night_of
+from nightseg.translators.photometric import LitIds, night_of
+from nightseg.translators.settings import PhotometricTranslator
 from nightseg.translators.style_images import LenderReader, Palette
 
 LENDER: Final = "lender"  # column: the frame whose light or colours a frame was given; null = it was given none
@@ -74,9 +74,10 @@ def by_program(rows: Iterable[Row], *, program: Program, classes: Taxonomy) -> I
         yield row, image if isinstance(image, BadFrame) else Changed(image)
 
 
-def by_optics(image: Pixels, row: Row, *, optics: Optics, roles: Roles, classes: Taxonomy, seed: int) -> Changed:
+def by_optics(image: Pixels, row: Row, *, optics: PhotometricTranslator, classes: Taxonomy, seed: int) -> Changed:
     label = train_ids_of(row, classes, image.shape[:2])
-    return Changed(night_of(image, label, optics=optics, roles=roles, seed=seed, frame_id=row[frame.FRAME_ID]))
+    lit = LitIds.of(optics.classes, classes.classes)
+    return Changed(night_of(image, label, optics=optics, lit=lit, seed=seed, frame_id=row[frame.FRAME_ID]))
 
 
 class Lent:

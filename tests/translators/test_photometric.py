@@ -6,23 +6,23 @@ import numpy as np
 import pytest
 
 from nightseg.data.taxonomy import taxonomy
-from nightseg.translators.lights import Roles
-from nightseg.translators.photometric import Optics, black_body, expose, night_of
+from nightseg.translators.photometric import LitIds, black_body, expose, night_of
 from nightseg.translators.settings import LitClasses, PhotometricTranslator
 from nightseg.translators.srgb import to_linear, to_pixels
 
 CLASSES = taxonomy("camvid11").classes
 SKY, ROAD, CAR = (CLASSES.index(name) for name in ("sky", "road", "car"))
-ROLES = Roles.of(LitClasses().model_dump(), CLASSES)
-_DEFAULTS = PhotometricTranslator(kind="photometric")
-DEFAULT = Optics(*(getattr(_DEFAULTS, field) for field in Optics._fields))
-CLEAN = DEFAULT._replace(electrons=1e15, read_noise=0.0)  # a sensor without noise
-PLAIN = CLEAN._replace(stops=(-2.0, -2.0), temperature=(4000.0, 4000.0), vignette=0.0, beam=0.0)
+LIT = LitIds.of(LitClasses(), CLASSES)
+DEFAULT = PhotometricTranslator(kind="photometric")
+CLEAN = DEFAULT.model_copy(update={"electrons": 1e15, "read_noise": 0.0})  # a sensor without noise
+PLAIN = CLEAN.model_copy(update={"stops": (-2.0, -2.0), "temperature": (4000.0, 4000.0), "vignette": 0.0, "beam": 0.0})
 
 
-def night(image: np.ndarray, label: np.ndarray | None = None, optics: Optics = DEFAULT, **more: object) -> np.ndarray:
+def night(
+    image: np.ndarray, label: np.ndarray | None = None, optics: PhotometricTranslator = DEFAULT, **more: object
+) -> np.ndarray:
     arguments = {"seed": 0, "frame_id": "day/1"} | more
-    return night_of(image, label, optics=optics, roles=ROLES, **arguments)  # type: ignore[arg-type]
+    return night_of(image, label, optics=optics, lit=LIT, **arguments)  # type: ignore[arg-type]
 
 
 def picture(seed: int = 0) -> np.ndarray:
@@ -52,14 +52,15 @@ def test_two_stops_under_a_lamp_of_4000_kelvin() -> None:
 
 def test_the_lens_loses_its_share_in_the_corners() -> None:
     white = np.full((101, 201, 3), 255, dtype=np.uint8)
-    light = to_linear(night(white, optics=PLAIN._replace(vignette=0.5)))[..., 0]
+    light = to_linear(night(white, optics=PLAIN.model_copy(update={"vignette": 0.5})))[..., 0]
     assert light[50, 100] == pytest.approx(0.25, rel=0.02)
     assert light[0, 0] / light[50, 100] == pytest.approx(0.5, abs=0.02)
 
 
 def test_our_beam_lights_the_road_ahead() -> None:
     grey = np.full((100, 200, 3), 150, dtype=np.uint8)
-    plain, beam = (night(grey, optics=PLAIN._replace(beam=strength)).astype(int) for strength in (0.0, 2.0))
+    optics = [PLAIN.model_copy(update={"beam": strength}) for strength in (0.0, 2.0)]
+    plain, beam = (night(grey, optics=one).astype(int) for one in optics)
     assert (beam - plain)[90, 100].min() > 20 and (beam - plain)[90, 100].min() > (beam - plain)[90, 5].max()
     assert np.array_equal(beam[:50], plain[:50])
 
@@ -78,7 +79,7 @@ def test_the_noise_has_the_stated_variance(light: float, electrons: float, read_
 def test_only_the_labelled_sky_goes_dark() -> None:
     image, label = np.full((60, 80, 3), 200, dtype=np.uint8), np.full((60, 80), ROAD, dtype=np.uint8)
     label[:30] = SKY
-    light = to_linear(night(image, label, PLAIN._replace(sky=0.1)))[..., 0]
+    light = to_linear(night(image, label, PLAIN.model_copy(update={"sky": 0.1})))[..., 0]
     assert light[:28].mean() / light[34:].mean() == pytest.approx(0.1, abs=0.02)
     assert np.array_equal(night(image, label, PLAIN)[34:], night(image, None, PLAIN)[34:])
 
@@ -86,7 +87,7 @@ def test_only_the_labelled_sky_goes_dark() -> None:
 def test_at_dusk_the_sky_may_keep_more_light_than_the_street() -> None:
     image, label = np.full((60, 80, 3), 150, dtype=np.uint8), np.full((60, 80), ROAD, dtype=np.uint8)
     label[:30] = SKY
-    light = to_linear(night(image, label, PLAIN._replace(sky=2.0)))[..., 1]
+    light = to_linear(night(image, label, PLAIN.model_copy(update={"sky": 2.0})))[..., 1]
     assert light[:28].mean() / light[34:].mean() == pytest.approx(2.0, abs=0.05)
 
 
@@ -105,7 +106,7 @@ def test_glow_is_only_where_the_label_says() -> None:
     reach = 3 * round(64 * 0.06)
     assert (lit.astype(int) - unlit)[40:56, 60:90].max() > 60
     assert 60 - reach <= changed.min() and changed.max() < 90 + reach
-    assert np.array_equal(night(image, label, DEFAULT._replace(lights=0.0)), unlit)
+    assert np.array_equal(night(image, label, DEFAULT.model_copy(update=dict(lights=0.0))), unlit)
 
 
 def test_a_frame_follows_from_seed_and_id_alone() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nightseg.data.taxonomy import taxonomy
-from nightseg.translators.lights import Roles, sources
+from nightseg.translators.photometric import LitIds, sources
 from nightseg.translators.settings import LitClasses
 
 CAMVID, CITYSCAPES = taxonomy("camvid11").classes, taxonomy("cityscapes19").classes
@@ -16,11 +16,11 @@ SKY, BUILDING, POLE, ROAD, CAR = (CAMVID.index(name) for name in ("sky", "buildi
 STREET = (1.0, 0.5, 0.2)
 
 
-def roles(classes: Sequence[str] = CAMVID) -> Roles:
-    return Roles.of(LitClasses().model_dump(), classes)
+def roles(classes: Sequence[str] = CAMVID) -> LitIds:
+    return LitIds.of(LitClasses(), classes)
 
 
-def lit(label: np.ndarray, seed: int = 0, which: Roles | None = None) -> np.ndarray:
+def lit(label: np.ndarray, seed: int = 0, which: LitIds | None = None) -> np.ndarray:
     return sources(label, which or roles(), np.random.default_rng(seed), STREET)
 
 
@@ -29,7 +29,7 @@ def street() -> np.ndarray:
 
 
 def test_roles_are_those_classes_that_the_taxonomy_has() -> None:
-    assert roles() == Roles(sky=(SKY,), vehicle=(CAR,), signal=(), facade=(BUILDING,), lamp=(POLE,))
+    assert roles() == LitIds(sky=(SKY,), vehicle=(CAR,), signal=(), facade=(BUILDING,), lamp=(POLE,))
     found = roles(CITYSCAPES)
     assert [CITYSCAPES[index] for index in found.vehicle] == ["car", "truck", "bus", "motorcycle"]
     assert found.signal == (CITYSCAPES.index("traffic light"),)
@@ -91,7 +91,7 @@ def test_a_signal_shows_one_of_three_colours_in_its_third() -> None:
     label[20:50, 70:80] = signal
     seen = set()
     for seed in range(30):
-        light = lit(label, seed, Roles((), (), (signal,), (), ()))
+        light = lit(label, seed, LitIds((), (), (signal,), (), ()))
         rows, columns = np.nonzero(light.sum(axis=2))
         red, green = light[rows[0], columns[0], :2]
         colour = "green" if green > red else "amber" if green > 0.3 * red else "red"
