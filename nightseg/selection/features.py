@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import itertools
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from nightseg.errors import UserError, closest
-from nightseg.networks.weights import check_names_and_shapes, read_state_dict
+from nightseg.networks.weights import cached_download, check_names_and_shapes, read_state_dict
 from nightseg.segmenter.encoders import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -47,7 +45,6 @@ INCEPTION_DIMS: Final = {"inception": 2048, "inception_768": 768, "inception_192
 INCEPTION_FILE: Final = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_URL: Final = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
 _INCEPTION_SHA256_PREFIX: Final = "6726825d"
-_DOWNLOAD_TIMEOUT_SECONDS: Final = 30
 _TIMM: Final = "timm/"
 
 _PASS_ROWS = 8  # frames in one pass of the network
@@ -359,20 +356,8 @@ def inception_network(tensors: dict[str, Tensor], dims: int = 2048) -> nn.Module
 
 
 def _cached_inception_file() -> Location:
-    file = Location.of(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
-    if file.exists():
-        return file
-    try:
-        with urllib.request.urlopen(INCEPTION_URL, timeout=_DOWNLOAD_TIMEOUT_SECONDS) as answer:
-            data = answer.read()
-        if not sha256_of(data).startswith(_INCEPTION_SHA256_PREFIX):
-            raise OSError("what arrived is not the file that its sha256 announces")
-    except OSError as error:
-        raise UserError(
-            f"inception: the weights {file} are not there and {INCEPTION_URL} cannot be fetched ({error})",
-            cure=f"download {INCEPTION_FILE} elsewhere and put it there, or name a local copy with `extractor.weights`,"
-            " or use the extractor efficientnet_lite0, whose weights are installed (its distances do not compare with"
-            " those of inception)",
-        ) from error
-    file.write_bytes(data)
-    return file
+    cure = (
+        "name a local copy with `extractor.weights`, or use the extractor efficientnet_lite0, whose weights are "
+        "installed (its distances do not compare with those of inception)"
+    )
+    return Location.of(cached_download(INCEPTION_URL, _INCEPTION_SHA256_PREFIX, name="inception", cure=cure))

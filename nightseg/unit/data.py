@@ -8,9 +8,8 @@ Letters in tensor names: B batch, 3 RGB, H, W crop size.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from nightseg.data.images import BadFrame, read_image
+from nightseg.data.prefetch import prefetch
 from nightseg.storage import Location, UserError
 
 Pixels = NDArray[np.uint8]
@@ -141,17 +141,8 @@ class UnpairedCrops:
         if threads <= 0:
             yield from map(self.at, range(start, stop))
             return
-        pool = ThreadPoolExecutor(threads)
-        try:
-            waiting: deque[Future[tuple[Tensor, Tensor]]] = deque()
-            for iteration in range(start, stop):
-                waiting.append(pool.submit(self.at, iteration))
-                if len(waiting) > BATCHES_AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        with ThreadPoolExecutor(threads) as pool:
+            yield from prefetch(pool, self.at, range(start, stop), ahead=BATCHES_AHEAD)
 
     def _crop(self, domain: int, position: int) -> Pixels:
         reader = self.readers[domain]

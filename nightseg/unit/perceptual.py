@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Final, Literal
 
 import torch
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nightseg.errors import closest
+from nightseg.networks.weights import cached_download
 from nightseg.segmenter.encoders import IMAGENET_MEAN, IMAGENET_STD, LITE_MEAN, LITE_STD, lite0_classifier_weights
 from nightseg.storage import Location, UserError, sha256_of
 from nightseg.unit.winograd import convolve_3x3
@@ -169,7 +169,13 @@ def _vgg16_weights(weights: str | None, sha256: str | None) -> Mapping[str, Tens
         f"Download {VGG16_URL} on a machine with network access and set perceptual_weights to it, or set "
         "perceptual_network: efficientnet_lite0, which needs no download."
     )
-    file = Location.of(weights) if weights is not None else Location.of(_hub_file(cure))
+    file = (
+        Location.of(weights)
+        if weights is not None
+        else Location.of(
+            cached_download(VGG16_URL, VGG16_SHA256_PREFIX, name="vgg16", cure="set perceptual_weights to a local copy")
+        )
+    )
     try:
         data = file.read_bytes()
     except OSError as error:
@@ -188,18 +194,6 @@ def _vgg16_weights(weights: str | None, sha256: str | None) -> Mapping[str, Tens
     if not isinstance(state, Mapping):
         raise UserError(f"{file} holds a {type(state).__name__}, not a state dict. {cure}")
     return state
-
-
-def _hub_file(cure: str) -> Path:
-    """torchvision's file in the hub folder, downloaded if it is not there."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / VGG16_FILE
-    if not path.is_file():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(VGG16_URL, str(path), hash_prefix=VGG16_SHA256_PREFIX, progress=False)
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"cannot download the VGG16 weights to {path}: {error}. {cure}") from error
-    return path
 
 
 def _lite0(layers: Collection[str]) -> nn.Module:
