@@ -54,7 +54,7 @@ VERSION = 3
 PIXELS_AT_ONCE: Final = 1 << 20  # of one forward pass: about 1 GB at width 64; a larger frame goes alone
 SMALLEST_SIDE: Final = 2 * STRIDE  # the latent needs two rows to reflect one
 
-LENDERS_NAME: Final = "lenders.json"  # ids of the frames that may lend
+LENDERS_NAME: Final = "style_images.json"  # ids of the frames that may lend
 
 Domain = Literal["day", "night"]
 Pixels = NDArray[np.uint8]
@@ -90,7 +90,7 @@ def translate(
     max_bad_fraction: float,
     tile: tuple[int, int] | None = None,
 ) -> Commit:
-    """Commit `frames` (PNGs under `images/`, domain `to`, dataset and id prefix `name`) and `quarantine`; lenders.json
+    """Commit `frames` (PNGs under `images/`, domain `to`, dataset and id prefix `name`) and `quarantine`; style_images.json
     of kinds that have lenders.
 
     `source` is a frame table with absolute uris; frames already of domain `to` are refused (UserError). UNIT (a commit)

@@ -21,7 +21,7 @@ from nightseg.translators.photometric import LitIds, night_of
 from nightseg.translators.settings import PhotometricTranslator
 from nightseg.translators.style_images import LenderReader, Palette
 
-LENDER: Final = "lender"  # column: the frame whose light or colours a frame was given; null = it was given none
+LENDER: Final = "style_image"  # column: the frame whose light or colours a frame was given; null = it was given none
 
 Domain = Literal["day", "night"]
 Pixels = npt.NDArray[np.uint8]
