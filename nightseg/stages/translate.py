@@ -90,8 +90,8 @@ def translate(
     max_bad_fraction: float,
     tile: tuple[int, int] | None = None,
 ) -> Commit:
-    """Commit `frames` (PNGs under `images/`, domain `to`, dataset and id prefix `name`) and `quarantine`; style_images.json
-    of kinds that have lenders.
+    """Commit `frames` (PNGs under `images/`, domain `to`, dataset and id prefix `name`) and `quarantine`; of kinds
+    that have style images their ids as style_images.json.
 
     `source` is a frame table with absolute uris; frames already of domain `to` are refused (UserError). UNIT (a commit)
     translates without noise, so a sequence does not flicker, and frames larger than `tile` (height, width) in tiles
