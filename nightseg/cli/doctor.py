@@ -94,15 +94,15 @@ def _cluster(file: str) -> list[Finding]:
     try:
         config: Any = yaml.safe_load(Location.of(file).read_bytes())
     except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"--cluster {file}: there is no such file. Cure: give the path of a cluster.yaml.") from None
+        raise UserError(f"--cluster {file}: there is no such file", cure="give the path of a cluster.yaml") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8
-        raise UserError(f"--cluster {file}: not valid YAML: {error}") from None
+        raise UserError(f"--cluster {file}: not valid YAML: {error}", cure="correct it there") from None
     if not isinstance(config, dict):
-        raise UserError(f"--cluster {file}: a cluster file is a mapping, see cluster.yaml of this project.")
+        raise UserError(f"--cluster {file}: a cluster file is a mapping", cure="see cluster.yaml of this project")
     try:
         bad = [Finding("cluster", False, problem) for problem in cluster_problems(config)]
         bad += [Finding("cluster", False, f"{place} still says CHANGE-ME") for place in unfilled(config)]
     except (AttributeError, TypeError) as error:
         what = f"--cluster {file}: not shaped like a cluster file of Ray ({error})"
-        raise UserError(f"{what}. Cure: see cluster.yaml of this project.") from error
+        raise UserError(what, cure="see cluster.yaml of this project") from error
     return bad or [Finding("cluster", True, f"{file}: no open door found")]

@@ -113,9 +113,9 @@ def status(run_dir: str, as_json: bool) -> None:
 
     folder = Location.of(run_dir)
     if not folder.is_folder():
-        raise UserError(f"{run_dir}: there is no such run folder. Cure: give the folder that `nightseg run` wrote.")
+        raise UserError(f"{run_dir}: there is no such run folder", cure="give the folder that `nightseg run` wrote")
     if not (folder / "stages").is_folder() and not (folder / "recipe.yaml").exists():
-        raise UserError(f"{run_dir}: not a run folder, it has neither stages nor recipe.yaml. Cure: give RUN_DIR.")
+        raise UserError(f"{run_dir}: not a run folder, it has neither stages nor recipe.yaml", cure="give RUN_DIR")
     workspace = Workspace(folder)
     commits = workspace.commits()
     holder = workspace.holder()

@@ -75,11 +75,11 @@ def read_results(run: Location) -> dict[str, Any]:
         content = file.read_json()
         return {**content, "models": dict(content["models"]), "commits": dict(content["commits"])}
     except FileNotFoundError:
-        raise UserError(f"{run}: no results.json there. Cure: finish the run first (nightseg run RECIPE).") from None
+        raise UserError(f"{run}: no results.json there", cure="finish the run first (nightseg run RECIPE)") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{file}: not the results of a run, or damaged ({error}). Cure: run the same command again; what is "
-            "committed is not computed twice."
+            f"{file}: not the results of a run, or damaged ({error})",
+            cure="run the same command again; what is committed is not computed twice",
         ) from error
 
 
@@ -98,13 +98,14 @@ def model_folder(place: str | Path | Location) -> Location:
             run, name = Location.of(before), after
     if not (run / "results.json").exists():
         raise UserError(
-            f"{place}: neither a model folder (no model.json) nor a finished run (no results.json). "
-            "Cure: give RUN_DIR:MODEL, for example runs/demo:self_trained."
+            f"{place}: neither a model folder (no model.json) nor a finished run (no results.json)",
+            cure="give RUN_DIR:MODEL, for example runs/demo:self_trained",
         )
     content = read_results(run)
     if name not in content["models"]:
         wrong = f"the run has no model {name!r}{closest(name, content['models'])}" if name else "say which model"
-        raise UserError(f"{place}: {wrong}; give RUN_DIR:MODEL, known: {', '.join(content['models']) or 'none'}")
+        known = ", ".join(content["models"]) or "none"
+        raise UserError(f"{place}: {wrong}; known: {known}", cure="give RUN_DIR:MODEL")
     node = content["models"][name]["model"]
     attempt = Location.of(content["commits"][node]["folder"])
     moved = run / f"stages/{node}/{attempt.parent.name}/{attempt.name}/model"  # a run folder may be moved

@@ -138,7 +138,9 @@ def _check(file: str, settings: Search, recipe_file: Location) -> None:
                 break
     if problems:
         head = f"{file}: {len(problems)} error{'s' if len(problems) > 1 else ''}; nothing was started."
-        raise UserError("\n".join([head, *(f"  {problem}" for problem in problems)]))
+        raise UserError(
+            "\n".join([head, *(f"  {problem}" for problem in problems)]), cure="correct these keys and search again"
+        )
 
 
 def _beside(file: Location, relative: str) -> Location:

@@ -89,7 +89,9 @@ def pseudo_label(
     """
     classes = load_taxonomy(taxonomy)
     if frames.num_rows == 0:
-        raise UserError(f"pseudo-labels for {name}: there is no frame to label; look at the pool and its selection")
+        raise UserError(
+            f"pseudo-labels for {name}: there is no frame to label", cure="look at the pool and at its selection"
+        )
     check_classes(teacher.folder / "model", classes)
     columns = [column for column in frames.column_names if column in frame.FRAME_SCHEMA.names]
     rows = frame.frame_table(frames.select(columns).to_pylist())

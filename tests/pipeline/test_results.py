@@ -154,8 +154,8 @@ def test_a_model_that_was_borrowed_is_found_where_it_lies(run: Location, tmp_pat
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        ("{run}", "say which model; give RUN_DIR:MODEL, known: m"),
-        ("{run}:n", "the run has no model 'n'; give RUN_DIR:MODEL, known: m"),
+        ("{run}", "say which model; known: m. Cure: give RUN_DIR:MODEL"),
+        ("{run}:n", "the run has no model 'n'; known: m. Cure: give RUN_DIR:MODEL"),
         ("{run}:mm", "no model 'mm', did you mean 'm'"),
         ("{run}:", "say which model"),
         ("{run}/nowhere", "neither a model folder .* nor a finished run .*runs/demo:self_trained"),
