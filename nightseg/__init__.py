@@ -140,8 +140,7 @@ Runs
     pipeline/build.py              the recipe as a graph of stages: the only place that knows the order
     pipeline/results.py            results.json
     pipeline/run.py                do what is not committed, gather, report; or say what would be done
-    pipeline/trials.py             what a search tries, and one trial of it
-    pipeline/search.py             Ray Tune over the rounds
+    pipeline/search.py             Ray Tune over the rounds: what a search tries, its trials
     pipeline/distance.py           FID and KID of two sets of frames
     pipeline/single.py             single stages without a recipe
 
@@ -149,8 +148,7 @@ The command line
     cli/doctor.py    is this machine fit
     cli/output.py    how answers and errors look
     cli/main.py      `nightseg run`, `status`, `report`, `search`, `doctor`
-    cli/commands.py  `nightseg split`, `fid`, `select`, `evaluate`, `predict`
-    cli/models.py    `nightseg convert`, `export`
+    cli/commands.py  `nightseg split`, `fid`, `select`, `evaluate`, `predict`, `convert`, `export`
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`nightseg VERB`: parse, validate, call ONE function, show what it returned.
 
 Standard output carries the answer (with --json one JSON object), standard error the progress. How answers and errors
-look is `console.py`. Everything heavy is imported by the verb that needs it.
+look is `output.py`. Everything heavy is imported by the verb that needs it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from nightseg.cli import commands, models
+from nightseg.cli import commands
 from nightseg.cli.output import (
     Failures,
     json_option,
@@ -206,16 +206,8 @@ def doctor(cluster: str | None, as_json: bool) -> None:
         sys.exit(1)
 
 
-for step in (
-    commands.split,
-    commands.fid,
-    commands.select,
-    commands.evaluate,
-    commands.predict,
-    models.convert,
-):
-    main.add_command(step)
-main.add_command(models.export)
+for verb in ("split", "fid", "select", "evaluate", "predict", "convert", "export"):
+    main.add_command(getattr(commands, verb))
 
 
 if __name__ == "__main__":
