@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 
 import click
-import pytest
 
 import nightseg
 from nightseg.cli.main import main
@@ -182,7 +181,6 @@ def test_jobs_are_thin() -> None:
         assert job.read_text().count("\n") <= 40, f"{job.name} is longer than 40 lines"
 
 
-@pytest.mark.xfail(strict=True, reason="not all of them do yet")
 def test_every_error_of_the_user_names_its_cure() -> None:
     wrong = []
     for module in modules():

@@ -134,8 +134,9 @@ def guard(pixels: KeptPixels, classes: Sequence[str]) -> list[str]:
     predicted, kept = pixels.predicted, pixels.kept
     if int(kept.sum()) == 0:
         raise UserError(
-            f"the pseudo-labels keep none of {int(predicted.sum()):,} pixels: the teacher is nowhere as confident as "
-            "the threshold asks; lower `self_training.threshold.confidence`, or use `kind: class_balanced`"
+            f"self_training.threshold: the pseudo-labels keep none of {int(predicted.sum()):,} pixels, the teacher is "
+            "nowhere as confident as the threshold asks",
+            cure="lower `confidence`, or use `kind: class_balanced`",
         )
     warnings = []
     shares = kept / kept.sum()

@@ -102,7 +102,7 @@ def check_network(network: Network, name: str) -> None:
     try:
         check_architecture(network)
     except UserError as error:
-        raise UserError(f"model {name}: {error}") from error
+        raise UserError(f"model {name}: {error.what}", cure=error.cure) from error
 
 
 def check_training(model: str, plan: Plan, compute: TrainCompute) -> None:

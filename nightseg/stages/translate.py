@@ -157,13 +157,15 @@ def open_translator(
 
 def _check(name: str, source: pa.Table, to: Domain) -> None:
     if source.num_rows == 0:
-        raise UserError(f"dataset {name}: there is no frame to translate; look at the counts of its source dataset")
+        raise UserError(
+            f"dataset {name}: there is no frame to translate", cure="look at the counts of its source dataset"
+        )
     already = source.filter(pc.equal(source[frame.DOMAIN], to))
     if already.num_rows:
         raise UserError(
             f"dataset {name}: {already.num_rows} of {source.num_rows} frames are {to} frames already (first "
-            f"{already[frame.FRAME_ID][0].as_py()}) and cannot be translated to {to}; translate a dataset of the other "
-            f"domain, or set `to: {'day' if to == 'night' else 'night'}`"
+            f"{already[frame.FRAME_ID][0].as_py()}) and cannot be translated to {to}",
+            cure=f"translate a dataset of the other domain, or set `to: {'day' if to == 'night' else 'night'}`",
         )
 
 
@@ -250,13 +252,11 @@ def _palette(
     if begun is None:
         note.write_json(drawn)
         if len(drawn) < wanted:
-            progress.say(
-                f"{what}: {wanted - len(drawn)} of {wanted} frames that were to lend their light cannot be read"
-            )
+            progress.say(f"{what}: {wanted - len(drawn)} of {wanted} style images cannot be read")
     elif drawn != begun:
         gone = next(frame_id for frame_id in begun if frame_id not in drawn)
         raise UserError(
-            f"{what}: {gone} lends its light to this translation, and it cannot be read any more. Bring the file back, "
-            f"or delete {attempt.folder} to begin anew"
+            f"{what}: {gone} is a style image of this translation, and it cannot be read any more",
+            cure=f"restore the file, or delete {attempt.folder} to start again",
         )
     return palette

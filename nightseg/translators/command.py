@@ -32,6 +32,7 @@ _TAIL_BYTES: Final = 2000  # of what the program printed
 _TAIL_LINES: Final = 8
 _LISTED: Final = 5
 _NAME_LETTERS: Final = 80
+_WRITE_PNG: Final = "let it write 8-bit RGB PNGs, and end when they are complete"
 
 
 class Program(NamedTuple):
@@ -102,22 +103,25 @@ def _run(words: list[str], scratch: Path, timeout_seconds: float | None) -> None
             )
         except OSError as error:
             raise UserError(
-                f"the program {words[0]} cannot be started here: {error.strerror or error}. Every node that translates "
-                "needs it; give its absolute path, and make it executable"
+                f"the program {words[0]} cannot be started here: {error.strerror or error}",
+                cure="install it on every node that translates, give its absolute path, and make it executable",
             ) from error
         except ValueError as error:  # a NUL character
-            raise UserError(f"the arguments of {words[0]!r} cannot be passed on: {error}") from error
+            raise UserError(
+                f"the arguments of {words[0]!r} cannot be passed on: {error}", cure="check `argv`"
+            ) from error
         try:
             code = running.wait(timeout_seconds)
         except subprocess.TimeoutExpired as error:
             raise UserError(
-                f"{words[0]} was stopped after {timeout_seconds:g} seconds (timeout_seconds){_tail(printed)}"
+                f"{words[0]} was stopped after {timeout_seconds:g} seconds{_tail(printed)}",
+                cure="raise `timeout_seconds`, or cut the frames into smaller shards",
             ) from error
         finally:
             _end(running)
         if code != 0:
             how = f"ended with exit code {code}" if code > 0 else f"was ended by signal {-code}"
-            raise UserError(f"{words[0]} {how}{_tail(printed)}")
+            raise UserError(f"{words[0]} {how}{_tail(printed)}", cure="run it by hand on a few frames")
 
 
 def _end(running: subprocess.Popen[bytes]) -> None:
@@ -146,19 +150,22 @@ def _check_files(program: Program, names: Sequence[str], given: Path, made: Path
             if some
         ]
         raise UserError(
-            f"{program.argv[0]} left {len(found)} files for {len(names)} frames: {' and '.join(parts)}. It has to "
-            "write one PNG a frame to {output}, under the name that the frame has in {input}"
+            f"{program.argv[0]} left {len(found)} files for {len(names)} frames: {' and '.join(parts)}",
+            cure="let it write one PNG a frame to {output}, under the name that the frame has in {input}",
         )
     for name in names:
         wanted = image_size((given / name).read_bytes())
         try:
             got = image_size((made / name).read_bytes())
         except (BadFrame, OSError) as fault:
-            raise UserError(f"{program.argv[0]} left {printable(name)}, which is no image: {fault}") from fault
+            raise UserError(
+                f"{program.argv[0]} left {printable(name)}, which is no image: {fault}", cure=_WRITE_PNG
+            ) from fault
         if got != wanted:
             raise UserError(
                 f"{program.argv[0]} made {printable(name)} {got[1]} x {got[0]} pixels large, the frame is "
-                f"{wanted[1]} x {wanted[0]}: its label would not fit. Scale it back in the program"
+                f"{wanted[1]} x {wanted[0]}: its label would not fit",
+                cure="scale it back in the program",
             )
 
 
@@ -166,4 +173,6 @@ def _read(program: Program, file: Path) -> Pixels:
     try:
         return decode_image(file.read_bytes())
     except BadFrame as fault:
-        raise UserError(f"{program.argv[0]} left {printable(file.name)}, which is no whole image: {fault}") from fault
+        raise UserError(
+            f"{program.argv[0]} left {printable(file.name)}, which is no whole image: {fault}", cure=_WRITE_PNG
+        ) from fault

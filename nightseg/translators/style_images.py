@@ -89,7 +89,9 @@ def open_palette(frames: Sequence[tuple[str, str]], *, count: int, among: int | 
             faults.append(f"{uri}: {fault}")
     if not lenders:
         first = f" (the first of {len(faults)}: {faults[0]})" if faults else ""
-        raise UserError(f"{what}: no frame of it can be read, so none can lend its light{first}")
+        raise UserError(
+            f"{what}: no frame of it can be read, so there is no style image{first}", cure="look at its counts"
+        )
     return Palette(tuple(lenders), among, seed)
 
 
@@ -107,7 +109,10 @@ class LenderReader:
         try:
             image = read_image(Location.of(lender.uri))
         except BadFrame as fault:
-            raise UserError(f"{lender.uri} was to lend its light, and this node cannot read it: {fault}") from fault
+            raise UserError(
+                f"{lender.uri}: this node cannot read the style image: {fault}",
+                cure="keep the dataset where every node reads it",
+            ) from fault
         self._kept[lender.uri] = image
         while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > _KEPT_BYTES:
             self._kept.popitem(last=False)

@@ -94,8 +94,8 @@ class FrameReader:
             image = read_image(Location.of(frame.uri))
         except BadFrame as error:
             raise UserError(
-                f"frame {frame.frame_id} ({frame.uri}) cannot be read: {error}. It could when its dataset was "
-                "collected: restore the file, or delete the dataset's commit so that it is collected again."
+                f"frame {frame.frame_id} ({frame.uri}) cannot be read any more: {error}",
+                cure="restore the file, or delete the dataset's commit so that it is collected again",
             ) from error
         height, width = self.target_size(*image.shape[:2])
         if (height, width) == image.shape[:2]:

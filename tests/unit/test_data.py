@@ -118,7 +118,7 @@ def test_a_bad_frame_is_named(tmp_path: Path) -> None:
     refs = write_frames(tmp_path, 2)
     Path(refs[1].uri).write_bytes(b"not an image")
     reader = FrameReader(refs, short_side=None, crop=(8, 8))
-    with pytest.raises(UserError, match=r"toy/1 \(.*1\.png\) cannot be read: not_an_image"):
+    with pytest.raises(UserError, match=r"toy/1 \(.*1\.png\) cannot be read any more: not_an_image"):
         reader.image(1)
 
 
