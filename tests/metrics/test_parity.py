@@ -12,11 +12,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from nightseg.pipeline.folder_scores import evaluate_folders
 
+from nightseg.cluster.settings import MapCompute
 from nightseg.data.images import encode_png
 from nightseg.data.taxonomy import taxonomy
 from nightseg.metrics.confusion import add_up, confusion_matrix, scores
+from nightseg.pipeline.single import evaluate_folders
+from nightseg.progress import SilentProgress
+from nightseg.recipe.types import Evaluation
 from nightseg.storage import Location
 
 Map = npt.NDArray[np.uint8]
@@ -66,7 +69,14 @@ def test_scores_are_those_of_cityscapes_scripts(tmp_path: Path, count: int) -> N
     for index, (label, guess) in enumerate(frames):
         (Location.of(tmp_path) / f"labels/frame{index}_gtFine_labelIds.png").write_bytes(encode_png(label))
         (Location.of(tmp_path) / f"guesses/frame{index}.png").write_bytes(encode_png(to_train_ids[guess]))
-    ours = evaluate_folders(Location.of(tmp_path / "guesses"), Location.of(tmp_path / "labels"), "cityscapes19")
+    ours = evaluate_folders(
+        Location.of(tmp_path / "guesses"),
+        Location.of(tmp_path / "labels"),
+        "cityscapes19",
+        evaluation=Evaluation(),
+        compute=MapCompute(actors=0),
+        progress=SilentProgress(),
+    )
     assert ours["miou"] == pytest.approx(theirs["averageScoreClasses"], abs=1e-9)
     for name, iou in ours["iou"].items():
         peer = theirs["classScores"][name]
