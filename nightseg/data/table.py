@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from nightseg.data.images import BadFrame
 from nightseg.storage import Commit, Location, UserError
 from nightseg.storage.commits import table_paths
 
@@ -60,6 +61,11 @@ def frame_table(rows: Iterable[Mapping[str, Any]], extra: Mapping[str, pa.DataTy
 def quarantine_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
     """Rows as a table of QUARANTINE_SCHEMA."""
     return _table(rows, QUARANTINE_SCHEMA)
+
+
+def quarantined(row: Mapping[str, Any], fault: BadFrame) -> dict[str, Any]:
+    """The row of the quarantine table for a frame that could not be used."""
+    return {FRAME_ID: row[FRAME_ID], URI: row[URI], REASON: fault.reason, DETAIL: fault.detail}
 
 
 def check_frames(table: pa.Table) -> None:

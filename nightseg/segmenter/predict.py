@@ -397,16 +397,6 @@ def _read(row: dict[str, Any]) -> tuple[dict[str, Any], Image | BadFrame]:
         return row, fault
 
 
-def quarantined(row: Mapping[str, Any], fault: BadFrame) -> dict[str, Any]:
-    """The row of the quarantine table for a frame that could not be used."""
-    return {
-        frame.FRAME_ID: row[frame.FRAME_ID],
-        frame.URI: row[frame.URI],
-        frame.REASON: fault.reason,
-        frame.DETAIL: fault.detail,
-    }
-
-
 # -- pictures ---------------------------------------------------------------------------------------------------------
 
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from nightseg.data.taxonomy import IGNORE
+from nightseg.segmenter.settings import Threshold
 from nightseg.storage import UserError
 
 NUM_BINS = 256
@@ -27,7 +28,6 @@ DOMINANT_SHARE = 0.9
 SMALL_KEPT_SHARE = 0.05
 RARE_SHARE = 1e-4  # the rarest of the 19 Cityscapes classes has ten times as many pixels
 
-Rule = Literal["none", "fixed", "class_balanced"]
 Labels = npt.NDArray[np.uint8]
 Counts = npt.NDArray[np.int64]
 Confidence = npt.NDArray[np.float32]
@@ -71,7 +71,7 @@ def confidence_histogram(labels_HW: Labels, confidence_HW: Confidence, num_class
     return counts.reshape(num_classes, NUM_BINS).astype(np.int64)
 
 
-def class_thresholds(kind: Rule, *, confidence: float, share: float, histograms_KB: Counts) -> npt.NDArray[np.float64]:
+def class_thresholds(threshold: Threshold, histograms_KB: Counts) -> npt.NDArray[np.float64]:
     """Least confidence kept for each class, float64 (K,) in [0, 1].
 
     `none` keeps every pixel, `fixed` those with at least `confidence`. `class_balanced` lowers the bar of each class
@@ -80,14 +80,14 @@ def class_thresholds(kind: Rule, *, confidence: float, share: float, histograms_
     A class without a pixel gets the limit.
     """
     num_classes = histograms_KB.shape[0]
-    match kind:
+    match threshold.kind:
         case "none":
             return np.zeros(num_classes)
         case "fixed":
-            return np.full(num_classes, confidence)
+            return np.full(num_classes, threshold.confidence)
         case "class_balanced":
-            limit = min(int(confidence * NUM_BINS), NUM_BINS - 1)
-            quantiles = [_share_bin(histogram_B, share) for histogram_B in histograms_KB]
+            limit = min(int(threshold.confidence * NUM_BINS), NUM_BINS - 1)
+            quantiles = [_share_bin(histogram_B, threshold.share) for histogram_B in histograms_KB]
             return np.array([min(limit, NUM_BINS - 1 if q is None else q) / NUM_BINS for q in quantiles])
 
 

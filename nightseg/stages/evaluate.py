@@ -22,7 +22,7 @@ from nightseg.metrics.boundary import boundary_counts, boundary_scores
 from nightseg.metrics.confusion import add_up, confusion_matrix, scores
 from nightseg.progress import Progress
 from nightseg.recipe.types import Evaluation
-from nightseg.segmenter.predict import Segmenter, UnreadRow, check_classes, quarantined, segment_rows
+from nightseg.segmenter.predict import Segmenter, UnreadRow, check_classes, segment_rows
 from nightseg.segmenter.settings import Inference
 from nightseg.storage import Attempt, Commit, Location, UserError, sha256_of
 
@@ -142,7 +142,7 @@ class Evaluator:
                     raise result.fault
                 label_HW = train_ids_of(result.row, self.classes, result.image.shape[:2])
             except BadFrame as fault:
-                bad.append(quarantined(result.row, fault))
+                bad.append(frame.quarantined(result.row, fault))
                 continue
             assert label_HW is not None, "frames without label were refused before the pass"
             prediction_HW = result.segmented.labels

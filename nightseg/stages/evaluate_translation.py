@@ -177,8 +177,7 @@ class MeasureFrames:
             try:
                 good.append({column: row[column] for column in (frame.FRAME_ID, SOURCE_ID)} | self._measures(row))
             except BadFrame as fault:
-                keep = {column: row[column] for column in (frame.FRAME_ID, frame.URI)}
-                bad.append({**keep, frame.REASON: fault.reason, frame.DETAIL: fault.detail})
+                bad.append(frame.quarantined(row, fault))
         return {"frame_scores": pa.Table.from_pylist(good, schema=SCHEMA), "quarantine": frame.quarantine_table(bad)}
 
     def _measures(self, row: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,6 @@ from nightseg.segmenter.predict import (
     UnreadRow,
     overlay,
     picture,
-    quarantined,
     segment_rows,
 )
 from nightseg.segmenter.settings import Inference
@@ -113,7 +112,7 @@ class Predictor:
         with PictureWriter(self.segmenter, folder, self.save, self.out) as writer:
             for result in segment_rows(self.segmenter, rows, self.batch):
                 if isinstance(result, UnreadRow):
-                    bad.append(quarantined(result.row, result.fault))
+                    bad.append(frame.quarantined(result.row, result.fault))
                 else:
                     sure = float(result.segmented.confidence.mean(dtype=np.float64))
                     written = writer.write(result.row[frame.FRAME_ID], result.image, result.segmented)
@@ -239,7 +238,7 @@ def predict_video(
         faults.append(fault)
     row = {frame.FRAME_ID: f"{name}/{num_frames:06d}", frame.URI: video.uri}
     (attempt.folder / "quarantine.parquet").write_table(
-        frame.quarantine_table(quarantined(row, fault) for fault in faults)
+        frame.quarantine_table(frame.quarantined(row, fault) for fault in faults)
     )
     return attempt.finish(
         rows_in=num_frames + len(faults),

@@ -26,7 +26,7 @@ from nightseg.data.taxonomy import TRAIN_IDS, Taxonomy
 from nightseg.data.taxonomy import taxonomy as load_taxonomy
 from nightseg.progress import Progress
 from nightseg.segmenter import self_training
-from nightseg.segmenter.predict import WHOLE_FRAME, Segmenter, UnreadRow, check_classes, quarantined, segment_rows
+from nightseg.segmenter.predict import WHOLE_FRAME, Segmenter, UnreadRow, check_classes, segment_rows
 from nightseg.segmenter.self_training import NUM_BINS, KeptPixels
 from nightseg.segmenter.settings import Inference, Threshold
 from nightseg.storage import Attempt, Commit, Location, Shards, UserError, sha256_of
@@ -137,7 +137,7 @@ def _label_directly(
 ) -> _Labelled:
     """One pass, for thresholds that do not depend on the frames."""
     nothing_yet = np.zeros((classes.num_classes, NUM_BINS), dtype=np.int64)
-    thresholds_K = _thresholds(threshold, nothing_yet)
+    thresholds_K = self_training.class_thresholds(threshold, nothing_yet)
     arguments = {**model, "thresholds_K": thresholds_K, "classes": classes}
     shards = run(rows, DirectLabeller, arguments, attempt=attempt, title=f"pseudo-labels of {name}")
     return _Labelled(thresholds_K, shards, shards.table("quarantine"), [])
@@ -163,19 +163,13 @@ def _label_drafts(
         shards.finish("drafts", max_bad_fraction=limit)
     (attempt.folder / "quarantine.parquet").write_table(quarantine)
     histograms_KB = sum(_arrays(shards, "histograms", HISTOGRAM), start=np.zeros(1, dtype=np.int64))
-    thresholds_K = _thresholds(threshold, histograms_KB.reshape(classes.num_classes, NUM_BINS))
+    thresholds_K = self_training.class_thresholds(threshold, histograms_KB.reshape(classes.num_classes, NUM_BINS))
     readable = rows.filter(pc.is_in(rows[frame.FRAME_ID], value_set=drafted[frame.FRAME_ID].combine_chunks()))
     for column in (frame.HEIGHT, frame.WIDTH):
         readable = readable.set_column(readable.schema.get_field_index(column), column, drafted[column])
     arguments = {"drafts": drafts.folder, "thresholds_K": thresholds_K, "classes": classes}
     labelled = run(readable, DraftLabeller, arguments, attempt=attempt, title=f"pseudo-labels of {name}")
     return _Labelled(thresholds_K, labelled, quarantine, ["quarantine.parquet"])
-
-
-def _thresholds(threshold: Threshold, histograms_KB: Counts) -> Thresholds:
-    return self_training.class_thresholds(
-        threshold.kind, confidence=threshold.confidence, share=threshold.share, histograms_KB=histograms_KB
-    )
 
 
 # -- workers ---------------------------------------------------------------------------------------------------------
@@ -194,7 +188,7 @@ class Drafter:
         drafts, bad = [], []
         for result in segment_rows(self.segmenter, rows, self.batch):
             if isinstance(result, UnreadRow):
-                bad.append(quarantined(result.row, result.fault))
+                bad.append(frame.quarantined(result.row, result.fault))
                 continue
             labels_HW, confidence_HW = result.segmented
             histogram_KB += self_training.confidence_histogram(labels_HW, confidence_HW, num_classes)
@@ -251,7 +245,7 @@ class DirectLabeller:
         made, bad = [], []
         for result in segment_rows(self.segmenter, rows, self.batch):
             if isinstance(result, UnreadRow):
-                bad.append(quarantined(result.row, result.fault))
+                bad.append(frame.quarantined(result.row, result.fault))
             else:
                 made.append(_write(result.row, *result.segmented, self.thresholds_K, self.classes, folder))
         return {**_tables(made), "quarantine": frame.quarantine_table(bad)}

@@ -166,8 +166,7 @@ class ScoreFrames:
                     images.append(read_image(Location.of(row[frame.URI])))
                     good.append(row)
                 except BadFrame as fault:
-                    keep = {name: row[name] for name in (frame.FRAME_ID, frame.URI)}
-                    bad.append({**keep, frame.REASON: fault.reason, frame.DETAIL: fault.detail})
+                    bad.append(frame.quarantined(row, fault))
             histograms += [luminance_histogram(image) for image in images]
             if not (self.positions or self.reference):
                 features.append(self.extractor(images))

@@ -89,7 +89,7 @@ class HistogramFrames:
                 tones.append(tone_of(read_image(Location.of(row[frame.URI]))))
                 names.append(row[frame.FRAME_ID])
             except BadFrame as fault:
-                bad.append({**row, frame.REASON: fault.reason, frame.DETAIL: fault.detail})
+                bad.append(frame.quarantined(row, fault))
         bands = np.array([tone.bands for tone in tones], dtype=np.float32).reshape(-1, NUM_BANDS * NUM_BINS)
         seen = {
             frame.FRAME_ID: pa.array(names, pa.string()),

@@ -43,7 +43,6 @@ from nightseg.translators.shards import (
     by_optics,
     by_program,
     each,
-    quarantined,
     write_translated,
 )
 from nightseg.translators.style_images import Palette, open_palette
@@ -204,7 +203,7 @@ class TranslateFrames:
             try:
                 image = _read(row)
             except BadFrame as error:
-                bad.append(quarantined(row, error))
+                bad.append(frame.quarantined(row, error))
                 continue
             fits = len(group) < self.batch and (len(group) + 1) * image.shape[0] * image.shape[1] <= PIXELS_AT_ONCE
             if group and (not fits or image.shape != group[0][1].shape):

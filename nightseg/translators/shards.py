@@ -52,7 +52,7 @@ class TranslateRows:
         bad: list[dict[str, Any]] = []
         for row, changed in self.way(rows.to_pylist()):
             if isinstance(changed, BadFrame):
-                bad.append(quarantined(row, changed))
+                bad.append(frame.quarantined(row, changed))
             else:
                 written = write_translated(row, changed.image, folder, self.name, self.to)
                 good.append(written | {LENDER: changed.lender})
@@ -110,8 +110,3 @@ def write_translated(row: Row, image: Pixels, folder: Location, name: str, to: D
         frame.BYTES: len(data),
         frame.SHA256: sha256_of(data),
     }
-
-
-def quarantined(row: Row, fault: BadFrame) -> dict[str, Any]:
-    keep = {column: row[column] for column in (frame.FRAME_ID, frame.URI)}
-    return {**keep, frame.REASON: fault.reason, frame.DETAIL: fault.detail}

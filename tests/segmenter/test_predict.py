@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from nightseg.data.images import decode_image, decode_label, encode_png
-from nightseg.data.table import frame_table
+from nightseg.data.table import frame_table, quarantined
 from nightseg.data.taxonomy import Taxonomy, taxonomy
 from nightseg.networks.model_folder import save_model
 from nightseg.networks.normaliser import Normaliser
@@ -25,7 +25,6 @@ from nightseg.segmenter.predict import (
     load_model,
     overlay,
     picture,
-    quarantined,
     segment_rows,
 )
 from nightseg.segmenter.settings import Inference, Network

@@ -17,6 +17,7 @@ from nightseg.segmenter.self_training import (
     guard,
     kept_of_histograms,
 )
+from nightseg.segmenter.settings import Threshold
 from nightseg.storage import UserError
 
 
@@ -44,8 +45,8 @@ def test_histogram_counts_every_pixel_under_its_class_and_bin() -> None:
 
 def test_none_keeps_all_and_fixed_compares_with_the_very_number() -> None:
     nothing = np.zeros((2, NUM_BINS), dtype=np.int64)
-    assert class_thresholds("none", confidence=0.9, share=0.5, histograms_KB=nothing).tolist() == [0, 0]
-    fixed = class_thresholds("fixed", confidence=0.9, share=0.5, histograms_KB=nothing)
+    assert class_thresholds(Threshold(kind="none", confidence=0.9, share=0.5), nothing).tolist() == [0, 0]
+    fixed = class_thresholds(Threshold(kind="fixed", confidence=0.9, share=0.5), nothing)
     assert fixed.tolist() == [0.9, 0.9]
     just_below, just_above = np.nextafter(np.float32(0.9), np.float32([0, 1]))
     labels = np.array([[0, 1]], dtype=np.uint8)
@@ -59,7 +60,7 @@ def test_class_balanced_takes_the_quantile_of_a_hard_class_and_the_limit_of_an_e
         histogram((100, 4), (120, 3), (140, 3)),     # hard: 60 % of 10 are the 6 in bins 120 and 140
         histogram(),                                 # never predicted
     ])  # fmt: skip
-    thresholds = class_thresholds("class_balanced", confidence=0.9, share=0.6, histograms_KB=histograms)
+    thresholds = class_thresholds(Threshold(kind="class_balanced", confidence=0.9, share=0.6), histograms)
     assert thresholds.tolist() == [230 / 256, 120 / 256, 230 / 256]
     pixels = kept_of_histograms(histograms, thresholds)
     assert pixels.predicted.tolist() == [10, 10, 0]
@@ -70,11 +71,11 @@ def test_class_balanced_takes_the_quantile_of_a_hard_class_and_the_limit_of_an_e
 
 def test_class_balanced_keeps_at_least_the_share_where_bins_are_coarse() -> None:
     histograms = histogram((50, 9), (200, 1))[None]
-    thresholds = class_thresholds("class_balanced", confidence=1.0, share=0.2, histograms_KB=histograms)
+    thresholds = class_thresholds(Threshold(kind="class_balanced", confidence=1.0, share=0.2), histograms)
     assert thresholds.tolist() == [50 / 256]  # the one pixel of bin 200 is only a tenth
-    everything = class_thresholds("class_balanced", confidence=1.0, share=1.0, histograms_KB=histograms)
+    everything = class_thresholds(Threshold(kind="class_balanced", confidence=1.0, share=1.0), histograms)
     assert kept_of_histograms(histograms, everything).kept.tolist() == [10]
-    nothing = class_thresholds("class_balanced", confidence=1.0, share=0.0, histograms_KB=histograms)
+    nothing = class_thresholds(Threshold(kind="class_balanced", confidence=1.0, share=0.0), histograms)
     assert kept_of_histograms(histograms, nothing).kept.tolist() == [0]
 
 
@@ -89,7 +90,7 @@ def test_histograms_say_exactly_which_pixels_are_kept(seed: int, confidence: flo
     labels = random.integers(0, 4, (9, 11)).astype(np.uint8)
     sure = random.random((9, 11), dtype=np.float32)
     counts = confidence_histogram(labels, sure, 4)
-    thresholds = class_thresholds("class_balanced", confidence=confidence, share=share, histograms_KB=counts)
+    thresholds = class_thresholds(Threshold(kind="class_balanced", confidence=confidence, share=share), counts)
     assert (thresholds <= confidence).all()
     promised = kept_of_histograms(counts, thresholds)
     for values in (sure, bins_to_confidence(confidence_bins(sure))):  # the pixels, and what a draft keeps of them

@@ -210,9 +210,9 @@ def test_a_damaged_inception_file_is_refused(monkeypatch: pytest.MonkeyPatch, tm
     file = tmp_path / "hub" / "checkpoints" / features.INCEPTION_FILE
     file.parent.mkdir(parents=True)
     file.write_bytes(b"cut short")
-    with pytest.raises(UserError, match="instead of 6726825d"):
+    with pytest.raises(UserError, match="does not begin with 6726825d"):
         build_extractor(Extraction(name="inception"))
-    with pytest.raises(UserError, match="instead of 6726825d"):
+    with pytest.raises(UserError, match="does not begin with 6726825d"):
         build_extractor(Extraction(name="inception", weights=str(file)))
 
 
