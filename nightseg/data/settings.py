@@ -29,7 +29,7 @@ class FolderDataset(Strict):
 
 
 class ScenesDataset(Strict):
-    """Procedural street scenes with exact labels (`frames/scenes.py`); `mix` gives the share of each domain."""
+    """Procedural street scenes with exact labels (nightseg/data/scenes); `mix` gives the share of each domain."""
 
     layout: Literal["scenes"] = Field(description="frames are drawn, no folder is read")
     count: Positive = Field(description="number of frames")

@@ -1,4 +1,4 @@
-"""Translators that nightseg does not train: what a recipe may say about them. UNIT stands in `unit.py`.
+"""Translators that nightseg does not train: what a recipe may say about them. UNIT stands in unit/settings.py.
 
 Each kind is a way from day to night that costs no training: optics, spectra, colours, or a program of the user.
 """
@@ -71,7 +71,7 @@ class FourierTranslator(Strict):
     """FDA: the low-frequency amplitudes of a night frame, the phases of the day frame (arXiv 2004.05498)."""
 
     kind: Literal["fourier"]
-    night: Name = Field(description="dataset of the frames that lend their light for `to: night`")
+    night: Name = Field(description="dataset of the frames whose light is taken for `to: night`")
     day: Name | None = Field(default=None, description="the same for `to: day`; null = no way to day")
     beta: Annotated[float, Field(ge=0, le=0.5)] = Field(
         default=0.01, description="frequencies below this many cycles a pixel are swapped; 0 = none"
@@ -86,7 +86,7 @@ class ColourTranslator(Strict):
     """The colours of a night frame that is laid out like the day frame."""
 
     kind: Literal["colour"]
-    night: Name = Field(description="dataset of the frames that lend their colours for `to: night`")
+    night: Name = Field(description="dataset of the frames whose colours are taken for `to: night`")
     day: Name | None = Field(default=None, description="the same for `to: day`; null = no way to day")
     method: Literal["reinhard", "histogram"] = Field(
         default="reinhard", description="mean and deviation in Oklab, or the histogram of each band"
