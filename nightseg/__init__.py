@@ -141,7 +141,6 @@ Runs
     pipeline/results.py            results.json
     pipeline/run.py                do what is not committed, gather, report; or say what would be done
     pipeline/search.py             Ray Tune over the rounds: what a search tries, its trials
-    pipeline/distance.py           FID and KID of two sets of frames
     pipeline/single.py             single stages without a recipe
 
 The command line

@@ -96,6 +96,7 @@ def split(images: str, out: str, margin: float, actors: int, as_json: bool) -> N
 @json_option
 @click.option("--save-a", metavar="FILE.npz", help="Keep the statistics of A; pytorch-fid reads the file, too.")
 @click.option("--save-b", metavar="FILE.npz", help="Keep the statistics of B.")
+@click.option("--work", metavar="DIR", help="Where it keeps what is done, seen by all machines; default: nowhere.")
 def fid(
     a: str,
     b: str,
@@ -107,6 +108,7 @@ def fid(
     as_json: bool,
     save_a: str | None,
     save_b: str | None,
+    work: str | None,
 ) -> None:
     """FID and KID between two sets of frames.
 
@@ -117,23 +119,23 @@ def fid(
     nightseg fid translated/ night.npz --weights pt_inception-2015-12-05-6726825d.pth --json
     """
     from nightseg.cluster.settings import MapCompute
-    from nightseg.pipeline.distance import distance
+    from nightseg.pipeline.single import distance
     from nightseg.progress import progress_for
     from nightseg.selection.settings import Extraction
 
-    compute = MapCompute(actors=actors)
     asked = click.get_current_context().get_parameter_source("extractor")
     with libraries_on_stderr():
         found = distance(
             a,
             b,
             extraction=Extraction(name=extractor, weights=weights, resize=resize, mode="fast" if fast else "exact"),
-            compute=compute,
-            progress=progress_for(),
+            compute=MapCompute(actors=actors),
+            work=None if work is None else Location.of(work),
             save_statistics=(save_a, save_b),
             insist=asked == click.core.ParameterSource.COMMANDLINE,
+            progress=progress_for(),
         )
-    answer(found._asdict(), as_json)
+    answer(found, as_json)
 
 
 @click.command()

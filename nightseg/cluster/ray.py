@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import socket
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -101,13 +102,11 @@ def left_as_found() -> Iterator[None]:
     A run may thus be started alone or inside other work on the same cluster: a trial of a search is a run in a worker
     that Ray itself has connected.
     """
-    import ray
-
-    was_connected = ray.is_initialized()
+    was_connected = "ray" in sys.modules and sys.modules["ray"].is_initialized()  # work without actors imports none
     try:
         yield
     finally:
-        if not was_connected:
+        if not was_connected and "ray" in sys.modules:
             disconnect()
 
 

@@ -111,13 +111,28 @@ def selection_graph(places: Mapping[str, str | Given], selection: Selection, see
     return builder.graph
 
 
-def _without_recipe(places: Mapping[str, str | Given], compute: MapCompute, seed: int = 0) -> Builder:
+def distance_graph(sets: Mapping[str, Given], extraction: Extraction, compute: MapCompute) -> Graph:
+    """Each set scored, if there is any. Without its bad frames it is another set: as few are allowed as in a recipe."""
+    if not sets:
+        return Graph()
+    few = Recipe.model_fields["max_bad_fraction"].default
+    builder = _without_recipe(sets, compute, max_bad_fraction=few)
+    for name in sets:
+        builder.score([name], extraction)
+    return builder.graph
+
+
+def _without_recipe(
+    places: Mapping[str, str | Given], compute: MapCompute, seed: int = 0, max_bad_fraction: float = 1.0
+) -> Builder:
     """Image folders and frame tables as datasets. Of frames from the road some are always broken: they are listed."""
     folders: dict[str, Any] = {
         name: FolderDataset.of_images("" if isinstance(place, Given) else place) for name, place in places.items()
     }
-    recipe = Recipe(name="single", seed=seed, datasets=folders, max_bad_fraction=1.0, compute=Compute(map=compute))
-    builder = Builder(recipe)
+    computing = Compute(map=compute)
+    builder = Builder(
+        Recipe(name="single", seed=seed, datasets=folders, max_bad_fraction=max_bad_fraction, compute=computing)
+    )
     builder.graph.datasets |= {name: (place,) for name, place in places.items() if isinstance(place, Given)}
     return builder
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
 from nightseg.cluster import ray as cluster
@@ -108,16 +109,19 @@ def prepare(
 
 
 @contextmanager
-def finished(graph: Graph, folder: Location, progress: Progress) -> Iterator[dict[NodeId, Commit]]:
+def finished(graph: Graph, folder: Location | None, progress: Progress) -> Iterator[dict[NodeId, Commit]]:
     """The commits of a graph without a recipe, whose outputs the body takes to where they belong.
 
-    The folder is removed then; work that is interrupted continues there when the same is asked again.
+    The folder is removed then; work that is interrupted continues there when the same is asked again. Without a folder
+    it begins anew, in a temporary one of this machine.
     """
-    workspace = Workspace(folder)
-    with workspace.lock(), cluster.left_as_found():
-        commits, _ = _work(workspace, list(graph.nodes.values()), progress)
-        yield commits
-    folder.delete()
+    with TemporaryDirectory(prefix="nightseg-") if folder is None else nullcontext(folder) as place:
+        workspace = Workspace(place)
+        with workspace.lock(), cluster.left_as_found():
+            commits, _ = _work(workspace, list(graph.nodes.values()), progress)
+            yield commits
+    if folder is not None:
+        folder.delete()
 
 
 def _work(workspace: Workspace, nodes: Sequence[Node], progress: Progress) -> tuple[dict[NodeId, Commit], set[NodeId]]:

@@ -6,13 +6,12 @@ what is interrupted continues when the same is asked again, and the folder is re
 
 from __future__ import annotations
 
-import secrets
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from nightseg.cluster.settings import MapCompute
@@ -31,7 +30,15 @@ from nightseg.recipe.types import Evaluation
 from nightseg.segmenter.predict import PICTURES, Picture, check_kind, usable_device
 from nightseg.segmenter.settings import Inference
 from nightseg.selection.features import identify
-from nightseg.selection.settings import Selection
+from nightseg.selection.frechet import (
+    FrameSet,
+    Statistics,
+    check_comparable,
+    read_statistics,
+    set_distance,
+    write_statistics,
+)
+from nightseg.selection.settings import Extraction, Selection
 from nightseg.stages.predict import check_pictures, picture_files
 from nightseg.storage import Location, UserError, hash_of, sha256_of
 
@@ -94,7 +101,7 @@ def select_frames(
 def _frames(source: str) -> str | Given:
     """An image folder as it is, or the rows of a frame table."""
     place = Location.of(source)
-    if not place.name.endswith(".parquet"):
+    if not place.name.lower().endswith(".parquet"):
         return source
     if not place.exists():
         raise UserError(f"{source}: there is no such frame table", cure="check the path")
@@ -102,6 +109,80 @@ def _frames(source: str) -> str | Given:
     frame.check_frames(rows)
     whole = frame.frame_table(rows.to_pylist())  # a table made by hand may hold only frame_id and uri
     return Given(whole, hash_of(whole.to_pylist()))
+
+
+# -- distances --------------------------------------------------------------------------------------------------------
+
+
+def distance(
+    a: str,
+    b: str,
+    *,
+    extraction: Extraction,
+    compute: MapCompute,
+    work: Location | None = None,
+    save_statistics: Sequence[str | None] = (None, None),
+    insist: bool = False,
+    progress: Progress,
+) -> dict[str, Any]:
+    """FID, and KID, between two sets, each an image folder (searched to the bottom), a frame table or an .npz.
+
+    KID is None where a set is an .npz, which has no features. What is done is kept in a folder below `work`, for actors
+    on several machines one that all of them see; by default in a temporary one. `save_statistics` names .npz files, one
+    a set, that are kept for the next time; pytorch-fid reads them too. With `insist` two .npz files must come from the
+    extractor of `extraction`; else theirs counts, whatever it is.
+
+    Raises UserError: a set does not exist, has fewer than 2 good frames, or was measured in another way than the other.
+    """
+    found = [_set_of_frames(place) for place in (a, b)]  # both, before the first is measured
+    _check_before(found, (a, b), extraction, insist)
+    given = {name: one for name, one in zip(("a", "b"), found, strict=True) if isinstance(one, Given)}
+    graph = build.distance_graph(given, extraction, compute)
+    with run.finished(graph, work and work / ".fid.work", progress) as commits:
+        scored = iter(commits.values())
+        first, second = (FrameSet(o) if isinstance(o, Statistics) else FrameSet.of(next(scored)) for o in found)
+    for side, kept in zip((first, second), save_statistics, strict=True):
+        if kept is not None:
+            write_statistics(Location.of(kept), side.statistics)
+    apart, made = set_distance(first, second, (a, b)), first.statistics
+    counts = {"n_a": made.count, "n_b": second.statistics.count}
+    return {"fid": apart.fid, **counts, "extractor": made.extractor, "resize": made.resize} | apart._asdict()
+
+
+def _set_of_frames(source: str) -> Statistics | Given:
+    place = Location.of(source)
+    if place.name.lower().endswith(".npz"):
+        return read_statistics(place)
+    frames = _frames(source)
+    if isinstance(frames, Given):
+        return frames
+    folder = FolderDataset.of_images(source)
+    listed = ({frame.FRAME_ID: one.frame_id, frame.URI: one.uri} for one in layouts.list_frames(folder, place.name))
+    return Given(frame.frame_table(listed), layouts.fingerprint(folder))
+
+
+def _check_before(
+    found: Sequence[Statistics | Given], names: Sequence[str], extraction: Extraction, insist: bool
+) -> None:
+    """Refuse what cannot be compared before hours are spent on the frames of one of them."""
+    made = [one for one in found if isinstance(one, Statistics)]
+    if len(made) < len(found):
+        first, second = (one if isinstance(one, Statistics) else _coming(extraction) for one in found)
+        check_comparable(first, second, names)
+        return
+    for one, name in zip(made, names, strict=True):
+        if insist and one.extractor not in ("", extraction.name):
+            raise UserError(
+                f"{name}: these statistics were made with {one.extractor}, not with {extraction.name}",
+                cure="do not ask for an extractor, or make them again from the frames",
+            )
+
+
+def _coming(extraction: Extraction) -> Statistics:
+    """What an extractor will say about its statistics."""
+    identity = identify(extraction)
+    nothing = np.zeros(identity.dims)
+    return Statistics(nothing, nothing, None, identity.name, identity.resize, identity.weights_sha256)
 
 
 # -- predictions ------------------------------------------------------------------------------------------------------
@@ -210,9 +291,8 @@ def evaluate_folders(
 ) -> dict[str, Any]:
     """Score label images of train ids against labels, paired by name (`pair_up`); see `stages/evaluate.py`.
 
-    Actors keep what they have done in a folder of its own below `work` (default: below the predictions); this process
-    alone does so only where `work` is given. Raises UserError: no folder, no label, a label without prediction, sizes
-    that differ, unknown ids.
+    What is done is kept in a folder below `work`; by default, with actors, below the predictions. Raises UserError: no
+    folder, no label, a label without prediction, sizes that differ, unknown ids.
     """
     classes = load_taxonomy(taxonomy)
     pairs = pair_up(predictions, labels, skip=PICTURES)  # `nightseg predict` with pictures to look at
@@ -223,9 +303,8 @@ def evaluate_folders(
     listing = [places, [[entry.size, entry.modified_ns] for pair in pairs for entry in pair]]
     if label_encoding is not None:
         classes.lut(label_encoding)
-    folder = (work or predictions) / ".evaluate.work"
-    if not compute.actors and work is None:  # minutes at most: not worth a place that must be writable
-        folder = Location.of(tempfile.gettempdir()) / f"nightseg-evaluate-{secrets.token_hex(4)}"
+    kept = work or (predictions if compute.actors else None)  # all actors see it; minutes in this process need no place
+    folder = kept and kept / ".evaluate.work"
     given = Given(pa.table(places), hash_of(listing))
     graph = build.evaluation_graph(given, taxonomy, label_encoding, evaluation, compute)
     with run.finished(graph, folder, progress) as commits:

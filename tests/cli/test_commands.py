@@ -14,9 +14,7 @@ from nightseg.data.images import encode_png
 from nightseg.data.taxonomy import taxonomy
 from nightseg.interop import onnx as export_module
 from nightseg.networks.model_folder import save_model
-from nightseg.pipeline import distance as distance_module
 from nightseg.pipeline import single
-from nightseg.pipeline.distance import Distance
 from nightseg.recipe.types import Evaluation
 from nightseg.segmenter.network import build_semantic_fpn
 from nightseg.segmenter.settings import Inference, Network
@@ -252,17 +250,18 @@ def test_verbs_pass_on_what_they_were_given(
 def test_fid_passes_on_what_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
 
-    def distance(*sides: str, **named: Any) -> Distance:
+    def distance(*sides: str, **named: Any) -> dict[str, Any]:
         asked.update(named, sides=sides)
-        return Distance(1.0, 2, 3, "resnet18", "clean")
+        return {"fid": 1.0}
 
-    monkeypatch.setattr(distance_module, "distance", distance)
+    monkeypatch.setattr(single, "distance", distance)
     words = ("fid", "a", "b", "--extractor", "resnet18", "--weights", "w.pth", "--resize", "clean", "--fast")
-    assert json_of(*words, "--save-a", "a.npz", "--save-b", "b.npz", "--actors", "4")["fid"] == 1.0
+    assert json_of(*words, "--save-a", "a.npz", "--save-b", "b.npz", "--work", "w", "--actors", "4")["fid"] == 1.0
     del asked["progress"]
     assert asked == {
-        "sides": ("a", "b"), "insist": True, "save_statistics": ("a.npz", "b.npz"), "compute": MapCompute(actors=4),
+        "sides": ("a", "b"), "insist": True, "work": Location.of("w"),
+        "save_statistics": ("a.npz", "b.npz"), "compute": MapCompute(actors=4),
         "extraction": Extraction(name="resnet18", weights="w.pth", resize="clean", mode="fast"),
     }  # fmt: skip
     json_of("fid", "a", "b")
-    assert (asked["insist"], asked["extraction"]) == (False, Extraction(name="inception"))
+    assert (asked["insist"], asked["work"], asked["extraction"]) == (False, None, Extraction(name="inception"))

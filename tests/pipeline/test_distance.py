@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nightseg.cluster.settings import MapCompute
-from nightseg.pipeline.distance import Distance, distance
+from nightseg.pipeline.single import distance
 from nightseg.progress import SilentProgress
 from nightseg.selection.features import build_extractor
 from nightseg.selection.frechet import Statistics, frechet_distance, kernel_distance, write_statistics
@@ -29,39 +29,39 @@ def one_thread() -> Any:
     torch.set_num_threads(threads)
 
 
-def measured(a: Path | str, b: Path | str, tmp_path: Path, **settings: Any) -> Distance:
+def measured(a: Path | str, b: Path | str, tmp_path: Path, **settings: Any) -> dict[str, Any]:
     extraction = Extraction(name=settings.pop("extractor", LITE0), mode=settings.pop("mode", "exact"))
     settings = {"extraction": extraction, "progress": SilentProgress(), "compute": MapCompute(actors=0)} | settings
-    return distance(str(a), str(b), folder=Location.of(tmp_path / "work"), **settings)
+    return distance(str(a), str(b), work=Location.of(tmp_path / "work"), **settings)
 
 
 def test_fid_of_folder_table_and_file_agree(tmp_path: Path) -> None:
     folder_of(tmp_path / "a" / "nested", range(5))
     Location.of(tmp_path / "b.parquet").write_table(folder_of(tmp_path / "b", range(5, 9)))
     got = measured(tmp_path / "a", tmp_path / "b.parquet", tmp_path)
-    assert (got.n_a, got.n_b, got.extractor, got.resize) == (5, 4, LITE0, "clean")
+    assert (got["n_a"], got["n_b"], got["extractor"], got["resize"]) == (5, 4, LITE0, "clean")
     features = [
         build_extractor(Extraction(name=LITE0))([image(seed) for seed in seeds]).astype(np.float64)
         for seeds in (range(5), range(5, 9))
     ]
     sides = [(rows.mean(0), np.cov(rows.T)) for rows in features]
-    assert got.fid == pytest.approx(frechet_distance(*sides[0], *sides[1]), rel=1e-5)
+    assert got["fid"] == pytest.approx(frechet_distance(*sides[0], *sides[1]), rel=1e-5)
     kernel = kernel_distance(*features)
-    assert (got.kid, got.kid_deviation) == (
+    assert (got["kid"], got["kid_deviation"]) == (
         pytest.approx(kernel.kid, rel=1e-4),
         pytest.approx(kernel.deviation, rel=1e-4),
     )
     weights = build_extractor(Extraction(name=LITE0)).identity.weights_sha256
     write_statistics(Location.of(tmp_path / "b.npz"), Statistics(*sides[1], 4, LITE0, "clean", weights))
     half = measured(tmp_path / "a", tmp_path / "b.npz", tmp_path, save_statistics=(str(tmp_path / "a.npz"), None))
-    assert half.fid == pytest.approx(got.fid, rel=1e-5) and half.kid is None
+    assert half["fid"] == pytest.approx(got["fid"], rel=1e-5) and half["kid"] is None
     kept = measured(tmp_path / "a.npz", tmp_path / "b.npz", tmp_path)
     # The files go by a factored covariance. What rounding leaves of its null directions is cut off below d eps of the
     # largest; anything that is not cut off adds at most the root of that, for each of the 5 frames, to a distance that
     # is no smaller than a tenth of the traces.
     rounding = 10 * 2 * 5 * (1280 * np.finfo(np.float64).eps) ** 0.5
-    assert kept.fid == pytest.approx(half.fid, rel=rounding) and kept.n_a == 5
-    assert measured(tmp_path / "a", tmp_path / "a", tmp_path).fid == pytest.approx(0, abs=1e-6)
+    assert kept["fid"] == pytest.approx(half["fid"], rel=rounding) and kept["n_a"] == 5
+    assert measured(tmp_path / "a", tmp_path / "a", tmp_path)["fid"] == pytest.approx(0, abs=1e-6)
     assert not list((tmp_path / "work").iterdir())  # nothing is left behind
 
 
@@ -69,15 +69,16 @@ def test_fid_of_two_files_needs_no_network_and_no_weights(tmp_path: Path) -> Non
     for name, shift in (("a", 0.0), ("b", 2.0)):
         np.savez(tmp_path / f"{name}.npz", mu=np.full(6, shift), sigma=np.eye(6))
     got = measured(tmp_path / "a.npz", tmp_path / "b.npz", tmp_path, extractor="inception")
-    assert got == Distance(pytest.approx(24), None, None, "", "")  # type: ignore[arg-type]
+    sizes, kid = {"n_a": None, "n_b": None}, {"kid": None, "kid_deviation": None}
+    assert got == {"fid": pytest.approx(24), **sizes, "extractor": "", "resize": "", **kid}
 
 
 def test_an_extractor_that_was_asked_for_is_not_ignored_beside_two_files(tmp_path: Path) -> None:
     for name in ("a", "b"):
         np.savez(tmp_path / f"{name}.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     files = (tmp_path / "a.npz", tmp_path / "b.npz", tmp_path)
-    assert measured(*files).extractor == "inception"
-    assert measured(*files, extractor="inception", insist=True).fid == 0.0
+    assert measured(*files)["extractor"] == "inception"
+    assert measured(*files, extractor="inception", insist=True)["fid"] == 0.0
     with pytest.raises(UserError, match=r"a\.npz: .* made with inception, not with efficientnet_lite0"):
         measured(*files, insist=True)
 

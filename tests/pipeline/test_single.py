@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +228,12 @@ def test_a_pass_that_asks_for_something_else_or_finds_other_files_begins_anew(
         found = evaluate_folders(*many, work=work, boundary=boundary)
         assert shards == ([2, 4, 6] if change == "nothing" else [0, 2, 4, 6])
         assert found == evaluate_folders(*many, boundary=boundary)
+
+
+def test_work_without_actors_imports_no_ray(many: tuple[Location, Location]) -> None:
+    words = ["evaluate", *(folder.uri for folder in many), "--taxonomy", "camvid11"]
+    code = f"import sys; from nightseg.cli.main import main; main({words}); assert 'ray' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
 @pytest.mark.ray
