@@ -108,7 +108,18 @@ def test_the_pages_have_what_this_module_looks_for() -> None:
     assert fences == 2 * known, "a fenced block is not closed, or of a language that nothing checks"
 
 
-@pytest.mark.parametrize("words", of("nightseg"))
+def in_headers() -> list[Any]:
+    """The commands of nightseg in the comments on top of the configs."""
+    found = []
+    for file in (*sorted(CONFIGS.glob("*.yaml")), PROJECT / "cluster.yaml"):
+        text = file.read_text().replace("\\\n#", " ")
+        for line in re.findall(r"^#   (nightseg .*)$", text, re.MULTILINE):
+            words = shlex.split(line, comments=True)
+            found.append(pytest.param(words[1:], id=f"{file.name} {' '.join(words)[:60]}"))
+    return found
+
+
+@pytest.mark.parametrize("words", of("nightseg") + in_headers())
 def test_a_command_of_nightseg_parses(words: list[str]) -> None:
     assert parsed(main, words).params
     for word in words:
