@@ -10,7 +10,7 @@ import click
 from pydantic import BaseModel, ValidationError
 
 from nightseg.cli.output import answer, json_option, libraries_on_stderr, print_folder_scores, print_json, print_table
-from nightseg.selection.settings import METHODS, known_extractor
+from nightseg.selection.settings import METHODS, METHODS_IN_WORDS, known_extractor
 from nightseg.storage import Location, UserError
 
 Settings = TypeVar("Settings", bound=BaseModel)
@@ -147,7 +147,7 @@ def fid(
     default="fid-subset",
     show_default=True,
     type=click.Choice(list(METHODS)),
-    help="; ".join(f"{name}: {method.what}" for name, method in METHODS.items()),
+    help=METHODS_IN_WORDS,
 )
 @click.option("--quota", type=click.IntRange(1), help="Most frames of one sequence.")
 @click.option("--gap", type=click.IntRange(1), help="Least distance of two frames of one sequence, in frames.")

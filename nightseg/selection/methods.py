@@ -187,7 +187,11 @@ def random(request: Request) -> Floats:
 
 
 def every_score(pool: Described, chosen: Indices, reference: Reference | None) -> dict[str, Floats]:
-    """All scores of all frames that this reference allows, by name; `influence` is that on the chosen set."""
+    """The columns of scores.parquet that a selection by any method has, as far as this reference allows them.
+
+    They are for comparing methods; a new one needs none, its own score is the column `score`. `influence` is that on
+    the chosen set.
+    """
     if reference is None or reference.gaussian is None:
         return {}
     target = reference.gaussian
@@ -297,13 +301,13 @@ def random_scores(frame_ids: Sequence[str], seed: int) -> Floats:
     return np.array(numbers, dtype=np.float64) / 2.0**48
 
 
-def _centred(features: npt.ArrayLike, mean: Floats) -> Iterator[Floats]:
-    """Blocks of rows as float64, the mean taken off."""
+def _centred(features: npt.ArrayLike, middle: Floats) -> Iterator[Floats]:
+    """Blocks of rows as float64, the middle taken off."""
     rows_ND = np.asarray(features)
-    if rows_ND.ndim != 2 or rows_ND.shape[1] != len(mean):
-        raise ValueError(f"expected features of shape (N, {len(mean)}), got {rows_ND.shape}")
+    if rows_ND.ndim != 2 or rows_ND.shape[1] != len(middle):
+        raise ValueError(f"expected features of shape (N, {len(middle)}), got {rows_ND.shape}")
     for start in range(0, len(rows_ND), _BLOCK_ROWS):
-        yield rows_ND[start : start + _BLOCK_ROWS].astype(np.float64) - mean
+        yield rows_ND[start : start + _BLOCK_ROWS].astype(np.float64) - middle
 
 
 # -- herding -----------------------------------------------------------------------------------------------------------

@@ -35,7 +35,10 @@ METHODS: Final[Mapping[str, Method]] = {
     "herding": Method("by kernel herding"),
     "random": Method("the control", needs_reference=False),
 }
-"""All methods there are. The function of each lies in selection/methods.py under its name (fid-subset: fid_subset)."""
+"""All methods there are, and the only list of them: recipes, command line and tests read it. The function of each lies
+in selection/methods.py under its name (fid-subset: fid_subset)."""
+
+METHODS_IN_WORDS: Final = "; ".join(f"{name}: {method.what}" for name, method in METHODS.items())
 
 
 def known_extractor(name: str) -> str:
@@ -82,9 +85,7 @@ class Extraction(Strict):
 class Selection(Strict):
     """Which unlabelled frames to learn from."""
 
-    method: Annotated[str, AfterValidator(known_method)] = Field(
-        default="fid-subset", description="; ".join(f"{name}: {method.what}" for name, method in METHODS.items())
-    )
+    method: Annotated[str, AfterValidator(known_method)] = Field(default="fid-subset", description=METHODS_IN_WORDS)
     count: Positive = Field(description="frames to choose")
     quota: Positive | None = Field(default=None, description="most frames of one sequence")
     gap: Positive | None = Field(default=None, description="least distance of two frames of a sequence, in frames")

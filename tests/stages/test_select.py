@@ -13,7 +13,7 @@ import pytest
 from nightseg.data.table import FRAME_SCHEMA, check_frames, frame_table, quarantine_table, vector_column
 from nightseg.progress import SilentProgress
 from nightseg.selection.frechet import frechet_distance
-from nightseg.selection.settings import Selection
+from nightseg.selection.settings import METHODS, Selection
 from nightseg.stages import select as stage
 from nightseg.storage import Commit, UserError, Workspace
 
@@ -143,7 +143,7 @@ def test_spatial_goes_by_what_the_score_stage_left(tmp_path: Path) -> None:
     assert commit.table("scores")["spatial"].to_pylist() == [3.0, 1.0, 2.0, 1.0]
 
 
-@pytest.mark.parametrize("method", ["fid-subset", "mahalanobis", "herding"])
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"histogram", "random", "spatial"}))  # which see no features
 def test_other_methods_take_the_near_ones_too(tmp_path: Path, method: str) -> None:
     commit = chosen(tmp_path, method)
     assert set(ids(commit)) == {f"pool/{i:02d}" for i in range(10, 16)}
@@ -157,8 +157,9 @@ def test_other_methods_take_the_near_ones_too(tmp_path: Path, method: str) -> No
 def test_the_certificate_holds_for_every_other_method(tmp_path: Path) -> None:
     best = chosen(tmp_path / "best", "fid-subset", 8).json("evidence.json")["fid"]
     reference = REFERENCE.astype(np.float64)
-    for method in ("pooled", "mahalanobis", "herding", "histogram", "random"):
-        rows = [int(name[-2:]) for name in ids(chosen(tmp_path / method, method, 8))]
+    scores = scored(tmp_path, frames_of(len(POOL)), POOL, spatial=list(map(float, range(16))))
+    for method in sorted(METHODS.keys() - {"fid-subset"}):
+        rows = [int(name[-2:]) for name in ids(chosen(tmp_path / method, method, 8, pool_scores=scores))]
         part = POOL[rows].astype(np.float64)
         fid = frechet_distance(part.mean(0), np.cov(part.T, bias=True), reference.mean(0), np.cov(reference.T))
         assert fid >= best["lower_bound"] - 1e-9
@@ -244,7 +245,7 @@ def test_more_than_the_pool(tmp_path: Path) -> None:
 
 
 def test_no_reference(tmp_path: Path) -> None:
-    for method in ("fid-subset", "pooled", "mahalanobis", "histogram", "herding"):
+    for method in sorted(METHODS.keys() - {"random"}):
         with pytest.raises(UserError, match="needs a reference"):
             chosen(tmp_path, method, reference=None)
     one = scored(tmp_path, frames_of(1, "one"), REFERENCE[:1], "one")
@@ -282,7 +283,7 @@ def test_a_set_whose_frames_are_all_broken_is_named(tmp_path: Path) -> None:
     bad = [{"frame_id": "a", "uri": "/a.png", "reason": "not_an_image", "detail": ""}]
     (attempt.folder / "quarantine.parquet").write_table(quarantine_table(bad))
     broken = attempt.finish(rows_in=1, rows_out=0, quarantined=1, max_bad_fraction=1.0, outputs=["quarantine.parquet"])
-    for method in ("fid-subset", "herding", "histogram", "random"):
+    for method in METHODS:
         with pytest.raises(UserError, match="reference: none of its 1 frames could be read: not_an_image"):
             chosen(tmp_path / method, method, reference=broken)
 
