@@ -18,8 +18,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from nightseg.data.images import BadFrame
-from nightseg.storage import Commit, Location, UserError
-from nightseg.storage.commits import table_paths
+from nightseg.errors import UserError
+from nightseg.storage import Location
 
 FRAME_ID = "frame_id"  # unique, stable, readable: "<dataset>/<name>"
 URI = "uri"
@@ -146,20 +146,6 @@ def vectors(column: pa.ChunkedArray) -> NDArray[np.float32]:
     values = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]
     joined = np.concatenate(values).astype(np.float32) if values else np.empty(0, dtype=np.float32)
     return joined.reshape(len(column), lengths[0] if lengths else 0)
-
-
-def sampled_vectors(commit: Commit, table: str, column: str, most: int) -> NDArray[np.float32]:
-    """float32 (N, K): the vectors of a committed table, of more than `most` rows an even draw; read part by part."""
-    paths = table_paths(commit.outputs, table)
-    size = sum(output.rows or 0 for output in commit.outputs if output.path in paths)
-    wanted = np.sort(np.random.default_rng(0).choice(size, min(size, most), replace=False))
-    parts, start = [], 0
-    for path in paths:
-        part = vectors((commit.folder / path).read_table()[column])
-        parts.append(part[wanted[(wanted >= start) & (wanted < start + len(part))] - start])
-        start += len(part)
-    filled = [part for part in parts if len(part)]
-    return np.concatenate(filled) if filled else np.empty((0, 0), dtype=np.float32)
 
 
 # -- details -----------------------------------------------------------------------------------------------------------

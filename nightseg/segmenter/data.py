@@ -13,12 +13,10 @@ from __future__ import annotations
 import os
 import struct
 import threading
-import time
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -151,26 +149,6 @@ class Batch(NamedTuple):
 
     images: Tensor
     labels: Tensor
-
-
-@dataclass
-class Pace:
-    """How fast a training went: `waiting_seconds` is the part of `seconds` in which no batch was ready."""
-
-    seconds: float = 0.0
-    waiting_seconds: float = 0.0
-    frames: int = 0
-
-    def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The same batches; time spent waiting for them is counted."""
-        stream = iter(batches)
-        while True:
-            asked = time.perf_counter()
-            batch = next(stream, None)
-            self.waiting_seconds += time.perf_counter() - asked
-            if batch is None:
-                return
-            yield batch
 
 
 def sample_order(num_frames: int, num_samples: int, seed: int, epoch: int) -> list[Sample]:

@@ -27,9 +27,10 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from nightseg.data.table import sampled_vectors
+from nightseg.data.table import vectors
 from nightseg.errors import UserError
 from nightseg.storage import Commit, Location
+from nightseg.storage.commits import table_paths
 
 Array = npt.NDArray[np.float64]
 
@@ -396,6 +397,20 @@ class FrameSet(NamedTuple):
         if self.features is not None and len(self.features) <= self.features.shape[1]:
             return gaussian_of_features(self.features)
         return gaussian_of_moments(self.statistics.mean, self.statistics.cov)
+
+
+def sampled_vectors(commit: Commit, table: str, column: str, most: int) -> npt.NDArray[np.float32]:
+    """float32 (N, K): the vectors of a committed table, of more than `most` rows an even draw; read part by part."""
+    paths = table_paths(commit.outputs, table)
+    size = sum(output.rows or 0 for output in commit.outputs if output.path in paths)
+    wanted = np.sort(np.random.default_rng(0).choice(size, min(size, most), replace=False))
+    parts, start = [], 0
+    for path in paths:
+        part = vectors((commit.folder / path).read_table()[column])
+        parts.append(part[wanted[(wanted >= start) & (wanted < start + len(part))] - start])
+        start += len(part)
+    filled = [part for part in parts if len(part)]
+    return np.concatenate(filled) if filled else np.empty((0, 0), dtype=np.float32)
 
 
 class SetDistance(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import unicodedata
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -19,11 +18,10 @@ from nightseg.data.table import (
     frame_table,
     quarantine_table,
     resolve,
-    sampled_vectors,
     vector_column,
     vectors,
 )
-from nightseg.storage import Location, UserError, Workspace, safe_relative
+from nightseg.storage import Location, UserError, safe_relative
 
 ROWS = [{"frame_id": "d/a", "uri": "/x/a.png", "domain": "day"}, {"frame_id": "d/b", "uri": "b.png", "domain": "night"}]
 
@@ -132,18 +130,3 @@ def test_lists_of_different_length_are_no_vectors() -> None:
         vectors(pa.chunked_array([pa.array([[1.0], [1.0, 2.0]])]))
     with pytest.raises(ValueError, match="null"):
         vectors(pa.chunked_array([pa.array([[1.0], None])]))
-
-
-def test_a_sample_of_committed_vectors_keeps_their_order(tmp_path: Path) -> None:
-    rows = np.arange(40, dtype=np.float32).reshape(10, 4)
-    attempt = Workspace(tmp_path).stage("score", "x", version=1, recipe={}, inputs={}, seed=0).open()
-    attempt.plan(10, 4)
-    for index in range(3):
-        part = pa.table({"v": vector_column(rows[4 * index : 4 * index + 4])})
-        attempt.write_shard(index, {"t": part, "other": part}, rows_in=part.num_rows, seconds=0.0)
-    commit = attempt.finish(rows_in=10, rows_out=10, num_shards=3)
-    assert np.array_equal(sampled_vectors(commit, "t", "v", 10), rows)
-    some = sampled_vectors(commit, "t", "v", 6)
-    assert some.shape == (6, 4) and (np.diff(some[:, 0]) > 0).all()
-    assert np.array_equal(some, sampled_vectors(commit, "t", "v", 6))
-    assert sampled_vectors(commit, "nothing", "v", 6).shape == (0, 0)

@@ -1,13 +1,16 @@
 import io
 import itertools
 import warnings
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import scipy.linalg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nightseg.data.table import vector_column
 from nightseg.selection.frechet import (
     FrameSet,
     Moments,
@@ -21,12 +24,13 @@ from nightseg.selection.frechet import (
     moments_of,
     moments_of_parts,
     read_statistics,
+    sampled_vectors,
     set_distance,
     spatial_reference,
     spatial_scores,
     write_statistics,
 )
-from nightseg.storage import Location, UserError
+from nightseg.storage import Location, UserError, Workspace
 
 CLOSE = 1e-9
 """Of a distance, relative. It is a sum of traces and of d <= 128 roots of eigenvalues of covariances of condition
@@ -371,3 +375,18 @@ def test_spatial_with_fewer_directions_is_larger_by_no_more_than_its_bound() -> 
     assert (error > 0).all()
     with pytest.raises(ValueError, match="P >= 2"):
         spatial_scores(maps[:, :1], spatial_reference(mean, cov))
+
+
+def test_a_sample_of_committed_vectors_keeps_their_order(tmp_path: Path) -> None:
+    rows = np.arange(40, dtype=np.float32).reshape(10, 4)
+    attempt = Workspace(tmp_path).stage("score", "x", version=1, recipe={}, inputs={}, seed=0).open()
+    attempt.plan(10, 4)
+    for index in range(3):
+        part = pa.table({"v": vector_column(rows[4 * index : 4 * index + 4])})
+        attempt.write_shard(index, {"t": part, "other": part}, rows_in=part.num_rows, seconds=0.0)
+    commit = attempt.finish(rows_in=10, rows_out=10, num_shards=3)
+    assert np.array_equal(sampled_vectors(commit, "t", "v", 10), rows)
+    some = sampled_vectors(commit, "t", "v", 6)
+    assert some.shape == (6, 4) and (np.diff(some[:, 0]) > 0).all()
+    assert np.array_equal(some, sampled_vectors(commit, "t", "v", 6))
+    assert sampled_vectors(commit, "nothing", "v", 6).shape == (0, 0)
