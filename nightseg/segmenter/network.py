@@ -11,7 +11,7 @@ import functools
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 
 from nightseg.data.taxonomy import Taxonomy
-from nightseg.networks.model_folder import CARD, TENSORS, load_tensors
+from nightseg.networks.model_folder import load_tensors
 from nightseg.networks.normaliser import Normaliser
 from nightseg.segmenter import detectron2
-from nightseg.segmenter.encoders import STRIDES, Encoder, build_encoder, imagenet_weights
+from nightseg.segmenter.encoders import STRIDES, Encoder, build_encoder
 from nightseg.segmenter.settings import Network
-from nightseg.storage import Location, UserError, sha256_of
+from nightseg.storage import Location
 
 SIZE_DIVISOR: Final = 32
 COMMON_STRIDE: Final = 4
@@ -33,7 +33,6 @@ LEVELS: Final = ("p2", "p3", "p4", "p5")
 ARCHITECTURE: Final = (
     *("encoder", "pyramid_channels", "head_channels", "norm", "freeze_at", "stride_in_1x1", "backend"),
 )  # what a model card repeats of the settings
-PREDICTOR: Final = ("head.predictor.weight", "head.predictor.bias")
 _NORM_GROUPS: Final = 32
 _LOG = logging.getLogger("nightseg.segmenter")
 
@@ -128,7 +127,7 @@ def build_semantic_fpn(
 ) -> SemanticFPN:
     """The one place where the network is put together; the settings' `input_size` is for whoever feeds it.
 
-    `encoder_weights`: tensors from `encoders.imagenet_weights`; None leaves the encoder random.
+    `encoder_weights`: tensors from `start.imagenet_weights`; None leaves the encoder random.
 
     `backend: detectron2` computes with the modules of detectron2's SemanticSegmentor; names of tensors, input and
     output are the same, so a model of either opens with the other. Raises UserError: detectron2 is not installed, or an
@@ -150,6 +149,14 @@ def build_semantic_fpn(
     if encoder_weights is not None:
         initial = {name: tensor for name, tensor in built.state_dict().items() if not name.startswith("body.")}
         built.load_state_dict(initial | {f"body.{name}": tensor for name, tensor in encoder_weights.items()})
+    return built
+
+
+def load_semantic_fpn(folder: Location, network: Network, num_classes: int) -> SemanticFPN:
+    """This very network, to be trained on, with the weights of a model folder; draws no random numbers."""
+    with torch.random.fork_rng(devices=[]):
+        built = build_semantic_fpn(network, num_classes)
+    built.load_state_dict(load_tensors(folder)[0])
     return built
 
 
@@ -201,81 +208,6 @@ def open_semantic_fpn(tensors: Mapping[str, Tensor], card: Mapping[str, Any]) ->
     built = build_semantic_fpn(network, card["num_classes"])
     built.load_state_dict(dict(tensors))
     return built.eval()
-
-
-def starting_network(
-    start: str | Location, network: Network, classes: Taxonomy, *, seed: int, say: Callable[[str], None] = _LOG.warning
-) -> SemanticFPN:
-    """The network before its first step. `start` is "imagenet" (encoder only; the rest is random), "scratch", or the
-    folder of another model (as text, a path with a slash).
-
-    From another model everything is kept; only its predictor is re-initialised, and `say` told, when its class list
-    differs. What is random follows from `seed`. Raises UserError: weights missing, or of another architecture.
-    """
-    weights = None
-    if start == "imagenet":
-        if network.stride_in_1x1 and network.encoder_weights is None:
-            raise UserError(
-                f"network.stride_in_1x1: the ImageNet weights of {network.encoder} that nightseg downloads have no "
-                "stride in 1x1 convolutions",
-                cure="set it to false, or give network.encoder_weights that have",
-            )
-        weights = imagenet_weights(network.encoder, network.encoder_weights)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        built = build_semantic_fpn(network, classes.num_classes, encoder_weights=weights)
-    if start in ("imagenet", "scratch"):
-        return built
-
-    folder = Location.of(start)
-    tensors, card = load_tensors(folder)
-    if card["kind"] != "semantic_fpn":
-        raise UserError(
-            f"model {folder.uri}: it is of kind {card['kind']!r}, a segmenter starts from one of kind semantic_fpn",
-            cure="set start to the folder of a segmenter",
-        )
-    _check_same_architecture(folder, network_of(card), network)
-    if tuple(card["taxonomy"]["classes"]) != classes.classes:
-        say(
-            f"{folder.uri} has the {card['num_classes']} classes of {card['taxonomy']['name']}, not the "
-            f"{classes.num_classes} of {classes.name}: its predictor is re-initialised, everything else is kept"
-        )
-        initial = built.state_dict()
-        tensors |= {name: initial[name] for name in PREDICTOR}
-    built.load_state_dict(tensors)
-    return built
-
-
-def weights_identity(file: str | None, start: str) -> str | None:
-    """What a training's key has of a file of encoder weights: its content, and nothing where it is not read."""
-    if file is None or start != "imagenet":
-        return None
-    place = Location.of(file)
-    return sha256_of(place.read_bytes()) if place.exists() else file  # a missing file is an error of the training
-
-
-def start_identity(start: str) -> str:
-    """What a training's key has of its start: the word itself, or the content of a model folder."""
-    if "/" not in start:
-        return start
-    folder = Location.of(start)
-    return " ".join(sha256_of((folder / file).read_bytes()) for file in (CARD, TENSORS))
-
-
-def _check_same_architecture(start: Location, theirs: Network, wanted: Network) -> None:
-    """Whose modules compute and which stages learn may change from one model to the next, the rest may not."""
-    for key in ("encoder", "pyramid_channels", "head_channels", "stride_in_1x1"):
-        if getattr(theirs, key) != getattr(wanted, key):
-            raise UserError(
-                f"model {start.uri}: it has {key} {getattr(theirs, key)!r}, the one that starts from it wants "
-                f"{getattr(wanted, key)!r}",
-                cure=f"give both models the same network.{key}",
-            )
-    if theirs.norm == "frozen" != wanted.norm:
-        raise UserError(
-            f"model {start.uri}: its batch norms never learned, so their statistics need not be those of any data",
-            cure="give both models network.norm: frozen, or unfreeze them when its checkpoint is converted",
-        )
 
 
 def upsample_logits(logits_BKhw: Tensor, height: int, width: int) -> Tensor:

@@ -38,7 +38,7 @@ from nightseg.segmenter.data import (
 )
 from nightseg.segmenter.encoders import freeze_batch_norm
 from nightseg.segmenter.loss import divisor, segmentation_loss
-from nightseg.segmenter.network import SemanticFPN, starting_network, upsample_logits
+from nightseg.segmenter.network import SemanticFPN, load_semantic_fpn, upsample_logits
 from nightseg.segmenter.optimizer import build_optimizer, learning_rate_of, set_learning_rate
 from nightseg.segmenter.settings import Loss, Network, Training
 from nightseg.segmenter.watching import TrainingCurves
@@ -384,7 +384,7 @@ class Learner:
 
 def start_learner(plan: Plan, session: Session) -> Learner:
     """Network, optimiser and EMA before the first step, the same on every worker."""
-    network = starting_network(plan.start, plan.network, plan.classes, seed=plan.seed)
+    network = load_semantic_fpn(plan.start, plan.network, plan.classes.num_classes)
     network = network.to(session.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if plan.training.freeze_batch_norm:
         freeze_batch_norm(network.body)  # before wrapping: DDP waits for every parameter that may have a gradient

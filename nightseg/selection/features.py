@@ -29,15 +29,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from nightseg.errors import UserError, closest
 from nightseg.networks.weights import cached_download, check_names_and_shapes, read_state_dict, read_weights_file
-from nightseg.segmenter.encoders import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    ResNetEncoder,
-    build_encoder,
-    cached_resnet_file,
-    imagenet_weights,
-    lite0_classifier_weights,
-)
+from nightseg.segmenter.encoders import IMAGENET_MEAN, IMAGENET_STD, ResNetEncoder, build_encoder
+from nightseg.segmenter.start import cached_resnet_file, imagenet_weights, lite0_classifier_weights
 from nightseg.selection.settings import Extraction
 from nightseg.storage import Location, sha256_of
 

@@ -13,8 +13,9 @@ from nightseg.data import table as frame
 from nightseg.data.taxonomy import taxonomy as load_taxonomy
 from nightseg.networks.model_folder import save_model
 from nightseg.progress import Progress
-from nightseg.segmenter.network import SemanticFPN, check_architecture, model_card, starting_network
+from nightseg.segmenter.network import SemanticFPN, check_architecture, model_card
 from nightseg.segmenter.settings import Loss, Network, Training
+from nightseg.segmenter.start import starting_network
 from nightseg.segmenter.train import Plan, learn
 from nightseg.storage import Attempt, Commit, UserError
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from nightseg.errors import closest
 from nightseg.networks.weights import cached_download, read_state_dict
-from nightseg.segmenter.encoders import IMAGENET_MEAN, IMAGENET_STD, LITE_MEAN, LITE_STD, lite0_classifier_weights
+from nightseg.segmenter.encoders import IMAGENET_MEAN, IMAGENET_STD, LITE_MEAN, LITE_STD
+from nightseg.segmenter.start import lite0_classifier_weights
 from nightseg.storage import UserError
 from nightseg.unit.winograd import convolve_3x3
 

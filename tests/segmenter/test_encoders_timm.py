@@ -9,9 +9,10 @@ import safetensors.torch
 import timm
 import torch
 
-from nightseg.segmenter.encoders import build_encoder, imagenet_weights
+from nightseg.segmenter.encoders import build_encoder
 from nightseg.segmenter.network import build_semantic_fpn
 from nightseg.segmenter.settings import Network
+from nightseg.segmenter.start import imagenet_weights
 from nightseg.storage import UserError
 
 SMALL = "resnet10t"

@@ -11,9 +11,9 @@ import torch
 
 from nightseg.data.taxonomy import Taxonomy
 from nightseg.networks.model_folder import save_model
-from nightseg.segmenter.encoders import imagenet_weights
-from nightseg.segmenter.network import PREDICTOR, SemanticFPN, model_card, starting_network, weights_identity
+from nightseg.segmenter.network import SemanticFPN, model_card
 from nightseg.segmenter.settings import Network
+from nightseg.segmenter.start import PREDICTOR, imagenet_weights, starting_network, weights_identity
 from nightseg.storage import Location, UserError
 
 CLASSES = Taxonomy("two", ("a", "b"), ((0, 0, 0), (1, 1, 1)), {"train_ids": {0: 0, 1: 1}})

