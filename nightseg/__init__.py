@@ -82,12 +82,10 @@ The translator that is trained
 Translators that need no training: pixels in, pixels out
     translators/settings.py      translators that need no training
     translators/photometric.py   night by optics: less light, lens, sensor; lights by the label
-    translators/fourier.py       low-frequency amplitudes of another frame
-    translators/colour.py        colours of another frame
-    translators/style_images.py  which frame lends its look
+    translators/colour.py        sRGB, Oklab; colours or low frequencies of another frame
+    translators/style_images.py  which frame's light or colours a frame is given
     translators/command.py       a program of the user
     translators/shards.py        shards of frames through any of these
-    translators/srgb.py          sRGB, linear light, Oklab
     translators/rng.py           random numbers of a frame
 
 Selection of frames

@@ -1,7 +1,6 @@
 """Translate frames to the other domain: a frame table and a translator in, images at native size and their table out.
 
-Translation does not move anything, so every translated frame refers to the label of its source. What a translator is
-depends on its kind; `open_translator` is the one place that knows them all.
+Translation does not move anything, so every translated frame refers to the label of its source.
 Letters in tensor names: B batch, 3 RGB, H, W frame size.
 """
 
@@ -26,9 +25,8 @@ from nightseg.data.taxonomy import taxonomy
 from nightseg.networks.model_folder import load_card
 from nightseg.progress import Progress
 from nightseg.storage import Attempt, Commit, Location, UserError
-from nightseg.translators.colour import match_histograms, reinhard
+from nightseg.translators.colour import match_histograms, reinhard, swap_low_amplitudes
 from nightseg.translators.command import Program
-from nightseg.translators.fourier import swap_low_amplitudes
 from nightseg.translators.settings import (
     ColourTranslator,
     CommandTranslator,
@@ -37,15 +35,15 @@ from nightseg.translators.settings import (
     UntrainedTranslator,
 )
 from nightseg.translators.shards import (
-    Lent,
-    TranslateRows,
-    Way,
+    StyleTransfer,
+    TranslateShard,
+    TranslateUntrained,
     by_optics,
     by_program,
-    each,
+    one_by_one,
     write_translated,
 )
-from nightseg.translators.style_images import Palette, open_palette
+from nightseg.translators.style_images import StyleImages, draw_style_images
 from nightseg.unit.network import STRIDE, check_tile, load_generators, to_uint8, to_unit_range
 
 VERSION = 3
@@ -53,7 +51,7 @@ VERSION = 3
 PIXELS_AT_ONCE: Final = 1 << 20  # of one forward pass: about 1 GB at width 64; a larger frame goes alone
 SMALLEST_SIDE: Final = 2 * STRIDE  # the latent needs two rows to reflect one
 
-LENDERS_NAME: Final = "style_images.json"  # ids of the frames that may lend
+STYLE_IMAGES: Final = "style_images.json"  # their ids
 
 Domain = Literal["day", "night"]
 Pixels = NDArray[np.uint8]
@@ -63,8 +61,8 @@ class Untrained(NamedTuple):
     """A translator that needs no training, with what it is given besides the frames."""
 
     settings: UntrainedTranslator
-    lenders: pa.Table | None  # frames of the domain `to`, absolute uris; None = this kind takes none
-    lenders_name: str  # of their dataset
+    style_images: pa.Table | None  # frames of the domain `to`, absolute uris; None = this kind takes none
+    style_dataset: str  # their name
     taxonomy: str
 
 
@@ -127,9 +125,9 @@ def open_translator(
     attempt: Attempt,
     progress: Progress,
 ) -> Opened:
-    """The worker of a kind of translator; `pixels`: how many a network sees at once.
+    """The worker of a kind of translator; `pixels`: how many a network takes at once.
 
-    Raises UserError: no lender, or one this attempt began with, can be read.
+    Raises UserError: no style image, or one this attempt began with, can be read.
     """
     where, seed = {"name": name, "to": to}, attempt.seed
     if isinstance(translator, Commit):
@@ -139,19 +137,19 @@ def open_translator(
         arguments = {"model": model, **where, **pixels}
         return Opened(TranslateFrames, arguments, {"translator": translator.name})
     settings, classes = translator.settings, taxonomy(translator.taxonomy)
-    way: Way
+    shard: TranslateShard
     outputs: tuple[str, ...] = ()
     match settings:
         case PhotometricTranslator():
-            way = partial(each, partial(by_optics, optics=settings, classes=classes, seed=seed))
+            shard = partial(one_by_one, partial(by_optics, optics=settings, classes=classes, seed=seed))
         case FourierTranslator() | ColourTranslator():
-            palette = _palette(translator, settings, attempt, progress)
-            way, outputs = partial(each, Lent(palette, _transfer(settings))), (LENDERS_NAME,)
+            images = _style_images(translator, settings, attempt, progress)
+            shard, outputs = partial(one_by_one, StyleTransfer(images, _transfer(settings))), (STYLE_IMAGES,)
         case CommandTranslator():
             program = Program(tuple(settings.argv), to, seed, settings.timeout_seconds)
             progress.say(f"{name}: the recipe runs a program on every shard: {shlex.join(settings.argv)}")
-            way = partial(by_program, program=program, classes=classes)
-    return Opened(TranslateRows, {"way": way, **where}, {"translator": settings.kind}, outputs)
+            shard = partial(by_program, program=program, classes=classes)
+    return Opened(TranslateUntrained, {"translate": shard, **where}, {"translator": settings.kind}, outputs)
 
 
 def _check(name: str, source: pa.Table, to: Domain) -> None:
@@ -184,7 +182,8 @@ class TranslateFrames:
         bad: list[dict[str, Any]] = []
         for group in self._groups(rows.to_pylist(), bad):
             translated = self.translate([image for _, image in group])
-            good.extend(self._write(row, image, folder) for (row, _), image in zip(group, translated, strict=True))
+            for (row, _), image in zip(group, translated, strict=True):
+                good.append(write_translated(row, image, folder, self.name, self.to))
         return {"frames": frame.frame_table(good), "quarantine": frame.quarantine_table(bad)}
 
     def translate(self, images: list[Pixels]) -> list[Pixels]:
@@ -213,9 +212,6 @@ class TranslateFrames:
         if group:
             yield group
 
-    def _write(self, row: dict[str, Any], image: Pixels, folder: Location) -> dict[str, Any]:
-        return write_translated(row, image, folder, self.name, self.to)
-
 
 def _read(row: dict[str, Any]) -> Pixels:
     image = read_image(Location.of(row[frame.URI]))
@@ -235,19 +231,20 @@ def _transfer(settings: FourierTranslator | ColourTranslator) -> Callable[[Pixel
     return reinhard if settings.method == "reinhard" else match_histograms
 
 
-def _palette(
+def _style_images(
     translator: Untrained, settings: FourierTranslator | ColourTranslator, attempt: Attempt, progress: Progress
-) -> Palette:
-    """Drawn once, and noted: what continues this attempt has to borrow from the same frames."""
-    lenders, what = translator.lenders, f"dataset {translator.lenders_name}"
-    assert lenders is not None, f"a {settings.kind} translator without lenders"
-    named = list(zip(lenders[frame.FRAME_ID].to_pylist(), lenders[frame.URI].to_pylist(), strict=True))
-    note = attempt.folder / LENDERS_NAME
+) -> StyleImages:
+    """Drawn once, and noted: what continues this attempt has to use the same ones."""
+    frames, what = translator.style_images, f"dataset {translator.style_dataset}"
+    assert frames is not None, f"a {settings.kind} translator without style images"
+    named = list(zip(frames[frame.FRAME_ID].to_pylist(), frames[frame.URI].to_pylist(), strict=True))
+    note = attempt.folder / STYLE_IMAGES
     begun = note.read_json() if note.exists() else None
     if begun is not None:
         named = [pair for pair in named if pair[0] in set(begun)]
-    palette = open_palette(named, count=settings.style_images, among=settings.nearest, seed=attempt.seed, what=what)
-    drawn, wanted = [lender.frame_id for lender in palette.lenders], min(settings.style_images, len(named))
+    count = settings.style_images
+    images = draw_style_images(named, count=count, nearest=settings.nearest, seed=attempt.seed, what=what)
+    drawn, wanted = [image.frame_id for image in images.images], min(count, len(named))
     if begun is None:
         note.write_json(drawn)
         if len(drawn) < wanted:
@@ -258,4 +255,4 @@ def _palette(
             f"{what}: {gone} is a style image of this translation, and it cannot be read any more",
             cure=f"restore the file, or delete {attempt.folder} to start again",
         )
-    return palette
+    return images

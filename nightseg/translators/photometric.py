@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
+from nightseg.translators.colour import Floats, Pixels, to_linear, to_pixels
 from nightseg.translators.rng import frame_generator
 from nightseg.translators.settings import LitClasses, PhotometricTranslator
-from nightseg.translators.srgb import Floats, Pixels, to_linear, to_pixels
 
 Mask = npt.NDArray[np.bool_]
 Labels = npt.NDArray[np.uint8]

@@ -1,7 +1,4 @@
-"""Translators that nightseg does not train: what a recipe may say about them. UNIT stands in unit/settings.py.
-
-Each kind is a way from day to night that costs no training: optics, spectra, colours, or a program of the user.
-"""
+"""Translators that need no training: what a recipe may say about them."""
 
 from __future__ import annotations
 
@@ -35,7 +32,7 @@ class LitClasses(Strict):
 
 
 class PhotometricTranslator(Strict):
-    """Night by optics, from the day frame and its label: no training, no night frame, no way back to day."""
+    """Night by optics, from the day frame and its label: no training, no night frame; never to day."""
 
     kind: Literal["photometric"]
     stops: Range = Field(default=(-4.0, -2.0), description="exposure of a frame, drawn from this range; at most 0")
@@ -71,8 +68,8 @@ class FourierTranslator(Strict):
     """FDA: the low-frequency amplitudes of a night frame, the phases of the day frame (arXiv 2004.05498)."""
 
     kind: Literal["fourier"]
-    night: Name = Field(description="dataset of the frames whose light is taken for `to: night`")
-    day: Name | None = Field(default=None, description="the same for `to: day`; null = no way to day")
+    night: Name = Field(description="dataset of the style images for `to: night`")
+    day: Name | None = Field(default=None, description="the same for `to: day`; null = not translated to day")
     beta: Annotated[float, Field(ge=0, le=0.5)] = Field(
         default=0.01, description="frequencies below this many cycles a pixel are swapped; 0 = none"
     )
@@ -83,11 +80,11 @@ class FourierTranslator(Strict):
 
 
 class ColourTranslator(Strict):
-    """The colours of a night frame that is laid out like the day frame."""
+    """The colours of a night frame whose layout is like the day frame's."""
 
     kind: Literal["colour"]
-    night: Name = Field(description="dataset of the frames whose colours are taken for `to: night`")
-    day: Name | None = Field(default=None, description="the same for `to: day`; null = no way to day")
+    night: Name = Field(description="dataset of the style images for `to: night`")
+    day: Name | None = Field(default=None, description="the same for `to: day`; null = not translated to day")
     method: Literal["reinhard", "histogram"] = Field(
         default="reinhard", description="mean and deviation in Oklab, or the histogram of each band"
     )

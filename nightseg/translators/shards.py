@@ -1,6 +1,6 @@
 """Shards of frames through a translator that needs no training: one by one, or all at once by a program.
 
-A way takes the rows of a shard and gives each back with its translated image, or with the reason why there is none.
+Apart from the stage, whose module imports torch: actors that run this start without it.
 """
 
 from __future__ import annotations
@@ -19,78 +19,80 @@ from nightseg.storage import Location, sha256_of
 from nightseg.translators.command import Program, translate_by
 from nightseg.translators.photometric import LitIds, night_of
 from nightseg.translators.settings import PhotometricTranslator
-from nightseg.translators.style_images import LenderReader, Palette
+from nightseg.translators.style_images import StyleImageReader, StyleImages
 
-LENDER: Final = "style_image"  # column: the frame whose light or colours a frame was given; null = it was given none
+STYLE_IMAGE: Final = "style_image"  # column: id of the frame whose light or colours a frame was given, or null
 
 Domain = Literal["day", "night"]
 Pixels = npt.NDArray[np.uint8]
 Row = Mapping[str, Any]
 
 
-class Changed(NamedTuple):
-    """A translated frame, and the id of the frame whose look it was given."""
+class Translated(NamedTuple):
+    """A translated frame, and the id of its style image."""
 
     image: Pixels
-    lender: str | None = None
+    style_image: str | None = None
 
 
-Change = Callable[[Pixels, Row], Changed]
-Way = Callable[[Iterable[Row]], Iterator[tuple[Row, Changed | BadFrame]]]
+TranslateFrame = Callable[[Pixels, Row], Translated]
+TranslateShard = Callable[[Iterable[Row]], Iterator[tuple[Row, Translated | BadFrame]]]
 
 
-class TranslateRows:
-    """Translates the frames of a shard in the way of an untrained translator; bad frames go to the quarantine table."""
+class TranslateUntrained:
+    """Translates the frames of a shard by `translate`. A frame that cannot be read goes to the quarantine table."""
 
-    def __init__(self, way: Way, name: str, to: Domain) -> None:
-        self.way = way
+    def __init__(self, translate: TranslateShard, name: str, to: Domain) -> None:
+        self.translate = translate
         self.name = name
         self.to: Domain = to
 
     def __call__(self, rows: pa.Table, folder: Location) -> Mapping[str, pa.Table]:
         good: list[dict[str, Any]] = []
         bad: list[dict[str, Any]] = []
-        for row, changed in self.way(rows.to_pylist()):
-            if isinstance(changed, BadFrame):
-                bad.append(frame.quarantined(row, changed))
+        for row, result in self.translate(rows.to_pylist()):
+            if isinstance(result, BadFrame):
+                bad.append(frame.quarantined(row, result))
             else:
-                written = write_translated(row, changed.image, folder, self.name, self.to)
-                good.append(written | {LENDER: changed.lender})
-        frames = frame.frame_table(good, extra={LENDER: pa.string()})
+                written = write_translated(row, result.image, folder, self.name, self.to)
+                good.append(written | {STYLE_IMAGE: result.style_image})
+        frames = frame.frame_table(good, extra={STYLE_IMAGE: pa.string()})
         return {"frames": frames, "quarantine": frame.quarantine_table(bad)}
 
 
-def each(change: Change, rows: Iterable[Row]) -> Iterator[tuple[Row, Changed | BadFrame]]:
-    """One frame at a time, so one is in memory."""
+def one_by_one(translate: TranslateFrame, rows: Iterable[Row]) -> Iterator[tuple[Row, Translated | BadFrame]]:
+    """One frame at a time is in memory."""
     for row in rows:
         try:
-            yield row, change(read_image(Location.of(row[frame.URI])), row)
+            yield row, translate(read_image(Location.of(row[frame.URI])), row)
         except BadFrame as fault:
             yield row, fault
 
 
-def by_program(rows: Iterable[Row], *, program: Program, classes: Taxonomy) -> Iterator[tuple[Row, Changed | BadFrame]]:
+def by_program(
+    rows: Iterable[Row], *, program: Program, classes: Taxonomy
+) -> Iterator[tuple[Row, Translated | BadFrame]]:
     for row, image in translate_by(program, list(rows), classes):
-        yield row, image if isinstance(image, BadFrame) else Changed(image)
+        yield row, image if isinstance(image, BadFrame) else Translated(image)
 
 
-def by_optics(image: Pixels, row: Row, *, optics: PhotometricTranslator, classes: Taxonomy, seed: int) -> Changed:
+def by_optics(image: Pixels, row: Row, *, optics: PhotometricTranslator, classes: Taxonomy, seed: int) -> Translated:
     label = train_ids_of(row, classes, image.shape[:2])
     lit = LitIds.of(optics.classes, classes.classes)
-    return Changed(night_of(image, label, optics=optics, lit=lit, seed=seed, frame_id=row[frame.FRAME_ID]))
+    return Translated(night_of(image, label, optics=optics, lit=lit, seed=seed, frame_id=row[frame.FRAME_ID]))
 
 
-class Lent:
-    """Gives a frame the look of a lender."""
+class StyleTransfer:
+    """Gives a frame the light or colours of a style image."""
 
-    def __init__(self, palette: Palette, transfer: Callable[[Pixels, Pixels], Pixels]) -> None:
-        self.palette = palette
+    def __init__(self, style_images: StyleImages, transfer: Callable[[Pixels, Pixels], Pixels]) -> None:
+        self.style_images = style_images
         self.transfer = transfer
-        self.read = LenderReader()
+        self.read = StyleImageReader()
 
-    def __call__(self, image: Pixels, row: Row) -> Changed:
-        lender = self.palette.choose(image, row[frame.FRAME_ID])
-        return Changed(self.transfer(image, self.read(lender)), lender.frame_id)
+    def __call__(self, image: Pixels, row: Row) -> Translated:
+        chosen = self.style_images.choose(image, row[frame.FRAME_ID])
+        return Translated(self.transfer(image, self.read(chosen.uri)), chosen.frame_id)
 
 
 def write_translated(row: Row, image: Pixels, folder: Location, name: str, to: Domain) -> dict[str, Any]:

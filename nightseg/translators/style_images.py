@@ -1,8 +1,7 @@
-"""Frames that lend their light or colours: which of them a frame is paired with.
+"""Style images: which frame's light or colours a frame is given.
 
-A frame is described by where its structure lies: the root of its luminance, reduced to at most 128 pixels, and the mean
-length of the gradient of that in a grid of 4 x 8 cells, shifted and scaled to mean 0 and deviation 1. Brightness itself
-would not do: the sky is the brightest part by day and the darkest by night, but it is the emptiest under both.
+Frames are compared by layout: the mean gradient of the root of the luminance in 4 x 8 cells, standardised. Not by
+brightness: the sky is the brightest part by day and the darkest by night, but it is the emptiest under both.
 """
 
 from __future__ import annotations
@@ -26,37 +25,37 @@ Floats = npt.NDArray[np.float32]
 
 GRID: Final = (4, 8)
 _LONG_SIDE: Final = 128
-_KEPT_BYTES: Final = 64_000_000  # of decoded lenders, in one process
+_KEPT_BYTES: Final = 64_000_000  # of decoded style images, in one process
 
 
-class Lender(NamedTuple):
-    """A frame that lends its look. `layout`: float32 (32,)."""
+class StyleImage(NamedTuple):
+    """`layout`: float32 (32,)."""
 
     frame_id: str
     uri: str
     layout: Floats
 
 
-class Palette(NamedTuple):
-    """The lenders of one translation and the rule of choice. Picklable; holds no pixels."""
+class StyleImages(NamedTuple):
+    """The style images of one translation and the rule of choice. Picklable; holds no pixels."""
 
-    lenders: tuple[Lender, ...]
-    among: int | None
+    images: tuple[StyleImage, ...]
+    nearest: int | None
     seed: int
 
-    def choose(self, image_HW3: Pixels, frame_id: str) -> Lender:
-        """One of the `among` lenders whose layout is nearest, drawn by seed and frame; of all if `among` is None.
+    def choose(self, image_HW3: Pixels, frame_id: str) -> StyleImage:
+        """One of the `nearest` images by layout, drawn by seed and frame; of all if `nearest` is None.
 
-        A frame never borrows from itself, nor does a translation from its source, unless there is no other lender: on
-        the way back that would not be translating but handing out the answer.
+        Not the frame itself, nor the source of a translation (translated back, that would hand out the answer), unless
+        there is no other.
         """
-        own = [place for place, lender in enumerate(self.lenders) if f"/{frame_id}".endswith(f"/{lender.frame_id}")]
-        near = [place for place in range(len(self.lenders)) if place not in own] or own
-        if self.among is not None:
+        others = [image for image in self.images if not f"/{frame_id}".endswith(f"/{image.frame_id}")]
+        near = others or list(self.images)
+        if self.nearest is not None:
             mine = layout(image_HW3)
-            apart = [float(np.sum((lender.layout - mine) ** 2)) for lender in self.lenders]
-            near = sorted(near, key=lambda place: apart[place])[: self.among]
-        return self.lenders[near[int(frame_generator(self.seed, frame_id, "lender").integers(len(near)))]]
+            near = sorted(near, key=lambda image: float(np.sum((image.layout - mine) ** 2)))[: self.nearest]
+        # The stream's name seeds the draws: another one would change which frame is paired with which.
+        return near[int(frame_generator(self.seed, frame_id, "lender").integers(len(near)))]
 
 
 def layout(image_HW3: Pixels) -> Floats:
@@ -75,45 +74,47 @@ def layout(image_HW3: Pixels) -> Floats:
     return described
 
 
-def open_palette(frames: Sequence[tuple[str, str]], *, count: int, among: int | None, seed: int, what: str) -> Palette:
+def draw_style_images(
+    frames: Sequence[tuple[str, str]], *, count: int, nearest: int | None, seed: int, what: str
+) -> StyleImages:
     """At most `count` of (frame_id, uri), drawn by the seed whatever their order, without those that cannot be read.
 
-    They are read and described here, one at a time. `what` names the dataset in errors. UserError: none can be read.
+    `what` names the dataset in errors. UserError: none can be read.
     """
     drawn = sorted(frames, key=lambda named: hashlib.sha256(f"{seed}\0{named[0]}".encode()).digest())[:count]
-    lenders, faults = [], []
+    images, faults = [], []
     for frame_id, uri in drawn:
         try:
-            lenders.append(Lender(frame_id, uri, layout(read_image(Location.of(uri)))))
+            images.append(StyleImage(frame_id, uri, layout(read_image(Location.of(uri)))))
         except BadFrame as fault:
             faults.append(f"{uri}: {fault}")
-    if not lenders:
+    if not images:
         first = f" (the first of {len(faults)}: {faults[0]})" if faults else ""
         raise UserError(
             f"{what}: no frame of it can be read, so there is no style image{first}", cure="look at its counts"
         )
-    return Palette(tuple(lenders), among, seed)
+    return StyleImages(tuple(images), nearest, seed)
 
 
-class LenderReader:
-    """Decoded lenders of one process, the latest ones kept."""
+class StyleImageReader:
+    """Decoded style images of one process, the latest ones kept."""
 
     def __init__(self) -> None:
         self._kept: OrderedDict[str, Pixels] = OrderedDict()
 
-    def __call__(self, lender: Lender) -> Pixels:
-        """uint8 HW3. Raises UserError: a lender that could be read when the translation began cannot be read now."""
-        if lender.uri in self._kept:
-            self._kept.move_to_end(lender.uri)
-            return self._kept[lender.uri]
+    def __call__(self, uri: str) -> Pixels:
+        """uint8 HW3. Raises UserError: what could be read when the translation began cannot be read now."""
+        if uri in self._kept:
+            self._kept.move_to_end(uri)
+            return self._kept[uri]
         try:
-            image = read_image(Location.of(lender.uri))
+            image = read_image(Location.of(uri))
         except BadFrame as fault:
             raise UserError(
-                f"{lender.uri}: this node cannot read the style image: {fault}",
+                f"{uri}: this node cannot read the style image: {fault}",
                 cure="keep the dataset where every node reads it",
             ) from fault
-        self._kept[lender.uri] = image
+        self._kept[uri] = image
         while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > _KEPT_BYTES:
             self._kept.popitem(last=False)
         return image

@@ -25,7 +25,7 @@ from nightseg.translators.settings import (
     PhotometricTranslator,
     UntrainedTranslator,
 )
-from nightseg.translators.shards import LENDER
+from nightseg.translators.shards import STYLE_IMAGE
 
 DARKEN = """
 import pathlib, sys
@@ -33,7 +33,7 @@ from PIL import Image
 for file in pathlib.Path(sys.argv[1]).iterdir():
     Image.open(file).point(lambda value: value // 4).save(pathlib.Path(sys.argv[2]) / file.name)
 """
-WAYS: dict[str, UntrainedTranslator] = {
+KINDS: dict[str, UntrainedTranslator] = {
     "photometric": PhotometricTranslator(kind="photometric"),
     "fourier": FourierTranslator(kind="fourier", night="night", day="day", beta=0.05),
     "reinhard": ColourTranslator(kind="colour", night="night", day="day"),
@@ -62,7 +62,7 @@ def run(
     folder: Path,
     settings: UntrainedTranslator,
     source: pa.Table,
-    lenders: pa.Table | None,
+    styles: pa.Table | None,
     *,
     to: stage.Domain = "night",
     shard_rows: int = 2,
@@ -70,7 +70,7 @@ def run(
     actors: int = 0,
     progress: Progress | None = None,
 ) -> Commit:
-    untrained = stage.Untrained(settings, lenders, "night", "camvid11")
+    untrained = stage.Untrained(settings, styles, "night", "camvid11")
     attempt = Workspace(folder).stage("translate", "made", version=1, recipe={}, inputs={}, seed=seed).open()
     return stage.translate(
         source,
@@ -92,16 +92,16 @@ class Talking(SilentProgress):
         self.said.append(message)
 
 
-def lenders_for(settings: UntrainedTranslator, folder: Path, domain: str = "night") -> pa.Table | None:
+def styles_for(settings: UntrainedTranslator, folder: Path, domain: str = "night") -> pa.Table | None:
     takes = isinstance(settings, FourierTranslator | ColourTranslator)
     return frames(folder, domain, 4, labelled=False) if takes else None
 
 
-@pytest.mark.parametrize("way", list(WAYS))
+@pytest.mark.parametrize("kind", list(KINDS))
 @pytest.mark.usefixtures("shards_done")
-def test_the_frames_are_those_of_the_source_at_night(tmp_path: Path, way: str) -> None:
-    settings, source = WAYS[way], frames(tmp_path, "day")
-    commit = run(tmp_path / "run", settings, source, lenders_for(settings, tmp_path))
+def test_the_frames_are_those_of_the_source_at_night(tmp_path: Path, kind: str) -> None:
+    settings, source = KINDS[kind], frames(tmp_path, "day")
+    commit = run(tmp_path / "run", settings, source, styles_for(settings, tmp_path))
     table = resolve(commit.table("frames"), commit.folder)
     check_frames(table)
     assert table.select(FRAME_SCHEMA.names).schema == FRAME_SCHEMA
@@ -116,36 +116,36 @@ def test_the_frames_are_those_of_the_source_at_night(tmp_path: Path, way: str) -
         assert image.shape == day.shape and image.mean() < day.mean()
         data = Location.of(row["uri"]).read_bytes()
         assert (row["bytes"], row["sha256"]) == (len(data), sha256_of(data))
-    borrowed = table[LENDER].to_pylist()
-    has_lender = isinstance(settings, FourierTranslator | ColourTranslator)
-    assert all((lender or "").startswith("night/drive/") == has_lender for lender in borrowed)
+    chosen = table[STYLE_IMAGE].to_pylist()
+    has_style = isinstance(settings, FourierTranslator | ColourTranslator)
+    assert all((image or "").startswith("night/drive/") == has_style for image in chosen)
 
 
-@pytest.mark.parametrize("way", list(WAYS))
+@pytest.mark.parametrize("kind", list(KINDS))
 @pytest.mark.usefixtures("shards_done")
-def test_bytes_follow_from_seed_and_frame_not_from_the_shards(tmp_path: Path, way: str) -> None:
-    settings, source = WAYS[way], frames(tmp_path, "day")
-    lenders = lenders_for(settings, tmp_path)
-    turned = lenders.take(list(range(lenders.num_rows))[::-1]) if lenders is not None else None
+def test_bytes_follow_from_seed_and_frame_not_from_the_shards(tmp_path: Path, kind: str) -> None:
+    settings, source = KINDS[kind], frames(tmp_path, "day")
+    styles = styles_for(settings, tmp_path)
+    turned = styles.take(list(range(styles.num_rows))[::-1]) if styles is not None else None
     made = [
         run(tmp_path / f"run {rows}", settings, source, some, shard_rows=rows).table("frames")
-        for rows, some in ((1, lenders), (3, turned), (5, lenders))
+        for rows, some in ((1, styles), (3, turned), (5, styles))
     ]
     assert made[0].equals(made[1]) and made[0].equals(made[2])
-    alone = run(tmp_path / "alone", settings, source.slice(3, 1), lenders).table("frames")
+    alone = run(tmp_path / "alone", settings, source.slice(3, 1), styles).table("frames")
     assert alone.to_pylist() == made[0].slice(3, 1).to_pylist()
-    if way in ("photometric", "fourier"):
-        other = run(tmp_path / "other", settings, source, lenders, seed=1).table("frames")
+    if kind in ("photometric", "fourier"):
+        other = run(tmp_path / "other", settings, source, styles, seed=1).table("frames")
         assert other["sha256"] != made[0]["sha256"]
 
 
-@pytest.mark.parametrize("way", list(WAYS))
+@pytest.mark.parametrize("kind", list(KINDS))
 @pytest.mark.usefixtures("shards_done")
-def test_bad_frames_are_quarantined_and_the_rest_goes_on(tmp_path: Path, way: str) -> None:
-    settings, source = WAYS[way], frames(tmp_path, "day")
+def test_bad_frames_are_quarantined_and_the_rest_goes_on(tmp_path: Path, kind: str) -> None:
+    settings, source = KINDS[kind], frames(tmp_path, "day")
     (tmp_path / "day 1.png").unlink()
     (tmp_path / "day 4.png").write_bytes(b"no image")
-    commit = run(tmp_path / "run", settings, source, lenders_for(settings, tmp_path))
+    commit = run(tmp_path / "run", settings, source, styles_for(settings, tmp_path))
     bad = [(row["frame_id"], row["reason"]) for row in commit.table("quarantine").to_pylist()]
     assert bad == [("day/drive/1", "missing"), ("day/drive/4", "not_an_image")]
     assert commit.table("frames")["frame_id"].to_pylist() == [f"made/day/drive/{index}" for index in (0, 2, 3)]
@@ -155,9 +155,9 @@ def test_bad_frames_are_quarantined_and_the_rest_goes_on(tmp_path: Path, way: st
 def test_a_broken_label_is_a_bad_frame_for_who_looks_at_labels(tmp_path: Path) -> None:
     source = frames(tmp_path, "day")
     (tmp_path / "day 2 label.png").unlink()
-    commit = run(tmp_path / "run", WAYS["photometric"], source, None)
+    commit = run(tmp_path / "run", KINDS["photometric"], source, None)
     assert commit.table("quarantine")["reason"].to_pylist() == ["label_missing"]
-    assert run(tmp_path / "other", WAYS["command"], source, None).quarantined == 0
+    assert run(tmp_path / "other", KINDS["command"], source, None).quarantined == 0
 
 
 @pytest.mark.usefixtures("shards_done")
@@ -171,19 +171,19 @@ def test_optics_without_labels_only_darken(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("shards_done")
-def test_the_named_lender_lent_its_colours_and_the_way_back_uses_day(tmp_path: Path) -> None:
+def test_the_named_style_image_was_used_and_translating_back_uses_day(tmp_path: Path) -> None:
     source, night = frames(tmp_path, "day"), frames(tmp_path, "night", 4)
     places = dict(zip(night["frame_id"].to_pylist(), night["uri"].to_pylist(), strict=True))
-    commit = run(tmp_path / "run", WAYS["histogram"], source, night)
+    commit = run(tmp_path / "run", KINDS["histogram"], source, night)
     table = resolve(commit.table("frames"), commit.folder)
     for row, before in zip(table.to_pylist(), source.to_pylist(), strict=True):
-        day, lender = read_image(Location.of(before["uri"])), read_image(Location.of(places[row[LENDER]]))
-        assert np.array_equal(read_image(Location.of(row["uri"])), match_histograms(day, lender))
-    back = run(tmp_path / "back", WAYS["reinhard"], table.select(FRAME_SCHEMA.names), source, to="day").table("frames")
+        day, style = read_image(Location.of(before["uri"])), read_image(Location.of(places[row[STYLE_IMAGE]]))
+        assert np.array_equal(read_image(Location.of(row["uri"])), match_histograms(day, style))
+    back = run(tmp_path / "back", KINDS["reinhard"], table.select(FRAME_SCHEMA.names), source, to="day").table("frames")
     assert set(back["domain"].to_pylist()) == {"day"}
     for row in back.to_pylist():
         assert row["frame_id"] == f"made/made/{row['frame_id'][10:]}"
-        assert row[LENDER] != row["frame_id"].removeprefix("made/made/")  # never the answer itself
+        assert row[STYLE_IMAGE] != row["frame_id"].removeprefix("made/made/")  # never the answer itself
 
 
 @pytest.mark.usefixtures("shards_done")
@@ -198,19 +198,19 @@ def test_a_program_that_fails_stops_the_stage_with_its_words(tmp_path: Path) -> 
     assert sys.executable in said[0]
 
 
-def test_a_dataset_whose_frames_cannot_lend_is_named(tmp_path: Path) -> None:
+def test_a_dataset_without_a_style_image_is_named(tmp_path: Path) -> None:
     night = frames(tmp_path, "night", 2)
     for file in tmp_path.glob("night ?.png"):
         file.unlink()
     with pytest.raises(UserError, match="dataset night: no frame of it can be read, so there is no style image"):
-        run(tmp_path / "run", WAYS["reinhard"], frames(tmp_path, "day"), night)
+        run(tmp_path / "run", KINDS["reinhard"], frames(tmp_path, "day"), night)
 
 
 @pytest.mark.usefixtures("shards_done")
-def test_an_attempt_that_goes_on_borrows_from_the_same_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings, source, night = WAYS["fourier"], frames(tmp_path, "day"), frames(tmp_path, "night", 4)
+def test_an_attempt_that_goes_on_uses_the_same_style_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, source, night = KINDS["fourier"], frames(tmp_path, "day"), frames(tmp_path, "night", 4)
     whole = run(tmp_path / "whole", settings, source, night)
-    assert sorted(whole.json(stage.LENDERS_NAME)) == [f"night/drive/{index}" for index in range(4)]
+    assert sorted(whole.json(stage.STYLE_IMAGES)) == [f"night/drive/{index}" for index in range(4)]
 
     def killed(*_: Any, **__: Any) -> Any:
         raise RuntimeError("the power went")
@@ -229,20 +229,20 @@ def test_an_attempt_that_goes_on_borrows_from_the_same_frames(tmp_path: Path, mo
 
 
 @pytest.mark.usefixtures("shards_done")
-def test_lenders_that_cannot_be_read_are_named_and_do_without(tmp_path: Path) -> None:
+def test_style_images_that_cannot_be_read_are_counted(tmp_path: Path) -> None:
     said: list[str] = []
 
     night = frames(tmp_path, "night", 4)
     (tmp_path / "night 1.png").write_bytes(b"no image")
-    commit = run(tmp_path / "run", WAYS["reinhard"], frames(tmp_path, "day"), night, progress=Talking(said))
-    assert len(commit.json(stage.LENDERS_NAME)) == 3
+    commit = run(tmp_path / "run", KINDS["reinhard"], frames(tmp_path, "day"), night, progress=Talking(said))
+    assert len(commit.json(stage.STYLE_IMAGES)) == 3
     assert said == ["dataset night: 1 of 4 style images cannot be read"]
 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_ray_gives_what_one_process_gives(tmp_path: Path) -> None:
-    settings, source = WAYS["photometric"], frames(tmp_path, "day")
+    settings, source = KINDS["photometric"], frames(tmp_path, "day")
     alone = run(tmp_path / "here", settings, source, None)
     spread = run(tmp_path / "ray", settings, source, None, actors=1)
     assert spread.table("frames").equals(alone.table("frames"))

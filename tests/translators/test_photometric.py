@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from nightseg.data.taxonomy import taxonomy
+from nightseg.translators.colour import to_linear, to_pixels
 from nightseg.translators.photometric import LitIds, black_body, expose, night_of
 from nightseg.translators.settings import LitClasses, PhotometricTranslator
-from nightseg.translators.srgb import to_linear, to_pixels
 
 CLASSES = taxonomy("camvid11").classes
 SKY, ROAD, CAR = (CLASSES.index(name) for name in ("sky", "road", "car"))

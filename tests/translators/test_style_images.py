@@ -1,4 +1,4 @@
-"""Which frame lends its look: by layout, without a frame lending to itself, whatever the order of the table."""
+"""Style images: by layout, never the frame itself, whatever the order of the table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from nightseg.data.images import encode_png
 from nightseg.errors import UserError
-from nightseg.translators.style_images import Lender, LenderReader, Palette, layout, open_palette
+from nightseg.translators.style_images import StyleImage, StyleImageReader, StyleImages, draw_style_images, layout
 
 
 def textured(where: str, brightness: float = 1.0) -> np.ndarray:
@@ -38,62 +38,66 @@ def test_a_layout_says_where_structure_is_not_how_bright_it_is() -> None:
     assert not layout(np.full((9, 5, 3), 77, np.uint8)).any()
 
 
-def test_the_nearest_layout_lends(tmp_path: Path) -> None:
+def test_the_nearest_layout_is_chosen(tmp_path: Path) -> None:
     frames = save(tmp_path, left=textured("left", 0.3), right=textured("right", 0.3), top=textured("top", 0.3))
-    palette = open_palette(frames, count=10, among=1, seed=0, what="dataset night")
+    style_images = draw_style_images(frames, count=10, nearest=1, seed=0, what="dataset night")
     for where in ("left", "right", "top"):
-        assert palette.choose(textured(where), "day/1").frame_id == f"night/{where}"
-    drawn = {palette._replace(among=2).choose(textured("left"), f"day/{index}").frame_id for index in range(20)}
+        assert style_images.choose(textured(where), "day/1").frame_id == f"night/{where}"
+    drawn = {style_images._replace(nearest=2).choose(textured("left"), f"day/{index}").frame_id for index in range(20)}
     assert len(drawn) == 2 and "night/left" in drawn
-    everyone = {palette._replace(among=None).choose(textured("left"), f"day/{index}").frame_id for index in range(30)}
+    everyone = {
+        style_images._replace(nearest=None).choose(textured("left"), f"day/{index}").frame_id for index in range(30)
+    }
     assert len(everyone) == 3
 
 
 def test_the_choice_follows_from_seed_and_frame(tmp_path: Path) -> None:
     frames = save(tmp_path, **{f"n{index}": textured("all", 0.1 * index) for index in range(1, 9)})
-    first = open_palette(frames, count=4, among=None, seed=1, what="x")
-    again = open_palette(frames[::-1], count=4, among=None, seed=1, what="x")
-    assert [lender.frame_id for lender in first.lenders] == [lender.frame_id for lender in again.lenders]
+    first = draw_style_images(frames, count=4, nearest=None, seed=1, what="x")
+    again = draw_style_images(frames[::-1], count=4, nearest=None, seed=1, what="x")
+    assert [image.frame_id for image in first.images] == [image.frame_id for image in again.images]
     names = [[p.choose(textured("all"), f"day/{i}").frame_id for i in range(9)] for p in (first, again)]
     assert names[0] == names[1]
-    other = open_palette(frames, count=4, among=None, seed=2, what="x")
-    assert [lender.frame_id for lender in other.lenders] != [lender.frame_id for lender in first.lenders]
+    other = draw_style_images(frames, count=4, nearest=None, seed=2, what="x")
+    assert [image.frame_id for image in other.images] != [image.frame_id for image in first.images]
 
 
-def test_a_frame_never_borrows_from_itself_nor_a_translation_from_its_source() -> None:
+def test_a_frame_is_never_its_own_style_image_nor_that_of_its_translation() -> None:
     flat = np.zeros(32, dtype=np.float32)
-    palette = Palette((Lender("day/1", "/1", flat), Lender("day/11", "/11", flat)), None, 0)
+    style_images = StyleImages((StyleImage("day/1", "/1", flat), StyleImage("day/11", "/11", flat)), None, 0)
     for own in ("day/1", "made/day/1"):
-        assert {palette._replace(seed=seed).choose(textured("all"), own).frame_id for seed in range(8)} == {"day/11"}
-    alone = Palette(palette.lenders[:1], 3, 0)
+        assert {style_images._replace(seed=seed).choose(textured("all"), own).frame_id for seed in range(8)} == {
+            "day/11"
+        }
+    alone = StyleImages(style_images.images[:1], 3, 0)
     assert alone.choose(textured("all"), "made/day/1").frame_id == "day/1"  # better than none
 
 
-def test_frames_that_cannot_be_read_do_not_lend(tmp_path: Path) -> None:
+def test_frames_that_cannot_be_read_are_no_style_images(tmp_path: Path) -> None:
     frames = save(tmp_path, good=textured("all"), bad=b"no image")
-    palette = open_palette(frames, count=2, among=None, seed=0, what="dataset night")
-    assert [lender.frame_id for lender in palette.lenders] == ["night/good"]
+    style_images = draw_style_images(frames, count=2, nearest=None, seed=0, what="dataset night")
+    assert [image.frame_id for image in style_images.images] == ["night/good"]
     with pytest.raises(UserError, match=r"dataset night: no frame of it can be read.*first of 1: .*bad\.png"):
-        open_palette(frames[1:], count=2, among=None, seed=0, what="dataset night")
+        draw_style_images(frames[1:], count=2, nearest=None, seed=0, what="dataset night")
     with pytest.raises(UserError, match=r"no frame of it can be read, so there is no style image\. Cure: "):
-        open_palette([], count=2, among=None, seed=0, what="dataset night")
+        draw_style_images([], count=2, nearest=None, seed=0, what="dataset night")
 
 
 def test_the_reader_keeps_the_latest_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from nightseg.translators import style_images as module
 
     frames = save(tmp_path, **{f"n{index}": textured("all", 0.1 * index) for index in range(1, 5)})
-    palette, read = open_palette(frames, count=4, among=None, seed=0, what="x"), LenderReader()
-    image = read(palette.lenders[0])
+    style_images, read = draw_style_images(frames, count=4, nearest=None, seed=0, what="x"), StyleImageReader()
+    image = read(style_images.images[0].uri)
     monkeypatch.setattr(module, "_KEPT_BYTES", 2 * image.nbytes)
-    for lender in palette.lenders:
-        read(lender)
+    for chosen in style_images.images:
+        read(chosen.uri)
     assert len(read._kept) == 2
-    Path(palette.lenders[-1].uri).unlink()
-    assert np.array_equal(read(palette.lenders[-1]), read._kept[palette.lenders[-1].uri])
-    Path(palette.lenders[0].uri).unlink()
+    Path(style_images.images[-1].uri).unlink()
+    assert np.array_equal(read(style_images.images[-1].uri), read._kept[style_images.images[-1].uri])
+    Path(style_images.images[0].uri).unlink()
     with pytest.raises(UserError, match="this node cannot read the style image"):
-        read(palette.lenders[0])
+        read(style_images.images[0].uri)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (400, 3)])
