@@ -183,7 +183,7 @@ def test_frames_of_the_wanted_domain_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_tile_that_the_translator_cannot_have_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"tile \(64, 84\) must be multiples of 4, 84 or more"):
+    with pytest.raises(UserError, match=r"\(64, 84\) must be multiples of 4, 84 or more"):
         run(tmp_path, frames(tmp_path, SIZES), "night", tile=(64, 84))
 
 
