@@ -44,6 +44,7 @@ def contest(size: Size) -> Contest:
             translator,
             name="night",
             to="night",
+            taxonomy="camvid11",
             attempt=node.open(),
             progress=SilentProgress(),
             compute=MapCompute(actors=cores, cpus_per_actor=1, batch=1, shard_rows=max(2, len(frames) // 40)),

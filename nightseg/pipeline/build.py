@@ -6,7 +6,7 @@ share it: the model that four students start from is trained once, a pool is sco
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Final, Literal
 
@@ -55,7 +55,7 @@ from nightseg.stages import (
     train_translator,
     translate,
 )
-from nightseg.storage import Commit, hash_of
+from nightseg.storage import hash_of
 from nightseg.translators.settings import ColourTranslator, CommandTranslator, FourierTranslator, PhotometricTranslator
 from nightseg.unit.settings import Translator
 from nightseg.unit.start import start_sha256
@@ -246,7 +246,7 @@ class Builder:
     def translate(self, name: str, dataset: TranslatedDataset) -> NodeId:
         settings = self.recipe.translators[dataset.by]
         source: dict[str, Source] = {"source": Frames(self.dataset(dataset.translate))}
-        common, unhashed = {"to": dataset.to}, {"name": name}
+        common, unhashed = {"to": dataset.to}, {"name": name, "taxonomy": self.recipe.taxonomy}
         if isinstance(settings, Translator):
             inputs = {**source, "translator": self.train_translator(dataset.by)}
             return self._pass(translate, name, inputs, {**common, "tile": settings.tile}, unhashed=unhashed)
@@ -256,8 +256,7 @@ class Builder:
             name,
             {**source, "style_images": Frames(self.dataset(style)) if style else None},
             {**common, "translator": settings},
-            call=_translate_untrained,
-            unhashed={**unhashed, "style_dataset": style, "taxonomy": self.recipe.taxonomy},
+            unhashed={**unhashed, "style_dataset": style},
             facts=self.classes if isinstance(settings, PhotometricTranslator | CommandTranslator) else {},
             seed=self.recipe.seed,
         )
@@ -425,7 +424,6 @@ class Builder:
                 "features": {what: self.score([of], extraction) for what, of in features.items()},
             },
             {},
-            call=_evaluate_translation,
             unhashed={"name": name, "taxonomy": recipe.taxonomy},
             facts=self.classes,
         )
@@ -502,7 +500,6 @@ class Builder:
         settings: Mapping[str, Any],
         *,
         resources: MapCompute | TrainCompute,
-        call: Callable[..., Commit] | None = None,
         facts: Mapping[str, Any] | None = None,
         counted: tuple[str, ...] | None = None,
         **more: Any,
@@ -513,7 +510,7 @@ class Builder:
             self.graph.nodes[node] = Node(
                 node,
                 stage.VERSION,
-                call or getattr(stage, kind),
+                getattr(stage, kind),
                 resources,
                 inputs,
                 settings,
@@ -531,18 +528,3 @@ def _style_images(settings: Any, to: str) -> str:
     name = settings.night if to == "night" else settings.day
     assert name is not None, f"no style images of {to}"  # the recipe was checked
     return name
-
-
-# -- stages that take their arguments in bundles ----------------------------------------------------------------------
-
-
-def _translate_untrained(*, source: Any, translator: Any, style_images: Any, style_dataset: str, **more: Any) -> Commit:
-    untrained = translate.Untrained(translator, style_images, style_dataset, more.pop("taxonomy"))
-    return translate.translate(source, untrained, **more)
-
-
-def _evaluate_translation(*, masks: Mapping[str, Commit], features: Mapping[str, Commit], **more: Any) -> Commit:
-    seen = evaluate_translation.Masks(masks["translated"], masks["source"], masks.get("back"))
-    return evaluate_translation.evaluate_translation(
-        masks=seen, features=evaluate_translation.Features(**features), **more
-    )

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -66,29 +66,13 @@ Counts = npt.NDArray[np.int64]
 Labels = npt.NDArray[np.uint8]
 
 
-class Masks(NamedTuple):
-    """Commits of `predict` with the masks of the segmenter."""
-
-    translated: Commit
-    source: Commit
-    back: Commit | None
-
-
-class Features(NamedTuple):
-    """Commits of `score` with one extractor."""
-
-    translated: Commit
-    source: Commit
-    real: Commit
-
-
 def evaluate_translation(
     translated: pa.Table,
     source: pa.Table,
     *,
     name: str,
-    masks: Masks,
-    features: Features,
+    masks: Mapping[str, Commit],
+    features: Mapping[str, Commit],
     taxonomy: str,
     attempt: Attempt,
     progress: Progress,
@@ -97,11 +81,12 @@ def evaluate_translation(
 ) -> Commit:
     """Commit the table `frame_scores` (frame_id, source_id, measures of each frame), `quarantine` and scores.json.
 
-    Frame tables have absolute uris; `masks.back` is None where there is no translation back. Labels are optional. A
-    frame that one of the passes before had to leave out is quarantined here. Raises UserError: a set with fewer
-    than two good frames, features that do not compare.
+    Frame tables have absolute uris. `masks` are commits of `predict` on "source", "translated" and, where there is a
+    translation back, "back"; `features` are commits of `score` with one extractor on "translated", "source" and "real".
+    Labels are optional. A frame that one of the passes before had to leave out is quarantined here. Raises UserError: a
+    set with fewer than two good frames, features that do not compare.
     """
-    classes, has_back = load_taxonomy(taxonomy), masks.back is not None
+    classes, has_back = load_taxonomy(taxonomy), "back" in masks
     distances = _distances(features)
     shards = map_shards(
         _rows(translated, source, masks),
@@ -126,27 +111,26 @@ def evaluate_translation(
 # -- distances of the sets --------------------------------------------------------------------------------------------
 
 
-def _distances(features: Features) -> dict[str, Any]:
+def _distances(features: Mapping[str, Commit]) -> dict[str, Any]:
     """FID and KID of translated and source frames to real ones, and between what they were measured."""
-    translated, source, real = (FrameSet.of(commit) for commit in features)
-    measured = {
-        what: set_distance(one, real, (what, "real")) for what, one in (("translated", translated), ("source", source))
-    }
+    sets = {what: FrameSet.of(commit) for what, commit in features.items()}
+    real = sets["real"]
+    measured = {what: set_distance(sets[what], real, (what, "real")) for what in ("translated", "source")}
     return {
         **{figure: {what: getattr(one, figure) for what, one in measured.items()} for figure in SetDistance._fields},
         "extractor": real.statistics.extractor,
         "resize": real.statistics.resize,
-        "compared": {what: commit.rows_out for what, commit in features._asdict().items()},
+        "compared": {what: commit.rows_out for what, commit in features.items()},
     }
 
 
 # -- frame by frame ---------------------------------------------------------------------------------------------------
 
 
-def _rows(translated: pa.Table, source: pa.Table, masks: Masks) -> pa.Table:
+def _rows(translated: pa.Table, source: pa.Table, masks: Mapping[str, Commit]) -> pa.Table:
     """The translated frames with the places of their source and of all masks."""
     sources = dict(zip(source[frame.FRAME_ID].to_pylist(), source[frame.URI].to_pylist(), strict=True))
-    seen = {what: _mask_places(commit) for what, commit in masks._asdict().items() if commit is not None}
+    seen = {what: _mask_places(commit) for what, commit in masks.items()}
     rows = []
     for row in translated.to_pylist():
         dataset, frame_id = row[frame.DATASET], row[frame.FRAME_ID]

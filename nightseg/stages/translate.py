@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +21,8 @@ from nightseg.cluster.map import ShardWorker, map_shards
 from nightseg.cluster.settings import MapCompute
 from nightseg.data import table as frame
 from nightseg.data.images import BadFrame, read_image
-from nightseg.data.taxonomy import taxonomy
+from nightseg.data.taxonomy import Taxonomy
+from nightseg.data.taxonomy import taxonomy as load_taxonomy
 from nightseg.networks.model_folder import load_card
 from nightseg.progress import Progress
 from nightseg.storage import Attempt, Commit, Location, UserError
@@ -57,52 +58,52 @@ Domain = Literal["day", "night"]
 Pixels = NDArray[np.uint8]
 
 
-class Untrained(NamedTuple):
-    """A translator that needs no training, with what it is given besides the frames."""
-
-    settings: UntrainedTranslator
-    style_images: pa.Table | None  # frames of the domain `to`, absolute uris; None = this kind takes none
-    style_dataset: str  # their name
-    taxonomy: str
-
-
-class Opened(NamedTuple):
-    """The worker that does the shards of a translation, its arguments, a line of the summary, files already there."""
-
-    worker: type[ShardWorker]
-    arguments: Mapping[str, Any]
-    summary: Mapping[str, Any]
-    outputs: tuple[str, ...] = ()
-
-
 def translate(
     source: pa.Table,
-    translator: Commit | Untrained,
+    translator: Commit | UntrainedTranslator,
     *,
     name: str,
     to: Domain,
+    tile: tuple[int, int] | None = None,
+    style_images: pa.Table | None = None,
+    style_dataset: str = "",
+    taxonomy: str,
     attempt: Attempt,
     progress: Progress,
     compute: MapCompute,
     max_bad_fraction: float,
-    tile: tuple[int, int] | None = None,
 ) -> Commit:
     """Commit `frames` (PNGs under `images/`, domain `to`, dataset and id prefix `name`) and `quarantine`; of kinds
     that have style images their ids as style_images.json.
 
-    `source` is a frame table with absolute uris; frames already of domain `to` are refused (UserError). UNIT (a commit)
+    `source` and `style_images` (of the dataset `style_dataset`) are frame tables with absolute uris. UNIT (a commit)
     translates without noise, so a sequence does not flicker, and frames larger than `tile` (height, width) in tiles
     with blended seams, in the memory of one tile; what other kinds draw follows from the attempt's seed and the frame's
     id. So the same frame, translator, seed and hardware give the same bytes, however the frames are cut into shards. A
     program of the user is deterministic if it says so.
+
+    Raises UserError: frames of domain `to`; no style image, or not one that this attempt began with, can be read.
     """
     _check(name, source, to)
-    pixels = {"batch": compute.batch, "tile": tile}
-    opened = open_translator(translator, pixels, name=name, to=to, attempt=attempt, progress=progress)
+    worker: type[ShardWorker]
+    arguments: dict[str, Any]
+    if isinstance(translator, Commit):
+        model, kind = translator.folder / "model", translator.name
+        if tile is not None:
+            check_tile(tile, int(load_card(model)["res_blocks"]))
+        worker, arguments = TranslateFrames, {"model": model, "batch": compute.batch, "tile": tile}
+    else:
+        kind, images = translator.kind, None
+        if isinstance(translator, FourierTranslator | ColourTranslator):
+            images = _style_images(translator, style_images, f"dataset {style_dataset}", attempt, progress)
+        if isinstance(translator, CommandTranslator):
+            progress.say(f"{name}: the recipe runs a program on every shard: {shlex.join(translator.argv)}")
+        shard = _shard(translator, images, load_taxonomy(taxonomy), to, attempt.seed)
+        worker, arguments = TranslateUntrained, {"translate": shard}
     shards = map_shards(
         source,
-        opened.worker,
-        opened.arguments,
+        worker,
+        arguments | {"name": name, "to": to},
         attempt=attempt,
         compute=compute,
         progress=progress,
@@ -111,45 +112,9 @@ def translate(
     return shards.finish(
         "frames",
         max_bad_fraction=max_bad_fraction,
-        outputs=opened.outputs,
-        summary={"to": to, **opened.summary},
+        outputs=() if style_images is None else [STYLE_IMAGES],
+        summary={"to": to, "translator": kind},
     )
-
-
-def open_translator(
-    translator: Commit | Untrained,
-    pixels: Mapping[str, Any],
-    *,
-    name: str,
-    to: Domain,
-    attempt: Attempt,
-    progress: Progress,
-) -> Opened:
-    """The worker of a kind of translator; `pixels`: how many a network takes at once.
-
-    Raises UserError: no style image, or one this attempt began with, can be read.
-    """
-    where, seed = {"name": name, "to": to}, attempt.seed
-    if isinstance(translator, Commit):
-        model, tile = translator.folder / "model", pixels["tile"]
-        if tile is not None:
-            check_tile(tile, int(load_card(model)["res_blocks"]))
-        arguments = {"model": model, **where, **pixels}
-        return Opened(TranslateFrames, arguments, {"translator": translator.name})
-    settings, classes = translator.settings, taxonomy(translator.taxonomy)
-    shard: TranslateShard
-    outputs: tuple[str, ...] = ()
-    match settings:
-        case PhotometricTranslator():
-            shard = partial(one_by_one, partial(by_optics, optics=settings, classes=classes, seed=seed))
-        case FourierTranslator() | ColourTranslator():
-            images = _style_images(translator, settings, attempt, progress)
-            shard, outputs = partial(one_by_one, StyleTransfer(images, _transfer(settings))), (STYLE_IMAGES,)
-        case CommandTranslator():
-            program = Program(tuple(settings.argv), to, seed, settings.timeout_seconds)
-            progress.say(f"{name}: the recipe runs a program on every shard: {shlex.join(settings.argv)}")
-            shard = partial(by_program, program=program, classes=classes)
-    return Opened(TranslateUntrained, {"translate": shard, **where}, {"translator": settings.kind}, outputs)
 
 
 def _check(name: str, source: pa.Table, to: Domain) -> None:
@@ -231,11 +196,27 @@ def _transfer(settings: FourierTranslator | ColourTranslator) -> Callable[[Pixel
     return reinhard if settings.method == "reinhard" else match_histograms
 
 
+def _shard(
+    translator: UntrainedTranslator, images: StyleImages | None, classes: Taxonomy, to: Domain, seed: int
+) -> TranslateShard:
+    match translator:
+        case PhotometricTranslator():
+            return partial(one_by_one, partial(by_optics, optics=translator, classes=classes, seed=seed))
+        case CommandTranslator():
+            program = Program(tuple(translator.argv), to, seed, translator.timeout_seconds)
+            return partial(by_program, program=program, classes=classes)
+    assert images is not None
+    return partial(one_by_one, StyleTransfer(images, _transfer(translator)))
+
+
 def _style_images(
-    translator: Untrained, settings: FourierTranslator | ColourTranslator, attempt: Attempt, progress: Progress
+    settings: FourierTranslator | ColourTranslator,
+    frames: pa.Table | None,
+    what: str,
+    attempt: Attempt,
+    progress: Progress,
 ) -> StyleImages:
     """Drawn once, and noted: what continues this attempt has to use the same ones."""
-    frames, what = translator.style_images, f"dataset {translator.style_dataset}"
     assert frames is not None, f"a {settings.kind} translator without style images"
     named = list(zip(frames[frame.FRAME_ID].to_pylist(), frames[frame.URI].to_pylist(), strict=True))
     note = attempt.folder / STYLE_IMAGES

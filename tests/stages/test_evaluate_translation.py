@@ -32,8 +32,8 @@ class Made(NamedTuple):
 
     translated: pa.Table
     source: pa.Table
-    masks: stage.Masks
-    features: stage.Features
+    masks: dict[str, Commit]
+    features: dict[str, Commit]
 
 
 def picture(index: int) -> np.ndarray:
@@ -101,14 +101,13 @@ class Maker:
         return Made(
             self.frames("made", "made/", lambda image: image // 2, labelled),
             self.frames("day", "", lambda image: image, labelled),
-            stage.Masks(
-                self.seen("made", "made/", 30, 60, 90),
-                self.seen("day", "", 30, 30, 30),
-                self.seen("back", "made.back/made/", 30, 30, 60) if back else None,
-            ),
-            stage.Features(
-                self.scored("made", REAL + shift), self.scored("day", REAL + 2 * shift), self.scored("night", REAL)
-            ),
+            {"translated": self.seen("made", "made/", 30, 60, 90), "source": self.seen("day", "", 30, 30, 30)}
+            | ({"back": self.seen("back", "made.back/made/", 30, 30, 60)} if back else {}),
+            {
+                "translated": self.scored("made", REAL + shift),
+                "source": self.scored("day", REAL + 2 * shift),
+                "real": self.scored("night", REAL),
+            },
         )
 
     def evaluate(self, made: Made, max_bad_fraction: float = 0.0) -> Commit:
@@ -193,7 +192,7 @@ def test_without_labels_the_segmenter_still_compares_what_it_sees(maker: Maker) 
 def test_frames_that_a_pass_left_out_are_set_aside_here(maker: Maker) -> None:
     made = maker.make()
     (maker.folder / "day 1.png").unlink()
-    fewer = made._replace(masks=made.masks._replace(back=maker.seen("back 2", "made.back/made/", 30, 30)))
+    fewer = made._replace(masks=made.masks | {"back": maker.seen("back 2", "made.back/made/", 30, 30)})
     commit = maker.evaluate(fewer, max_bad_fraction=0.7)
     assert (commit.rows_in, commit.rows_out, commit.quarantined) == (3, 1, 2)
     bad = {row["frame_id"]: row for row in commit.table("quarantine").to_pylist()}
@@ -204,7 +203,7 @@ def test_frames_that_a_pass_left_out_are_set_aside_here(maker: Maker) -> None:
 
 def test_a_set_without_a_distance_and_an_evaluation_without_a_frame_are_refused(maker: Maker) -> None:
     made = maker.make()
-    lonely = made._replace(features=made.features._replace(real=maker.scored("alone", REAL[:1])))
+    lonely = made._replace(features=made.features | {"real": maker.scored("alone", REAL[:1])})
     with pytest.raises(UserError, match="alone: 1 of its 1 frames could be read, and a distance needs at least 2"):
         maker.evaluate(lonely)
     for index in range(3):

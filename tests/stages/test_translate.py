@@ -172,6 +172,7 @@ def run(folder: Path, source: pa.Table, to: stage.Domain, tile: tuple[int, int] 
         compute=MapCompute(shard_rows=2, batch=2),
         max_bad_fraction=0.5,
         tile=tile,
+        taxonomy="camvid11",
     )
 
 

@@ -70,13 +70,15 @@ def run(
     actors: int = 0,
     progress: Progress | None = None,
 ) -> Commit:
-    untrained = stage.Untrained(settings, styles, "night", "camvid11")
     attempt = Workspace(folder).stage("translate", "made", version=1, recipe={}, inputs={}, seed=seed).open()
     return stage.translate(
         source,
-        untrained,
+        settings,
         name="made",
         to=to,
+        style_images=styles,
+        style_dataset="night",
+        taxonomy="camvid11",
         attempt=attempt,
         progress=progress or SilentProgress(),
         compute=MapCompute(actors=actors, shard_rows=shard_rows, batch=2),
