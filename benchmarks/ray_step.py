@@ -26,10 +26,10 @@ from nightseg.cluster import ray as cluster
 from nightseg.cluster.session import Session
 from nightseg.cluster.settings import TrainCompute
 from nightseg.cluster.train import LocalSession, exchanging, fit
+from nightseg.data.class_list import taxonomy
 from nightseg.data.images import encode_png
 from nightseg.data.scenes import scene
 from nightseg.data.table import frame_table
-from nightseg.data.taxonomy import taxonomy
 from nightseg.networks.model_folder import save_model
 from nightseg.progress import SilentProgress
 from nightseg.segmenter.network import build_semantic_fpn, model_card

@@ -26,10 +26,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as transform
 
 from benchmarks.contest import Contest, Size
+from nightseg.data.class_list import taxonomy
 from nightseg.data.images import encode_png
 from nightseg.data.scenes import scene
 from nightseg.data.table import frame_table
-from nightseg.data.taxonomy import taxonomy
 from nightseg.segmenter.augment import sample_rng
 from nightseg.segmenter.data import Batch, LabelledFrames, OnDisk, Sample, sample_order, training_batches
 from nightseg.segmenter.settings import Augmentation, Training

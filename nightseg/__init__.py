@@ -14,6 +14,7 @@ Root: no torch, no ray
 Storage
     storage/paths.py    a file or folder, local or behind a URI: all reading and writing
     storage/tables.py   tables to bytes and back
+    storage/yaml.py     YAML of settings, read strictly
     storage/commits.py  the run folder: stages and their keys, attempts and shards, commits
     storage/lock.py     one driver at a time
     storage/scratch.py  large files that can be made again, shared by the processes of a machine
@@ -33,6 +34,7 @@ Frames: no torch, no ray
     data/table.py           the frame row and its table; quarantine rows; columns of vectors
     data/images.py          decode and encode; the reasons a frame is bad
     data/taxonomy.py        class lists, palettes, raw-id maps; the label of a row as train ids
+    data/class_list.py      class lists as YAML files
     data/layouts.py         folder layouts; predictions and labels of two folders, by name
     data/sources.py         a file, folder, pattern, table or video as frames to read
     data/video.py           videos as frames, frames as a video

@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from nightseg.cli.main import main
-from nightseg.data.taxonomy import taxonomy
+from nightseg.data.class_list import taxonomy
 from nightseg.pipeline import run as run_module
 from nightseg.pipeline import search as search_module
 from nightseg.pipeline.run import Outcome

@@ -19,7 +19,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from nightseg.data.taxonomy import Taxonomy, taxonomy
+from nightseg.data.class_list import taxonomy
+from nightseg.data.taxonomy import Taxonomy
 from nightseg.errors import UserError, closest
 from nightseg.interop.detectron2_config import OURS, Detectron2Config, check_input, config_text, read_config
 from nightseg.interop.unpickle import unpickle_arrays

@@ -12,9 +12,9 @@ from typing import Any, Final, Literal
 
 from nightseg.cluster.settings import MapCompute, TrainCompute
 from nightseg.data import layouts
+from nightseg.data.class_list import taxonomy
 from nightseg.data.settings import FolderDataset, JoinedDataset, ScenesDataset, SplitDataset, TranslatedDataset
 from nightseg.data.sources import Video
-from nightseg.data.taxonomy import taxonomy
 from nightseg.errors import UserError, closest
 from nightseg.pipeline.graph import (
     EvaluatedTranslation,

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nightseg.data.class_list import taxonomy
 from nightseg.data.settings import JoinedDataset
-from nightseg.data.taxonomy import taxonomy
 from nightseg.errors import UserError, closest
 from nightseg.pipeline.graph import Graph, ModelNodes, NodeId
 from nightseg.recipe.types import Recipe

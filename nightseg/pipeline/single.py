@@ -17,10 +17,10 @@ import pyarrow as pa
 from nightseg.cluster.settings import MapCompute
 from nightseg.data import layouts
 from nightseg.data import table as frame
+from nightseg.data.class_list import taxonomy as load_taxonomy
 from nightseg.data.layouts import pair_up
 from nightseg.data.settings import FolderDataset
 from nightseg.data.sources import Source, find_source
-from nightseg.data.taxonomy import taxonomy as load_taxonomy
 from nightseg.data.video import need_av
 from nightseg.networks.model_folder import TENSORS, load_card
 from nightseg.pipeline import build, run

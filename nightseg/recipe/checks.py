@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
+from nightseg.data.class_list import taxonomy
 from nightseg.data.layouts import check_folders
 from nightseg.data.settings import FolderDataset
-from nightseg.data.taxonomy import Taxonomy, taxonomy
+from nightseg.data.taxonomy import Taxonomy
 from nightseg.errors import UserError, closest
 from nightseg.recipe.types import STARTS, Recipe, is_ready
 from nightseg.selection.settings import METHODS

@@ -1,7 +1,6 @@
 """From YAML text and overrides `a.b=c` to a checked `Recipe`, or to one message that names every error.
 
-YAML is read by a SafeLoader that refuses duplicate keys and alias bombs, and that reads `1e-4` as a number. The graph
-and the folders are checked on the raw mapping, so that a misspelt key does not hide an unknown name or a cycle.
+The graph and the folders are checked on the raw mapping: a misspelt key does not hide an unknown name or a cycle.
 """
 
 from __future__ import annotations
@@ -23,8 +22,7 @@ from nightseg.recipe.reference import allowed_keys, allowed_values, dotted
 from nightseg.recipe.renamed import new_name
 from nightseg.recipe.types import Recipe, is_name
 from nightseg.storage import Location, UserError
-
-MAX_NODES = 100_000  # after aliases are followed: a recipe is small, an alias bomb is not
+from nightseg.storage.yaml import Loader, kind_of, read_yaml
 
 Settings = TypeVar("Settings", bound=BaseModel)
 Lines = dict[tuple[str, ...], str]
@@ -41,23 +39,6 @@ class Source(NamedTuple):
     places: Lines
     file: str
     problems: list[Problem]
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads floats as YAML 1.2 does: YAML 1.1 takes `1e-4` for a string."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in rules if tag != "tag:yaml.org,2002:float"]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(?:\d+\.\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+)$|^[-+]?\.(?:inf|nan)$", re.I
-    ),
-    list("-+0123456789."),
-)
 
 
 def load_recipe(file: str | Path | Location, overrides: Sequence[str] = ()) -> Recipe:
@@ -104,63 +85,10 @@ def save_recipe(recipe: Recipe, file: Location) -> None:
 
 def read_source(file: Location, shown: str, what: str = "recipe") -> Source:
     """Parse the file, keeping the line of every key. `what` it is stands in the messages."""
-    try:
-        text = file.read_bytes().decode("utf-8")
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise RecipeError(f"{shown}: there is no such {what} file", cure="give the path of a YAML file") from None
-    except UnicodeDecodeError as error:
-        found = f"{shown}: the {what} is not UTF-8 text ({error.reason} at byte {error.start})"
-        raise RecipeError(found, cure="save it as UTF-8") from None
-    loader = _Loader(text)
-    try:
-        node = loader.get_single_node()
-        problems: list[Problem] = []
-        places: Lines = {}
-        for count, (path, line, duplicate) in enumerate(_walk(node, ())):
-            if count > MAX_NODES:
-                many = f"{shown}: more than {MAX_NODES} entries once aliases are followed"
-                raise RecipeError(many, cure="use fewer aliases")
-            if duplicate:
-                problems.append(Problem(path, "this key stands twice in the same mapping", line=f"line {line}"))
-            places.setdefault(path, f"line {line}")
-        data = loader.construct_document(node) if node is not None else {}
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}: " if mark else ""
-        found = f"{shown}: {where}not valid YAML: {getattr(error, 'problem', None) or error}"
-        raise RecipeError(found, cure="mend the file there") from None
-    finally:
-        loader.dispose()
-    if not isinstance(data, dict):
-        raise RecipeError(
-            f"{shown}: a {what} is a mapping, not {_kind(data)}", cure="write keys (name: ...) and values"
-        )
-    return Source(_unshared(data), places, shown, problems)
-
-
-def _unshared(value: Any) -> Any:
-    """Without aliases: what an override changes in one place does not change in another."""
-    if isinstance(value, dict):
-        return {key: _unshared(item) for key, item in value.items()}
-    return [_unshared(item) for item in value] if isinstance(value, list) else value
-
-
-def _walk(node: yaml.Node | None, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], int, bool]]:
-    """Every key with its line, and whether it repeats an earlier one of its mapping."""
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, value in node.value:
-            name = str(key.value)
-            if key.tag == "tag:yaml.org,2002:merge":
-                yield from _walk(value, path)
-                continue
-            yield (*path, name), key.start_mark.line + 1, name in seen
-            seen.add(name)
-            yield from _walk(value, (*path, name))
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            yield (*path, str(index)), value.start_mark.line + 1, False
-            yield from _walk(value, (*path, str(index)))
+    parsed = read_yaml(file, shown, what, RecipeError)
+    message = "this key stands twice in the same mapping"
+    problems = [Problem(path, message, line=f"line {line}") for path, line in parsed.twice]
+    return Source(parsed.data, {path: f"line {line}" for path, line in parsed.lines.items()}, shown, problems)
 
 
 def _override(source: Source, text: str) -> None:
@@ -171,7 +99,7 @@ def _override(source: Source, text: str) -> None:
         source.problems.append(Problem((), f"set {text}: write it as key.key=value"))
         return
     try:
-        parsed = yaml.load(value, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+        parsed = yaml.load(value, Loader=Loader)  # noqa: S506 - Loader is a SafeLoader
     except yaml.YAMLError as error:
         source.problems.append(Problem(path, f"set {text}: the value is not valid YAML ({error})"))
         return
@@ -185,7 +113,7 @@ def _override(source: Source, text: str) -> None:
         elif isinstance(target, dict):
             place = part
         else:
-            what = f"a list of {len(target)}" if isinstance(target, list) else _kind(target)
+            what = f"a list of {len(target)}" if isinstance(target, list) else kind_of(target)
             source.problems.append(Problem(path, f"set {text}: {inside} is {what}, it has no {part!r}"))
             return
         if is_last:
@@ -227,7 +155,7 @@ def presets(kind: str) -> dict[str, dict[str, Any]]:
     """The settings known by a name of a kind of section (training, unit): the files in presets/KIND."""
     files = (resources.files("nightseg.recipe") / "presets" / kind).iterdir()
     texts = {file.name.removesuffix(".yaml"): file.read_text("utf-8") for file in files}
-    return {name: yaml.load(texts[name], Loader=_Loader) for name in sorted(texts)}  # noqa: S506 - a SafeLoader
+    return {name: yaml.load(texts[name], Loader=Loader) for name in sorted(texts)}  # noqa: S506 - a SafeLoader
 
 
 def _fill_presets(source: Source) -> None:
@@ -283,7 +211,7 @@ def _typed_problems(kind: type[BaseModel], error: ValidationError, source: Sourc
             yield Problem(path, str(item["ctx"]["error"]))
         else:
             number = " (not a finite number)" if isinstance(got, float) and not math.isfinite(got) else ""
-            yield Problem(path, f"{item['msg'][0].lower()}{item['msg'][1:]}, got {_kind(got)}{number}")
+            yield Problem(path, f"{item['msg'][0].lower()}{item['msg'][1:]}, got {kind_of(got)}{number}")
 
 
 def _message(source: Source, problems: Sequence[Problem]) -> str:
@@ -300,21 +228,3 @@ def _where(source: Source, problem: Problem) -> str:
         place = source.places.get(problem.path[:length], "")
     words = [word for word in (place, ".".join(problem.path)) if word]
     return ": ".join([*words, ""])
-
-
-def _kind(value: Any) -> str:
-    match value:
-        case None:
-            return "nothing (null)"
-        case bool():
-            return f"{str(value).lower()} (true or false)"
-        case str():
-            return f"the text {value!r}"
-        case int() | float():
-            return f"the number {value}"
-        case list():
-            return "a list"
-        case dict():
-            return "a mapping"
-        case _:
-            return f"{type(value).__name__} {value!r}"

@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from nightseg.data import table as frame
-from nightseg.data.taxonomy import IGNORE, TRAIN_IDS, Taxonomy, taxonomy
+from nightseg.data.class_list import taxonomy
+from nightseg.data.taxonomy import IGNORE, TRAIN_IDS, Taxonomy
 from nightseg.storage import Location
 from nightseg.storage.commits import Commit, read_commit, table_paths
 

@@ -28,9 +28,9 @@ import pyarrow as pa
 from nightseg.cluster.map import map_shards
 from nightseg.cluster.settings import MapCompute
 from nightseg.data import table as frame
+from nightseg.data.class_list import taxonomy as load_taxonomy
 from nightseg.data.images import BadFrame, read_image, read_label
 from nightseg.data.taxonomy import Taxonomy, train_ids_of
-from nightseg.data.taxonomy import taxonomy as load_taxonomy
 from nightseg.metrics.confusion import add_up, confusion_matrix, scores
 from nightseg.metrics.edges import edge_agreement
 from nightseg.progress import Progress

@@ -21,9 +21,9 @@ import pyarrow.compute as pc
 from nightseg.cluster.map import map_shards
 from nightseg.cluster.settings import MapCompute
 from nightseg.data import table as frame
+from nightseg.data.class_list import taxonomy as load_taxonomy
 from nightseg.data.images import encode_png
 from nightseg.data.taxonomy import TRAIN_IDS, Taxonomy
-from nightseg.data.taxonomy import taxonomy as load_taxonomy
 from nightseg.progress import Progress
 from nightseg.segmenter import self_training
 from nightseg.segmenter.predict import WHOLE_FRAME, Segmenter, UnreadRow, check_classes, segment_rows

@@ -10,7 +10,7 @@ import pyarrow as pa
 from nightseg.cluster.settings import TrainCompute
 from nightseg.cluster.train import fit
 from nightseg.data import table as frame
-from nightseg.data.taxonomy import taxonomy as load_taxonomy
+from nightseg.data.class_list import taxonomy as load_taxonomy
 from nightseg.networks.model_folder import save_model
 from nightseg.progress import Progress
 from nightseg.segmenter.network import SemanticFPN, check_architecture, model_card

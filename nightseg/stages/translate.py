@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from nightseg.cluster.map import ShardWorker, map_shards
 from nightseg.cluster.settings import MapCompute
 from nightseg.data import table as frame
+from nightseg.data.class_list import taxonomy as load_taxonomy
 from nightseg.data.images import BadFrame, read_image
 from nightseg.data.taxonomy import Taxonomy
-from nightseg.data.taxonomy import taxonomy as load_taxonomy
 from nightseg.networks.model_folder import load_card
 from nightseg.progress import Progress
 from nightseg.storage import Attempt, Commit, Location, UserError

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from nightseg.cluster.settings import MapCompute
+from nightseg.data.class_list import taxonomy
 from nightseg.data.images import encode_png
-from nightseg.data.taxonomy import taxonomy
 from nightseg.interop import onnx as export_module
 from nightseg.networks.model_folder import save_model
 from nightseg.pipeline import single

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nightseg.data.class_list import taxonomy
 from nightseg.data.images import read_image, read_label
 from nightseg.data.layouts import Candidate, count, fingerprint, list_frames, scene_domains
 from nightseg.data.settings import FolderDataset
-from nightseg.data.taxonomy import taxonomy
 from nightseg.storage import Location, UserError
 
 # Real frames, not part of the project; NIGHTSEG_DATA may point elsewhere.

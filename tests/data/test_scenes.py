@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from nightseg.data.class_list import taxonomy
 from nightseg.data.scenes import Scene, scene
 from nightseg.data.scenes.light import DOMAINS
 from nightseg.data.scenes.sheet import Camera, Label, Sheet, upright_plane
-from nightseg.data.taxonomy import taxonomy
 from nightseg.storage import UserError
 
 NUM_CLASSES = 11

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nightseg import load_model
 from nightseg.cli.main import main
-from nightseg.data.taxonomy import taxonomy
+from nightseg.data.class_list import taxonomy
 from nightseg.interop.detectron2 import ORIGINAL_CONV1
 from nightseg.networks.model_folder import CARD, load_tensors
 from nightseg.segmenter.detectron2 import their_name

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from nightseg.data.class_list import taxonomy
 from nightseg.data.scenes import scene
-from nightseg.data.taxonomy import taxonomy
 from nightseg.interop import onnx
 from nightseg.interop.onnx import Check, HalvingConvolution, PortableSegmenter, export_onnx, fixed_padding
 from nightseg.networks.model_folder import save_model

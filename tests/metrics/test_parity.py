@@ -14,8 +14,8 @@ import numpy.typing as npt
 import pytest
 
 from nightseg.cluster.settings import MapCompute
+from nightseg.data.class_list import taxonomy
 from nightseg.data.images import encode_png
-from nightseg.data.taxonomy import taxonomy
 from nightseg.metrics.confusion import add_up, confusion_matrix, scores
 from nightseg.pipeline.single import evaluate_folders
 from nightseg.progress import SilentProgress

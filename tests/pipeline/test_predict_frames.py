@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from nightseg.cluster.settings import MapCompute
+from nightseg.data.class_list import taxonomy
 from nightseg.data.images import decode_image, decode_label, encode_jpeg, encode_png
-from nightseg.data.taxonomy import taxonomy
 from nightseg.data.video import new_video, open_video
 from nightseg.networks.model_folder import save_model
 from nightseg.pipeline.single import predict_frames

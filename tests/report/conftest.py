@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from nightseg.data.class_list import taxonomy
 from nightseg.data.images import encode_png
 from nightseg.data.table import frame_table, quarantine_table
-from nightseg.data.taxonomy import taxonomy
 from nightseg.metrics.confusion import confusion_matrix, scores
 from nightseg.storage import Attempt, Commit, Location, Workspace, sha256_of
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nightseg.data.taxonomy import taxonomy
+from nightseg.data.class_list import taxonomy
 from nightseg.report import strip_image, write_report
 from nightseg.report.page import breakable, confusions, headline, quarantine, score_table, tiles
 from nightseg.report.pictures import label_map_uri, photo_uri, tinted

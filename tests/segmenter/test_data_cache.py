@@ -15,9 +15,10 @@ import pyarrow as pa
 import pytest
 import torch
 
+from nightseg.data.class_list import taxonomy
 from nightseg.data.images import encode_png
 from nightseg.data.table import frame_table
-from nightseg.data.taxonomy import Taxonomy, taxonomy
+from nightseg.data.taxonomy import Taxonomy
 from nightseg.segmenter import data as module
 from nightseg.segmenter.data import (
     Batch,
@@ -164,7 +165,7 @@ def test_a_file_that_is_not_a_whole_frame_is_decoded_again(rows: pa.Table, damag
 PROGRAM = """
 import pickle, sys
 from nightseg.data.taxonomy import Taxonomy
-from nightseg.data.taxonomy import taxonomy
+from nightseg.data.class_list import taxonomy
 from nightseg.segmenter.data import LabelledFrames, cache_for
 rows, where = pickle.load(open(sys.argv[1], "rb"))
 classes = taxonomy("camvid11")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from nightseg.data.taxonomy import taxonomy
+from nightseg.data.class_list import taxonomy
 from nightseg.segmenter import detectron2
 from nightseg.segmenter.detectron2 import their_name
 from nightseg.segmenter.encoders import Norm

@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nightseg.data.class_list import taxonomy
 from nightseg.data.images import decode_image, decode_label, encode_png
 from nightseg.data.table import frame_table, quarantined
-from nightseg.data.taxonomy import Taxonomy, taxonomy
+from nightseg.data.taxonomy import Taxonomy
 from nightseg.networks.model_folder import save_model
 from nightseg.networks.normaliser import Normaliser
 from nightseg.segmenter.augment import resize_image

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pytest
 
 from nightseg.cluster.settings import MapCompute
+from nightseg.data.class_list import taxonomy
 from nightseg.data.images import decode_label, encode_png
 from nightseg.data.table import frame_table
-from nightseg.data.taxonomy import taxonomy
 from nightseg.progress import SilentProgress
 from nightseg.recipe.types import Evaluation
 from nightseg.segmenter.settings import Inference

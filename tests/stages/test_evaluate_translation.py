@@ -11,9 +11,9 @@ import pyarrow as pa
 import pytest
 
 from nightseg.cluster.settings import MapCompute
+from nightseg.data.class_list import taxonomy
 from nightseg.data.images import encode_png
 from nightseg.data.table import frame_table, vector_column
-from nightseg.data.taxonomy import taxonomy
 from nightseg.metrics.edges import edge_agreement
 from nightseg.progress import SilentProgress
 from nightseg.selection.frechet import Statistics, kernel_distance, moments_of, write_statistics

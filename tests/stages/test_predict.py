@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from nightseg.cluster.settings import MapCompute
+from nightseg.data.class_list import taxonomy
 from nightseg.data.images import decode_image, decode_label, encode_png
 from nightseg.data.table import frame_table
-from nightseg.data.taxonomy import taxonomy
 from nightseg.progress import SilentProgress
 from nightseg.stages.predict import check_pictures, predict
 from nightseg.storage import Commit, UserError, sha256_of

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pytest
 
 from nightseg.cluster.settings import MapCompute
+from nightseg.data.class_list import taxonomy
 from nightseg.data.images import decode_label, encode_png
 from nightseg.data.table import frame_table, resolve
-from nightseg.data.taxonomy import taxonomy
 from nightseg.progress import SilentProgress
 from nightseg.segmenter.settings import Threshold
 from nightseg.stages.pseudo_label import LABELS_SCHEMA, Drafter, DraftLabeller, pseudo_label

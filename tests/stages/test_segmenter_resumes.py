@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from nightseg.data.class_list import taxonomy
 from nightseg.data.images import decode_image
-from nightseg.data.taxonomy import taxonomy
 from nightseg.segmenter import train as training_loop
 from nightseg.segmenter.settings import Loss
 from nightseg.segmenter.train import Plan

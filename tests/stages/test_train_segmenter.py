@@ -13,9 +13,9 @@ import torch
 
 from nightseg.cluster.settings import TrainCompute
 from nightseg.cluster.train import LocalSession
+from nightseg.data.class_list import taxonomy
 from nightseg.data.images import encode_png
 from nightseg.data.table import frame_table
-from nightseg.data.taxonomy import taxonomy
 from nightseg.networks.model_folder import load_tensors, save_model
 from nightseg.progress import SilentProgress
 from nightseg.segmenter import train as training_loop

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pytest
 
 from nightseg.cluster.settings import TrainCompute
+from nightseg.data.class_list import taxonomy
 from nightseg.data.table import frame_table
-from nightseg.data.taxonomy import taxonomy
 from nightseg.errors import UserError
 from nightseg.segmenter.settings import Loss, Network, Ohem, Training
 from nightseg.segmenter.train import Plan

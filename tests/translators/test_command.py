@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nightseg.data.class_list import taxonomy
 from nightseg.data.images import BadFrame, encode_png, read_image
-from nightseg.data.taxonomy import taxonomy
 from nightseg.errors import UserError
 from nightseg.storage import Location
 from nightseg.translators.command import Program, plain_name, translate_by

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nightseg.data.taxonomy import taxonomy
+from nightseg.data.class_list import taxonomy
 from nightseg.translators.colour import to_linear, to_pixels
 from nightseg.translators.photometric import LitIds, black_body, expose, night_of
 from nightseg.translators.settings import LitClasses, PhotometricTranslator

@@ -1,0 +1,117 @@
+"""YAML of settings: duplicate keys are found, alias bombs refused, `1e-4` is a number, and every key has its line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import yaml
+
+from nightseg.errors import UserError
+from nightseg.storage.paths import Location
+
+MAX_NODES = 100_000  # after aliases are followed: settings are few, an alias bomb is not
+
+Path = tuple[str, ...]
+
+
+class Parsed(NamedTuple):
+    """The mapping of a file, the line of each of its keys, and the keys that stand twice in one mapping."""
+
+    data: dict[str, Any]
+    lines: dict[Path, int]
+    twice: list[tuple[Path, int]]
+
+
+class Loader(yaml.SafeLoader):
+    """SafeLoader that reads floats as YAML 1.2 does: YAML 1.1 takes `1e-4` for a string."""
+
+
+Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in rules if tag != "tag:yaml.org,2002:float"]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(?:\d+\.\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+)$|^[-+]?\.(?:inf|nan)$", re.I
+    ),
+    list("-+0123456789."),
+)
+
+
+def read_yaml(file: Location, shown: str, what: str, error: type[UserError] = UserError) -> Parsed:
+    """Parse a file that is one mapping. Raises `error`; it calls the file `shown`, and what it holds `what`."""
+    try:
+        text = file.read_bytes().decode("utf-8")
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise error(f"{shown}: there is no such {what} file", cure="give the path of a YAML file") from None
+    except UnicodeDecodeError as fault:
+        found = f"{shown}: the {what} is not UTF-8 text ({fault.reason} at byte {fault.start})"
+        raise error(found, cure="save it as UTF-8") from None
+    lines: dict[Path, int] = {}
+    twice: list[tuple[Path, int]] = []
+    try:
+        loader = Loader(text)
+        node = loader.get_single_node()
+        for count, (path, line, duplicate) in enumerate(_walk(node, ())):
+            if count > MAX_NODES:
+                many = f"{shown}: more than {MAX_NODES} entries once aliases are followed"
+                raise error(many, cure="use fewer aliases")
+            if duplicate:
+                twice.append((path, line))
+            lines.setdefault(path, line)
+        data = loader.construct_document(node) if node is not None else {}
+    except (yaml.YAMLError, RecursionError) as fault:
+        mark = getattr(fault, "problem_mark", None)
+        where = f"line {mark.line + 1}: " if mark else ""
+        found = f"{shown}: {where}not valid YAML: {getattr(fault, 'problem', None) or fault}"
+        raise error(found, cure="mend the file there") from None
+    if not isinstance(data, dict):
+        raise error(f"{shown}: a {what} is a mapping, not {kind_of(data)}", cure="write keys (name: ...) and values")
+    return Parsed(_unshared(data), lines, twice)
+
+
+def _unshared(value: Any) -> Any:
+    """Without aliases: what an override changes in one place does not change in another."""
+    if isinstance(value, dict):
+        return {key: _unshared(item) for key, item in value.items()}
+    return [_unshared(item) for item in value] if isinstance(value, list) else value
+
+
+def _walk(node: yaml.Node | None, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], int, bool]]:
+    """Every key with its line, and whether it repeats an earlier one of its mapping."""
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            name = str(key.value)
+            if key.tag == "tag:yaml.org,2002:merge":
+                yield from _walk(value, path)
+                continue
+            yield (*path, name), key.start_mark.line + 1, name in seen
+            seen.add(name)
+            yield from _walk(value, (*path, name))
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            yield (*path, str(index)), value.start_mark.line + 1, False
+            yield from _walk(value, (*path, str(index)))
+
+
+def kind_of(value: Any) -> str:
+    """A value in words, for messages."""
+    match value:
+        case None:
+            return "nothing (null)"
+        case bool():
+            return f"{str(value).lower()} (true or false)"
+        case str():
+            return f"the text {value!r}"
+        case int() | float():
+            return f"the number {value}"
+        case list():
+            return "a list"
+        case dict():
+            return "a mapping"
+        case _:
+            return f"{type(value).__name__} {value!r}"
