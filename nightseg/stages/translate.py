@@ -77,10 +77,8 @@ def translate(
     that have style images their ids as style_images.json.
 
     `source` and `style_images` (of the dataset `style_dataset`) are frame tables with absolute uris. UNIT (a commit)
-    translates without noise, so a sequence does not flicker, and frames larger than `tile` (height, width) in tiles
-    with blended seams, in the memory of one tile; what other kinds draw follows from the attempt's seed and the frame's
-    id. So the same frame, translator, seed and hardware give the same bytes, however the frames are cut into shards. A
-    program of the user is deterministic if it says so.
+    takes frames larger than `tile` (height, width) in tiles with blended seams. The same frame, translator, seed and
+    hardware give the same bytes, whatever the shards; a program of the user has to see to it itself.
 
     Raises UserError: frames of domain `to`; no style image, or not one that this attempt began with, can be read.
     """

@@ -56,8 +56,8 @@ class Program(NamedTuple):
 def translate_by(program: Program, rows: Sequence[Row], classes: Taxonomy) -> Iterator[tuple[Row, Pixels | BadFrame]]:
     """One run of the program over the frames of all rows; each row with its translated image, or why there is none.
 
-    One decoded frame at a time is in memory, the rest lies in a temporary folder. Frames that cannot be read are left
-    out of it. With {labels}, labels are there as PNGs of train ids, for frames that have one.
+    One decoded frame at a time is in memory, the rest lies in a temporary folder, without frames that cannot be read.
+    With {labels}, labels are there as PNGs of train ids, for frames that have one.
     Raises UserError: the program is not there, fails, takes too long, or leaves other files than it should.
     """
     with tempfile.TemporaryDirectory(prefix="nightseg-command-") as scratch:

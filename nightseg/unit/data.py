@@ -1,7 +1,7 @@
-"""Day and night crops that belong to nobody in particular: the batches UNIT learns from.
+"""Unpaired crops of day and night frames: the batches UNIT learns from.
 
-Which frame, which crop and whether it is mirrored is a function of (seed, position in the global batch stream), so the
-number of workers, of threads and of restarts changes nothing. Frames are decoded once when they fit in memory.
+All randomness is a function of (seed, position in the global batch stream), so workers, threads and restarts change
+nothing. Frames are decoded once when they fit in memory.
 
 Letters in tensor names: B batch, 3 RGB, H, W crop size.
 """

@@ -91,7 +91,7 @@ def least_squares(scores: Sequence[Tensor], aim: float) -> Tensor:
 
 def cross_entropy(scores: Sequence[Tensor], aim: float) -> Tensor:
     """Binary cross-entropy of sigmoid(score) against `aim`, in nats, summed over the scales (arXiv 1406.2661, with the
-    generator's loss of its section 3: -log D). The scores are logits, so a certain one gives no infinity."""
+    generator's loss of its section 3: -log D)."""
     return torch.stack(
         [F.binary_cross_entropy_with_logits(score.float(), torch.full_like(score, aim).float()) for score in scores]
     ).sum()
@@ -309,8 +309,7 @@ def generator_step(
 ) -> GeneratorLosses:
     """One update of all generators through the pass that made `translation`; returns the terms before the update.
 
-    `discriminators` are the bare ones: none of their gradients is exchanged between workers. They ask for none here,
-    which also saves a third of their backward pass.
+    `discriminators` are the bare ones, which exchange no gradients; asking for none saves a third of the backward pass.
     """
     adversarial = adversarial_loss(settings.adversarial_loss)
     networks.discriminators.requires_grad_(False)

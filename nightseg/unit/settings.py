@@ -10,11 +10,16 @@ from pydantic import Field, model_validator
 from nightseg.errors import closest
 from nightseg.settings import Fraction, Name, Positive, Size, Strict
 
-PERCEPTUAL_LAYERS: Final[Mapping[str, tuple[str, ...]]] = {
-    "vgg16": tuple(
-        f"relu{block}_{layer}" for block, depth in enumerate((2, 2, 3, 3, 3), 1) for layer in range(1, depth + 1)
-    ),
-    "efficientnet_lite0": tuple(f"stride_{stride}" for stride in (2, 4, 8, 16, 32)),
+PerceptualName = Literal["vgg16", "efficientnet_lite0"]
+
+# Each layer, and how many pixels of the image are one of its.
+PERCEPTUAL_STRIDES: Final[Mapping[PerceptualName, Mapping[str, int]]] = {
+    "vgg16": {
+        f"relu{block}_{layer}": (1, 2, 4, 8, 8)[block - 1]
+        for block, depth in enumerate((2, 2, 3, 3, 3), 1)
+        for layer in range(1, depth + 1)
+    },
+    "efficientnet_lite0": {f"stride_{stride}": stride for stride in (2, 4, 8, 16, 32)},
 }
 
 
@@ -55,9 +60,7 @@ class Translator(Strict):
         default="least_squares", description="least squares (LSGAN) or cross-entropy"
     )
     weights: LossWeights = LossWeights()
-    perceptual_network: Literal["vgg16", "efficientnet_lite0"] = Field(
-        default="vgg16", description="network of the perceptual loss"
-    )
+    perceptual_network: PerceptualName = Field(default="vgg16", description="network of the perceptual loss")
     perceptual_weights: str | None = Field(default=None, description="file with the VGG16 weights")
     perceptual_sha256: str | None = Field(
         default=None, pattern="^[0-9a-f]{64}$", description="of that file; null = it is torchvision's"
@@ -99,11 +102,15 @@ class Translator(Strict):
     def _layers_are_those_of_the_network(self) -> Translator:
         if self.preset is not None:
             raise ValueError("presets are filled in when a recipe file is read; in Python use nightseg.recipe.presets")
-        network, known = self.perceptual_network, PERCEPTUAL_LAYERS[self.perceptual_network]
+        network, known = self.perceptual_network, PERCEPTUAL_STRIDES[self.perceptual_network]
         for layer in self.perceptual_layers or ():
             if layer not in known:
                 hint = f"{closest(layer, known)}; it has {', '.join(known)}"
                 raise ValueError(f"perceptual_layers: {network} has no layer {layer!r}{hint}")
+        if network != "vgg16" and (self.perceptual_weights is not None or self.perceptual_sha256 is not None):
+            raise ValueError(
+                f"perceptual_weights and perceptual_sha256 are of vgg16 only; {network} comes with its own"
+            )
         if self.shared_blocks > self.res_blocks:
             raise ValueError(f"shared_blocks {self.shared_blocks} of res_blocks {self.res_blocks}: at most all of them")
         return self

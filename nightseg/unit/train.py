@@ -75,9 +75,8 @@ class Plan:
 def learn(session: Session, arguments: dict[str, Any]) -> None:
     """The training loop of one worker. A worker or a run that died continues after its last checkpoint.
 
-    Order, crops, mirroring and noise are functions of (seed, iteration), so on a CPU a resumed training ends with the
-    same bits as an undisturbed one. The discriminators see the very images that the generators then improve: UNIT
-    draws new noise in between and pays for a second pass of every encoder and decoder.
+    All randomness is a function of (seed, iteration): on a CPU a resumed training ends with the bits of an undisturbed
+    one. The discriminators see the images that the generators then improve; UNIT makes new ones, at twice the cost.
     """
     plan: Plan = arguments["plan"]
     settings, device = plan.settings, session.device
@@ -85,11 +84,8 @@ def learn(session: Session, arguments: dict[str, Any]) -> None:
     history, means, start = _restore(session, networks)
     if start >= settings.iterations:
         return
-    features, precision, log = (
-        perceptual_features(settings, device),
-        _precision(settings, device),
-        Log(session, plan, start),
-    )
+    features, precision = perceptual_features(settings, device), _precision(settings, device)
+    log = Log(session, plan, start)
     latent_Chw = (4 * settings.width, settings.crop[0] // STRIDE, settings.crop[1] // STRIDE)
     bare_discriminators = compiled(networks.discriminators, settings.compile)
     generators = session.wrap(compiled(networks.generators, settings.compile))
@@ -267,9 +263,8 @@ def not_finite(row: Row) -> list[str]:
 def failing(row: Row, chance: float) -> str | None:
     """Which discriminator teaches nothing in this row, and how; None if both do.
 
-    It is saturated when its loss is below a thousandth of that at chance level: it is certain of every patch, and what
-    the generators get is noise. It is constant when it gives every patch of every image the same score. `chance` is
-    the loss at chance level over all scales (`chance_loss` times the scales).
+    Saturated: its loss is below a thousandth of that at chance level, so the generators get noise. Constant: it gives
+    every patch of every image the same score. `chance`: the loss at chance level over all scales.
     """
     for domain in ("day", "night"):
         if row[f"discriminator_{domain}"] < SATURATED_SHARE * chance:

@@ -1,9 +1,8 @@
 """3x3 convolutions on a CPU with a quarter of the multiplications: Winograd's minimal filtering, F(4x4, 3x3).
 
-Each 4x4 tile of the output comes from a 6x6 tile of the input. Tiles and kernels are taken to 36 numbers a channel in
-which a convolution is a product, so that all of it is 36 matrix products (Lavin & Gray, arXiv 1509.09308, section 4).
-In float32 the result is 4 to 10 times less exact than a direct convolution, a few 1e-5 of the output's deviation. For
-the gradients the transformed input is kept, which is 2.25 times as large as the input.
+Each 4x4 tile of the output comes from a 6x6 tile of the input; transformed to 36 numbers a channel, a convolution is
+36 matrix products (Lavin & Gray, arXiv 1509.09308, section 4). In float32 it is 4 to 10 times less exact than a direct
+convolution, a few 1e-5 of the output's deviation. The transformed input kept for gradients is 2.25 times the input.
 
 Letters: B batch, C channels in, K channels out, H, W size; h, w tiles a column and a row; T = B h w; P = 36, Q = 16.
 """

@@ -210,6 +210,7 @@ def test_a_missing_file_is_named() -> None:
     [
         ("preset: smal", "translators.unit.preset: 'smal' is not allowed, did you mean 'small'?"),
         ("perceptual_layers: [relu5_4]", "vgg16 has no layer 'relu5_4', did you mean"),
+        ("preset: small, perceptual_weights: vgg.pth", "perceptual_weights and perceptual_sha256 are of vgg16 only"),
         ("preset: small, perceptual_layers: [relu5_3]", "efficientnet_lite0 has no layer 'relu5_3'; it has stride_2"),
         ("shared_blocks: 5", "shared_blocks 5 of res_blocks 4"),
         ("preset: small, iterationz: 5", "translators.unit.iterationz: unknown key, did you mean 'iterations'?"),
