@@ -6,6 +6,10 @@ take it (translate), a Semantic FPN learns from both (train_segmenter), unlabell
 of them chosen (score, select), the model labels them (pseudo_label) and learns again, in rounds; test sets and a
 report say what it was worth (evaluate, predict). Stages never import each other: they meet through committed tables.
 
+A key of a recipe is a field of its room's settings.py and is used in that room, by the module that the map names; no
+stage between has to be touched. docs/recipe.md is made again by the command that its test shows. A new field changes
+the keys of the stages that are given its type (pipeline/graph.py): earlier runs compute them again.
+
 Root: no torch, no ray
     errors.py    the error that is the user's to mend
     progress.py  bars on a terminal, a line every few seconds in a log
@@ -62,7 +66,7 @@ The segmenter
     segmenter/network.py        the network; its model folders
     segmenter/start.py          what a training starts from: ImageNet weights, nothing, another model
     segmenter/detectron2.py     detectron2's modules and names behind ours
-    segmenter/loss.py           cross-entropy, focal and combined loss; class weights, OHEM, chunks of rows
+    segmenter/loss.py           segmentation_loss: cross-entropy, focal, combined; class weights, OHEM, chunks of rows
     segmenter/augment.py        joint transforms of image and label
     segmenter/data.py           labelled frames as batches; caches of decoded frames
     segmenter/optimizer.py      parameter groups, learning rate of a step
@@ -91,13 +95,13 @@ Translators that need no training: pixels in, pixels out
     translators/rng.py           random numbers of a frame
 
 Selection of frames
-    selection/settings.py  methods, counts, extraction of features: what a recipe may say
+    selection/settings.py  the list of methods; counts, extraction of features: what a recipe may say
     selection/features.py  frozen features that distances are made from, by name of their network
     selection/frechet.py   FID and KID, mergeable moments, statistics files, frames by their positions
     selection/limits.py    near duplicates, quotas and gaps of sequences
     selection/exchange.py  exchanges of chosen rows for better ones, each rated by what it does
     selection/subset.py    the subset with the smallest FID, and its certificate
-    selection/methods.py   the methods of choosing frames
+    selection/methods.py   a function for each method of that list; what one is given, scores of single frames
     selection/evidence.py  what a choice of frames has to beat
 
 Models of other programs

@@ -113,7 +113,7 @@ WITHOUT_EFFECT: Final[Mapping[type[BaseModel], set[str]]] = {
     CommandTranslator: {"to", "timeout_seconds"},
 }
 """Fields that the result of a stage does not follow from: how it is done, or a name of what its inputs and facts hold.
-All others are part of its key."""
+All others are part of its key, at their defaults, too: a field that is added changes the key."""
 
 
 def part_of_key(value: Any) -> Any:

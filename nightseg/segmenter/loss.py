@@ -9,6 +9,10 @@ alpha = 1 is cross-entropy, alpha = 0 the focal loss (arXiv 1708.02002, equation
 is the thesis's combined loss. 1 - p_t through expm1 loses no digits where p_t is close to 1. The mean divides by the
 weights of the pixels that count, as F.cross_entropy does.
 
+A training calls `segmentation_loss`. The formula stands in `mixed_sum` and knows of a pixel its nll and weight; what
+needs more of the logits comes in where nll is made of them: in `segmentation_loss` for whole frames, in `_ChunkedSum`
+for chunks of rows.
+
 The kernels are our own because torch's take 1.6 times as long and twice the memory (benchmarks/loss.py). Logits at full
 size are most of the memory of a step: 40 MB for 19 classes at 512 x 1024, and cross-entropy holds them three times.
 Upsampling is linear, so a chunk of rows can be upsampled, reduced to its loss and to its gradient at a quarter of the
@@ -48,34 +52,6 @@ class LossSum(NamedTuple):
         return self.total / divisor(self.weight)
 
 
-class Mixture(NamedTuple):
-    """The parameters of `combined_loss`."""
-
-    alpha: float
-    gamma: float
-    focal_weight: float
-
-
-def mixture(loss: Loss) -> Mixture:
-    """A pure kind overrules `alpha`."""
-    alpha = {"cross_entropy": 1.0, "focal": 0.0, "combined": loss.alpha}[loss.kind]
-    return Mixture(alpha, loss.gamma, loss.focal_weight)
-
-
-def combined_loss(
-    logits_BKHW: Tensor, target_BHW: Tensor, alpha: float, gamma: float, focal_weight: float = 1.0, ignore: int = 255
-) -> Tensor:
-    """alpha cross-entropy + (1 - alpha) focal_weight focal loss, mean over the valid pixels of the batch.
-
-    `logits_BKHW` any floating type (computed in float32, float64 stays; also under autocast); `target_BHW` integers,
-    classes 0 .. K-1 or `ignore`. Returns a scalar; a batch without a valid pixel gives 0 with gradient 0.
-    """
-    with torch.autocast(logits_BKHW.device.type, enabled=False):
-        nll_BHW = negative_log_likelihood(logits_BKHW, target_BHW, ignore)
-        total = mixed_sum(nll_BHW, None, Mixture(alpha, gamma, focal_weight))
-        return LossSum(total, (target_BHW != ignore).sum().to(total.dtype)).mean()
-
-
 def segmentation_loss(
     logits_BKhw: Tensor, target_BHW: Tensor, loss: Loss, class_weights: Sequence[float] | None = None, ignore: int = 255
 ) -> LossSum:
@@ -86,7 +62,7 @@ def segmentation_loss(
     gradient are the same but for the order of additions. Under DDP, which averages gradients over W processes, the
     mean over all valid pixels of all processes is `total * W / (weight summed over the processes)`.
     """
-    terms, rows = mixture(loss), loss.loss_chunk_rows
+    rows = loss.loss_chunk_rows
     # Class by class in memory: upsampling and softmax of channels-last logits take twice as long.
     logits_BKhw = logits_BKhw.contiguous()
     with torch.autocast(logits_BKhw.device.type, enabled=False):
@@ -100,11 +76,23 @@ def segmentation_loss(
             kept_BHW = hard_pixels(nll_BHW.detach(), target_BHW != ignore, loss.ohem)
             weight_BHW = kept_BHW.float() if weight_BHW is None else weight_BHW * kept_BHW
         if rows is None and nll_BHW is not None:
-            total = mixed_sum(nll_BHW, weight_BHW, terms)
+            total = mixed_sum(nll_BHW, weight_BHW, loss)
         else:
-            total = _ChunkedSum.apply(logits_BKhw, target_BHW, weight_BHW, terms, rows, ignore)
+            total = _ChunkedSum.apply(logits_BKhw, target_BHW, weight_BHW, loss, rows, ignore)
         weight = (target_BHW != ignore).sum().to(total.dtype) if weight_BHW is None else weight_BHW.sum()
         return LossSum(total, weight)
+
+
+def full_size_loss(logits_BKHW: Tensor, target_BHW: Tensor, loss: Loss, ignore: int = 255) -> Tensor:
+    """The mean of `segmentation_loss` for logits of the target's size, by kind, alpha, gamma and focal weight alone.
+
+    No training calls it: tests and benchmarks compare it with the definition and with other libraries. `logits_BKHW`
+    any floating type (computed in float32, float64 stays; also under autocast); `target_BHW` integers, classes
+    0 .. K-1 or `ignore`. Returns a scalar; a batch without a valid pixel gives 0 with gradient 0.
+    """
+    with torch.autocast(logits_BKHW.device.type, enabled=False):
+        total = mixed_sum(negative_log_likelihood(logits_BKHW, target_BHW, ignore), None, loss)
+        return LossSum(total, (target_BHW != ignore).sum().to(total.dtype)).mean()
 
 
 def negative_log_likelihood(logits_BKHW: Tensor, target_BHW: Tensor, ignore: int = 255) -> Tensor:
@@ -114,13 +102,13 @@ def negative_log_likelihood(logits_BKHW: Tensor, target_BHW: Tensor, ignore: int
     return nll_BHW
 
 
-def mixed_sum(nll_BHW: Tensor, weight_BHW: Tensor | None, terms: Mixture) -> Tensor:
+def mixed_sum(nll_BHW: Tensor, weight_BHW: Tensor | None, loss: Loss) -> Tensor:
     """Sum over the pixels of weight [alpha + (1 - alpha) w (1 - p_t)^gamma] nll, a scalar.
 
     Ignored pixels need no mask: there nll is 0, and `negative_log_likelihood` hands no gradient on.
     """
-    if terms.alpha < 1:
-        total: Tensor = _FocalSum.apply(nll_BHW, weight_BHW, terms)
+    if loss.cross_entropy_share < 1:
+        total: Tensor = _FocalSum.apply(nll_BHW, weight_BHW, loss)
         return total
     return nll_BHW.sum() if weight_BHW is None else (nll_BHW * weight_BHW).sum()
 
@@ -209,14 +197,15 @@ class _FocalSum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, nll_BHW: Tensor, weight_BHW: Tensor | None, terms: Mixture) -> Tensor:
-        share = (1 - terms.alpha) * terms.focal_weight
+    def forward(ctx: Any, nll_BHW: Tensor, weight_BHW: Tensor | None, loss: Loss) -> Tensor:
+        alpha, gamma = loss.cross_entropy_share, loss.gamma
+        share = (1 - alpha) * loss.focal_weight
         error_BHW = torch.expm1(-nll_BHW).neg_().clamp_min_(_LEAST_ERROR)
-        focal_BHW = error_BHW**terms.gamma
-        gradient_factor_BHW = error_BHW.pow_(terms.gamma - 1).sub_(focal_BHW) if ctx.needs_input_grad[0] else None
-        factor_BHW = focal_BHW.mul_(share).add_(terms.alpha)
+        focal_BHW = error_BHW**gamma
+        gradient_factor_BHW = error_BHW.pow_(gamma - 1).sub_(focal_BHW) if ctx.needs_input_grad[0] else None
+        factor_BHW = focal_BHW.mul_(share).add_(alpha)
         if gradient_factor_BHW is not None:
-            slope_BHW = torch.addcmul(factor_BHW, gradient_factor_BHW, nll_BHW, value=share * terms.gamma)
+            slope_BHW = torch.addcmul(factor_BHW, gradient_factor_BHW, nll_BHW, value=share * gamma)
             ctx.save_for_backward(slope_BHW if weight_BHW is None else slope_BHW.mul_(weight_BHW))
         loss_BHW = factor_BHW.mul_(nll_BHW)
         return (loss_BHW if weight_BHW is None else loss_BHW.mul_(weight_BHW)).sum()
@@ -270,7 +259,7 @@ class _ChunkedSum(torch.autograd.Function):
         logits_BKhw: Tensor,
         target_BHW: Tensor,
         weight_BHW: Tensor | None,
-        terms: Mixture,
+        loss: Loss,
         rows: int,
         ignore: int,
     ) -> Tensor:
@@ -284,17 +273,17 @@ class _ChunkedSum(torch.autograd.Function):
             weights = None if weight_BHW is None else weight_BHW[:, chunk.top : chunk.bottom]
             with torch.set_grad_enabled(wants_gradient):
                 nll_BrW = negative_log_likelihood(chunk.upsample(part_BKhw, width), targets, ignore)
-                loss = mixed_sum(nll_BrW, weights, terms)
-            total += loss.detach()
+                part = mixed_sum(nll_BrW, weights, loss)
+            total += part.detach()
             if gradient_BKhw is not None:
-                gradient_BKhw[:, :, chunk.first : chunk.last] += torch.autograd.grad(loss, part_BKhw)[0]
+                gradient_BKhw[:, :, chunk.first : chunk.last] += torch.autograd.grad(part, part_BKhw)[0]
         if gradient_BKhw is not None:
             ctx.save_for_backward(gradient_BKhw.to(logits_BKhw.dtype))
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (gradient_BKhw,) = ctx.saved_tensors
         scaled = gradient * gradient_BKhw if _is_graph_kept() else gradient_BKhw.mul_(gradient)
-        return scaled, None, None, None, None, None
+        return (scaled, *(None for _ in ctx.needs_input_grad[1:]))

@@ -111,6 +111,11 @@ class Loss(Strict):
         default=None, description="rows of full-size logits held at a time (16 is good): less memory; null = all"
     )
 
+    @property
+    def cross_entropy_share(self) -> float:
+        """`alpha`, but where the kind is pure."""
+        return {"cross_entropy": 1.0, "focal": 0.0, "combined": self.alpha}[self.kind]
+
 
 class Augmentation(Strict):
     """Joint image and label transforms, drawn from (seed, epoch, frame)."""
