@@ -37,8 +37,9 @@ Frames: no torch, no ray
     data/settings.py        where frames come from
     data/table.py           the frame row and its table; quarantine rows; columns of vectors
     data/images.py          decode and encode; the reasons a frame is bad
-    data/taxonomy.py        class lists, palettes, raw-id maps; the label of a row as train ids
+    data/taxonomy.py        class lists, palettes, raw-id maps
     data/class_list.py      class lists as YAML files
+    data/labels.py          the label of a row as train ids
     data/layouts.py         folder layouts; predictions and labels of two folders, by name
     data/sources.py         a file, folder, pattern, table or video as frames to read
     data/video.py           videos as frames, frames as a video

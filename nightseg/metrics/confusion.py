@@ -35,9 +35,8 @@ def confusion_matrix(label: npt.ArrayLike, prediction: npt.ArrayLike, num_classe
     """Pixels by label (row) and prediction (column), int64 (K, K). Pixels with label 255 are left out.
 
     `label` and `prediction` are integer arrays of the same shape. A prediction that is no class (255, or any value from
-    K on) at a labelled pixel is an error of that pixel, not a reason to leave it out: cityscapesScripts counts it as a
-    miss of the label's class and as a false alarm of no class. If there are such pixels the matrix has one more
-    column, (K, K + 1), that holds them; `scores` and `add_up` take both forms.
+    K on) at a labelled pixel is an error of that pixel, as in cityscapesScripts: if there are any, the matrix has one
+    more column, (K, K + 1), that holds them; `scores` and `add_up` take both forms.
 
     Raises ValueError: shapes differ, values are not integers, or a label is neither a class nor 255.
     """
@@ -48,8 +47,7 @@ def confusion_matrix(label: npt.ArrayLike, prediction: npt.ArrayLike, num_classe
 def pair_counts(first: Bytes, second: Bytes) -> Counts:
     """How often each pair of values occurs in two uint8 arrays of the same shape: int64 (256, 256), first by second.
 
-    Label maps are areas: where both stay the same along a row, a whole run of pixels is counted at once, from the
-    places where either changes. Noise, which changes everywhere, is counted pixel by pixel; the numbers are the same.
+    Where both stay the same along a row, a whole run of pixels is counted at once; noise is counted pixel by pixel.
     """
     before, after = first.ravel(), second.ravel()
     changes = before[1:] != before[:-1]

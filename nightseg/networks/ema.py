@@ -1,8 +1,7 @@
 """Exponential moving average (EMA) of a network's weights over its steps (Polyak and Juditsky 1992; as the teacher of
 mean teachers, arXiv 1703.01780).
 
-The update rule is torch's. torch's AveragedModel around it is not used: it copies its counter to the device in every
-update, which makes the host wait for the GPU, and it blends batch norms' counters instead of copying them.
+The rule is torch's; its AveragedModel makes the host wait for the GPU, and blends batch norms' counters.
 """
 
 from __future__ import annotations

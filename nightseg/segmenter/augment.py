@@ -3,9 +3,8 @@
 Images are uint8 tensors 3 x H x W (RGB, [0, 255]), labels uint8 tensors H x W of train ids. Whatever moves pixels moves
 both; a label is never interpolated.
 
-The crop is cut out before it is scaled, so work follows the crop's size and not the frame's. The view is that of a
-frame that is scaled as a whole and then cropped: labels are equal, images are equal up to one grey level of rounding,
-but for the outermost pixel of the crop (ceil(scale / 2) pixels for scales above 2), whose filter ends at the cut.
+The crop is cut out before it is scaled, so work follows the crop's size and not the frame's. Labels are those of a
+frame scaled as a whole and then cropped; images differ by a grey level of rounding, and more in the outermost pixel.
 """
 
 from __future__ import annotations

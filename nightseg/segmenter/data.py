@@ -2,10 +2,7 @@
 
 B images, H x W pixels. Which frames a step sees, and how each is augmented, is a function of (seed, epoch, frame): not
 of the number of workers or threads, nor of what is cached. torch's DataLoader gives this for whole batches only, from
-processes that would each hold the decoded frames.
-
-Threads of this process read ahead of the training. Decoders, resampling and colour work release Python's lock, so they
-run side by side; each of them works on one core, or every one of them would start a team of PyTorch's threads.
+processes that would each hold the decoded frames; here threads read ahead: decoders and resampling free Python's lock.
 """
 
 from __future__ import annotations
@@ -18,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -54,19 +51,6 @@ class Decoded(NamedTuple):
 
     image: Bytes
     label: Bytes
-
-
-class FrameCache(Protocol):
-    """Decoded frames by row number. Threads may use it at the same time."""
-
-    def get(self, row: int) -> Decoded | None:
-        """The frame, if it is here."""
-
-    def put(self, row: int, decoded: Decoded) -> None:
-        """Keep the frame, if there is room for it."""
-
-    def close(self) -> None:
-        """Nothing of it is needed any more."""
 
 
 class LabelledFrames:
@@ -208,8 +192,7 @@ def training_batches(
 def reading_threads(cpus: int, device_type: str) -> int:
     """Threads that read ahead of a training that has `cpus` cores.
 
-    A GPU leaves the cores free, but for one that feeds it. On a CPU the training needs all of them: reading, a few
-    percent of the work, must not make its parallel loops wait for a thread that has lost its core.
+    A GPU leaves the cores free, but for one that feeds it. On a CPU reading must not take a core from parallel loops.
     """
     free = cpus - 1 if device_type == "cuda" else cpus // 4
     return max(1, min(MOST_THREADS, free))
@@ -217,7 +200,7 @@ def reading_threads(cpus: int, device_type: str) -> int:
 
 @contextmanager
 def _single_core_threads(threads: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads whose PyTorch works on one core each. What this thread and later ones use stays as it is."""
+    """Threads whose PyTorch works on one core each, not a team of threads each. What other threads use stays."""
     own = torch.get_num_threads()
     ready = threading.Barrier(threads + 1)
 
@@ -295,6 +278,9 @@ class OnDisk:
         self._scratch.close()
 
 
+FrameCache = InMemory | OnDisk  # decoded frames by row number; threads may use one at the same time
+
+
 def _name(row: int) -> str:
     return f"{row:07d}.frame"
 
@@ -305,10 +291,8 @@ def cache_for(
     """The best cache for the frames of a table.
 
     `sharers` tables of decoded frames lie on this machine in all, `workers` of them are this one. A single worker
-    whose frames fit into its share of a quarter of the memory keeps them there. Several workers share files: else each
-    would decode every frame, and hold it. So does one that has more frames than memory: the system keeps in memory what
-    it can of the files, and a crop reads its own rows only. Frames without a hash, and machines without a private
-    temporary folder, are left with memory: nobody could say whose pixels a file holds.
+    whose frames fit into its share of a quarter of the memory keeps them there; several workers, or more frames than
+    memory, share memory-mapped files. Without hashes of the frames, or a private temporary folder, only memory is left.
     """
     room = memory_share(sharers)
     needed = decoded_bytes(rows, size=size, resize_labels=resize_labels)

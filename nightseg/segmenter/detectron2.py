@@ -1,10 +1,7 @@
 """detectron2 as the thing that computes, and its names for our tensors.
 
-detectron2 has no package in the registry: it is built from source, and nothing here imports it before it is asked for.
-Its modules have the interface of our own encoder, pyramid and head, and the state dict of such a network has our names,
-so that a model folder is the same whoever computed it.
-
-B images, C channels, h x w pixels of a map.
+It is built from source, and nothing here imports it before it is asked for. The state dict of a network made of its
+modules has our names, so that a model folder is the same whoever computed it. h x w pixels of a map.
 """
 
 from __future__ import annotations

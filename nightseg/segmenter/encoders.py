@@ -74,8 +74,7 @@ class ResNetEncoder(nn.Module):
 class TimmEncoder(nn.Module):
     """A network of timm without its classifier.
 
-    Parameter names are those of timm's own feature extraction, below `features.`. Mean and deviation are those of
-    timm's record of its weights, for images in [0, 1].
+    Parameter names are timm's own, below `features.`; mean and deviation those it records, for images in [0, 1].
     """
 
     def __init__(
@@ -182,9 +181,8 @@ def _explained(model: str) -> Iterator[None]:
 class FrozenBatchNorm2d(nn.Module):
     """Batch norm whose statistics, weight and bias are buffers: no optimiser, no `train()` and no batch changes them.
 
-    The same numbers as a batch norm in evaluation mode, under the same names. torchvision's has no count of batches
-    and keeps its input for the backward pass. A norm that was trainable before it was frozen keeps its count
-    (`num_batches_tracked`), as in detectron2; one that never was has none.
+    The numbers and names of a batch norm in evaluation mode. torchvision's keeps its input for the backward pass, and
+    not the count of batches (`num_batches_tracked`) that a norm has which was trained before, as in detectron2.
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5, *, counted: bool = False) -> None:

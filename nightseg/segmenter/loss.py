@@ -5,19 +5,16 @@ rounded up). With nll = -log p_t, p_t the probability of the true class, and y_t
 
     loss per pixel = y_t [alpha + (1 - alpha) w (1 - p_t)^gamma] nll          1 - p_t = -expm1(-nll)
 
-alpha = 1 is cross-entropy, alpha = 0 the focal loss (arXiv 1708.02002, equation 4) with weight w, and what lies between
-is the thesis's combined loss. 1 - p_t through expm1 loses no digits where p_t is close to 1. The mean divides by the
-weights of the pixels that count, as F.cross_entropy does.
+alpha = 1 is cross-entropy, alpha = 0 the focal loss (arXiv 1708.02002, equation 4) with weight w, between them lies the
+thesis's combined loss. The mean divides by the weights of the pixels that count, as F.cross_entropy does.
 
 A training calls `segmentation_loss`. The formula stands in `mixed_sum` and knows of a pixel its nll and weight; what
 needs more of the logits comes in where nll is made of them: in `segmentation_loss` for whole frames, in `_ChunkedSum`
 for chunks of rows.
 
 The kernels are our own because torch's take 1.6 times as long and twice the memory (benchmarks/loss.py). Logits at full
-size are most of the memory of a step: 40 MB for 19 classes at 512 x 1024, and cross-entropy holds them three times.
-Upsampling is linear, so a chunk of rows can be upsampled, reduced to its loss and to its gradient at a quarter of the
-size, and freed before the next one: the same loss and gradient from a small part of the memory. (Fused losses of
-language models do the same for a matrix product: Liger, arXiv 2410.10989; cut cross-entropy, arXiv 2411.09009.)
+size are most of the memory of a step. Upsampling is linear, so a chunk of rows can be upsampled, reduced to its loss
+and to its gradient at a quarter of the size, and freed before the next one (as Liger, arXiv 2410.10989, for language).
 """
 
 from __future__ import annotations
@@ -134,8 +131,7 @@ def _class_weights(target_BHW: Tensor, class_weights: Sequence[float] | None, ig
 def hard_pixels(nll_BHW: Tensor, valid_BHW: Tensor, ohem: Ohem) -> Tensor:
     """bool BHW: the hard ones among the valid pixels. No wait for the device.
 
-    The choice is made frame by frame, so it does not depend on how a batch is split between workers; and by comparison
-    with a value, so equal pixels are all kept or all left out.
+    Chosen frame by frame, so it does not depend on how a batch is split; equal pixels are all kept or all left out.
     """
     nll_BN = nll_BHW.flatten(1).masked_fill(~valid_BHW.flatten(1), -1.0)  # of a valid pixel it is never negative
     num_valid_B = valid_BHW.flatten(1).sum(dim=1)
@@ -160,10 +156,7 @@ def _largest(values_BN: Tensor, count_B: Tensor) -> Tensor:
 
 
 class _NegativeLogLikelihood(torch.autograd.Function):
-    """Cross-entropy of every pixel, whose gradient is made in the memory of the log-probabilities.
-
-    Autograd would write two more maps of all classes in the backward pass, and new memory is what costs there.
-    """
+    """Cross-entropy of every pixel, its gradient made in the memory of the log-probabilities: new memory is slow."""
 
     @staticmethod
     def forward(ctx: Any, logits_BKHW: Tensor, target_BHW: Tensor, ignore: int) -> Tensor:

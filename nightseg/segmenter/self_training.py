@@ -108,13 +108,6 @@ def apply_thresholds(labels_HW: Labels, confidence_HW: Confidence, thresholds_K:
     return np.where(keep_HW, labels_HW, np.uint8(IGNORE))
 
 
-def kept_of_histograms(histograms_KB: Counts, thresholds_K: npt.NDArray[np.float64]) -> KeptPixels:
-    """What thresholds on bin edges keep, read off the histograms: re-thresholding without pixels."""
-    first = np.ceil(thresholds_K * NUM_BINS).astype(np.intp)
-    kept = [int(histogram_B[bin_:].sum()) for histogram_B, bin_ in zip(histograms_KB, first, strict=True)]
-    return KeptPixels(histograms_KB.sum(axis=1), np.array(kept, dtype=np.int64))
-
-
 def confidence_preview(confidence_HW: Confidence) -> Labels:
     """Mean confidence of each 4x4 block as uint8 [0, 255] (255 = certain), for the grey PNG kept as evidence."""
     stride = CONFIDENCE_STRIDE

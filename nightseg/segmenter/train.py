@@ -2,9 +2,8 @@
 
 B images, K classes, H x W pixels of the crop, h x w of the logits (a quarter).
 
-The learning rate is a function of the step, the order and the augmentation of the frames of (seed, epoch), and what a
-network draws at random (dropout) of `step_seed`. So a checkpoint in the middle of an epoch needs no state of a
-scheduler, a loader or a generator, and another number of workers can read it.
+The learning rate is a function of the step, order and augmentation of the frames of (seed, epoch), dropout of
+`step_seed`: a checkpoint within an epoch needs no state of a scheduler, loader or generator, whoever reads it.
 """
 
 from __future__ import annotations

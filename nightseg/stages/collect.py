@@ -19,11 +19,12 @@ from nightseg.cluster.settings import MapCompute
 from nightseg.data import table as columns
 from nightseg.data.class_list import taxonomy
 from nightseg.data.images import BadFrame, decode_image, encode_png, read_bytes
+from nightseg.data.labels import label_of
 from nightseg.data.layouts import list_frames, scene_domains
 from nightseg.data.scenes import scene
 from nightseg.data.settings import FolderDataset, ScenesDataset
 from nightseg.data.table import check_frames, frame_table, quarantine_table
-from nightseg.data.taxonomy import TRAIN_IDS, Taxonomy, label_of
+from nightseg.data.taxonomy import TRAIN_IDS, Taxonomy
 from nightseg.progress import Progress
 from nightseg.storage import Attempt, Commit, Location, UserError, sha256_of
 

@@ -17,7 +17,8 @@ from nightseg.cluster.settings import MapCompute
 from nightseg.data import table as frame
 from nightseg.data.class_list import taxonomy as load_taxonomy
 from nightseg.data.images import BadFrame, encode_png, read_label
-from nightseg.data.taxonomy import IGNORE, TRAIN_IDS, Taxonomy, train_ids_of
+from nightseg.data.labels import train_ids_of
+from nightseg.data.taxonomy import IGNORE, TRAIN_IDS, Taxonomy
 from nightseg.metrics.boundary import boundary_counts, boundary_scores
 from nightseg.metrics.confusion import add_up, confusion_matrix, scores
 from nightseg.progress import Progress

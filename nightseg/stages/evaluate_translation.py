@@ -30,7 +30,8 @@ from nightseg.cluster.settings import MapCompute
 from nightseg.data import table as frame
 from nightseg.data.class_list import taxonomy as load_taxonomy
 from nightseg.data.images import BadFrame, read_image, read_label
-from nightseg.data.taxonomy import Taxonomy, train_ids_of
+from nightseg.data.labels import train_ids_of
+from nightseg.data.taxonomy import Taxonomy
 from nightseg.metrics.confusion import add_up, confusion_matrix, scores
 from nightseg.metrics.edges import edge_agreement
 from nightseg.progress import Progress

@@ -1,10 +1,8 @@
 """Curves and pictures of a training as TensorBoard event files, on any file system, true after every restart.
 
-TensorBoard's format is a sequence of framed protobuf messages in files that it reads in the order of their names. A
-writer appends to one file; an object store cannot, and a writer that was killed leaves steps behind that its successor
-does again. So every flush writes one new file, whole or not at all, named by the last step in it and a number, as
-several may end with the same step; whoever continues after step s removes the files that end later. What TensorBoard
-shows is then the curve of an undisturbed training.
+TensorBoard reads event files in the order of their names. An object store cannot append, and a killed writer leaves
+steps behind that its successor does again: so every flush writes one new file, whole, named by its last step and a
+number, and whoever continues after step s removes the files that end later.
 """
 
 from __future__ import annotations

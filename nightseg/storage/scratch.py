@@ -1,8 +1,7 @@
 """Large files that can be made again, on a disk of this machine, shared by the processes that work on it.
 
-A file is there whole or not at all, also when its writer is killed; but nothing waits for the disk, so what was written
-before the machine itself went down must not be trusted: the folder's name carries the boot. Files are read through
-memory maps: the pages that are used are, and the system's page cache is the memory that holds them.
+A file is there whole or not at all, also when its writer is killed; but nothing waits for the disk, so the folder's
+name carries the boot: what was written before the machine went down is not trusted. Files are read by memory maps.
 
 A folder lives while a process has it open, and goes with the last one that closes it. What a killed process leaves is
 picked up by the next one that asks for the same key, or removed by any that comes a day later or after a restart.

@@ -20,7 +20,8 @@ import numpy.typing as npt
 
 from nightseg.data import table as frame
 from nightseg.data.images import BadFrame, decode_image, encode_png, image_size, read_image
-from nightseg.data.taxonomy import Taxonomy, train_ids_of
+from nightseg.data.labels import train_ids_of
+from nightseg.data.taxonomy import Taxonomy
 from nightseg.errors import UserError
 from nightseg.progress import printable
 from nightseg.storage import Location, sha256_of

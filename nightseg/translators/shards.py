@@ -14,7 +14,8 @@ import pyarrow as pa
 
 from nightseg.data import table as frame
 from nightseg.data.images import BadFrame, encode_png, read_image
-from nightseg.data.taxonomy import Taxonomy, train_ids_of
+from nightseg.data.labels import train_ids_of
+from nightseg.data.taxonomy import Taxonomy
 from nightseg.storage import Location, sha256_of
 from nightseg.translators.command import Program, translate_by
 from nightseg.translators.photometric import LitIds, night_of

@@ -11,7 +11,8 @@ import pytest
 
 from nightseg.data.class_list import taxonomy
 from nightseg.data.images import BadFrame, encode_png
-from nightseg.data.taxonomy import IGNORE, train_ids_of
+from nightseg.data.labels import train_ids_of
+from nightseg.data.taxonomy import IGNORE
 from nightseg.storage import UserError, sha256_of
 
 GOOD = """

@@ -15,7 +15,6 @@ from nightseg.segmenter.self_training import (
     confidence_histogram,
     confidence_preview,
     guard,
-    kept_of_histograms,
 )
 from nightseg.segmenter.settings import Threshold
 from nightseg.storage import UserError
@@ -26,6 +25,13 @@ def histogram(*bins: tuple[int, int]) -> np.ndarray:
     for place, pixels in bins:
         row[place] = pixels
     return row
+
+
+def kept_of_histograms(histograms_KB: np.ndarray, thresholds_K: np.ndarray) -> KeptPixels:
+    """What thresholds on bin edges keep, read off the histograms."""
+    first = np.ceil(thresholds_K * NUM_BINS).astype(np.intp)
+    kept = [int(histogram_B[bin_:].sum()) for histogram_B, bin_ in zip(histograms_KB, first, strict=True)]
+    return KeptPixels(histograms_KB.sum(axis=1), np.array(kept, dtype=np.int64))
 
 
 def test_bins_are_the_floor_of_256_times_the_confidence() -> None:
