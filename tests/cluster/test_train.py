@@ -220,7 +220,7 @@ DRIVER = """
 import sys
 from pathlib import Path
 from nightseg.cluster import ray as cluster
-from tests.compute.test_training import train
+from tests.cluster.test_train import train
 cluster.connect(num_cpus=1)
 train(Path(sys.argv[1]), sys.argv[2])
 """
