@@ -22,7 +22,8 @@ def _actors_option(command: Callable[..., Any]) -> Callable[..., Any]:
         default=0,
         show_default=True,
         type=click.IntRange(0),
-        help="Parallel readers, one CPU each; 0: none.",
+        help="Processes of Ray with a CPU each, here or on a cluster; what they have done survives an interruption. "
+        "0: this process.",
     )(command)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -18,6 +20,7 @@ from nightseg.data import table as frame
 from nightseg.data.class_list import taxonomy as load_taxonomy
 from nightseg.data.images import BadFrame, encode_png, read_label
 from nightseg.data.labels import train_ids_of
+from nightseg.data.prefetch import prefetch
 from nightseg.data.taxonomy import IGNORE, TRAIN_IDS, Taxonomy
 from nightseg.metrics.boundary import boundary_counts, boundary_scores
 from nightseg.metrics.confusion import add_up, confusion_matrix, scores
@@ -180,10 +183,11 @@ def evaluate_folders(
     encodings = [label_encoding] if label_encoding else _encodings(pairs[frame.LABEL_URI].to_pylist(), classes)
     for encoding in encodings:
         classes.lut(encoding)
+    threads = 1 if compute.actors else len(os.sched_getaffinity(0))
     shards = map_shards(
         pairs,
         PairCounter,
-        {"classes": classes, "encodings": encodings, "evaluation": evaluation},
+        {"classes": classes, "encodings": encodings, "evaluation": evaluation, "threads": threads},
         attempt=attempt,
         compute=compute.on_cpus,
         progress=progress,
@@ -217,17 +221,21 @@ def _encodings(labels: list[str], classes: Taxonomy) -> list[str]:
 class PairCounter:
     """Reads predictions and labels, checks both, counts: one row a frame and encoding."""
 
-    def __init__(self, classes: Taxonomy, encodings: list[str], evaluation: Evaluation) -> None:
+    def __init__(self, classes: Taxonomy, encodings: list[str], evaluation: Evaluation, threads: int) -> None:
         self.classes = classes
         self.encodings = encodings
         self.evaluation = evaluation
+        self.threads = threads
 
     def __call__(self, rows: pa.Table, folder: Location) -> Mapping[str, pa.Table]:
-        counted = [row for pair in rows.to_pylist() for row in self._count(**pair)]
+        with ThreadPoolExecutor(self.threads, thread_name_prefix="nightseg-read") as pool:
+            of_pairs = list(prefetch(pool, self._count, rows.to_pylist(), ahead=2 * self.threads))
+        counted = [row for of_pair in of_pairs for row in of_pair]
         columns = {frame.LABEL_ENCODING: pa.string(), FAULT: pa.string()} | COUNTS
         return {"counts": pa.Table.from_pylist(counted, pa.schema(list(columns.items())))}
 
-    def _count(self, prediction_uri: str, label_uri: str) -> list[dict[str, Any]]:
+    def _count(self, pair: Mapping[str, str]) -> list[dict[str, Any]]:
+        prediction_uri, label_uri = pair[PREDICTION_URI], pair[frame.LABEL_URI]
         raw_label_HW, prediction_HW = _read(label_uri), _read(prediction_uri)
         if raw_label_HW.shape != prediction_HW.shape:
             raise UserError(
