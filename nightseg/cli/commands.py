@@ -16,15 +16,14 @@ from nightseg.storage import Location, UserError
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
-def _actors_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option(
-        "--actors",
-        default=0,
-        show_default=True,
-        type=click.IntRange(0),
-        help="Processes of Ray with a CPU each, here or on a cluster; what they have done survives an interruption. "
-        "0: this process.",
-    )(command)
+_actors_option = click.option(
+    "--actors",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Processes of Ray with a CPU each, here or on a cluster; what they have done survives an interruption. "
+    "0: this process.",
+)
 
 
 def valid(kind: type[Settings], **values: Any) -> Settings:

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import sys
 import webbrowser
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -43,10 +41,7 @@ def main(debug: bool) -> None:
     """
 
 
-def _set_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option("--set", "overrides", multiple=True, metavar="a.b=c", help="Override one key; repeatable.")(
-        command
-    )
+_set_option = click.option("--set", "overrides", multiple=True, metavar="a.b=c", help="Override one key; repeatable.")
 
 
 @main.command()

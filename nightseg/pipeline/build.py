@@ -398,7 +398,6 @@ class Builder:
         return self._pass(predict, name, inputs, settings, unhashed={"name": name})
 
     def evaluate_translation(self, name: str) -> None:
-        """Everything that the evaluation of one translated dataset stands on, and the evaluation."""
         recipe, wanted = self.recipe, self.recipe.translations[name]
         dataset = recipe.datasets[name]
         assert isinstance(dataset, TranslatedDataset), name
@@ -438,7 +437,7 @@ class Builder:
         self.graph.translations[name] = EvaluatedTranslation(node, facts)
 
     def _extraction(self, wanted: TranslationEvaluation) -> Extraction:
-        """What is asked for, else what the recipe selects by: then the same features serve both."""
+        """What is asked for, else what the recipe selects by, so that the same features serve both."""
         if wanted.extractor is not None:
             return wanted.extractor
         for model in self.models.values():

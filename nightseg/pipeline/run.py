@@ -142,7 +142,7 @@ def _work(workspace: Workspace, nodes: Sequence[Node], progress: Progress) -> tu
 def plan(
     recipe: Recipe, folder: Location, *, only: str | None = None, borrow: Sequence[Location] = ()
 ) -> list[Planned]:
-    """What `run` would do, without doing any of it."""
+    """What `run` would do."""
     workspace = Workspace(folder, borrow)
     graph = build.build_graph(recipe, only)
     commits: dict[NodeId, Commit] = {}
@@ -181,9 +181,7 @@ def _stage(workspace: Workspace, node: Node, commits: dict[NodeId, Commit]) -> S
 def _changed(stage: Stage) -> tuple[str, ...]:
     """The parts of the key that differ from the nearest earlier commit: why the stage runs again."""
     before = stage.nearest()
-    if before is None:
-        return ()
-    return tuple(_differences(stage.identity, before, ()))
+    return () if before is None else tuple(_differences(stage.identity, before, ()))
 
 
 def _differences(now: Any, before: Any, path: tuple[str, ...]) -> Iterator[str]:

@@ -223,7 +223,6 @@ class Trials(NamedTuple):
         return {key: dimension.edges()[0] for key, dimension in self.settings.space.items()}
 
     def edges(self) -> list[dict[str, Any]]:
-        """`first`, and all that differ from it in one dimension and lie on its edge."""
         others = [{key: value} for key, dimension in self.settings.space.items() for value in dimension.edges()[1:]]
         return [self.first | other for other in ({}, *others)]
 

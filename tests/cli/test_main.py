@@ -96,7 +96,7 @@ def test_verbs_that_answer_can_answer_in_json(verb: str) -> None:
         (("select", "no.parquet", "--count", "3", "--out", "o", "--method", "random"), "there is no such frame table"),
         (("evaluate", "/does/not/exist", "b", "--taxonomy", "camvid11"), "there is no folder /does/not/exist"),
         (("evaluate", "a", "b", "--taxonomy", "camvid1"), "unknown taxonomy 'camvid1', did you mean 'camvid11'"),
-        (("evaluate", "a", "b", "--taxonomy", "no.yaml"), "no such file"),
+        (("evaluate", "a", "b", "--taxonomy", "no.yaml"), "no such taxonomy file"),
         (("predict", "/does/not/exist", "a", "--out", "o"), "neither a model folder"),
         (("predict", "m", "a", "--out", "o", "--save", "maks"), "unknown picture 'maks'"),
         (("predict", "m", "a", "--out", "o", "--window", "512"), "'512' is not HEIGHTxWIDTH in pixels, like 512x1024"),
