@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.contest import Contest, PeerMissing, Size
 from benchmarks.memory import peak_bytes
-from nightseg.segmenter.loss import full_size_loss, segmentation_loss
+from nightseg.segmenter.loss import combined_loss, segmentation_loss
 from nightseg.segmenter.settings import Loss
 
 NUM_CLASSES, IGNORE, STRIDE = 19, 255, 4
@@ -35,7 +35,7 @@ def contest(size: Size) -> Contest:
     labels = target.to(torch.uint8)
 
     def check(ours: Answer, peer: Answer) -> str:
-        plain = _run(logits, lambda leaf: full_size_loss(leaf, labels, Loss()))
+        plain = _run(logits, lambda leaf: combined_loss(leaf, labels, 1.0, 0.0))
         apart = _apart(plain, peer)
         both = _run(logits, lambda leaf: _formula(leaf, target))
         with_focal = _apart(ours, both)
@@ -46,7 +46,7 @@ def contest(size: Size) -> Contest:
         name="loss",
         work=f"CE + focal, forward and backward, {NUM_CLASSES} x {_shape(size)}",
         peer=f"F.cross_entropy alone, torch {torch.__version__}",
-        run_ours=lambda: _run(logits, lambda leaf: full_size_loss(leaf, labels, MIXED)),
+        run_ours=lambda: _run(logits, lambda leaf: combined_loss(leaf, labels, MIXED.alpha, MIXED.gamma)),
         run_peer=lambda: _run(logits, lambda leaf: F.cross_entropy(leaf, target, ignore_index=IGNORE)),
         check=check,
     )
@@ -106,7 +106,7 @@ def focal(size: Size) -> Contest:
         name="focal",
         work=f"focal loss, gamma {GAMMA:g}, forward and backward, {NUM_CLASSES} x {_shape(size)}",
         peer=f"softmax_focal_loss_with_logits, segmentation-models-pytorch {version('segmentation-models-pytorch')}",
-        run_ours=lambda: _run(logits, lambda leaf: full_size_loss(leaf, target, Loss(kind="focal", gamma=GAMMA))),
+        run_ours=lambda: _run(logits, lambda leaf: combined_loss(leaf, target, 0.0, GAMMA)),
         run_peer=lambda: _run(logits, lambda leaf: softmax_focal_loss_with_logits(leaf, target, gamma=GAMMA)),
         check=check,
     )

@@ -11,7 +11,7 @@ class UserError(ValueError):
     """
 
     def __init__(self, what: str, *, cure: str = "") -> None:
-        super().__init__(f"{what.rstrip('.')}. Cure: {cure.rstrip('.')}." if cure else what)
+        super().__init__(f"{what.rstrip('.')}. Cure: {cure.removesuffix('.')}." if cure else what)
         self.what, self.cure = what, cure
 
 

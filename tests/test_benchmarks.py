@@ -176,8 +176,8 @@ def test_peaks_may_be_measured_in_processes_of_their_own(contests: ModuleType) -
 
     outcome = contests.hold(replace(contest(contests, []), peaks=lambda: (3, 4)), rounds=1)
     assert outcome.peaks == (3, 4)
-    ours = memory.peak_bytes("benchmarks.loss", "strips_of_ours", "default")
-    peer = memory.peak_bytes("benchmarks.loss", "strips_of_peer", "default")
+    ours = memory.peak_bytes("benchmarks.loss", "chunks_of_ours", "default")
+    peer = memory.peak_bytes("benchmarks.loss", "chunks_of_peer", "default")
     assert 110e6 < peer < 150e6  # logits at full size, their log-softmax, its gradient: 40 MB each
     assert ours < 0.15 * peer
 

@@ -80,13 +80,21 @@ def segmentation_loss(
         return LossSum(total, weight)
 
 
-def full_size_loss(logits_BKHW: Tensor, target_BHW: Tensor, loss: Loss, ignore: int = 255) -> Tensor:
-    """The mean of `segmentation_loss` for logits of the target's size, by kind, alpha, gamma and focal weight alone.
+def combined_loss(
+    logits_BKHW: Tensor,
+    target_BHW: Tensor,
+    alpha: float,
+    gamma: float,
+    focal_weight: float = 1.0,
+    ignore: int = 255,
+) -> Tensor:
+    """alpha cross-entropy + (1 - alpha) focal_weight focal loss of logits of the target's size: the formula alone.
 
-    No training calls it: tests and benchmarks compare it with the definition and with other libraries. `logits_BKHW`
-    any floating type (computed in float32, float64 stays; also under autocast); `target_BHW` integers, classes
-    0 .. K-1 or `ignore`. Returns a scalar; a batch without a valid pixel gives 0 with gradient 0.
+    For callers from outside, tests and benchmarks; a training calls `segmentation_loss`. `logits_BKHW` any floating
+    type (computed in float32, float64 stays; also under autocast); `target_BHW` integers, classes 0 .. K-1 or `ignore`.
+    Returns the mean over the valid pixels, a scalar; a batch without one gives 0 with gradient 0.
     """
+    loss = Loss(kind="combined", alpha=alpha, gamma=gamma, focal_weight=focal_weight)
     with torch.autocast(logits_BKHW.device.type, enabled=False):
         total = mixed_sum(negative_log_likelihood(logits_BKHW, target_BHW, ignore), None, loss)
         return LossSum(total, (target_BHW != ignore).sum().to(total.dtype)).mean()

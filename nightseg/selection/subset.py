@@ -82,7 +82,7 @@ def check_count(count: int, pool: int) -> None:
 class Subset(NamedTuple):
     """A choice of rows, and how close to the best possible one it is."""
 
-    indices: Indices  # (count,), the the largest weight first
+    indices: Indices  # (count,), largest weight first
     fid: float  # squared Frechet distance to the reference, covariance divided by count: what the bound is about
     lower_bound: float  # no choice of as many rows has a smaller `fid`
     fid_unbiased: float  # covariance divided by count - 1, as pytorch-fid; NaN for one row

@@ -154,7 +154,7 @@ class TestImages:
             predict(model, images, out, save=("maks",))
         with pytest.raises(UserError, match="an overlay video needs a video"):
             predict(model, images, out, overlay_video=True)
-        with pytest.raises(UserError, match="device 'gpu': unknown; known: cpu, cuda"):
+        with pytest.raises(UserError, match=r"device 'gpu': unknown\. Cure: choose cpu, cuda"):
             predict(model, images, out, device="gpu")
         with pytest.raises(UserError, match=r"device 'cuda:99': PyTorch sees \d+ CUDA GPUs here"):
             predict(model, images, out, device="cuda:99")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nightseg.segmenter.loss import (
     LossSum,
-    full_size_loss,
+    combined_loss,
     hard_pixels,
     mixed_sum,
     negative_log_likelihood,
@@ -66,7 +66,7 @@ def loop_loss(logits_BKHW: Tensor, target_BHW: Tensor, alpha: float, gamma: floa
 def test_alpha_one_is_cross_entropy_and_so_is_its_gradient(logits: Tensor, target: Tensor) -> None:
     expected = F.cross_entropy(logits, target.long(), ignore_index=255)
     (expected_gradient,) = torch.autograd.grad(expected, logits)
-    found = full_size_loss(logits, target, mixed(1.0, 2.0))
+    found = combined_loss(logits, target, 1.0, 2.0)
     (gradient,) = torch.autograd.grad(found, logits)
     assert torch.allclose(found, expected, rtol=1e-6)
     assert torch.allclose(gradient, expected_gradient, atol=1e-8)
@@ -76,7 +76,7 @@ def test_alpha_one_is_cross_entropy_and_so_is_its_gradient(logits: Tensor, targe
     ("alpha", "gamma", "weight"), [(0.0, 2.0, 1.0), (0.5, 2.0, 1.0), (0.6, 0.5, 0.5), (0.0, 0.0, 1.0)]
 )
 def test_loss_is_its_definition(logits: Tensor, target: Tensor, alpha: float, gamma: float, weight: float) -> None:
-    found = full_size_loss(logits, target, mixed(alpha, gamma, weight))
+    found = combined_loss(logits, target, alpha, gamma, weight)
     assert found.item() == pytest.approx(loop_loss(logits.detach(), target, alpha, gamma, weight), rel=1e-5)
 
 
@@ -102,7 +102,7 @@ def test_gradient_is_that_of_finite_differences(alpha: float, gamma: float, weig
 
 
 def test_a_graph_that_is_kept_gives_its_gradient_again(logits: Tensor, target: Tensor) -> None:
-    found = full_size_loss(logits, target, mixed(0.5, 2.0))
+    found = combined_loss(logits, target, 0.5, 2.0)
     kept = [torch.autograd.grad(found, logits, retain_graph=True)[0] for _ in range(2)]
     (last,) = torch.autograd.grad(found, logits)  # made in the memory of the log-probabilities
     assert torch.equal(kept[0], kept[1]) and torch.equal(kept[0], last)
@@ -110,7 +110,7 @@ def test_a_graph_that_is_kept_gives_its_gradient_again(logits: Tensor, target: T
 
 def test_what_the_caller_holds_is_not_written_to(logits: Tensor, target: Tensor) -> None:
     before, labels = logits.detach().clone(), target.long()
-    full_size_loss(logits, labels, mixed(0.5, 2.0)).backward()
+    combined_loss(logits, labels, 0.5, 2.0).backward()
     assert torch.equal(logits.detach(), before)
     assert torch.equal(labels, target.long())
 
@@ -120,13 +120,13 @@ def test_focal_is_that_of_segmentation_models_pytorch(logits: Tensor, gamma: flo
     functional = pytest.importorskip("segmentation_models_pytorch.losses._functional")
     labels = torch.randint(0, 5, (2, 6, 7), generator=torch.Generator().manual_seed(2))
     expected = functional.softmax_focal_loss_with_logits(logits, labels, gamma=gamma)
-    found = full_size_loss(logits, labels, mixed(0.0, gamma))
+    found = combined_loss(logits, labels, 0.0, gamma)
     assert found.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 def test_without_a_valid_pixel_loss_and_gradient_are_zero(logits: Tensor, gamma: float) -> None:
-    found = full_size_loss(logits, torch.full((2, 6, 7), 255, dtype=torch.uint8), mixed(0.5, gamma))
+    found = combined_loss(logits, torch.full((2, 6, 7), 255, dtype=torch.uint8), 0.5, gamma)
     torch.autograd.backward(found)
     assert found.item() == 0
     assert logits.grad is not None
@@ -136,7 +136,7 @@ def test_without_a_valid_pixel_loss_and_gradient_are_zero(logits: Tensor, gamma:
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
 def test_certain_pixels_give_no_nan(gamma: float) -> None:
     logits = torch.tensor([200.0, 0.0, 0.0]).view(1, 3, 1, 1).requires_grad_()
-    found = full_size_loss(logits, torch.zeros(1, 1, 1, dtype=torch.uint8), mixed(0.0, gamma))
+    found = combined_loss(logits, torch.zeros(1, 1, 1, dtype=torch.uint8), 0.0, gamma)
     torch.autograd.backward(found)
     assert found.item() == 0
     assert logits.grad is not None
@@ -145,7 +145,7 @@ def test_certain_pixels_give_no_nan(gamma: float) -> None:
 
 def test_wrong_and_certain_pixels_stay_finite() -> None:
     logits = torch.tensor([-500.0, 500.0]).view(1, 2, 1, 1).requires_grad_()
-    found = full_size_loss(logits, torch.zeros(1, 1, 1, dtype=torch.uint8), mixed(0.5, 2.0))
+    found = combined_loss(logits, torch.zeros(1, 1, 1, dtype=torch.uint8), 0.5, 2.0)
     torch.autograd.backward(found)
     assert found.item() == pytest.approx(1000)
     assert logits.grad is not None
@@ -156,12 +156,12 @@ def test_a_small_error_keeps_its_digits() -> None:
     # p_t = 1 - 2e-4: the focal factor (1 - p_t)^2 = 4e-8 would drown in the rounding of 1 - exp(-c) in float32.
     error = 2e-4
     logits = torch.tensor([0.0, math.log(error / (1 - error))]).view(1, 2, 1, 1)
-    found = full_size_loss(logits, torch.zeros(1, 1, 1, dtype=torch.uint8), mixed(0.0, 2.0))
+    found = combined_loss(logits, torch.zeros(1, 1, 1, dtype=torch.uint8), 0.0, 2.0)
     assert found.item() == pytest.approx(error**2 * -math.log1p(-error), rel=2e-3)
 
 
 def test_sums_of_parts_give_the_mean_of_the_whole(logits: Tensor, target: Tensor) -> None:
-    whole = full_size_loss(logits, target, mixed(0.5, 2.0))
+    whole = combined_loss(logits, target, 0.5, 2.0)
     totals = [
         mixed_sum(negative_log_likelihood(logits[i : i + 1], target[i : i + 1]), None, mixed(0.5, 2.0))
         for i in range(2)
@@ -172,9 +172,9 @@ def test_sums_of_parts_give_the_mean_of_the_whole(logits: Tensor, target: Tensor
 
 def test_autocast_does_not_lower_the_precision(logits: Tensor, target: Tensor) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = full_size_loss(logits.bfloat16(), target, mixed(0.5, 2.0))
+        found = combined_loss(logits.bfloat16(), target, 0.5, 2.0)
     assert found.dtype == torch.float32
-    assert torch.equal(found, full_size_loss(logits.bfloat16().float(), target, mixed(0.5, 2.0)))
+    assert torch.equal(found, combined_loss(logits.bfloat16().float(), target, 0.5, 2.0))
 
 
 def test_named_losses_are_points_of_the_mixture() -> None:
@@ -191,7 +191,7 @@ def test_a_tiny_network_learns_in_twenty_steps() -> None:
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.05)
     losses = []
     for _ in range(20):
-        loss = full_size_loss(network(images), target, mixed(0.5, 2.0))
+        loss = combined_loss(network(images), target, 0.5, 2.0)
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         optimizer.step()
