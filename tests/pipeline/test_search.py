@@ -438,6 +438,7 @@ TINY = [
     "datasets.day_test.count=2",
     "datasets.night_test.count=2",
     "datasets.night_val={layout: scenes, count: 2, first: 6000, mix: {night: 1.0}}",
+    "translators.unit.start=null",
     "translators.unit.width=4",
     "translators.unit.res_blocks=1",
     "translators.unit.discriminator_width=4",
