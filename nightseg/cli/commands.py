@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
@@ -9,21 +10,32 @@ from typing import Any, Literal, TypeVar
 import click
 from pydantic import BaseModel, ValidationError
 
-from nightseg.cli.output import answer, json_option, libraries_on_stderr, print_folder_scores, print_json, print_table
-from nightseg.selection.settings import METHODS, METHODS_IN_WORDS, known_extractor
+from nightseg.cli.output import Answer, answers, print_export, print_folder_scores
+from nightseg.cluster.settings import MapCompute
+from nightseg.progress import progress_for
+from nightseg.segmenter.settings import Inference
+from nightseg.selection.settings import METHODS, METHODS_IN_WORDS, Extraction, Selection, known_extractor
 from nightseg.storage import Location, UserError
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
+# -- options that several verbs have ----------------------------------------------------------------------------------
+
 _actors_option = click.option(
     "--actors",
+    "compute",
     default=0,
     show_default=True,
     type=click.IntRange(0),
+    callback=lambda _context, _option, actors: MapCompute(actors=actors),
     help="Processes of Ray with a CPU each, here or on a cluster; what they have done survives an interruption. "
     "0: this process.",
 )
+
+
+def _place(context: click.Context, option: click.Parameter, text: str | None) -> Location | None:
+    return None if text is None else Location.of(text)
 
 
 def valid(kind: type[Settings], **values: Any) -> Settings:
@@ -44,23 +56,32 @@ def _checked_extractor(context: click.Context, parameter: click.Parameter, name:
 
 
 def _extractor_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    command = click.option("--weights", metavar="FILE", help="Weights of the extractor, where it needs a file.")(
-        command
-    )
-    command = click.option(
-        "--fast", is_flag=True, help="Compute features in bfloat16 where this machine is faster at it."
-    )(command)
-    command = click.option(
-        "--resize", type=click.Choice(["pytorch-fid", "clean"]), help="Resize rule; default: the one of the extractor."
-    )(command)
-    return click.option(
+    """The four options of an `extraction`."""
+
+    @click.option(
         "--extractor",
         default="inception",
         show_default=True,
         callback=_checked_extractor,
         help="Network whose features are compared. inception: pytorch-fid's (also inception_768, _192, _64); "
         "efficientnet_lite0: needs no download; resnet18 to resnet152; timm/NAME with --weights.",
-    )(command)
+    )
+    @click.option(
+        "--resize", type=click.Choice(["pytorch-fid", "clean"]), help="Resize rule; default: the one of the extractor."
+    )
+    @click.option("--fast", is_flag=True, help="Compute features in bfloat16 where this machine is faster at it.")
+    @click.option("--weights", metavar="FILE", help="Weights of the extractor, where it needs a file.")
+    @functools.wraps(command)
+    def with_extraction(
+        *, extractor: str, resize: Literal["pytorch-fid", "clean"] | None, fast: bool, weights: str | None, **rest: Any
+    ) -> Any:
+        mode: Literal["exact", "fast"] = "fast" if fast else "exact"
+        return command(extraction=Extraction(name=extractor, weights=weights, resize=resize, mode=mode), **rest)
+
+    return with_extraction
+
+
+# -- frames -----------------------------------------------------------------------------------------------------------
 
 
 @click.command()
@@ -70,8 +91,8 @@ def _extractor_options(command: Callable[..., Any]) -> Callable[..., Any]:
     "--margin", default=0.2, show_default=True, type=click.FloatRange(0, 1), help="Closer calls are twilight."
 )
 @_actors_option
-@json_option
-def split(images: str, out: str, margin: float, actors: int, as_json: bool) -> None:
+@answers
+def split(images: str, out: str, margin: float, compute: MapCompute) -> dict[str, Any]:
     """Separate a folder of images into day, night, twilight.
 
     By their luminance histograms; the evidence and the list of bad frames are written beside the table.
@@ -79,13 +100,9 @@ def split(images: str, out: str, margin: float, actors: int, as_json: bool) -> N
     \b
     nightseg split /data/dashcam --out dashcam.parquet
     """
-    from nightseg.cluster.settings import MapCompute
     from nightseg.pipeline.single import split_folder
-    from nightseg.progress import progress_for
 
-    with libraries_on_stderr():
-        found = split_folder(images, out, margin=margin, compute=MapCompute(actors=actors), progress=progress_for())
-    answer(found, as_json)
+    return split_folder(images, out, margin=margin, compute=compute, progress=progress_for())
 
 
 @click.command()
@@ -93,23 +110,24 @@ def split(images: str, out: str, margin: float, actors: int, as_json: bool) -> N
 @click.argument("b")
 @_extractor_options
 @_actors_option
-@json_option
 @click.option("--save-a", metavar="FILE.npz", help="Keep the statistics of A; pytorch-fid reads the file, too.")
 @click.option("--save-b", metavar="FILE.npz", help="Keep the statistics of B.")
-@click.option("--work", metavar="DIR", help="Where it keeps what is done, seen by all machines; default: nowhere.")
+@click.option(
+    "--work",
+    metavar="DIR",
+    callback=_place,
+    help="Where it keeps what is done, seen by all machines; default: nowhere.",
+)
+@answers
 def fid(
     a: str,
     b: str,
-    extractor: str,
-    resize: Literal["pytorch-fid", "clean"] | None,
-    fast: bool,
-    weights: str | None,
-    actors: int,
-    as_json: bool,
+    extraction: Extraction,
+    compute: MapCompute,
     save_a: str | None,
     save_b: str | None,
-    work: str | None,
-) -> None:
+    work: Location | None,
+) -> dict[str, Any]:
     """FID and KID between two sets of frames.
 
     A and B are image folders, frame tables (.parquet) or statistics (.npz, also pytorch-fid's).
@@ -118,24 +136,19 @@ def fid(
     nightseg fid translated/ /data/night --extractor efficientnet_lite0
     nightseg fid translated/ night.npz --weights pt_inception-2015-12-05-6726825d.pth --json
     """
-    from nightseg.cluster.settings import MapCompute
     from nightseg.pipeline.single import distance
-    from nightseg.progress import progress_for
-    from nightseg.selection.settings import Extraction
 
     asked = click.get_current_context().get_parameter_source("extractor")
-    with libraries_on_stderr():
-        found = distance(
-            a,
-            b,
-            extraction=Extraction(name=extractor, weights=weights, resize=resize, mode="fast" if fast else "exact"),
-            compute=MapCompute(actors=actors),
-            work=None if work is None else Location.of(work),
-            save_statistics=(save_a, save_b),
-            insist=asked == click.core.ParameterSource.COMMANDLINE,
-            progress=progress_for(),
-        )
-    answer(found, as_json)
+    return distance(
+        a,
+        b,
+        extraction=extraction,
+        compute=compute,
+        work=work,
+        save_statistics=(save_a, save_b),
+        insist=asked == click.core.ParameterSource.COMMANDLINE,
+        progress=progress_for(),
+    )
 
 
 @click.command()
@@ -156,24 +169,16 @@ def fid(
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
 @_extractor_options
 @_actors_option
-@json_option
+@answers
 def select(
     pool: str,
     reference: str | None,
-    count: int,
-    method: str,
-    quota: int | None,
-    gap: int | None,
-    duplicates: float | None,
     out: str,
     seed: int,
-    extractor: str,
-    resize: Literal["pytorch-fid", "clean"] | None,
-    fast: bool,
-    weights: str | None,
-    actors: int,
-    as_json: bool,
-) -> None:
+    extraction: Extraction,
+    compute: MapCompute,
+    **rules: Any,
+) -> dict[str, Any]:
     """Choose the frames of a pool that are closest to others.
 
     POOL and REF are image folders or frame tables (.parquet).
@@ -181,26 +186,10 @@ def select(
     \b
     nightseg select night.parquet --reference translated/ --count 1600 --extractor efficientnet_lite0 --out chosen
     """
-    from nightseg.cluster.settings import MapCompute
     from nightseg.pipeline.single import select_frames
-    from nightseg.progress import progress_for
-    from nightseg.selection.settings import Extraction, Selection
 
-    selection = valid(
-        Selection,
-        method=method,
-        count=count,
-        quota=quota,
-        gap=gap,
-        duplicates=duplicates,
-        extractor=Extraction(name=extractor, weights=weights, resize=resize, mode="fast" if fast else "exact"),
-    )
-    compute = MapCompute(actors=actors)
-    with libraries_on_stderr():
-        found = select_frames(
-            pool, reference, out, selection=selection, seed=seed, compute=compute, progress=progress_for()
-        )
-    answer(found, as_json)
+    selection = valid(Selection, extractor=extraction, **rules)
+    return select_frames(pool, reference, out, selection=selection, seed=seed, compute=compute, progress=progress_for())
 
 
 @click.command()
@@ -225,9 +214,12 @@ def select(
 )
 @_actors_option
 @click.option(
-    "--work", metavar="DIR", help="Where it keeps what is done; default: with actors, a hidden folder in PREDICTIONS."
+    "--work",
+    metavar="DIR",
+    callback=_place,
+    help="Where it keeps what is done; default: with actors, a hidden folder in PREDICTIONS.",
 )
-@json_option
+@answers
 def evaluate(
     predictions: str,
     labels: str,
@@ -236,10 +228,9 @@ def evaluate(
     absent_class: Literal["cityscapes", "detectron2"],
     boundary: bool,
     boundary_distance: float,
-    actors: int,
-    work: str | None,
-    as_json: bool,
-) -> None:
+    compute: MapCompute,
+    work: Location | None,
+) -> Answer:
     """Score a folder of predictions against labels.
 
     Both hold PNG files of the same names and sizes; predictions are train ids, as `nightseg predict` writes them.
@@ -248,41 +239,33 @@ def evaluate(
     nightseg evaluate masks /data/camvid/day/test/labels --taxonomy camvid11
     nightseg evaluate masks /data/cityscapes/gtFine/val --taxonomy cityscapes19 --boundary --actors 8 --json
     """
-    from nightseg.cluster.settings import MapCompute
     from nightseg.pipeline.single import evaluate_folders
-    from nightseg.progress import progress_for
     from nightseg.recipe.types import Evaluation
 
-    with libraries_on_stderr():
-        scores = evaluate_folders(
-            Location.of(predictions),
-            Location.of(labels),
-            taxonomy,
-            label_encoding=label_encoding,
-            evaluation=valid(Evaluation, boundary=boundary_distance if boundary else None, absent_class=absent_class),
-            compute=MapCompute(actors=actors),
-            work=None if work is None else Location.of(work),
-            progress=progress_for(),
-        )
-    if as_json:
-        print_json(scores)
-    else:
-        print_folder_scores(scores)
+    scores = evaluate_folders(
+        Location.of(predictions),
+        Location.of(labels),
+        taxonomy,
+        label_encoding=label_encoding,
+        evaluation=valid(Evaluation, boundary=boundary_distance if boundary else None, absent_class=absent_class),
+        compute=compute,
+        work=work,
+        progress=progress_for(),
+    )
+    return Answer(scores, functools.partial(print_folder_scores, scores))
 
 
 def _inference_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    options = [
-        click.option("--window", metavar="HxW", callback=_size_in_pixels, help="Slide a window over frames: 512x1024."),
-        click.option(
-            "--overlap", default=0.25, show_default=True, help="Share of a window that the next one covers again."
-        ),
-        click.option("--flip", is_flag=True, help="Look at the mirrored frame as well."),
-        click.option("--scales", default="1", show_default=True, metavar="LIST", callback=_factors,
-                     help="Look once at each scale, e.g. 0.75,1,1.25."),
+    for option in (
         click.option("--precision", default="float32", show_default=True,
                      type=click.Choice(["float32", "bfloat16"]), help="Of the network."),
-    ]  # fmt: skip
-    for option in reversed(options):
+        click.option("--scales", default="1", show_default=True, metavar="LIST", callback=_factors,
+                     help="Look once at each scale, e.g. 0.75,1,1.25."),
+        click.option("--flip", is_flag=True, help="Look at the mirrored frame as well."),
+        click.option("--overlap", default=0.25, show_default=True,
+                     help="Share of a window that the next one covers again."),
+        click.option("--window", metavar="HxW", callback=_size_in_pixels, help="Slide a window over frames: 512x1024."),
+    ):  # fmt: skip
         command = option(command)
     return command
 
@@ -314,7 +297,7 @@ def _factors(context: click.Context, parameter: click.Parameter, text: str) -> t
 @click.option("--device", help="cpu, cuda or cuda:N. Default: CUDA where there is one; with --actors, cpu.")
 @click.option("--batch", default=8, show_default=True, type=click.IntRange(1), help="Frames, or windows, at a time.")
 @_actors_option
-@json_option
+@answers
 def predict(
     model: str,
     source: str,
@@ -323,10 +306,9 @@ def predict(
     overlay_video: bool,
     device: str | None,
     batch: int,
-    actors: int,
-    as_json: bool,
+    compute: MapCompute,
     **modes: Any,
-) -> None:
+) -> dict[str, Any]:
     """Segment images and videos.
 
     MODEL is a model folder, or RUN_DIR:MODEL_NAME of a finished run. SOURCE is a file, a folder (its images, to the
@@ -341,29 +323,24 @@ def predict(
     nightseg predict runs/demo:self_trained 'drives/**/*.jpg' --out masks --flip --scales 0.75,1,1.25
     nightseg predict runs/demo:self_trained drive.mp4 --out drive --window 512x1024 --overlay-video
     """
-    from nightseg.cluster.settings import MapCompute
     from nightseg.pipeline.results import model_folder
     from nightseg.pipeline.single import predict_frames
-    from nightseg.progress import progress_for
-    from nightseg.segmenter.settings import Inference
     from nightseg.stages.predict import check_pictures
 
     pictures = check_pictures([word.strip() for word in save.split(",") if word.strip()])
     inference = valid(Inference, **modes)
-    on_gpu = device is not None and device.startswith("cuda")
-    with libraries_on_stderr():
-        found = predict_frames(
-            model_folder(model),
-            source,
-            Location.of(out),
-            save=pictures,
-            inference=inference,
-            device=device,
-            overlay_video=overlay_video,
-            compute=MapCompute(actors=actors, gpus_per_actor=float(on_gpu), batch=batch),
-            progress=progress_for(),
-        )
-    answer(found, as_json)
+    gpus = 1.0 if device is not None and device.startswith("cuda") else 0.0
+    return predict_frames(
+        model_folder(model),
+        source,
+        Location.of(out),
+        save=pictures,
+        inference=inference,
+        device=device,
+        overlay_video=overlay_video,
+        compute=MapCompute(actors=compute.actors, gpus_per_actor=gpus, batch=batch),
+        progress=progress_for(),
+    )
 
 
 # -- models of other programs ------------------------------------------------------------------------------------------
@@ -403,19 +380,10 @@ def convert() -> None:
 @click.option("--pixel-mean", metavar="A,B,C", callback=_three_numbers, help="Without a config: its PIXEL_MEAN.")
 @click.option("--pixel-std", metavar="A,B,C", callback=_three_numbers, help="Without a config: its PIXEL_STD.")
 @click.option("--stride-in-1x1/--stride-in-3x3", default=None, help="Without a config: its RESNETS.STRIDE_IN_1X1.")
-@json_option
+@answers
 def detectron2(
-    checkpoint: str,
-    out: str,
-    config: str | None,
-    taxonomy: str | None,
-    unfreeze: bool,
-    channels: str | None,
-    pixel_mean: tuple[float, float, float] | None,
-    pixel_std: tuple[float, float, float] | None,
-    stride_in_1x1: bool | None,
-    as_json: bool,
-) -> None:
+    checkpoint: str, out: str, config: str | None, taxonomy: str | None, unfreeze: bool, **said: Any
+) -> dict[str, Any]:
     """Make a model folder of a detectron2 checkpoint.
 
     CHECKPOINT is a .pth file, or a .pkl file of the model zoo, of a SemanticSegmentor or PanopticFPN (of which the
@@ -429,15 +397,11 @@ def detectron2(
     from nightseg.interop.detectron2 import convert_from_detectron2
     from nightseg.interop.detectron2_config import Detectron2Config
 
-    options = {
-        "--channels": channels,
-        "--pixel-mean": pixel_mean,
-        "--pixel-std": pixel_std,
-        "--stride-in-1x1 or --stride-in-3x3": stride_in_1x1,
-    }
-    missing = [option for option, value in options.items() if value is None]
+    options = {name: f"--{name.replace('_', '-')}" for name in ("channels", "pixel_mean", "pixel_std")}
+    options["stride_in_1x1"] = "--stride-in-1x1 or --stride-in-3x3"
+    missing = [option for name, option in options.items() if said[name] is None]
     if config is not None and len(missing) < len(options):
-        raise UserError(f"--config and {', '.join(options)} exclude each other", cure="give the config alone")
+        raise UserError(f"--config and {', '.join(options.values())} exclude each other", cure="give the config alone")
     if config is None and len(missing) == len(options):
         beside = Location.of(checkpoint).parent / "config.yaml"
         which = f"--config {beside}, which lies there" if beside.exists() else "--config FILE"
@@ -447,29 +411,19 @@ def detectron2(
             cure=f"give {which}; or say it: the networks of detectron2's model zoo are "
             "--channels BGR --pixel-mean 103.53,116.28,123.675 --pixel-std 1,1,1 --stride-in-1x1",
         )
-    said: Location | Detectron2Config
-    if config is not None:
-        said = Location.of(config)
-    elif channels is not None and pixel_mean is not None and pixel_std is not None and stride_in_1x1 is not None:
-        said = Detectron2Config(channels, pixel_mean, pixel_std, stride_in_1x1)
-    else:
+    if config is None and missing:
         raise UserError(f"convert: without a config these are missing: {', '.join(missing)}", cure="add them")
-    with libraries_on_stderr():
-        found = convert_from_detectron2(
-            Location.of(checkpoint),
-            Location.of(out),
-            said,
-            classes=taxonomy,
-            unfreeze=unfreeze,
-        )
-    answer(found, as_json)
+    source = Detectron2Config(**said) if config is None else Location.of(config)
+    return convert_from_detectron2(
+        Location.of(checkpoint), Location.of(out), source, classes=taxonomy, unfreeze=unfreeze
+    )
 
 
 @convert.command()
 @click.argument("model")
 @click.argument("out", metavar="OUT.pth")
-@json_option
-def to_detectron2(model: str, out: str, as_json: bool) -> None:
+@answers
+def to_detectron2(model: str, out: str) -> dict[str, Any]:
     """Make a detectron2 checkpoint of a model folder.
 
     MODEL is a model folder, or RUN_DIR:MODEL_NAME of a finished run, of a ResNet. Beside OUT.pth a config OUT.yaml is
@@ -482,9 +436,7 @@ def to_detectron2(model: str, out: str, as_json: bool) -> None:
     from nightseg.interop.detectron2 import convert_to_detectron2
     from nightseg.pipeline.results import model_folder
 
-    with libraries_on_stderr():
-        found = convert_to_detectron2(model_folder(model), Location.of(out))
-    answer(found, as_json)
+    return convert_to_detectron2(model_folder(model), Location.of(out))
 
 
 @click.command()
@@ -507,15 +459,10 @@ def to_detectron2(model: str, out: str, as_json: bool) -> None:
     type=click.FloatRange(0, min_open=True),
     help="Largest difference of the confidence (of logits: over the largest one); above it no file is written.",
 )
-@json_option
+@answers
 def export(
-    model: str,
-    out: str,
-    size: tuple[int, int] | None,
-    output: Literal["labels", "logits"],
-    tolerance: float,
-    as_json: bool,
-) -> None:
+    model: str, out: str, size: tuple[int, int] | None, output: Literal["labels", "logits"], tolerance: float
+) -> Answer:
     """Write a segmenter as an ONNX file.
 
     MODEL is a model folder, or RUN_DIR:MODEL_NAME of a finished run. The graph takes frames as they are, uint8 RGB
@@ -528,20 +475,5 @@ def export(
     from nightseg.interop.onnx import export_onnx
     from nightseg.pipeline.results import model_folder
 
-    with libraries_on_stderr():
-        made = export_onnx(model_folder(model), Location.of(out), size=size, output=output, tolerance=tolerance)
-    if as_json:
-        print_json(made)
-        return
-    rows = [
-        [
-            f"{check['batch']} x {check['height']} x {check['width']}",
-            f"{check['max_abs_difference']:.2g}",
-            f"{100 * check['label_agreement']:.3f}",
-            f"{100 * check['segmenter_agreement']:.3f}",
-        ]
-        for check in made.pop("checks")
-    ]
-    columns = ["frames", "max difference from PyTorch", "labels equal, %", "equal to nightseg predict, %"]
-    print_table("checked in onnxruntime", columns, rows)
-    answer(made, as_json=False)
+    made = export_onnx(model_folder(model), Location.of(out), size=size, output=output, tolerance=tolerance)
+    return Answer(made, functools.partial(print_export, made))

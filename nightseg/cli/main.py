@@ -6,24 +6,16 @@ look is `output.py`. Everything heavy is imported by the verb that needs it.
 
 from __future__ import annotations
 
-import sys
 import webbrowser
+from functools import partial
 from pathlib import Path
 
 import click
 
 from nightseg.cli import commands
-from nightseg.cli.output import (
-    Failures,
-    json_option,
-    libraries_on_stderr,
-    print_json,
-    print_plan,
-    print_scores,
-    print_table,
-    print_trials,
-)
-from nightseg.storage import Location, UserError
+from nightseg.cli.output import Answer, Failures, answers, print_outcome, print_plan, print_table, print_trials
+from nightseg.progress import progress_for
+from nightseg.storage import Location, UserError, Workspace
 
 
 @click.group(cls=Failures, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -50,10 +42,8 @@ _set_option = click.option("--set", "overrides", multiple=True, metavar="a.b=c",
 @click.option("--run-dir", metavar="DIR", help="Where the run lies (default: runs/<recipe name>); also s3://, gs://.")
 @click.option("--only", metavar="MODEL", help="Only this model, and what it needs.")
 @click.option("--dry-run", is_flag=True, help="Print the graph: what would run, what is committed, frames, resources.")
-@json_option
-def run(
-    recipe: str, overrides: tuple[str, ...], run_dir: str | None, only: str | None, dry_run: bool, as_json: bool
-) -> None:
+@answers
+def run(recipe: str, overrides: tuple[str, ...], run_dir: str | None, only: str | None, dry_run: bool) -> Answer:
     """Run a recipe to its report.
 
     What is committed is skipped, what was interrupted continues.
@@ -63,70 +53,48 @@ def run(
     nightseg run configs/camvid.yaml --set roots.camvid=/data/camvid --set training.epochs=3 --dry-run
     nightseg run configs/translators.yaml     ways from day to night, measured side by side
     """
-    if dry_run:
-        _show_plan(recipe, overrides, run_dir, only, as_json)
-        return
-    from nightseg.pipeline.run import adapt
-    from nightseg.progress import progress_for
-
-    with libraries_on_stderr():
-        adapted = adapt(recipe, overrides, run_dir=run_dir, only=only, progress=progress_for())
-    outcome = adapted.outcome
-    if as_json:
-        print_json(outcome.results)
-        return
-    print_scores(outcome.results)
-    click.echo(
-        f"{outcome.done} stages done, {outcome.skipped} already committed, {outcome.seconds:.0f} s. "
-        f"Report: {adapted.report}"
-    )
-
-
-def _show_plan(recipe: str, overrides: tuple[str, ...], run_dir: str | None, only: str | None, as_json: bool) -> None:
-    from nightseg.pipeline.run import plan, run_folder
+    from nightseg.pipeline.run import adapt, plan, run_folder
     from nightseg.recipe import load_recipe
 
-    loaded = load_recipe(recipe, overrides)
-    folder = run_folder(loaded.name, run_dir)
-    lines = plan(loaded, folder, only=only)
-    if as_json:
-        print_json({"run_dir": folder.uri, "stages": [line._asdict() | {"node": str(line.node)} for line in lines]})
-    else:
-        print_plan(folder, lines)
+    if dry_run:
+        loaded = load_recipe(recipe, overrides)
+        folder = run_folder(loaded.name, run_dir)
+        lines = plan(loaded, folder, only=only)
+        stages = [line._asdict() | {"node": str(line.node)} for line in lines]
+        return Answer({"run_dir": folder.uri, "stages": stages}, partial(print_plan, folder, lines))
+    adapted = adapt(recipe, overrides, run_dir=run_dir, only=only, progress=progress_for())
+    return Answer(adapted.outcome.results, partial(print_outcome, adapted))
 
 
 @main.command()
 @click.argument("run_dir")
-@json_option
-def status(run_dir: str, as_json: bool) -> None:
+@answers
+def status(run_dir: str) -> Answer:
     """Show what a run has committed, and who works on it.
 
     \b
     nightseg status runs/demo
     """
-    from nightseg.storage import Workspace
-
     folder = Location.of(run_dir)
     if not folder.is_folder():
         raise UserError(f"{run_dir}: there is no such run folder", cure="give the folder that `nightseg run` wrote")
     if not (folder / "stages").is_folder() and not (folder / "recipe.yaml").exists():
         raise UserError(f"{run_dir}: not a run folder, it has neither stages nor recipe.yaml", cure="give RUN_DIR")
-    workspace = Workspace(folder)
-    commits = workspace.commits()
-    holder = workspace.holder()
-    if as_json:
-        rows = [
-            {"stage": c.stage, "name": c.name, "key": c.key, "created": c.created, "seconds": c.seconds,
-             "rows_in": c.rows_in, "rows_out": c.rows_out, "quarantined": c.quarantined}
-            for c in commits
-        ]  # fmt: skip
-        print_json({"run_dir": folder.uri, "holder": holder, "commits": rows})
-        return
-    print_table(
-        f"{folder}: {'being worked on by ' + holder if holder else 'no driver at work'}",
-        ["stage", "committed", "frames in", "out", "quarantined", "seconds"],
-        [[f"{c.stage}/{c.name}", c.created, c.rows_in, c.rows_out, c.quarantined, f"{c.seconds:.1f}"] for c in commits],
-    )
+    commits, holder = Workspace(folder).commits(), Workspace(folder).holder()
+    keys = ("stage", "name", "key", "created", "seconds", "rows_in", "rows_out", "quarantined")
+    rows = [{key: getattr(commit, key) for key in keys} for commit in commits]
+
+    def show() -> None:
+        print_table(
+            f"{folder}: {'being worked on by ' + holder if holder else 'no driver at work'}",
+            ["stage", "committed", "frames in", "out", "quarantined", "seconds"],
+            [
+                [f"{c.stage}/{c.name}", c.created, c.rows_in, c.rows_out, c.quarantined, f"{c.seconds:.1f}"]
+                for c in commits
+            ],
+        )
+
+    return Answer({"run_dir": folder.uri, "holder": holder, "commits": rows}, show)
 
 
 @main.command()
@@ -154,8 +122,8 @@ def report(run_dir: str, show: bool) -> None:
 @click.argument("search_file", metavar="SEARCH")
 @_set_option
 @click.option("--run-dir", metavar="DIR", help="Where the search lies (default: runs/<its name>).")
-@json_option
-def search(search_file: str, overrides: tuple[str, ...], run_dir: str | None, as_json: bool) -> None:
+@answers
+def search(search_file: str, overrides: tuple[str, ...], run_dir: str | None) -> Answer:
     """Search loss and selection of a recipe (Ray Tune).
 
     Trials are compared on a validation set; the best recipe is written to best.yaml. Given again, the search continues.
@@ -165,21 +133,16 @@ def search(search_file: str, overrides: tuple[str, ...], run_dir: str | None, as
     tensorboard --logdir runs/search/tune
     """
     from nightseg.pipeline.search import search as tune
-    from nightseg.progress import progress_for
 
-    with libraries_on_stderr():
-        found = tune(search_file, overrides, run_dir=run_dir, progress=progress_for())
-    if as_json:
-        print_json({"best": found.best, "trials": found.trials, "recipe": found.best_recipe.uri})
-        return
-    print_trials(found.folder, found.trials)
-    click.echo(f"best recipe: {found.best_recipe}\ntrials: tensorboard --logdir {found.folder}/tune")
+    found = tune(search_file, overrides, run_dir=run_dir, progress=progress_for())
+    content = {"best": found.best, "trials": found.trials, "recipe": found.best_recipe.uri}
+    return Answer(content, partial(print_trials, found))
 
 
 @main.command()
 @click.option("--cluster", metavar="FILE", help="Also check a cluster.yaml for open doors and unfilled places.")
-@json_option
-def doctor(cluster: str | None, as_json: bool) -> None:
+@answers
+def doctor(cluster: str | None) -> Answer:
     """Check this machine, and a cluster file.
 
     Versions, processor, disk, weights, Ray's token. Exit code 1 if something should be mended.
@@ -189,16 +152,15 @@ def doctor(cluster: str | None, as_json: bool) -> None:
     """
     from nightseg.cli.doctor import examine
 
-    with libraries_on_stderr():
-        findings = examine(cluster)
+    findings = examine(cluster)
     good = all(finding.good for finding in findings)
-    if as_json:
-        print_json({"good": good, "findings": [finding._asdict() for finding in findings]})
-    else:
+
+    def show() -> None:
         for finding in findings:
             click.echo(f"{'ok  ' if finding.good else 'FIX '} {finding.what}: {finding.detail}")
-    if not good:
-        sys.exit(1)
+
+    content = {"good": good, "findings": [finding._asdict() for finding in findings]}
+    return Answer(content, show, code=0 if good else 1)
 
 
 for verb in ("split", "fid", "select", "evaluate", "predict", "convert", "export"):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -16,14 +17,12 @@ from nightseg.progress import printable
 from nightseg.storage import Location, UserError
 
 if TYPE_CHECKING:
-    from nightseg.pipeline.run import Planned
+    from nightseg.pipeline.run import Adapted, Planned
+    from nightseg.pipeline.search import Found
 
 METRICS = {"miou": "mIoU", "pa": "PA", "ca": "CA", "fwiou": "FWIoU"}
 STATES = {"committed": "green", "runs": "yellow", "continues": "cyan", "waits": ""}
 PIPE_WIDTH = 160  # of a table that no terminal limits
-
-
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 
 
 class Failures(click.Group):
@@ -65,23 +64,38 @@ def say(message: str) -> None:
     click.echo("\n".join(map(printable, message.split("\n"))), err=True)
 
 
-@contextmanager
-def libraries_on_stderr() -> Iterator[None]:
-    """Standard output carries the answer and nothing else: what a library prints meanwhile goes to standard error."""
-    with redirect_stdout(sys.stderr):
-        yield
+class Answer(NamedTuple):
+    """What a verb answers: the object of --json, how people see it (None: a line a key), and the exit code."""
+
+    content: Mapping[str, Any]
+    show: Callable[[], None] | None = None
+    code: int = 0
 
 
-def print_json(answer: Mapping[str, Any]) -> None:
-    """The one object of --json, on one line."""
-    click.echo(json.dumps(answer, allow_nan=False))
+def answers(command: Callable[..., Answer | dict[str, Any]]) -> Callable[..., None]:
+    """Gives a verb that returns its answer the option --json.
+
+    Standard output carries the answer and nothing else: what a library prints meanwhile goes to standard error.
+    """
+
+    @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+    @functools.wraps(command)
+    def verb(*, as_json: bool, **options: Any) -> None:
+        with redirect_stdout(sys.stderr):
+            found = command(**options)
+        content, show, code = found if isinstance(found, Answer) else Answer(found)
+        if as_json:
+            click.echo(json.dumps(content, allow_nan=False))
+        else:
+            show() if show else print_lines(content)
+        if code:
+            sys.exit(code)
+
+    return verb
 
 
-def answer(result: Mapping[str, Any], as_json: bool) -> None:
-    if as_json:
-        print_json(result)
-        return
-    for key, value in result.items():
+def print_lines(answer: Mapping[str, Any]) -> None:
+    for key, value in answer.items():
         click.echo(printable(f"{key}: {_words(value)}"))
 
 
@@ -121,6 +135,15 @@ def print_plan(folder: Location, lines: Sequence[Planned]) -> None:
     )
 
 
+def print_outcome(adapted: Adapted) -> None:
+    outcome = adapted.outcome
+    print_scores(outcome.results)
+    click.echo(
+        f"{outcome.done} stages done, {outcome.skipped} already committed, {outcome.seconds:.0f} s. "
+        f"Report: {adapted.report}"
+    )
+
+
 def print_scores(results: Mapping[str, Any]) -> None:
     rows = [
         [model, test, *(percent(scores[key]) for key in METRICS),
@@ -148,8 +171,8 @@ def print_folder_scores(scores: Mapping[str, Any]) -> None:
     print_table(f"{scores['frames']} frames, percent", columns, [row[: len(columns)] for row in rows])
 
 
-def print_trials(folder: Location, trials: Sequence[Mapping[str, Any]]) -> None:
-    keys = list(trials[0]["values"])
+def print_trials(found: Found) -> None:
+    keys = list(found.trials[0]["values"])
     short = [key.rpartition(".")[2] for key in keys]
     rows = [
         [
@@ -159,13 +182,29 @@ def print_trials(folder: Location, trials: Sequence[Mapping[str, Any]]) -> None:
             trial["epochs"],
             trial["end"],
         ]
-        for trial in trials
+        for trial in found.trials
     ]
     columns = short if len(set(short)) == len(keys) else keys
-    print_table(str(folder), ["trial", *columns, "validation mIoU", "epochs", "end"], rows)
-    for trial in trials:
+    print_table(str(found.folder), ["trial", *columns, "validation mIoU", "epochs", "end"], rows)
+    for trial in found.trials:
         if trial["error"]:
             say(f"trial {trial['trial']} failed: {trial['error']}")
+    click.echo(f"best recipe: {found.best_recipe}\ntrials: tensorboard --logdir {found.folder}/tune")
+
+
+def print_export(made: Mapping[str, Any]) -> None:
+    rows = [
+        [
+            f"{check['batch']} x {check['height']} x {check['width']}",
+            f"{check['max_abs_difference']:.2g}",
+            f"{100 * check['label_agreement']:.3f}",
+            f"{100 * check['segmenter_agreement']:.3f}",
+        ]
+        for check in made["checks"]
+    ]
+    columns = ["frames", "max difference from PyTorch", "labels equal, %", "equal to nightseg predict, %"]
+    print_table("checked in onnxruntime", columns, rows)
+    print_lines({key: value for key, value in made.items() if key != "checks"})
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from typing import Any
 
 import click
 import pytest
@@ -14,6 +15,7 @@ from nightseg.cli import output
 from nightseg.errors import UserError
 from nightseg.pipeline.graph import NodeId
 from nightseg.pipeline.run import Planned
+from nightseg.pipeline.search import Found
 from nightseg.storage import Location
 
 
@@ -82,26 +84,29 @@ def test_a_reader_that_went_away_is_no_error_to_report() -> None:
 # -- answers ----------------------------------------------------------------------------------------------------------
 
 
-def test_json_is_one_object_on_one_line_and_never_nan(capsys: pytest.CaptureFixture[str]) -> None:
-    output.answer({"name": "nächtlich\n", "fid": 1.5}, as_json=True)
-    out = capsys.readouterr().out
+def answer_of(content: dict[str, Any], *words: str) -> Result:
+    """What is seen of a verb that answers this, while a library prints."""
+
+    @click.command()
+    @output.answers
+    def verb() -> dict[str, Any]:
+        print("chatter")
+        return content
+
+    return CliRunner().invoke(verb, words)
+
+
+def test_json_is_one_object_on_one_line_and_never_nan() -> None:
+    out = answer_of({"name": "nächtlich\n", "fid": 1.5}, "--json").stdout
     assert json.loads(out) == {"name": "nächtlich\n", "fid": 1.5}
     assert out.count("\n") == 1 and out.isascii()
-    with pytest.raises(ValueError, match="JSON compliant"):
-        output.answer({"fid": float("nan")}, as_json=True)
+    assert "JSON compliant" in str(answer_of({"fid": float("nan")}, "--json").exception)
 
 
-def test_answers_for_people_are_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    output.answer({"fid": 12.345678901, "n": None, "counts": {"day": 2, "night": 3}, "save": ["a", "b"]}, False)
-    assert capsys.readouterr().out == "fid: 12.3457\nn: -\ncounts: day 2, night 3\nsave: a, b\n"
-
-
-def test_what_a_library_prints_does_not_reach_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
-    with output.libraries_on_stderr():
-        print("chatter")
-    print("answer")
-    captured = capsys.readouterr()
-    assert (captured.out, captured.err) == ("answer\n", "chatter\n")
+def test_answers_for_people_are_lines_without_what_a_library_prints() -> None:
+    found = answer_of({"fid": 12.345678901, "n": None, "counts": {"day": 2, "night": 3}, "save": ["a", "b"]})
+    assert found.stdout == "fid: 12.3457\nn: -\ncounts: day 2, night 3\nsave: a, b\n"
+    assert found.stderr == "chatter\n"
 
 
 def test_cells_of_a_table_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,7 +151,8 @@ def test_trials_are_named_by_the_last_word_of_their_keys(capsys: pytest.CaptureF
     trial = {"trial": "ab", "values": {"models.m.loss.alpha": 0.123456789, "models.m.loss.kind": "focal"},
              "miou": 0.5, "epochs": 2, "end": "done", "error": None}  # fmt: skip
     failed = trial | {"trial": "cd", "miou": None, "end": "failed", "error": "too few frames"}
-    output.print_trials(Location.of("/s"), [trial, failed])
+    output.print_trials(Found(Location.of("/s"), trial, [trial, failed], Location.of("/s/best.yaml")))
     captured = capsys.readouterr()
     assert "alpha" in captured.out and "models.m" not in captured.out and "0.123457" in captured.out
+    assert "best recipe: /s/best.yaml\n" in captured.out
     assert captured.err == "trial cd failed: too few frames\n"
