@@ -40,6 +40,7 @@ Frames: no torch, no ray
     data/taxonomy.py        class lists, palettes, raw-id maps
     data/class_list.py      class lists as YAML files
     data/labels.py          the label of a row as train ids
+    data/listing.py         the files that a folder means: links followed, nothing hidden, nothing that nightseg wrote
     data/layouts.py         folder layouts; predictions and labels of two folders, by name
     data/sources.py         a file, folder, pattern, table or video as frames to read
     data/video.py           videos as frames, frames as a video

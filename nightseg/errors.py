@@ -1,7 +1,9 @@
-"""The one error that is the user's to solve, and the hint that often solves it."""
+"""The one error that is the user's to solve, and the words that often solve it."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+_MAX_LISTED = 5
 
 
 class UserError(ValueError):
@@ -19,3 +21,9 @@ def closest(word: str, known: Iterable[str]) -> str:
     """`, did you mean 'x'?` to put behind a word that is not known, if a known one resembles it; else nothing."""
     matches = difflib.get_close_matches(word, list(known), n=1)
     return f", did you mean {matches[0]!r}?" if matches else ""
+
+
+def first_of(names: Sequence[str]) -> str:
+    """The first names of a list that may be long, in words."""
+    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    return ", ".join(names[:_MAX_LISTED]) + more

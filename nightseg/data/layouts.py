@@ -7,17 +7,18 @@ labels) and a rule that pairs them, so a million frames cost two walks and no lo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from nightseg.data.images import SUFFIXES
+from nightseg.data.listing import files_below
 from nightseg.data.settings import FolderDataset
 from nightseg.data.table import DOMAINS
 from nightseg.data.taxonomy import TRAIN_IDS
-from nightseg.errors import closest
+from nightseg.errors import closest, first_of
 from nightseg.storage import Entry, Location, UserError, hash_of
 
 _CHECK_DATASET = "check root, split and layout of the dataset"
@@ -29,7 +30,8 @@ _NIGHTTIME_LABELS = "gtCoarse_daytime_trainvaltest"
 class Candidate:
     """A frame that the listing promises. Nothing is opened yet: it may be damaged, its label may not exist.
 
-    `problem` is not empty when the file's name cannot be written in a table or opened on every file system.
+    `problem` is not empty when the file's name cannot be written in a table or opened on every file system, and when it
+    is a link that leads nowhere or no file at all.
     """
 
     frame_id: str
@@ -72,36 +74,41 @@ class _Pair:
     domain: str | None
 
 
-def list_frames(dataset: FolderDataset, name: str) -> list[Candidate]:
+def _nobody(note: str) -> None:
+    """Takes what a listing has to say where it is said by another call."""
+
+
+def list_frames(dataset: FolderDataset, name: str, say: Callable[[str], None] = _nobody) -> list[Candidate]:
     """The frames a folder promises, sorted by their unique `frame_id`, which begins with the `name` of the dataset.
 
     camvid: <root>/<split>/images/*, <root>/<split>/labels/<same stem>.png; sequence = the part before the first "_".
     cityscapes: <root>/leftImg8bit/<split>/<city>/*, <root>/gtFine/<split>/<city>/*_labelIds.png (or gtCoarse, or
         *_labelTrainIds.png where there are no labelIds); sequence = the city.
     nighttime_driving: <root>/leftImg8bit/<split>/<domain>/*, labels gtCoarse_daytime_trainvaltest (train ids).
-    images: all images below <root>/<split>, never labelled; sequence = their folder. Links to folders are not followed.
-    Files whose name starts with a dot are not frames. Raises UserError: no such folder, no such split, no image.
+    images: all images below <root>/<split>, never labelled; sequence = their folder.
+    Links are followed; what does not count is said by `files_below`, and `say` is told of it.
+    Raises UserError: no such folder, no such split, no image.
     """
-    listing = _list(dataset)
+    listing = _list(dataset, say)
     pairs = _pairs(dataset.layout, listing, dataset.label_encoding)
     candidates = _candidates(listing, pairs, name, dataset.domain)
     candidates.sort(key=lambda candidate: candidate.frame_id)
     return candidates[: dataset.limit]
 
 
-def named_frames(root: Location, names: Iterable[str], dataset: str) -> list[Candidate]:
-    """The candidates that `list_frames` would make of these files (names below `root`), in the order of the names."""
-    entries = [Entry(name, 0, 0, False) for name in names]
+def frames_of_files(root: Location, entries: list[Entry], dataset: str) -> list[Candidate]:
+    """The candidates that `list_frames` would make of these files below `root`, in their order."""
     return _candidates(_Listing(root, entries, None, []), [_plain_pair(e.name) for e in entries], dataset, "unknown")
 
 
 def _candidates(listing: _Listing, pairs: list[_Pair], dataset: str, domain: str) -> list[Candidate]:
     candidates = []
-    for pair, name in zip(pairs, _unique_names(pairs), strict=True):
-        uri, image_problem = _file(listing.images, pair.image)
+    labels = {entry.name: entry for entry in listing.label_entries}
+    for entry, pair, name in zip(listing.image_entries, pairs, _unique_names(pairs), strict=True):
+        uri, image_problem = _file(listing.images, entry)
         label_uri, label_problem = None, ""
         if listing.labels is not None and pair.label is not None:
-            label_uri, label_problem = _file(listing.labels, pair.label)
+            label_uri, label_problem = _file(listing.labels, labels.get(pair.label) or Entry(pair.label, 0, 0, False))
         candidates.append(
             Candidate(
                 frame_id=f"{dataset}/{_printable(name)}",
@@ -189,10 +196,11 @@ def _folders(dataset: FolderDataset) -> _Folders:
     return found
 
 
-def _list(dataset: FolderDataset) -> _Listing:
+def _list(dataset: FolderDataset, say: Callable[[str], None] = _nobody) -> _Listing:
     found = _folders(dataset)
-    labels = _labels(found.labels) if found.labels is not None else []
-    listing = _Listing(found.images, _images(found.images, found.depth), found.labels, labels)
+    images = files_below(found.images, SUFFIXES, depth=found.depth, say=say)
+    labels = [] if found.labels is None else files_below(found.labels, (".png",), depth=2, predictions=True)
+    listing = _Listing(found.images, images, found.labels, labels)
     if not listing.image_entries:
         raise UserError(
             f"layout {dataset.layout}: no image in {listing.images.uri}; looked for {', '.join(SUFFIXES)}",
@@ -203,7 +211,8 @@ def _list(dataset: FolderDataset) -> _Listing:
 
 def _need_folder(folder: Location, what: str) -> None:
     if not folder.is_folder():
-        raise UserError(f"{what}: no such folder: {folder.uri}", cure=_CHECK_DATASET)
+        wrong = "a file, and no folder" if folder.exists() else "no such folder"
+        raise UserError(f"{what}: {wrong}: {folder.uri}", cure=_CHECK_DATASET)
 
 
 def _split_folder(layout: str, parent: Location, split: str) -> Location:
@@ -224,36 +233,6 @@ def _cityscapes_labels(root: Location, split: str) -> Location:
     """gtFine, or gtCoarse for the splits that have only that (train_extra)."""
     fine, coarse = root / "gtFine" / split, root / "gtCoarse" / split
     return coarse if not fine.is_folder() and coarse.is_folder() else fine
-
-
-def _images(folder: Location, depth: int | None) -> list[Entry]:
-    return [entry for entry in _files(folder, depth) if entry.name.lower().endswith(SUFFIXES)]
-
-
-def _labels(folder: Location) -> list[Entry]:
-    return [entry for entry in _files(folder, depth=2) if entry.name.lower().endswith(".png")]
-
-
-def _files(folder: Location, depth: int | None) -> list[Entry]:
-    """Visible files down to `depth` levels (1 = the folder itself), sorted by name; None = all levels."""
-    if depth is None:
-        entries = folder.list(recursive=True)
-    else:
-        entries = folder.list()
-        if depth > 1:  # level by level, so that cities that are links to another disk are read too
-            for child in [entry for entry in entries if entry.is_folder and not _is_hidden(entry.name)]:
-                below = [(child.name, entry) for entry in _files(folder / child.name, depth - 1)]
-                entries += [
-                    Entry(f"{name}/{entry.name}", entry.size, entry.modified_ns, entry.is_folder)
-                    for name, entry in below
-                ]
-    files = [entry for entry in entries if not entry.is_folder and not _is_hidden(entry.name)]
-    return sorted(files, key=lambda entry: entry.name)
-
-
-def _is_hidden(name: str) -> bool:
-    """Also '._x.jpg', which macOS writes beside x.jpg, and anything in a folder such as .thumbnails."""
-    return any(part.startswith(".") for part in name.split("/"))
 
 
 # -- pairing -----------------------------------------------------------------------------------------------------------
@@ -319,12 +298,12 @@ def _unique_names(pairs: Iterable[_Pair]) -> list[str]:
             names[index] = pairs[index].image
 
 
-def _file(folder: Location, name: str) -> tuple[str, str]:
+def _file(folder: Location, entry: Entry) -> tuple[str, str]:
     """(uri, problem): a name that `Location` refuses is kept in printable form, so that the frame can be reported."""
     try:
-        return (folder / name).uri, ""
+        return (folder / entry.name).uri, _printable(entry.problem)
     except UserError as error:
-        return f"{folder.uri}/{_printable(name)}", _printable(str(error))
+        return f"{folder.uri}/{_printable(entry.name)}", _printable(str(error))
 
 
 def _printable(name: str) -> str:
@@ -337,7 +316,6 @@ def _printable(name: str) -> str:
 # What data sets append to a frame's name, so that a.png, a_leftImg8bit.png and a_gtFine_labelIds.png are one frame.
 NAME_ENDINGS = ("_leftImg8bit", "_rgb_anon", "_labelTrainIds", "_labelIds", "_gtFine", "_gtCoarse", "_gt")
 _NOT_LABELS = ("_color", "_instanceIds", "_instanceTrainIds", "_polygons", "_invGray")
-_MAX_LISTED = 5
 
 
 class Pair(NamedTuple):
@@ -347,15 +325,15 @@ class Pair(NamedTuple):
     label: Entry  # below the folder of labels
 
 
-def pair_up(predictions_folder: Location, labels_folder: Location, skip: Sequence[str] = ()) -> list[Pair]:
+def pair_up(predictions_folder: Location, labels_folder: Location, say: Callable[[str], None] = _nobody) -> list[Pair]:
     """A pair for every PNG below the folder of labels, in the order of their names.
 
-    Suffix and the endings of the Cityscapes family are left out of the comparison; folders of predictions in `skip`
-    (pictures for people) are not searched, and predictions without label are not used.
+    Suffix and the endings of the Cityscapes family are left out of the comparison; predictions without label are not
+    used, nor are what `predict` wrote for people, and predictions that lie among the labels or labels among them.
     Raises UserError: no folder, no label, a label without prediction, names that fit more than once.
     """
-    predictions = _label_pngs(predictions_folder, "predictions", skip)
-    labels = _label_pngs(labels_folder, "labels")
+    predictions = _label_pngs(predictions_folder, "predictions", say, other=labels_folder)
+    labels = _label_pngs(labels_folder, "labels", say, other=predictions_folder)
     by_name = _keys_by_name(predictions)
     is_alone = {name for name, keys in _keys_by_name(labels).items() if len(keys) == 1}
     pairs, missing = [], []
@@ -363,7 +341,9 @@ def pair_up(predictions_folder: Location, labels_folder: Location, skip: Sequenc
         name = PurePosixPath(key).name
         # The same place below both folders; else the same file name, where no other frame has it.
         found = [key] if key in predictions else by_name.get(name, [])
-        if len(found) == 1 and (key in predictions or name in is_alone):
+        if label.problem:
+            missing.append(f"{label.name} ({label.problem})")
+        elif len(found) == 1 and (key in predictions or name in is_alone):
             pairs.append(Pair(predictions[found[0]], label))
         else:
             missing.append(f"{label.name} (the name occurs more than once)" if found else label.name)
@@ -377,12 +357,6 @@ def pair_up(predictions_folder: Location, labels_folder: Location, skip: Sequenc
     return pairs
 
 
-def first_of(names: Sequence[str]) -> str:
-    """The first names of a list that may be long, in words."""
-    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
-    return ", ".join(names[:_MAX_LISTED]) + more
-
-
 def _keys_by_name(keys: Iterable[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for key in keys:
@@ -390,16 +364,16 @@ def _keys_by_name(keys: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
-def _label_pngs(folder: Location, what: str, skip: Sequence[str] = ()) -> dict[str, Entry]:
-    """Key of the frame -> file, for the PNG files below a folder, but not below its folders in `skip`."""
+def _label_pngs(folder: Location, what: str, say: Callable[[str], None], other: Location) -> dict[str, Entry]:
+    """Key of the frame -> file, for the PNG files below a folder, but not below the `other` one, if that lies in it."""
     if not folder.is_folder():
         raise UserError(f"{what}: there is no folder {folder.uri}", cure="check the path")
     files: dict[str, Entry] = {}
-    for entry in folder.list(recursive=True):
+    others = f"{other.uri.removeprefix(folder.uri).lstrip('/')}/" if other.uri.startswith(f"{folder.uri}/") else None
+    for entry in files_below(folder, (".png",), say=say, predictions=what == "predictions"):
         path = PurePosixPath(entry.name)
-        hidden = any(part.startswith(".") for part in path.parts)
-        skipped = hidden or path.stem.endswith(_NOT_LABELS) or (len(path.parts) > 1 and path.parts[0] in skip)
-        if entry.is_folder or skipped or path.suffix.lower() != ".png":
+        is_others = others is not None and entry.name.startswith(others)
+        if is_others or path.stem.endswith(_NOT_LABELS) or (entry.problem and what == "predictions"):
             continue
         key = _frame_key(path)
         # Both kinds of Cityscapes label may be there: the train ids need no map, so they win.

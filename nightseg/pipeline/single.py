@@ -19,6 +19,7 @@ from nightseg.data import layouts
 from nightseg.data import table as frame
 from nightseg.data.class_list import taxonomy as load_taxonomy
 from nightseg.data.layouts import pair_up
+from nightseg.data.listing import PREDICTION_CARD
 from nightseg.data.settings import FolderDataset
 from nightseg.data.sources import Source, find_source
 from nightseg.data.video import need_av
@@ -27,7 +28,7 @@ from nightseg.pipeline import build, run
 from nightseg.pipeline.graph import Given, NodeId, part_of_key
 from nightseg.progress import Progress
 from nightseg.recipe.types import Evaluation
-from nightseg.segmenter.predict import PICTURES, Picture, check_kind, usable_device
+from nightseg.segmenter.predict import Picture, check_kind, usable_device
 from nightseg.segmenter.settings import Inference
 from nightseg.selection.features import identify
 from nightseg.selection.frechet import (
@@ -134,7 +135,7 @@ def distance(
 
     Raises UserError: a set does not exist, has fewer than 2 good frames, or was measured in another way than the other.
     """
-    found = [_set_of_frames(place) for place in (a, b)]  # both, before the first is measured
+    found = [_set_of_frames(place, progress) for place in (a, b)]  # both, before the first is measured
     _check_before(found, (a, b), extraction, insist)
     given = {name: one for name, one in zip(("a", "b"), found, strict=True) if isinstance(one, Given)}
     graph = build.distance_graph(given, extraction, compute)
@@ -149,7 +150,7 @@ def distance(
     return {"fid": apart.fid, **counts, "extractor": made.extractor, "resize": made.resize} | apart._asdict()
 
 
-def _set_of_frames(source: str) -> Statistics | Given:
+def _set_of_frames(source: str, progress: Progress) -> Statistics | Given:
     place = Location.of(source)
     if place.name.lower().endswith(".npz"):
         return read_statistics(place)
@@ -157,7 +158,8 @@ def _set_of_frames(source: str) -> Statistics | Given:
     if isinstance(frames, Given):
         return frames
     folder = FolderDataset.of_images(source)
-    listed = ({frame.FRAME_ID: one.frame_id, frame.URI: one.uri} for one in layouts.list_frames(folder, place.name))
+    candidates = layouts.list_frames(folder, place.name, progress.say)
+    listed = ({frame.FRAME_ID: one.frame_id, frame.URI: one.uri} for one in candidates)
     return Given(frame.frame_table(listed), layouts.fingerprint(folder))
 
 
@@ -213,8 +215,8 @@ def predict_frames(
     card = load_card(model)
     check_kind(model, card)
     device = device or "cpu" if compute.actors else str(usable_device(device))
-    found = find_source(source)
-    _check_source(found, pictures, overlay_video, compute.actors, source)
+    found = find_source(source, progress.say)
+    _check_source(found, pictures, overlay_video, compute.actors, source, out)
     sha256 = {"model": hash_of([card, sha256_of((model / TENSORS).read_bytes())]), "source": found.identity}
     images = Given(frame.frame_table(found.images), found.identity) if found.images else None
     settings = {"save": pictures, "inference": inference}
@@ -244,12 +246,23 @@ def predict_frames(
         "taxonomy": card["taxonomy"]["name"],
         "seconds": round(time.monotonic() - started, 3),
     }
-    (out / "prediction.json").write_json(answer | {"inference": part_of_key(inference), "sha256": sha256})
+    (out / PREDICTION_CARD).write_json(answer | {"inference": part_of_key(inference), "sha256": sha256})
     return answer
 
 
-def _check_source(found: Source, save: Sequence[Picture], overlay_video: bool, actors: int, source: str) -> None:
+def _check_source(
+    found: Source, save: Sequence[Picture], overlay_video: bool, actors: int, source: str, out: Location
+) -> None:
     """What cannot be done is said before anything is."""
+    places = [*(row[frame.URI] for row in found.images), *(video.file.uri for video in found.videos)]
+    folders = {place.rpartition("/")[0] for place in places}
+    among = {folder for folder in folders if out.holds(Location.of(f"{folder}/frame"))}
+    if inside := [place for place in places if place.rpartition("/")[0] in among]:
+        raise UserError(
+            f"{out}: {len(inside)} of the frames lie in the output folder, first {inside[0]}; masks among frames would "
+            "replace them, or be taken for frames the next time",
+            cure=f"another folder, such as {out / 'predictions'}",
+        )
     if found.videos:
         need_av()
         if actors:
@@ -295,7 +308,7 @@ def evaluate_folders(
     folder, no label, a label without prediction, sizes that differ, unknown ids.
     """
     classes = load_taxonomy(taxonomy)
-    pairs = pair_up(predictions, labels, skip=PICTURES)  # `nightseg predict` with pictures to look at
+    pairs = pair_up(predictions, labels, progress.say)
     places = {
         "prediction_uri": [(predictions / pair.prediction.name).uri for pair in pairs],
         frame.LABEL_URI: [(labels / pair.label.name).uri for pair in pairs],

@@ -8,7 +8,7 @@ with the reason; later stages can rely on the rest.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -59,7 +59,11 @@ def collect(
 
     Raises UserError: a folder, split or encoding that does not exist; more than `max_bad_fraction` bad frames.
     """
-    work = _scenes(dataset, name, taxonomy) if isinstance(dataset, ScenesDataset) else _folder(dataset, name, taxonomy)
+    notes: list[str] = []
+    if isinstance(dataset, ScenesDataset):
+        work = _scenes(dataset, name, taxonomy)
+    else:
+        work = _folder(dataset, name, taxonomy, notes.append)
     shards = map_shards(
         work.rows,
         work.worker,
@@ -72,6 +76,13 @@ def collect(
     frames = shards.table("frames")
     check_frames(frames)
     summary = _summary(frames, shards.table("quarantine"))
+    if summary["duplicates"]:
+        notes.append(
+            f"{summary['duplicates']} of {frames.num_rows} frames repeat others byte for byte; all of them count"
+        )
+    for note in notes:
+        progress.say(f"dataset {name}: {note}")
+    summary |= {"notes": notes} if notes else {}
     return shards.finish("frames", max_bad_fraction=max_bad_fraction, summary=summary)
 
 
@@ -89,8 +100,8 @@ def _summary(frames: pa.Table, quarantine: pa.Table) -> dict[str, Any]:
 # -- folders ---------------------------------------------------------------------------------------------------------
 
 
-def _folder(dataset: FolderDataset, name: str, classes: str) -> _Pass:
-    candidates = list_frames(dataset, name)
+def _folder(dataset: FolderDataset, name: str, classes: str, say: Callable[[str], None] = lambda note: None) -> _Pass:
+    candidates = list_frames(dataset, name, say)
     known = taxonomy(classes)
     for encoding in {candidate.label_encoding for candidate in candidates} - {None}:
         known.lut(encoding or "")  # an encoding the taxonomy does not know is an error now, not one bad frame each

@@ -7,6 +7,7 @@ busy store are those of the file systems themselves.
 
 from __future__ import annotations
 
+import builtins
 import errno
 import functools
 import hashlib
@@ -16,7 +17,9 @@ import re
 import secrets
 import shutil
 import signal
-from collections.abc import Iterator
+import stat
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -47,12 +50,19 @@ _WRITE_CURES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One file or folder listed. `name`: relative, POSIX; `modified_ns`: since 1970, 0 if the store keeps none."""
+    """One file or folder listed. `name`: relative, POSIX; `modified_ns`: since 1970, 0 if the store keeps none.
+
+    Of a walk: `problem`, why it cannot be read, as far as a listing can tell; `is_linked`, whether a link is on the
+    way; `same`, a text that is equal for two ways to one file or folder ("" on other stores than the local disk).
+    """
 
     name: str
     size: int
     modified_ns: int
     is_folder: bool
+    problem: str = ""
+    is_linked: bool = False
+    same: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,7 +89,7 @@ class Location:
                 raise UserError(
                     f"{os.fspath(path)!r}: it names another host", cure="give three slashes, like file:///data"
                 )
-        return cls(os.path.abspath(os.path.expanduser(text)))
+        return cls(_absolute(os.path.expanduser(text)))
 
     def __truediv__(self, relative: str) -> Location:
         """A file or folder below this one; raises `UserError` for anything that could lead out of it."""
@@ -130,6 +140,10 @@ class Location:
     def is_folder(self) -> bool:
         return bool(self._info().type == pafs.FileType.Directory)
 
+    def holds(self, other: Location) -> bool:
+        """Whether the other one lies below this folder, links resolved."""
+        return _resolved(other).startswith(f"{_resolved(self).rstrip('/')}/")
+
     def size(self) -> int:
         """Bytes of the file; raises FileNotFoundError when absent."""
         info = self._info()
@@ -155,6 +169,17 @@ class Location:
             )
         finished = (entry for entry in entries if TEMPORARY_PREFIX not in entry.name)
         return sorted(finished, key=lambda entry: entry.name)
+
+    def walk(self, enter: Callable[[str], bool] = lambda name: True) -> builtins.list[Entry]:
+        """Entries of all levels sorted by name, links followed; below a folder only if `enter(name)` is true of it.
+
+        A link to a folder that was listed already, or that holds the link, is not followed again: `problem` says so. A
+        link that leads nowhere and what is no file (a pipe, a device) are entries with a `problem`, too.
+        Raises UserError: a folder may not be read.
+        """
+        if self.is_local:
+            return sorted(_walk_local(self.uri, enter), key=lambda entry: entry.name)
+        return [entry for entry in self.list(recursive=True) if all(map(enter, _folders_above(entry.name)))]
 
     def _info(self) -> pafs.FileInfo:
         system, path = file_system(self.uri)
@@ -273,6 +298,20 @@ def safe_relative(relative: str) -> str:
     return normal
 
 
+def _absolute(path: str) -> str:
+    """Without `..`: after a link they lead where the link leads, as everywhere else, and not back to before it."""
+    plain = os.path.abspath(path)
+    if ".." not in path.split("/"):
+        return plain
+    before, _, after = f"{path}/".rpartition("/../")
+    real = os.path.join(os.path.realpath(f"{before}/.."), after.rstrip("/"))
+    return plain if os.path.realpath(plain) == os.path.realpath(real) else os.path.normpath(real)
+
+
+def _resolved(place: Location) -> str:
+    return os.path.realpath(place.uri) if place.is_local else place.uri
+
+
 def _is_not_utf8(name: str) -> bool:
     return any("\ud800" <= character <= "\udfff" for character in name)
 
@@ -309,6 +348,66 @@ def _list_local(root: str, below: str, recursive: bool) -> Iterator[Entry]:
             yield Entry(name, 0 if is_folder else status.st_size, status.st_mtime_ns, is_folder)
             if is_folder and recursive and not is_link:
                 yield from _list_local(root, name + "/", recursive)
+
+
+def _walk_local(root: str, enter: Callable[[str], bool]) -> Iterator[Entry]:
+    """Level by level, what is reached without links first: so a folder has its own name and not that of a link."""
+    seen: dict[str, str] = {}  # folder -> where it was listed
+    plain, linked = deque([""]), deque[str]()
+    while plain or linked:
+        is_link = not plain
+        name = (linked if is_link else plain).popleft()
+        path = os.path.join(root, name)
+        try:
+            status = os.stat(path)
+            folder = _identity(path, status)
+            if is_link:
+                same = os.path.join(root, seen[folder]).rstrip("/") if folder in seen else ""
+                problem = f"a link to {same}, which is listed already" if same else ""
+                yield Entry(name, 0, status.st_mtime_ns, True, problem, is_linked=True, same=folder)
+                if same:
+                    continue
+            seen[folder] = name
+            with os.scandir(path) as children:
+                for child in children:
+                    if TEMPORARY_PREFIX in child.name:
+                        continue
+                    entry = _looked_at(child, f"{name}/{child.name}" if name else child.name, is_link)
+                    if entry.is_folder and enter(entry.name):
+                        (linked if entry.is_linked else plain).append(entry.name)
+                    if not (entry.is_folder and entry.is_linked):  # said above, once it is known whether it is new
+                        yield entry
+        except PermissionError as error:
+            raise UserError(
+                f"{error.filename or path}: it may not be read, so what lies there would be missing",
+                cure="get the rights to read it (chmod), or move it out of the folder",
+            ) from error
+
+
+def _looked_at(child: os.DirEntry[str], name: str, is_below_link: bool) -> Entry:
+    """A file or folder behind its links."""
+    is_linked = is_below_link or child.is_symlink()
+    try:
+        status = child.stat()
+    except PermissionError:
+        raise
+    except OSError as error:  # nothing there, a circle of links, or gone since the folder was opened
+        to = f" to {os.readlink(child.path)}" if child.is_symlink() else ""
+        why = "leads in a circle" if error.errno == errno.ELOOP else "leads nowhere"
+        return Entry(name, 0, 0, False, f"a link{to} that {why}", is_linked)
+    is_folder = stat.S_ISDIR(status.st_mode)
+    problem = "" if is_folder or stat.S_ISREG(status.st_mode) else "a pipe, socket or device, and no file"
+    size = 0 if is_folder else status.st_size
+    return Entry(name, size, status.st_mtime_ns, is_folder, problem, is_linked, _identity(child.path, status))
+
+
+def _identity(path: str, status: os.stat_result) -> str:
+    """Device and inode; the real path on the few file systems without inodes."""
+    return f"{status.st_dev}:{status.st_ino}" if status.st_ino else os.path.realpath(path)
+
+
+def _folders_above(name: str) -> list[str]:
+    return [str(folder) for folder in PurePosixPath(name).parents][:-1]
 
 
 @contextmanager

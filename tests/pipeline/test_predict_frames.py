@@ -107,6 +107,27 @@ class TestImages:
         told = Location.of(tmp_path / "out/prediction.json").read_json()
         assert told | found == told and told["inference"]["scales"] == [1.0]
 
+    def test_masks_do_not_become_frames(self, model: Location, tmp_path: Path) -> None:
+        """Wherever the output lies; where they would mix it is refused."""
+        images = Location.of(tmp_path / "images")
+        (images / "a.png").write_bytes(encode_png(image(5)))
+        (images / "b/c.jpg").write_bytes(encode_jpeg(image(3)))
+        (tmp_path / "link").symlink_to(tmp_path / "images")
+        for out in (tmp_path / "images/masks", tmp_path / "images/b/more"):
+            for _ in range(2):  # again: the masks of the first time lie there now
+                assert predict(model, images, out, save=("mask", "color", "overlay"))["images"] == 2
+        for source, out in (
+            ("images", "images"),
+            ("images", "."),
+            ("images/b/*.jpg", "link"),
+            ("images/a.png", "link"),
+        ):
+            with pytest.raises(UserError, match=r"of the frames lie in the output folder.*another folder"):
+                predict(model, tmp_path / source, tmp_path / out)
+        assert sorted(os.listdir(images.uri)) == ["a.png", "b", "masks"]
+        masks = predict(model, images / "masks", tmp_path / "out")  # named on purpose
+        assert masks["images"] == 2
+
     def test_bad_images_do_not_stop_the_rest(self, model: Location, tmp_path: Path) -> None:
         images = Location.of(tmp_path / "images")
         jpeg = encode_jpeg(image(3, 64, 64))
