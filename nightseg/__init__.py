@@ -37,6 +37,7 @@ Frames: no torch, no ray
     data/settings.py        where frames come from
     data/table.py           the frame row and its table; quarantine rows; columns of vectors
     data/images.py          decode and encode; the reasons a frame is bad
+    data/jpeg.py            JPEG with the damage that libjpeg only warns of
     data/taxonomy.py        class lists, palettes, raw-id maps
     data/class_list.py      class lists as YAML files
     data/labels.py          the label of a row as train ids

@@ -11,12 +11,13 @@ import io
 import struct
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
+from nightseg.data.jpeg import Colours, DamagedJpeg, decode_jpeg
 from nightseg.storage import Location
 
 UInt8 = NDArray[np.uint8]
@@ -51,6 +52,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_JPEG_COLOURS: Mapping[str, Colours] = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
 # `catch_warnings` changes process-wide state, so headers are read by one thread at a time; pixels are not.
 _HEADER_LOCK = threading.Lock()
 
@@ -77,6 +79,11 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> UInt8:
     rawmode = _rawmode(image)
     if image.mode not in _IMAGE_MODES or ";16" in rawmode:
         raise BadFrame("wrong_mode", f"mode {image.mode} ({rawmode}) has no 8-bit colour; convert the file to 8 bits")
+    if image.format in ("JPEG", "MPO"):
+        pixels_HWC = _strict_jpeg(image, data)
+        if pixels_HWC is not None:
+            method = _UPRIGHT.get(_orientation(image))
+            return pixels_HWC if method is None else np.array(Image.fromarray(pixels_HWC).transpose(method))
     _load(image)
     upright = _turn_upright(image)
     # With transparency left in, Pillow warns about palettes whose entries have their own alpha.
@@ -196,6 +203,18 @@ def _load(image: ImageFile.ImageFile) -> None:
         image.load()
     except Exception as error:  # as above: the decoders raise what they like
         raise BadFrame("truncated", _describe(error)) from error
+
+
+def _strict_jpeg(image: ImageFile.ImageFile, data: bytes) -> UInt8 | None:
+    """RGB as stored, or None where Pillow has to decode; BadFrame for what Pillow would decode without a word."""
+    width, height = image.size
+    try:
+        pixels_HWC = decode_jpeg(data, height, width, _JPEG_COLOURS[image.mode])
+    except DamagedJpeg as error:
+        raise BadFrame("truncated", f"JPEG: {error}") from error
+    if pixels_HWC is None or image.mode == "CMYK":
+        return None
+    return pixels_HWC if image.mode == "RGB" else np.repeat(pixels_HWC, 3, axis=2)
 
 
 def _describe(error: Exception) -> str:
