@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -394,40 +395,78 @@ def test_the_callback_counts_trials_and_survives_being_pickled() -> None:
     pickle.loads(pickle.dumps(callback))
 
 
-def test_tune_is_handed_what_the_search_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """What the parts of Tune are made with: arguments by place or name; a part of Tune among them is its name."""
     import ray.tune
     from ray.tune import schedulers
     from ray.tune.search import optuna
 
     asked: dict[str, Any] = {}
 
-    def recorder(what: str) -> Any:
-        def record(*arguments: Any, **named: Any) -> Any:
-            asked[what] = named
-            return SimpleNamespace(fit=list)
+    class Part(str):
+        def fit(self) -> list[Any]:
+            return []
+
+    def recorder(what: str) -> Callable[..., Part]:
+        def record(*arguments: Any, **named: Any) -> Part:
+            asked[what] = {str(place): value for place, value in enumerate(arguments)} | named
+            return Part(what)
 
         return record
 
-    monkeypatch.setattr(ray.tune, "Tuner", recorder("tuner"))
-    monkeypatch.setattr(ray.tune, "TuneConfig", recorder("config"))
-    monkeypatch.setattr(ray.tune, "RunConfig", recorder("run"))
-    monkeypatch.setattr(schedulers, "ASHAScheduler", recorder("asha"))
-    monkeypatch.setattr(optuna, "OptunaSearch", recorder("optuna"))
-    space = f"space={{{ALPHA}: {{uniform: [0.1, 0.9]}}, {COUNT}: {{choice: [3, 4]}}}}"
-    given = [space, "trials=7", "concurrent=3", "grace_epochs=2", "seed=11"]
-    settings = load_settings(Search, CONFIGS / "search.yaml", given)
-    trials = Trials(settings, Location.of(tmp_path), "shared")
-    save_recipe(load_recipe(CONFIGS / "demo.yaml", settings.set), trials.recipe_file)
-    epochs = trials.training(trials.first).epochs
-    assert module._tune(trials, "0123456789abcdef", SilentProgress()) == []
-    assert asked["optuna"] == {"seed": 11}
-    assert asked["asha"] == {"time_attr": "epoch", "max_t": max(epochs, 2), "grace_period": 2}
-    config = asked["config"]
-    assert (config["metric"], config["mode"]) == ("miou", "max")
-    assert (config["num_samples"], config["max_concurrent_trials"]) == (7, 3)
-    assert (asked["run"]["name"], asked["run"]["storage_path"]) == ("0123456789ab", f"{tmp_path}/tune")
-    domains = asked["tuner"]["param_space"]
+    monkeypatch.delenv("TUNE_DISABLE_SIGINT_HANDLER", raising=False)
+    for place, name in (
+        *((ray.tune, name) for name in ("Tuner", "TuneConfig", "RunConfig", "with_resources")),
+        *((schedulers, "ASHAScheduler"), (optuna, "OptunaSearch")),
+    ):
+        monkeypatch.setattr(place, name, recorder(name))
+
+    def tune(*overrides: str) -> dict[str, Any]:
+        space = f"space={{{ALPHA}: {{uniform: [0.1, 0.9]}}, {COUNT}: {{choice: [3, 4]}}}}"
+        assert module._tune(trials_of(tmp_path, space, *overrides), "0123456789abcdef", SilentProgress()) == []
+        return asked
+
+    return tune
+
+
+def test_tune_is_handed_what_the_search_says(tuned: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    asked = tuned("trials=7", "concurrent=3", "grace_epochs=2", "seed=11")
+    assert asked["OptunaSearch"] == {"seed": 11}
+    assert asked["ASHAScheduler"] == {"time_attr": "epoch", "max_t": 3, "grace_period": 2}
+    assert callable(asked["TuneConfig"].pop("trial_dirname_creator"))
+    assert asked["TuneConfig"] == {
+        "metric": "miou", "mode": "max", "num_samples": 7, "max_concurrent_trials": 3,
+        "search_alg": "OptunaSearch", "scheduler": "ASHAScheduler",
+    }  # fmt: skip
+    assert len(asked["RunConfig"].pop("callbacks")) == 1
+    assert asked["RunConfig"] == {"name": "0123456789ab", "storage_path": f"{tmp_path}/tune", "verbose": 0}
+    domains = asked["Tuner"].pop("param_space")
+    assert asked["Tuner"] == {"0": "with_resources", "tune_config": "TuneConfig", "run_config": "RunConfig"}
     assert (domains[ALPHA].lower, domains[ALPHA].upper) == (0.1, 0.9) and domains[COUNT].categories == [3, 4]
+    assert callable(asked["with_resources"].pop("0"))
+    assert asked["with_resources"] == {"1": {"memory": 1}}  # a trial's own work asks for its CPUs
+    assert os.environ["TUNE_DISABLE_SIGINT_HANDLER"] == "1"
+
+
+def test_a_grace_beyond_the_end_of_a_training_stops_no_trial(tuned: Callable[..., dict[str, Any]]) -> None:
+    assert tuned("grace_epochs=5")["ASHAScheduler"] == {"time_attr": "epoch", "max_t": 5, "grace_period": 5}
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "edges"),
+    [
+        ({"uniform": (0.5, 2.0)}, "Uniform", (0.5, 2.0)),
+        ({"log_uniform": (0.001, 0.1)}, "LogUniform", (0.001, 0.1)),
+        ({"choice": [3, 4]}, "Categorical", [3, 4]),
+    ],
+)
+def test_a_dimension_is_drawn_from_as_it_says(given: dict[str, Any], kind: str, edges: Any) -> None:
+    domain = module._domain(Dimension(**given))
+    if kind == "Categorical":
+        assert domain.categories == edges
+    else:
+        assert (domain.lower, domain.upper) == edges and type(domain.get_sampler()).__name__.startswith(f"_{kind}")
 
 
 # -- the whole of it --------------------------------------------------------------------------------------------------

@@ -6,24 +6,34 @@ given must differ from before: the very settings, the frames (by id), the commit
 
 from __future__ import annotations
 
+import functools
+import inspect
+import re
 import types
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 
 import pyarrow as pa
 import pytest
 from pydantic import BaseModel
 
+from nightseg.cluster.settings import MapCompute
+from nightseg.data.settings import FolderDataset
+from nightseg.data.sources import Video
 from nightseg.data.table import frame_table
 from nightseg.pipeline import build
 from nightseg.pipeline.build import build_graph
-from nightseg.pipeline.graph import NodeId
+from nightseg.pipeline.graph import Frames, Given, Node, NodeId
 from nightseg.recipe import load_recipe
-from nightseg.recipe.types import Recipe
+from nightseg.recipe.types import Evaluation, Recipe
+from nightseg.segmenter.settings import Inference
+from nightseg.selection.settings import Selection
 from nightseg.storage import Location
 
 RECIPE = """
 name: wired
+seed: 5
 taxonomy: camvid11
 datasets:
   folder: {layout: images, root: ROOT, labelled: false}
@@ -122,6 +132,11 @@ NOT_IN_KEYS: Final = (
 # -- recorders --------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def frames_of(node: str) -> pa.Table:
+    return frame_table({"frame_id": f"{node}:{d}", "uri": f"{node}/{d}", "domain": d} for d in SPLITS)
+
+
 class MadeUpCommit:
     """Has a frame of each domain, called after the node."""
 
@@ -129,7 +144,7 @@ class MadeUpCommit:
         self.node, self.folder = node, Location.of("/made/up")
 
     def table(self, name: str) -> pa.Table:
-        return frame_table({"frame_id": f"{self.node}:{d}", "uri": f"{self.node}/{d}", "domain": d} for d in SPLITS)
+        return frames_of(str(self.node))
 
     def __repr__(self) -> str:
         return f"commit of {self.node}"
@@ -166,23 +181,23 @@ def recorders(monkeypatch: pytest.MonkeyPatch) -> None:
         return [shown(value) for value in arguments], {name: shown(value) for name, value in named.items()}
 
     for stage in STAGES:
-        monkeypatch.setattr(getattr(build, stage), stage, recorder)
+        module = getattr(build, stage)
+        monkeypatch.setattr(module, stage, functools.wraps(getattr(module, stage))(functools.partial(recorder)))
     monkeypatch.setattr(build.layouts, "fingerprint", repr)
     monkeypatch.setattr(build.layouts, "count", lambda dataset: 1)
     monkeypatch.setattr(build, "start_sha256", lambda start: start)
     monkeypatch.setattr(build.train_segmenter, "check_network", lambda network, name: None)
 
 
+def given_and_keys(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What every stage is given, and what its key is made from."""
+    nodes = build_graph(recipe).nodes.values()
+    told = {str(node.id): node.work(Commits(), None, None) for node in nodes}  # type: ignore[arg-type]
+    return told, {str(node.id): (node.recipe, node.seed) for node in nodes}
+
+
 def given(recipe: Recipe) -> dict[str, Any]:
-    """What every stage is given."""
-    return {
-        str(node.id): node.work(Commits(), None, None)  # type: ignore[arg-type]
-        for node in build_graph(recipe).nodes.values()
-    }
-
-
-def keys(recipe: Recipe) -> dict[str, Any]:
-    return {str(node.id): (node.recipe, node.seed) for node in build_graph(recipe).nodes.values()}
+    return given_and_keys(recipe)[0]
 
 
 # -- fields -----------------------------------------------------------------------------------------------------------
@@ -240,16 +255,19 @@ def changed(recipe: Any, path: tuple[str, ...], value: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    folder = tmp_path_factory.mktemp("wired")
+    return loaded(tmp_path_factory.mktemp("wired"), RECIPE)
+
+
+def loaded(folder: Path, text: str) -> Recipe:
     (folder / "a.png").write_bytes(b"")
-    (folder / "recipe.yaml").write_text(RECIPE.replace("ROOT", str(folder)))
+    (folder / "recipe.yaml").write_text(text.replace("ROOT", str(folder)))
     return load_recipe(folder / "recipe.yaml")
 
 
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # values that no recipe file could bring
 def test_every_field_of_a_recipe_arrives_at_a_stage_and_in_its_key(recipe: Recipe) -> None:
     """One test for all fields, because the list of them is only known when the recipe is read."""
-    before, keys_before = given(recipe), keys(recipe)
+    before, keys_before = given_and_keys(recipe)
     lost, unhashed, hashed, count = [], [], [], 0
     for path, annotation, value in fields(recipe):
         name = ".".join(path)
@@ -259,8 +277,8 @@ def test_every_field_of_a_recipe_arrives_at_a_stage_and_in_its_key(recipe: Recip
         if new == value:
             assert get_origin(annotation) is Literal, name  # the only value there is
             continue
-        other = changed(recipe, path, new)
-        arrived, in_key = given(other) != before, keys(other) != keys_before
+        told, made = given_and_keys(changed(recipe, path, new))
+        arrived, in_key = told != before, made != keys_before
         count += 1
         if not arrived:
             lost.append(f"{name}: {value!r} -> {new!r}")
@@ -288,27 +306,6 @@ def test_a_selection_is_told_the_test_sets_and_what_translations_were_made_from(
     assert told["seed"] == recipe.seed
 
 
-def test_a_selection_hands_on_as_many_frames_as_it_chooses(recipe: Recipe) -> None:
-    nodes = build_graph(recipe).nodes
-    assert nodes[NodeId("select", "second")].most_rows == 2
-    assert {node.most_rows for node in nodes.values() if node.id.stage != "select"} == {None}
-
-
-@pytest.mark.parametrize("stage", ["train_segmenter/second", "pseudo_label/second", "evaluate/second", "predict/shown"])
-def test_settings_arrive_as_they_are(recipe: Recipe, stage: str) -> None:
-    model, told = recipe.models["second"], given(recipe)[stage][1]
-    learning = model.self_training
-    assert learning is not None
-    expected = {
-        "train_segmenter/second": {"network": model.network, "loss": model.loss, "training": model.training},
-        "pseudo_label/second": {"threshold": learning.threshold, "inference": learning.inference},
-        "evaluate/second": {"evaluation": recipe.evaluation, "inference": recipe.inference},
-        "predict/shown": {"inference": recipe.inference},
-    }[stage]
-    for name, value in expected.items():
-        assert told[name] is value, name
-
-
 def test_frames_arrive_in_order_and_of_one_domain(recipe: Recipe) -> None:
     told = given(recipe)
     trained = told["train_segmenter/second"][1]
@@ -319,3 +316,246 @@ def test_frames_arrive_in_order_and_of_one_domain(recipe: Recipe) -> None:
     assert told["train_translator/unit"][1]["day"] == ["split/pool.margin-0.3:day"]
     assert told["train_translator/unit"][1]["night"] == ["split/pool:night"]
     assert list(told["evaluate/second"][1]["tests"]) == ["night"]
+
+
+# -- the whole graph --------------------------------------------------------------------------------------------------
+
+# Two more ways to choose frames: by positions, near the translated frames that are trained on, and near nothing.
+MORE = """
+  fourth:
+    train: [by_colour]
+    start: third
+    self_training: {pool: night, select: {method: spatial, count: 3, extractor: {name: efficientnet_lite0}}}
+  fifth:
+    train: [test]
+    start: third
+    self_training: {pool: both, select: {method: random, count: 1, extractor: {name: efficientnet_lite0}}}
+"""
+
+# A node and its arguments; those that are no part of its key; facts of its key; how many frames, known beforehand. Left
+# out: what is null, and what all nodes of a kind have (name, taxonomy, compute, max_bad_fraction, shard_rows, seed).
+GRAPH = """
+collect/folder dataset=datasets.folder; facts: taxonomy listing; of 1
+collect/scenes dataset=datasets.scenes; facts: taxonomy; of 4
+collect/pool dataset=datasets.pool; facts: taxonomy; of 4
+collect/pool2 dataset=datasets.pool2; facts: taxonomy; of 4
+split/pool.margin-0.3 pool=collect/pool margin=0.3
+split/pool pool=collect/pool margin=0.2
+collect/test dataset=datasets.test; facts: taxonomy; of 2
+train_translator/unit day=split/pool.margin-0.3:day night=split/pool:night settings=translators.unit; facts:
+    start=None
+translate/by_unit source=collect/scenes translator=train_translator/unit to=night
+translate/by_optics source=collect/scenes to=night translator=translators.optics; unhashed: style_dataset=; facts:
+    taxonomy
+translate/by_fourier source=collect/scenes style_images=split/pool:night to=night translator=translators.fourier;
+    unhashed: style_dataset=night
+translate/by_colour source=collect/scenes style_images=split/pool:night to=night translator=translators.colour;
+    unhashed: style_dataset=night
+translate/by_program source=collect/scenes to=night translator=translators.program; unhashed: style_dataset=; facts:
+    taxonomy
+train_segmenter/first train=collect/scenes+collect/test validate=collect/test network=network loss=loss
+    training=training; unhashed: start=imagenet; facts: taxonomy start=imagenet encoder_weights workers=1
+train_segmenter/third train=collect/test network=network loss=loss training=training; unhashed: start=imagenet; facts:
+    taxonomy start=imagenet encoder_weights workers=1
+score/by_optics.efficientnet_lite0 frames=translate/by_optics positions=False; unhashed:
+    extraction=models.second.self_training.select.extractor; facts: name weights resize mode weights_sha256
+score/pool.efficientnet_lite0 frames=collect/pool positions=False; unhashed:
+    extraction=models.second.self_training.select.extractor; facts: name weights resize mode weights_sha256
+select/second pool_frames=collect/pool pool_scores=score/pool.efficientnet_lite0
+    reference_scores=score/by_optics.efficientnet_lite0 reference_frames=collect/scenes test_frames={night:
+    collect/test, other: collect/scenes} selection=models.second.self_training.select; at most 2
+pseudo_label/second frames=select/second teacher=train_segmenter/third threshold=models.second.self_training.threshold
+    inference=models.second.self_training.inference; facts: taxonomy
+train_segmenter/second train=collect/scenes+translate/by_unit+pseudo_label/second start=train_segmenter/first
+    network=models.second.network loss=models.second.loss training=models.second.training; facts: taxonomy
+    start=train_segmenter/first encoder_weights workers=1
+score/by_colour.efficientnet_lite0.positions frames=translate/by_colour positions=True; unhashed:
+    extraction=models.fourth.self_training.select.extractor; facts: name weights resize mode weights_sha256
+score/night.efficientnet_lite0.near-by_colour.efficientnet_lite0.positions frames=split/pool:night
+    spatial_reference=score/by_colour.efficientnet_lite0.positions positions=False; unhashed:
+    extraction=models.fourth.self_training.select.extractor; facts: name weights resize mode weights_sha256
+select/fourth pool_frames=split/pool:night
+    pool_scores=score/night.efficientnet_lite0.near-by_colour.efficientnet_lite0.positions
+    reference_scores=score/by_colour.efficientnet_lite0.positions reference_frames=collect/scenes test_frames={night:
+    collect/test, other: collect/scenes} selection=models.fourth.self_training.select; at most 3
+pseudo_label/fourth frames=select/fourth teacher=train_segmenter/third threshold=models.fifth.self_training.threshold
+    inference=inference; facts: taxonomy
+train_segmenter/fourth train=translate/by_colour+pseudo_label/fourth start=train_segmenter/third network=network
+    loss=loss training=training; facts: taxonomy start=train_segmenter/third encoder_weights workers=1
+score/both.efficientnet_lite0 frames=collect/scenes+collect/test positions=False; unhashed:
+    extraction=models.fifth.self_training.select.extractor; facts: name weights resize mode weights_sha256
+select/fifth pool_frames=collect/scenes+collect/test pool_scores=score/both.efficientnet_lite0 test_frames={night:
+    collect/test, other: collect/scenes} selection=models.fifth.self_training.select; at most 1
+pseudo_label/fifth frames=select/fifth teacher=train_segmenter/third threshold=models.fifth.self_training.threshold
+    inference=inference; facts: taxonomy
+train_segmenter/fifth train=collect/test+pseudo_label/fifth start=train_segmenter/third network=network loss=loss
+    training=training; facts: taxonomy start=train_segmenter/third encoder_weights workers=1
+evaluate/first tests={night: collect/test, other: collect/scenes} model=train_segmenter/first evaluation=evaluation
+    inference=inference; facts: taxonomy
+evaluate/second tests={night: collect/test} model=train_segmenter/second evaluation=evaluation inference=inference;
+    facts: taxonomy
+evaluate/third tests={night: collect/test, other: collect/scenes} model=train_segmenter/third evaluation=evaluation
+    inference=inference; facts: taxonomy
+evaluate/fourth tests={night: collect/test, other: collect/scenes} model=train_segmenter/fourth evaluation=evaluation
+    inference=inference; facts: taxonomy
+evaluate/fifth tests={night: collect/test, other: collect/scenes} model=train_segmenter/fifth evaluation=evaluation
+    inference=inference; facts: taxonomy
+predict/shown frames=collect/pool model=train_segmenter/second inference=inference
+translate/by_unit.back source=translate/by_unit translator=train_translator/unit to=day
+predict/first.by_unit frames=translate/by_unit model=train_segmenter/first save=mask
+predict/first.scenes frames=collect/scenes model=train_segmenter/first save=mask
+predict/first.by_unit.back frames=translate/by_unit.back model=train_segmenter/first save=mask
+score/by_unit.efficientnet_lite0 frames=translate/by_unit positions=False; unhashed:
+    extraction=translations.by_unit.extractor; facts: name weights resize mode weights_sha256
+score/scenes.efficientnet_lite0 frames=collect/scenes positions=False; unhashed:
+    extraction=translations.by_unit.extractor; facts: name weights resize mode weights_sha256
+score/night.efficientnet_lite0 frames=split/pool:night positions=False; unhashed:
+    extraction=translations.by_unit.extractor; facts: name weights resize mode weights_sha256
+evaluate_translation/by_unit translated=translate/by_unit source=collect/scenes masks={translated:
+    predict/first.by_unit, source: predict/first.scenes, back: predict/first.by_unit.back} features={translated:
+    score/by_unit.efficientnet_lite0, source: score/scenes.efficientnet_lite0, real: score/night.efficientnet_lite0};
+    facts: taxonomy
+"""
+
+
+SHORT_FACTS: Final = ("start", "workers", "model", "batch", "source")  # shown with their values
+
+
+def places(value: Any, path: str = "") -> Iterator[tuple[int, str]]:
+    """Where in the recipe each settings object stands, by its identity."""
+    if isinstance(value, BaseModel):
+        yield id(value), path
+        value = dict(value)
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from places(part, f"{path}.{key}" if path else key)
+
+
+def written(value: Any, known: Mapping[int, str]) -> str:
+    match value:
+        case BaseModel():
+            return known[id(value)]
+        case NodeId():
+            return str(value)
+        case Frames(views):
+            return "+".join(map(str, views))
+        case Mapping():
+            return "{" + ", ".join(f"{key}: {written(part, known)}" for key, part in value.items()) + "}"
+        case tuple():
+            return ",".join(map(str, value))
+        case _:
+            return str(value)
+
+
+def entry(node: Node, known: Mapping[int, str], common: Mapping[str, Any]) -> str:
+    """The node as GRAPH has it. The arguments and facts in `common` have those very values, where it has them."""
+    inspect.signature(node.stage).bind(**node.inputs, **node.settings, **node.unhashed, attempt=None, progress=None)
+    facts = {name: value if name in SHORT_FACTS else "known" for name, value in node.facts.items()}
+    if "shard_rows" in common and "shard_rows" in facts:
+        assert node.facts["shard_rows"] == common["shard_rows"] and facts.pop("shard_rows")
+    arguments, unhashed = {**node.inputs, **node.settings}, dict(node.unhashed)
+    for part in (arguments, unhashed):
+        for name in part.keys() & common.keys():
+            assert part.pop(name) == common[name], f"{node.id}: {name}"
+    words = {
+        "": [f"{name}={written(value, known)}" for name, value in arguments.items() if value is not None],
+        "unhashed: ": [f"{name}={written(value, known)}" for name, value in unhashed.items() if value is not None],
+        "facts: ": [name if value == "known" else f"{name}={value}" for name, value in facts.items()],
+        "of ": [str(node.expected_rows)] if node.expected_rows else [],
+        "at most ": [str(node.most_rows)] if node.most_rows else [],
+    }
+    return f"{node.id} " + "; ".join(head + " ".join(part) for head, part in words.items() if part)
+
+
+def entries(text: str) -> list[str]:
+    return [" ".join(part.split()) for part in re.split(r"\n(?=\S)", text.strip())]
+
+
+def test_the_graph_of_a_recipe(tmp_path: Path) -> None:
+    recipe = loaded(tmp_path, RECIPE.replace("test_sets:", f"{MORE.strip(chr(10))}\ntest_sets:", 1))
+    known, found = dict(places(recipe)), []
+    for node in build_graph(recipe).nodes.values():
+        common: dict[str, Any] = {"name": node.id.name, "taxonomy": recipe.taxonomy}
+        resources: Any = recipe.compute.map
+        seed, counted = 0, tuple(node.inputs)[:1]
+        if node.id.stage.startswith("train_"):
+            resources, seed, counted = recipe.compute.train, recipe.seed, tuple(node.inputs)[:2]
+            common |= {"seed": seed, "compute": resources}
+        elif node.id.stage == "select":
+            common["seed"] = seed = recipe.seed
+        else:
+            common |= {"compute": resources, "max_bad_fraction": recipe.max_bad_fraction}
+            common |= {"shard_rows": resources.shard_rows}
+            assert {"max_bad_fraction", "shard_rows"} <= node.recipe.keys()
+        if isinstance(node.settings.get("translator"), BaseModel):  # these draw random numbers
+            seed = recipe.seed
+        assert node.resources is resources and node.version == getattr(build, node.id.stage).VERSION
+        assert (node.seed, node.counted) == (seed, counted), node.id
+        found.append(entry(node, known, common))
+    assert found == entries(GRAPH)
+
+
+# The same of the verbs without a recipe: the verb, a node. Left out: compute, and shard_rows.
+VERBS = """
+split collect/pool dataset=the folder max_bad_fraction=1.0; unhashed: name=pool taxonomy=cityscapes19; facts: taxonomy
+    listing; of 1
+split split/pool.margin-0.3 pool=collect/pool margin=0.3 max_bad_fraction=1.0
+select collect/reference dataset=the folder max_bad_fraction=1.0; unhashed: name=reference taxonomy=cityscapes19;
+    facts: taxonomy listing; of 1
+select score/reference.inception frames=collect/reference positions=False max_bad_fraction=1.0; unhashed:
+    extraction=extraction; facts: name weights resize mode weights_sha256
+select score/pool.inception frames=a table positions=False max_bad_fraction=1.0; unhashed: extraction=extraction;
+    facts: name weights resize mode weights_sha256
+select select/pool pool_frames=a table pool_scores=score/pool.inception reference_scores=score/reference.inception
+    reference_frames=collect/reference test_frames={} selection=selection; unhashed: seed=4; at most 2
+random collect/pool dataset=the folder max_bad_fraction=1.0; unhashed: name=pool taxonomy=cityscapes19; facts:
+    taxonomy listing; of 1
+random score/pool.inception frames=collect/pool positions=False max_bad_fraction=1.0; unhashed: extraction=extraction;
+    facts: name weights resize mode weights_sha256
+random select/pool pool_frames=collect/pool pool_scores=score/pool.inception test_frames={} selection=selection;
+    unhashed: seed=4; at most 2
+fid score/a.inception frames=a table positions=False max_bad_fraction=0.01; unhashed: extraction=extraction; facts:
+    name weights resize mode weights_sha256
+predict predict/images frames=a table save=mask inference=inference max_bad_fraction=1.0; unhashed: model=m out=o
+    device=cpu name=images; facts: model=of the model batch=2
+predict predict/video-0 save=mask inference=inference overlay_video=True name=drive; unhashed: model=m out=o
+    device=cpu video=/v.mp4; facts: model=of the model batch=2 source=of the files
+evaluate evaluate/folders pairs=a table taxonomy=camvid11 label_encoding=camvid12 evaluation=evaluation
+"""
+
+
+def test_the_graphs_of_verbs(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"")
+    folder, table = str(tmp_path), Given(frame_table([]), "a table")
+    compute, selection = MapCompute(actors=3, shard_rows=5, batch=2), Selection(count=2)
+    evaluation, inference = Evaluation(), Inference()
+    graphs = {
+        "split": build.split_graph(folder, 0.3, compute),
+        "select": build.selection_graph({build.POOL: table, build.REFERENCE: folder}, selection, 4, compute),
+        "random": build.selection_graph({build.POOL: folder}, selection, 4, compute),
+        "fid": build.distance_graph({"a": table}, selection.extractor, compute),
+        "fid of files": build.distance_graph({}, selection.extractor, compute),
+        "predict": build.prediction_graph(
+            table,
+            [Video("drive", Location.of("/v.mp4"))],
+            "of the files",
+            {"save": ("mask",), "inference": inference},
+            True,
+            {"model": "m", "out": "o", "device": "cpu"},
+            "of the model",
+            compute,
+        ),
+        "evaluate": build.evaluation_graph(table, "camvid11", "camvid12", evaluation, compute),
+    }
+    known = {id(selection): "selection", id(selection.extractor): "extraction"}
+    known |= {id(inference): "inference", id(evaluation): "evaluation"}
+    found = []
+    for verb, graph in graphs.items():
+        for node in graph.nodes.values():
+            assert node.resources is compute and ("shard_rows" in node.facts) == (node.id.stage != "select")
+            assert node.seed == (4 if node.id.stage == "select" else 0)
+            if isinstance(dataset := node.settings.get("dataset"), BaseModel):
+                assert dataset == FolderDataset.of_images(folder)
+                known[id(dataset)] = "the folder"
+            found.append(f"{verb} {entry(node, known, {'compute': compute, 'shard_rows': 5})}")
+    assert found == entries(VERBS)
