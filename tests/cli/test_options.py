@@ -37,7 +37,7 @@ VERBS: Final = {
     "run --dry-run": Verb("nightseg.pipeline.run:plan", (DEMO,), PLACES),
     "search": Verb("nightseg.pipeline.search:search", ("s.yaml",), {"--set": "trials=3", "--run-dir": "other"}),
     "report": Verb("nightseg.report:write_report", ("run1",), {}),
-    "status": Verb("nightseg.storage:Workspace", ("run1",), {}),
+    "status": Verb("nightseg.cli.main:Workspace", ("run1",), {}),
     "doctor": Verb("nightseg.cli.doctor:examine", (), {"--cluster": "c.yaml"}),
     "split": Verb(
         SINGLE + "split_folder", ("i", "--out", "f.parquet"), {"--out": "g.parquet", "--margin": "0.1", "--actors": "2"}
