@@ -292,35 +292,26 @@ def _space(sheet: Sheet, surface: NDArray[np.uint8]) -> _Space:
     a, b, c, d = planes.take(surface, axis=1)
     ray_x = ((np.arange(camera.width) + 0.5 - camera.center_x) / camera.focal).astype(np.float32)[None, :]
     ray_y = ((np.arange(camera.height) + 0.5 - camera.horizon_y) / camera.focal).astype(np.float32)[:, None]
-    slope = a * ray_x
-    slope += b * ray_y
-    slope += c
-    d /= np.maximum(slope, np.float32(1e-3), out=slope)
-    z = np.clip(d, 0.5, FAR, out=d)
-    y = np.float32(camera.eye) - z * ray_y
-    return _Space(z * ray_x, y, z, np.negative(a, out=a), b, np.negative(c, out=c), surface, planes)
+    z = np.clip(d / np.maximum(a * ray_x + b * ray_y + c, np.float32(1e-3)), 0.5, FAR)
+    return _Space(z * ray_x, np.float32(camera.eye) - z * ray_y, z, -a, b, -c, surface, planes)
 
 
 def _texture(sheet: Sheet, surface: NDArray[np.uint8], grain: Generator) -> Floats:
     """What multiplies the albedo, HW: leaves are rough at two scales, tar is fine-grained, paint is smooth."""
     height, width = surface.shape
     coarse = grain.standard_normal(((height + 2) // 3, (width + 2) // 3), np.float32)
-    field: Floats = grain.standard_normal((height, width), np.float32)
-    field *= np.float32(0.6)
-    field += _resized(coarse, width, height)
-    field *= np.array([s.grain for s in sheet.surfaces], np.float32).take(surface)
-    field += 1
-    return np.maximum(field, np.float32(0.15), out=field)
+    fine = grain.standard_normal((height, width), np.float32)
+    field: Floats = np.float32(0.6) * fine + _resized(coarse, width, height)
+    rough = np.array([s.grain for s in sheet.surfaces], np.float32).take(surface)
+    return np.maximum(rough * field + 1, np.float32(0.15))
 
 
 def _cloud_field(camera: Camera, grain: Generator) -> Floats:
     """Roughly normal, HW; drawn on fixed grids so that the clouds do not depend on the frame's size."""
-    octaves = []
+    field = np.zeros((camera.height, camera.width), np.float32)
     for rows, columns, weight in ((7, 6, 0.7), (14, 12, 0.5), (30, 24, 0.3)):
         drawn = grain.standard_normal((rows, columns), np.float32)
-        wide = _resized(drawn, camera.width, camera.height, Image.Resampling.BICUBIC)
-        octaves.append(np.float32(weight) * wide)
-    field: Floats = octaves[0] + octaves[1] + octaves[2]
+        field += np.float32(weight) * _resized(drawn, camera.width, camera.height, Image.Resampling.BICUBIC)
     return field
 
 
@@ -332,10 +323,7 @@ def _sky(camera: Camera, light: Weather, clouds: Floats, grain: Generator) -> Fl
     clear = top + (low - top) * (1 / (1 + 6 * rise * rise + rise))
     cover = np.clip((clouds + np.float32(2.0 * light.clouds - 1.0)) * 1.2, 0, 1) * np.float32(0.85)
     shaded = 1 - np.float32(0.25) * np.clip(clouds, -1, 1)
-    sky: Floats = _column(light.cloud) * shaded
-    sky -= clear
-    sky *= cover
-    sky += clear
+    sky: Floats = (_column(light.cloud) * shaded - clear) * cover + clear
     if max(light.disc) > 0.0:
         x = np.arange(camera.width, dtype=np.float32)[None, :] - np.float32(light.disc_place[0] * camera.width)
         up = light.disc_place[1] * camera.horizon_y
@@ -366,13 +354,12 @@ def _panes(sheet: Sheet, space: _Space, albedo: Floats, light: Weather) -> Float
     focal = np.float32(sheet.camera.focal)
     cell_u, cover = _cells(x * c - z * a, pitch_u, share_u, z * z / (d * focal))
     cell_v, cover_v = _cells(y - first_v, pitch_v, share_v, z / focal)
-    cover *= cover_v
-    cover *= (y >= first_v) & (y < last_v)
+    cover *= cover_v * ((y >= first_v) & (y < last_v))
     mixed = (cell_u * 73856093) ^ (cell_v * 19349663) ^ (number.astype(np.int64) * 83492791)
     chance = ((mixed * 2654435761) >> 7) & 0xFFFF
     brightness = 0.35 + ((chance & 7) / np.float32(7))
-    on = cover * (chance < lit * np.float32(light.lit * 65536.0)) * brightness.astype(np.float32)
-    on *= np.float32(light.windows)
+    is_on = chance < lit * np.float32(light.lit * 65536.0)
+    on = cover * is_on * brightness.astype(np.float32) * np.float32(light.windows)
     mirrored = cover * (lit > 0.0) * np.float32(0.12)  # glass shows some sky
     warm = (chance & 24) > 0
     flat, sent = albedo.reshape(3, -1), shine.reshape(3, -1)
@@ -434,20 +421,10 @@ def _add_lamps(falling: Floats, sheet: Sheet, space: _Space, light: Weather) -> 
     for source in near:
         to_x, to_y = np.float32(source.x) - space.x, np.float32(source.y) - space.y
         to_z = np.float32(source.z) - space.z
-        square = to_x * to_x
-        square += to_y * to_y
-        square += to_z * to_z
-        square += np.float32(0.3)
-        inverse = 1 / square
+        inverse = 1 / (to_x * to_x + to_y * to_y + to_z * to_z + np.float32(0.3))
         nearness = np.sqrt(inverse)
-        amount = space.normal_x * to_x
-        amount += space.normal_y * to_y
-        amount += space.normal_z * to_z
-        amount *= nearness  # the cosine at which it falls
-        amount *= np.float32(0.8)
-        amount += np.float32(0.2)
-        amount = np.maximum(amount, 0, out=amount)
-        amount *= inverse
+        cosine = (space.normal_x * to_x + space.normal_y * to_y + space.normal_z * to_z) * nearness
+        amount = np.maximum(cosine * np.float32(0.8) + np.float32(0.2), 0) * inverse
         if source.glow == Glow.HEAD_LIGHT:
             beam = np.clip((to_z * nearness - np.float32(0.75)) * 4, 0, 1)
             amount *= beam * np.float32(60.0 * source.strength)
@@ -477,8 +454,7 @@ def _own_lights(sheet: Sheet, space: _Space, light: Weather) -> Floats:
 
 def _add_haze(radiance: Floats, space: _Space, light: Weather, sky: Floats) -> None:
     lost = (1 - sky) * space.z / (space.z + np.float32(light.haze))
-    for band in range(3):
-        radiance[band] += (np.float32(light.sky_low[band]) - radiance[band]) * lost
+    radiance += (_column(light.sky_low) - radiance) * lost
 
 
 def _add_reflections(radiance: Floats, camera: Camera, space: _Space, light: Weather) -> None:
@@ -510,16 +486,11 @@ def _expose(radiance: Floats, light: Weather, sensor: Generator) -> NDArray[np.u
     picture = Image.fromarray(encoded).filter(ImageFilter.GaussianBlur(light.blur * height))
     tone = np.asarray(picture).astype(np.float32)
     # The square root of the tone curve divides an error by the tone: dark parts show noise, bright ones hide it.
-    deviation = np.float32(light.read_noise * 127.5 * 255.0) / (tone + 10)
-    deviation += np.float32(light.shot_noise * 127.5)
+    deviation = np.float32(light.read_noise * 127.5 * 255.0) / (tone + 10) + np.float32(light.shot_noise * 127.5)
     grey = sensor.standard_normal((height, width, 1), np.float32)
-    noise = sensor.standard_normal((height, width, 3), np.float32)
-    noise *= np.float32(0.7)
-    noise += grey * np.float32(0.7)
-    noise *= deviation
-    tone += noise
-    tone += np.float32(0.5)
-    image: NDArray[np.uint8] = np.clip(tone, 0, 255, out=tone).astype(np.uint8)
+    colour = sensor.standard_normal((height, width, 3), np.float32)
+    noise = (np.float32(0.7) * colour + np.float32(0.7) * grey) * deviation
+    image: NDArray[np.uint8] = np.clip(tone + noise + np.float32(0.5), 0, 255).astype(np.uint8)
     return image
 
 
