@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nightseg.segmenter.network import COMMON_STRIDE, upsample_logits
+from nightseg.segmenter.network import COMMON_STRIDE, rows_needed, upsample_logits
 from nightseg.segmenter.settings import Loss, Ohem
 
 # Below this 1 - p_t the focal factor has no gradient. For gamma < 1 its derivative gamma (1 - p_t)^(gamma - 1) is
@@ -68,7 +68,9 @@ def segmentation_loss(
         if rows is None:
             nll_BHW = negative_log_likelihood(upsample_logits(logits_BKhw, *target_BHW.shape[-2:]), target_BHW, ignore)
         elif loss.ohem is not None:
-            nll_BHW = _chunked_nll(logits_BKhw.detach(), target_BHW, rows, ignore)
+            chunks = _chunks(target_BHW, logits_BKhw.shape[2], rows)
+            parts = [_nll_of_chunk(logits_BKhw[:, :, s].detach(), target_BHW, c, s, ignore) for c, s in chunks]
+            nll_BHW = torch.cat(parts, dim=1)
         if loss.ohem is not None and nll_BHW is not None:
             kept_BHW = hard_pixels(nll_BHW.detach(), target_BHW != ignore, loss.ohem)
             weight_BHW = kept_BHW.float() if weight_BHW is None else weight_BHW * kept_BHW
@@ -218,37 +220,19 @@ class _FocalSum(torch.autograd.Function):
         return gradient * slope_BHW, None, None
 
 
-class _Chunk(NamedTuple):
-    """Rows `top` .. `bottom` of the full size, and the rows `first` .. `last` of the logits they are made from."""
-
-    top: int
-    bottom: int
-    first: int
-    last: int
-
-    def upsample(self, logits_BKhw: Tensor, width: int) -> Tensor:
-        """These rows of the upsampled float32 logits, bit for bit: each depends on its two nearest rows only."""
-        above = COMMON_STRIDE * self.first
-        full = F.interpolate(logits_BKhw, scale_factor=COMMON_STRIDE, mode="bilinear", align_corners=False)
-        return full[:, :, self.top - above : self.bottom - above, :width]
+def _chunks(target_BHW: Tensor, num_rows: int, rows: int) -> Iterator[tuple[slice, slice]]:
+    """Rows of the target, `rows` at a time, and of the `num_rows` rows of logits those they are made from."""
+    for top in range(0, target_BHW.shape[1], rows):
+        bottom = min(top + rows, target_BHW.shape[1])
+        yield slice(top, bottom), rows_needed(top, bottom, num_rows)
 
 
-def _chunks(height: int, num_rows: int, rows: int) -> Iterator[_Chunk]:
-    """All chunks of `height` rows that come from `num_rows` rows of logits."""
-    for top in range(0, height, rows):
-        bottom = min(top + rows, height)
-        # One row more on each side: what lies half between two rows of logits is made from both.
-        yield _Chunk(top, bottom, max(0, top // COMMON_STRIDE - 1), min(num_rows, -(-bottom // COMMON_STRIDE) + 1))
-
-
-@torch.no_grad()
-def _chunked_nll(logits_BKhw: Tensor, target_BHW: Tensor, rows: int, ignore: int) -> Tensor:
-    height, width = target_BHW.shape[-2:]
-    parts = []
-    for chunk in _chunks(height, logits_BKhw.shape[2], rows):
-        logits_BKrW = chunk.upsample(logits_BKhw[:, :, chunk.first : chunk.last].float(), width)
-        parts.append(negative_log_likelihood(logits_BKrW, target_BHW[:, chunk.top : chunk.bottom], ignore))
-    return torch.cat(parts, dim=1)
+def _nll_of_chunk(part_BKrw: Tensor, target_BHW: Tensor, chunk: slice, source: slice, ignore: int) -> Tensor:
+    """`negative_log_likelihood` of the rows `chunk` of the target from the rows `source` of the logits."""
+    target_BrW = target_BHW[:, chunk]
+    height, width = target_BrW.shape[1:]
+    logits_BKrW = upsample_logits(part_BKrw, height, width, chunk.start - COMMON_STRIDE * source.start)
+    return negative_log_likelihood(logits_BKrW, target_BrW, ignore)
 
 
 class _ChunkedSum(torch.autograd.Function):
@@ -264,20 +248,17 @@ class _ChunkedSum(torch.autograd.Function):
         rows: int,
         ignore: int,
     ) -> Tensor:
-        height, width = target_BHW.shape[-2:]
         wants_gradient = ctx.needs_input_grad[0]
         gradient_BKhw = torch.zeros_like(logits_BKhw, dtype=torch.float32) if wants_gradient else None
         total = torch.zeros((), device=logits_BKhw.device)
-        for chunk in _chunks(height, logits_BKhw.shape[2], rows):
-            part_BKhw = logits_BKhw[:, :, chunk.first : chunk.last].detach().float().requires_grad_(wants_gradient)
-            targets = target_BHW[:, chunk.top : chunk.bottom]
-            weights = None if weight_BHW is None else weight_BHW[:, chunk.top : chunk.bottom]
+        for chunk, source in _chunks(target_BHW, logits_BKhw.shape[2], rows):
+            part_BKrw = logits_BKhw[:, :, source].detach().float().requires_grad_(wants_gradient)
             with torch.set_grad_enabled(wants_gradient):
-                nll_BrW = negative_log_likelihood(chunk.upsample(part_BKhw, width), targets, ignore)
-                part = mixed_sum(nll_BrW, weights, loss)
+                nll_BrW = _nll_of_chunk(part_BKrw, target_BHW, chunk, source, ignore)
+                part = mixed_sum(nll_BrW, None if weight_BHW is None else weight_BHW[:, chunk], loss)
             total += part.detach()
             if gradient_BKhw is not None:
-                gradient_BKhw[:, :, chunk.first : chunk.last] += torch.autograd.grad(part, part_BKhw)[0]
+                gradient_BKhw[:, :, source] += torch.autograd.grad(part, part_BKrw)[0]
         if gradient_BKhw is not None:
             ctx.save_for_backward(gradient_BKhw.to(logits_BKhw.dtype))
         return total

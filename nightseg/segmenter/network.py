@@ -210,7 +210,17 @@ def open_semantic_fpn(tensors: Mapping[str, Tensor], card: Mapping[str, Any]) ->
     return built.eval()
 
 
-def upsample_logits(logits_BKhw: Tensor, height: int, width: int) -> Tensor:
-    """Logits at stride 4 to float32 logits_BKHW of the H x W input, as detectron2: bilinear, then cropped."""
+def upsample_logits(logits_BKhw: Tensor, height: int, width: int, top: int = 0) -> Tensor:
+    """Logits at stride 4 to float32 logits_BKHW of the H x W input, as detectron2: bilinear, then cropped.
+
+    Given the rows `rows_needed(start, stop, h)` alone, `height` = stop - start and `top` = start - 4 x the first of
+    them, it gives the rows start .. stop of the whole, bit for bit.
+    """
     full = F.interpolate(logits_BKhw.float(), scale_factor=COMMON_STRIDE, mode="bilinear", align_corners=False)
-    return full[:, :, :height, :width]
+    return full[:, :, top : top + height, :width]
+
+
+def rows_needed(start: int, stop: int, num_rows: int) -> slice:
+    """Of `num_rows` rows of logits those that rows start .. stop at full size are made from: each from its two nearest,
+    so one more on either side."""
+    return slice(max(0, start // COMMON_STRIDE - 1), min(num_rows, -(-stop // COMMON_STRIDE) + 1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Final
 
 import torch
@@ -51,13 +51,15 @@ def learning_rate_of(training: Training, step: int, total_steps: int) -> float:
 
     A pure function of the step, unlike torch's schedulers: a resumed training has no scheduler state to restore.
     """
+    assert 0 <= step < total_steps, f"step {step} of {total_steps}"
+    share: float
     match training.decay:
-        case "poly":
-            share = poly_decay(step, total_steps, training.poly_power)
-        case "step":
-            share = step_decay(step, total_steps, training.decay_at, training.decay_factor)
-        case "cosine":
-            share = cosine_decay(step, total_steps)
+        case "poly":  # DeepLab, arXiv 1606.00915, section 3: above 0 at the last step
+            share = (1 - step / total_steps) ** training.poly_power
+        case "step":  # detectron2's STEPS and GAMMA
+            share = training.decay_factor ** sum(step >= round(at * total_steps) for at in training.decay_at)
+        case "cosine":  # half of one: arXiv 1608.03983, equation 5, without restarts
+            share = (1 + math.cos(math.pi * step / total_steps)) / 2
     return training.learning_rate * linear_warmup(step, training.warmup_steps) * share
 
 
@@ -66,24 +68,6 @@ def linear_warmup(step: int, warmup_steps: int) -> float:
     if step >= warmup_steps:
         return 1.0
     return WARMUP_START + (1 - WARMUP_START) * step / warmup_steps
-
-
-def poly_decay(step: int, total_steps: int, power: float) -> float:
-    """(1 - step / total_steps)^power (DeepLab, arXiv 1606.00915, section 3): 1 at step 0, above 0 at the last step."""
-    assert 0 <= step < total_steps, f"step {step} of {total_steps}"
-    return float((1 - step / total_steps) ** power)
-
-
-def cosine_decay(step: int, total_steps: int) -> float:
-    """Half a cosine (arXiv 1608.03983, equation 5, without restarts): 1 at step 0, above 0 at the last step."""
-    assert 0 <= step < total_steps, f"step {step} of {total_steps}"
-    return (1 + math.cos(math.pi * step / total_steps)) / 2
-
-
-def step_decay(step: int, total_steps: int, at: Sequence[float], factor: float) -> float:
-    """`factor` to the power of how many of the shares `at` of the training are over (detectron2's STEPS, GAMMA)."""
-    assert 0 <= step < total_steps, f"step {step} of {total_steps}"
-    return float(factor ** sum(step >= round(share * total_steps) for share in at))
 
 
 def _decayed(network: nn.Module, decay_biases: bool) -> Iterator[tuple[nn.Parameter, bool]]:

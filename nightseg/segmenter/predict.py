@@ -37,7 +37,7 @@ from nightseg.data.taxonomy import Taxonomy
 from nightseg.networks.model_folder import load_card, load_tensors
 from nightseg.networks.normaliser import Normaliser
 from nightseg.segmenter.augment import resize_image
-from nightseg.segmenter.network import COMMON_STRIDE, SemanticFPN, open_semantic_fpn
+from nightseg.segmenter.network import COMMON_STRIDE, SemanticFPN, open_semantic_fpn, rows_needed, upsample_logits
 from nightseg.segmenter.settings import Inference
 from nightseg.storage import Location, UserError, sha256_of
 
@@ -268,7 +268,7 @@ def classify(passes: Sequence[TiledLogits], size: Size, stride: int = COMMON_STR
     """Passes over one frame -> (uint8 train ids (H, W), float32 confidence (H, W) in (0, 1]), on the logits' device.
 
     The confidence is the probability of the predicted class: softmax of one pass, the mean of the softmaxes of several.
-    `size` is the frame's (height, width); `stride` the pixels of the input that one logit stands for.
+    `size` is the frame's (height, width); `stride` the pixels of the input a logit stands for, COMMON_STRIDE or 1.
     """
     height = size[0]
     sample = passes[0].tiles[0].logits
@@ -352,11 +352,8 @@ def _tile_rows(tile: Tile, start: int, stop: int, stride: int) -> Tensor:
     """Logits_KrW float32 of rows of a tile: what `upsample_logits` gives for them, without the other rows."""
     if stride == 1:
         return tile.logits[:, start:stop].float()
-    # One more row of logits on either side: bilinear upsampling reads half a stride around.
-    first, last = max(0, start // stride - 1), min(tile.logits.shape[1], (stop - 1) // stride + 2)
-    part_1Khw = tile.logits[None, :, first:last].float()
-    full_KHW = F.interpolate(part_1Khw, scale_factor=stride, mode="bilinear", align_corners=False)[0]
-    return full_KHW[:, start - first * stride : stop - first * stride, : tile.width]
+    rows = rows_needed(start, stop, tile.logits.shape[1])
+    return upsample_logits(tile.logits[None, :, rows], stop - start, tile.width, top=start - stride * rows.start)[0]
 
 
 # -- rows of a frame table --------------------------------------------------------------------------------------------

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from nightseg.segmenter.optimizer import (
-    build_optimizer,
-    cosine_decay,
-    learning_rate_of,
-    linear_warmup,
-    poly_decay,
-    set_learning_rate,
-    step_decay,
-)
+from nightseg.segmenter.optimizer import build_optimizer, learning_rate_of, linear_warmup, set_learning_rate
 from nightseg.segmenter.settings import Training
 
 KINDS: list[dict[str, Any]] = [{"decay": "poly"}, {"decay": "cosine"}, {"decay": "step", "decay_at": [0.5, 0.9]}]
@@ -90,20 +83,25 @@ def test_warmup_is_linear_and_ends_at_one() -> None:
     assert linear_warmup(0, 0) == 1
 
 
+def decayed(steps: Iterable[int], total: int, **kind: Any) -> list[float]:
+    training = Training(learning_rate=1.0, warmup_steps=0, **kind)
+    return [learning_rate_of(training, step, total) for step in steps]
+
+
 def test_poly_decay_with_power_one_is_a_line_and_never_reaches_zero() -> None:
-    assert [poly_decay(step, 4, 1.0) for step in range(4)] == [1, 0.75, 0.5, 0.25]
-    assert poly_decay(50, 100, 0.9) == pytest.approx(0.5**0.9)
-    assert poly_decay(3, 4, 0.0) == 1
+    assert decayed(range(4), 4, decay="poly", poly_power=1.0) == [1, 0.75, 0.5, 0.25]
+    assert decayed([50], 100, decay="poly", poly_power=0.9) == pytest.approx([0.5**0.9])
+    assert decayed([3], 4, decay="poly", poly_power=0.0) == [1]
 
 
 def test_cosine_decay_is_half_a_cosine() -> None:
-    assert [cosine_decay(step, 6) for step in (0, 2, 3, 4)] == pytest.approx([1, 0.75, 0.5, 0.25])
-    assert 0 < cosine_decay(999, 1000) < 1e-5
+    assert decayed((0, 2, 3, 4), 6, decay="cosine") == pytest.approx([1, 0.75, 0.5, 0.25])
+    assert 0 < decayed([999], 1000, decay="cosine")[0] < 1e-5
 
 
 def test_step_decay_falls_where_detectron2_does() -> None:
     """STEPS (60000, 80000) of MAX_ITER 90000, GAMMA 0.1."""
-    shares = [step_decay(step, 90_000, (2 / 3, 8 / 9), 0.1) for step in (0, 59_999, 60_000, 79_999, 80_000, 89_999)]
+    shares = decayed((0, 59_999, 60_000, 79_999, 80_000, 89_999), 90_000, decay="step")
     assert shares == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
 
 

@@ -301,9 +301,10 @@ def _texture(sheet: Sheet, surface: NDArray[np.uint8], grain: Generator) -> Floa
     height, width = surface.shape
     coarse = grain.standard_normal(((height + 2) // 3, (width + 2) // 3), np.float32)
     fine = grain.standard_normal((height, width), np.float32)
-    field: Floats = np.float32(0.6) * fine + _resized(coarse, width, height)
+    field = np.float32(0.6) * fine + _resized(coarse, width, height)
     rough = np.array([s.grain for s in sheet.surfaces], np.float32).take(surface)
-    return np.maximum(rough * field + 1, np.float32(0.15))
+    texture: Floats = np.maximum(rough * field + 1, np.float32(0.15))
+    return texture
 
 
 def _cloud_field(camera: Camera, grain: Generator) -> Floats:
