@@ -238,6 +238,9 @@ class Statistics:
     precision: str = ""  # of the network's arithmetic; a note, not a difference
 
 
+_ORIGIN: Final = ("extractor", "resize", "weights_sha256", "precision")  # fields, and arrays of the file
+
+
 def write_statistics(place: Location, statistics: Statistics) -> None:
     """An `.npz` that pytorch-fid reads too: its `mu` and `sigma`, and beside them our fields. Same content, same bytes.
 
@@ -246,10 +249,7 @@ def write_statistics(place: Location, statistics: Statistics) -> None:
     fields: dict[str, Any] = {
         "mu": np.asarray(statistics.mean, dtype=np.float64),
         "sigma": np.asarray(statistics.cov, dtype=np.float64),
-        "extractor": statistics.extractor,
-        "resize": statistics.resize,
-        "weights_sha256": statistics.weights_sha256,
-        "precision": statistics.precision,
+        **{name: getattr(statistics, name) for name in _ORIGIN},
     }
     if statistics.count is not None:
         fields["n"] = np.int64(statistics.count)
@@ -282,16 +282,10 @@ def read_statistics(place: Location) -> Statistics:
         mean, cov = _checked(fields["mu"], fields["sigma"])
     except (ValueError, TypeError) as error:
         raise UserError(f"{place}: {error}", cure="make the file again") from error
-    bare = "extractor" not in fields and len(mean) == PYTORCH_FID_DIMS
-    return Statistics(
-        mean=mean,
-        cov=cov,
-        count=int(fields["n"]) if "n" in fields else None,
-        extractor="inception" if bare else str(fields.get("extractor", "")),
-        resize="pytorch-fid" if bare else str(fields.get("resize", "")),
-        weights_sha256=str(fields.get("weights_sha256", "")),
-        precision=str(fields.get("precision", "")),
-    )
+    origin = {name: str(fields.get(name, "")) for name in _ORIGIN}
+    if "extractor" not in fields and len(mean) == PYTORCH_FID_DIMS:
+        origin |= {"extractor": "inception", "resize": "pytorch-fid"}
+    return Statistics(mean, cov, int(fields["n"]) if "n" in fields else None, **origin)
 
 
 def check_comparable(first: Statistics, second: Statistics, names: Sequence[str] = ("the first", "the second")) -> None:

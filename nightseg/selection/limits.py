@@ -19,6 +19,7 @@ from nightseg.selection.settings import Selection
 
 Indices = npt.NDArray[np.int64]
 
+_NONE: Indices = np.empty(0, dtype=np.int64)
 _BLOCK_ROWS = 1024
 _COSINE_ERROR = 2e-6  # of float32: a copy of a frame is a repetition at 1.0, too
 
@@ -29,10 +30,14 @@ class Limits(NamedTuple):
     `groups` (N,) and `places` (N,) are integers: the drive a frame belongs to, and its position in it.
     """
 
-    groups: Indices | None = None
-    places: Indices | None = None
+    groups: Indices = _NONE
+    places: Indices = _NONE  # for `gap` only
     quota: int | None = None
     gap: int | None = None
+
+    @property
+    def are_none(self) -> bool:
+        return self.quota is None and self.gap is None
 
     @classmethod
     def of(cls, selection: Selection, frame_ids: Sequence[str], pool_frames: pa.Table) -> Limits:
@@ -72,24 +77,20 @@ class Limits(NamedTuple):
 
     def room(self) -> int | None:
         """The most frames that can be taken together; None = all."""
-        if self.groups is None or (self.quota is None and self.gap is None):
+        if self.are_none:
             return None
         return sum(len(self._packed(group)) for group in np.unique(self.groups).tolist())
 
     def _packed(self, group: int) -> list[int]:
         """As many rows of a group as the limits allow: from the first place on, each as soon as it may come."""
-        assert self.groups is not None
         rows = np.flatnonzero(self.groups == group)
+        if self.gap is None:
+            return [int(row) for row in rows[: self.quota]]
         packed: list[int] = []
-        for row in (rows if self.places is None else rows[np.argsort(self.places[rows], kind="stable")]).tolist():
-            if self.gap is None or not packed or self._apart(row, packed[-1]):
-                packed.append(int(row))
+        for row in rows[np.argsort(self.places[rows], kind="stable")].tolist():
+            if not packed or self.places[row] - self.places[packed[-1]] >= self.gap:
+                packed.append(row)
         return packed[: self.quota]
-
-    def _apart(self, row: int, other: int) -> bool:
-        assert self.places is not None
-        assert self.gap is not None
-        return abs(int(self.places[row]) - int(self.places[other])) >= self.gap
 
     def without_gap(self) -> Limits:
         """The quota alone: choices under it are the bases of a matroid, where greedy is the exact minimum."""
@@ -98,12 +99,8 @@ class Limits(NamedTuple):
     def first(self, order: npt.ArrayLike, count: int) -> Indices:
         """The first `count` frames of this order that may be taken together; fewer where the gap leaves no more."""
         order_N = np.asarray(order, dtype=np.int64)
-        if self.groups is None or (self.quota is None and self.gap is None):
-            return order_N[:count]
         if self.gap is None:
-            assert self.quota is not None
-            return order_N[self._turns(order_N) < self.quota][:count]
-        assert self.places is not None
+            return order_N[:count] if self.quota is None else order_N[self._turns(order_N) < self.quota][:count]
         taken: list[int] = []
         places_of: dict[int, list[int]] = {}
         for row in order_N.tolist():
@@ -123,7 +120,7 @@ class Limits(NamedTuple):
         They must be before; `given` are some of them, `taken` are not.
         """
         allowed = np.ones((len(given), len(taken)), dtype=bool)
-        if self.groups is None or (self.quota is None and self.gap is None):
+        if self.are_none:
             return allowed
         groups = self.groups[taken]
         same_given = self.groups[given][:, None] == groups
@@ -132,7 +129,6 @@ class Limits(NamedTuple):
             of_group = np.searchsorted(held, groups, "right") - np.searchsorted(held, groups, "left")
             allowed &= same_given | (of_group < self.quota)
         if self.gap is not None:
-            assert self.places is not None
             # One line of places for all groups, farther apart than any gap: no matrix of the chosen and the pool.
             line = self.groups * (int(np.ptp(self.places)) + self.gap) + self.places
             held = np.sort(line[chosen])
@@ -144,15 +140,13 @@ class Limits(NamedTuple):
 
     def by_turns(self, order: Indices) -> Indices:
         """The first frame of each group, then the second of each, ...; within a turn in the given order."""
-        if self.groups is None or (self.quota is None and self.gap is None):
-            return order
-        return order[np.argsort(self._turns(order), kind="stable")]
+        return order if self.are_none else order[np.argsort(self._turns(order), kind="stable")]
 
     def filled(self, order: npt.ArrayLike, count: int) -> Indices:
         """As `first`, but always `count` frames where there is room: a drive gives up its first frames for more."""
         order_N = np.asarray(order, dtype=np.int64)
         taken = self.first(order_N, count)
-        if len(taken) == count or self.groups is None:
+        if len(taken) == count or self.are_none:
             return taken
         taken = self.first(order_N, len(order_N))
         sets = {group: taken[self.groups[taken] == group].tolist() for group in np.unique(self.groups).tolist()}
@@ -167,18 +161,18 @@ class Limits(NamedTuple):
     def closed_by(self, picked: Sequence[int]) -> Indices:
         """The rows that the last pick closes, given all picks: itself, its neighbours, its drive if that is full."""
         row = picked[-1]
-        closed = {row}
-        if self.groups is not None:
-            same = np.flatnonzero(self.groups == self.groups[row])
-            if self.quota is not None and int((self.groups[list(picked)] == self.groups[row]).sum()) >= self.quota:
-                closed |= set(same.tolist())
-            if self.gap is not None and self.places is not None:
-                closed |= set(same[np.abs(self.places[same] - self.places[row]) < self.gap].tolist())
-        return np.array(sorted(closed), dtype=np.int64)
+        if self.are_none:
+            return np.array([row], dtype=np.int64)
+        same = np.flatnonzero(self.groups == self.groups[row])
+        if self.quota is not None and int((self.groups[list(picked)] == self.groups[row]).sum()) >= self.quota:
+            return same
+        near: Indices = same[
+            same == row if self.gap is None else np.abs(self.places[same] - self.places[row]) < self.gap
+        ]
+        return near
 
     def _turns(self, order_N: Indices) -> Indices:
         """How many frames of its group come before each."""
-        assert self.groups is not None
         groups_N = self.groups[order_N]
         by_group = np.argsort(groups_N, kind="stable")
         sorted_groups = groups_N[by_group]

@@ -30,7 +30,7 @@ N frames, d dimensions, r columns of R that matter, k = count.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -85,7 +85,6 @@ class Subset(NamedTuple):
     indices: Indices  # (count,), largest weight first
     fid: float  # squared Frechet distance to the reference, covariance divided by count: what the bound is about
     lower_bound: float  # no choice of as many rows has a smaller `fid`
-    fid_unbiased: float  # covariance divided by count - 1, as pytorch-fid; NaN for one row
     influence: Floats  # (N,) gradient at the fractional solution: what adding each row would change, up to a constant
 
 
@@ -116,7 +115,8 @@ def select_subset(
     problem = Problem.of(rows_ND, reference, count)
     weights_N, influence_N, lower_bound = _minimise(problem, count, limits.without_gap(), watch)
     by_weight = np.lexsort((influence_N, -np.round(weights_N * count, 9)))
-    starts = [limits.filled(order, count) for order in _starts(problem, by_weight, influence_N)]
+    orders = (by_weight, *(np.argsort(values, kind="stable") for values in (influence_N, problem.distance_N)))
+    starts = [limits.filled(order, count) for order in orders]
     start = min(starts, key=lambda rows: problem.value(problem.at(rows)))
     chosen = _improve(problem, start, limits, lower_bound)
     # Best first, so that a shorter choice can be cut from a longer one.
@@ -124,21 +124,10 @@ def select_subset(
     place[by_weight] = np.arange(len(rows_ND))
     chosen = chosen[np.argsort(place[chosen], kind="stable")]
 
-    fid = _subset_fid(rows_ND[chosen], reference, divisor=count)
-    unbiased = _subset_fid(rows_ND[chosen], reference, divisor=count - 1) if count > 1 else float("nan")
-    return Subset(chosen, fid, min(max(lower_bound, 0.0), fid), unbiased, influence_N)
-
-
-def _subset_fid(rows_kD: Floats, reference: Gaussian, divisor: int) -> float:
-    mean_D = rows_kD.mean(axis=0)
-    return gaussian_distance(Gaussian(mean_D, (rows_kD - mean_D).T / np.sqrt(divisor)), reference)
-
-
-def _starts(problem: Problem, by_weight: Indices, influence_N: Floats) -> Iterator[Indices]:
-    """Orders whose beginnings are tried: by weight, by gradient, by distance to the reference's mean."""
-    yield by_weight
-    yield np.argsort(influence_N, kind="stable")
-    yield np.argsort(problem.distance_N, kind="stable")
+    mean_D = rows_ND[chosen].mean(axis=0)
+    of_chosen = Gaussian(mean_D, (rows_ND[chosen] - mean_D).T / np.sqrt(count))
+    fid = gaussian_distance(of_chosen, reference)
+    return Subset(chosen, fid, min(max(lower_bound, 0.0), fid), influence_N)
 
 
 # -- the function ----------------------------------------------------------------------------------------------------
@@ -200,14 +189,6 @@ class Problem(NamedTuple):
         """Equal weights on the chosen rows."""
         rows = self.rows_Nr[chosen]
         return Point(float(self.distance_N[chosen].mean()), rows.mean(dim=0), rows.T @ rows / len(chosen))
-
-    def weighted(self, weights_N: Floats) -> Point:
-        """Any weights (N,) that sum to 1."""
-        import torch
-
-        weights = torch.from_numpy(weights_N)
-        second_rr = self.rows_Nr.T @ (self.rows_Nr * weights[:, None])
-        return Point(float(self.distance_N @ weights_N), weights @ self.rows_Nr, second_rr)
 
     def affordable(self, fewest: int, most: int) -> int:
         """How many gradients are worth their time."""
