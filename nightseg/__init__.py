@@ -171,6 +171,7 @@ def load_model(path: str | Path, device: str | None = None) -> Segmenter:
     """Open a model folder, or `RUN_DIR:MODEL` of a finished run.
 
     Returns a callable: uint8 RGB image (H, W, 3) -> (uint8 train ids (H, W), float32 confidence (H, W) in (0, 1]).
+    Images of Pillow and tensors are taken, too; what may mean several things is refused with its shape.
     `device` is "cpu" or "cuda"; by default CUDA where there is one. A tiled and test-time augmented prediction with the
     same weights: `segment.using(window=(512, 1024), flip=True, scales=(0.75, 1.0, 1.25))`.
     Raises UserError if there is no such model.

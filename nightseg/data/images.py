@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from nightseg.data.jpeg import Colours, DamagedJpeg, decode_jpeg
-from nightseg.storage import Location
+from nightseg.storage import Location, UserError
 
 UInt8 = NDArray[np.uint8]
 
@@ -85,10 +85,56 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> UInt8:
             method = _UPRIGHT.get(_orientation(image))
             return pixels_HWC if method is None else np.array(Image.fromarray(pixels_HWC).transpose(method))
     _load(image)
+    return _rgb(image)
+
+
+def _rgb(image: Image.Image) -> UInt8:
     upright = _turn_upright(image)
     # With transparency left in, Pillow warns about palettes whose entries have their own alpha.
     upright.info.pop("transparency", None)
     return np.array(upright.convert("RGB"), dtype=np.uint8)
+
+
+def rgb_pixels(image: object) -> UInt8:
+    """What a caller has in memory as uint8 HWC RGB, where it can mean one thing only.
+
+    Taken: uint8 RGB (H, W, 3) of any strides, read-only too; tensors of PyTorch (H, W, 3) or (3, H, W), on any device;
+    Pillow's images of 8 bits, as their file would be read: turned upright, alpha dropped. Refused, with a UserError
+    that names the shape: the rest, such as (H, W), which a mask has too.
+    """
+    if isinstance(image, Image.Image):
+        if image.mode not in (*_IMAGE_MODES, "HSV", "LAB"):
+            raise UserError(
+                f"image: mode {image.mode} of Pillow has no 8-bit colour; its size is {image.width} x {image.height}",
+                cure="bring its values to 0..255 in a way that suits them, then image.convert('RGB')",
+            )
+        return _rgb(image.copy())
+    try:
+        array = np.asarray(image.detach().cpu() if hasattr(image, "detach") else image)
+    except (TypeError, ValueError) as error:  # bfloat16, which NumPy does not have; lists of unequal lengths
+        raise UserError(f"image: no array of pixels ({error})", cure="give uint8 RGB (height, width, 3)") from error
+    if array.dtype.kind in "OUS":
+        raise UserError(
+            f"image: it is {type(image).__name__}, not pixels", cure="open a file with PIL.Image.open first"
+        )
+    found = f"image: it is {array.dtype} of shape {array.shape}, not uint8 RGB (height, width, 3)"
+    if array.ndim == 4:
+        raise UserError(f"{found}: a batch", cure="give one image, or all of them to `batch` as a list")
+    if array.dtype != np.uint8:
+        extent = f"; its values are {array.min():g} to {array.max():g}" if array.size else ""
+        cure = "bring it to bytes: (255 * image).round().astype(numpy.uint8) if it is in [0, 1]"
+        raise UserError(f"{found}{extent}", cure=cure)
+    if array.ndim == 3 and array.shape[0] == 3 and hasattr(image, "detach"):
+        if array.shape[2] == 3:
+            raise UserError(f"{found}: its channels may be first or last", cure="give it as a NumPy array")
+        array = array.transpose(1, 2, 0)
+    if array.ndim != 3 or array.shape[2] != 3 or not array.size:
+        cures = {
+            2: "numpy.stack([image] * 3, axis=2) if it is grey",
+            3: "image.transpose(1, 2, 0) if channels are first, image[..., :3] if the last is alpha",
+        }
+        raise UserError(found, cure=cures.get(array.ndim, "give an image"))
+    return np.ascontiguousarray(array)
 
 
 def decode_label(data: bytes, max_pixels: int = MAX_PIXELS) -> UInt8:
@@ -230,12 +276,12 @@ def _rawmode(image: ImageFile.ImageFile) -> str:
     return first if isinstance(first, str) and first else image.mode
 
 
-def _turn_upright(image: ImageFile.ImageFile) -> Image.Image:
+def _turn_upright(image: Image.Image) -> Image.Image:
     method = _UPRIGHT.get(_orientation(image))
     return image if method is None else image.transpose(method)
 
 
-def _orientation(image: ImageFile.ImageFile) -> int:
+def _orientation(image: Image.Image) -> int:
     """EXIF orientation, 1 (upright) to 8; 1 when there is none or the metadata is damaged."""
     with _HEADER_LOCK, warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -25,7 +25,7 @@ from nightseg.errors import UserError, closest
 from nightseg.interop.detectron2_config import OURS, Detectron2Config, check_input, config_text, read_config
 from nightseg.interop.unpickle import unpickle_arrays
 from nightseg.networks.model_folder import CARD, load_tensors, save_model
-from nightseg.networks.weights import asked_of_torch, refusal
+from nightseg.networks.weights import asked_of_torch, refusal, the_network, unwrapped
 from nightseg.segmenter.detectron2 import RGB_STD, their_name
 from nightseg.segmenter.encoders import IMAGENET_MEAN, IMAGENET_STD
 from nightseg.segmenter.network import build_semantic_fpn, network_of, num_groups
@@ -207,7 +207,9 @@ def read_checkpoint(data: bytes, where: str) -> dict[str, Tensor]:
         content = unpickle_arrays(data, where)
     if isinstance(content, dict) and "blobs" in content:
         raise UserError(f"{where}: is of Detectron1 or Caffe2 (it has 'blobs')", cure=_CHECKPOINT)
-    model = content.get("model", content) if isinstance(content, dict) else content
+    # Beside `model` there may be an EMA of it; detectron2 itself loads `model`.
+    named = isinstance(content, dict) and "model" in content
+    model = content["model"] if named else the_network(content, where)
     if not isinstance(model, dict) or not model:
         what = f"holds {type(model).__name__}, not a dictionary of tensors or one under 'model'"
         raise UserError(f"{where}: {what}", cure=_CHECKPOINT)
@@ -227,7 +229,7 @@ def from_detectron2(
     `unfreeze`: frozen batch norms become trainable ones; only that training goes on differently follows from it.
     Raises UserError: another network, tensors too few or too many, of other shapes, not float32, not finite.
     """
-    theirs = _without_prefix(checkpoint)
+    theirs = unwrapped(checkpoint, where)
     other = [name for name in theirs if _OTHER.fullmatch(name) or name.endswith(".cell_anchors")]
     theirs = {name: tensor for name, tensor in theirs.items() if name not in other}
     architecture, num_classes = _architecture(theirs, config, where)
@@ -272,12 +274,6 @@ def _scaled(conv1: Tensor, factors: list[float]) -> Tensor:
     if all(factor == 1 for factor in factors):
         return conv1.contiguous()
     return (conv1.double() * torch.tensor(factors, dtype=torch.float64).view(1, 3, 1, 1)).float().contiguous()
-
-
-def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    prefix = "module."  # of a network that was wrapped for several workers
-    wrapped = all(name.startswith(prefix) for name in tensors)
-    return {name.removeprefix(prefix) if wrapped else name: tensor for name, tensor in tensors.items()}
 
 
 def _architecture(tensors: Mapping[str, Tensor], config: Detectron2Config, where: str) -> tuple[dict[str, Any], int]:

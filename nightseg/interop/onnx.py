@@ -26,7 +26,7 @@ from nightseg.data.scenes import scene
 from nightseg.networks.model_folder import TENSORS
 from nightseg.networks.normaliser import Normaliser
 from nightseg.segmenter.network import SIZE_DIVISOR, upsample_logits
-from nightseg.segmenter.predict import Segmenter
+from nightseg.segmenter.predict import SHORTEST_EDGE, Segmenter, input_size
 from nightseg.storage import Location, UserError, sha256_of
 
 Output = Literal["labels", "logits"]
@@ -114,6 +114,14 @@ class PortableSegmenter(nn.Module):
         self.normalise = Normaliser(segmenter.card["mean"], segmenter.card["std"])
         self.output = output
         wanted = segmenter.card["input_size"]
+        if segmenter.card.get(SHORTEST_EDGE):
+            if size is None:
+                raise UserError(
+                    "ONNX export: this model sees frames in a size that follows from theirs (detectron2's "
+                    "INPUT.MIN_SIZE_TEST), which a graph of any size cannot compute",
+                    cure="fix the size of the frames",
+                )
+            wanted = input_size(segmenter.card, size)
         self.input_size = None if wanted is None or tuple(wanted) == size else tuple(wanted)
 
     def forward(self, image_BHW3: Tensor) -> tuple[Tensor, ...]:
@@ -222,7 +230,7 @@ def _metadata(segmenter: Segmenter, model: Location, portable: PortableSegmenter
         "mean": list(card["mean"]),
         "std": list(card["std"]),
         "normalisation": "(image / 255 - mean) / std, inside the graph",
-        "input_size": card["input_size"],
+        "input_size": portable.input_size or card["input_size"],
         "resize": "inside the graph: antialiased bilinear" if portable.input_size else "none",
         "encoder": card["encoder"],
         "input": "image uint8 [batch, height, width, 3] RGB",

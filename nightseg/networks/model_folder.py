@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from nightseg.networks.weights import unwrapped
 from nightseg.storage import Location, UserError
 
 TENSORS: Final = "model.safetensors"
@@ -65,6 +66,6 @@ def load_tensors(folder: Location) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not file.exists():
         raise UserError(f"{folder.uri} has a {CARD} but no {TENSORS}", cure=_COPY_AGAIN)
     try:
-        return safetensors.torch.load(file.read_bytes()), card
+        return unwrapped(safetensors.torch.load(file.read_bytes()), file.uri), card
     except SafetensorError as error:
         raise UserError(f"{file.uri} is damaged: {error}", cure=_COPY_AGAIN) from error

@@ -9,8 +9,9 @@ import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -19,6 +20,11 @@ from torch import Tensor
 from nightseg.storage import Location, UserError, sha256_of
 
 _DOWNLOAD_TIMEOUT_SECONDS: Final = 30.0
+_WRAPPERS: Final = frozenset(
+    ("module", "model", "net", "network", "ema", "ema_model", "model_ema", "teacher", "student", "averaged")
+)
+_COUNTERS: Final = frozenset({"n_averaged"})  # of torch.optim.swa_utils.AveragedModel
+_ONE_NETWORK: Final = 'save the one that is meant alone: torch.save(checkpoint["NAME"], FILE)'
 
 
 def cached_download(url: str, sha256_prefix: str, *, name: str, cure: str) -> Path:
@@ -80,7 +86,7 @@ def read_state_dict(
     cure = f"give the state dict that {name} was saved as (.pth or .safetensors); check {key}"
     try:
         if str(file).endswith(".safetensors"):
-            return dict(safetensors.torch.load(data))
+            return unwrapped(safetensors.torch.load(data), f"{name}: {file}")
         loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError, SafetensorError) as error:
         if asked := asked_of_torch(error):
@@ -88,9 +94,45 @@ def read_state_dict(
         raise UserError(
             f"{name}: {file} is not a file of PyTorch weights, or is damaged: {error}", cure=cure
         ) from error
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+    tensors = the_network(loaded, f"{name}: {file}")
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{name}: {file} is not a dictionary of tensors (a PyTorch state dict)", cure=cure)
-    return dict(loaded)
+    return unwrapped(tensors, f"{name}: {file}")
+
+
+def the_network(content: Any, where: str) -> Any:
+    """Of a checkpoint with several parts ("model", "optimizer", ...) the one that is a network; else all of it.
+
+    Raises UserError if there are two, such as a network and its EMA: which one is meant is not ours to choose.
+    """
+    if not isinstance(content, dict) or all(isinstance(value, Tensor) for value in content.values()):
+        return content
+    networks = {
+        str(key): part
+        for key, part in content.items()
+        if isinstance(part, dict) and part and all(isinstance(value, Tensor | np.ndarray) for value in part.values())
+    }
+    if len(networks) > 1:
+        raise UserError(f"{where}: holds several networks: {', '.join(networks)}", cure=_ONE_NETWORK)
+    return next(iter(networks.values()), content)
+
+
+def unwrapped(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Names without what was put before them when the network was wrapped: by torch.compile (`_orig_mod.`), for several
+    workers (`module.`), as a part of a larger one (`model.`), by an average of its weights (`ema.`, `teacher.`).
+
+    Only what all names share goes. Raises UserError if there are two networks (`student.` and `teacher.`).
+    """
+    plain = {name.replace("_orig_mod.", ""): value for name, value in tensors.items()}
+    while plain:
+        counters = {name for name in plain if name in _COUNTERS}
+        first = {name.partition(".")[0] for name in plain.keys() - counters}
+        if not first or not first <= _WRAPPERS:
+            break
+        if len(first) > 1:
+            raise UserError(f"{where}: holds several networks: {', '.join(sorted(first))}", cure=_ONE_NETWORK)
+        plain = {name.partition(".")[2]: value for name, value in plain.items() if name not in counters}
+    return plain
 
 
 def check_names_and_shapes(name: str, file: object, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:

@@ -34,8 +34,10 @@ def resize_image(image_3HW: Tensor, size: Sequence[int] | None) -> Tensor:
     """
     if size is None or tuple(image_3HW.shape[-2:]) == tuple(size):
         return image_3HW
+    # PyTorch's way for bytes stops at a single pixel (2.14: it takes the memory of 3 x 1 x 1 for channels last).
+    image_3HW = image_3HW.float() if tuple(size) == (1, 1) else image_3HW
     resized: Tensor = transform.resize(image_3HW, list(size), InterpolationMode.BILINEAR, antialias=True)
-    return resized
+    return resized.round().to(torch.uint8) if resized.is_floating_point() else resized
 
 
 def resize_label(label_HW: Tensor, size: Sequence[int] | None) -> Tensor:

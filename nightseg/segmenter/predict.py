@@ -27,11 +27,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 import torch.nn.functional as F
+from PIL import Image as Pixels
 from pydantic import ValidationError
 from torch import Tensor
 
 from nightseg.data import table as frame
-from nightseg.data.images import BadFrame, decode_image, encode_jpeg, encode_png, read_bytes
+from nightseg.data.images import BadFrame, decode_image, encode_jpeg, encode_png, read_bytes, rgb_pixels
 from nightseg.data.prefetch import prefetch
 from nightseg.data.taxonomy import Taxonomy
 from nightseg.networks.model_folder import load_card, load_tensors
@@ -43,6 +44,7 @@ from nightseg.storage import Location, UserError, sha256_of
 
 CHUNK_VALUES = 2**23  # logits of a chunk at full size: 32 MiB; below about 2 MiB chunks cost speed
 WHOLE_FRAME: Final = Inference()
+SHORTEST_EDGE: Final = "shortest_edge"  # of a model card: see `input_size`
 _READERS: Final = 2  # threads that decode ahead; Pillow's decoders release the interpreter's lock
 
 Image = npt.NDArray[np.uint8]
@@ -116,16 +118,21 @@ class Segmenter:
         palette = tuple((red, green, blue) for red, green, blue in part["palette"])
         return Taxonomy(part["name"], tuple(part["classes"]), palette, {})
 
-    def __call__(self, image_HWC: Image) -> Segmented:
-        """uint8 RGB (H, W, 3) -> (labels uint8 (H, W), confidence float32 (H, W)), at the image's size."""
-        return self.batch([image_HWC])[0]
+    def __call__(self, image: object) -> Segmented:
+        """uint8 RGB (H, W, 3) -> (labels uint8 (H, W), confidence float32 (H, W)), at the image's size.
+
+        Also Pillow's images and tensors (`data.images.rgb_pixels`); UserError names the shape of anything else. Nobody
+        can see the order of colours: OpenCV reads BGR, so give `image[..., ::-1]`.
+        """
+        return self.batch([image])[0]
 
     @torch.inference_mode()
-    def batch(self, images: Sequence[Image]) -> list[Segmented]:
+    def batch(self, given: Sequence[object]) -> list[Segmented]:
         """Several frames, of mixed sizes if need be; those that reach the network in one size share a pass.
 
         On a GPU everything is queued, and waited for once, at the end.
         """
+        images = [rgb_pixels(image) for image in given]
         passes: list[list[TiledLogits]] = [[] for _ in images]
         for scale in self.inference.scales:
             inputs = [self._input(image, scale) for image in images]
@@ -146,15 +153,14 @@ class Segmenter:
         return logits_BKhw
 
     def _input(self, image_HWC: Image, scale: float) -> Tensor:
-        if image_HWC.dtype != np.uint8 or image_HWC.ndim != 3 or image_HWC.shape[2] != 3:
-            raise UserError(
-                f"image: it is {image_HWC.dtype} of shape {tuple(image_HWC.shape)}, not uint8 RGB (height, width, 3)",
-                cure="convert it first, grey images by repeating the channel",
-            )
-        size = self.card["input_size"] or image_HWC.shape[:2]
+        high, wide = (max(1, round(side * scale)) for side in input_size(self.card, image_HWC.shape[:2]))
         # On the CPU as in training: another device may round the resized bytes differently.
-        image_CHW = torch.from_numpy(np.ascontiguousarray(image_HWC.transpose(2, 0, 1)))
-        resized_CHW = resize_image(image_CHW, [max(1, round(side * scale)) for side in size])
+        if self.card.get(SHORTEST_EDGE):
+            pixels_HWC = np.asarray(Pixels.fromarray(image_HWC).resize((wide, high), Pixels.Resampling.BILINEAR))
+            resized_CHW = torch.from_numpy(np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1)))
+        else:
+            image_CHW = torch.from_numpy(np.ascontiguousarray(image_HWC.transpose(2, 0, 1)))
+            resized_CHW = resize_image(image_CHW, (high, wide))
         return (resized_CHW.pin_memory() if self.device.type == "cuda" else resized_CHW).to(
             self.device, non_blocking=True
         )
@@ -169,6 +175,24 @@ class Segmenter:
         torch.cuda.current_stream(self.device).synchronize()
         # Copied once more: results that somebody keeps must not keep pinned memory, which the whole machine shares.
         return [Segmented(labels_HW.numpy().copy(), sure_HW.numpy().copy()) for labels_HW, sure_HW in pinned]
+
+
+def input_size(card: Mapping[str, Any], size: Sequence[int]) -> Size:
+    """(height, width) in which a frame of `size` reaches the network of a model card.
+
+    `shortest_edge` [least, most] is detectron2's ResizeShortestEdge (`get_output_shape`, with its rounding): the
+    shorter side becomes `least` long, and both less where the longer one would exceed `most`; never 0.
+    """
+    height, width = card["input_size"] or size
+    if not card.get(SHORTEST_EDGE):
+        return int(height), int(width)
+    least, most = card[SHORTEST_EDGE]
+    scale = least * 1.0 / min(height, width)
+    high, wide = (least * 1.0, scale * width) if height < width else (scale * height, least * 1.0)
+    if max(high, wide) > most:
+        scale = most * 1.0 / max(high, wide)
+        high, wide = high * scale, wide * scale
+    return max(1, int(high + 0.5)), max(1, int(wide + 0.5))
 
 
 def usable_device(name: str | None) -> torch.device:

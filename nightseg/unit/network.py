@@ -363,11 +363,13 @@ class Generators(nn.Module):
         """(B, 3, H, W) of the other domain -> the same scene in domain `to`, at the same size.
 
         Without noise, so a sequence does not flicker. Sides that are no multiple of 4 are reflected up to one and
-        cropped back. `tile` (height, width): larger images go through in tiles whose overlaps, `seam_width` pixels, are
+        cropped back; those under 8, which the network cannot see, are repeated up to 8. `tile` (height, width): larger images go through in tiles whose overlaps, `seam_width` pixels, are
         blended; norms then see a tile's statistics, not the image's.
         """
         height, width = images_B3HW.shape[2:]
-        padded = F.pad(images_B3HW, (0, -width % STRIDE, 0, -height % STRIDE), mode="reflect")
+        below, right = (max(2 * STRIDE, side + -side % STRIDE) - side for side in (height, width))
+        mode = "reflect" if below < height and right < width else "replicate"
+        padded = F.pad(images_B3HW, (0, right, 0, below), mode=mode)
         encoder, decoder = (
             (self.day_encoder, self.night_decoder) if to == "night" else (self.night_encoder, self.day_decoder)
         )

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 from nightseg.data import images
-from nightseg.data.images import BadFrame, decode_image, decode_label, encode_jpeg, encode_png, image_size
-from nightseg.storage import Location
+from nightseg.data.images import BadFrame, decode_image, decode_label, encode_jpeg, encode_png, image_size, rgb_pixels
+from nightseg.storage import Location, UserError
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
@@ -240,3 +241,77 @@ def test_damaged_bytes_are_decoded_or_refused_never_anything_else(kind: str, dat
             decode(bytes(damaged))
         except BadFrame as fault:
             assert fault.reason in images.REASONS
+
+
+# -- what a caller has in memory --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"])
+def test_an_image_of_pillow_is_what_pillow_converts_it_to(mode: str) -> None:
+    rgb = Image.fromarray(noise())
+    made = rgb.convert("RGBA").convert(mode) if mode in ("LA", "PA") else rgb.convert(mode) if mode != "LAB" else None
+    image = made or Image.merge("LAB", [rgb.getchannel(index) for index in range(3)])
+    assert np.array_equal(rgb_pixels(image), np.asarray(image.convert("RGB")))
+
+
+def test_an_image_of_pillow_is_turned_as_its_file_is() -> None:
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        data = saved(Image.fromarray(noise()), exif=exif)
+        image = Image.open(io.BytesIO(data))
+        assert np.array_equal(rgb_pixels(image), decode_image(data))
+        assert image.getexif()[0x0112] == orientation  # the caller's image stays as it is
+
+
+@pytest.mark.parametrize("mode", ["I", "F", "I;16"])
+def test_an_image_of_pillow_with_more_than_8_bits_is_refused(mode: str) -> None:
+    with pytest.raises(UserError, match=rf"mode {mode} of Pillow.* 8 x 6"):
+        rgb_pixels(Image.new(mode, (8, 6)))
+
+
+def test_arrays_that_mean_one_image_are_that_image() -> None:
+    image = noise()
+    held = image.copy()
+    held.setflags(write=False)
+    for given_image, wanted in (
+        (image, image),
+        (held, image),
+        (image[::-1, ::2, ::-1], image[::-1, ::2, ::-1]),  # mirrored, every second column, BGR turned to RGB
+        (np.asfortranarray(image), image),
+        (torch.from_numpy(image), image),
+        (torch.from_numpy(image).permute(2, 0, 1), image),
+        (noise(3, 3), noise(3, 3)),  # an array has its channels last
+        (noise(3, 7), noise(3, 7)),
+    ):
+        found = rgb_pixels(given_image)
+        assert found.dtype == np.uint8 and found.flags.c_contiguous and np.array_equal(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("given_image", "part"),
+    [
+        (np.zeros((2, 4, 5, 3), np.uint8), r"\(2, 4, 5, 3\).*a batch"),
+        (torch.zeros(1, 3, 4, 5, dtype=torch.uint8), r"\(1, 3, 4, 5\).*a batch"),
+        (np.ones((4, 5, 3)), r"float64 of shape \(4, 5, 3\).* 1 to 1"),
+        (np.full((4, 5, 3), 300, np.uint16), r"uint16 of shape \(4, 5, 3\).* 300 to 300"),
+        (np.zeros((4, 5), bool), r"bool of shape \(4, 5\)"),
+        (torch.zeros(3, 4, 5, dtype=torch.bfloat16), "no array of pixels"),
+        (np.zeros((4, 5, 4), np.uint8), r"\(4, 5, 4\).*alpha"),
+        (np.zeros((4, 5), np.uint8), r"\(4, 5\).*if it is grey"),
+        (np.zeros((4, 5, 1), np.uint8), r"\(4, 5, 1\)"),
+        (np.zeros((3, 4, 5), np.uint8), r"\(3, 4, 5\).*channels are first"),
+        (np.zeros((4, 5, 2), np.uint8), r"\(4, 5, 2\)"),
+        (np.zeros((0, 5, 3), np.uint8), r"\(0, 5, 3\)"),
+        (np.zeros(7, np.uint8), r"\(7,\)"),
+        (torch.zeros(3, 5, 3, dtype=torch.uint8), "channels may be first or last"),
+        ("night.png", "it is str"),
+        (Path("night.png"), "it is PosixPath"),
+        (b"\x89PNG", "it is bytes"),
+        (None, "it is NoneType"),
+        ([[1, 2], [3]], "no array of pixels"),
+    ],
+)
+def test_what_may_mean_several_things_is_refused_with_its_shape(given_image: object, part: str) -> None:
+    with pytest.raises(UserError, match=part):
+        rgb_pixels(given_image)

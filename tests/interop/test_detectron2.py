@@ -145,9 +145,10 @@ def test_other_branches_are_left_out_and_counted(detectron2_tensors: Make) -> No
     assert len(found.tensors) == len(theirs) - 6
 
 
-def test_a_wrapped_network_is_unwrapped(detectron2_tensors: Make) -> None:
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "ema."])
+def test_a_wrapped_network_is_unwrapped(detectron2_tensors: Make, prefix: str) -> None:
     theirs = small(detectron2_tensors)
-    found = from_detectron2({f"module.{name}": tensor for name, tensor in theirs.items()}, OURS, "here")
+    found = from_detectron2({prefix + name: tensor for name, tensor in theirs.items()}, OURS, "here")
     assert found.tensors.keys() == from_detectron2(theirs, OURS, "here").tensors.keys()
 
 

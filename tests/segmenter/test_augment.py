@@ -200,3 +200,11 @@ def test_noise_is_of_the_drawn_strength_and_leaves_label_and_other_draws_alone()
         for n in (0.0, 1e-6)
     ]
     assert torch.equal(views[0][0], views[1][0])
+
+
+def test_an_image_shrinks_to_a_single_pixel_its_mean() -> None:
+    for height, width in ((1, 1), (2, 1), (2, 2), (2, 40)):
+        image = torch.arange(3 * height * width, dtype=torch.uint8).reshape(3, height, width)
+        made = resize_image(image, (1, 1))
+        # The filter is symmetric, and so are the values around their mean.
+        assert made.dtype == torch.uint8 and (made[:, 0, 0] - image.float().mean((1, 2))).abs().max() <= 0.5 + 1e-4

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from nightseg.data.class_list import taxonomy
 from nightseg.data.images import decode_image, decode_label, encode_png
@@ -219,3 +220,26 @@ def test_pictures_show_what_they_say() -> None:
 def test_overlay_is_the_rounded_mean() -> None:
     mixed = overlay(np.full((1, 1, 3), 255, np.uint8), np.array([[[255, 0, 128]]], dtype=np.uint8))
     assert mixed.tolist() == [[[255, 128, 192]]]
+
+
+def test_an_image_of_pillow_gives_what_its_pixels_give(tmp_path: Path) -> None:
+    segment = Segmenter(save(tmp_path / "model"), "cpu")
+    image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    wanted = segment(image)
+    for given in (Image.fromarray(image), torch.from_numpy(image).permute(2, 0, 1)):
+        found = segment(given)
+        assert np.array_equal(found.labels, wanted.labels) and np.array_equal(found.confidence, wanted.confidence)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 2), (1, 700), (900, 2)])
+@pytest.mark.parametrize("input_size", [[32, 64], None])
+def test_frames_smaller_than_a_stride_of_the_network_are_segmented(
+    tmp_path: Path, size: tuple[int, int], input_size: list[int] | None
+) -> None:
+    segment = Segmenter(save(tmp_path / "model", constant=True, input_size=input_size), "cpu")
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    for modes in ({}, {"scales": (0.01, 1.0)}, {"window": (1, 1)} if max(size) < 9 else {}, {"flip": True}):
+        found = segment.using(**modes)(image)
+        assert found.labels.shape == size and (found.labels == 1).all()
+        # logits 0, log 3, 0: the softmax of the second is 3 / 5; 1e-6 is several steps of float32 there
+        np.testing.assert_allclose(found.confidence, 0.6, atol=1e-6)

@@ -239,6 +239,17 @@ def test_seams_are_as_wide_as_a_pixel_reaches(res_blocks: int) -> None:
     assert seam_width(res_blocks) - 8 < reach <= seam_width(res_blocks)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (2, 3), (4, 4), (3, 9)])
+def test_images_smaller_than_the_network_sees_are_repeated_up_to_it(size: tuple[int, int]) -> None:
+    generators = Generators(width=2, res_blocks=1)
+    images = torch.rand(1, 3, *size)
+    below, right = (max(8, side + -side % 4) - side for side in size)
+    padded = torch.nn.functional.pad(images, (0, right, 0, below), mode="replicate")
+    with torch.inference_mode():
+        found = generators.translate(images, "night")
+        assert torch.equal(found, generators.translate(padded, "night")[:, :, : size[0], : size[1]])
+
+
 def test_tiles_equal_the_whole_image_but_for_the_norms_and_the_seams() -> None:
     generators = without_norms(Generators(width=2, res_blocks=1)).double()
     seam = seam_width(1)
