@@ -380,6 +380,8 @@ def convert() -> None:
 @click.option("--pixel-mean", metavar="A,B,C", callback=_three_numbers, help="Without a config: its PIXEL_MEAN.")
 @click.option("--pixel-std", metavar="A,B,C", callback=_three_numbers, help="Without a config: its PIXEL_STD.")
 @click.option("--stride-in-1x1/--stride-in-3x3", default=None, help="Without a config: its RESNETS.STRIDE_IN_1X1.")
+@click.option("--min-size-test", type=click.IntRange(0), help="Without a config: its INPUT.MIN_SIZE_TEST, else 800.")
+@click.option("--max-size-test", type=click.IntRange(1), help="Without a config: its INPUT.MAX_SIZE_TEST, else 1333.")
 @answers
 def detectron2(
     checkpoint: str, out: str, config: str | None, taxonomy: str | None, unfreeze: bool, **said: Any
@@ -400,8 +402,10 @@ def detectron2(
     options = {name: f"--{name.replace('_', '-')}" for name in ("channels", "pixel_mean", "pixel_std")}
     options["stride_in_1x1"] = "--stride-in-1x1 or --stride-in-3x3"
     missing = [option for name, option in options.items() if said[name] is None]
-    if config is not None and len(missing) < len(options):
-        raise UserError(f"--config and {', '.join(options.values())} exclude each other", cure="give the config alone")
+    stated = {name: value for name, value in said.items() if value is not None}
+    if config is not None and stated:
+        both = ", ".join((*options.values(), "--min-size-test", "--max-size-test"))
+        raise UserError(f"--config and {both} exclude each other", cure="give the config alone")
     if config is None and len(missing) == len(options):
         beside = Location.of(checkpoint).parent / "config.yaml"
         which = f"--config {beside}, which lies there" if beside.exists() else "--config FILE"
@@ -413,7 +417,7 @@ def detectron2(
         )
     if config is None and missing:
         raise UserError(f"convert: without a config these are missing: {', '.join(missing)}", cure="add them")
-    source = Detectron2Config(**said) if config is None else Location.of(config)
+    source = Detectron2Config(**stated) if config is None else Location.of(config)
     return convert_from_detectron2(
         Location.of(checkpoint), Location.of(out), source, classes=taxonomy, unfreeze=unfreeze
     )

@@ -22,19 +22,28 @@ from torch import Tensor
 from nightseg.data.class_list import taxonomy
 from nightseg.data.taxonomy import Taxonomy
 from nightseg.errors import UserError, closest
-from nightseg.interop.detectron2_config import OURS, Detectron2Config, check_input, config_text, read_config
+from nightseg.interop.detectron2_config import (
+    OURS,
+    Detectron2Config,
+    check_input,
+    check_sizes,
+    config_text,
+    read_config,
+)
 from nightseg.interop.unpickle import unpickle_arrays
 from nightseg.networks.model_folder import CARD, load_tensors, save_model
 from nightseg.networks.weights import asked_of_torch, refusal, the_network, unwrapped
 from nightseg.segmenter.detectron2 import RGB_STD, their_name
 from nightseg.segmenter.encoders import IMAGENET_MEAN, IMAGENET_STD
 from nightseg.segmenter.network import build_semantic_fpn, network_of, num_groups
+from nightseg.segmenter.predict import SHORTEST_EDGE
 from nightseg.segmenter.settings import Network
 from nightseg.storage import Location, sha256_of
 
 CONV1: Final = "body.conv1.weight"
 ORIGINAL_CONV1: Final = "original_conv1.safetensors"  # in a converted model's folder: the first convolution as it was
 DETECTRON2_GROUPS: Final = 32
+MOST_CLASSES: Final = 255  # and one more value, which is ignored
 
 # Files of PyTorch are archives; before, they began with a pickled magic number (torch/serialization.py).
 _OLD_TORCH: Final = b"\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
@@ -92,6 +101,7 @@ def convert_from_detectron2(
         **found.architecture,
         "taxonomy": {"name": names.name, "classes": list(names.classes), "palette": [list(c) for c in names.palette]},
         "input_size": None,
+        SHORTEST_EDGE: settings.shortest_edge,
         "mean": list(IMAGENET_MEAN),
         "std": list(IMAGENET_STD),
         "start": "detectron2",
@@ -106,6 +116,10 @@ def convert_from_detectron2(
         **found.architecture,
         "taxonomy": names.name,
         "input": f"{_described(settings)} in the checkpoint; folded into the first convolution",
+        "frames": _frames(settings) + ("" if config_sha256 else "; not said by a config"),
+        "ignored_class": names.classes[settings.ignore_value]
+        if settings.ignore_value in range(names.num_classes)
+        else None,
         "tensors": len(found.tensors),
         "left_out": found.left_out,
         "added": found.added,
@@ -134,6 +148,9 @@ def convert_to_detectron2(folder: Location, out: Location) -> dict[str, Any]:
         lists = {key: tuple(known[key]) for key in ("pixel_mean", "pixel_std")}
         config = Detectron2Config(**{**known, **lists})
     config = config._replace(**{key: architecture[key] for key in ("norm", "freeze_at", "stride_in_1x1")})
+    size = card["input_size"]
+    least, most = (min(size), max(size)) if size else card.get(SHORTEST_EDGE) or (0, config.max_size_test)
+    config = config._replace(min_size_test=least, max_size_test=most)
     original = folder / ORIGINAL_CONV1
     conv1 = safetensors.torch.load(original.read_bytes())[CONV1] if original.exists() else None
     theirs = to_detectron2(tensors, architecture, config, conv1, str(folder))
@@ -146,6 +163,8 @@ def convert_to_detectron2(folder: Location, out: Location) -> dict[str, Any]:
         "checkpoint": str(out),
         "config": str(config_file),
         "input": _described(config),
+        "frames": _frames(config)
+        + (f"; here {size[0]} x {size[1]} whatever their shape, so others than these differ" if size else ""),
         "tensors": len(theirs),
         "classes": card["taxonomy"]["classes"],
     }
@@ -153,6 +172,12 @@ def convert_to_detectron2(folder: Location, out: Location) -> dict[str, Any]:
 
 def _described(config: Detectron2Config) -> str:
     return f"{config.channels}, mean {config.pixel_mean}, deviation {config.pixel_std}"
+
+
+def _frames(config: Detectron2Config) -> str:
+    if config.shortest_edge is None:
+        return "in their own size"
+    return f"resized to a shorter side of {config.min_size_test}, a longer one of at most {config.max_size_test}"
 
 
 def _classes(name: str | None, num_classes: int, checkpoint: Location) -> Taxonomy:
@@ -301,19 +326,27 @@ def _architecture(tensors: Mapping[str, Tensor], config: Detectron2Config, where
     if config.norm is not None and (config.norm != "frozen") != counted:
         found = "batch norms that were trained" if counted else "frozen batch norms"
         raise UserError(f"{where}: holds {found}, but its config says MODEL.RESNETS.NORM {config.norm}", cure=_CONFIG)
+    num_classes = int(tensors["sem_seg_head.predictor.weight"].shape[0])
+    if num_classes > MOST_CLASSES:
+        raise UserError(
+            f"{where}: predicts {num_classes} classes, and labels of one byte have {MOST_CLASSES}", cure=_CHECKPOINT
+        )
     head_channels = tensors["sem_seg_head.p2.0.weight"].shape[0] if "sem_seg_head.p2.0.weight" in tensors else 0
     if head_channels % DETECTRON2_GROUPS:
         what = f"sem_seg_head.p2.0 has {head_channels} channels, which 32 groups cannot share"
         raise UserError(f"{where}: {what}", cure=_CHECKPOINT)
+    pyramid_channels = int(tensors["backbone.fpn_lateral2.weight"].shape[0])
+    sizes = {"num_classes": num_classes, "head_channels": head_channels, "pyramid_channels": pyramid_channels}
+    check_sizes(config, sizes, where)
     return {
         "encoder": encoder,
-        "pyramid_channels": int(tensors["backbone.fpn_lateral2.weight"].shape[0]),
+        "pyramid_channels": pyramid_channels,
         "head_channels": head_channels or 128,
         "norm": config.norm or ("batch" if counted else "frozen"),
         "freeze_at": config.freeze_at,
         "stride_in_1x1": config.stride_in_1x1,
         "backend": "torchvision",
-    }, int(tensors["sem_seg_head.predictor.weight"].shape[0])
+    }, num_classes
 
 
 def _num_blocks(tensors: Iterable[str], stage: int) -> int:

@@ -6,6 +6,7 @@ that a config and its bases do not have is at detectron2's default (detectron2/c
 
 from __future__ import annotations
 
+import ast
 import math
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
@@ -22,12 +23,22 @@ _MAX_BASES: Final = 10
 
 _DEFAULTS: Final[dict[str, Any]] = {
     "INPUT.FORMAT": "BGR",
+    "INPUT.MIN_SIZE_TEST": 800,
+    "INPUT.MAX_SIZE_TEST": 1333,
     "MODEL.PIXEL_MEAN": [103.53, 116.28, 123.675],
     "MODEL.PIXEL_STD": [1.0, 1.0, 1.0],
     "MODEL.RESNETS.DEPTH": 50,
     "MODEL.RESNETS.NORM": "FrozenBN",
     "MODEL.RESNETS.STRIDE_IN_1X1": True,
     "MODEL.BACKBONE.FREEZE_AT": 2,
+    "MODEL.SEM_SEG_HEAD.IGNORE_VALUE": 255,
+    "MODEL.SEM_SEG_HEAD.LOSS_WEIGHT": 1.0,
+}
+# What the tensors say as well; where a config states another number, the checkpoint is not the config's.
+_SIZES: Final = {
+    "num_classes": "MODEL.SEM_SEG_HEAD.NUM_CLASSES",
+    "head_channels": "MODEL.SEM_SEG_HEAD.CONVS_DIM",
+    "pyramid_channels": "MODEL.FPN.OUT_CHANNELS",
 }
 # What a Semantic FPN has to have; anything else is another network, whose weights may fit all the same.
 _FIXED: Final[dict[str, tuple[Any, Any]]] = {  # key: detectron2's default, what is read here
@@ -45,6 +56,13 @@ _FIXED: Final[dict[str, tuple[Any, Any]]] = {  # key: detectron2's default, what
     "MODEL.SEM_SEG_HEAD.NORM": ("GN", "GN"),
     "MODEL.SEM_SEG_HEAD.COMMON_STRIDE": (4, 4),
 }
+# No part of what a trained network computes or sees.
+_WITHOUT_EFFECT: Final = (
+    *("INPUT.MIN_SIZE_TRAIN", "INPUT.MAX_SIZE_TRAIN", "INPUT.MIN_SIZE_TRAIN_SAMPLING", "INPUT.RANDOM_FLIP"),
+    *("INPUT.CROP", "INPUT.MASK_FORMAT", "MODEL.RESNETS.OUT_FEATURES", "MODEL.RESNETS.RES2_OUT_CHANNELS"),
+    *("MODEL.RESNETS.DEFORM_MODULATED", "MODEL.RESNETS.DEFORM_NUM_GROUPS"),
+)
+_SECTIONS: Final = ("INPUT", "MODEL.BACKBONE", "MODEL.RESNETS", "MODEL.FPN", "MODEL.SEM_SEG_HEAD")
 _YACS: Final = "give the config.yaml that detectron2 wrote beside the checkpoint"
 _ARCHITECTURES: Final = ("PanopticFPN", "SemanticSegmentor")
 
@@ -59,9 +77,21 @@ class Detectron2Config(NamedTuple):
     norm: Norm | None = None  # None: as the tensors look
     freeze_at: int = 0
     depth: int | None = None  # None: as the tensors look
+    min_size_test: int = 800  # length of the shorter side that frames are resized to; 0 = frames keep their size
+    max_size_test: int = 1333  # the most that the longer side may then have
+    ignore_value: int = 255
+    loss_weight: float = 1.0
+    num_classes: int | None = None  # these three None: as the tensors look
+    head_channels: int | None = None
+    pyramid_channels: int | None = None
+
+    @property
+    def shortest_edge(self) -> list[int] | None:
+        """As a model card says it."""
+        return [self.min_size_test, self.max_size_test] if self.min_size_test else None
 
 
-OURS: Final = Detectron2Config("RGB", RGB_MEAN, RGB_STD, stride_in_1x1=False)
+OURS: Final = Detectron2Config("RGB", RGB_MEAN, RGB_STD, stride_in_1x1=False, min_size_test=0)
 
 
 def read_config(file: Location) -> Detectron2Config:
@@ -82,7 +112,10 @@ def read_config(file: Location) -> Detectron2Config:
             raise UserError(
                 f"{where}: {key} is {found!r}", cure=f"only networks built with {wanted!r} can be converted"
             )
-    norms = {theirs: ours for ours, theirs in NORMS.items()} | {"nnSyncBN": "sync", "naiveSyncBN": "sync"}
+    _check_keys(config, where)
+    norms = {theirs: ours for ours, theirs in NORMS.items()} | {
+        name: "sync" for name in ("nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
+    }
     norm = values["MODEL.RESNETS.NORM"]
     if norm not in norms:
         raise UserError(
@@ -104,9 +137,36 @@ def read_config(file: Location) -> Detectron2Config:
             norms[norm],
             max(0, min(5, freeze_at)),
             depth,
+            values["INPUT.MIN_SIZE_TEST"],
+            values["INPUT.MAX_SIZE_TEST"],
+            values["MODEL.SEM_SEG_HEAD.IGNORE_VALUE"],
+            values["MODEL.SEM_SEG_HEAD.LOSS_WEIGHT"],
+            **{name: _value(config, key, None) for name, key in _SIZES.items()},
         ),
         where,
     )
+
+
+def _check_keys(config: Mapping[str, Any], where: str) -> None:
+    """Raise UserError for a key that detectron2 does not have: a typing error, or a part that is computed elsewhere."""
+    known = {*_DEFAULTS, *_FIXED, *_SIZES.values(), *_WITHOUT_EFFECT}
+    for section in _SECTIONS:
+        held = _value(config, section, {})
+        for key in held if isinstance(held, dict) else [""]:
+            if f"{section}.{key}" not in known:
+                raise UserError(
+                    f"{where}: {section}.{key} is no key of detectron2{closest(f'{section}.{key}', known)}",
+                    cure="correct it, or take it out if nothing that the network computes or sees follows from it",
+                )
+
+
+def check_sizes(config: Detectron2Config, found: Mapping[str, Any], where: str) -> None:
+    """Raise UserError unless the tensors have the sizes that the config states: detectron2 then leaves them random."""
+    for name, key in _SIZES.items():
+        stated = getattr(config, name)
+        if stated is not None and stated != found[name]:
+            cure = "give the config that the checkpoint was trained with"
+            raise UserError(f"{where}: {key} is {stated!r}, but the tensors are made for {found[name]}", cure=cure)
 
 
 def check_input(config: Detectron2Config, where: str) -> Detectron2Config:
@@ -118,10 +178,23 @@ def check_input(config: Detectron2Config, where: str) -> Detectron2Config:
         raise UserError(
             f"{where}: PIXEL_MEAN is {list(config.pixel_mean)} ({config.channels}), not ImageNet's {list(RGB_MEAN)}; "
             "another mean cannot be moved into the first convolution exactly, because that pads with zeros",
-            cure="only networks with ImageNet's mean can be converted",
+            cure="only networks with ImageNet's mean can be converted"
+            + ("; this one is of colours in [0, 1], detectron2's are bytes: times 255" if max(mean) <= 1 else ""),
         )
     if not all(std > 0 for std in config.pixel_std):
         raise UserError(f"{where}: PIXEL_STD is {list(config.pixel_std)}", cure="deviations are positive")
+    least, most = config.min_size_test, config.max_size_test
+    if not (_is_whole(least) and _is_whole(most) and least >= 0 and (most > 0 or least == 0)):
+        raise UserError(
+            f"{where}: INPUT.MIN_SIZE_TEST {least!r} and MAX_SIZE_TEST {most!r} give frames no size",
+            cure="both are whole numbers above 0; MIN_SIZE_TEST 0 lets frames keep their size",
+        )
+    if not _is_whole(config.ignore_value) or not _is_number(config.loss_weight):
+        raise UserError(
+            f"{where}: SEM_SEG_HEAD.IGNORE_VALUE {config.ignore_value!r} or LOSS_WEIGHT {config.loss_weight!r} is no "
+            "number",
+            cure="give numbers",
+        )
     return config
 
 
@@ -145,9 +218,20 @@ def config_text(config: Detectron2Config, architecture: Mapping[str, Any], num_c
             "IN_FEATURES": ["res2", "res3", "res4", "res5"],
             "OUT_CHANNELS": architecture["pyramid_channels"],
         },
-        "SEM_SEG_HEAD": {"NUM_CLASSES": num_classes, "CONVS_DIM": architecture["head_channels"], "NORM": "GN"},
+        "SEM_SEG_HEAD": {
+            "NUM_CLASSES": num_classes,
+            "CONVS_DIM": architecture["head_channels"],
+            "NORM": "GN",
+            "IGNORE_VALUE": config.ignore_value,
+            "LOSS_WEIGHT": config.loss_weight,
+        },
     }
-    return yaml.safe_dump({"VERSION": 2, "MODEL": model, "INPUT": {"FORMAT": config.channels}}, sort_keys=False)
+    seen = {
+        "FORMAT": config.channels,
+        "MIN_SIZE_TEST": config.min_size_test,
+        "MAX_SIZE_TEST": config.max_size_test,
+    }
+    return yaml.safe_dump({"VERSION": 2, "MODEL": model, "INPUT": seen}, sort_keys=False)
 
 
 def _read(file: Location, depth: int = 0) -> dict[str, Any]:
@@ -201,7 +285,12 @@ def _value(config: Mapping[str, Any], dotted: str, default: Any) -> Any:
         if not isinstance(value, dict) or key not in value:
             return default
         value = value[key]
-    return value
+    if isinstance(value, str):
+        try:  # detectron2 reads a text as Python where it is some: its configs write tuples so
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return value
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _three(where: str, key: str, value: Any) -> tuple[float, float, float]:
@@ -212,3 +301,7 @@ def _three(where: str, key: str, value: Any) -> tuple[float, float, float]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -59,6 +59,14 @@ def starting_network(
             cure="set start to the folder of a segmenter",
         )
     _check_same_architecture(folder, network_of(card), network)
+    if card.get("shortest_edge"):
+        least, most = card["shortest_edge"]
+        size = network.input_size and " x ".join(map(str, network.input_size))
+        say(
+            f"{folder.uri} was made for frames with a shorter side of {least}, a longer one of at most {most}; this "
+            f"training, and the model it makes, sees them {f'as {size}' if size else 'in their own size'} "
+            "(network.input_size)"
+        )
     if tuple(card["taxonomy"]["classes"]) != classes.classes:
         say(
             f"{folder.uri} has the {card['num_classes']} classes of {card['taxonomy']['name']}, not the "

@@ -363,8 +363,9 @@ class Generators(nn.Module):
         """(B, 3, H, W) of the other domain -> the same scene in domain `to`, at the same size.
 
         Without noise, so a sequence does not flicker. Sides that are no multiple of 4 are reflected up to one and
-        cropped back; those under 8, which the network cannot see, are repeated up to 8. `tile` (height, width): larger images go through in tiles whose overlaps, `seam_width` pixels, are
-        blended; norms then see a tile's statistics, not the image's.
+        cropped back; those under 8, which the network cannot see, are repeated up to 8. `tile` (height, width): larger
+        images go through in tiles whose overlaps, `seam_width` pixels, are blended; norms then see a tile's statistics,
+        not the image's.
         """
         height, width = images_B3HW.shape[2:]
         below, right = (max(2 * STRIDE, side + -side % STRIDE) - side for side in (height, width))

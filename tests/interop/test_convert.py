@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner, Result
+from PIL import Image
 from torch import Tensor
 
 from nightseg import load_model
@@ -21,7 +22,8 @@ from nightseg.data.class_list import taxonomy
 from nightseg.interop.detectron2 import ORIGINAL_CONV1
 from nightseg.networks.model_folder import CARD, load_tensors
 from nightseg.segmenter.detectron2 import their_name
-from nightseg.segmenter.network import build_semantic_fpn
+from nightseg.segmenter.network import build_semantic_fpn, upsample_logits
+from nightseg.segmenter.predict import input_size
 from nightseg.segmenter.settings import Network
 from nightseg.storage import Location, sha256_of
 
@@ -113,6 +115,134 @@ def test_there_predicts_and_back_is_bit_for_bit(checkpoint: Path, theirs: dict[s
     again = json_of("convert", "detectron2", back["checkpoint"], tmp_path / "again", "--config", back["config"])
     assert same(load_tensors(Location.of(tmp_path / "again"))[0], tensors)
     assert again["taxonomy"] == "numbers11"
+
+
+def shortest_edge(height: int, width: int, least: int, most: int) -> tuple[int, int]:
+    """ResizeShortestEdge.get_output_shape (detectron2/data/transforms/augmentation_impl.py), line by line."""
+    size = least * 1.0
+    scale = size / min(height, width)
+    if height < width:
+        newh, neww = size, scale * width
+    else:
+        newh, neww = scale * height, size
+    if max(newh, neww) > most:
+        scale = most * 1.0 / max(newh, neww)
+        newh = newh * scale
+        neww = neww * scale
+    return int(newh + 0.5), int(neww + 0.5)
+
+
+def predictor(theirs: Mapping[str, Tensor], image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """detectron2's DefaultPredictor and SemanticSegmentor on an RGB image, its input BGR bytes less their mean."""
+    network = build_semantic_fpn(
+        Network(encoder="resnet18", pyramid_channels=8, head_channels=32, norm="frozen"), num_classes=11
+    ).eval()
+    network.load_state_dict({name: theirs[their_name(name)] for name in network.state_dict()})
+    resized = np.asarray(Image.fromarray(image[:, :, ::-1]).resize(size[::-1], Image.Resampling.BILINEAR))
+    seen = torch.from_numpy(resized.astype("float32").transpose(2, 0, 1))[None]
+    with torch.no_grad():
+        logits = network(seen - torch.tensor([103.53, 116.28, 123.675]).view(1, 3, 1, 1))
+    result = upsample_logits(logits, *size)
+    whole = torch.nn.functional.interpolate(result, size=image.shape[:2], mode="bilinear", align_corners=False)
+    return whole[0].argmax(dim=0).numpy()
+
+
+@pytest.mark.parametrize(
+    ("frame", "least", "most", "seen"),
+    [
+        ((48, 64), 80, 133, (80, 107)),  # 106.67
+        ((48, 128), 80, 133, (50, 133)),  # capped: 133 / 213.3
+        ((90, 40), 32, 200, (72, 32)),
+        ((120, 160), 64, 1333, (64, 85)),  # smaller than the frame
+        ((48, 64), 0, 0, (48, 64)),
+        ((33, 31), 32, 33, (33, 31)),  # 34.06 capped: 32 becomes 31
+        ((2, 300), 80, 133, (1, 133)),  # 0.89
+    ],
+)
+def test_labels_are_those_of_detectron2s_predictor(
+    checkpoint: Path,
+    theirs: dict[str, Tensor],
+    tmp_path: Path,
+    frame: tuple[int, int],
+    least: int,
+    most: int,
+    seen: tuple[int, int],
+) -> None:
+    config = CONFIG | {"INPUT": {"MIN_SIZE_TEST": least, "MAX_SIZE_TEST": most}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    json_of("convert", "detectron2", checkpoint, tmp_path / "model", "--config", tmp_path / "config.yaml")
+    if least:
+        assert shortest_edge(*frame, least, most) == seen
+    image = np.random.default_rng(0).integers(0, 256, (*frame, 3), dtype=np.uint8)
+    segment = load_model(tmp_path / "model", "cpu")
+    assert input_size(segment.card, frame) == seen
+    found = segment(image).labels
+    # The first convolution is folded, which rounds: where two classes are equally likely that decides.
+    assert (found == predictor(theirs, image, seen)).mean() > 0.995
+    if seen != frame and least:
+        assert (found == predictor(theirs, image, frame)).mean() < 0.98  # so the size does matter here
+
+
+def test_sizes_are_detectron2s_for_all_frames() -> None:
+    rng = np.random.default_rng(0)
+    for least, most in ((800, 1333), (512, 1024), (1, 7), (1024, 2048), (333, 334)):
+        card = {"input_size": None, "shortest_edge": [least, most]}
+        for height, width in rng.integers(1, 3000, (400, 2)).tolist():
+            wanted = shortest_edge(height, width, least, most)
+            assert input_size(card, (height, width)) == tuple(max(1, side) for side in wanted)
+
+
+def test_the_size_of_frames_goes_back_to_detectron2(checkpoint: Path, tmp_path: Path) -> None:
+    def sizes(model: Path) -> tuple[int, int]:
+        answer = json_of("convert", "to-detectron2", model, tmp_path / "out.pth")
+        seen = yaml.safe_load(Path(answer["config"]).read_text())["INPUT"]
+        return seen["MIN_SIZE_TEST"], seen["MAX_SIZE_TEST"]
+
+    answer = json_of("convert", "detectron2", checkpoint, tmp_path / "zoo", *ZOO)
+    assert answer["frames"].startswith("resized to a shorter side of 800, a longer one of at most 1333; not said")
+    assert sizes(tmp_path / "zoo") == (800, 1333)
+    json_of("convert", "detectron2", checkpoint, tmp_path / "own", *ZOO, "--min-size-test", 0)
+    assert sizes(tmp_path / "own") == (0, 1333)
+    json_of("convert", "detectron2", checkpoint, tmp_path / "a", *ZOO, "--min-size-test", 512, "--max-size-test", 2048)
+    assert sizes(tmp_path / "a") == (512, 2048)
+    for size, wanted in ((None, (0, 1333)), ([240, 320], (240, 320)), ([320, 240], (240, 320))):
+        card = json.loads((tmp_path / "own" / CARD).read_text())
+        card["input_size"] = size
+        del card["detectron2"]  # a model that was trained here
+        card.pop("shortest_edge", None)
+        (tmp_path / "trained").mkdir(exist_ok=True)
+        (tmp_path / "trained" / CARD).write_text(json.dumps(card))
+        (tmp_path / "trained" / "model.safetensors").write_bytes((tmp_path / "own" / "model.safetensors").read_bytes())
+        assert sizes(tmp_path / "trained") == wanted
+
+
+def test_what_a_config_says_of_training_is_kept_and_an_ignored_class_is_said(checkpoint: Path, tmp_path: Path) -> None:
+    config = json.loads(json.dumps(CONFIG))
+    config["MODEL"]["SEM_SEG_HEAD"] = {"IGNORE_VALUE": 3, "LOSS_WEIGHT": 0.5, "NUM_CLASSES": 11}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    answer = json_of("convert", "detectron2", checkpoint, tmp_path / "model", "--config", tmp_path / "config.yaml")
+    assert answer["ignored_class"] == "class 3"
+    json_of("convert", "to-detectron2", tmp_path / "model", tmp_path / "out.pth")
+    head = yaml.safe_load((tmp_path / "out.yaml").read_text())["MODEL"]["SEM_SEG_HEAD"]
+    assert (head["IGNORE_VALUE"], head["LOSS_WEIGHT"], head["NUM_CLASSES"]) == (3, 0.5, 11)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "part"),
+    [
+        ("SEM_SEG_HEAD", "NUM_CLASSES", "NUM_CLASSES is 54, but the tensors are made for 11"),
+        ("SEM_SEG_HEAD", "CONVS_DIM", "CONVS_DIM is 54, but the tensors are made for 32"),
+        ("FPN", "OUT_CHANNELS", "OUT_CHANNELS is 54, but the tensors are made for 8"),
+    ],
+)
+def test_a_config_of_other_sizes_is_refused(
+    checkpoint: Path, tmp_path: Path, section: str, key: str, part: str
+) -> None:
+    config = json.loads(json.dumps(CONFIG))
+    config["MODEL"].setdefault(section, {})[key] = 54
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    words = ("convert", "detectron2", checkpoint, tmp_path / "model", "--config", tmp_path / "config.yaml")
+    assert part in refused(*words)
 
 
 def test_the_answer_to_people_says_what_was_done(checkpoint: Path, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_a_config_says_what_it_says(tmp_path: Path) -> None:
             MODEL__BACKBONE__FREEZE_AT=0,
         )
     )
-    assert config == OURS._replace(norm="sync", freeze_at=0, depth=50)
+    assert config == OURS._replace(norm="sync", freeze_at=0, depth=50, min_size_test=800)
 
 
 def test_a_resnet_18_has_no_1x1_convolution_to_stride_in(tmp_path: Path) -> None:
@@ -77,7 +77,9 @@ def test_what_is_written_reads_back(tmp_path: Path, channels: str, encoder: str)
         config = config._replace(pixel_mean=OURS.pixel_mean[::-1], pixel_std=(1.0, 1.0, 1.0))
     architecture = {"encoder": encoder, "pyramid_channels": 128, "head_channels": 64}
     (tmp_path / "out.yaml").write_text(config_text(config, architecture, 7))
-    assert read_config(Location.of(tmp_path / "out.yaml")) == config
+    assert read_config(Location.of(tmp_path / "out.yaml")) == config._replace(
+        num_classes=7, head_channels=64, pyramid_channels=128
+    )
     written = yaml.safe_load((tmp_path / "out.yaml").read_text())["MODEL"]
     assert written["SEM_SEG_HEAD"]["NUM_CLASSES"] == 7
     assert written["FPN"]["OUT_CHANNELS"] == 128
@@ -103,6 +105,15 @@ def test_what_is_written_reads_back(tmp_path: Path, channels: str, encoder: str)
         ({"INPUT__FORMAT": "L"}, "INPUT.FORMAT is 'L'"),
         ({"MODEL__PIXEL_MEAN": [127.5, 127.5, 127.5]}, "pads with zeros"),
         ({"INPUT__FORMAT": "RGB"}, "PIXEL_MEAN"),  # whose default is in the order of BGR
+        ({"MODEL__PIXEL_MEAN": [0.406, 0.456, 0.485]}, r"of colours in \[0, 1\]"),
+        ({"INPUT__MIN_SIZE_TEST": -1}, "MIN_SIZE_TEST -1"),
+        ({"INPUT__MIN_SIZE_TEST": [640, 800]}, "MIN_SIZE_TEST"),
+        ({"INPUT__MAX_SIZE_TEST": 0}, "MAX_SIZE_TEST 0"),
+        ({"INPUT__MAX_SIZE_TEST": None}, "MAX_SIZE_TEST None"),
+        ({"INPUT__MIN_SIZE_TSET": 640}, "did you mean 'INPUT.MIN_SIZE_TEST'"),
+        ({"MODEL__RESNETS__RES4_DILATION": 2}, "MODEL.RESNETS.RES4_DILATION is no key"),
+        ({"MODEL__SEM_SEG_HEAD__PROJECT_CHANNELS": [48]}, "PROJECT_CHANNELS is no key"),
+        ({"MODEL__SEM_SEG_HEAD__IGNORE_VALUE": "none"}, "IGNORE_VALUE 'none'"),
         ({"MODEL__PIXEL_MEAN": [1.0, 2.0]}, "three numbers"),
         ({"MODEL__PIXEL_STD": [1.0, 0.0, 1.0]}, "deviations are positive"),
     ],
@@ -110,6 +121,29 @@ def test_what_is_written_reads_back(tmp_path: Path, channels: str, encoder: str)
 def test_configs_of_other_networks_are_refused_by_the_key(tmp_path: Path, changed: dict[str, Any], part: str) -> None:
     with pytest.raises(UserError, match=part):
         read_config(write(tmp_path, **changed))
+
+
+def test_texts_are_read_as_detectron2_reads_them(tmp_path: Path) -> None:
+    config = read_config(
+        write(
+            tmp_path,
+            MODEL__PIXEL_MEAN="(103.53, 116.28, 123.675)",
+            MODEL__FPN__IN_FEATURES="('res2', 'res3', 'res4', 'res5')",
+            INPUT__MIN_SIZE_TRAIN="(640, 672)",
+            INPUT__CROP={"ENABLED": True, "TYPE": "absolute", "SIZE": [512, 1024]},
+            INPUT__MIN_SIZE_TEST="512",
+            INPUT__MAX_SIZE_TEST=2048,
+            MODEL__SEM_SEG_HEAD__IGNORE_VALUE=0,
+            MODEL__SEM_SEG_HEAD__LOSS_WEIGHT=0.5,
+        )
+    )
+    assert config.pixel_mean == (103.53, 116.28, 123.675)
+    assert config.shortest_edge == [512, 2048]
+    assert (config.ignore_value, config.loss_weight) == (0, 0.5)
+
+
+def test_frames_keep_their_size_where_the_shorter_side_is_0(tmp_path: Path) -> None:
+    assert read_config(write(tmp_path, INPUT__MIN_SIZE_TEST=0, INPUT__MAX_SIZE_TEST=0)).shortest_edge is None
 
 
 @pytest.mark.parametrize(

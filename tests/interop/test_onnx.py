@@ -219,3 +219,14 @@ class TestOnnx:
         assert (logits.argmax(axis=1) == labels).mean() > 0.999
         with pytest.raises(Exception, match="Got invalid dimensions"):
             run(file, streets(1, 64, 96))
+
+
+def test_a_size_that_follows_from_the_frames_is_computed_for_a_fixed_one(tmp_path: Path) -> None:
+    model = save(tmp_path / "model")
+    card = (model / "model.json").read_json() | {"shortest_edge": [48, 100]}
+    (model / "model.json").write_json(card)
+    segmenter = Segmenter(model, "cpu")
+    assert PortableSegmenter(segmenter, "labels", (64, 128)).input_size == (48, 96)
+    assert PortableSegmenter(segmenter, "labels", (48, 100)).input_size is None
+    with pytest.raises(UserError, match=r"MIN_SIZE_TEST.*Cure: fix the size"):
+        PortableSegmenter(segmenter, "labels", None)

@@ -87,6 +87,17 @@ def test_a_folder_may_be_given_as_text(teacher: Location) -> None:
         replace(CLASSES, name="swapped", classes=("b", "a")),
     ],
 )
+@pytest.mark.parametrize(("size", "part"), [(None, "in their own size"), ((64, 96), "as 64 x 96")])
+def test_a_start_that_saw_frames_in_another_size_is_said(
+    teacher: Location, size: tuple[int, int] | None, part: str
+) -> None:
+    card = (teacher / "model.json").read_json() | {"shortest_edge": [800, 1333]}
+    (teacher / "model.json").write_json(card)
+    said: list[str] = []
+    start(teacher, said, input_size=size)
+    assert len(said) == 1 and "a shorter side of 800, a longer one of at most 1333" in said[0] and part in said[0]
+
+
 def test_other_classes_renew_the_predictor_alone_and_say_so(teacher: Location, classes: Taxonomy) -> None:
     said: list[str] = []
     network = start(teacher, said, classes=classes)
