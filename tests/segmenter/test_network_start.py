@@ -87,17 +87,6 @@ def test_a_folder_may_be_given_as_text(teacher: Location) -> None:
         replace(CLASSES, name="swapped", classes=("b", "a")),
     ],
 )
-@pytest.mark.parametrize(("size", "part"), [(None, "in their own size"), ((64, 96), "as 64 x 96")])
-def test_a_start_that_saw_frames_in_another_size_is_said(
-    teacher: Location, size: tuple[int, int] | None, part: str
-) -> None:
-    card = (teacher / "model.json").read_json() | {"shortest_edge": [800, 1333]}
-    (teacher / "model.json").write_json(card)
-    said: list[str] = []
-    start(teacher, said, input_size=size)
-    assert len(said) == 1 and "a shorter side of 800, a longer one of at most 1333" in said[0] and part in said[0]
-
-
 def test_other_classes_renew_the_predictor_alone_and_say_so(teacher: Location, classes: Taxonomy) -> None:
     said: list[str] = []
     network = start(teacher, said, classes=classes)
@@ -149,3 +138,14 @@ def test_encoder_weights_count_by_their_content_and_only_where_they_are_read(tmp
     assert weights_identity(str(file), "imagenet") not in (first, None)
     assert weights_identity(str(file), "scratch") is weights_identity(None, "imagenet") is None
     assert weights_identity(str(tmp_path / "gone"), "imagenet") == str(tmp_path / "gone")
+
+
+@pytest.mark.parametrize(("size", "part"), [(None, "in their own size"), ((64, 96), "as 64 x 96")])
+def test_a_start_that_saw_frames_in_another_size_is_said(
+    teacher: Location, size: tuple[int, int] | None, part: str
+) -> None:
+    card = (teacher / "model.json").read_json() | {"shortest_edge": [800, 1333]}
+    (teacher / "model.json").write_json(card)
+    said: list[str] = []
+    start(teacher, said, input_size=size)
+    assert len(said) == 1 and "a shorter side of 800, a longer one of at most 1333" in said[0] and part in said[0]
