@@ -75,7 +75,13 @@ def test_results_hold_the_scores_and_where_every_number_comes_from(run: Location
     assert (results["recipe"], results["seed"], len(results["taxonomy"]["classes"])) == ("made", 3, 11)
     assert results["taxonomy"]["encodings"]["camvid12"]["11"] == 255
     assert {"python", "torch", "ray", "nightseg"} <= results["versions"].keys()
-    assert results["hardware"]["cpus"] >= 1
+    assert results["hardware"]["cpus"] >= 1 and {"machine", "system"} <= results["hardware"].keys()
+    assert results.keys() == {
+        *("nightseg", "recipe", "seed", "taxonomy", "versions", "hardware", "models", "datasets", "splits"),
+        *("selections", "pseudo_labels", "predictions", "translations", "quarantine", "commits", "seconds"),
+    }
+    assert results["taxonomy"].keys() == {"name", "classes", "palette", "encodings"}
+    assert (results["taxonomy"]["name"], len(results["taxonomy"]["palette"])) == ("camvid11", 11)
 
 
 def test_results_say_what_was_done_now_and_how_long_it_took(run: Location) -> None:
@@ -84,7 +90,13 @@ def test_results_say_what_was_done_now_and_how_long_it_took(run: Location) -> No
         "train_segmenter/m", "evaluate/m"
     }  # fmt: skip
     assert set(results["seconds"].values()) == {1.5}
-    assert results["commits"]["collect/day"]["rows_out"] == 4
+    facts = results["commits"]["collect/day"]
+    assert (facts["rows_in"], facts["rows_out"], facts["quarantined"]) == (4 + MAX_QUARANTINE_ROWS + 5, 4, 1005)
+    assert facts["folder"].startswith(f"{run.uri}/stages/collect/day/") and facts["skipped"] is True
+    assert facts.keys() == {
+        *("key", "content", "folder", "seconds", "rows_in", "rows_out", "quarantined", "created", "code", "summary"),
+        "skipped",
+    }
 
 
 def test_quarantined_frames_are_listed_but_not_without_end(run: Location) -> None:

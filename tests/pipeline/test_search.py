@@ -375,6 +375,7 @@ def test_trials_have_readable_names_in_tensorboard() -> None:
     assert name(first) == "001,alpha=0.1235,count=60,start=a_.._b"
     assert name(SimpleNamespace(trial_id="a7", config={ALPHA: 1e-5})) == "002,alpha=1e-05"
     assert name(first).startswith("001")
+    assert len(name(SimpleNamespace(trial_id="b2", config={ALPHA: "x" * 200}))) == 120  # of 255 that a file may have
 
 
 def test_the_callback_counts_trials_and_survives_being_pickled() -> None:

@@ -49,7 +49,7 @@ def test_a_pool_is_split_into_a_frame_table_with_its_evidence(pool: Path, tmp_pa
     assert {domain for name, domain in domains.items() if "day" in name} == {"day"}
     assert {domain for name, domain in domains.items() if "night" in name} == {"night"}
     assert all(Path(uri).exists() for uri in frames["uri"].to_pylist())
-    assert (found["frames"], found["quarantined"]) == (str(out), 1)
+    assert found == {"domains": {"day": 4, "night": 4}, "frames": str(out), "quarantined": 1}
     bad = Location.of(out.parent / "frames.quarantine.parquet").read_table().to_pylist()
     assert [Path(row["uri"]).name for row in bad] == ["broken.png"] and bad[0]["reason"] == "truncated"
     assert Location.of(out.parent / "frames.evidence.json").read_json()["margin"] == 0.1
@@ -71,7 +71,8 @@ def test_the_frames_closest_to_the_reference_are_chosen(tmp_path: Path) -> None:
     assert set(frames["frame_id"].to_pylist()) == {"pool/80", "pool/90", "pool/100"}
     assert Location.of(tmp_path / "chosen/scores.parquet").read_table().num_rows == 7
     assert Location.of(tmp_path / "chosen/evidence.json").read_json()["method"] == "histogram"
-    assert found["chosen"] == 3 and not (tmp_path / "chosen/.work").exists()
+    assert found.keys() == {"method", "chosen", "pool", "fid", "out"} and not (tmp_path / "chosen/.work").exists()
+    assert (found["chosen"], found["pool"], found["out"]) == (3, 7, str(tmp_path / "chosen"))
 
 
 def test_a_frame_table_made_by_hand_can_be_a_pool(pool: Path, tmp_path: Path) -> None:

@@ -1,3 +1,7 @@
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 
@@ -74,3 +78,69 @@ def test_turns_take_one_of_each_group_before_the_second() -> None:
     limits = Limits(groups=np.array([0, 0, 0, 1, 1, 2]), quota=9)
     assert limits.by_turns(np.array([2, 0, 3, 5, 1, 4])).tolist() == [2, 3, 5, 0, 4, 1]
     assert Limits().by_turns(np.array([2, 0, 1])).tolist() == [2, 0, 1]
+
+
+# -- against the definition, by trying everything --------------------------------------------------------------------
+
+
+class Case(NamedTuple):
+    """Seven frames in up to three drives."""
+
+    limits: Limits
+    order: list[int]
+
+    def fits(self, rows: Sequence[int]) -> bool:
+        groups, places, quota, gap = self.limits
+        assert groups is not None and places is not None
+        pairs = [(a, b) for a, b in itertools.combinations(rows, 2) if groups[a] == groups[b]]
+        most = max((sum(groups[row] == groups[other] for other in rows) for row in rows), default=0)
+        apart = gap is None or all(abs(places[a] - places[b]) >= gap for a, b in pairs)
+        return apart and (quota is None or most <= quota)
+
+    def greedy(self) -> list[int]:
+        taken: list[int] = []
+        for row in self.order:
+            if self.fits([*taken, row]):
+                taken.append(row)
+        return taken
+
+
+@pytest.mark.parametrize("draw", range(6))
+@pytest.mark.parametrize("quota", [None, 1, 2, 3])
+@pytest.mark.parametrize("gap", [None, 1, 2, 3])
+def test_limits_are_what_they_say(quota: int | None, gap: int | None, draw: int) -> None:
+    rng = np.random.default_rng(draw)
+    case = Case(Limits(rng.integers(0, 3, 7), rng.permutation(7), quota, gap), rng.permutation(7).tolist())
+    limits, free = case.limits, case.limits.quota is None and case.limits.gap is None
+    subsets = [rows for size in range(8) for rows in itertools.combinations(range(7), size) if case.fits(rows)]
+    room = max(map(len, subsets))
+    assert limits.room() == (None if free else room)
+    for count in range(1, 8):
+        assert limits.first(case.order, count).tolist() == case.greedy()[:count]
+        if count > room:
+            with pytest.raises(UserError, match=f"room for {room} frames"):
+                limits.check(count)
+            continue
+        limits.check(count)
+        filled = limits.filled(case.order, count).tolist()
+        assert len(filled) == count and case.fits(filled)
+        assert filled == [row for row in case.order if row in filled]
+        if len(case.greedy()) >= count:
+            assert filled == case.greedy()[:count]
+    picked: list[int] = []
+    closed: set[int] = set()
+    for row in case.greedy():
+        picked.append(row)
+        now = set(limits.closed_by(picked).tolist())
+        gone = {other for other in range(7) if other in picked or not case.fits([*picked, other])}
+        assert row in now <= gone
+        closed |= now
+        assert closed == gone
+    groups = limits.groups
+    assert groups is not None
+    turn = {
+        row: sum(groups[other] == groups[row] for other in case.order[:place]) for place, row in enumerate(case.order)
+    }
+    by_turns = limits.by_turns(np.array(case.order)).tolist()
+    assert by_turns == (case.order if free else sorted(case.order, key=turn.__getitem__))
+    assert limits.without_gap() == limits._replace(gap=None)

@@ -78,6 +78,9 @@ class TestStage:
         assert found["miou"] == 33 / 36
         assert found["fwiou"] == pytest.approx(33 / 36)
         assert (found["frames"], found["absent_class"]) == (3, "cityscapes")
+        assert found.keys() == {
+            *("pa", "ca", "miou", "fwiou", "iou", "confusion", "absent_class", "frames")
+        }  # what the report reads
 
     def test_predictions_are_kept_with_their_own_matrix(self, frames: pa.Table, model: Commit, work: Any) -> None:
         commit = run(frames, model, work("evaluate"))

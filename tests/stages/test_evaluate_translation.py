@@ -140,8 +140,12 @@ def miou(errors: int, frames: int = 3) -> float:
 
 def test_the_numbers_are_those_of_the_definitions(maker: Maker) -> None:
     made = maker.make()
-    found = maker.evaluate(made).json(stage.SCORES_NAME)
+    commit = maker.evaluate(made)
+    found = commit.json(stage.SCORES_NAME)
     assert (found["frames"], found["labelled"], found["has_back_translation"]) == (3, 3, True)
+    assert commit.summary == {
+        "fid": found["fid"]["translated"], "agreement": found["agreement"], "edges": found["edges"]
+    }  # fmt: skip
     assert found["miou"] == pytest.approx({"source": miou(90), "translated": miou(180), "back": miou(120)})
     assert found["survival"] == pytest.approx(miou(120) / miou(90))
     # The first 30 pixels are cars to the segmenter in every picture; S(t) calls 30 + 60 more of S(x)'s sky cars.

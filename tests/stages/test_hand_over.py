@@ -287,3 +287,20 @@ def test_a_translator_is_trained_as_the_recipe_says_and_committed_with_its_histo
     assert (card["width"], card["res_blocks"], card["shared_blocks"], card["parents"]) == (2, 1, 0, [])
     assert card["training"]["iterations"] == 7 and not card["training"].keys() & {"width", "perceptual_weights", "tile"}
     assert not (attempt.folder / "trainer").exists()
+
+
+@pytest.mark.parametrize(("cpus", "threads"), [(0.5, 1), (1.0, 1), (4.0, 3), (20.0, 8)])
+def test_a_translator_decodes_beside_its_training(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cpus: float, threads: int
+) -> None:
+    def fit(loop: Any, settings: dict[str, Any], **_: Any) -> None:
+        assert settings["plan"].threads == threads
+        raise Handed
+
+    monkeypatch.setattr(train_translator, "fit", fit)
+    frames = noise(tmp_path, "day", 1, 100, 255)
+    compute, progress = TrainCompute(cpus_per_worker=cpus), SilentProgress()
+    with pytest.raises(Handed):
+        train_translator.train_translator(
+            TINY, frames, frames, seed=5, attempt=attempt_in(tmp_path), compute=compute, progress=progress
+        )

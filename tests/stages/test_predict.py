@@ -43,6 +43,8 @@ def test_stage_writes_every_picture_and_says_where(model: Commit, work: Any, fra
         max_bad_fraction=0.5,
     )
     assert (commit.rows_in, commit.rows_out, commit.quarantined) == (4, 3, 1)
+    assert commit.summary == {"save": ["mask", "color", "overlay", "confidence"]}
+    assert commit.table("quarantine").to_pylist()[0]["frame_id"] == "dusk/bad"
     for index, row in enumerate(commit.table("predictions").to_pylist()):
         assert row["mean_confidence"] == 0.5
         files = {

@@ -105,6 +105,18 @@ class TestRules:
         assert by_class["road"] == {"predicted": 200, "kept": 128, "kept_share": 0.64, "threshold": 103 / 256}
         assert by_class["sky"] == {"predicted": 240, "kept": 240, "kept_share": 1.0, "threshold": 230 / 256}
         assert not (attempt.folder / "drafts").exists()
+        evidence = commit.json("evidence.json")
+        del evidence["by_class"]
+        assert "hardly ever predicts building" in evidence.pop("warnings")[0]
+        assert evidence == {
+            "teacher": {"name": teacher.name, "key": teacher.key},
+            "threshold": {"kind": "class_balanced", "confidence": 0.9, "share": 0.6},
+            "frames": 5,
+            "pixels": 480,
+            "kept_share": 392 / 480,
+        }
+        assert commit.summary == {"kept_share": 392 / 480, "warnings": 1, "threshold": "class_balanced"}
+        assert commit.table("histograms")["class"].to_pylist() == list(CLASSES.classes)
 
     def test_tables_are_whole(self, frames: pa.Table, teacher: Commit, work: Any) -> None:
         commit = run(frames, teacher, work("pseudo_label"), Threshold(kind="class_balanced", confidence=0.9, share=0.6))

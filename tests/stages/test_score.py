@@ -63,7 +63,8 @@ def check(commit: Commit, frames: pa.Table) -> None:
     assert (statistics.count, statistics.extractor, statistics.resize) == (frames.num_rows, LITE0, "clean")
     np.testing.assert_allclose(statistics.mean, features.mean(0, dtype=np.float64), rtol=1e-12)
     np.testing.assert_allclose(statistics.cov, np.cov(features.astype(np.float64).T), rtol=1e-8, atol=1e-12)
-    assert commit.summary["dims"] == 1280 and commit.summary["weights_sha256"].startswith("57934424")
+    assert commit.summary.pop("weights_sha256").startswith("57934424")
+    assert commit.summary == {"extractor": LITE0, "dims": 1280, "resize": "clean", "precision": "float32"}
 
 
 def test_features_histograms_and_statistics(tmp_path: Path) -> None:
@@ -79,6 +80,7 @@ def test_broken_frames_are_quarantined(tmp_path: Path) -> None:
     assert commit.table("features")["frame_id"].to_pylist() == ["d/000", "d/001"]
     assert [row["reason"] for row in commit.table("quarantine").to_pylist()] == ["not_an_image"] * 2
     assert (commit.rows_in, commit.rows_out, commit.quarantined) == (4, 2, 2)
+    assert read_statistics(commit.file("statistics.npz")).count == 2  # the fewest that have a covariance
 
 
 def test_one_frame_has_features_but_no_statistics(tmp_path: Path) -> None:

@@ -115,6 +115,21 @@ def test_evidence_compares_with_chance(tmp_path: Path) -> None:
     assert evidence["best"][0]["uri"].startswith("/data/pool/")
     assert evidence["worst"][-1]["score"] == max(example["score"] for example in evidence["worst"])
     assert (evidence["pool"], evidence["count"], evidence["reference"]) == (16, 6, 30)
+    assert (evidence["method"], evidence["extractor"], evidence["resize"]) == ("pooled", "x", "clean")
+    assert evidence["rules"] == {"quota": None, "gap": None, "duplicates": None}
+    assert evidence.keys() == {
+        *("method", "count", "pool", "duplicates", "rules", "extractor", "resize", "shared_with_tests"),
+        *("reference", "fid", "curve", "plane", "scores", "cut", "best", "last_chosen", "first_left_out", "worst"),
+    }
+    assert fid.keys() == {
+        *("selection", "selection_biased", "lower_bound", "random_mean", "random_sd", "random_draws", "pool")
+    }
+    assert commit.summary == {"method": "pooled", "chosen": 6, "pool": 16, "fid": fid}
+    assert commit.seconds > 0 and evidence["curve"]["counts"] == [2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]
+    by_score = [row["frame_id"] for row in sorted(scores, key=lambda row: row["score"])]
+    assert [example["frame_id"] for example in evidence["best"]] == by_score[:8]
+    assert [example["frame_id"] for example in evidence["worst"]] == by_score[-8:]
+    assert [example["frame_id"] for example in evidence["last_chosen"]] == ids(commit)
 
 
 def test_histogram_takes_the_same_light(tmp_path: Path) -> None:

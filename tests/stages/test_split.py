@@ -58,6 +58,10 @@ def done(
     )
 
 
+def sureness(row: Mapping[str, float]) -> float:
+    return -row["margin"]
+
+
 MIXED = {f"d{i}": "day" for i in range(6)} | {f"n{i}": "night" for i in range(5)}
 
 
@@ -86,7 +90,13 @@ def test_a_pool_comes_apart_with_evidence(tmp_path: Path) -> None:
         assert all(example["domain"] == name for example in evidence["examples"][name])
     assert len(evidence["scores"]["edges"]) == 41
     margins = [abs(example["margin"] - 0.2) for example in evidence["borderline"]]
-    assert margins == sorted(margins) and {"frame_id", "uri", "score"} <= set(evidence["borderline"][0])
+    assert margins == sorted(margins) and len(margins) == 8
+    assert evidence["borderline"][0].keys() == {"frame_id", "uri", "domain", "score", "margin"}
+    for name in ("day", "night"):
+        surest = sorted((row for row in commit.table("frames").to_pylist() if row["domain"] == name), key=sureness)
+        assert [row["frame_id"] for row in surest] == [row["frame_id"] for row in evidence["examples"][name]]
+    assert evidence["examples"]["twilight"] == [] and evidence["centres"].keys() == {"day", "night", "dusk"}
+    assert all(len(centre["upper"]) == len(centre["lower"]) == 10 for centre in evidence["centres"].values())
     seen = commit.table("histograms")
     expected = luminance_histogram(street("day", 0))
     bands = vectors(seen["bands"])[0].reshape(2, 64)
