@@ -147,6 +147,7 @@ Runs
     pipeline/graph.py              node, view, inputs: the words of the graph
     pipeline/build.py              the recipe as a graph of stages: the only place that knows the order
     pipeline/results.py            results.json
+    pipeline/verify.py             is every file of a run what was written
     pipeline/run.py                do what is not committed, gather, report; or say what would be done
     pipeline/search.py             Ray Tune over the rounds: what a search tries, its trials
     pipeline/single.py             single stages without a recipe
@@ -154,7 +155,7 @@ Runs
 The command line
     cli/doctor.py    is this machine fit
     cli/output.py    how answers and errors look
-    cli/main.py      `nightseg run`, `status`, `report`, `search`, `doctor`
+    cli/main.py      `nightseg run`, `status`, `verify`, `report`, `search`, `doctor`
     cli/commands.py  `nightseg split`, `fid`, `select`, `evaluate`, `predict`, `convert`, `export`
 """
 

@@ -66,6 +66,15 @@ def run(recipe: str, overrides: tuple[str, ...], run_dir: str | None, only: str 
     return Answer(adapted.outcome.results, partial(print_outcome, adapted))
 
 
+def _existing_run(run_dir: str) -> Location:
+    folder = Location.of(run_dir)
+    if not folder.is_folder():
+        raise UserError(f"{run_dir}: there is no such run folder", cure="give the folder that `nightseg run` wrote")
+    if not (folder / "stages").is_folder() and not (folder / "recipe.yaml").exists():
+        raise UserError(f"{run_dir}: not a run folder, it has neither stages nor recipe.yaml", cure="give RUN_DIR")
+    return folder
+
+
 @main.command()
 @click.argument("run_dir")
 @answers
@@ -75,11 +84,7 @@ def status(run_dir: str) -> Answer:
     \b
     nightseg status runs/demo
     """
-    folder = Location.of(run_dir)
-    if not folder.is_folder():
-        raise UserError(f"{run_dir}: there is no such run folder", cure="give the folder that `nightseg run` wrote")
-    if not (folder / "stages").is_folder() and not (folder / "recipe.yaml").exists():
-        raise UserError(f"{run_dir}: not a run folder, it has neither stages nor recipe.yaml", cure="give RUN_DIR")
+    folder = _existing_run(run_dir)
     commits, holder = Workspace(folder).commits(), Workspace(folder).holder()
     keys = ("stage", "name", "key", "created", "seconds", "rows_in", "rows_out", "quarantined")
     rows = [{key: getattr(commit, key) for key in keys} for commit in commits]
@@ -95,6 +100,34 @@ def status(run_dir: str) -> Answer:
         )
 
     return Answer({"run_dir": folder.uri, "holder": holder, "commits": rows}, show)
+
+
+@main.command()
+@click.argument("run_dir")
+@answers
+def verify(run_dir: str) -> Answer:
+    """Find damaged files of a run.
+
+    Reads every committed file again, the results and the copy of the recipe, and compares their sha256. Exit code 1 if
+    one is damaged; `nightseg run` makes it again.
+
+    \b
+    nightseg verify runs/demo
+    """
+    from nightseg.pipeline.verify import verify as read_all
+
+    folder = _existing_run(run_dir)
+    found = read_all(folder, progress=progress_for())
+    damaged = [damage._asdict() for damage in found.damaged]
+    content = found._asdict() | {"run_dir": folder.uri, "good": not damaged, "damaged": damaged}
+
+    def show() -> None:
+        if damaged:
+            rows = [[damage.path, damage.expected, damage.seen] for damage in found.damaged]
+            print_table(f"{folder}: damaged files", ["file", "expected", "seen"], rows)
+        click.echo(f"{found.files} files of {found.commits} commits read, {found.bytes} bytes: {len(damaged)} damaged")
+
+    return Answer(content, show, code=1 if damaged else 0)
 
 
 @main.command()

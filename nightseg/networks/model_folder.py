@@ -12,19 +12,22 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from nightseg.networks.weights import unwrapped
-from nightseg.storage import Location, UserError
+from nightseg.storage import Location, UserError, sha256_of
+from nightseg.storage.paths import canonical_json
 
 TENSORS: Final = "model.safetensors"
 CARD: Final = "model.json"
 FORMAT: Final = "nightseg-model-1"
 
 _COPY_AGAIN: Final = "copy the whole model folder again"
+_EDITED: Final = f"; if you changed it yourself, delete {{}} from {CARD}"
 
 
 def save_model(folder: Location, tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> None:
     """Write a model folder: tensors first, the card last, so a folder with a card is whole.
 
-    The same tensors and card give the same bytes. Tensors may be on any device and in any memory format.
+    The same tensors and card give the same bytes; the card holds their sha256 and its own. Tensors may be on any
+    device and in any memory format.
     `card["kind"]` names the network. Raises UserError when a floating tensor is not finite: such a model is broken.
     """
     assert card.get("kind"), "a model card names its kind"
@@ -35,8 +38,11 @@ def save_model(folder: Location, tensors: Mapping[str, Tensor], card: Mapping[st
             f"{folder.uri}: not saved, {len(broken)} tensors are not finite, first {broken[0]}",
             cure="train again with a smaller learning rate",
         )
-    (folder / TENSORS).write_bytes(safetensors.torch.save(plain))
-    (folder / CARD).write_json({"format": FORMAT, **card})
+    data = safetensors.torch.save(plain)
+    body = {"format": FORMAT, **card, "weights_sha256": sha256_of(data)}
+    body.pop("sha256", None)  # of the card that this one was made from
+    (folder / TENSORS).write_bytes(data)
+    (folder / CARD).write_json(body | {"sha256": sha256_of(canonical_json(json.loads(canonical_json(body))))})
 
 
 def load_card(folder: Location) -> dict[str, Any]:
@@ -48,13 +54,20 @@ def load_card(folder: Location) -> dict[str, Any]:
         )
     try:
         card = file.read_json()
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        json.dumps(card, allow_nan=False)
+    except ValueError as error:  # no JSON, no UTF-8, NaN
         raise UserError(f"{file.uri} is damaged: {error}", cure=_COPY_AGAIN) from error
     if not isinstance(card, dict) or card.get("format") != FORMAT:
         found = card.get("format") if isinstance(card, dict) else type(card).__name__
         raise UserError(
             f"{file.uri}: format {found!r}, this version of nightseg reads {FORMAT!r}",
             cure="open it with the version that wrote it, or train the model again",
+        )
+    seal, seen = card.pop("sha256", None), sha256_of(canonical_json(card))
+    if seal not in (None, seen):
+        raise UserError(
+            f"{file.uri} is damaged: it says that its sha256 is {str(seal)[:12]}, it is {seen[:12]}",
+            cure=_COPY_AGAIN + _EDITED.format("sha256"),
         )
     return card
 
@@ -65,7 +78,14 @@ def load_tensors(folder: Location) -> tuple[dict[str, Tensor], dict[str, Any]]:
     file = folder / TENSORS
     if not file.exists():
         raise UserError(f"{folder.uri} has a {CARD} but no {TENSORS}", cure=_COPY_AGAIN)
+    data = file.read_bytes()
+    seal, seen = card.get("weights_sha256"), sha256_of(data)
+    if seal not in (None, seen):
+        raise UserError(
+            f"{file.uri} is damaged: {CARD} says that its sha256 is {str(seal)[:12]}, it is {seen[:12]}",
+            cure=_COPY_AGAIN + _EDITED.format("weights_sha256 and sha256"),
+        )
     try:
-        return unwrapped(safetensors.torch.load(file.read_bytes()), file.uri), card
+        return unwrapped(safetensors.torch.load(data), file.uri), card
     except SafetensorError as error:
         raise UserError(f"{file.uri} is damaged: {error}", cure=_COPY_AGAIN) from error

@@ -15,8 +15,10 @@ from nightseg.data.settings import JoinedDataset
 from nightseg.errors import UserError, closest
 from nightseg.pipeline.graph import Graph, ModelNodes, NodeId
 from nightseg.recipe.types import Recipe
-from nightseg.storage import Commit, Location
+from nightseg.storage import Commit, Location, hash_of, sha256_of
 
+RESULTS_NAME = "results.json"
+RECIPE_NAME = "recipe.yaml"
 PACKAGES = ("nightseg", "torch", "torchvision", "ray", "timm", "numpy", "pyarrow", "pillow")
 MAX_QUARANTINE_ROWS = 1000  # the tables keep all of them; the results show the first
 
@@ -68,19 +70,32 @@ def gather(recipe: Recipe, graph: Graph, commits: Mapping[NodeId, Commit], done:
     }
 
 
+def sealed(results: Mapping[str, Any], run: Location) -> dict[str, Any]:
+    """The results with the hash of the recipe they follow from, and with their own: what `read_results` compares."""
+    whole = {**results, "recipe_sha256": sha256_of((run / RECIPE_NAME).read_bytes())}
+    return whole | {"sha256": hash_of(whole)}
+
+
 def read_results(run: Location) -> dict[str, Any]:
     """The results of a finished run. Raises UserError: there are none, or the file is damaged."""
-    file = run / "results.json"
+    file = run / RESULTS_NAME
     try:
         content = file.read_json()
+        if seal_of(content) not in (None, content.get("sha256")):
+            raise ValueError("it does not match its own sha256")
         return {**content, "models": dict(content["models"]), "commits": dict(content["commits"])}
     except FileNotFoundError:
         raise UserError(f"{run}: no results.json there", cure="finish the run first (nightseg run RECIPE)") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{file}: not the results of a run, or damaged ({error})",
             cure="run the same command again; what is committed is not computed twice",
         ) from error
+
+
+def seal_of(content: Mapping[str, Any]) -> str | None:
+    """What the sha256 of these results has to be; None where they have none."""
+    return hash_of({key: value for key, value in content.items() if key != "sha256"}) if "sha256" in content else None
 
 
 def model_folder(place: str | Path | Location) -> Location:
@@ -92,11 +107,11 @@ def model_folder(place: str | Path | Location) -> Location:
     if (folder / "model.json").exists():
         return folder
     run, name = folder, ""
-    if not (folder / "results.json").exists():
+    if not (folder / RESULTS_NAME).exists():
         before, _, after = str(place).rpartition(":")
         if before and not after.startswith("//"):  # of s3://bucket/run
             run, name = Location.of(before), after
-    if not (run / "results.json").exists():
+    if not (run / RESULTS_NAME).exists():
         raise UserError(
             f"{place}: neither a model folder (no model.json) nor a finished run (no results.json)",
             cure="give RUN_DIR:MODEL, for example runs/demo:self_trained",

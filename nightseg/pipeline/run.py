@@ -13,12 +13,12 @@ from nightseg.cluster import ray as cluster
 from nightseg.cluster.settings import MapCompute, TrainCompute
 from nightseg.pipeline import build
 from nightseg.pipeline.graph import Graph, Node, NodeId
-from nightseg.pipeline.results import gather
+from nightseg.pipeline.results import gather, sealed
 from nightseg.progress import Progress
 from nightseg.recipe import load_recipe, save_recipe
 from nightseg.recipe.types import Recipe
 from nightseg.report import write_report
-from nightseg.storage import Commit, Location, Stage, Workspace
+from nightseg.storage import Commit, DamagedCommit, Location, Stage, UserError, Workspace, check_contents
 
 
 class Outcome(NamedTuple):
@@ -89,7 +89,7 @@ def run(
     with workspace.lock(), cluster.left_as_found():
         save_recipe(recipe, folder / "recipe.yaml")
         commits, done = _work(workspace, list(graph.nodes.values()), progress)
-        results = gather(recipe, graph, commits, done)
+        results = sealed(gather(recipe, graph, commits, done), folder)
         (folder / "results.json").write_json(results)
     return Outcome(results, len(done), len(commits) - len(done), time.monotonic() - began)
 
@@ -130,10 +130,20 @@ def _work(workspace: Workspace, nodes: Sequence[Node], progress: Progress) -> tu
     done: set[NodeId] = set()
     for number, node in enumerate(nodes, 1):
         stage = _stage(workspace, node, commits)
-        commit = stage.commit()
+        damage: DamagedCommit | None = None
+        try:
+            commit = stage.commit(check=check_contents)
+        except DamagedCommit as error:
+            commit, damage = None, error
+            progress.say(f"{error.what}; it is made again")
         if commit is None:
             progress.say(f"[{number}/{len(nodes)}] {node.id}")
-            commit = node.work(commits, stage.open(), progress)
+            try:
+                commit = node.work(commits, stage.open(), progress)
+            except UserError as error:
+                if damage is None:
+                    raise
+                raise UserError(f"{damage.what}; and it cannot be made again: {error}", cure=damage.cure) from error
             done.add(node.id)
         commits[node.id] = commit
     return commits, done
@@ -153,13 +163,16 @@ def plan(
         changed: tuple[str, ...] = ()
         if all(need in commits for need in node.needs):
             stage = _stage(workspace, node, commits)
-            commit = stage.commit()
+            try:
+                commit = stage.commit(check=check_contents)
+                changed = () if commit else _changed(stage)
+            except DamagedCommit:
+                commit, changed = None, ("damaged outputs",)
             if commit is not None:
                 state = "committed"
                 commits[node.id] = commit
             else:
                 state = "continues" if stage.is_open() else "runs"
-                changed = _changed(stage)
         taken = _rows_in(node, commits, rows)
         committed = commits.get(node.id)
         rows[node.id] = _least(committed.rows_out if committed else taken, node.most_rows)

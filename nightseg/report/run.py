@@ -14,7 +14,7 @@ from nightseg.data import table as frame
 from nightseg.data.class_list import taxonomy
 from nightseg.data.taxonomy import IGNORE, TRAIN_IDS, Taxonomy
 from nightseg.storage import Location
-from nightseg.storage.commits import Commit, read_commit, table_paths
+from nightseg.storage.commits import Commit, check_contents, read_commit, table_paths
 
 Row = dict[str, Any]
 BUILT_IN = ("cityscapes19", "camvid11")
@@ -120,6 +120,7 @@ class Run:
         for place in (self.folder / f"stages/{node}/{recorded.name}", recorded):
             commit = read_commit(place)
             if commit is not None and commit.key == facts["key"]:
+                check_contents(commit)
                 return commit
         return None
 

@@ -4,7 +4,17 @@ A crash at any instant costs at most the open shards, and a commit never changes
 """
 
 from nightseg.errors import UserError
-from nightseg.storage.commits import Attempt, Commit, DamagedCommit, Output, ShardRecord, Shards, Stage, Workspace
+from nightseg.storage.commits import (
+    Attempt,
+    Commit,
+    DamagedCommit,
+    Output,
+    ShardRecord,
+    Shards,
+    Stage,
+    Workspace,
+    check_contents,
+)
 from nightseg.storage.lock import WorkspaceBusy
 from nightseg.storage.paths import (
     Entry,
@@ -28,6 +38,7 @@ __all__ = [
     "UserError",
     "Workspace",
     "WorkspaceBusy",
+    "check_contents",
     "fault_point",
     "hash_of",
     "safe_relative",

@@ -3,9 +3,11 @@
 A stage works in an attempt folder, shard by shard; a shard counts once its marker is there. One atomic
 `_COMMITTED.json` then makes the attempt the stage's result. The key of a stage is the hash of everything its result
 follows from, so the same key means: done, skip. Readers go through the commit and never list folders; its paths are
-relative to where it was found, so a run folder can be moved or copied.
+relative to where it was found, so a run folder can be moved or copied. What a run reads has the content that was
+committed: hashed when first read, then looked at again only where size, time or inode have changed (`_VERIFIED.json`,
+which may be lost at any time).
 
-    root/stages/<stage>/<name>/<key[:12]>/_COMMITTED.json
+    root/stages/<stage>/<name>/<key[:12]>/_COMMITTED.json, _VERIFIED.json
                                          /attempt-1/attempt.json, <outputs>, <table>/part-00000.parquet
                                                     _shards/00000.json
 """
@@ -22,13 +24,13 @@ import re
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import pyarrow as pa
 
@@ -39,6 +41,7 @@ from nightseg.storage.paths import Location, canonical_json, fault_point, hash_o
 from nightseg.storage.tables import format_table, table_rows
 
 COMMIT_NAME = "_COMMITTED.json"
+VERIFIED_NAME = "_VERIFIED.json"
 ATTEMPT_NAME = "attempt.json"
 SHARDS_NAME = "_shards"
 QUARANTINE = "quarantine"
@@ -51,8 +54,23 @@ _LOG = logging.getLogger("nightseg.storage")
 # -- commits ---------------------------------------------------------------------------------------------------------
 
 
+Looks = Mapping[str, tuple[int, int, int]]  # path -> size, time of change (0: the store keeps none), inode
+_VERIFIED: set[str] = set()  # stamps of what this process has read
+
+
 class DamagedCommit(UserError):  # noqa: N818 (what is the case, not what went wrong)
-    """Outputs of a commit are missing or have another size than when they were committed."""
+    """Outputs of a commit are missing or have another size or content than when they were committed."""
+
+
+class Damage(NamedTuple):
+    """A file that is not as it was written, and how this shows: sizes, or the beginning of a sha256; or it is gone."""
+
+    path: str
+    expected: str
+    seen: str
+
+    def __str__(self) -> str:
+        return f"{self.path} {self.seen}" + (f" instead of {self.expected}" if self.seen.startswith("has") else "")
 
 
 @dataclass(frozen=True)
@@ -111,13 +129,7 @@ class Commit:
 
     def verify(self) -> list[str]:
         """Reads every output again; the paths of those whose content is not the committed one."""
-        damaged = []
-        for output in self.outputs:
-            with suppress(FileNotFoundError, NotADirectoryError, UserError):
-                if describe(self.folder, output.path) == output:
-                    continue
-            damaged.append(output.path)
-        return damaged
+        return [damage.path for damage in damages(self)]
 
 
 def table_paths(outputs: Iterable[Output], name: str) -> list[str]:
@@ -134,27 +146,33 @@ def table_paths(outputs: Iterable[Output], name: str) -> list[str]:
 def describe(folder: Location, path: str) -> Output:
     """Size, hash and (for Parquet) rows of a file as it is now; FileNotFoundError when absent."""
     file = folder / path
-    digest = hashlib.sha256()
-    size = 0
     with file.open_input() as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-            size += len(chunk)
+        size, sha256 = _size_and_hash(stream)
         rows = table_rows(stream, str(file)) if path.endswith(".parquet") else None
-    return Output(safe_relative(path), size, digest.hexdigest(), rows)
+    return Output(safe_relative(path), size, sha256, rows)
+
+
+def _size_and_hash(stream: pa.NativeFile) -> tuple[int, str]:
+    digest, size = hashlib.sha256(), 0
+    while chunk := stream.read(_CHUNK):
+        digest.update(chunk)
+        size += len(chunk)
+    return size, digest.hexdigest()
 
 
 def write_commit(stage_folder: Location, commit: Commit) -> bool:
-    """Publishes the commit. False if there is a readable one already; then nothing is changed."""
+    """Publishes the commit. False if there is an undamaged one already; then nothing is changed."""
     body = asdict(commit) | {"schema": SCHEMA, "attempt": commit.folder.name, "content": commit.content}
     del body["folder"]
     place = stage_folder / COMMIT_NAME
-    data = (json.dumps(body | {"sha256": hash_of(body)}, sort_keys=True, indent=2, ensure_ascii=False) + "\n").encode()
-    if place.create_bytes(data):
-        return True
-    if _read_body(place) is not None:
-        return False
-    place.write_bytes(data)  # what was there was cut short and never valid
+    data = canonical_json(body | {"sha256": hash_of(body)})
+    if not place.create_bytes(data):
+        theirs = read_commit(stage_folder)
+        if theirs is not None and not damages(theirs):
+            return False
+        place.write_bytes(data)  # what was there was cut short, or its outputs are damaged
+    with suppress(UserError, OSError):  # it counts all the same
+        _remember(commit)
     return True
 
 
@@ -173,26 +191,107 @@ def read_commit(stage_folder: Location) -> Commit | None:
         ) from error
 
 
+def seal_fault(place: Location) -> Damage | None:
+    """What is wrong with the file of a commit, to the byte; None also where there is none."""
+    try:
+        data = place.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        body = json.loads(data)
+        expected = str(body.pop("sha256"))
+        if expected == hash_of(body) and data == canonical_json(body | {"sha256": expected}):
+            return None
+        seen = hash_of(body)
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return Damage(place.name, "a sealed commit", "has other text")
+    return Damage(place.name, f"sha256 {expected[:12]}", f"has sha256 {seen[:12]}")
+
+
 def check_outputs(commit: Commit) -> None:
     """Raises `DamagedCommit` if an output is missing, has another size, or is a link that leads out of the folder."""
-    problems = []
-    sizes = {}
-    if commit.outputs and commit.folder.is_folder():  # one listing: on a store every look takes a round trip
-        sizes = {entry.name: entry.size for entry in commit.folder.list(recursive=True) if not entry.is_folder}
+    _refuse(commit, damages(commit, read=False))
+
+
+def check_contents(commit: Commit) -> None:
+    """Raises `DamagedCommit` unless every output is as it was committed.
+
+    Files that had their content the last time, and size, time of change and inode since, are not read again. A store
+    that keeps no times is read once a process.
+    """
+    looks = _looks(commit)
+    stamp = _stamp(commit, looks)
+    try:
+        is_known = stamp in _VERIFIED or _verified_place(commit).read_json() == {"stamp": stamp}
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        is_known = False
+    _refuse(commit, damages(commit, read=not is_known, looks=looks))
+    if not is_known:
+        _VERIFIED.add(stamp)
+        with suppress(UserError, OSError):  # a folder in which nobody may write is read again by the next process
+            _remember(commit)
+
+
+def damages(
+    commit: Commit, *, read: bool = True, looks: Looks | None = None, done: Callable[[], None] | None = None
+) -> list[Damage]:
+    """What is wrong with the outputs; without `read` as far as a listing tells. `done` is called after each."""
+    found = []
+    sizes = _looks(commit) if looks is None else looks
     for output in commit.outputs:
-        size = sizes.get(output.path)
+        size, *_ = sizes.get(output.path, (None,))
         if size is None:
-            problems.append(f"{output.path} is missing")
+            found.append(Damage(output.path, f"{output.bytes} bytes", "is missing"))
         elif size != output.bytes:
-            problems.append(f"{output.path} has {size} bytes instead of {output.bytes}")
+            found.append(Damage(output.path, f"{output.bytes} bytes", f"has {size} bytes"))
         elif commit.folder.is_local and not _is_inside(commit.folder / output.path, commit.folder):
-            problems.append(f"{output.path} is a link that leads out of the folder")
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+            found.append(Damage(output.path, f"{output.bytes} bytes", "is a link that leads out of the folder"))
+        elif read:
+            with (commit.folder / output.path).open_input() as stream:
+                _, sha256 = _size_and_hash(stream)
+            if sha256 != output.sha256:
+                found.append(Damage(output.path, f"sha256 {output.sha256[:12]}", f"has sha256 {sha256[:12]}"))
+        if done is not None:
+            done()
+    return found
+
+
+def _refuse(commit: Commit, found: Sequence[Damage]) -> None:
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         raise DamagedCommit(
-            f"{commit.stage}/{commit.name}: outputs in {commit.folder} are damaged: {'; '.join(problems[:3])}{more}",
+            f"{commit.stage}/{commit.name}: outputs in {commit.folder} are damaged: "
+            f"{'; '.join(map(str, found[:3]))}{more}",
             cure=f"restore them, or delete {commit.folder.parent} to compute them again",
         )
+
+
+def _looks(commit: Commit) -> Looks:
+    """What lies in the commit's folder."""
+    if not commit.outputs or not commit.folder.is_folder():
+        return {}
+    # one listing: on a store every look takes a round trip
+    entries = (entry for entry in commit.folder.list(recursive=True) if not entry.is_folder)
+    if not commit.folder.is_local:
+        return {entry.name: (entry.size, entry.modified_ns, 0) for entry in entries}
+    return {entry.name: (entry.size, entry.modified_ns, os.stat(f"{commit.folder.uri}/{entry.name}").st_ino)
+            for entry in entries}  # fmt: skip
+
+
+def _stamp(commit: Commit, looks: Looks) -> str:
+    """What changes when a file is written: hash over the commit and the looks of all outputs."""
+    return hash_of([commit.folder.uri, commit.content, [[o.path, *looks.get(o.path, ())] for o in commit.outputs]])
+
+
+def _verified_place(commit: Commit) -> Location:
+    return commit.folder.parent / VERIFIED_NAME
+
+
+def _remember(commit: Commit) -> None:
+    """Notes that the outputs have their content, where the store can tell later whether they were written since."""
+    looks = _looks(commit)
+    if all(modified for _, modified, _ in looks.values()):
+        _verified_place(commit).write_json({"stamp": _stamp(commit, looks)})
 
 
 def _is_inside(file: Location, folder: Location) -> bool:
@@ -208,17 +307,17 @@ def _read_body(place: Location) -> dict[str, Any] | None:
         body = json.loads(data)
         seal = body.pop("sha256")
         schema = body["schema"]
+        is_sound = seal == hash_of(body)
     except (ValueError, KeyError, AttributeError, TypeError):
-        _LOG.warning("%s was cut short; the stage counts as not committed", place)
+        is_sound = False
+    if not is_sound:
+        _LOG.warning("%s was cut short or does not match its own hash; the stage counts as not committed", place)
         return None
     if schema != SCHEMA:
         raise UserError(
             f"{place}: it has schema {schema!r}, this nightseg reads schema {SCHEMA}",
             cure="use the nightseg that wrote it (see 'code' in the file), or a new run folder",
         )
-    if seal != hash_of(body):
-        _LOG.warning("%s does not match its own hash; the stage counts as not committed", place)
-        return None
     return dict(body)
 
 
@@ -417,12 +516,9 @@ class Attempt:
         return self.folder / f"{SHARDS_NAME}/{index:05d}.json"
 
     def _is_whole(self, output: Output) -> bool:
-        """Same size as when written, and a readable Parquet footer with the same number of rows."""
-        file = self.folder / output.path
+        """The table is the one that was written: size, sha256, rows."""
         try:
-            if file.size() == output.bytes:
-                with file.open_input() as stream:
-                    return table_rows(stream, str(file)) == output.rows
+            return describe(self.folder, output.path) == output
         except (FileNotFoundError, UserError) as error:
             _LOG.warning("%s; the shard is computed again", error)
         return False
@@ -500,7 +596,7 @@ class Workspace:
     def commits(self) -> list[Commit]:
         """All valid commits of this run folder (borrowed ones not included), in the order they were made."""
         found = []
-        for folder in self._key_folders(self.root / "stages", depth=3):
+        for folder in self.stage_folders():
             try:
                 commit = read_commit(folder)
                 if commit is not None:
@@ -509,6 +605,10 @@ class Workspace:
             except DamagedCommit as error:
                 _LOG.warning("%s", error)
         return sorted(found, key=lambda commit: (commit.created, commit.stage, commit.name))
+
+    def stage_folders(self) -> list[Location]:
+        """The folders of all stages and keys, those without a commit, too."""
+        return self._key_folders(self.root / "stages", depth=3)
 
     def _key_folders(self, place: Location, depth: int) -> list[Location]:
         if not place.is_folder():
@@ -534,18 +634,18 @@ class Stage:
     def _path(self, key: str) -> str:
         return f"stages/{self.stage}/{self.name}/{key[:_KEY_LETTERS]}"
 
-    def commit(self) -> Commit | None:
+    def commit(self, *, check: Callable[[Commit], None] = check_outputs) -> Commit | None:
         """The commit with this key, here or in a borrowed run folder; None if there is none.
 
-        The sizes of all outputs are checked; `DamagedCommit` if one is missing or differs. A damaged borrowed commit
-        is passed over: this run cannot mend it, but it can compute its own.
+        `DamagedCommit` if `check` (the sizes; `check_contents`: all) finds it damaged. A damaged borrowed commit is
+        passed over: this run cannot mend it, but it can compute its own.
         """
         for root in (self._workspace.root, *self._workspace.borrow):
             commit = read_commit(root / self._path(self.key))
             if commit is None or commit.key != self.key:
                 continue
             try:
-                check_outputs(commit)
+                check(commit)
             except DamagedCommit as error:
                 if root == self._workspace.root:
                     raise

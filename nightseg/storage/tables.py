@@ -20,18 +20,21 @@ EXTENSION_MARK = b"ARROW:extension:name"
 
 
 def format_table(table: pa.Table, where: str) -> pa.Buffer:
-    """The table as a Parquet file (zstd); the same table gives the same bytes. `where` names it in errors."""
+    """The table as a Parquet file (zstd, a checksum a page); the same table gives the same bytes.
+
+    `where` names it in errors.
+    """
     _refuse_extensions(table.schema, where)
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     return sink.getvalue()
 
 
 def parse_table(data: bytes | memoryview, where: str) -> pa.Table:
-    """The Parquet file in `data`; `where` names it in errors."""
+    """The Parquet file in `data`, checksums compared where it has them; `where` names it in errors."""
     with _parquet_errors(where):
         _check_footer(_read_footer(pa.BufferReader(data)), where)
-        table = pq.ParquetFile(pa.BufferReader(data)).read()
+        table = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read()
     _refuse_extensions(table.schema, where)
     return table
 

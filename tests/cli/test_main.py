@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from tests.command_line import forbid_ray, good, json_of, nightseg, refused
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 VERBS = sorted(main.commands)
-JSON_VERBS = ["doctor", "evaluate", "export", "fid", "predict", "run", "search", "select", "split", "status"]
+JSON_VERBS = ["doctor", "evaluate", "export", "fid", "predict", "run", "search", "select", "split", "status", "verify"]
 BAD = """
 name: bad
 seed: one
@@ -83,6 +84,8 @@ def test_verbs_that_answer_can_answer_in_json(verb: str) -> None:
         (("search", "/does/not/exist.yaml"), "there is no such search file"),
         (("status", "/does/not/exist"), "there is no such run folder"),
         (("status", CONFIGS), "not a run folder"),
+        (("verify", "/does/not/exist"), "there is no such run folder"),
+        (("verify", CONFIGS), "not a run folder"),
         (("report", "/does/not/exist"), "no results.json there"),
         (("split", "/does/not/exist", "--out", "a.parquet"), "no such folder: /does/not/exist"),
         (("split", CONFIGS, "--out", "a.parquet"), "no image in"),
@@ -222,6 +225,26 @@ def test_status_shows_what_is_committed_and_who_works(tmp_path: Path) -> None:
         out = good("status", tmp_path).stdout
         assert "being worked on by process" in out and "collect/day" in out
         assert json_of("status", tmp_path)["holder"].startswith("process ")
+
+
+def test_verify_names_damaged_files(tmp_path: Path) -> None:
+    attempt = Workspace(tmp_path).stage("collect", "day", version=1, recipe={}, inputs={}, seed=0).open()
+    (attempt.folder / "history.json").write_bytes(b"[0.25]")
+    file = attempt.finish(rows_in=5, rows_out=5, outputs=["history.json"]).file("history.json")
+    assert "1 files of 1 commits read, 6 bytes: 0 damaged" in good("verify", tmp_path).stdout
+    assert json_of("verify", tmp_path) == {
+        "run_dir": str(tmp_path), "good": True, "commits": 1, "files": 1, "bytes": 6, "damaged": []
+    }  # fmt: skip
+    file.write_bytes(b"[0.75]")
+    result = nightseg("verify", tmp_path)
+    assert result.exit_code == 1
+    assert "history.json" in result.stdout and "1 damaged" in result.stdout
+    result = nightseg("verify", tmp_path, "--json")
+    assert result.exit_code == 1
+    (damage,) = json.loads(result.stdout)["damaged"]
+    assert (Location.of(tmp_path) / damage["path"]) == file
+    assert damage["seen"] == f"has sha256 {hashlib.sha256(b'[0.75]').hexdigest()[:12]}"
+    assert damage["expected"] == f"sha256 {hashlib.sha256(b'[0.25]').hexdigest()[:12]}"
 
 
 def test_report_is_written_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ VERBS: Final = {
     "search": Verb("nightseg.pipeline.search:search", ("s.yaml",), {"--set": "trials=3", "--run-dir": "other"}),
     "report": Verb("nightseg.report:write_report", ("run1",), {}),
     "status": Verb("nightseg.cli.main:Workspace", ("run1",), {}),
+    "verify": Verb("nightseg.pipeline.verify:verify", ("run1",), {}),
     "doctor": Verb("nightseg.cli.doctor:examine", (), {"--cluster": "c.yaml"}),
     "split": Verb(
         SINGLE + "split_folder", ("i", "--out", "f.parquet"), {"--out": "g.parquet", "--margin": "0.1", "--actors": "2"}

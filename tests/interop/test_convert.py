@@ -20,7 +20,7 @@ from nightseg import load_model
 from nightseg.cli.main import main
 from nightseg.data.class_list import taxonomy
 from nightseg.interop.detectron2 import ORIGINAL_CONV1
-from nightseg.networks.model_folder import CARD, load_tensors
+from nightseg.networks.model_folder import CARD, load_tensors, save_model
 from nightseg.segmenter.detectron2 import their_name
 from nightseg.segmenter.network import build_semantic_fpn, upsample_logits
 from nightseg.segmenter.predict import input_size
@@ -264,7 +264,7 @@ def test_a_pickle_of_the_zoo_gives_the_same_model(checkpoint: Path, theirs: dict
 def test_a_model_that_was_never_detectron2s_goes_there_as_rgb(checkpoint: Path, tmp_path: Path) -> None:
     json_of("convert", "detectron2", checkpoint, tmp_path / "model", *ZOO)
     card = json.loads((tmp_path / "model" / CARD).read_text())
-    del card["detectron2"]
+    del card["detectron2"], card["sha256"]
     (tmp_path / "model" / CARD).write_text(json.dumps(card))
     (tmp_path / "model" / ORIGINAL_CONV1).unlink()
     json_of("convert", "to-detectron2", tmp_path / "model", tmp_path / "out.pth")
@@ -279,11 +279,9 @@ def test_a_model_that_was_never_detectron2s_goes_there_as_rgb(checkpoint: Path, 
 def test_a_original_conv1_of_other_weights_is_not_taken(checkpoint: Path, tmp_path: Path) -> None:
     """A folder whose tensors were replaced by later ones: they win."""
     json_of("convert", "detectron2", checkpoint, tmp_path / "model", *ZOO)
-    import safetensors.torch
-
-    tensors, _ = load_tensors(Location.of(tmp_path / "model"))
+    tensors, card = load_tensors(Location.of(tmp_path / "model"))
     tensors["body.conv1.weight"] *= 3
-    safetensors.torch.save_file(tensors, tmp_path / "model" / "model.safetensors")
+    save_model(Location.of(tmp_path / "model"), tensors, card)
     json_of("convert", "to-detectron2", tmp_path / "model", tmp_path / "out.pth")
     written = torch.load(tmp_path / "out.pth", weights_only=True)["model"]
     original = torch.load(checkpoint, weights_only=True)["model"]

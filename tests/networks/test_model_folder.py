@@ -66,3 +66,34 @@ def test_damage_is_named(folder: Location) -> None:
     (folder / "model.json").write_bytes(json.dumps({"format": "nightseg-model-9"}).encode())
     with pytest.raises(UserError, match="nightseg-model-9"):
         load_card(folder)
+
+
+def test_a_flipped_bit_anywhere_is_refused(folder: Location) -> None:
+    save_model(folder, {"weight": torch.arange(12.0)}, CARD | {"mean": [0.485, 0.456]})
+    for name in ("model.safetensors", "model.json"):
+        whole = (folder / name).read_bytes()
+        for bit in range(0, 8 * len(whole), 7):
+            data = bytearray(whole)
+            data[bit // 8] ^= 1 << bit % 8
+            (folder / name).write_bytes(bytes(data))
+            try:
+                found, card = load_tensors(folder)
+            except UserError as error:
+                assert name in str(error)
+            else:  # the name of the seal itself: then there is none, and nothing else was hit
+                assert CARD.items() <= card.items() and card["mean"] == [0.485, 0.456]
+                assert torch.equal(found["weight"], torch.arange(12.0))
+        (folder / name).write_bytes(whole)
+
+
+def test_folders_without_hashes_are_read(folder: Location) -> None:
+    save_model(folder, {"weight": torch.ones(2)}, CARD)
+    card = (folder / "model.json").read_json()
+    (folder / "model.json").write_json({key: value for key, value in card.items() if "sha256" not in key})
+    assert torch.equal(load_tensors(folder)[0]["weight"], torch.ones(2))
+
+
+def test_a_model_made_from_another_has_its_own_hashes(folder: Location) -> None:
+    save_model(folder, {"weight": torch.ones(2)}, CARD)
+    save_model(folder, {"weight": torch.zeros(2)}, (folder / "model.json").read_json())
+    assert torch.equal(load_tensors(folder)[0]["weight"], torch.zeros(2))

@@ -166,6 +166,61 @@ def test_what_failed_continues_in_the_same_attempt(made: MadeUpGraph, recipe: Re
     assert outcome.results["commits"]["train_segmenter/m"]["folder"].endswith("attempt-1")
 
 
+def damage(outcome: runner.Outcome, node: NodeId, name: str = "output.txt") -> Location:
+    """Turns one bit of a committed file."""
+    file = Location.of(outcome.results["commits"][str(node)]["folder"]) / name
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(bytes(data))
+    return file
+
+
+@pytest.mark.parametrize("node", [DAY, TRAIN, TEST])
+def test_a_damaged_stage_is_done_again_and_nothing_else(
+    made: MadeUpGraph, recipe: Recipe, folder: Location, node: NodeId
+) -> None:
+    first = run(recipe, folder)
+    damage(first, node)
+    lines = {line.node: line for line in runner.plan(recipe, folder)}
+    assert (lines[node].state, lines[node].changed) == ("runs", ("damaged outputs",))
+    made.worked.clear()
+    again = run(recipe, folder)
+    assert made.worked == [str(node)]
+    contents = [{n: facts["content"] for n, facts in one.results["commits"].items()} for one in (first, again)]
+    assert contents[0] == contents[1]
+    assert again.results["models"] == first.results["models"]
+    assert run(recipe, folder).done == 0
+
+
+def test_a_damaged_stage_that_cannot_be_done_again_says_what_is_damaged(
+    made: MadeUpGraph, recipe: Recipe, folder: Location
+) -> None:
+    file = damage(run(recipe, folder), DAY)
+    whole = file.read_bytes()
+
+    def gone() -> None:
+        raise UserError("/data/day: there is no such folder")
+
+    made.meanwhile = gone
+    with pytest.raises(
+        UserError, match=r"output\.txt has sha256 \w+ instead of sha256 \w+; and it cannot be .*no such"
+    ):
+        run(recipe, folder)
+    data = bytearray(whole)
+    data[len(data) // 2] ^= 4
+    file.write_bytes(bytes(data))
+    assert run(recipe, folder).done == 0, "what was restored counts again"
+
+
+def test_damage_that_a_lender_has_is_not_borrowed(
+    made: MadeUpGraph, recipe: Recipe, folder: Location, tmp_path: Path
+) -> None:
+    damage(run(recipe, folder), TRAIN)
+    made.worked.clear()
+    run(recipe, Location.of(tmp_path / "other"), borrow=[folder])
+    assert made.worked == ["train_segmenter/m"]
+
+
 def test_a_wrong_request_leaves_no_run_folder(made: MadeUpGraph, recipe: Recipe, folder: Location) -> None:
     with pytest.raises(UserError, match="no such model"):
         run(recipe, folder, only="n")

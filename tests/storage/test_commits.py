@@ -11,8 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from nightseg.storage import Commit, Location, Stage, UserError, Workspace, hash_of
-from nightseg.storage.commits import COMMIT_NAME, DamagedCommit, Output, table_paths
+from nightseg.storage import Commit, Location, Stage, UserError, Workspace, check_contents, hash_of
+from nightseg.storage import commits as storage_commits
+from nightseg.storage.commits import COMMIT_NAME, VERIFIED_NAME, DamagedCommit, Output, seal_fault, table_paths
 
 
 @pytest.fixture(params=["local", "memory", "file-uri"])
@@ -232,6 +233,104 @@ def test_a_flipped_bit_is_found_by_verify(workspace: Workspace) -> None:
     commit.file("evidence.json").write_bytes(bytes(data))
     assert split(workspace).commit() == commit
     assert commit.verify() == ["evidence.json"]
+
+
+def test_a_flipped_bit_is_found_when_a_run_reads_the_commit(workspace: Workspace) -> None:
+    stage = split(workspace)
+    file = done(stage).file("evidence.json")
+    whole = file.read_bytes()
+    assert stage.commit(check=check_contents) is not None
+    file.write_bytes(whole.replace(b"1", b"3"))  # the size stays
+    storage_commits._VERIFIED.clear()  # the next process: a store without times is read once by each
+    with pytest.raises(DamagedCommit, match=r"evidence\.json has sha256 [0-9a-f]{12} instead of sha256 [0-9a-f]{12}"):
+        stage.commit(check=check_contents)
+    file.write_bytes(whole)
+    assert stage.commit(check=check_contents) is not None
+    file.write_bytes(whole + b" ")
+    with pytest.raises(DamagedCommit, match=r"evidence\.json has 18 bytes instead of 17"):
+        stage.commit(check=check_contents)
+
+
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes of every output that is hashed from now on, in new processes as it were."""
+    seen: list[int] = []
+    hashed = storage_commits._size_and_hash
+
+    def count(stream: pa.NativeFile) -> tuple[int, str]:
+        found = hashed(stream)
+        seen.append(found[0])
+        return found
+
+    monkeypatch.setattr(storage_commits, "_size_and_hash", count)
+    monkeypatch.setattr(storage_commits, "_VERIFIED", set())
+    return seen
+
+
+def test_contents_are_read_once_until_they_are_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = done(split(Workspace(tmp_path / "run")))
+    note = commit.folder.parent / VERIFIED_NAME
+    seen = reads(monkeypatch)
+    check_contents(commit)
+    assert seen == [], "what was just hashed is not read again"
+    for lost in (b"", b"{", b"[]", None):
+        storage_commits._VERIFIED.clear()
+        note.delete() if lost is None else note.write_bytes(lost)
+        check_contents(commit)
+        check_contents(commit)
+        assert len(seen) == 2, "a lost note costs one reading"
+        seen.clear()
+    os.utime(commit.file("evidence.json").uri)
+    check_contents(commit)
+    assert len(seen) == 2
+    seen.clear()
+    same = commit.file("evidence.json").read_bytes()
+    status = os.stat(commit.file("evidence.json").uri)
+    commit.file("evidence.json").write_bytes(same)  # another inode
+    os.utime(commit.file("evidence.json").uri, ns=(status.st_atime_ns, status.st_mtime_ns))
+    check_contents(commit)
+    assert len(seen) == 2
+    seen.clear()
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    moved = split(Workspace(tmp_path / "moved")).commit(check=check_contents)
+    assert moved is not None and len(seen) == 2
+
+
+def test_a_store_without_times_is_read_once_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = done(split(Workspace(f"memory://{secrets.token_hex(4)}")))
+    looks = {output.path: (output.bytes, 0, 0) for output in commit.outputs}
+    monkeypatch.setattr(storage_commits, "_looks", lambda commit: looks)
+    (commit.folder.parent / VERIFIED_NAME).delete()
+    seen = reads(monkeypatch)
+    check_contents(commit)
+    check_contents(commit)
+    assert len(seen) == 2
+    assert not (commit.folder.parent / VERIFIED_NAME).exists()
+
+
+def test_a_damaged_commit_is_replaced_by_the_next_attempt(workspace: Workspace) -> None:
+    stage = split(workspace)
+    first = done(stage)
+    first.file("frames.parquet").write_bytes(b"PAR1")
+    assert done(stage).folder.name == "attempt-2"
+    found = stage.commit(check=check_contents)
+    assert found is not None
+    assert (found.folder.name, found.content) == ("attempt-2", first.content)
+
+
+def test_every_flipped_bit_of_a_commit_file_is_found(tmp_path: Path) -> None:
+    stage = split(Workspace(tmp_path))
+    commit = done(stage)
+    place = stage.folder / COMMIT_NAME
+    whole = place.read_bytes()
+    assert seal_fault(place) is None
+    for bit in range(0, 8 * len(whole), 5):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        place.write_bytes(bytes(data))
+        assert seal_fault(place) is not None
+        assert stage.commit() in (None, commit), "never another one"
+    place.write_bytes(whole + b"\n")
+    assert seal_fault(place) is not None
 
 
 @pytest.mark.parametrize("keep", [0, 1, 200, -1, -2])
