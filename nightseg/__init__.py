@@ -81,7 +81,6 @@ The segmenter
 The translator that is trained
     unit/settings.py    what a recipe may say about UNIT
     unit/network.py     encoders, decoders, discriminators; large images a tile at a time
-    unit/winograd.py    3x3 convolutions with a quarter of the multiplications
     unit/perceptual.py  frozen features of the perceptual loss
     unit/start.py       weights that a training starts from
     unit/data.py        day and night crops as batches

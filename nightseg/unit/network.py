@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from nightseg.networks.model_folder import load_tensors
 from nightseg.networks.weights import check_names_and_shapes
 from nightseg.storage import Location, UserError
-from nightseg.unit.winograd import convolve_3x3
 
 KIND = "unit"  # of the model card
 DISCRIMINATORS = "discriminators."  # before the names of their tensors in a model; the generators' have no prefix
@@ -83,28 +82,16 @@ class InstanceNorm(nn.Module):
         return samples[0] if len(samples) == 1 else torch.cat(samples)
 
 
-class ResidualConvolution(nn.Module):
-    """A 3x3 convolution with reflect padding that keeps the number of channels."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        plain = nn.Conv2d(channels, channels, 3)
-        self.weight, self.bias = plain.weight, plain.bias
-
-    def forward(self, features_BCHW: Tensor) -> Tensor:
-        return convolve_3x3(F.pad(features_BCHW, (1, 1, 1, 1), mode="reflect"), self.weight, self.bias)
-
-
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions with instance norm around a skip; no activation after the sum."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            ResidualConvolution(channels),
+            _convolution(channels, channels, 3, padding=1),
             InstanceNorm(),
             nn.ReLU(inplace=True),
-            ResidualConvolution(channels),
+            _convolution(channels, channels, 3, padding=1),
             InstanceNorm(),
         )
 
@@ -133,7 +120,7 @@ class UpsamplingConvolution(nn.Module):
         assert self.bias is not None
         taps = self.get_buffer("taps")
         phases = torch.einsum("pty,qux,oiyx->opqitu", taps, taps, self.weight).flatten(0, 2)
-        output = F.pixel_shuffle(convolve_3x3(_replicated(features_BCHW), phases, self.bias.repeat_interleave(4)), 2)
+        output = F.pixel_shuffle(F.conv2d(_replicated(features_BCHW), phases, self.bias.repeat_interleave(4)), 2)
         top = self._edge(features_BCHW[:, :, :2], self.weight)
         bottom = self._edge(features_BCHW[:, :, -2:].flip(2), self.weight.flip(2))
         columns, weight = features_BCHW.transpose(2, 3), self.weight.transpose(2, 3)
@@ -277,7 +264,7 @@ def _patch_scorer(width: int, norm: str) -> nn.Sequential:
 def _initialise(part: nn.Module) -> None:
     """Kaiming normal by fan-in, biases 0."""
     for layer in part.modules():
-        if isinstance(layer, nn.Conv2d | ResidualConvolution | UpsamplingConvolution):
+        if isinstance(layer, nn.Conv2d | UpsamplingConvolution):
             nn.init.kaiming_normal_(layer.weight, a=0.0, mode="fan_in")
             assert layer.bias is not None
             nn.init.zeros_(layer.bias)

@@ -15,18 +15,16 @@ from typing import Final
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models import vgg
 
-from nightseg.networks.weights import cached_download, read_state_dict
+from nightseg.networks.weights import cached_download, check_names_and_shapes, read_state_dict
 from nightseg.segmenter.encoders import IMAGENET_MEAN, IMAGENET_STD, LITE_MEAN, LITE_STD
 from nightseg.segmenter.start import lite0_classifier_weights
-from nightseg.storage import UserError
 from nightseg.unit.settings import PERCEPTUAL_STRIDES, PerceptualName
-from nightseg.unit.winograd import convolve_3x3
 
 VGG16_FILE: Final = "vgg16-397923af.pth"
 VGG16_URL: Final = f"https://download.pytorch.org/models/{VGG16_FILE}"
 VGG16_SHA256_PREFIX: Final = "397923af"
-VGG16_BLOCKS: Final = (2, 2, 3, 3, 3)  # convolutions a block; relu5_3 is the last of them
 
 DEFAULT_LAYERS: Final[Mapping[PerceptualName, tuple[str, ...]]] = {
     "vgg16": ("relu5_3",),
@@ -76,66 +74,39 @@ def build_perceptual(
     """
     wanted = tuple(layers or DEFAULT_LAYERS[name])
     if name == "vgg16":
-        state = _vgg16_weights(weights, sha256)
-        return PerceptualFeatures(Vgg16Maps(state, wanted), IMAGENET_MEAN, IMAGENET_STD)
+        return PerceptualFeatures(Vgg16Maps(weights, sha256, wanted), IMAGENET_MEAN, IMAGENET_STD)
     return PerceptualFeatures(_lite0(wanted), LITE_MEAN, LITE_STD)
 
 
 class Vgg16Maps(nn.Module):
-    """VGG16's convolutions (arXiv 1409.1556, configuration D): images -> the maps of `layers`, first layers first.
+    """torchvision's VGG16 (arXiv 1409.1556, configuration D): images -> the maps of `layers`, first layers first.
 
     Without the pooling between blocks 4 and 5, as in UNIT: conv5 runs at 1/8 of the image and keeps positions sharper.
-    `state` has torchvision's names. Nothing is computed beyond the last layer that is asked for.
+    Nothing is computed beyond the last layer that is asked for.
     """
 
-    def __init__(self, state: Mapping[str, Tensor], layers: Collection[str]) -> None:
+    def __init__(self, weights: str | None, sha256: str | None, layers: Collection[str]) -> None:
         super().__init__()
-        _check_names(state)
-        self.layers = frozenset(layers)
-        self.weights = nn.ParameterList()
-        self.biases = nn.ParameterList()
-        for index in _convolution_places():
-            self.weights.append(state[f"features.{index}.weight"].to(torch.float32).clone())
-            self.biases.append(state[f"features.{index}.bias"].to(torch.float32).clone())
+        with torch.device("meta"):
+            network = vgg.make_layers(vgg.cfgs["D"])
+        network.load_state_dict(_vgg16_weights(network.state_dict(), weights, sha256), assign=True)
+        of_relu = [place for place, layer in enumerate(network) if isinstance(layer, nn.ReLU)]
+        places = dict(zip(PERCEPTUAL_STRIDES["vgg16"], of_relu, strict=True))
+        network[places["relu4_3"] + 1] = nn.Identity()
+        self.places = {places[layer] for layer in layers}
+        self.network = network[: max(self.places) + 1]
 
     def forward(self, images_B3HW: Tensor) -> list[Tensor]:
-        maps_BChw, found, number = images_B3HW, [], 0
-        for block, depth in enumerate(VGG16_BLOCKS, 1):
-            if block in (2, 3, 4):
-                maps_BChw = F.max_pool2d(maps_BChw, 2)
-            for layer in range(1, depth + 1):
-                padded_BChw = F.pad(maps_BChw, (1, 1, 1, 1))
-                maps_BChw = F.relu(convolve_3x3(padded_BChw, self.weights[number], self.biases[number]))
-                number += 1
-                if f"relu{block}_{layer}" in self.layers:
-                    found.append(maps_BChw)
-                    if len(found) == len(self.layers):
-                        return found
-        raise AssertionError(self.layers)
+        maps_BChw, found = images_B3HW, []
+        for place, layer in enumerate(self.network):
+            maps_BChw = layer(maps_BChw)
+            if place in self.places:
+                found.append(maps_BChw)
+        return found
 
 
-def _convolution_places() -> list[int]:
-    """Where torchvision's vgg16().features has its convolutions: a ReLU follows each, a pooling each block."""
-    places, place = [], 0
-    for depth in VGG16_BLOCKS:
-        for _ in range(depth):
-            places.append(place)
-            place += 2
-        place += 1
-    return places
-
-
-def _check_names(state: Mapping[str, Tensor]) -> None:
-    names = [f"features.{index}.{part}" for index in _convolution_places() for part in ("weight", "bias")]
-    missing = [name for name in names if name not in state]
-    if missing:
-        raise UserError(
-            f"perceptual_weights: they lack {missing[0]} ({len(missing)} of {len(names)} tensors missing)",
-            cure=f"give torchvision's state dict, {VGG16_URL}",
-        )
-
-
-def _vgg16_weights(weights: str | None, sha256: str | None) -> Mapping[str, Tensor]:
+def _vgg16_weights(wanted: Mapping[str, Tensor], weights: str | None, sha256: str | None) -> Mapping[str, Tensor]:
+    """The convolutions' under the names of `wanted`, from a file of the whole network."""
     if weights is None:
         cure = (
             "set perceptual_weights to a copy of it, or perceptual_network to efficientnet_lite0, whose weights are "
@@ -143,14 +114,17 @@ def _vgg16_weights(weights: str | None, sha256: str | None) -> Mapping[str, Tens
         )
         weights = str(cached_download(VGG16_URL, VGG16_SHA256_PREFIX, name="vgg16", cure=cure))
     key = "perceptual_weights and, for weights of your own, perceptual_sha256"
-    return read_state_dict(weights, "vgg16", key=key, sha256_prefix=sha256 or VGG16_SHA256_PREFIX)
+    state = read_state_dict(weights, "vgg16", key=key, sha256_prefix=sha256 or VGG16_SHA256_PREFIX)
+    named = {name: state[name].float() for name in state if name.startswith("features.")}
+    check_names_and_shapes("vgg16", weights, {f"features.{name}": tensor for name, tensor in wanted.items()}, named)
+    return {name.removeprefix("features."): tensor for name, tensor in named.items()}
 
 
 def _lite0(layers: Collection[str]) -> nn.Module:
     import timm  # two seconds to import
 
     places = [place for place, layer in enumerate(PERCEPTUAL_STRIDES["efficientnet_lite0"]) if layer in layers]
-    tensors, _ = lite0_classifier_weights()
+    tensors = lite0_classifier_weights()
     network: nn.Module = timm.create_model(
         "tf_efficientnet_lite0", pretrained=False, features_only=True, out_indices=places
     )
