@@ -74,7 +74,7 @@ The segmenter
     segmenter/data.py           labelled frames as batches; caches of decoded frames
     segmenter/optimizer.py      parameter groups, learning rate of a step
     segmenter/train.py          the training loop: step, learner, checkpoints, validation
-    segmenter/watching.py       its curves and pictures
+    segmenter/watching.py       what a validation shows: scores and pictures as curves
     segmenter/predict.py        a model folder as a callable segmenter: tiles, test-time augmentation, pictures
     segmenter/self_training.py  which pixels of a pseudo-label are kept
 
@@ -177,6 +177,6 @@ def load_model(path: str | Path, device: str | None = None) -> Segmenter:
     Raises UserError if there is no such model.
     """
     from nightseg.pipeline.results import model_folder
-    from nightseg.segmenter.predict import load_model as open_folder
+    from nightseg.segmenter.predict import Segmenter
 
-    return open_folder(model_folder(path), device)
+    return Segmenter(model_folder(path), device)

@@ -12,9 +12,7 @@ from torch import Tensor, nn
 
 
 class Normaliser(nn.Module):
-    """What `encoders.normalise` computes, as a module.
-
-    Its constants move to a GPU with the module, so a pass copies nothing small there and waits for nothing; and an
+    """Its constants move to a GPU with the module, so a pass copies nothing small there and waits for nothing; and an
     exported graph carries them.
     """
 

@@ -28,7 +28,8 @@ from nightseg.pipeline import build, run
 from nightseg.pipeline.graph import Given, NodeId, part_of_key
 from nightseg.progress import Progress
 from nightseg.recipe.types import Evaluation
-from nightseg.segmenter.predict import Picture, check_kind, usable_device
+from nightseg.segmenter.network import check_kind
+from nightseg.segmenter.predict import Picture, usable_device
 from nightseg.segmenter.settings import Inference
 from nightseg.selection.features import identify
 from nightseg.selection.frechet import (

@@ -68,7 +68,7 @@ class LabelledFrames:
         self._rows: list[dict[str, Any]] = rows.select(
             [frame.FRAME_ID, frame.URI, frame.LABEL_URI, frame.LABEL_ENCODING, frame.SHA256, frame.LABEL_SHA256]
         ).to_pylist()
-        self._classes = classes
+        self.classes = classes
         self._size = size
         self._resize_labels = resize_labels
         self._cache = cache
@@ -94,7 +94,7 @@ class LabelledFrames:
             raw_label = decode_label(_read(row, frame.LABEL_URI, frame.LABEL_SHA256))
             if raw_label.shape != pixels.shape[:2]:
                 raise BadFrame("label_size", f"label {raw_label.shape}, image {pixels.shape[:2]} (height, width)")
-            train_ids = self._classes.to_train_ids(raw_label, row[frame.LABEL_ENCODING])
+            train_ids = self.classes.to_train_ids(raw_label, row[frame.LABEL_ENCODING])
         except BadFrame as bad:
             raise UserError(
                 f"{row[frame.FRAME_ID]}: {bad}\n  image {row[frame.URI]}\n  label {row[frame.LABEL_URI]}\n"
@@ -294,7 +294,7 @@ def cache_for(
     whose frames fit into its share of a quarter of the memory keeps them there; several workers, or more frames than
     memory, share memory-mapped files. Without hashes of the frames, or a private temporary folder, only memory is left.
     """
-    room = memory_share(sharers)
+    room = int(_memory() * SHARE_OF_MEMORY) // sharers
     needed = decoded_bytes(rows, size=size, resize_labels=resize_labels)
     if workers == 1 and needed is not None and needed <= room:
         return InMemory(room)
@@ -311,11 +311,6 @@ def cache_for(
     }
     scratch = Scratch.open(hash_of(key))
     return InMemory(room) if scratch is None else OnDisk(scratch)
-
-
-def memory_share(sharers: int) -> int:
-    """Bytes that one of `sharers` tables may keep in memory: a quarter of this machine's, shared evenly."""
-    return int(_memory() * SHARE_OF_MEMORY) // sharers
 
 
 def _memory() -> int:

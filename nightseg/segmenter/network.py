@@ -25,7 +25,7 @@ from nightseg.networks.normaliser import Normaliser
 from nightseg.segmenter import detectron2
 from nightseg.segmenter.encoders import STRIDES, Encoder, build_encoder
 from nightseg.segmenter.settings import Network
-from nightseg.storage import Location
+from nightseg.storage import Location, UserError
 
 SIZE_DIVISOR: Final = 32
 COMMON_STRIDE: Final = 4
@@ -171,11 +171,13 @@ def check_architecture(network: Network) -> None:
 
 # -- model folders ----------------------------------------------------------------------------------------------------
 
+KIND: Final = "semantic_fpn"
+
 
 def model_card(network: Network, classes: Taxonomy, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
     """What the card of every segmenter says: enough to build it, to feed it and to name its classes."""
     return {
-        "kind": "semantic_fpn",
+        "kind": KIND,
         **{key: getattr(network, key) for key in ARCHITECTURE},
         "num_classes": classes.num_classes,
         "taxonomy": {
@@ -187,6 +189,15 @@ def model_card(network: Network, classes: Taxonomy, mean: Sequence[float], std: 
         "mean": list(mean),
         "std": list(std),
     }
+
+
+def check_kind(folder: Location, card: Mapping[str, Any]) -> None:
+    """Raise UserError unless the card is a segmenter's."""
+    if card["kind"] != KIND:
+        raise UserError(
+            f"model {folder.uri}: it is of kind {card['kind']!r}, but a segmenter ({KIND}) is needed",
+            cure="give the model folder of a train_segmenter stage",
+        )
 
 
 def network_of(card: Mapping[str, Any]) -> Network:

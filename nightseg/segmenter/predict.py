@@ -19,7 +19,6 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
@@ -38,7 +37,14 @@ from nightseg.data.taxonomy import Taxonomy
 from nightseg.networks.model_folder import load_card, load_tensors
 from nightseg.networks.normaliser import Normaliser
 from nightseg.segmenter.augment import resize_image
-from nightseg.segmenter.network import COMMON_STRIDE, SemanticFPN, open_semantic_fpn, rows_needed, upsample_logits
+from nightseg.segmenter.network import (
+    COMMON_STRIDE,
+    SemanticFPN,
+    check_kind,
+    open_semantic_fpn,
+    rows_needed,
+    upsample_logits,
+)
 from nightseg.segmenter.settings import Inference
 from nightseg.storage import Location, UserError, sha256_of
 
@@ -75,17 +81,12 @@ def inference_settings(**changes: Any) -> Inference:
         ) from None
 
 
-def load_model(path: str | Path | Location, device: str | None = None) -> Segmenter:
-    """Open a model folder (`model.safetensors` and `model.json`), local or a URI.
-
-    Returns a callable: uint8 RGB image (H, W, 3) -> (uint8 train ids (H, W), float32 confidence (H, W) in (0, 1]).
-    `device` is "cpu" or "cuda"; by default CUDA where there is one. Raises UserError for a folder without a segmenter.
-    """
-    return Segmenter(Location.of(path), device)
-
-
 class Segmenter:
-    """A segmenter in evaluation mode. It resizes, normalises and scales back by what its model card says."""
+    """The segmenter of a model folder, in evaluation mode; it resizes, normalises and scales back as its card says.
+
+    A callable: uint8 RGB image (H, W, 3) -> (uint8 train ids (H, W), float32 confidence (H, W) in (0, 1]). `device` is
+    "cpu" or "cuda"; by default CUDA where there is one. Raises UserError for a folder without a segmenter.
+    """
 
     def __init__(self, folder: Location, device: str | None = None, inference: Inference = WHOLE_FRAME) -> None:
         tensors, card = load_tensors(folder)
@@ -221,15 +222,6 @@ def check_classes(folder: Location, classes: Taxonomy) -> None:
             f"model {folder.uri}: it predicts the {len(known)} classes of {card['taxonomy']['name']}, but the labels "
             f"here have the {classes.num_classes} of {classes.name}: their ids mean different things",
             cure="use the model's taxonomy, or a model trained with this one",
-        )
-
-
-def check_kind(folder: Location, card: Mapping[str, Any]) -> None:
-    """Raise UserError unless the card is a segmenter's."""
-    if card["kind"] != "semantic_fpn":
-        raise UserError(
-            f"model {folder.uri}: it is of kind {card['kind']!r}, but a segmenter (semantic_fpn) is needed",
-            cure="give the model folder of a train_segmenter stage",
         )
 
 

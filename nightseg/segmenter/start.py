@@ -15,7 +15,7 @@ from nightseg.data.taxonomy import Taxonomy
 from nightseg.networks.model_folder import CARD, TENSORS, load_tensors
 from nightseg.networks.weights import cached_download, check_names_and_shapes, download_timeout, read_state_dict
 from nightseg.segmenter.encoders import TIMM, build_encoder, unknown_encoder
-from nightseg.segmenter.network import SemanticFPN, build_semantic_fpn, network_of
+from nightseg.segmenter.network import SemanticFPN, build_semantic_fpn, check_kind, network_of
 from nightseg.segmenter.settings import RESNETS, Network
 from nightseg.storage import Location, UserError, sha256_of
 
@@ -53,11 +53,7 @@ def starting_network(
 
     folder = Location.of(start)
     tensors, card = load_tensors(folder)
-    if card["kind"] != "semantic_fpn":
-        raise UserError(
-            f"model {folder.uri}: it is of kind {card['kind']!r}, a segmenter starts from one of kind semantic_fpn",
-            cure="set start to the folder of a segmenter",
-        )
+    check_kind(folder, card)
     _check_same_architecture(folder, network_of(card), network)
     if card.get("shortest_edge"):
         least, most = card["shortest_edge"]

@@ -40,8 +40,9 @@ from nightseg.segmenter.loss import divisor, segmentation_loss
 from nightseg.segmenter.network import SemanticFPN, load_semantic_fpn, upsample_logits
 from nightseg.segmenter.optimizer import build_optimizer, learning_rate_of, set_learning_rate
 from nightseg.segmenter.settings import Loss, Network, Training
-from nightseg.segmenter.watching import TrainingCurves
+from nightseg.segmenter.watching import draw_validation
 from nightseg.storage import Location, UserError
+from nightseg.storage.events import Curves
 
 STEPS_BETWEEN_READS: Final = 10  # reading the loss waits for the device, so it is read this seldom
 SECONDS_BETWEEN_CHECKPOINTS: Final = 600.0  # in an epoch, unless the recipe says after how many steps
@@ -92,7 +93,7 @@ def learn(session: Session, settings: dict[str, Any]) -> None:
     if state is not None:
         learner.restore(state)
     model = _model(learner, plan, session)
-    curves = TrainingCurves(plan.curves if session.rank == 0 else None, learner.step, plan.classes)
+    curves = Curves(plan.curves if session.rank == 0 else None, learner.step)
 
     while learner.step < plan.total_steps:
         _train_epoch(model, learner, frames, plan, session, curves)
@@ -103,7 +104,8 @@ def learn(session: Session, settings: dict[str, Any]) -> None:
         if watched is not None and (epoch % training.validate_every == 0 or epoch == training.epochs):
             record["validation"] = validate(learner.evaluated, watched, plan, session)
             with _autocast(session.device, training):
-                curves.validation(learner.step, record["validation"], learner.evaluated, watched)
+                scored = record["validation"]
+                draw_validation(curves, learner.step, scored, learner.evaluated, watched, plan.classes)
         learner.history.append(record)
         reported = {"epoch": float(epoch), "loss": loss}
         if record.get("validation", {}).get("miou") is not None:
@@ -113,7 +115,7 @@ def learn(session: Session, settings: dict[str, Any]) -> None:
 
 
 def _train_epoch(
-    model: nn.Module, learner: Learner, frames: LabelledFrames, plan: Plan, session: Session, curves: TrainingCurves
+    model: nn.Module, learner: Learner, frames: LabelledFrames, plan: Plan, session: Session, curves: Curves
 ) -> None:
     """The rest of the epoch that is under way. `model` is the learner's network as the cluster wraps it."""
     training, network = plan.training, learner.network
@@ -158,7 +160,8 @@ def _train_epoch(
         pace = learner.pace.lap((learner.step - read) * training.batch)
         read = learner.step
         session.progress(read, loss=recent["train/loss"], learning_rate=rate)
-        curves.steps(read, {**recent, "train/learning_rate": rate, **pace})
+        curves.scalars(read, {**recent, "train/learning_rate": rate, **pace})
+        curves.flush_if_due()
         if not is_end and (is_planned or (not training.checkpoint_every and _is_overdue(session, saved[0]))):
             reported = {"epoch": float(epoch), "step": float(read), "loss": recent["train/loss"]}
             _checkpoint(session, learner, curves, reported)
@@ -190,7 +193,7 @@ def _is_overdue(session: Session, saved: float) -> bool:
     return float(session.sum(torch.tensor([float(late)], device=session.device))) > 0
 
 
-def _checkpoint(session: Session, learner: Learner, curves: TrainingCurves, metrics: dict[str, float]) -> None:
+def _checkpoint(session: Session, learner: Learner, curves: Curves, metrics: dict[str, float]) -> None:
     curves.flush()  # first: whoever continues from this checkpoint finds the curves up to it
     session.report(metrics, learner.state() if session.rank == 0 else None)
 

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a segmenter in training: curves of its steps, scores and pictures of validation frames."""
+"""What TensorBoard shows of a validation: scores, and pictures of some frames."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from nightseg.data.images import encode_png
 from nightseg.data.taxonomy import Taxonomy
 from nightseg.segmenter.data import LabelledFrames
 from nightseg.segmenter.network import SemanticFPN, upsample_logits
-from nightseg.storage import Location
 from nightseg.storage.events import Curves
 
 SHEET_ROWS: Final = 3
@@ -23,32 +22,22 @@ TILE_WIDTH: Final = 384  # pixels at most
 GAP: Final = 2
 
 
-class TrainingCurves:
-    """Event files in `folder`, continued after `step`; without a folder nothing is computed or written."""
-
-    def __init__(self, folder: Location | None, step: int, classes: Taxonomy) -> None:
-        self._curves = None if folder is None else Curves(folder, step)
-        self._classes = classes
-
-    def steps(self, step: int, points: Mapping[str, float]) -> None:
-        """One point of each curve for the last steps."""
-        if self._curves is not None:
-            self._curves.scalars(step, points)
-            self._curves.flush_if_due()
-
-    def validation(self, step: int, scored: Mapping[str, Any], network: SemanticFPN, frames: LabelledFrames) -> None:
-        """Scores, and some validation frames as the network predicts them now. Undefined scores leave a gap."""
-        if self._curves is None:
-            return
-        points = {f"validation/{key}": value for key, value in scored.items() if key != "iou"}
-        points |= {f"iou/{name}": value for name, value in scored["iou"].items()}
-        self._curves.scalars(step, {tag: value for tag, value in points.items() if value is not None})
-        sheet = label_sheet(network, frames, self._classes)
-        self._curves.picture(step, "validation/frame_label_prediction", encode_png(sheet), *sheet.shape[:2])
-
-    def flush(self) -> None:
-        if self._curves is not None:
-            self._curves.flush()
+def draw_validation(
+    curves: Curves,
+    step: int,
+    scored: Mapping[str, Any],
+    network: SemanticFPN,
+    frames: LabelledFrames,
+    classes: Taxonomy,
+) -> None:
+    """Scores, and some validation frames as the network predicts them now. Undefined scores leave a gap."""
+    if curves.folder is None:
+        return
+    points = {f"validation/{key}": value for key, value in scored.items() if key != "iou"}
+    points |= {f"iou/{name}": value for name, value in scored["iou"].items()}
+    curves.scalars(step, {tag: value for tag, value in points.items() if value is not None})
+    sheet = label_sheet(network, frames, classes)
+    curves.picture(step, "validation/frame_label_prediction", encode_png(sheet), *sheet.shape[:2])
 
 
 @torch.inference_mode()

@@ -20,16 +20,21 @@ SHARE_BETWEEN_FLUSHES: Final = 0.02  # of the time so far: a week of training is
 
 
 class Curves:
-    """Collects what happens up to a step; `flush` makes it visible. One writer a folder: rank 0."""
+    """Collects what happens up to a step; `flush` makes it visible. One writer a folder: rank 0.
 
-    def __init__(self, folder: Location, step: int = 0) -> None:
+    Without a folder, as on all other workers, nothing is collected or written.
+    """
+
+    def __init__(self, folder: Location | None, step: int = 0) -> None:
         """Continue after `step`: what an earlier run wrote of later steps is removed."""
         self.folder = folder
         self._records: list[bytes] = []
         self._last_step = step
         self._begun = self._flushed = time.monotonic()
         self._parts = 0  # files that end with the last step
-        for entry in folder.list() if folder.is_folder() else ():
+        if folder is None or not folder.is_folder():
+            return
+        for entry in folder.list():
             if entry.name.startswith(_NAME) and _step_of(entry.name) > step:
                 (folder / entry.name).delete()
             elif entry.name.startswith(_NAME) and _step_of(entry.name) == step:
@@ -53,7 +58,7 @@ class Curves:
 
     def flush(self) -> None:
         """Write what there is. Call it before the checkpoint of the same step, so that no curve has a gap."""
-        if self._records:
+        if self.folder is not None and self._records:
             data = b"".join([_framed({"file_version": "brain.Event:2"}), *self._records])
             (self.folder / f"{_NAME}{self._last_step:010d}.{self._parts:03d}").write_bytes(data)
             self._records = []
@@ -61,6 +66,8 @@ class Curves:
         self._flushed = time.monotonic()
 
     def _add(self, step: int, values: list[dict[str, Any]]) -> None:
+        if self.folder is None:
+            return
         self._records.append(_framed({"step": step, "summary": {"value": values}}))
         if step > self._last_step:
             self._last_step, self._parts = step, 0

@@ -167,19 +167,18 @@ class Log:
         self.session = session
         self.plan = plan
         self.folder = plan.log if session.rank == 0 else None
-        self.curves = None if self.folder is None else Curves(self.folder / "tensorboard", start)
+        self.curves = Curves(self.folder and self.folder / "tensorboard", start)
 
     def terms(self, row: dict[str, float]) -> None:
         """Every row of the history as it is made: mean loss terms (TERMS) since the row before, and `iteration`."""
         done = int(row["iteration"])
         self.session.progress(done, generator=row["total"], discriminator=row["discriminator_total"])
-        if self.curves is not None:
-            self.curves.scalars(done, {f"loss/{name}": row[name] for name in row.keys() - {"iteration"}})
-            self.curves.flush_if_due()
+        self.curves.scalars(done, {f"loss/{name}": row[name] for name in row.keys() - {"iteration"}})
+        self.curves.flush_if_due()
 
     def sheet(self, done: int, generators: Generators) -> None:
         """Both directions, for TensorBoard; written before the checkpoint, so that a restart finds no gap."""
-        if self.curves is not None:
+        if self.folder is not None:
             sheet = self.plan.sample_sheet(generators)
             self.curves.picture(done, "samples/day_night_night_day", encode_png(sheet), *sheet.shape[:2])
             self.curves.flush()

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from nightseg import load_model
 from nightseg.data.class_list import taxonomy
 from nightseg.data.images import decode_image, decode_label, encode_png
 from nightseg.data.table import frame_table, quarantined
@@ -24,7 +25,6 @@ from nightseg.segmenter.predict import (
     Segmenter,
     UnreadRow,
     check_classes,
-    load_model,
     overlay,
     picture,
     segment_rows,
