@@ -104,8 +104,7 @@ def learn(session: Session, settings: dict[str, Any]) -> None:
         if watched is not None and (epoch % training.validate_every == 0 or epoch == training.epochs):
             record["validation"] = validate(learner.evaluated, watched, plan, session)
             with _autocast(session.device, training):
-                scored = record["validation"]
-                draw_validation(curves, learner.step, scored, learner.evaluated, watched, plan.classes)
+                draw_validation(curves, learner.step, record["validation"], learner.evaluated, watched)
         learner.history.append(record)
         reported = {"epoch": float(epoch), "loss": loss}
         if record.get("validation", {}).get("miou") is not None:

@@ -23,12 +23,7 @@ GAP: Final = 2
 
 
 def draw_validation(
-    curves: Curves,
-    step: int,
-    scored: Mapping[str, Any],
-    network: SemanticFPN,
-    frames: LabelledFrames,
-    classes: Taxonomy,
+    curves: Curves, step: int, scored: Mapping[str, Any], network: SemanticFPN, frames: LabelledFrames
 ) -> None:
     """Scores, and some validation frames as the network predicts them now. Undefined scores leave a gap."""
     if curves.folder is None:
@@ -36,12 +31,12 @@ def draw_validation(
     points = {f"validation/{key}": value for key, value in scored.items() if key != "iou"}
     points |= {f"iou/{name}": value for name, value in scored["iou"].items()}
     curves.scalars(step, {tag: value for tag, value in points.items() if value is not None})
-    sheet = label_sheet(network, frames, classes)
+    sheet = label_sheet(network, frames)
     curves.picture(step, "validation/frame_label_prediction", encode_png(sheet), *sheet.shape[:2])
 
 
 @torch.inference_mode()
-def label_sheet(network: SemanticFPN, frames: LabelledFrames, classes: Taxonomy) -> NDArray[np.uint8]:
+def label_sheet(network: SemanticFPN, frames: LabelledFrames) -> NDArray[np.uint8]:
     """uint8 HWC RGB: rows of frame, label, prediction, for frames spread over the table. Ignored pixels are black.
 
     The network must be in evaluation mode, and stays so.
@@ -51,7 +46,7 @@ def label_sheet(network: SemanticFPN, frames: LabelledFrames, classes: Taxonomy)
         image, label = frames[int(index)]
         logits_1Khw = network(network.normalise(image[None].to(device)))
         prediction_HW = upsample_logits(logits_1Khw, *image.shape[-2:])[0].argmax(dim=0).to("cpu", torch.uint8)
-        tiles = [image, _coloured(label, classes), _coloured(prediction_HW, classes)]
+        tiles = [image, *(_coloured(part_HW, frames.classes) for part_HW in (label, prediction_HW))]
         rows.append([_tile(tile, *image.shape[-2:]) for tile in tiles])
     height, width = (max(row[0].shape[axis] for row in rows) for axis in (1, 2))
     sheet = torch.zeros(3, len(rows) * (height + GAP) - GAP, 3 * (width + GAP) - GAP, dtype=torch.uint8)
