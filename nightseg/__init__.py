@@ -46,6 +46,7 @@ Frames: no torch, no ray
     data/sources.py         a file, folder, pattern, table or video as frames to read
     data/video.py           videos as frames, frames as a video
     data/day_night.py       day, night and twilight by luminance histograms
+    data/thumbnails.py      near duplicates by mean brightness
     data/prefetch.py        items computed by threads ahead of their use
     data/scenes/street.py   procedural street scenes: plan of a street, and the function `scene`
     data/scenes/sheet.py    camera, and strokes that carry colour and surface together
@@ -145,6 +146,7 @@ The report
 Runs
     pipeline/graph.py              node, view, inputs: the words of the graph
     pipeline/build.py              the recipe as a graph of stages: the only place that knows the order
+    pipeline/leaks.py              frames that a model has seen and is measured on
     pipeline/results.py            results.json
     pipeline/verify.py             is every file of a run what was written
     pipeline/run.py                do what is not committed, gather, report; or say what would be done

@@ -27,3 +27,12 @@ def first_of(names: Sequence[str]) -> str:
     """The first names of a list that may be long, in words."""
     more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
     return ", ".join(names[:_MAX_LISTED]) + more
+
+
+def together(problems: Sequence[UserError]) -> UserError:
+    """Several as one, each once, so that all can be mended before the next try."""
+    lines = list(dict.fromkeys(map(str, problems)))
+    if len(lines) == 1:
+        return problems[0]
+    what = "\n- ".join([f"{len(lines)} problems:", *lines])
+    return UserError(what, cure="all of these, then the same command")

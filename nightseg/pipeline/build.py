@@ -6,7 +6,7 @@ share it: the model that four students start from is trained once, a pool is sco
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Final, Literal
 
@@ -25,8 +25,10 @@ from nightseg.pipeline.graph import (
     Node,
     NodeId,
     Source,
+    Use,
     View,
     Views,
+    Watched,
 )
 from nightseg.recipe.checks import way_missing
 from nightseg.recipe.types import (
@@ -89,6 +91,9 @@ def build_graph(recipe: Recipe, only: str | None = None) -> Graph:
             builder.graph.predictions[name] = (node, prediction)
     for name in recipe.translations if only is None else ():
         builder.evaluate_translation(name)
+    for name in builder.models if only is None else [only]:
+        builder.watch(name)
+    builder.graph.order()
     return builder.graph
 
 
@@ -108,6 +113,7 @@ def selection_graph(places: Mapping[str, str | Given], selection: Selection, see
     """Frames of POOL chosen by their features, close to those of REFERENCE if there is one."""
     builder = _without_recipe(places, compute, seed)
     builder.select(POOL, selection, POOL, [REFERENCE] if REFERENCE in places else [])
+    builder.graph.order()
     return builder.graph
 
 
@@ -327,7 +333,6 @@ class Builder:
         """Frames of a pool that are close to those of the datasets `near`."""
         extraction, spatial = selection.extractor, selection.needs_positions and bool(near)
         reference = self.score(near, extraction, positions=spatial) if near else None
-        sources = self._sources(near)
         return self._add(
             select,
             name,
@@ -335,8 +340,6 @@ class Builder:
                 "pool_frames": Frames(self.dataset(pool)),
                 "pool_scores": self.score([pool], extraction, spatial_reference=reference if spatial else None),
                 "reference_scores": reference,
-                "reference_frames": Frames(sources) if sources else None,
-                "test_frames": {test: Frames(self._sources([name])) for test, name in self.recipe.test_sets.items()},
             },
             {"selection": selection},
             unhashed={"seed": self.recipe.seed},
@@ -363,18 +366,63 @@ class Builder:
             facts=score.facts(extraction),
         )
 
-    def _sources(self, names: Iterable[str]) -> Views:
-        """The views that the frames of these datasets were made from: where a leak of test frames can be seen."""
-        found: list[Any] = []
-        for name in names:
-            match self.recipe.datasets[name]:
-                case TranslatedDataset(translate=source):
-                    found += self._sources([source])
-                case JoinedDataset(join=parts):
-                    found += self._sources(parts)
-                case _:
-                    found += self.dataset(name)
-        return tuple(dict.fromkeys(found))
+    # -- leaks -------------------------------------------------------------------------------------------------------
+
+    def watch(self, name: str) -> None:
+        """What a model may not share: all that it, its translators, teachers and starts learned from, and its tests."""
+        learned: dict[tuple[str, Views], Use] = {}
+        for model in self._line(name, {}):
+            for use in self._learned(model):
+                known = learned.setdefault((use.dataset, use.views), use)
+                learned[use.dataset, use.views] = known if known.is_training else use
+        nodes = self.graph.models[name]
+        validated = [
+            use
+            for dataset in self.models[name].validate_on
+            for use in self._uses(dataset, f"the validation set {dataset}", with_translators=False)
+        ]
+        tests = [
+            use
+            for test in nodes.tests
+            for use in self._uses(self.recipe.test_sets[test], f"the test set {test}", with_translators=False)
+        ]
+        self.graph.watched[name] = Watched(tuple(learned.values()), tuple(validated), tuple(tests))
+
+    def _line(self, name: str, found: dict[str, None]) -> Iterable[str]:
+        """A model, and those that it starts from or is taught by."""
+        if name in found or name not in self.models:
+            return found
+        found[name] = None
+        model = self.models[name]
+        for before in (model.start, model.self_training.teacher if model.self_training else None):
+            self._line(before or "", found)
+        return found
+
+    def _learned(self, name: str) -> Iterator[Use]:
+        model = self.models[name]
+        for dataset in model.train:
+            yield from self._uses(dataset, "trained on", is_training=True)
+        if model.self_training is not None:
+            yield from self._uses(model.self_training.pool, "trained on as a pool")
+            if model.self_training.select is not None and model.self_training.select.reference:
+                yield from self._uses(model.self_training.select.reference, "the reference of a selection")
+
+    def _uses(self, name: str, what: str, is_training: bool = False, with_translators: bool = True) -> Iterator[Use]:
+        """The frames of a dataset, or those that its translations were made from and the translator's own."""
+        match self.recipe.datasets[name]:
+            case TranslatedDataset() as dataset:
+                yield from self._uses(dataset.translate, f"{what}, translated", is_training, with_translators)
+                settings = self.recipe.translators[dataset.by]
+                if with_translators and isinstance(settings, Translator):
+                    for side in (settings.day, settings.night):
+                        yield from self._uses(side, f"the translator {dataset.by} trained on")
+                elif with_translators and (style := _style_images(settings, dataset.to)):
+                    yield from self._uses(style, f"style images of the translator {dataset.by}")
+            case JoinedDataset(join=parts):
+                for part in parts:
+                    yield from self._uses(part, what, is_training, with_translators)
+            case _:
+                yield Use(what, name, self.dataset(name), is_training)
 
     # -- evidence ----------------------------------------------------------------------------------------------------
 

@@ -60,6 +60,8 @@ class Frames(NamedTuple):
     views: Views
 
 
+FRAME_STAGES: Final = ("collect", "split")  # they only read and sort what the user has
+
 Source = Frames | NodeId | Mapping[str, Frames | NodeId] | None
 """What an argument of a stage is read from: frames, the commit of a node, several of them by name, or nothing."""
 
@@ -178,6 +180,23 @@ class ModelNodes:
     tests: Mapping[str, TestRow] = field(default_factory=dict)  # test set -> the published row it reproduces
 
 
+class Use(NamedTuple):
+    """Frames that a model sees or is measured on."""
+
+    what: str  # in words
+    dataset: str
+    views: Views
+    is_training: bool = False  # labelled frames that it learns from
+
+
+class Watched(NamedTuple):
+    """Sets of one model that may share no frame."""
+
+    learned: tuple[Use, ...]  # by the models that it starts from or is taught by, and by translators, too
+    validated: tuple[Use, ...]
+    tests: tuple[Use, ...]
+
+
 @dataclass(frozen=True)
 class EvaluatedTranslation:
     """The evaluation of one translated dataset, and how the results name what took part in it."""
@@ -195,3 +214,12 @@ class Graph:
     datasets: dict[str, Views] = field(default_factory=dict)
     predictions: dict[str, tuple[NodeId, Prediction]] = field(default_factory=dict)
     translations: dict[str, EvaluatedTranslation] = field(default_factory=dict)
+    watched: dict[str, Watched] = field(default_factory=dict)  # model -> its sets
+
+    def order(self) -> None:
+        """What only reads and sorts frames comes first: it is quick, and shows what is wrong with them."""
+        first: dict[NodeId, Node] = {}
+        for name, node in self.nodes.items():
+            if name.stage in FRAME_STAGES and all(need in first for need in node.needs):
+                first[name] = node
+        self.nodes = first | self.nodes

@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from nightseg.data.class_list import taxonomy
 from nightseg.data.settings import JoinedDataset
 from nightseg.errors import UserError, closest
 from nightseg.pipeline.graph import Graph, ModelNodes, NodeId
+from nightseg.pipeline.leaks import Leak
 from nightseg.recipe.types import Recipe
 from nightseg.storage import Commit, Location, hash_of, sha256_of
 
@@ -23,7 +24,9 @@ PACKAGES = ("nightseg", "torch", "torchvision", "ray", "timm", "numpy", "pyarrow
 MAX_QUARANTINE_ROWS = 1000  # the tables keep all of them; the results show the first
 
 
-def gather(recipe: Recipe, graph: Graph, commits: Mapping[NodeId, Commit], done: set[NodeId]) -> dict[str, Any]:
+def gather(
+    recipe: Recipe, graph: Graph, commits: Mapping[NodeId, Commit], done: set[NodeId], leaks: Sequence[Leak] = ()
+) -> dict[str, Any]:
     """The content of results.json: metrics are fractions, matrices are integers, times are seconds."""
     classes = taxonomy(recipe.taxonomy)
     selections = {m: nodes.select for m, nodes in graph.models.items() if nodes.select}
@@ -64,6 +67,7 @@ def gather(recipe: Recipe, graph: Graph, commits: Mapping[NodeId, Commit], done:
         },
         "predictions": {name: {"node": str(n), **p.model_dump()} for name, (n, p) in graph.predictions.items()},
         "translations": _translations(recipe, graph, commits, tests),
+        "leaks": [leak._asdict() | {"text": str(leak)} for leak in leaks],
         "quarantine": _quarantine(commits),
         "commits": {str(node): _facts(commit) | {"skipped": node not in done} for node, commit in commits.items()},
         "seconds": {str(node): commit.seconds for node, commit in commits.items()},

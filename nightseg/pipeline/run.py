@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import takewhile
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
 from nightseg.cluster import ray as cluster
 from nightseg.cluster.settings import MapCompute, TrainCompute
-from nightseg.pipeline import build
-from nightseg.pipeline.graph import Graph, Node, NodeId
+from nightseg.errors import UserError, together
+from nightseg.pipeline import build, leaks
+from nightseg.pipeline.graph import FRAME_STAGES, Graph, Node, NodeId
 from nightseg.pipeline.results import gather, sealed
 from nightseg.progress import Progress
 from nightseg.recipe import load_recipe, save_recipe
@@ -88,8 +90,17 @@ def run(
     workspace = Workspace(folder, borrow)
     with workspace.lock(), cluster.left_as_found():
         save_recipe(recipe, folder / "recipe.yaml")
-        commits, done = _work(workspace, list(graph.nodes.values()), progress)
-        results = sealed(gather(recipe, graph, commits, done), folder)
+        found: list[leaks.Leak] = []
+
+        def examine(commits: Mapping[NodeId, Commit]) -> None:
+            found.extend(leaks.find(graph, commits))
+            for leak in found:
+                progress.say(f"leak: {leak}")
+            if recipe.leaks == "refuse":
+                leaks.refuse(found)
+
+        commits, done = _work(workspace, list(graph.nodes.values()), progress, examine)
+        results = sealed(gather(recipe, graph, commits, done, found), folder)
         (folder / "results.json").write_json(results)
     return Outcome(results, len(done), len(commits) - len(done), time.monotonic() - began)
 
@@ -124,11 +135,22 @@ def finished(graph: Graph, folder: Location | None, progress: Progress) -> Itera
         folder.delete()
 
 
-def _work(workspace: Workspace, nodes: Sequence[Node], progress: Progress) -> tuple[dict[NodeId, Commit], set[NodeId]]:
-    """Commit the nodes in order; returns all commits and which of them were made now."""
+def _work(
+    workspace: Workspace,
+    nodes: Sequence[Node],
+    progress: Progress,
+    examine: Callable[[Mapping[NodeId, Commit]], None] = lambda commits: None,
+) -> tuple[dict[NodeId, Commit], set[NodeId]]:
+    """Commit the nodes in order; returns all commits and which of them were made now.
+
+    Once the first, which only read frames, are done, `examine` may refuse what they found. What is wrong with any of
+    them is one error, so that all of it can be mended at once.
+    """
     commits: dict[NodeId, Commit] = {}
     done: set[NodeId] = set()
-    for number, node in enumerate(nodes, 1):
+    problems: list[UserError] = []
+
+    def work(number: int, node: Node) -> None:
         stage = _stage(workspace, node, commits)
         damage: DamagedCommit | None = None
         try:
@@ -146,7 +168,27 @@ def _work(workspace: Workspace, nodes: Sequence[Node], progress: Progress) -> tu
                 raise UserError(f"{damage.what}; and it cannot be made again: {error}", cure=damage.cure) from error
             done.add(node.id)
         commits[node.id] = commit
+
+    num_first = sum(1 for _ in takewhile(lambda node: node.id.stage in FRAME_STAGES, nodes))
+    for number, node in enumerate(nodes[:num_first], 1):
+        with _kept(problems):
+            if all(need in commits for need in node.needs):
+                work(number, node)
+    with _kept(problems):
+        examine(commits)
+    if problems:
+        raise together(problems)
+    for number, node in enumerate(nodes[num_first:], num_first + 1):
+        work(number, node)
     return commits, done
+
+
+@contextmanager
+def _kept(problems: list[UserError]) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        problems.append(error)
 
 
 def plan(

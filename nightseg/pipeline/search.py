@@ -23,7 +23,7 @@ from pydantic import Field, model_validator
 from nightseg.cluster import ray as cluster
 from nightseg.cluster.ray import wants_logs
 from nightseg.errors import UserError, closest
-from nightseg.pipeline import build, run
+from nightseg.pipeline import build, leaks, run
 from nightseg.pipeline.graph import Graph, NodeId
 from nightseg.progress import Progress, SilentProgress, Task
 from nightseg.recipe import RecipeError, load_recipe, load_settings, save_recipe
@@ -98,6 +98,7 @@ def search(file: str, overrides: Sequence[str] = (), *, run_dir: str | None = No
         save_recipe(load_recipe(recipe_file, settings.set), trials.recipe_file)
         if not (folder / "trials.json").exists():
             cluster.connect(dashboard=True)  # before a stage of the base starts a Ray without one
+        _examine(trials, progress)
         trials = _founded(trials, progress)
         identity = hash_of([trials.name(trials.first), settings.model_dump(mode="json")])
         rows = _finished(folder, identity)
@@ -112,6 +113,18 @@ def search(file: str, overrides: Sequence[str] = (), *, run_dir: str | None = No
         content = {"identity": identity, "search": settings.model_dump(mode="json"), "best": best, "trials": rows}
         (folder / "trials.json").write_json(content)
     return Found(folder, best, rows, best_recipe)
+
+
+def _examine(trials: Trials, progress: Progress) -> None:
+    """Trials are chosen by their validation frames, so none of these may be a test frame either."""
+    recipe, model = load_recipe(trials.recipe_file), trials.settings.model
+    graph = build.build_graph(recipe, model)
+    commits = run.prepare(recipe, trials.folder / "shared", leaks.needed(graph), only=model, progress=progress)
+    found = leaks.find(graph, commits, validation=True)
+    for leak in found:
+        progress.say(f"leak: {leak}")
+    if recipe.leaks == "refuse":
+        leaks.refuse(found)
 
 
 def _founded(trials: Trials, progress: Progress) -> Trials:

@@ -116,6 +116,9 @@ class Recipe(Strict):
         default=0.01, description="share of quarantined frames above which a stage fails"
     )
     compute: Compute = Compute()
+    leaks: Literal["refuse", "report"] = Field(
+        default="refuse", description="frames that a model has seen and is tested or validated on: an error, or told"
+    )
     roots: dict[Name, str] = Field(default={}, description="folders that dataset roots refer to as {name}")
     datasets: Annotated[dict[Name, Dataset], Field(min_length=1)] = Field(description="sets of frames by name")
     translators: dict[Name, AnyTranslator] = Field(default={}, description="ways between day and night by name")

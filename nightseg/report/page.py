@@ -45,6 +45,7 @@ def write_report(run_folder: Location, results: Mapping[str, Any], samples: int 
         pseudo_labels=gallery.pseudo_labels(run, samples),
         tests=[gallery.test_samples(run, test, samples) for test in run.tests],
         predictions=gallery.predictions(run, samples),
+        leaks=results.get("leaks", []),
         quarantine=quarantine(run),
         stages=stages(run),
     )  # fmt: skip

@@ -18,20 +18,24 @@ from nightseg.cluster.map import ShardWorker, map_shards
 from nightseg.cluster.settings import MapCompute
 from nightseg.data import table as columns
 from nightseg.data.class_list import taxonomy
-from nightseg.data.images import BadFrame, decode_image, encode_png, read_bytes
+from nightseg.data.images import BadFrame, UInt8, decode_image, encode_png, read_bytes
 from nightseg.data.labels import label_of
 from nightseg.data.layouts import list_frames, scene_domains
 from nightseg.data.scenes import scene
 from nightseg.data.settings import FolderDataset, ScenesDataset
 from nightseg.data.table import check_frames, frame_table, quarantine_table
 from nightseg.data.taxonomy import TRAIN_IDS, Taxonomy
+from nightseg.data.thumbnails import NUM_VALUES, thumbnail
 from nightseg.progress import Progress
 from nightseg.storage import Attempt, Commit, Location, UserError, sha256_of
 
-VERSION = 1
+VERSION = 2
 
 TRUE_DOMAIN = "true_domain"  # of a scene, kept beside `domain`, which an unlabelled pool does not reveal
 SCENES_TAXONOMY = "camvid11"
+
+THUMBNAILS = "thumbnails"  # table of the commit, by which near duplicates are found
+THUMBNAIL = "thumbnail"
 
 _PROBLEM = "problem"
 _INDEX = "index"
@@ -55,7 +59,7 @@ def collect(
     compute: MapCompute,
     max_bad_fraction: float,
 ) -> Commit:
-    """Tables `frames` and `quarantine`. Scenes are drawn first: PNG files below the attempt, relative uris.
+    """Tables `frames`, `quarantine`, `thumbnails` (by sha256). Scenes are drawn first: PNG files below the attempt.
 
     Raises UserError: a folder, split or encoding that does not exist; more than `max_bad_fraction` bad frames.
     """
@@ -132,24 +136,36 @@ class FolderReader:
         self.classes = classes
 
     def __call__(self, rows: pa.Table, folder: Location) -> Mapping[str, pa.Table]:
-        good, bad = [], []
+        good, bad, looks = [], [], dict[str, UInt8]()
         for row in rows.to_pylist():
             try:
-                good.append(self._read(row))
+                good.append(self._read(row, looks))
             except BadFrame as fault:
                 bad.append(columns.quarantined(row, fault))
-        return {"frames": frame_table(good), "quarantine": quarantine_table(bad)}
+        return {
+            "frames": frame_table(good),
+            "quarantine": quarantine_table(bad),
+            THUMBNAILS: thumbnail_table(looks),
+        }
 
-    def _read(self, row: dict[str, Any]) -> dict[str, Any]:
+    def _read(self, row: dict[str, Any], looks: dict[str, UInt8]) -> dict[str, Any]:
         problem = row.pop(_PROBLEM)
         if problem:
             raise BadFrame("unreadable", problem)
         data = read_bytes(Location.of(row[columns.URI]))
-        height, width = decode_image(data).shape[:2]
+        image_HWC = decode_image(data)
+        height, width = image_HWC.shape[:2]
         row |= {columns.HEIGHT: height, columns.WIDTH: width, columns.BYTES: len(data), columns.SHA256: sha256_of(data)}
         if row[columns.LABEL_URI] is not None:
             row[columns.LABEL_SHA256] = label_of(row, self.classes, (height, width)).sha256
+        looks[row[columns.SHA256]] = thumbnail(image_HWC)
         return row
+
+
+def thumbnail_table(looks: Mapping[str, UInt8]) -> pa.Table:
+    """Thumbnails by the sha256 of their image files."""
+    values = pa.array([value.tolist() for value in looks.values()], pa.list_(pa.uint8(), NUM_VALUES))
+    return pa.table({columns.SHA256: pa.array(looks, pa.string()), THUMBNAIL: values})
 
 
 # -- scenes ----------------------------------------------------------------------------------------------------------
@@ -187,13 +203,15 @@ class SceneWriter:
         self.palette = None if palette is None else tuple(palette)
 
     def __call__(self, rows: pa.Table, folder: Location) -> Mapping[str, pa.Table]:
-        frames = [self._write(row[_INDEX], row[columns.DOMAIN], folder) for row in rows.to_pylist()]
+        looks: dict[str, UInt8] = {}
+        frames = [self._write(row[_INDEX], row[columns.DOMAIN], folder, looks) for row in rows.to_pylist()]
         return {
+            THUMBNAILS: thumbnail_table(looks),
             "frames": frame_table(frames, extra={TRUE_DOMAIN: pa.string()}),
             "quarantine": quarantine_table([]),
         }
 
-    def _write(self, index: int, domain: str, folder: Location) -> dict[str, Any]:
+    def _write(self, index: int, domain: str, folder: Location, looks: dict[str, UInt8]) -> dict[str, Any]:
         drawn = scene(self.scene_seed, index, domain, self.height, self.width)
         image, uri = encode_png(drawn.image), f"images/{index:06d}.png"
         (folder / uri).write_bytes(image)
@@ -208,6 +226,7 @@ class SceneWriter:
             columns.SHA256: sha256_of(image),
             TRUE_DOMAIN: domain,
         }
+        looks[sha256_of(image)] = thumbnail(drawn.image)
         if self.palette is not None:
             label, label_uri = encode_png(drawn.label, self.palette), f"labels/{index:06d}.png"
             (folder / label_uri).write_bytes(label)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from nightseg.selection.settings import Selection
 from nightseg.selection.subset import check_count
 from nightseg.storage import Attempt, Commit
 
-VERSION = 2
+VERSION = 3
 
 RANK = "rank"  # 1 = best; null in the table of all scores for frames that were not chosen
 REPEATS = "repeats"  # frame_id of the frame that this one is a near duplicate of; null = it is none
@@ -32,8 +32,6 @@ def select(
     *,
     selection: Selection,
     seed: int,
-    reference_frames: pa.Table | None = None,
-    test_frames: Mapping[str, pa.Table] | None = None,
     attempt: Attempt,
     progress: Progress,
 ) -> Commit:
@@ -41,16 +39,14 @@ def select(
 
     `pool_scores` and `reference_scores` are commits of the stage `score`, by the same extractor. All methods prefer
     frames that are close to the reference but `random`, which needs none, and is measured against it if there is one.
-    `reference_frames` are the frames that the reference was made from, where it is translated.
-    Raises UserError: the reference, or what it was made from, has a frame of one of `test_frames` (by content); the
-    count exceeds the pool or what the limits leave of it; the reference is missing, or was scored by another extractor.
+    Raises UserError: the count exceeds the pool or what the limits leave of it; the reference is missing, or was scored
+    by another extractor.
     """
     begun = time.monotonic()
     everything, reference = Described.of(pool_scores), None
     if reference_scores is not None:
         described = Described.of(reference_scores)
         _check_same_features(pool_scores, reference_scores)
-        _refuse_test_frames(reference_scores.name, described.sha256, reference_frames, test_frames or {})
         reference = Reference.of(described)
     check_count(selection.count, len(everything.frame_ids))
     repeats = _repeats(everything, selection)
@@ -69,7 +65,6 @@ def select(
         "rules": selection.model_dump(include={"quota", "gap", "duplicates"}),
         "extractor": pool_scores.summary["extractor"],
         "resize": pool_scores.summary["resize"],
-        "shared_with_tests": _shared_with_tests(everything.sha256, test_frames or {}),
     }
     evidence = facts | evidence_of(pool_frames, pool, reference, choice, seed, progress)
     (attempt.folder / "evidence.json").write_json(evidence)
@@ -122,31 +117,6 @@ def _check_same_features(pool: Commit, reference: Commit) -> None:
                 f" ({pool.summary[what]} and {reference.summary[what]})",
                 cure="score both with the same extractor",
             )
-
-
-def _refuse_test_frames(
-    name: str, reference: list[str | None], sources: pa.Table | None, tests: Mapping[str, pa.Table]
-) -> None:
-    """A reference with a test frame in it would choose what is close to the test: the score would be no score."""
-    seen = set(reference)
-    if sources is not None:
-        seen |= set(sources[frame.SHA256].to_pylist())
-    seen -= {None}
-    for test, frames in tests.items():
-        rows = frames.select([frame.FRAME_ID, frame.SHA256]).to_pylist()
-        shared = [row[frame.FRAME_ID] for row in rows if row[frame.SHA256] in seen]
-        if shared:
-            raise UserError(
-                f"{name}: the reference of the selection holds {len(shared)} frames of the test set '{test}', first"
-                f" {shared[0]}, so frames would be chosen by looking at the test",
-                cure="take these frames out of the reference, or name another one (`reference`)",
-            )
-
-
-def _shared_with_tests(pool: list[str | None], tests: Mapping[str, pa.Table]) -> dict[str, int]:
-    """Pool frames that are test frames too: allowed, they bring no labels, but a reader must know."""
-    seen = set(pool) - {None}
-    return {test: sum(value in seen for value in table[frame.SHA256].to_pylist()) for test, table in tests.items()}
 
 
 # -- what is written -------------------------------------------------------------------------------------------------

@@ -116,6 +116,9 @@ class Commit:
     def has(self, path: str) -> bool:
         return any(output.path == path for output in self.outputs)
 
+    def has_table(self, name: str) -> bool:
+        return bool(table_paths(self.outputs, name))
+
     def table(self, name: str) -> pa.Table:
         """`<name>.parquet`, or the shards `<name>/part-*.parquet` in order as one table; KeyError if not committed."""
         paths = table_paths(self.outputs, name)

@@ -316,7 +316,6 @@ class MadeUpRun:
                 "chosen": self.random.normal(size=(160, 2)).tolist(),
                 "reference": self.random.normal(size=(200, 2)).tolist(),
             }},
-            "shared_with_tests": {"night": 0},
             "scores": {
                 "edges": edges.tolist(),
                 "pool": np.histogram(values, edges)[0].tolist(),

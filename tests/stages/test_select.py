@@ -275,23 +275,6 @@ def test_another_extractor(tmp_path: Path, what: str) -> None:
         chosen(tmp_path, reference=reference)
 
 
-def test_a_reference_with_a_test_frame(tmp_path: Path) -> None:
-    tests = {"night": frames_of(3, "reference"), "clean": frames_of(3, "elsewhere")}
-    with pytest.raises(UserError, match=r"holds 3 frames of the test set 'night', first reference/00"):
-        chosen(tmp_path, test_frames=tests)
-
-
-def test_a_reference_made_from_a_test_frame(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="test set 'night'"):
-        chosen(tmp_path, reference_frames=frames_of(4, "source"), test_frames={"night": frames_of(1, "source")})
-
-
-def test_tests_that_share_nothing_pass_and_a_shared_pool_is_stated(tmp_path: Path) -> None:
-    nameless = frame_table([{"frame_id": "t", "uri": "/t.png"}])
-    commit = chosen(tmp_path, test_frames={"a": frames_of(2, "pool"), "b": frames_of(2, "elsewhere"), "c": nameless})
-    assert commit.json("evidence.json")["shared_with_tests"] == {"a": 2, "b": 0, "c": 0}
-
-
 def test_a_set_whose_frames_are_all_broken_is_named(tmp_path: Path) -> None:
     node = Workspace(tmp_path / "run").stage("score", "reference", version=1, recipe={}, inputs={}, seed=0)
     attempt = node.open()
