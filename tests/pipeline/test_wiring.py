@@ -360,8 +360,7 @@ score/by_optics.efficientnet_lite0 frames=translate/by_optics positions=False; u
 score/pool.efficientnet_lite0 frames=collect/pool positions=False; unhashed:
     extraction=models.second.self_training.select.extractor; facts: name weights resize mode weights_sha256
 select/second pool_frames=collect/pool pool_scores=score/pool.efficientnet_lite0
-    reference_scores=score/by_optics.efficientnet_lite0 reference_frames=collect/scenes test_frames={night:
-    collect/test, other: collect/scenes} selection=models.second.self_training.select; at most 2
+    reference_scores=score/by_optics.efficientnet_lite0 selection=models.second.self_training.select; at most 2
 pseudo_label/second frames=select/second teacher=train_segmenter/third threshold=models.second.self_training.threshold
     inference=models.second.self_training.inference; facts: taxonomy
 train_segmenter/second train=collect/scenes+translate/by_unit+pseudo_label/second start=train_segmenter/first
@@ -374,16 +373,16 @@ score/night.efficientnet_lite0.near-by_colour.efficientnet_lite0.positions frame
     extraction=models.fourth.self_training.select.extractor; facts: name weights resize mode weights_sha256
 select/fourth pool_frames=split/pool:night
     pool_scores=score/night.efficientnet_lite0.near-by_colour.efficientnet_lite0.positions
-    reference_scores=score/by_colour.efficientnet_lite0.positions reference_frames=collect/scenes test_frames={night:
-    collect/test, other: collect/scenes} selection=models.fourth.self_training.select; at most 3
+    reference_scores=score/by_colour.efficientnet_lite0.positions selection=models.fourth.self_training.select; at
+    most 3
 pseudo_label/fourth frames=select/fourth teacher=train_segmenter/third threshold=models.fifth.self_training.threshold
     inference=inference; facts: taxonomy
 train_segmenter/fourth train=translate/by_colour+pseudo_label/fourth start=train_segmenter/third network=network
     loss=loss training=training; facts: taxonomy start=train_segmenter/third encoder_weights workers=1
 score/both.efficientnet_lite0 frames=collect/scenes+collect/test positions=False; unhashed:
     extraction=models.fifth.self_training.select.extractor; facts: name weights resize mode weights_sha256
-select/fifth pool_frames=collect/scenes+collect/test pool_scores=score/both.efficientnet_lite0 test_frames={night:
-    collect/test, other: collect/scenes} selection=models.fifth.self_training.select; at most 1
+select/fifth pool_frames=collect/scenes+collect/test pool_scores=score/both.efficientnet_lite0
+    selection=models.fifth.self_training.select; at most 1
 pseudo_label/fifth frames=select/fifth teacher=train_segmenter/third threshold=models.fifth.self_training.threshold
     inference=inference; facts: taxonomy
 train_segmenter/fifth train=collect/test+pseudo_label/fifth start=train_segmenter/third network=network loss=loss
@@ -505,12 +504,12 @@ select score/reference.inception frames=collect/reference positions=False max_ba
 select score/pool.inception frames=a table positions=False max_bad_fraction=1.0; unhashed: extraction=extraction;
     facts: name weights resize mode weights_sha256
 select select/pool pool_frames=a table pool_scores=score/pool.inception reference_scores=score/reference.inception
-    reference_frames=collect/reference test_frames={} selection=selection; unhashed: seed=4; at most 2
+    selection=selection; unhashed: seed=4; at most 2
 random collect/pool dataset=the folder max_bad_fraction=1.0; unhashed: name=pool taxonomy=cityscapes19; facts:
     taxonomy listing; of 1
 random score/pool.inception frames=collect/pool positions=False max_bad_fraction=1.0; unhashed: extraction=extraction;
     facts: name weights resize mode weights_sha256
-random select/pool pool_frames=collect/pool pool_scores=score/pool.inception test_frames={} selection=selection;
+random select/pool pool_frames=collect/pool pool_scores=score/pool.inception selection=selection;
     unhashed: seed=4; at most 2
 fid score/a.inception frames=a table positions=False max_bad_fraction=0.01; unhashed: extraction=extraction; facts:
     name weights resize mode weights_sha256
