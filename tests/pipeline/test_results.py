@@ -78,7 +78,8 @@ def test_results_hold_the_scores_and_where_every_number_comes_from(run: Location
     assert results["hardware"]["cpus"] >= 1 and {"machine", "system"} <= results["hardware"].keys()
     assert results.keys() == {
         *("nightseg", "recipe", "seed", "taxonomy", "versions", "hardware", "models", "datasets", "splits"),
-        *("selections", "pseudo_labels", "predictions", "translations", "quarantine", "commits", "seconds"),
+        *("selections", "pseudo_labels", "predictions", "translations", "leaks", "quarantine", "commits"),
+        "seconds",
     }
     assert results["taxonomy"].keys() == {"name", "classes", "palette", "encodings"}
     assert (results["taxonomy"]["name"], len(results["taxonomy"]["palette"])) == ("camvid11", 11)

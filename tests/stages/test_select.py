@@ -118,7 +118,7 @@ def test_evidence_compares_with_chance(tmp_path: Path) -> None:
     assert (evidence["method"], evidence["extractor"], evidence["resize"]) == ("pooled", "x", "clean")
     assert evidence["rules"] == {"quota": None, "gap": None, "duplicates": None}
     assert evidence.keys() == {
-        *("method", "count", "pool", "duplicates", "rules", "extractor", "resize", "shared_with_tests"),
+        *("method", "count", "pool", "duplicates", "rules", "extractor", "resize"),
         *("reference", "fid", "curve", "plane", "scores", "cut", "best", "last_chosen", "first_left_out", "worst"),
     }
     assert fid.keys() == {
