@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from nightseg.cluster import ray as cluster
 from nightseg.cluster.settings import MapCompute, TrainCompute
-from nightseg.errors import UserError, together
+from nightseg.errors import together
 from nightseg.pipeline import build, leaks
 from nightseg.pipeline.graph import FRAME_STAGES, Graph, Node, NodeId
 from nightseg.pipeline.results import gather, sealed
