@@ -40,6 +40,8 @@ Frames: no torch, no ray
     data/jpeg.py            JPEG with the damage that libjpeg only warns of
     data/taxonomy.py        class lists, palettes, raw-id maps
     data/class_list.py      class lists as YAML files
+    data/label_names.py  what names of labels say: frame, ids, which of several files
+    data/encodings.py    what the ids of label files mean: by names, values and palettes of a set
     data/labels.py          the label of a row as train ids
     data/listing.py         the files that a folder means: links followed, nothing hidden, nothing that nightseg wrote
     data/layouts.py         folder layouts; predictions and labels of two folders, by name

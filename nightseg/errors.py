@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable, Sequence
 
-_MAX_LISTED = 5
+MOST_NAMED = 5
 
 
 class UserError(ValueError):
@@ -25,8 +25,8 @@ def closest(word: str, known: Iterable[str]) -> str:
 
 def first_of(names: Sequence[str]) -> str:
     """The first names of a list that may be long, in words."""
-    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
-    return ", ".join(names[:_MAX_LISTED]) + more
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more
 
 
 def together(problems: Sequence[UserError]) -> UserError:

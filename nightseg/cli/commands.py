@@ -196,7 +196,9 @@ def select(
 @click.argument("predictions")
 @click.argument("labels")
 @click.option("--taxonomy", required=True, help="cityscapes19, camvid11, or a YAML file.")
-@click.option("--label-encoding", metavar="NAME", help="What the ids of the labels mean; default: what fits them all.")
+@click.option(
+    "--label-encoding", metavar="NAME", help="What the ids of the labels mean; default: what their names and ids tell."
+)
 @click.option(
     "--absent-class",
     default="cityscapes",
@@ -239,19 +241,23 @@ def evaluate(
     nightseg evaluate masks /data/camvid/day/test/labels --taxonomy camvid11
     nightseg evaluate masks /data/cityscapes/gtFine/val --taxonomy cityscapes19 --boundary --actors 8 --json
     """
+    from nightseg.data.encodings import UnclearLabels
     from nightseg.pipeline.single import evaluate_folders
     from nightseg.recipe.types import Evaluation
 
-    scores = evaluate_folders(
-        Location.of(predictions),
-        Location.of(labels),
-        taxonomy,
-        label_encoding=label_encoding,
-        evaluation=valid(Evaluation, boundary=boundary_distance if boundary else None, absent_class=absent_class),
-        compute=compute,
-        work=work,
-        progress=progress_for(),
-    )
+    try:
+        scores = evaluate_folders(
+            Location.of(predictions),
+            Location.of(labels),
+            taxonomy,
+            label_encoding=label_encoding,
+            evaluation=valid(Evaluation, boundary=boundary_distance if boundary else None, absent_class=absent_class),
+            compute=compute,
+            work=work,
+            progress=progress_for(),
+        )
+    except UnclearLabels as error:
+        raise UserError(error.what, cure=error.cure_by("--label-encoding ")) from error
     return Answer(scores, functools.partial(print_folder_scores, scores))
 
 

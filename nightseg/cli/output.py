@@ -168,7 +168,11 @@ def print_folder_scores(scores: Mapping[str, Any]) -> None:
     rows = [[name, percent(iou), percent(bands["iou"].get(name))] for name, iou in scores["iou"].items()]
     rows += [[name, percent(scores[key]), percent(bands.get(key))] for key, name in METRICS.items()]
     columns = ["class", "IoU", "boundary IoU"][: 3 if "boundary" in scores else 2]
-    print_table(f"{scores['frames']} frames, percent", columns, [row[: len(columns)] for row in rows])
+    print_table(
+        f"{scores['frames']} frames, percent; labels read as {scores['label_encoding']}",
+        columns,
+        [row[: len(columns)] for row in rows],
+    )
 
 
 def print_trials(found: Found) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from nightseg.data.taxonomy import IGNORE, TRAIN_IDS, Taxonomy
+from nightseg.data.taxonomy import FROM_ONE, IGNORE, TRAIN_IDS, Taxonomy
 from nightseg.errors import UserError, closest
 from nightseg.settings import Strict
 from nightseg.storage.paths import Location
@@ -38,7 +38,7 @@ class ClassList(Strict):
 def taxonomy(name_or_yaml_path: str) -> Taxonomy:
     """cityscapes19, camvid11 (taxonomies/*.yaml), or a YAML file of the same form: see `ClassList`. Raises UserError.
 
-    The encoding `train_ids` (0..K-1 and 255) is always there.
+    The encodings `train_ids` (0..K-1 and 255) and `ids_from_one` (0 is void, 1..K, 255) are always there.
     """
     folder = resources.files("nightseg.data") / "taxonomies"
     known = sorted(file.name.removesuffix(".yaml") for file in folder.iterdir())
@@ -72,6 +72,8 @@ def _read(file: Location, where: str) -> Taxonomy:
             _add_ids(f"{where}: classes.{train_id}.ids.{encoding}", encodings, encoding, raw_ids, train_id)
     for encoding, ignored in listed.ignore.items():
         _add_ids(f"{where}: ignore.{encoding}", encodings, encoding, ignored, IGNORE)
+    if len(names) < IGNORE - 1:
+        encodings.setdefault(FROM_ONE, {0: IGNORE, **{index + 1: index for index in range(len(names))}, IGNORE: IGNORE})
     return Taxonomy(listed.name, names, tuple(one.color for one in listed.classes), encodings)
 
 

@@ -12,6 +12,7 @@ import struct
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,7 @@ REASONS = (
     "wrong_mode",  # 16-bit, float, or a label with more than one channel
     "label_missing",
     "label_size",  # label and upright image differ in height or width
+    "label_orientation",  # image and label are turned differently by their EXIF, and the sizes do not tell how
     "label_value",  # ids that the label's encoding does not know
 )
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
@@ -57,6 +59,14 @@ _JPEG_COLOURS: Mapping[str, Colours] = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK
 _HEADER_LOCK = threading.Lock()
 
 
+class StoredLabel(NamedTuple):
+    """A label file: raw ids, uint8 HW, upright by its own EXIF `orientation` (1 to 8); its palette, uint8 (256, 3)."""
+
+    ids: UInt8
+    palette: UInt8 | None
+    orientation: int
+
+
 class BadFrame(Exception):  # noqa: N818 a property of the data, not a fault of the program
     """A frame that cannot be used. `reason` is one of `REASONS`; `detail` says what was found, without addresses."""
 
@@ -75,6 +85,11 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> UInt8:
 
     Raises BadFrame: zero_bytes, not_an_image, truncated, decompression_bomb, wrong_mode.
     """
+    return decode_turned(data, max_pixels)[0]
+
+
+def decode_turned(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[UInt8, int]:
+    """`decode_image`, and the EXIF orientation that was undone: 1 (stored upright) to 8."""
     image = _open(data, max_pixels)
     rawmode = _rawmode(image)
     if image.mode not in _IMAGE_MODES or ";16" in rawmode:
@@ -82,14 +97,13 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> UInt8:
     if image.format in ("JPEG", "MPO"):
         pixels_HWC = _strict_jpeg(image, data)
         if pixels_HWC is not None:
-            method = _UPRIGHT.get(_orientation(image))
-            return pixels_HWC if method is None else np.array(Image.fromarray(pixels_HWC).transpose(method))
-    _load(image)
-    return _rgb(image)
+            upright, orientation = _upright(Image.fromarray(pixels_HWC), _orientation(image))
+            return (pixels_HWC if orientation == 1 else np.array(upright)), orientation
+    upright, orientation = _load_upright(image)
+    return _rgb(upright), orientation
 
 
-def _rgb(image: Image.Image) -> UInt8:
-    upright = _turn_upright(image)
+def _rgb(upright: Image.Image) -> UInt8:
     # With transparency left in, Pillow warns about palettes whose entries have their own alpha.
     upright.info.pop("transparency", None)
     return np.array(upright.convert("RGB"), dtype=np.uint8)
@@ -108,7 +122,7 @@ def rgb_pixels(image: object) -> UInt8:
                 f"image: mode {image.mode} of Pillow has no 8-bit colour; its size is {image.width} x {image.height}",
                 cure="bring its values to 0..255 in a way that suits them, then image.convert('RGB')",
             )
-        return _rgb(image.copy())
+        return _rgb(_upright(image.copy(), _orientation(image))[0])
     try:
         array = np.asarray(image.detach().cpu() if hasattr(image, "detach") else image)
     except (TypeError, ValueError) as error:  # bfloat16, which NumPy does not have; lists of unequal lengths
@@ -142,6 +156,11 @@ def decode_label(data: bytes, max_pixels: int = MAX_PIXELS) -> UInt8:
 
     Raises BadFrame as `decode_image`; wrong_mode also for more than one channel and for lossy formats.
     """
+    return decode_stored_label(data, max_pixels).ids
+
+
+def decode_stored_label(data: bytes, max_pixels: int = MAX_PIXELS) -> StoredLabel:
+    """`decode_label`, with what else the file says of its ids and of how they lie."""
     image = _open(data, max_pixels)
     rawmode = _rawmode(image)
     if image.mode not in ("1", "L", "P") or rawmode not in _LABEL_STRETCH or image.format not in _LABEL_FORMATS:
@@ -149,8 +168,17 @@ def decode_label(data: bytes, max_pixels: int = MAX_PIXELS) -> UInt8:
             "wrong_mode",
             f"a label is an 8-bit grey or palette PNG, this is {image.format} mode {image.mode} ({rawmode})",
         )
-    _load(image)
-    return np.array(_turn_upright(image), dtype=np.uint8) // np.uint8(_LABEL_STRETCH[rawmode])
+    upright, orientation = _load_upright(image)
+    colours = np.array(image.getpalette("RGB") or [], dtype=np.uint8).reshape(-1, 3) if image.mode == "P" else None
+    palette = None if colours is None else np.vstack([colours, np.zeros((256 - len(colours), 3), np.uint8)])
+    ids = np.array(upright, dtype=np.uint8) // np.uint8(_LABEL_STRETCH[rawmode])
+    return StoredLabel(ids, palette, orientation)
+
+
+def turned(array: UInt8, orientation: int) -> UInt8:
+    """An array HW or HWC as it is shown if its file has this EXIF orientation, 1 to 8."""
+    across = np.swapaxes(array, 0, 1) if orientation >= 5 else array  # 5 is the transposition alone
+    return across[:: -1 if orientation in (3, 4, 7, 8) else 1, :: -1 if orientation in (2, 3, 6, 7) else 1]
 
 
 def read_image(location: Location) -> UInt8:
@@ -177,7 +205,8 @@ def image_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(height, width) in pixels of the upright image, from the header only. Raises BadFrame as `decode_image`."""
     image = _open(data, max_pixels)
     width, height = image.size
-    return (width, height) if _orientation(image) >= 5 else (height, width)
+    is_turned = image.format != "TIFF" and _orientation(image) >= 5  # of a TIFF Pillow tells the upright size
+    return (width, height) if is_turned else (height, width)
 
 
 def encode_png(array: UInt8, palette: Sequence[Sequence[int]] | None = None) -> bytes:
@@ -276,9 +305,17 @@ def _rawmode(image: ImageFile.ImageFile) -> str:
     return first if isinstance(first, str) and first else image.mode
 
 
-def _turn_upright(image: Image.Image) -> Image.Image:
-    method = _UPRIGHT.get(_orientation(image))
-    return image if method is None else image.transpose(method)
+def _load_upright(image: ImageFile.ImageFile) -> tuple[Image.Image, int]:
+    """The decoded image, upright, and the orientation that it is stored in."""
+    told = _orientation(image) if image.format == "TIFF" else 1  # which Pillow turns as it decodes
+    _load(image)
+    upright, orientation = _upright(image, _orientation(image))  # only now: in a PNG it may stand behind the pixels
+    return upright, orientation if told == 1 else told
+
+
+def _upright(image: Image.Image, orientation: int) -> tuple[Image.Image, int]:
+    method = _UPRIGHT.get(orientation)
+    return (image if method is None else image.transpose(method)), orientation
 
 
 def _orientation(image: Image.Image) -> int:

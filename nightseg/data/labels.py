@@ -2,47 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from nightseg.data import table as frame
-from nightseg.data.images import BadFrame, UInt8, decode_label, read_bytes
+from nightseg.data.images import BadFrame, StoredLabel, UInt8, decode_stored_label, read_bytes, turned
 from nightseg.data.taxonomy import Taxonomy
 from nightseg.storage.paths import Location, sha256_of
 
 
-class Label(NamedTuple):
-    """The label of a frame, as it was read."""
+class LabelOfRow(NamedTuple):
+    """The label of a row as its file holds it."""
 
-    train_ids: UInt8  # HW, 255 = ignored
+    stored: StoredLabel
     sha256: str  # of the file
 
 
-def label_of(row: Mapping[str, Any], classes: Taxonomy, size: tuple[int, ...] | None = None) -> Label:
-    """Read and check the label of a row of a frame table that has one.
+def stored_label(
+    row: Mapping[str, Any], size: tuple[int, ...] | None = None, orientation: int | None = None
+) -> LabelOfRow:
+    """Read the label file of a row of a frame table that has one, and check how it lies on its image.
 
-    Raises BadFrame: label_missing, unreadable (it has changed since it was collected), label_value, label_size if it is
-    not `size` = (height, width), and what `decode_label` raises. Each names the label's file, because the uri of a
-    quarantine row is the image.
+    Raises BadFrame: label_missing, unreadable (it has changed since it was collected), label_size if it is not `size` =
+    (height, width), what `decode_label` raises, and, for an image stored with this EXIF `orientation`, what
+    `check_orientation` raises. Each names the label's file, because the uri of a quarantine row is the image.
     """
-    uri = row[frame.LABEL_URI]
-    try:
-        data = read_bytes(Location.of(uri), missing="label_missing")
+    with _named(row[frame.LABEL_URI]):
+        data = read_bytes(Location.of(row[frame.LABEL_URI]), missing="label_missing")
         sha256 = sha256_of(data)
         if row.get(frame.LABEL_SHA256) not in (None, sha256):
             raise BadFrame("unreadable", "it has changed since it was collected (sha256)")
-        label_HW = decode_label(data)
-        if size is not None and label_HW.shape != tuple(size):
-            found, wanted = (f"{width} x {height}" for height, width in (label_HW.shape, size))
+        label = decode_stored_label(data)
+        if size is not None and label.ids.shape != tuple(size):
+            found, wanted = (f"{width} x {height}" for height, width in (label.ids.shape, size))
             raise BadFrame("label_size", f"{found} pixels, but the upright image is {wanted}")
-        return Label(classes.to_train_ids(label_HW, row[frame.LABEL_ENCODING]), sha256)
+        if size is not None and orientation is not None:
+            check_orientation(label, size, orientation)
+        return LabelOfRow(label, sha256)
+
+
+def to_train_ids(row: Mapping[str, Any], label: StoredLabel, classes: Taxonomy) -> UInt8:
+    """uint8 HW train ids, 255 = ignored. Raises BadFrame("label_value")."""
+    with _named(row[frame.LABEL_URI]):
+        return classes.to_train_ids(label.ids, row[frame.LABEL_ENCODING])
+
+
+@contextmanager
+def _named(uri: str) -> Iterator[None]:
+    try:
+        yield
     except BadFrame as fault:
         named = fault.detail if uri in fault.detail else f"{uri}: {fault.detail}"
         raise BadFrame(fault.reason, f"label {named}") from fault
 
 
+def check_orientation(label: StoredLabel, size: tuple[int, ...], orientation: int, other: str = "image") -> None:
+    """Refuse a label that may lie in two ways on an upright image of `size`, stored with this EXIF `orientation`.
+
+    Raises BadFrame("label_orientation"): the file of one is turned by EXIF, that of the other is not or differently,
+    the sizes do not tell whether the label was drawn on the upright or on the stored image, and it would matter.
+    """
+    if label.orientation == orientation:
+        return
+    back = {6: 8, 8: 6}.get(label.orientation, label.orientation)
+    stored = turned(label.ids, back)
+    for lies in (stored, turned(stored, orientation)):
+        if lies.shape == tuple(size) and not np.array_equal(lies, label.ids):
+            raise BadFrame(
+                "label_orientation",
+                f"the EXIF orientation of the {other} is {orientation}, of the label {label.orientation}, and their "
+                "sizes fit either way: save both upright, without that tag, or give both the same one",
+            )
+
+
 def train_ids_of(row: Mapping[str, Any], classes: Taxonomy, size: tuple[int, ...] | None = None) -> UInt8 | None:
-    """`label_of` as uint8 HW train ids; None for a row without label."""
+    """The label of a row as uint8 HW train ids; None for a row without label. Raises BadFrame as `stored_label`."""
     if row.get(frame.LABEL_URI) is None or row.get(frame.LABEL_ENCODING) is None:
         return None
-    return label_of(row, classes, size).train_ids
+    return to_train_ids(row, stored_label(row, size).stored, classes)

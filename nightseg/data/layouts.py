@@ -6,19 +6,22 @@ labels) and a rule that pairs them, so a million frames cost two walks and no lo
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from nightseg.data.images import SUFFIXES
+from nightseg.data.label_names import LABEL_IDS, labels_of_frames, name_of, named_encoding
 from nightseg.data.listing import files_below
 from nightseg.data.settings import FolderDataset
-from nightseg.data.table import DOMAINS
+from nightseg.data.table import DOMAINS, file_name
 from nightseg.data.taxonomy import TRAIN_IDS
-from nightseg.errors import closest, first_of
+from nightseg.errors import MOST_NAMED, closest, first_of
 from nightseg.storage import Entry, Location, UserError, hash_of
 
 _CHECK_DATASET = "check root, split and layout of the dataset"
@@ -239,46 +242,43 @@ def _cityscapes_labels(root: Location, split: str) -> Location:
 
 
 def _pairs(layout: str, listing: _Listing, label_encoding: str | None) -> list[_Pair]:
-    labels = {entry.name for entry in listing.label_entries}
     match layout:
         case "camvid":
-            encoding = label_encoding or "camvid12"
-            return [_camvid_pair(entry.name, labels, encoding) for entry in listing.image_entries]
+            usual, prefer, ending = "camvid12", TRAIN_IDS, ""
         case "cityscapes":
             coarse = listing.labels is not None and "/gtCoarse/" in listing.labels.uri
-            prefix = "_gtCoarse" if coarse else "_gtFine"
-            encoding = label_encoding or _cityscapes_encoding(labels)
+            usual, prefer, ending = LABEL_IDS, LABEL_IDS, "_gtCoarse" if coarse else "_gtFine"
         case "nighttime_driving":
-            prefix, encoding = "_gtCoarse", label_encoding or TRAIN_IDS
+            usual, prefer, ending = TRAIN_IDS, TRAIN_IDS, "_gtCoarse"
         case _:
             return [_plain_pair(entry.name) for entry in listing.image_entries]
-    suffix = f"{prefix}_labelTrainIds.png" if encoding == TRAIN_IDS else f"{prefix}_labelIds.png"
-    return [_cityscapes_pair(entry.name, suffix, encoding) for entry in listing.image_entries]
+    prefer = label_encoding or prefer
+    if ending:
+        ending += "_labelTrainIds" if prefer == TRAIN_IDS else "_labelIds"  # of a label that is not there
+    stems = {_composed(_stem(entry.name)) for entry in listing.image_entries}
+    labels = labels_of_frames(listing.label_entries, f"layout {layout}: labels", prefer=prefer, frames=stems)
+    labels = {_composed(frame): entry for frame, entry in labels.items()}
+    pairs = []
+    for image in listing.image_entries:
+        frame = _stem(image.name).removesuffix(_CITYSCAPES_IMAGE) if ending else _stem(image.name)
+        found = labels.get(_composed(frame)) or labels.get(_composed(name_of(image.name).frame))
+        label = f"{frame}{ending}.png" if found is None else found.name
+        encoding = label_encoding or named_encoding(label) or usual
+        folder = frame.rpartition("/")[0] or None
+        domain = folder if folder in DOMAINS else None
+        if not ending:
+            folder, domain = frame.partition("_")[0] if "_" in frame else None, None
+        pairs.append(_Pair(image.name, frame, label, encoding, folder, domain))
+    return pairs
 
 
-def _camvid_pair(image: str, labels: set[str], encoding: str) -> _Pair:
-    stem = _stem(image)
-    # the listing knows the case of the suffix; a label that is not there is looked for under the usual name
-    label = f"{stem}.PNG" if f"{stem}.png" not in labels and f"{stem}.PNG" in labels else f"{stem}.png"
-    sequence = stem.partition("_")[0] if "_" in stem else None
-    return _Pair(image, stem, label, encoding, sequence, None)
-
-
-def _cityscapes_pair(image: str, label_suffix: str, encoding: str) -> _Pair:
-    stem = _stem(image).removesuffix(_CITYSCAPES_IMAGE)
-    folder = stem.rpartition("/")[0] or None
-    return _Pair(image, stem, stem + label_suffix, encoding, folder, folder if folder in DOMAINS else None)
+def _composed(name: str) -> str:
+    """Letters with their accents as one character: macOS takes them apart, and no listing shows the difference."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _plain_pair(image: str) -> _Pair:
     return _Pair(image, _stem(image), None, None, image.rpartition("/")[0] or None, None)
-
-
-def _cityscapes_encoding(labels: set[str]) -> str:
-    """labelIds is what the archives hold; labelTrainIds may be all that somebody kept."""
-    has_label_ids = any(name.endswith("_labelIds.png") for name in labels)
-    has_train_ids = any(name.endswith("_labelTrainIds.png") for name in labels)
-    return TRAIN_IDS if has_train_ids and not has_label_ids else "label_ids"
 
 
 def _stem(name: str) -> str:
@@ -313,10 +313,6 @@ def _printable(name: str) -> str:
 
 # -- predictions and labels in two folders -----------------------------------------------------------------------------
 
-# What data sets append to a frame's name, so that a.png, a_leftImg8bit.png and a_gtFine_labelIds.png are one frame.
-NAME_ENDINGS = ("_leftImg8bit", "_rgb_anon", "_labelTrainIds", "_labelIds", "_gtFine", "_gtCoarse", "_gt")
-_NOT_LABELS = ("_color", "_instanceIds", "_instanceTrainIds", "_polygons", "_invGray")
-
 
 class Pair(NamedTuple):
     """One frame: its prediction and its label."""
@@ -325,72 +321,100 @@ class Pair(NamedTuple):
     label: Entry  # below the folder of labels
 
 
-def pair_up(predictions_folder: Location, labels_folder: Location, say: Callable[[str], None] = _nobody) -> list[Pair]:
-    """A pair for every PNG below the folder of labels, in the order of their names.
+def pair_up(
+    predictions_folder: Location,
+    labels_folder: Location,
+    say: Callable[[str], None] = _nobody,
+    label_encoding: str | None = None,
+) -> list[Pair]:
+    """A pair for every frame that has a label below the folder of labels, in the order of their names.
 
-    Suffix and the endings of the Cityscapes family are left out of the comparison; predictions without label are not
-    used, nor are what `predict` wrote for people, and predictions that lie among the labels or labels among them.
+    Suffix and endings such as `_leftImg8bit` are left out of the comparison; names that `predict` had to change are
+    known. Predictions without label are not used, nor are pictures for people, and predictions that lie among the
+    labels or labels among them. Where one side has no folders, or one more above all, the rest of the names counts.
     Raises UserError: no folder, no label, a label without prediction, names that fit more than once.
     """
-    predictions = _label_pngs(predictions_folder, "predictions", say, other=labels_folder)
-    labels = _label_pngs(labels_folder, "labels", say, other=predictions_folder)
-    by_name = _keys_by_name(predictions)
-    is_alone = {name for name, keys in _keys_by_name(labels).items() if len(keys) == 1}
-    pairs, missing = [], []
-    for key, label in labels.items():
-        name = PurePosixPath(key).name
-        # The same place below both folders; else the same file name, where no other frame has it.
-        found = [key] if key in predictions else by_name.get(name, [])
-        if label.problem:
-            missing.append(f"{label.name} ({label.problem})")
-        elif len(found) == 1 and (key in predictions or name in is_alone):
-            pairs.append(Pair(predictions[found[0]], label))
-        else:
-            missing.append(f"{label.name} (the name occurs more than once)" if found else label.name)
-    if missing:
+    masks = _pngs(predictions_folder, "predictions", say, labels_folder)
+    files = _pngs(labels_folder, "labels", say, predictions_folder)
+    stems = [{_stem(entry.name) for entry in side} for side in (masks, files)]
+    own = stems[0] & stems[1]  # called alike on both sides: frames, whatever their names end in
+    predictions = labels_of_frames([e for e in masks if not e.problem], "predictions", frames=own, say=say)
+    labels = labels_of_frames(files, "labels", prefer=label_encoding or TRAIN_IDS, frames=own, say=say)
+    broken = [f"{label.name} ({label.problem})" for label in labels.values() if label.problem]
+    found = _matches(list(labels), predictions)
+    missing = [key for key in labels if key not in found]
+    if broken or missing:
+        hints = [f"{labels[key].name}{_hint(key, labels, predictions)}" for key in missing[:MOST_NAMED]]
+        shown = broken or hints + missing[MOST_NAMED:]
         raise UserError(
-            f"{len(missing)} of {len(labels)} labels in {labels_folder.uri} have no prediction in "
-            f"{predictions_folder.uri}: {first_of(missing)}",
-            cure=f"name predictions, which are PNGs, like their labels (without endings such as {NAME_ENDINGS[0]}); "
-            "`nightseg predict` does so",
+            f"{len(shown)} of {len(labels)} labels in {labels_folder.uri} have no prediction in "
+            f"{predictions_folder.uri}: {first_of(shown)}",
+            cure="name predictions, which are PNGs, and the folders that they lie in like their labels (without "
+            "endings such as _leftImg8bit); `nightseg predict` does so",
         )
-    return pairs
+    return [Pair(predictions[found[key]], label) for key, label in labels.items()]
 
 
-def _keys_by_name(keys: Iterable[str]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for key in keys:
-        found.setdefault(PurePosixPath(key).name, []).append(key)
-    return found
+def _matches(labels: list[str], predictions: Mapping[str, Entry]) -> dict[str, str]:
+    """Label -> prediction, by the first rule that finds one for every label; else what the plain ones find."""
+    masks = [_mask(_composed(key)) for key in labels]
+    exact, by_composed = {key: key for key in predictions}, {_composed(key): key for key in predictions}
+    rules: list[tuple[Mapping[str, str], Callable[[str], str]]] = [
+        (exact, _mask),
+        (exact, str),
+        (by_composed, lambda key: _mask(_composed(key))),
+        (by_composed, _composed),
+    ]
+    if not any("/" in key for key in labels) or not any("/" in key for key in predictions):
+        bare: dict[str, list[str]] = {}
+        for key in by_composed:
+            bare.setdefault(key.rpartition("/")[2], []).append(by_composed[key])
+        by_name = {name: keys[0] for name, keys in bare.items() if len(keys) == 1}
+        rules.append((by_name, lambda key: _mask(_composed(key)).rpartition("/")[2]))
+        rules.append((by_name, lambda key: _composed(key).rpartition("/")[2]))
+    first = f"/{masks[0]}"
+    for above in {key.removesuffix(first[1:]) for key in by_composed if f"/{key}".endswith(first)} - {""}:
+        below = {key.removeprefix(above): name for key, name in by_composed.items() if key.startswith(above)}
+        rules.append((below, lambda key: _mask(_composed(key))))
+    for above in {str(folder) + "/" for folder in list(PurePosixPath(masks[0]).parents)[:-1]}:
+        if all(name.startswith(above) for name in masks):  # all labels lie one folder, or several, deeper
+            rules.append((by_composed, partial(_below, above=above)))
+    results = []
+    for names, change in rules:
+        found = {key: names[changed] for key in labels if (changed := change(key)) in names}
+        if len(found) == len(labels) == len(set(found.values())):
+            return found
+        results.append(found)
+    return max(results[:4], key=len)
 
 
-def _label_pngs(folder: Location, what: str, say: Callable[[str], None], other: Location) -> dict[str, Entry]:
-    """Key of the frame -> file, for the PNG files below a folder, but not below the `other` one, if that lies in it."""
+def _below(key: str, above: str) -> str:
+    return _mask(_composed(key)).removeprefix(above)
+
+
+def _mask(key: str) -> str:
+    """What `predict` calls the mask of a frame, without suffix."""
+    return file_name(key, ".png").removesuffix(".png")
+
+
+def _hint(key: str, labels: Mapping[str, Entry], predictions: Mapping[str, Entry]) -> str:
+    """What there is instead."""
+    name = PurePosixPath(key).name
+    if sum(PurePosixPath(other).name == name for other in labels) > 1:
+        return " (the name occurs more than once)"
+    near = [entry.name for other, entry in predictions.items() if PurePosixPath(other).name == name]
+    return f" (there is {near[0]})" if near else ""
+
+
+def _pngs(folder: Location, what: str, say: Callable[[str], None], other: Location) -> list[Entry]:
+    """The PNG files below a folder, but not below the `other` one, if that lies in it."""
     if not folder.is_folder():
         raise UserError(f"{what}: there is no folder {folder.uri}", cure="check the path")
-    files: dict[str, Entry] = {}
     others = f"{other.uri.removeprefix(folder.uri).lstrip('/')}/" if other.uri.startswith(f"{folder.uri}/") else None
-    for entry in files_below(folder, (".png",), say=say, predictions=what == "predictions"):
-        path = PurePosixPath(entry.name)
-        is_others = others is not None and entry.name.startswith(others)
-        if is_others or path.stem.endswith(_NOT_LABELS) or (entry.problem and what == "predictions"):
-            continue
-        key = _frame_key(path)
-        # Both kinds of Cityscapes label may be there: the train ids need no map, so they win.
-        if key not in files or path.stem.endswith("_labelTrainIds"):
-            files[key] = entry
-        elif not PurePosixPath(files[key].name).stem.endswith("_labelTrainIds"):
-            both = f"{files[key].name} and {entry.name} in {folder.uri}"
-            raise UserError(f"{what}: {both} are the same frame by name", cure="keep one of them there")
-    if not files:
+    entries = files_below(folder, (".png",), say=say, predictions=what == "predictions")
+    found = [entry for entry in entries if others is None or not entry.name.startswith(others)]
+    if not found:
         raise UserError(
             f"{what}: there is no PNG below {folder.uri}", cure="check the folder; other files do not count"
         )
-    return files
-
-
-def _frame_key(path: PurePosixPath) -> str:
-    stem = path.stem
-    while stem.endswith(NAME_ENDINGS):
-        stem = next(stem.removesuffix(ending) for ending in NAME_ENDINGS if stem.endswith(ending))
-    return str(path.with_name(stem)) if stem else str(path.with_suffix(""))
+    return found

@@ -18,6 +18,7 @@ from nightseg.storage import UserError
 
 IGNORE = 255
 TRAIN_IDS = "train_ids"
+FROM_ONE = "ids_from_one"  # 0 is void, k + 1 is class k: never guessed, for whoever says so
 
 Colour = tuple[int, int, int]
 UInt8 = NDArray[np.uint8]
@@ -37,6 +38,11 @@ class Taxonomy:
     @property
     def num_classes(self) -> int:
         return len(self.classes)
+
+    @property
+    def tried(self) -> list[str]:
+        """The encodings that labels may have without anybody saying so."""
+        return [name for name in self.encodings if name != FROM_ONE]
 
     def lut(self, encoding: str) -> tuple[UInt8, NDArray[np.bool_]]:
         """(train id of each raw id, uint8[256]; whether the raw id is known, bool[256])."""

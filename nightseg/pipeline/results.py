@@ -58,6 +58,7 @@ def gather(
             for name, nodes in graph.models.items()
         },
         "datasets": {name: [str(view) for view in views] for name, views in graph.datasets.items()},
+        "labels": {n.name: c.summary["labels"] for n, c in commits.items() if "labels" in c.summary},
         "splits": {n.name: commits[n].json("evidence.json") for n in commits if n.stage == "split"},
         "selections": {
             m: {"node": str(n), "evidence": commits[n].json("evidence.json")} for m, n in selections.items()

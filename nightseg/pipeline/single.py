@@ -309,7 +309,7 @@ def evaluate_folders(
     folder, no label, a label without prediction, sizes that differ, unknown ids.
     """
     classes = load_taxonomy(taxonomy)
-    pairs = pair_up(predictions, labels, progress.say)
+    pairs = pair_up(predictions, labels, progress.say, label_encoding)
     places = {
         "prediction_uri": [(predictions / pair.prediction.name).uri for pair in pairs],
         frame.LABEL_URI: [(labels / pair.label.name).uri for pair in pairs],

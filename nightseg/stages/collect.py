@@ -18,8 +18,9 @@ from nightseg.cluster.map import ShardWorker, map_shards
 from nightseg.cluster.settings import MapCompute
 from nightseg.data import table as columns
 from nightseg.data.class_list import taxonomy
-from nightseg.data.images import BadFrame, UInt8, decode_image, encode_png, read_bytes
-from nightseg.data.labels import label_of
+from nightseg.data.encodings import LABEL_FILES_SCHEMA, Reading, UnclearLabels, facts_of, label_files, read_as
+from nightseg.data.images import BadFrame, UInt8, decode_turned, encode_png, read_bytes
+from nightseg.data.labels import stored_label, to_train_ids
 from nightseg.data.layouts import list_frames, scene_domains
 from nightseg.data.scenes import scene
 from nightseg.data.settings import FolderDataset, ScenesDataset
@@ -27,9 +28,9 @@ from nightseg.data.table import check_frames, frame_table, quarantine_table
 from nightseg.data.taxonomy import TRAIN_IDS, Taxonomy
 from nightseg.data.thumbnails import NUM_VALUES, thumbnail
 from nightseg.progress import Progress
-from nightseg.storage import Attempt, Commit, Location, UserError, sha256_of
+from nightseg.storage import Attempt, Commit, Location, Shards, UserError, sha256_of
 
-VERSION = 2
+VERSION = 3
 
 TRUE_DOMAIN = "true_domain"  # of a scene, kept beside `domain`, which an unlabelled pool does not reveal
 SCENES_TAXONOMY = "camvid11"
@@ -37,6 +38,7 @@ SCENES_TAXONOMY = "camvid11"
 THUMBNAILS = "thumbnails"  # table of the commit, by which near duplicates are found
 THUMBNAIL = "thumbnail"
 
+_LABEL_FILES = "label_files"  # what each label file holds, of LABEL_FILES_SCHEMA
 _PROBLEM = "problem"
 _INDEX = "index"
 
@@ -61,7 +63,8 @@ def collect(
 ) -> Commit:
     """Tables `frames`, `quarantine`, `thumbnails` (by sha256). Scenes are drawn first: PNG files below the attempt.
 
-    Raises UserError: a folder, split or encoding that does not exist; more than `max_bad_fraction` bad frames.
+    Raises UserError: a folder, split or encoding that does not exist; labels that may mean several things, or without
+    one pixel that has a class; more than `max_bad_fraction` bad frames.
     """
     notes: list[str] = []
     if isinstance(dataset, ScenesDataset):
@@ -84,6 +87,13 @@ def collect(
         notes.append(
             f"{summary['duplicates']} of {frames.num_rows} frames repeat others byte for byte; all of them count"
         )
+    if isinstance(dataset, FolderDataset):
+        reading = _read_labels(shards, dataset, name, taxonomy, max_bad_fraction)
+        if reading is not None:
+            summary["labels"] = reading.facts()
+            said, *warnings = reading.sentences()
+            progress.say(f"dataset {name}: {said}")
+            notes += warnings
     for note in notes:
         progress.say(f"dataset {name}: {note}")
     summary |= {"notes": notes} if notes else {}
@@ -129,6 +139,32 @@ def _folder(dataset: FolderDataset, name: str, classes: str, say: Callable[[str]
     return _Pass(rows, FolderReader, {"classes": known})
 
 
+def _read_labels(
+    shards: Shards, dataset: FolderDataset, name: str, classes: str, max_bad_fraction: float
+) -> Reading | None:
+    """What the label files of the set mean together. Raises UserError if that is not what their layout says of them."""
+    known, table = taxonomy(classes), shards.table(_LABEL_FILES)
+    files = list(zip(label_files(table), table[columns.LABEL_ENCODING].to_pylist(), strict=True))
+    fitting = [(file, told) for file, told in files if file.pixels.keys() <= known.encodings[told].keys()]
+    if not files:
+        return None
+    where = f"dataset {name}"
+    ids = {raw_id for file, _ in files for raw_id in file.pixels}
+    is_known = any(ids <= known.encodings[encoding].keys() for encoding in known.tried)
+    if dataset.label_encoding is None and is_known and len(files) - len(fitting) > max_bad_fraction * len(files):
+        fitting = files  # as many are no accident, and another encoding knows them all
+    if not fitting:
+        return None
+    reading = read_as(where, [file for file, _ in fitting], known, asked=dataset.label_encoding, usual=fitting[0][1])
+    for encoding, (file, told) in zip(reading.encodings, fitting, strict=True):
+        if encoding != told:
+            raise UnclearLabels(
+                f"{where}: the layout {dataset.layout} takes {file.uri} for {told}; {reading.why} it is {encoding}",
+                [encoding],
+            )
+    return reading
+
+
 class FolderReader:
     """Reads, hashes, decodes and checks the frames of a shard."""
 
@@ -137,27 +173,33 @@ class FolderReader:
 
     def __call__(self, rows: pa.Table, folder: Location) -> Mapping[str, pa.Table]:
         good, bad, looks = [], [], dict[str, UInt8]()
+        labels: list[dict[str, Any]] = []
         for row in rows.to_pylist():
             try:
-                good.append(self._read(row, looks))
+                good.append(self._read(row, looks, labels))
             except BadFrame as fault:
                 bad.append(columns.quarantined(row, fault))
         return {
             "frames": frame_table(good),
             "quarantine": quarantine_table(bad),
             THUMBNAILS: thumbnail_table(looks),
+            _LABEL_FILES: pa.Table.from_pylist(labels, LABEL_FILES_SCHEMA),
         }
 
-    def _read(self, row: dict[str, Any], looks: dict[str, UInt8]) -> dict[str, Any]:
+    def _read(self, row: dict[str, Any], looks: dict[str, UInt8], labels: list[dict[str, Any]]) -> dict[str, Any]:
+        """The row of a good frame; what its label's file holds is added to `labels`, known ids or not."""
         problem = row.pop(_PROBLEM)
         if problem:
             raise BadFrame("unreadable", problem)
         data = read_bytes(Location.of(row[columns.URI]))
-        image_HWC = decode_image(data)
+        image_HWC, orientation = decode_turned(data)
         height, width = image_HWC.shape[:2]
         row |= {columns.HEIGHT: height, columns.WIDTH: width, columns.BYTES: len(data), columns.SHA256: sha256_of(data)}
         if row[columns.LABEL_URI] is not None:
-            row[columns.LABEL_SHA256] = label_of(row, self.classes, (height, width)).sha256
+            label = stored_label(row, (height, width), orientation)
+            labels.append(facts_of(row[columns.LABEL_URI], label.stored, row[columns.LABEL_ENCODING]))
+            to_train_ids(row, label.stored, self.classes)  # raises for unknown ids
+            row[columns.LABEL_SHA256] = label.sha256
         looks[row[columns.SHA256]] = thumbnail(image_HWC)
         return row
 

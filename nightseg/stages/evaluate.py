@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -18,10 +17,19 @@ from nightseg.cluster.map import map_shards
 from nightseg.cluster.settings import MapCompute
 from nightseg.data import table as frame
 from nightseg.data.class_list import taxonomy as load_taxonomy
-from nightseg.data.images import BadFrame, encode_png, read_label
-from nightseg.data.labels import train_ids_of
+from nightseg.data.encodings import (
+    LABEL_FILES_SCHEMA,
+    Reading,
+    UnclearLabels,
+    facts_of,
+    label_files,
+    read_as,
+    unknown_ids,
+)
+from nightseg.data.images import BadFrame, StoredLabel, decode_stored_label, encode_png, read_bytes
+from nightseg.data.labels import check_orientation, train_ids_of
 from nightseg.data.prefetch import prefetch
-from nightseg.data.taxonomy import IGNORE, TRAIN_IDS, Taxonomy
+from nightseg.data.taxonomy import FROM_ONE, IGNORE, Taxonomy
 from nightseg.metrics.boundary import boundary_counts, boundary_scores
 from nightseg.metrics.confusion import add_up, confusion_matrix, scores
 from nightseg.progress import Progress
@@ -37,7 +45,6 @@ PREDICTION_SHA256 = "prediction_sha256"
 TEST_SETS = "test_sets"  # names of those that the frame is in
 CONFUSION = "confusion"  # pixels by label and prediction, K rows of K or K + 1 values
 BOUNDARY = "boundary"  # pixels in the bands of label, prediction and both, K x 3 values, if they are asked for
-FAULT = "fault"  # why the label cannot be read by an encoding; null = it can
 
 COUNTS = {CONFUSION: pa.list_(pa.int64()), BOUNDARY: pa.list_(pa.int64())}
 Labels = npt.NDArray[np.uint8]
@@ -173,14 +180,14 @@ def evaluate_folders(
     compute: MapCompute,
     progress: Progress,
 ) -> Commit:
-    """Commit `counts` and `scores.json`: the record of `_record` with `taxonomy`, `label_encoding` and `frames`.
+    """Commit `counts` and `scores.json`: the record of `_record` with `taxonomy`, `label_encoding`, `labels`, `frames`.
 
     `pairs`: absolute places of predictions (train ids; 255 counts as wrong) and labels, by the columns prediction_uri
-    and label_uri. `label_encoding` None: train_ids if all values of all labels are known there, else the first encoding
-    of the taxonomy that knows them all. Raises UserError: sizes that differ, files that are no labels, unknown ids.
+    and label_uri. `label_encoding` None: what the names and the ids of all labels say together (`data/encodings.py`).
+    Raises UserError: sizes that differ, files that are no labels, unknown ids, labels that may mean several things.
     """
     classes = load_taxonomy(taxonomy)
-    encodings = [label_encoding] if label_encoding else _encodings(pairs[frame.LABEL_URI].to_pylist(), classes)
+    encodings = [label_encoding] if label_encoding else classes.tried
     for encoding in encodings:
         classes.lut(encoding)
     threads = 1 if compute.actors else len(os.sched_getaffinity(0))
@@ -194,15 +201,20 @@ def evaluate_folders(
         title="evaluate",
     )
     counted = shards.table("counts")
-    found = {}
-    for encoding in encodings:
-        of_encoding = counted.filter(pc.equal(counted[frame.LABEL_ENCODING], encoding))
-        if of_encoding[FAULT].null_count == of_encoding.num_rows:
-            found = _record(of_encoding, "the folders", classes, evaluation)
-            found |= {"taxonomy": classes.name, "label_encoding": encoding}
-            break
-    if not found:
-        raise _unknown_ids(classes, counted)
+    of_files = counted.filter(pc.equal(counted[frame.LABEL_ENCODING], encodings[0]))
+    reading = read_as("the labels", label_files(of_files), classes, asked=label_encoding)
+    for sentence in reading.sentences():
+        progress.say(sentence)
+    wanted = set(zip(of_files[frame.LABEL_URI].to_pylist(), reading.encodings, strict=True))
+    places = zip(counted[frame.LABEL_URI].to_pylist(), counted[frame.LABEL_ENCODING].to_pylist(), strict=True)
+    found = _record(counted.filter([place in wanted for place in places]), "the folders", classes, evaluation)
+    found |= {"taxonomy": classes.name, "label_encoding": reading.encoding, "labels": reading.facts()}
+    matrix = np.array(found["confusion"])
+    if label_encoding is None:
+        _check_shift(matrix, reading, classes)
+    if warning := _mix_up(matrix, classes):
+        progress.say(f"warning: {warning}")
+        found["warning"] = warning
     (attempt.folder / "scores.json").write_json(found)
     num_shards = len(shards.records)
     return attempt.finish(
@@ -210,16 +222,8 @@ def evaluate_folders(
     )
 
 
-def _encodings(labels: list[str], classes: Taxonomy) -> list[str]:
-    """The encodings that the labels may have, the likeliest first; the values of one file alone could fit several."""
-    names = [TRAIN_IDS, *(name for name in classes.encodings if name != TRAIN_IDS)]
-    if "label_ids" in names and all(PurePosixPath(label).stem.endswith("_labelIds") for label in labels):
-        return ["label_ids"]  # the name says it, even if the values could be train ids
-    return names
-
-
 class PairCounter:
-    """Reads predictions and labels, checks both, counts: one row a frame and encoding."""
+    """Reads predictions and labels, checks both, counts: one row a frame and encoding that knows all of its ids."""
 
     def __init__(self, classes: Taxonomy, encodings: list[str], evaluation: Evaluation, threads: int) -> None:
         self.classes = classes
@@ -231,19 +235,24 @@ class PairCounter:
         with ThreadPoolExecutor(self.threads, thread_name_prefix="nightseg-read") as pool:
             of_pairs = list(prefetch(pool, self._count, rows.to_pylist(), ahead=2 * self.threads))
         counted = [row for of_pair in of_pairs for row in of_pair]
-        columns = {frame.LABEL_ENCODING: pa.string(), FAULT: pa.string()} | COUNTS
-        return {"counts": pa.Table.from_pylist(counted, pa.schema(list(columns.items())))}
+        columns = [*LABEL_FILES_SCHEMA, *(pa.field(name, kind) for name, kind in COUNTS.items())]
+        return {"counts": pa.Table.from_pylist(counted, pa.schema(columns))}
 
     def _count(self, pair: Mapping[str, str]) -> list[dict[str, Any]]:
         prediction_uri, label_uri = pair[PREDICTION_URI], pair[frame.LABEL_URI]
-        raw_label_HW, prediction_HW = _read(label_uri), _read(prediction_uri)
-        if raw_label_HW.shape != prediction_HW.shape:
+        label, prediction = _read(label_uri), _read(prediction_uri)
+        prediction_HW = prediction.ids
+        if label.ids.shape != prediction_HW.shape:
             raise UserError(
-                f"{prediction_uri}: it is {_by(prediction_HW)}, its label {label_uri} is {_by(raw_label_HW)} pixels "
+                f"{prediction_uri}: it is {_by(prediction_HW)}, its label {label_uri} is {_by(label.ids)} pixels "
                 "(width x height), and predictions are compared at the label's own size",
                 cure="scale them back (nearest neighbour), or predict from images of that size: `nightseg predict` "
                 "writes masks as large as its images",
             )
+        try:
+            check_orientation(label, prediction_HW.shape, prediction.orientation, "prediction")
+        except BadFrame as fault:
+            raise UserError(f"{label_uri}: {fault.detail}", cure="write both upright, without EXIF") from fault
         unknown = [value for value in np.unique(prediction_HW) if self.classes.num_classes <= value != IGNORE]
         if unknown:
             raise UserError(
@@ -251,32 +260,58 @@ class PairCounter:
                 f"{self.classes.name} (0 to {self.classes.num_classes - 1}, or 255)",
                 cure="predictions must be train ids, not colours",
             )
+        facts = facts_of(label_uri, label)
         found: list[dict[str, Any]] = []
         for encoding in self.encodings:
-            try:
-                label_HW = self.classes.to_train_ids(raw_label_HW, encoding)
-                facts: dict[str, Any] = _counts(label_HW, prediction_HW, self.classes, self.evaluation)
-            except BadFrame as fault:
-                facts = {FAULT: f"{label_uri}: {fault.detail}"}
-            found.append({frame.LABEL_ENCODING: encoding, **facts})
-        if all(FAULT in row for row in found):
-            raise _unknown_ids(self.classes, pa.Table.from_pylist(found))
+            row = facts | {frame.LABEL_ENCODING: encoding}
+            if self.classes.encodings[encoding].keys() >= set(facts["ids"]):
+                label_HW = self.classes.to_train_ids(label.ids, encoding)
+                row |= _counts(label_HW, prediction_HW, self.classes, self.evaluation)
+            found.append(row)
+        if not any(CONFUSION in row for row in found):  # now, and not after the last of a million
+            raise unknown_ids(
+                "the labels",
+                label_files(pa.Table.from_pylist([facts], LABEL_FILES_SCHEMA)),
+                self.classes,
+                self.encodings,
+            )
         return found
 
 
-def _unknown_ids(classes: Taxonomy, counted: pa.Table) -> UserError:
-    """For every encoding the first label that it does not know all ids of."""
-    first: dict[str, str] = {}
-    for row in counted.select([frame.LABEL_ENCODING, FAULT]).to_pylist():
-        if row[FAULT] is not None:
-            first.setdefault(row[frame.LABEL_ENCODING], row[FAULT])
-    several = f"the labels hold ids that no encoding of {classes.name} knows: " if len(first) > 1 else ""
-    return UserError(several + "; ".join(first.values()), cure="another taxonomy, or another encoding of the labels")
+def _check_shift(matrix: npt.NDArray[np.int64], reading: Reading, classes: Taxonomy) -> None:
+    """Refuse labels whose ids, by what is predicted there, begin with 1."""
+    agreeing, shifted, possible = np.trace(matrix), np.trace(matrix, offset=-1), matrix[1:].sum()
+    if 2 * shifted >= possible > 0 and shifted > 2 * agreeing and FROM_ONE in classes.encodings:
+        raise UnclearLabels(
+            f"the labels: read as {reading.encoding}, they agree with the predictions at {agreeing / matrix.sum():.0%} "
+            f"of the pixels, but at {shifted / possible:.0%} if their id k + 1 is class k",
+            [FROM_ONE, *dict.fromkeys(reading.encodings)],
+        )
 
 
-def _read(uri: str) -> Labels:
+def _mix_up(matrix: npt.NDArray[np.int64], classes: Taxonomy) -> str:
+    """What to say if predictions and labels agree well, but for what the ids mean: a shift, another order."""
+    right, best = np.trace(matrix), matrix.argmax(axis=1)
+    rows = np.flatnonzero(matrix.sum(axis=1))
+    total = matrix.sum()
+    if (
+        len(rows) < 3
+        or len(set(best[rows])) < len(rows)
+        or right >= total / 2
+        or matrix.max(axis=1).sum() < 0.9 * total
+    ):
+        return ""
+    names = [*classes.classes, "no class"]
+    shown = ", ".join(f"{names[row]} is predicted as {names[best[row]]}" for row in rows if row != best[row])
+    return (
+        f"each class of the labels is another one in the predictions ({shown}): the ids of one of the two folders do "
+        "not mean what they were taken for"
+    )
+
+
+def _read(uri: str) -> StoredLabel:
     try:
-        return read_label(Location.of(uri))
+        return decode_stored_label(read_bytes(Location.of(uri), missing="label_missing"))
     except BadFrame as fault:
         raise UserError(f"{uri}: {fault}", cure="give a folder of PNG files of one byte a pixel") from fault
 

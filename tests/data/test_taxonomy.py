@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from nightseg.data.class_list import taxonomy
-from nightseg.data.images import BadFrame, encode_png
-from nightseg.data.labels import train_ids_of
+from nightseg.data.images import BadFrame, StoredLabel, encode_png
+from nightseg.data.labels import check_orientation, train_ids_of
 from nightseg.data.taxonomy import IGNORE
 from nightseg.storage import UserError, sha256_of
 
@@ -145,3 +145,28 @@ def test_a_bad_label_has_a_reason(row: dict[str, Any], change: dict[str, Any], r
     assert caught.value.reason == reason
     with pytest.raises(BadFrame, match="label_size"):
         train_ids_of(row, CLASSES, (2, 3))
+
+
+@pytest.mark.parametrize("of_image", range(1, 9))
+@pytest.mark.parametrize("of_label", range(1, 9))
+@pytest.mark.parametrize("square", [True, False])
+def test_a_label_that_may_lie_in_two_ways_on_its_image_is_refused(of_image: int, of_label: int, square: bool) -> None:
+    """Accepted: both turned alike, or the one way of the label that has the image's size is what its own EXIF says."""
+    upright = np.arange(16 if square else 24, dtype=np.uint8).reshape(4, -1)
+    label = StoredLabel(upright, None, of_label)
+    lies_as_stored_fits = square or of_label <= 4  # else its stored pixels are higher than wide
+    lies_as_image_fits = square or (of_label >= 5) == (of_image >= 5)
+    if of_image == of_label or not ((lies_as_stored_fits and of_label != 1) or lies_as_image_fits):
+        check_orientation(label, upright.shape, of_image)
+        return
+    with pytest.raises(BadFrame, match=f"of the image is {of_image}, of the label {of_label}, and their sizes fit"):
+        check_orientation(label, upright.shape, of_image)
+
+
+def test_a_label_that_is_the_same_in_all_ways_is_fine() -> None:
+    check_orientation(StoredLabel(np.full((4, 4), 3, np.uint8), None, 1), (4, 4), 6)
+    half = np.zeros((4, 6), np.uint8)
+    half[:2] = 1
+    check_orientation(StoredLabel(half, None, 1), (4, 6), 2)  # left and right are the same
+    with pytest.raises(BadFrame, match="label_orientation"):
+        check_orientation(StoredLabel(half, None, 1), (4, 6), 3)

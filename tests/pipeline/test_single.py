@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from nightseg.cluster.settings import MapCompute
+from nightseg.data.encodings import UnclearLabels
 from nightseg.data.images import encode_png
 from nightseg.metrics.boundary import boundary_counts, boundary_scores
 from nightseg.metrics.confusion import confusion_matrix
@@ -246,3 +247,58 @@ def test_through_ray_data(ray_cluster: None, many: tuple[Location, Location], tm
     (many[1] / "03.png").write_bytes(encode_png(np.full((40, 60), 99, np.uint8)))
     with pytest.raises(UserError, match=r"03\.png: ids 99 \(2400 pixels\) are not in the encoding camvid12"):
         evaluate_folders(*many, actors=1, work=work)
+
+
+def test_labels_that_may_mean_several_things_are_asked_about(tmp_path: Path) -> None:
+    """Raw ids of road, wall and building that are train ids as well: read so, perfect predictions would score 0."""
+    raw, guess = np.array([[7, 12], [11, 0]], np.uint8), np.array([[0, 3], [2, 9]], np.uint8)
+    where = folders(tmp_path, {"a.png": guess}, {"a.png": raw})
+    with pytest.raises(UnclearLabels, match="may be train_ids or label_ids"):
+        evaluate_folders(*where, taxonomy="cityscapes19")
+    found = evaluate_folders(*where, taxonomy="cityscapes19", label_encoding="label_ids")
+    assert (found["miou"], found["label_encoding"], found["labels"]["why"]) == (1.0, "label_ids", "as asked")
+
+
+def test_what_was_assumed_is_said(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    where = folders(tmp_path, {"a.png": GUESS}, {"a.png": LABEL})
+    found = evaluate_folders(*where, progress=LineProgress(stream))
+    assert "1 labels read as camvid12 (by their ids); 83.3 % of their pixels have a class" in stream.getvalue()
+    assert found["labels"]["valid"] == 5 / 6 and "sky" not in found["labels"]["absent"]
+    assert "tree" in found["labels"]["absent"]
+
+
+def test_names_that_differ_within_a_folder_are_each_read_as_they_say(tmp_path: Path) -> None:
+    guess = np.array([[0, 13], [2, 9]], np.uint8)
+    where = folders(
+        tmp_path,
+        {"a.png": guess, "b.png": guess},
+        {"a_labelIds.png": np.array([[7, 26], [11, 0]], np.uint8),
+         "b_labelTrainIds.png": np.array([[0, 13], [2, 255]], np.uint8)},
+    )  # fmt: skip
+    found = evaluate_folders(*where, taxonomy="cityscapes19")
+    assert (found["miou"], found["label_encoding"]) == (1.0, "label_ids (1 files), train_ids (1 files)")
+
+
+def test_predictions_tell_that_ids_of_labels_begin_with_one(tmp_path: Path) -> None:
+    """Void is 0, sky 1, ..., bicyclist 11: CamVid's own ids as well, by their values."""
+    labels = areas(3, 12)
+    guess = np.where(labels == 0, 3, labels - np.uint8(1)).astype(np.uint8)
+    where = folders(tmp_path, {"a.png": guess}, {"a.png": labels})
+    with pytest.raises(
+        UnclearLabels, match=r"at 1?\d% of the pixels, but at 100% if their id k \+ 1 is class k"
+    ) as asked:
+        evaluate_folders(*where)
+    assert asked.value.encodings == ("ids_from_one", "camvid12")
+    assert evaluate_folders(*where, label_encoding="ids_from_one")["miou"] == 1.0
+    assert evaluate_folders(*where, label_encoding="camvid12")["miou"] < 0.1, "whoever insists gets it"
+
+
+def test_classes_that_are_mixed_up_are_told(tmp_path: Path) -> None:
+    labels, order = areas(4, 11), np.random.default_rng(5).permutation(11).astype(np.uint8)
+    stream = io.StringIO()
+    where = folders(tmp_path, {"a.png": order[labels]}, {"a.png": labels})
+    found = evaluate_folders(*where, progress=LineProgress(stream))
+    assert "each class of the labels is another one in the predictions" in found["warning"]
+    assert found["warning"] in stream.getvalue()
+    assert "warning" not in evaluate_folders(*folders(tmp_path / "good", {"a.png": labels}, {"a.png": labels}))

@@ -129,7 +129,10 @@ def check_corpus(commit: Commit, corpus: Path) -> None:
         assert (row["sha256"], row["bytes"], row["label_sha256"]) == (sha256_of(image), len(image), sha256_of(mask))
         assert (row["dataset"], row["domain"], row["label_encoding"]) == ("d", "day", "camvid12")
         assert read_image(Location.of(row["uri"])).shape[:2] == read_label(Location.of(row["label_uri"])).shape
-    assert commit.summary == {
+    labels = commit.summary["labels"]
+    assert (labels["encoding"], labels["why"], labels["files"], labels["valid"]) == ("camvid12", "by their ids", 5, 0.8)
+    assert labels["absent"] == ["building", "pole", "road", "pavement", "sign", "car", "pedestrian"]
+    assert {key: value for key, value in commit.summary.items() if key != "labels"} == {
         "frames": 5,
         "labelled": 5,
         "domains": {"day": 5},
@@ -215,6 +218,93 @@ def test_a_file_that_vanishes_after_the_listing_is_missing(tmp_path: Path, corpu
 def test_an_encoding_the_taxonomy_lacks_is_an_error_at_once(tmp_path: Path, corpus: Path) -> None:
     with pytest.raises(UserError, match="cityscapes19 has no label encoding 'camvid12'"):
         collected(node(tmp_path).open(), folder(corpus), classes="cityscapes19")
+
+
+def photograph(orientation: int, kind: str = "JPEG", side: int = HEIGHT) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return saved(Image.fromarray(noise(3, side, HEIGHT)), kind, exif=exif)
+
+
+def drawn(height: int = HEIGHT, width: int = HEIGHT) -> np.ndarray:
+    return np.random.default_rng(8).integers(0, 11, (height, width), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_labels_of_turned_photographs(tmp_path: Path, orientation: int, kind: str) -> None:
+    """A label is drawn on what a viewer shows, or on the stored pixels: where the sizes do not tell, nobody knows."""
+    root, suffix = tmp_path / "data", kind.lower()
+    other_size = WIDTH if orientation >= 5 else HEIGHT
+    turned = (HEIGHT, WIDTH) if orientation >= 5 else (HEIGHT, HEIGHT)
+    exif = Image.open(io.BytesIO(photograph(orientation))).getexif()
+    even = np.full((HEIGHT, HEIGHT), 3, np.uint8)
+    cases = {
+        "square": (photograph(orientation, kind), encode_png(drawn())),
+        "both": (photograph(orientation, kind), saved(Image.fromarray(drawn()), "PNG", exif=exif)),
+        "plain": (photograph(1, kind), encode_png(drawn())),
+        "even": (photograph(orientation, kind), encode_png(even)),
+        "long": (photograph(orientation, kind, other_size), encode_png(drawn(*turned))),
+    }
+    for name, (image, mask) in cases.items():
+        for place, data in ((f"images/{name}.{suffix}", image), (f"labels/{name}.png", mask)):
+            (root / place).parent.mkdir(parents=True, exist_ok=True)
+            (root / place).write_bytes(data)
+    commit = collected(node(tmp_path).open(), folder(root, label_encoding="camvid12"))
+    reasons = {row["frame_id"].removeprefix("d/"): row["reason"] for row in commit.table("quarantine").to_pylist()}
+    unclear = {"square"} | ({"long"} if orientation <= 4 else set())
+    assert reasons == dict.fromkeys(unclear, "label_orientation")
+
+
+def labelled(root: Path, labels: dict[str, np.ndarray], city: str = "leftImg8bit/val/ulm") -> None:
+    """The Cityscapes layout with labels of these names."""
+    for name, array in labels.items():
+        image = root / city / f"{name.partition('_')[0]}_leftImg8bit.png"
+        image.parent.mkdir(parents=True, exist_ok=True)
+        image.write_bytes(encode_png(noise(1, *array.shape)))
+        mask = root / "gtFine/val/ulm" / name
+        mask.parent.mkdir(parents=True, exist_ok=True)
+        mask.write_bytes(encode_png(array))
+
+
+def cityscapes(tmp_path: Path, labels: dict[str, np.ndarray], **settings: Any) -> Commit:
+    labelled(tmp_path / "data", labels)
+    dataset = FolderDataset(layout="cityscapes", root=str(tmp_path / "data"), split="val", **settings)
+    run = str(settings.get("label_encoding", "run"))
+    return collected(node(tmp_path, run).open(), dataset, bad=0.01, classes="cityscapes19")
+
+
+def test_label_ids_that_are_train_ids_are_noticed_over_the_set(tmp_path: Path) -> None:
+    train_ids = np.kron(np.array([[0, 1, 2], [8, 10, 13]], np.uint8), np.ones((8, 8), np.uint8))
+    labels = {f"{index}_gtFine_labelIds.png": train_ids for index in range(3)}
+    with pytest.raises(
+        UserError, match=r"dataset d: 3 labels are called like 0_gtFine_labelIds.png, but .*67 % of"
+    ) as no:
+        cityscapes(tmp_path, labels)
+    assert no.value.cure.endswith("label_encoding: train_ids or label_ids")
+    commit = cityscapes(tmp_path, labels, label_encoding="train_ids")
+    assert commit.summary["labels"]["encoding"] == "train_ids" and commit.summary["labels"]["valid"] == 1.0
+
+
+def test_labels_without_one_pixel_of_a_class_stop_the_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="none of the 2 labels has a pixel with a class"):
+        cityscapes(tmp_path, {f"{index}_gtFine_labelIds.png": label(0) for index in range(2)})
+    assert node(tmp_path).commit() is None
+
+
+def test_another_encoding_that_knows_all_ids_is_named(tmp_path: Path) -> None:
+    root = tmp_path / "with 255"
+    for index, void in enumerate((3, 255, 3)):
+        mask = label(5)
+        mask[0] = void
+        for place, data in (
+            (f"images/{index}.png", encode_png(noise(index))),
+            (f"labels/{index}.png", encode_png(mask)),
+        ):
+            (root / place).parent.mkdir(parents=True, exist_ok=True)
+            (root / place).write_bytes(data)
+    with pytest.raises(UserError, match=r"layout camvid takes .* for camvid12; by their ids it is train_ids"):
+        collected(node(tmp_path).open(), folder(root), bad=0.01)
 
 
 # -- scenes ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,117 @@
+"""What names of files say: which frame a label belongs to, what its ids mean, which of several files holds them.
+
+Data sets append words to the name of a frame: x_leftImg8bit.png, x_gtFine_labelIds.png and x_gtFine_color.png are one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import PurePosixPath
+from typing import Final, NamedTuple
+
+from nightseg.data.taxonomy import TRAIN_IDS
+from nightseg.errors import UserError, first_of
+from nightseg.storage import Entry
+
+LABEL_IDS: Final = "label_ids"
+IDS: Final[Mapping[str, str]] = {
+    "_labelTrainIds": TRAIN_IDS, "_labelcsTrainIds": TRAIN_IDS, "_trainIds": TRAIN_IDS, "_train_ids": TRAIN_IDS,
+    "_train_id": TRAIN_IDS, "_trainId": TRAIN_IDS, "_labelIds": LABEL_IDS, "_label_ids": LABEL_IDS,
+}  # fmt: skip
+"""Endings of labels (Cityscapes, ACDC, Dark Zurich, NightCity, BDD100K, IDD), and the encoding of their ids."""
+
+FRAME: Final = (
+    "_leftImg8bit", "_rgb_ref_anon", "_rgb_anon", "_rgb", "_image", "_gtFine", "_gtCoarse", "_gt", "_label", "_L"
+)  # fmt: skip
+"""Endings that say nothing about ids; `_L` (CamVid) by its capital letter only, `_l` is the left camera."""
+
+NO_IDS: Final = (
+    "_color", "_colors", "_labelColor", "_labelColors", "_train_color", "_instanceIds", "_instanceTrainIds",
+    "_instance", "_instances", "_inst_label", "_polygons", "_panoptic", "_invGray", "_invIds", "_disparity",
+    "_labellevel3Ids",
+)  # fmt: skip
+_NO_ID_FOLDERS: Final = frozenset(
+    {"color", "colors", "colormap", "colormaps", "color_labels", "semantic_rgb", "instance", "instances", "panoptic"}
+    | {"polygons", "rles", "bitmasks", "pan_seg", "ins_seg", "pan_mask"}
+)
+_BY_LENGTH: Final = sorted([*IDS, *FRAME, *NO_IDS], key=len, reverse=True)
+
+
+class Name(NamedTuple):
+    """A path below a folder, taken apart."""
+
+    frame: str  # without suffix and endings
+    encoding: str | None  # what an ending says of the ids
+    holds_ids: bool  # false: colours, instances, ... by an ending or a folder
+    endings: tuple[str, ...]
+
+
+def name_of(path: str) -> Name:
+    """The parts of the name of a file."""
+    place = PurePosixPath(path)
+    stem, endings = place.stem, []
+    while ending := next((one for one in _BY_LENGTH if _ends(stem, one) and len(stem) > len(one)), None):
+        stem = stem[: -len(ending)]
+        endings.append(ending)
+    encoding = next((IDS[one] for one in endings if one in IDS), None)
+    is_picture = any(one in NO_IDS for one in endings) or any(
+        part.lower() in _NO_ID_FOLDERS for part in place.parts[:-1]
+    )
+    return Name(str(place.with_name(stem)), encoding, not is_picture, tuple(endings))
+
+
+def named_encoding(path: str) -> str | None:
+    """The encoding that a label's name tells: `x_gtFine_labelIds.png` holds label ids."""
+    return name_of(path).encoding
+
+
+def labels_of_frames(
+    entries: Iterable[Entry],
+    where: str,
+    *,
+    prefer: str = TRAIN_IDS,
+    frames: Collection[str] = (),
+    say: Callable[[str], None] = lambda note: None,
+) -> dict[str, Entry]:
+    """The one file of ids of every frame, by the frame's name: of those of encoding `prefer` if it has several.
+
+    `frames`: names (without suffix) that are frames of their own, whatever they end in. What holds no ids is left out,
+    unless there is nothing else, and `say` is told. Raises UserError: two files of a frame with equal right.
+    """
+    groups: dict[str, list[tuple[tuple[int, int], Entry]]] = {}
+    pictures: list[Entry] = []
+    named = [(name_of(entry.name), entry) for entry in entries]
+    with_ids = {name.frame for name, _ in named if name.encoding is not None or not name.endings}
+    for name, entry in named:
+        stem = str(PurePosixPath(entry.name).with_suffix(""))
+        if stem in frames and name.encoding is None and (name.holds_ids or name.frame not in with_ids):
+            groups.setdefault(stem, []).append(((0, 0), entry))
+        elif name.holds_ids:
+            groups.setdefault(name.frame, []).append((_rank(name, prefer), entry))
+        else:
+            pictures.append(entry)
+    if not groups:
+        return {str(PurePosixPath(entry.name).with_suffix("")): entry for entry in pictures}
+    if pictures:
+        names = first_of([picture.name for picture in pictures])
+        say(f"{where}: {len(pictures)} files hold no ids by their names and are left out: {names}")
+    chosen = {}
+    for frame, found in groups.items():
+        best = min(rank for rank, _ in found)
+        equal = [entry for rank, entry in found if rank == best]
+        if len(equal) > 1:
+            both = f"{equal[0].name} and {equal[1].name}"
+            raise UserError(f"{where}: {both} are the same frame by name", cure="keep one of them there")
+        chosen[frame] = equal[0]
+    return chosen
+
+
+def _rank(name: Name, prefer: str) -> tuple[int, int]:
+    """Smaller is better: the wanted ids, others, files that say nothing; of these CamVid's coloured `_L` last."""
+    if name.encoding is None:
+        return 2, int("_L" in name.endings)
+    return int(name.encoding != prefer and (name.encoding == TRAIN_IDS or prefer == TRAIN_IDS)), 0
+
+
+def _ends(stem: str, ending: str) -> bool:
+    return stem.endswith(ending) if ending == "_L" else stem.lower().endswith(ending.lower())
