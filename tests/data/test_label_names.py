@@ -125,9 +125,9 @@ def test_a_folder_more_above_all_frames_is_no_difference(tmp_path: Path) -> None
 
 NAMES = [
     "a b", "a.b.c", "x..", "-rf", "--help", "50%", "50%25", "#1", "?", "a?b", "a#b", "'q'", '"q"', "a:b", "a|b", "<a>",
-    "*", "[1]", "{1}", "~", "$HOME", "%41", "line\nbreak", "tab\t", "Straße", "夜", "e\u0301", "a\u202eb", "🚗", 
-    "UPPER", "upper", "a.png", "a.jpg", "a.PNG", "con", "l" * 200, "夜" * 60, "_L", "_gt", "x_color", "x_L", "x_gt", " lead",
-    "trail ", "&amp;", ";",
+    "*", "[1]", "{1}", "~", "$HOME", "%41", "line\nbreak", "tab\t", "Straße", "夜", "e\u0301", "a\u202eb", "🚗",
+    "UPPER", "upper", "a.png", "a.jpg", "a.PNG", "con", "l" * 200, "夜" * 60, "_L", "_gt", "x_color", "x_L", "x_gt",
+    " lead", "trail ", "&amp;", ";",
 ]  # fmt: skip
 
 

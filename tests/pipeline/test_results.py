@@ -19,6 +19,9 @@ DUSK = NodeId("predict", "dusk")
 SCORES = {"miou": 0.25, "pa": 0.5, "iou": {"sky": 0.5, "car": None}, "confusion": [[3, 1], [0, 4]], "frames": 4}
 
 
+LABELS = {"encoding": "camvid12", "why": "by their ids", "valid": 0.9, "absent": ["tree"]}
+
+
 def commit(run: Location, node: NodeId, *, bad: int = 0, **files: object) -> Commit:
     """One stage that committed these JSON files, a model if it is a training, and a quarantine table of `bad` rows."""
     attempt = Workspace(run).stage(node.stage, node.name, version=1, recipe={}, inputs={}, seed=0).open()
@@ -34,7 +37,10 @@ def commit(run: Location, node: NodeId, *, bad: int = 0, **files: object) -> Com
         )
         (attempt.folder / "quarantine.parquet").write_table(quarantine_table(rows))
         outputs.append("quarantine.parquet")
-    return attempt.finish(rows_in=4 + bad, rows_out=4, quarantined=bad, outputs=outputs, seconds=1.5)
+    summary = {"labels": LABELS} if node == DAY else None
+    return attempt.finish(
+        rows_in=4 + bad, rows_out=4, quarantined=bad, outputs=outputs, seconds=1.5, summary=summary
+    )
 
 
 @pytest.fixture
@@ -69,6 +75,7 @@ def test_results_hold_the_scores_and_where_every_number_comes_from(run: Location
     assert model["tests"]["night"] == SCORES | {"row": "2.1", "published_miou": 31.5, "node": "evaluate/m"}
     assert results["selections"] == {"m": {"node": "select/m", "evidence": {"method": "pooled"}}}
     assert results["pseudo_labels"] == {"m": {"node": "pseudo_label/m", "evidence": {"kept_share": 0.5}}}
+    assert results["labels"] == {"day": LABELS}
     assert results["splits"] == {"pool": {"margin": 0.2}}
     assert results["datasets"] == {"night": ["split/pool:night"]}
     assert results["predictions"] == {"dusk": {"node": "predict/dusk", "dataset": "night", "model": "m"}}
@@ -78,8 +85,8 @@ def test_results_hold_the_scores_and_where_every_number_comes_from(run: Location
     assert results["hardware"]["cpus"] >= 1 and {"machine", "system"} <= results["hardware"].keys()
     assert results.keys() == {
         *("nightseg", "recipe", "seed", "taxonomy", "versions", "hardware", "models", "datasets", "splits"),
-        *("selections", "pseudo_labels", "predictions", "translations", "leaks", "quarantine", "commits"),
-        "seconds",
+        *("labels", "selections", "pseudo_labels", "predictions", "translations", "leaks", "quarantine"),
+        *("commits", "seconds"),
     }
     assert results["taxonomy"].keys() == {"name", "classes", "palette", "encodings"}
     assert (results["taxonomy"]["name"], len(results["taxonomy"]["palette"])) == ("camvid11", 11)
