@@ -38,9 +38,7 @@ def commit(run: Location, node: NodeId, *, bad: int = 0, **files: object) -> Com
         (attempt.folder / "quarantine.parquet").write_table(quarantine_table(rows))
         outputs.append("quarantine.parquet")
     summary = {"labels": LABELS} if node == DAY else None
-    return attempt.finish(
-        rows_in=4 + bad, rows_out=4, quarantined=bad, outputs=outputs, seconds=1.5, summary=summary
-    )
+    return attempt.finish(rows_in=4 + bad, rows_out=4, quarantined=bad, outputs=outputs, seconds=1.5, summary=summary)
 
 
 @pytest.fixture
