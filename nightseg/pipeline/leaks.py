@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +14,9 @@ from nightseg.data import table as frame
 from nightseg.data.thumbnails import num_near
 from nightseg.errors import UserError
 from nightseg.pipeline.graph import Graph, NodeId, Use, View, Views
+from nightseg.progress import Progress
 from nightseg.stages.collect import THUMBNAIL, THUMBNAILS, thumbnail_table
-from nightseg.storage import Commit
+from nightseg.storage import Commit, Shards
 
 _NUM_PAIRS = 3
 
@@ -55,7 +56,7 @@ def needed(graph: Graph) -> set[NodeId]:
     return found
 
 
-def find(graph: Graph, commits: Mapping[NodeId, Commit], validation: bool = False) -> list[Leak]:
+def find(graph: Graph, commits: Mapping[NodeId, Commit | Shards], validation: bool = False) -> list[Leak]:
     """Every leak once, whichever models have it. Sets without a commit are left out.
 
     `validation`: what models are validated on counts as seen, as it is where models are chosen by it.
@@ -73,15 +74,18 @@ def find(graph: Graph, commits: Mapping[NodeId, Commit], validation: bool = Fals
     return [leak for leak in found.values() if leak.frames or leak.near]
 
 
-def refuse(leaks: Iterable[Leak]) -> None:
-    """Raises UserError if frames are shared; those that only look alike are no reason."""
+def tell(leaks: Iterable[Leak], rule: Literal["refuse", "report"], progress: Progress) -> None:
+    """Raises UserError by the rule `refuse` if frames are shared; those that only look alike are no reason."""
+    leaks = list(leaks)
     shared = [leak for leak in leaks if leak.frames]
-    if shared:
+    if shared and rule == "refuse":
         raise UserError(
             "leaks: " + "\n  ".join(map(str, shared)),
             cure="take these frames out of one of the two sets; or say `leaks: report` in the recipe, then it runs "
             "and log, results.json and report tell of it",
         )
+    for leak in leaks:
+        progress.say(f"leak: {leak}")
 
 
 def _pairs(seen: Iterable[Use], measured: Iterable[Use]) -> Iterator[tuple[Use, Use]]:
@@ -95,7 +99,7 @@ def _nodes(views: Views) -> Iterator[View]:
 class _Sets:
     """The frames of sets, each table read once."""
 
-    def __init__(self, commits: Mapping[NodeId, Commit]) -> None:
+    def __init__(self, commits: Mapping[NodeId, Commit | Shards]) -> None:
         self.commits = commits
         self._tables: dict[NodeId, pa.Table] = {}
         kept = [commit.table(THUMBNAILS) for commit in commits.values() if commit.has_table(THUMBNAILS)]

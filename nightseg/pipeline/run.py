@@ -20,7 +20,17 @@ from nightseg.progress import Progress
 from nightseg.recipe import load_recipe, save_recipe
 from nightseg.recipe.types import Recipe
 from nightseg.report import write_report
-from nightseg.storage import Commit, DamagedCommit, Location, Stage, UserError, Workspace, check_contents
+from nightseg.storage import (
+    Commit,
+    DamagedCommit,
+    Location,
+    Shards,
+    Stage,
+    TooManyBad,
+    UserError,
+    Workspace,
+    check_contents,
+)
 
 
 class Outcome(NamedTuple):
@@ -92,12 +102,9 @@ def run(
         save_recipe(recipe, folder / "recipe.yaml")
         found: list[leaks.Leak] = []
 
-        def examine(commits: Mapping[NodeId, Commit]) -> None:
-            found.extend(leaks.find(graph, commits))
-            for leak in found:
-                progress.say(f"leak: {leak}")
-            if recipe.leaks == "refuse":
-                leaks.refuse(found)
+        def examine(read: Mapping[NodeId, Commit | Shards]) -> None:
+            found.extend(leaks.find(graph, read))
+            leaks.tell(found, recipe.leaks, progress)
 
         commits, done = _work(workspace, list(graph.nodes.values()), progress, examine)
         results = sealed(gather(recipe, graph, commits, done, found), folder)
@@ -139,12 +146,12 @@ def _work(
     workspace: Workspace,
     nodes: Sequence[Node],
     progress: Progress,
-    examine: Callable[[Mapping[NodeId, Commit]], None] = lambda commits: None,
+    examine: Callable[[Mapping[NodeId, Commit | Shards]], None] = lambda read: None,
 ) -> tuple[dict[NodeId, Commit], set[NodeId]]:
     """Commit the nodes in order; returns all commits and which of them were made now.
 
-    Once the first, which only read frames, are done, `examine` may refuse what they found. What is wrong with any of
-    them is one error, so that all of it can be mended at once.
+    Once the first, which only read what the user has, are done, `examine` may refuse what they found, also where it
+    was too bad to commit. What is wrong with any of them is one error, so that all of it can be mended at once.
     """
     commits: dict[NodeId, Commit] = {}
     done: set[NodeId] = set()
@@ -169,13 +176,18 @@ def _work(
             done.add(node.id)
         commits[node.id] = commit
 
-    num_first = sum(1 for _ in takewhile(lambda node: node.id.stage in FRAME_STAGES, nodes))
-    for number, node in enumerate(nodes[:num_first], 1):
+    first = list(takewhile(lambda node: node.id.stage in FRAME_STAGES or not node.needs, nodes))
+    num_first, read = len(first), dict[NodeId, Commit | Shards]()
+    for number, node in enumerate(first, 1):
         with _kept(problems):
             if all(need in commits for need in node.needs):
-                work(number, node)
+                try:
+                    work(number, node)
+                except TooManyBad as error:
+                    read[node.id] = error.shards
+                    raise
     with _kept(problems):
-        examine(commits)
+        examine(commits | read)
     if problems:
         raise together(problems)
     for number, node in enumerate(nodes[num_first:], num_first + 1):

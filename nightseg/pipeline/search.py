@@ -120,11 +120,7 @@ def _examine(trials: Trials, progress: Progress) -> None:
     recipe, model = load_recipe(trials.recipe_file), trials.settings.model
     graph = build.build_graph(recipe, model)
     commits = run.prepare(recipe, trials.folder / "shared", leaks.needed(graph), only=model, progress=progress)
-    found = leaks.find(graph, commits, validation=True)
-    for leak in found:
-        progress.say(f"leak: {leak}")
-    if recipe.leaks == "refuse":
-        leaks.refuse(found)
+    leaks.tell(leaks.find(graph, commits, validation=True), recipe.leaks, progress)
 
 
 def _founded(trials: Trials, progress: Progress) -> Trials:

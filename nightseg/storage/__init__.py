@@ -12,6 +12,7 @@ from nightseg.storage.commits import (
     ShardRecord,
     Shards,
     Stage,
+    TooManyBad,
     Workspace,
     check_contents,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "ShardRecord",
     "Shards",
     "Stage",
+    "TooManyBad",
     "UserError",
     "Workspace",
     "WorkspaceBusy",

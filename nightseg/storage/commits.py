@@ -501,18 +501,21 @@ class Attempt:
         reasons = [row for path in paths for row in (self.folder / path).read_table().to_pylist()]
         counts = Counter(str(row.get("reason")) for row in reasons)
         by_reason = printable(", ".join(f"{count} {reason}" for reason, count in counts.most_common()))
-        texts = (f"{row.get('uri')}: {row.get('reason')} {row.get('detail') or ''}" for row in reasons[:5])
+        one_each = list({row.get("reason"): row for row in reversed(reasons)}.values())[::-1]
+        shown = [*one_each, *(row for row in reasons if row not in one_each)][: max(5, len(one_each))]
+        texts = (f"{row.get('uri')}: {row.get('reason')} {row.get('detail') or ''}" for row in shown)
         first = "".join(f"\n  {printable(text).strip()}" for text in texts)
         for record in shards:
             if record.rows(QUARANTINE):
                 self._marker(record.index).delete()
         share = quarantined / rows_in
         stage, name = self.identity["stage"], self.identity["name"]
-        raise UserError(
+        raise TooManyBad(
             f"{stage}/{name}: {quarantined} of {rows_in} frames ({share:.1%}) are bad, "
             f"max_bad_fraction allows {limit:.1%} ({by_reason or 'no reasons were noted'}){first}",
             cure=f"repair or remove these files, or set max_bad_fraction to {math.ceil(share * 1000) / 1000} or more; "
             "then run the same command again",
+            shards=Shards(self, tuple(shards)),
         )
 
     def _marker(self, index: int) -> Location:
@@ -544,6 +547,9 @@ class Shards:
             if table in record.tables:
                 yield (self.attempt.folder / record.tables[table].path).read_table()
 
+    def has_table(self, name: str) -> bool:
+        return any(name in record.tables for record in self.records)
+
     def table(self, name: str) -> pa.Table:
         """The whole table; KeyError if there is no shard that has it."""
         parts = list(self.parts(name))
@@ -569,6 +575,14 @@ class Shards:
             num_shards=len(self.records),
             summary=summary,
         )
+
+
+class TooManyBad(UserError):  # noqa: N818 (a state of the data)
+    """More bad rows than are allowed. What was found about the others is in `shards`."""
+
+    def __init__(self, what: str, *, cure: str, shards: Shards) -> None:
+        super().__init__(what, cure=cure)
+        self.shards = shards
 
 
 # -- the run folder --------------------------------------------------------------------------------------------------

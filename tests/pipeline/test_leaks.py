@@ -168,7 +168,7 @@ def test_the_same_picture_in_another_file_is_counted_and_not_refused(data: Path,
     assert (
         str(everything[0]) == "2 of 6 frames of the test set night look like frames of train, trained on (model first)"
     )
-    leaks.refuse(everything)
+    leaks.tell(everything, "refuse", SilentProgress())
 
 
 def test_scenes_of_other_numbers_share_nothing(tmp_path: Path) -> None:
@@ -228,14 +228,24 @@ def test_a_leak_that_is_accepted_is_told_in_log_results_and_report(
 
 
 def test_all_that_is_wrong_with_the_frames_is_one_message(data: Path, tmp_path: Path) -> None:
-    """Broken frames of two datasets, and a leak between the others."""
-    write(data, "train", ("again.png", encode_png(picture(20))))
-    write(data, "val", ("cut.png", encode_png(picture(99))[:60]))
+    """Broken frames of two datasets, and a leak between sets of which one is among them; nothing twice."""
+    write(data, "train", ("again.png", encode_png(picture(20))), ("cut.png", encode_png(picture(99))[:60]))
     (data / "pool/images/gone").symlink_to("/unmounted")
     place = Location.of(tmp_path / "run")
     with pytest.raises(UserError) as caught:
         runner.run(recipe_of(data), place, only="second", progress=SilentProgress())
-    lines = str(caught.value).split("\n- ")
-    assert lines[0] == "3 problems:" and len(lines) == 4
-    assert "test/20 = train/again" in lines[3]
-    assert sorted(("val" in line, "pool" in line) for line in lines[1:3]) == [(False, True), (True, False)]
+    head, *problems = str(caught.value).split("\n- ")
+    assert head == "3 problems:"
+    for part in ("train: 1 of 4 frames", "pool: 1 of 3 frames", "a link to /unmounted", "test/20 = train/again"):
+        assert sum(part in problem for problem in problems) == 1, part
+
+
+def test_the_first_of_each_reason_is_shown(data: Path, tmp_path: Path) -> None:
+    write(data, "val", *((f"{number}.png", b"") for number in range(100, 109)), ("z.png", b"text"))
+    with pytest.raises(UserError) as caught:
+        runner.run(recipe_of(data), Location.of(tmp_path / "run"), only="first", progress=SilentProgress())
+    lines = str(caught.value).splitlines()
+    assert "10 of 12 frames" in lines[0] and "9 zero_bytes, 1 not_an_image" in lines[0]
+    assert [line.split(": ")[0].rpartition("/")[2] for line in lines[1:]] == [
+        *("100.png", "z.png", "101.png", "102.png", "103.png"),
+    ]
