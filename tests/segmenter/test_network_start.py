@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nightseg.data.taxonomy import Taxonomy
-from nightseg.networks.model_folder import save_model
+from nightseg.networks.model_folder import load_tensors, save_model
 from nightseg.segmenter.network import SemanticFPN, model_card
 from nightseg.segmenter.settings import Network
 from nightseg.segmenter.start import PREDICTOR, imagenet_weights, starting_network, weights_identity
@@ -144,8 +144,8 @@ def test_encoder_weights_count_by_their_content_and_only_where_they_are_read(tmp
 def test_a_start_that_saw_frames_in_another_size_is_said(
     teacher: Location, size: tuple[int, int] | None, part: str
 ) -> None:
-    card = (teacher / "model.json").read_json() | {"shortest_edge": [800, 1333]}
-    (teacher / "model.json").write_json(card)
+    tensors, card = load_tensors(teacher)
+    save_model(teacher, tensors, card | {"shortest_edge": [800, 1333]})
     said: list[str] = []
     start(teacher, said, input_size=size)
     assert len(said) == 1 and "a shorter side of 800, a longer one of at most 1333" in said[0] and part in said[0]
