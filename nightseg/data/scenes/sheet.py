@@ -239,10 +239,10 @@ class Card:
         """Fill a polygon."""
         self.sheet.draw.polygon(self._places(points), self._ink(colour, surface))
 
-    def symmetric(self, right: Sequence[Point], colour: Colour, surface: int | None = None) -> None:
+    def symmetric(self, right: Sequence[Point], colour: Colour) -> None:
         """Fill a polygon that is symmetric about u = 0, given by its right side from bottom to top."""
         left = [(-u, v) for u, v in right]
-        self.polygon([left[0], *right, *left[:0:-1]], colour, surface)
+        self.polygon([left[0], *right, *left[:0:-1]], colour)
 
     def box(self, u0: float, v0: float, u1: float, v1: float, colour: Colour, surface: int | None = None) -> None:
         """Fill a rectangle."""
@@ -267,10 +267,10 @@ class Card:
         """Fill a disc."""
         self.oval(u, v, radius, radius, colour, surface)
 
-    def bar(self, points: Sequence[Point], thick: float, colour: Colour, surface: int | None = None) -> None:
+    def bar(self, points: Sequence[Point], thick: float, colour: Colour) -> None:
         """Draw a line of thick metres."""
         width = max(OVERSAMPLE, round(thick * self.scale))
-        self.sheet.draw.line(self._places(points), self._ink(colour, surface), width)
+        self.sheet.draw.line(self._places(points), (*colour, self.surface), width)
 
 
 def unit_circle(steps: int) -> list[Point]:

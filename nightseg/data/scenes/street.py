@@ -90,16 +90,11 @@ class Plan(NamedTuple):
     built: float  # share of lots with a building
 
 
-class Street(NamedTuple):
-    """A painted street; walls: metres from its middle to the houses, left and right; roofs: their height by metre."""
+def _paint_street(rng: Generator, height: int, width: int) -> tuple[Sheet, tuple[float, float], NDArray[np.float32]]:
+    """Plan and paint one street for frames of height x width pixels.
 
-    sheet: Sheet
-    walls: tuple[float, float]
-    roofs: NDArray[np.float32]
-
-
-def _paint_street(rng: Generator, height: int, width: int) -> Street:
-    """Plan and paint one street for frames of height x width pixels."""
+    Returns the sheet, metres from the street's middle to the houses left and right, and their heights by metre.
+    """
     size = math.sqrt(height * width / 2.0)
     camera = Camera(
         width=width,
@@ -121,7 +116,7 @@ def _paint_street(rng: Generator, height: int, width: int) -> Street:
     strokes += [*_traffic(sheet, rng, plan), *_furniture(sheet, rng, plan), *_people(sheet, rng, plan)]
     for _, paint in sorted(strokes, key=lambda stroke: -stroke[0]):
         paint()
-    return Street(sheet, (plan.wall[-1], plan.wall[1]), roofs)
+    return sheet, (plan.wall[-1], plan.wall[1]), roofs
 
 
 def _plan(rng: Generator) -> Plan:
