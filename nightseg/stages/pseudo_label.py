@@ -339,4 +339,4 @@ def _totals(shards: Shards, num_classes: int) -> tuple[Counts, KeptPixels]:
 def _arrays(shards: Shards, table: str, column: str) -> Iterator[Counts]:
     """The lists of a column laid end to end, one array a shard."""
     for part in shards.parts(table):
-        yield part[column].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        yield part[column].combine_chunks().flatten().to_numpy()

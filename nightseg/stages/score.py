@@ -183,7 +183,7 @@ class ScoreFrames:
             frame.FRAME_ID: pa.array([row[frame.FRAME_ID] for row in good], pa.string()),
             frame.SHA256: pa.array([row[frame.SHA256] for row in good], pa.string()),
             FEATURES: vector_column(np.concatenate(features)),
-            HISTOGRAM: vector_column(np.array(histograms, dtype=np.float32).reshape(-1, NUM_BINS)),
+            HISTOGRAM: vector_column(np.array(histograms).reshape(-1, NUM_BINS)),
         }
         if self.reference is not None:
             distances, errors = np.concatenate([*spatial, np.empty((2, 0))], axis=1)

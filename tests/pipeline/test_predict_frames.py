@@ -106,6 +106,10 @@ class TestImages:
         assert Location.of(tmp_path / "out/quarantine.json").read_json() == []
         told = Location.of(tmp_path / "out/prediction.json").read_json()
         assert told | found == told and told["inference"]["scales"] == [1.0]
+        assert told.keys() - found.keys() == {"inference", "sha256"} and told["sha256"].keys() == {"model", "source"}
+        assert found.keys() == {
+            *("model", "source", "images", "written", "quarantined", "out", "save", "taxonomy", "seconds")
+        }
 
     def test_masks_do_not_become_frames(self, model: Location, tmp_path: Path) -> None:
         """Wherever the output lies; where they would mix it is refused."""

@@ -17,9 +17,10 @@ from pydantic import ValidationError
 
 from nightseg.pipeline import run
 from nightseg.pipeline import search as module
+from nightseg.pipeline.build import build_graph
 from nightseg.pipeline.graph import NodeId
 from nightseg.pipeline.run import Outcome
-from nightseg.pipeline.search import Dimension, Search, Trials, assignments, run_trial, search, shared_nodes
+from nightseg.pipeline.search import Dimension, Found, Search, Trials, assignments, run_trial, search, shared_nodes
 from nightseg.progress import Progress, SilentProgress
 from nightseg.recipe import load_recipe, load_settings, save_recipe
 from nightseg.recipe.types import Recipe
@@ -468,6 +469,65 @@ def test_a_dimension_is_drawn_from_as_it_says(given: dict[str, Any], kind: str, 
         assert domain.categories == edges
     else:
         assert (domain.lower, domain.upper) == edges and type(domain.get_sampler()).__name__.startswith(f"_{kind}")
+
+
+@pytest.fixture
+def searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Found, dict[str, Any]]]:
+    """A whole search whose trials are made up: what is found, and what was asked of the cluster, the runs and Tune."""
+    from nightseg.cluster import ray as cluster
+
+    def whole(*overrides: str) -> tuple[Found, dict[str, Any]]:
+        asked: dict[str, Any] = {"connected": [], "prepared": {}, "identities": []}
+
+        def prepare(recipe: Recipe, folder: Location, nodes: set[NodeId], **more: Any) -> dict[NodeId, Any]:
+            made = build_graph(recipe, more["only"]).nodes.keys() & nodes
+            asked["prepared"][folder.uri] = asked["prepared"].get(folder.uri, set()) | made
+            return {node: SimpleNamespace(content=str(node)) for node in made}
+
+        def tune(trials: Trials, identity: str, progress: Progress) -> list[dict[str, Any]]:
+            asked["identities"].append(identity)
+            ends = [({ALPHA: 0.25, COUNT: 60}, 0.3, "done"), ({ALPHA: 0.75, COUNT: 120}, 0.4, "done")]
+            return [row(trials.name(values), miou, end) | {"values": values} for values, miou, end in ends]
+
+        monkeypatch.setattr(cluster, "connect", lambda **more: asked["connected"].append(more))
+        monkeypatch.setattr(run, "prepare", prepare)
+        monkeypatch.setattr(module, "_tune", tune)
+        space = f"space={{{ALPHA}: {{uniform: [0.1, 0.9]}}, {COUNT}: {{choice: [60, 120]}}}}"
+        place = str(tmp_path / "search")
+        return search(
+            str(CONFIGS / "search.yaml"), [space, *overrides], run_dir=place, progress=SilentProgress()
+        ), asked
+
+    return whole
+
+
+def test_a_search_prepares_what_is_shared_and_writes_what_it_found(
+    searched: Callable[..., tuple[Found, dict[str, Any]]], tmp_path: Path
+) -> None:
+    found, asked = searched()
+    folder = tmp_path / "search"
+    assert asked["connected"] == [{"dashboard": True}] * 2  # before the shared stages, and for the trials
+    (prepared,) = asked["prepared"].items()
+    assert prepared[0] == str(folder / "shared") and prepared[1] == shared_of(trials_of(tmp_path / "trials"))
+    assert found.folder.uri == str(folder) and found.best == found.trials[1]
+    assert found.best["values"] == {ALPHA: 0.75, COUNT: 120}
+    written = json.loads((folder / "trials.json").read_text())
+    assert (written["best"], written["trials"]) == (found.best, found.trials)
+    assert [written["identity"]] == asked["identities"] and written["search"]["space"].keys() == {ALPHA, COUNT}
+    best = load_recipe(found.best_recipe).models["self_trained"]
+    assert best.loss is not None and best.loss.alpha == 0.75
+    assert load_recipe(folder / "recipe.yaml").models["self_trained"].validate_on  # as the search sets it
+
+
+def test_a_search_that_is_finished_is_not_done_again_but_one_that_asks_for_more_is(
+    searched: Callable[..., tuple[Found, dict[str, Any]]],
+) -> None:
+    first, asked = searched()
+    again, nothing = searched()
+    assert again == first and (nothing["connected"], nothing["identities"]) == ([], [])
+    for more in ("trials=9", "grace_epochs=2", f"space.{ALPHA}={{uniform: [0.2, 0.9]}}"):
+        _, other = searched(more)
+        assert other["connected"] == [{"dashboard": True}] and other["identities"] not in ([], asked["identities"])
 
 
 # -- the whole of it --------------------------------------------------------------------------------------------------

@@ -53,6 +53,9 @@ def test_folders_are_paired_by_name_and_scored(tmp_path: Path) -> None:
     assert found["pa"] == 0.8 and found["iou"]["sky"] == 0.5 and found["iou"]["road"] == 0.75
     assert found["miou"] == 0.625
     assert found["iou"]["tree"] is None
+    assert found.keys() == {
+        *("pa", "ca", "miou", "fwiou", "iou", "confusion", "absent_class", "frames", "taxonomy", "label_encoding")
+    }
 
 
 def test_train_ids_are_preferred_and_an_encoding_can_be_asked_for(tmp_path: Path) -> None:

@@ -35,12 +35,23 @@ def rows(*labels: str | None) -> pa.Table:
     )
 
 
-def refusal(train: pa.Table, validate: pa.Table | None = None, workers: int = 1, **changed: Any) -> str:
-    network = Network(encoder="efficientnet_lite0", input_size=(64, 64))
+def accept(
+    train: pa.Table,
+    validate: pa.Table | None = None,
+    workers: int = 1,
+    gpus: float = 0.0,
+    norm: Any = "batch",
+    **changed: Any,
+) -> None:
+    network = Network(encoder="efficientnet_lite0", input_size=(64, 64), norm=norm)
     training = TRAINING.model_copy(update={"steps_per_epoch": 3, **changed})
     plan = Plan(train, validate, Location.of("nowhere"), taxonomy("camvid11"), network, Loss(), training, seed=0)
+    check_training("student", plan, TrainCompute(workers=workers, gpus_per_worker=gpus))
+
+
+def refusal(train: pa.Table, *rest: Any, **more: Any) -> str:
     with pytest.raises(UserError) as caught:
-        check_training("student", plan, TrainCompute(workers=workers))
+        accept(train, *rest, **more)
     return str(caught.value)
 
 
@@ -59,6 +70,12 @@ def test_settings_that_contradict_each_other() -> None:
         good, workers=2, batch=9, accumulate=3
     )
     assert "set training.crop to (64, 64)" in refusal(good, crop=(160, 64))
+    assert "set training.crop to (64, 64)" in refusal(good, crop=(64, 160))
+    assert "norm sync is computed by GPUs only" in refusal(good, workers=2, norm="sync")
+    accept(good, warmup_steps=5)  # of 6 steps
+    accept(good, crop=(96, 96))  # 1.5 times 64: as large as a frame becomes
+    accept(good, workers=1, norm="sync")
+    accept(good, workers=2, gpus=1.0, norm="sync")
 
 
 @pytest.mark.parametrize(

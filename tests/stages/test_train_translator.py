@@ -33,8 +33,11 @@ def attempt_in(folder: Path) -> Attempt:
     [
         ({"batch": 3}, "batch 3 cannot be shared evenly by 2 workers"),
         ({"crop": (18, 16)}, "multiples of 4"),
+        ({"crop": (16, 18)}, "multiples of 4"),
         ({"weights": LossWeights()}, r"crop \(16, 16\) is too small for the perceptual loss"),
         ({"discriminator_scales": 2}, r"crop \(16, 16\) is too small.*32 pixels"),
+        ({"crop": (64, 16), "weights": LossWeights()}, r"crop \(64, 16\) is too small for the perceptual loss"),
+        ({"crop": (16, 64), "discriminator_scales": 2}, r"crop \(16, 64\) is too small.*32 pixels"),
         ({"tile": (80, 200)}, r"tile: .*\(80, 200\) must be multiples of 4, 84 or more"),
         ({"tile": (86, 200)}, "multiples of 4"),
     ],

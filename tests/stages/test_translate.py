@@ -129,8 +129,12 @@ def test_grey_frames_are_translated_as_colour(tmp_path: Path) -> None:
     assert made.shape == (16, 20, 3) and np.array_equal(made, expected)
 
 
-def test_batches_stay_below_the_pixel_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_stay_below_their_size_and_the_pixel_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, worker = frames(tmp_path, [(16, 20)] * 5), stage.TranslateFrames(model_in(tmp_path), "n", "night", batch=8)
+    assert [len(group) for group in worker._groups(source.to_pylist(), [])] == [5]
+    worker.batch = 2
+    assert [len(group) for group in worker._groups(source.to_pylist(), [])] == [2, 2, 1]
+    worker.batch = 8
     monkeypatch.setattr(stage, "PIXELS_AT_ONCE", 2 * 16 * 20)
     assert [len(group) for group in worker._groups(source.to_pylist(), [])] == [2, 2, 1]
     monkeypatch.setattr(stage, "PIXELS_AT_ONCE", 1)
