@@ -106,6 +106,8 @@ VERBS: Final = {
             "--stride-in-3x3": None,
             "--pixel-mean": "3,2,1",
             "--pixel-std": "2,2,2",
+            "--min-size-test": "512",
+            "--max-size-test": "900",
         },
     ),
     "convert detectron2 by its config": Verb(

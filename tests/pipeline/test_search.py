@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from nightseg.pipeline import run
+from nightseg.pipeline import leaks, run
 from nightseg.pipeline import search as module
 from nightseg.pipeline.build import build_graph
-from nightseg.pipeline.graph import NodeId
+from nightseg.pipeline.graph import Graph, NodeId
 from nightseg.pipeline.run import Outcome
 from nightseg.pipeline.search import Dimension, Found, Search, Trials, assignments, run_trial, search, shared_nodes
 from nightseg.progress import Progress, SilentProgress
@@ -490,7 +490,13 @@ def searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., t
             return [row(trials.name(values), miou, end) | {"values": values} for values, miou, end in ends]
 
         monkeypatch.setattr(cluster, "connect", lambda **more: asked["connected"].append(more))
+
+        def find(graph: Graph, commits: Any, *, validation: bool) -> list[leaks.Leak]:
+            asked["compared"] = commits.keys() == leaks.needed(graph) and validation
+            return []
+
         monkeypatch.setattr(run, "prepare", prepare)
+        monkeypatch.setattr(leaks, "find", find)
         monkeypatch.setattr(module, "_tune", tune)
         space = f"space={{{ALPHA}: {{uniform: [0.1, 0.9]}}, {COUNT}: {{choice: [60, 120]}}}}"
         place = str(tmp_path / "search")
@@ -508,7 +514,9 @@ def test_a_search_prepares_what_is_shared_and_writes_what_it_found(
     folder = tmp_path / "search"
     assert asked["connected"] == [{"dashboard": True}] * 2  # before the shared stages, and for the trials
     (prepared,) = asked["prepared"].items()
-    assert prepared[0] == str(folder / "shared") and prepared[1] == shared_of(trials_of(tmp_path / "trials"))
+    trials = trials_of(tmp_path / "trials")
+    needed = leaks.needed(build_graph(load_recipe(folder / "recipe.yaml"), "self_trained"))
+    assert prepared == (str(folder / "shared"), shared_of(trials) | needed) and asked["compared"]
     assert found.folder.uri == str(folder) and found.best == found.trials[1]
     assert found.best["values"] == {ALPHA: 0.75, COUNT: 120}
     written = json.loads((folder / "trials.json").read_text())
