@@ -26,6 +26,7 @@ from nightseg.selection.frechet import gaussian_distance, gaussian_of_features
 from nightseg.storage import Location
 
 FILES: dict[Size, int] = {"tiny": 4, "default": 60, "full": 500}
+DIMS: dict[Size, int] = {"tiny": 192, "default": 2048, "full": 2048}  # 192: the network ends at an earlier block
 HEIGHT, WIDTH = 288, 512  # of the JPEG files
 BATCH = 50  # pytorch-fid's default
 # Relative, of the FID between the two halves of the files. A random network makes more of rounding than a trained one:
@@ -34,7 +35,7 @@ TOLERANCE: dict[str, dict[Size, float]] = {
     "exact": {"tiny": 1e-4, "default": 1e-4, "full": 1e-4},
     "fast": {"tiny": 2e-2, "default": 5e-3, "full": 5e-3},
 }
-CALIBRATION = 16  # frames
+CALIBRATION: dict[Size, int] = {"tiny": 4, "default": 16, "full": 16}  # frames
 LOADERS = 2  # processes that read for pytorch-fid
 
 
@@ -47,13 +48,10 @@ def fast(size: Size) -> Contest:
 
 
 def _contest(size: Size, mode: str) -> Contest:
-    files = _files(FILES[size])
-    theirs, state = inception_networks()
-    identity = Identity("inception", 2048, "pytorch-fid", "", Location.of("."))
-    network = fold_batch_norms(inception_network(dict(state)).eval())
-    ours = Extractor(identity, network, side=299)
+    files, dims = _files(FILES[size]), DIMS[size]
+    theirs, ours = inception_network_of_the_peer(size)[0], inception_extractor(size)
     if mode == "fast":
-        ours = Extractor(identity, network, side=299, precision=ours.faster_precision())
+        ours = inception_extractor(size, ours.faster_precision())
 
     def run_ours() -> npt.NDArray[np.float32]:
         parts = [files[start : start + BATCH] for start in range(0, len(files), BATCH)]
@@ -70,7 +68,7 @@ def _contest(size: Size, mode: str) -> Contest:
         work=f"Inception features of {len(files)} JPEG files {WIDTH} x {HEIGHT}, {mode} mode ({ours.precision})",
         peer=f"pytorch-fid {version('pytorch-fid')} get_activations, batch {BATCH}, {LOADERS} loaders",
         run_ours=run_ours,
-        run_peer=lambda: get_activations(files, theirs, min(BATCH, len(files)), 2048, "cpu", num_workers=LOADERS),
+        run_peer=lambda: get_activations(files, theirs, min(BATCH, len(files)), dims, "cpu", num_workers=LOADERS),
         check=check,
     )
 
@@ -93,8 +91,15 @@ def _files(count: int) -> list[str]:
     return files
 
 
+def inception_extractor(size: Size, precision: str = "float32") -> Extractor:
+    """Ours, with the weights of the peer's network."""
+    network = fold_batch_norms(inception_network(dict(inception_network_of_the_peer(size)[1]), DIMS[size]).eval())
+    identity = Identity("inception", DIMS[size], "pytorch-fid", "", Location.of("."))
+    return Extractor(identity, network, side=299, precision=precision)
+
+
 @cache
-def inception_networks() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+def inception_network_of_the_peer(size: Size) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     """pytorch-fid's network with random weights, and these weights.
 
     Its batch norms are set by frames, as training would: else the features of a random network hardly differ from frame
@@ -115,8 +120,9 @@ def inception_networks() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
         mock.patch.object(pytorch_fid.inception, "_inception_v3", build),
         mock.patch.object(pytorch_fid.inception, "load_state_dict_from_url", lambda *_, **__: made[0].state_dict()),
     ):
-        network = pytorch_fid.inception.InceptionV3([3])
-    frames = [scene(1, index, ("day", "night")[index % 2], HEIGHT, WIDTH)[0] for index in range(CALIBRATION)]
+        peer = pytorch_fid.inception.InceptionV3
+        network = peer([peer.BLOCK_INDEX_BY_DIM[DIMS[size]]])
+    frames = [scene(1, index, ("day", "night")[index % 2], HEIGHT, WIDTH)[0] for index in range(CALIBRATION[size])]
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = None  # the plain mean over what it sees

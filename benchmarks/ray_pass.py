@@ -67,7 +67,8 @@ def contest(size: Size) -> Contest:
 
     def check(mine: npt.NDArray[np.float32], theirs: npt.NDArray[np.float32]) -> str:
         apart = float(np.abs(mine - theirs).max() / np.abs(theirs).max())
-        assert mine.shape == theirs.shape and apart < 1e-5, apart
+        # Sums of some 10^4 products through all layers, added up in another order: 8 * 100 eps of float32.
+        assert mine.shape == theirs.shape and apart < 1e-4, apart
         return f"features {apart:.1g} apart"
 
     def close() -> None:

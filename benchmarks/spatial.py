@@ -10,11 +10,9 @@ import numpy.typing as npt
 from pytorch_fid.fid_score import calculate_frechet_distance
 
 from benchmarks.contest import Contest, Size
-from benchmarks.extraction import inception_networks
+from benchmarks.extraction import inception_extractor
 from nightseg.data.scenes import scene
-from nightseg.selection.features import Extractor, Identity, fold_batch_norms, inception_network
 from nightseg.selection.frechet import spatial_reference, spatial_scores
-from nightseg.storage import Location
 
 DIMS: dict[Size, int] = {"tiny": 16, "default": 512, "full": 2048}
 FRAMES: dict[Size, int] = {"tiny": 4, "default": 100, "full": 200}
@@ -54,9 +52,7 @@ def contest(size: Size) -> Contest:
 
 def share_of_extraction(size: Size) -> Contest:
     """What the score adds to the pass that makes the feature maps: its time against theirs."""
-    _, state = inception_networks()
-    network = fold_batch_norms(inception_network(dict(state)).eval())
-    extractor = Extractor(Identity("inception", 2048, "pytorch-fid", "", Location.of(".")), network, side=299)
+    extractor = inception_extractor(size)
     frames = FRAMES_OF_SHARE[size]
     mean, cov, _ = _data(extractor.dims, 1)
     reference = spatial_reference(mean, cov, RANK)
