@@ -21,6 +21,7 @@ from nightseg.segmenter.network import build_semantic_fpn
 from nightseg.segmenter.predict import Segmenter
 from nightseg.segmenter.settings import Network
 from nightseg.storage import Location, UserError
+from tests.rounding import assert_near, depth, in_float64, rounding
 
 CLASSES = taxonomy("camvid11")
 SIZES = {"num_classes": 11, "pyramid_channels": 8, "head_channels": 8}
@@ -68,6 +69,7 @@ def streets(batch: int, height: int, width: int) -> np.ndarray:
 @pytest.mark.parametrize("size", [(2, 64, 96), (1, 45, 77), (1, 1, 40), (1, 31, 1)])
 def test_the_portable_form_is_the_segmenter(native: Location, size: tuple[int, int, int]) -> None:
     segmenter = Segmenter(native, "cpu")
+    in_float64(segmenter.network)
     images = streets(*size)
     with torch.inference_mode():
         labels, confidence = PortableSegmenter(segmenter, "labels", None)(torch.from_numpy(images))
@@ -75,9 +77,10 @@ def test_the_portable_form_is_the_segmenter(native: Location, size: tuple[int, i
     wanted = segmenter.batch(list(images))
     assert labels.dtype == torch.uint8 and labels.shape == size
     assert (labels.numpy() == np.stack([found.labels for found in wanted])).mean() > 0.999
-    np.testing.assert_allclose(confidence.numpy(), np.stack([found.confidence for found in wanted]), atol=1e-5)
+    # Two interpolations and a softmax, of logits below 10.
+    assert_near(confidence, np.stack([found.confidence for found in wanted]), terms=32, magnitude=10.0)
     assert logits.shape == (size[0], 11, *size[1:])
-    torch.testing.assert_close(logits.softmax(dim=1).max(dim=1).values, confidence)
+    assert_near(logits.softmax(dim=1).max(dim=1).values, confidence, terms=32, magnitude=10.0)
 
 
 def test_resizing_is_inside_unless_the_frames_have_the_size(resizing: Location) -> None:
@@ -211,7 +214,7 @@ class TestOnnx:
     def test_logits_of_a_fixed_size(self, native: Location, tmp_path: Path) -> None:
         file = Location.of(tmp_path / "x.onnx")
         made = export_onnx(native, file, size=(45, 77), output="logits")
-        assert made["max_abs_difference"] <= 1e-5
+        assert made["max_abs_difference"] <= rounding(depth(Segmenter(native, "cpu").network))  # logits are around 1
         images = streets(3, 45, 77)
         (logits,) = run(file, images)
         assert logits.shape == (3, 11, 45, 77)

@@ -8,6 +8,7 @@ from torch import nn
 
 from nightseg.segmenter.encoders import FrozenBatchNorm2d, build_encoder, choose_norm, freeze
 from nightseg.storage import UserError
+from tests.rounding import in_float64
 
 
 @pytest.fixture
@@ -29,13 +30,14 @@ def frozen(norm: nn.BatchNorm2d, counted: bool = False) -> FrozenBatchNorm2d:
 
 @pytest.mark.parametrize("needs_gradient", [False, True])
 def test_frozen_is_batch_norm_in_evaluation_mode(trained: nn.BatchNorm2d, needs_gradient: bool) -> None:
-    maps = torch.randn(2, 5, 4, 6, requires_grad=needs_gradient)
-    torch.testing.assert_close(frozen(trained)(maps), trained(maps))
+    maps = torch.randn(2, 5, 4, 6, dtype=torch.float64, requires_grad=needs_gradient)
+    torch.testing.assert_close(frozen(trained).double()(maps), trained.double()(maps))
 
 
 def test_its_gradient_is_that_of_the_affine_map(trained: nn.BatchNorm2d) -> None:
-    maps = torch.randn(2, 5, 4, 6, requires_grad=True)
-    frozen(trained)(maps).sum().backward()
+    maps = torch.randn(2, 5, 4, 6, dtype=torch.float64, requires_grad=True)
+    frozen(trained).double()(maps).sum().backward()
+    trained.double()
     scale = trained.weight / (trained.running_var + trained.eps).sqrt()
     torch.testing.assert_close(maps.grad, scale.detach().view(1, -1, 1, 1).expand_as(maps))
 
@@ -79,7 +81,7 @@ def test_every_batch_norm_becomes_the_wanted_kind(name: str, norm: str, kind: st
     assert sum(type(module).__name__.startswith(kind) for module in other.modules()) == num_norms
     image = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
-        for maps, wanted in zip(other(image), plain(image), strict=True):
+        for maps, wanted in zip(in_float64(other)(image), in_float64(plain)(image), strict=True):
             torch.testing.assert_close(maps, wanted)
 
 

@@ -68,11 +68,12 @@ def test_weights_of_the_whole_network_lie_where_they_belong(tmp_path: Path, mode
         safetensors.torch.save_file(whole.state_dict(), file)
     encoder = build_encoder(f"timm/{model}").eval()
     encoder.load_state_dict(imagenet_weights(f"timm/{model}", file))
-    image = torch.rand(1, 3, 64, 64)
+    image = torch.rand(1, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():
-        deepest, features = encoder(image)[-1], whole.forward_intermediates(image, intermediates_only=True)
+        deepest = encoder.double()(image)[-1]
+        features = whole.double().forward_intermediates(image, intermediates_only=True)
     if model != "efficientnet_lite0":
-        torch.testing.assert_close(deepest, features[-1])
+        torch.testing.assert_close(deepest, features[-1])  # in float64
     shared = {name.replace("features.", "").replace("_", ".") for name in encoder.state_dict()}
     known = {name.replace("_", "."): value for name, value in whole.state_dict().items()}
     assert shared <= set(known)

@@ -22,12 +22,16 @@ from nightseg.segmenter.loss import (
 )
 from nightseg.segmenter.network import upsample_logits
 from nightseg.segmenter.settings import Loss, Ohem
+from tests.rounding import assert_near, rounding
 
 CROSS_ENTROPY = Loss()
 COMBINED = Loss(kind="combined", alpha=0.4, focal_weight=0.7)
 HARDEST = Ohem(share=0.3)
 UNSURE = Ohem(confidence=0.2, min_kept=200)
 WEIGHTS = (1.0, 2.0, 0.5, 0.0, 3.0)
+OF_A_PIXEL = 64
+"""Roundings in the loss of a pixel or its gradient, and in a logit's share of the pixels around it (8 x 8)."""
+
 SHAPES = [(16, 20, 64, 80), (17, 20, 65, 77), (9, 8, 33, 32), (1, 1, 1, 3)]
 
 
@@ -68,8 +72,8 @@ def test_alpha_one_is_cross_entropy_and_so_is_its_gradient(logits: Tensor, targe
     (expected_gradient,) = torch.autograd.grad(expected, logits)
     found = combined_loss(logits, target, 1.0, 2.0)
     (gradient,) = torch.autograd.grad(found, logits)
-    assert torch.allclose(found, expected, rtol=1e-6)
-    assert torch.allclose(gradient, expected_gradient, atol=1e-8)
+    assert_near(found.detach(), expected.detach(), 70 + OF_A_PIXEL)
+    assert_near(gradient, expected_gradient, OF_A_PIXEL, magnitude=1 / 70)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +81,9 @@ def test_alpha_one_is_cross_entropy_and_so_is_its_gradient(logits: Tensor, targe
 )
 def test_loss_is_its_definition(logits: Tensor, target: Tensor, alpha: float, gamma: float, weight: float) -> None:
     found = combined_loss(logits, target, alpha, gamma, weight)
-    assert found.item() == pytest.approx(loop_loss(logits.detach(), target, alpha, gamma, weight), rel=1e-5)
+    assert found.item() == pytest.approx(
+        loop_loss(logits.detach(), target, alpha, gamma, weight), rel=rounding(70 + OF_A_PIXEL)
+    )
 
 
 @pytest.mark.parametrize(
@@ -96,7 +102,7 @@ def test_gradient_is_that_of_finite_differences(alpha: float, gamma: float, weig
                 torch.tensor(5.0, dtype=torch.float64) if weights is None else weights.sum(),
             ).mean(),
             (logits,),
-            atol=1e-9,
+            atol=1e-7,  # sums of 40 numbers around 1 round by 40 eps, and are divided by a step of 1e-6
             rtol=1e-6,
         )
 
@@ -121,7 +127,7 @@ def test_focal_is_that_of_segmentation_models_pytorch(logits: Tensor, gamma: flo
     labels = torch.randint(0, 5, (2, 6, 7), generator=torch.Generator().manual_seed(2))
     expected = functional.softmax_focal_loss_with_logits(logits, labels, gamma=gamma)
     found = combined_loss(logits, labels, 0.0, gamma)
-    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert_near(found.detach(), expected.detach(), 84 + OF_A_PIXEL)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
@@ -157,7 +163,8 @@ def test_a_small_error_keeps_its_digits() -> None:
     error = 2e-4
     logits = torch.tensor([0.0, math.log(error / (1 - error))]).view(1, 2, 1, 1)
     found = combined_loss(logits, torch.zeros(1, 1, 1, dtype=torch.uint8), 0.0, 2.0)
-    assert found.item() == pytest.approx(error**2 * -math.log1p(-error), rel=2e-3)
+    # The sum below the softmax, 1 + error, is rounded to eps: that much of the error, to its third power.
+    assert found.item() == pytest.approx(error**2 * -math.log1p(-error), rel=3 * rounding(1) / error)
 
 
 def test_sums_of_parts_give_the_mean_of_the_whole(logits: Tensor, target: Tensor) -> None:
@@ -167,7 +174,7 @@ def test_sums_of_parts_give_the_mean_of_the_whole(logits: Tensor, target: Tensor
         for i in range(2)
     ]
     joined = (totals[0] + totals[1]) / (28 + 42)
-    assert torch.allclose(joined, whole, rtol=1e-6)
+    assert_near(joined.detach(), whole.detach(), 70)
 
 
 def test_autocast_does_not_lower_the_precision(logits: Tensor, target: Tensor) -> None:
@@ -231,8 +238,8 @@ def test_cross_entropy_is_that_of_pytorch(rows: int | None, weights: tuple[float
     )
     (expected_gradient,) = torch.autograd.grad(expected, leaf)
     value, _, gradient = value_and_gradient(logits, target, CROSS_ENTROPY, weights, loss_chunk_rows=rows)
-    torch.testing.assert_close(value, expected.detach(), rtol=1e-6, atol=0)
-    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-8)
+    assert_near(value, expected.detach(), target.numel())
+    assert_near(gradient, expected_gradient, 2 * OF_A_PIXEL)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -246,8 +253,8 @@ def test_chunks_give_the_same_loss_and_gradient(
     for rows in (4, 12, 32, 256):
         value, weight, gradient = value_and_gradient(logits, target, COMBINED, weights, ohem=ohem, loss_chunk_rows=rows)
         assert torch.equal(weight, whole[1])  # the very same pixels
-        torch.testing.assert_close(value, whole[0], rtol=1e-6, atol=0)
-        assert (gradient - whole[2]).abs().max() <= 1e-6 * whole[2].abs().max()
+        assert_near(value, whole[0], target.numel())
+        assert_near(gradient, whole[2], 2 * OF_A_PIXEL)
 
 
 @pytest.mark.parametrize("rows", [None, 8])
@@ -259,7 +266,7 @@ def test_channels_last_and_bfloat16_logits_are_those_numbers(rows: int | None) -
     expected, _, expected_gradient = value_and_gradient(rounded.float(), target, COMBINED, loss_chunk_rows=rows)
     assert value.dtype == torch.float32 and torch.equal(value, expected)
     assert gradient.dtype == torch.bfloat16
-    torch.testing.assert_close(gradient, expected_gradient.bfloat16(), rtol=8e-3, atol=1e-9)
+    torch.testing.assert_close(gradient, expected_gradient.bfloat16(), rtol=2**-7, atol=1e-9)  # in the last place
 
 
 @pytest.mark.parametrize("rows", [None, 8])
@@ -280,7 +287,7 @@ def test_only_hard_pixels_count() -> None:
     nll = F.cross_entropy(full, target.long(), reduction="none").flatten().sort(descending=True).values
     found = segmentation_loss(logits, target, Loss(ohem=Ohem(share=0.25)))
     assert found.weight.item() == 8  # two rows of four
-    assert found.mean().item() == pytest.approx(nll[:8].mean().item(), rel=1e-6)
+    assert_near(found.mean(), nll[:8].mean(), OF_A_PIXEL)
 
 
 def test_a_class_without_weight_teaches_nothing() -> None:

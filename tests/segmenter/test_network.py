@@ -28,6 +28,7 @@ from nightseg.segmenter.network import (
 )
 from nightseg.segmenter.settings import Network
 from nightseg.storage import UserError
+from tests.rounding import assert_near, in_float64
 
 SMALL = Network(encoder="resnet18", pyramid_channels=16, head_channels=8)
 
@@ -65,10 +66,10 @@ def test_the_last_pixels_are_made_from_the_logits_behind_the_border_too(small: S
     with torch.no_grad():
         logits = small(image)
     whole = torch.nn.functional.interpolate(logits, scale_factor=4, mode="bilinear")
-    assert torch.equal(upsample_logits(logits, 40, 64), whole[:, :, :40])
+    assert_near(upsample_logits(logits, 40, 64), whole[:, :, :40], terms=8)  # four products
     early = upsample_logits(logits[:, :, :10], 40, 64)
-    assert torch.equal(early[:, :, :38], whole[:, :, :38])
-    assert not torch.allclose(early[:, :, 38:], whole[:, :, 38:40])
+    assert_near(early[:, :, :38], whole[:, :, :38], terms=8)
+    assert (early[:, :, 38:] - whole[:, :, 38:40]).abs().max() > 0.01 * whole.abs().max()
 
 
 def test_upsampled_logits_are_float32_and_bilinear_without_aligned_corners() -> None:
@@ -97,8 +98,8 @@ def test_logits_are_those_of_detectron2(golden: Callable[[str], Any], name: str,
     ours = {ours: expected.tensors[their_name(ours)] for ours in network.state_dict() if "num_batches" not in ours}
     assert len(ours) == len(expected.tensors)
     network.load_state_dict(ours)
-    with torch.no_grad():
-        logits = upsample_logits(network(network.normalise(expected.image)), 96, 160)[0]
+    with torch.no_grad():  # in float64: what is left is the rounding of the file, the same on every machine
+        logits = upsample_logits(in_float64(network)(network.normalise(expected.image)), 96, 160)[0]
     assert (logits - expected.logits).abs().max() <= 1e-4
 
 
@@ -109,7 +110,7 @@ def test_where_the_stride_lies_changes_no_shape_but_the_numbers() -> None:
     with torch.no_grad():
         first, second = ours(image), msra(image)
     assert first.shape == second.shape
-    assert not torch.allclose(first, second)
+    assert (first - second).abs().max() > 0.01 * first.abs().max()
     assert msra.body.get_submodule("layer2.0.conv1").stride == (2, 2)
     assert msra.body.get_submodule("layer2.0.conv2").stride == (1, 1)
 
@@ -133,7 +134,7 @@ def test_frozen_stages_do_not_learn_and_the_others_do(freeze_at: int, frozen: st
 
 def test_one_state_dict_fits_every_kind_of_norm() -> None:
     networks = [
-        small_network(norm=norm, freeze_at=freeze_at).eval()
+        in_float64(small_network(norm=norm, freeze_at=freeze_at).eval())
         for norm, freeze_at in (("batch", 0), ("batch", 2), ("frozen", 0), ("sync", 0))
     ]
     image = torch.rand(1, 3, 64, 64)
@@ -141,7 +142,7 @@ def test_one_state_dict_fits_every_kind_of_norm() -> None:
         expected = networks[0](image)
         for network in networks[1:]:
             network.load_state_dict(dict(networks[0].state_dict()))
-            assert torch.equal(network(image), expected)
+            torch.testing.assert_close(network(image), expected)
             networks[0].load_state_dict(dict(network.state_dict()))
 
 

@@ -31,6 +31,10 @@ from nightseg.segmenter.predict import (
 )
 from nightseg.segmenter.settings import Inference, Network
 from nightseg.storage import Location, UserError, sha256_of
+from tests.rounding import assert_near, in_float64
+
+INTERPOLATED = 32
+"""Roundings from the logits of a network (around 1) to a mean probability: two interpolations, a softmax, a mean."""
 
 CLASSES = Taxonomy("three", ("road", "sky", "car"), ((128, 64, 128), (70, 130, 180), (0, 0, 142)), {})
 CARD = {
@@ -75,7 +79,7 @@ def test_constant_logits_give_their_softmax_at_the_size_of_the_image(tmp_path: P
     assert labels.shape == confidence.shape == (50, 70)
     assert labels.dtype == np.uint8 and confidence.dtype == np.float32
     assert (labels == 1).all()
-    np.testing.assert_allclose(confidence, 3 / 5, rtol=1e-6)
+    assert_near(confidence, np.full((50, 70), 3 / 5), INTERPOLATED)
     assert segmenter.taxonomy == CLASSES
 
 
@@ -94,16 +98,17 @@ def test_labels_and_confidence_are_those_of_the_softmax_at_native_size(
         logits_BKHW = upsample_logits(logits_BKhw, *tensor_BCHW.shape[2:])
         wanted = F.interpolate(logits_BKHW, (45, 77), mode="bilinear").softmax(dim=1).max(dim=1)
     labels, confidence = segmenter(pixels)
-    assert (labels == wanted.indices[0].numpy()).all()
-    np.testing.assert_allclose(confidence, wanted.values[0].numpy(), rtol=1e-5)
+    assert (labels == wanted.indices[0].numpy()).mean() > 0.999  # where two are as good as equal, rounding decides
+    assert_near(confidence, wanted.values[0], INTERPOLATED)
 
 
 def test_a_batch_of_mixed_sizes_is_what_the_frames_are_alone(model: Location) -> None:
     segmenter = Segmenter(model, "cpu")
+    in_float64(segmenter._network)  # libraries choose their convolution by the size of the batch
     images = [image(40, 60, 1), image(32, 64, 2), image(40, 60, 3)]
     for together, alone in zip(segmenter.batch(images), map(segmenter, images), strict=True):
-        assert (together.labels == alone.labels).all()
-        np.testing.assert_allclose(together.confidence, alone.confidence, rtol=1e-4)
+        assert (together.labels == alone.labels).mean() > 0.999
+        assert_near(together.confidence, alone.confidence, INTERPOLATED)
     assert segmenter.batch([]) == []
 
 
@@ -132,7 +137,7 @@ def test_other_modes_share_the_weights_and_are_those_of_the_plain_loop(tmp_path:
             total += logits_1KHW.softmax(dim=1)[0]
     wanted = (total / 6).max(dim=0)
     labels, confidence = careful(pixels)
-    np.testing.assert_allclose(confidence, wanted.values.numpy(), rtol=1e-5)
+    assert_near(confidence, wanted.values, INTERPOLATED)
     assert (labels == wanted.indices.numpy()).mean() > 0.999
     windowed = careful.using(window=(16, 16), overlap=0.5, flip=False)
     assert windowed.inference == Inference(window=(16, 16), overlap=0.5, scales=(0.5, 1.0, 1.5))

@@ -15,10 +15,14 @@ from nightseg.segmenter.loss import segmentation_loss
 from nightseg.segmenter.optimizer import build_optimizer
 from nightseg.segmenter.settings import Loss, Ohem, Training
 from nightseg.segmenter.train import Pace, StepMetrics, step_seed, training_step
+from tests.rounding import assert_near, rounding
 
 LOSS = Loss(kind="combined")
 WEIGHTS = (1.0, 0.5, 2.0)
 TRAINING = Training(learning_rate=0.5, momentum=0.0, weight_decay=0.0, batch=4)
+PIXELS = 4 * 16 * 24
+"""The longest sums here: of losses, and of the gradients that pixels give to a weight."""
+
 normalise = Normaliser(IMAGENET_MEAN, IMAGENET_STD)
 
 
@@ -72,15 +76,19 @@ def gradient_of_mean(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-7, msg=name)
+        assert_near(found[name], value, terms=PIXELS)
+
+
+def near(value: Tensor) -> Any:
+    return pytest.approx(value.item(), rel=rounding(PIXELS))
 
 
 def test_a_step_goes_down_the_gradient_of_the_mean(batch: Batch) -> None:
     network, metrics = step(batch)
     mean, gradient = gradient_of_mean(batch)
-    assert metrics.loss.item() == pytest.approx(mean.item(), rel=1e-6)
+    assert metrics.loss.item() == near(mean)
     norm = torch.stack([value.norm() for value in gradient.values()]).norm()
-    assert metrics.gradient_norm.item() == pytest.approx(norm.item(), rel=1e-5)
+    assert metrics.gradient_norm.item() == near(norm)
     assert_close(moved(network), gradient)
 
 
@@ -89,8 +97,8 @@ def test_a_step_goes_down_the_gradient_of_the_mean(batch: Batch) -> None:
 def test_parts_are_one_batch(batch: Batch, parts: int, ohem: Ohem | None) -> None:
     loss = LOSS.model_copy(update={"ohem": ohem})
     (whole, expected), (network, metrics) = step(batch, loss), step(batch, loss, {"accumulate": parts})
-    assert metrics.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
-    assert metrics.gradient_norm.item() == pytest.approx(expected.gradient_norm.item(), rel=1e-5)
+    assert metrics.loss.item() == near(expected.loss)
+    assert metrics.gradient_norm.item() == near(expected.gradient_norm)
     assert_close(moved(network), moved(whole))
 
 
@@ -103,7 +111,7 @@ def test_a_long_gradient_is_shortened_as_pytorch_does_it(batch: Batch) -> None:
     norm = nn.utils.clip_grad_norm_(reference.parameters(), limit)
     assert norm > limit
     network, metrics = step(batch, changed={"clip_norm": limit})
-    assert metrics.gradient_norm.item() == pytest.approx(norm.item(), rel=1e-5)  # before clipping
+    assert metrics.gradient_norm.item() == near(norm)  # before clipping
     assert_close(moved(network), {n: p.grad for n, p in reference.named_parameters() if p.grad is not None})
     assert_close(moved(step(batch, changed={"clip_norm": 100.0})[0]), gradient)
 
@@ -119,7 +127,7 @@ def test_two_workers_divide_by_the_weight_of_both(batch: Batch) -> None:
         sums.append(torch.stack([found.total, found.weight]).detach())
     steps = [step(half, world_size=2, sum_over_workers=lambda _: sums[0] + sums[1]) for half in halves]
     mean, gradient = gradient_of_mean(batch)
-    assert [metrics.loss.item() for _, metrics in steps] == pytest.approx([mean.item()] * 2, rel=1e-6)
+    assert [metrics.loss.item() for _, metrics in steps] == [near(mean)] * 2
     both = [moved(network) for network, _ in steps]
     assert_close({name: (both[0][name] + both[1][name]) / 2 for name in gradient}, gradient)
 
@@ -136,7 +144,8 @@ def test_bfloat16_is_close_and_the_loss_is_float32(batch: Batch) -> None:
     _, expected = step(batch)
     _, metrics = step(batch, changed={"precision": "bfloat16"})
     assert metrics.loss.dtype == torch.float32
-    assert metrics.loss.item() == pytest.approx(expected.loss.item(), rel=0.02)
+    # Weights, input, features and logits are rounded once each, and a sum of 48 products if it is kept in bfloat16.
+    assert metrics.loss.item() == pytest.approx(expected.loss.item(), rel=(4 + 48**0.5) * 2**-8)
 
 
 def test_the_random_numbers_of_a_step_follow_from_seed_step_and_worker() -> None:

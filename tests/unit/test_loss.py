@@ -29,6 +29,10 @@ from nightseg.unit.loss import (
 )
 from nightseg.unit.network import Translation
 from nightseg.unit.settings import LossWeights, Translator
+from tests.rounding import rounding
+
+NEAR = rounding(2 * 96)
+"""Of sums of a few means, each of no more than 96 elements; all of them positive."""
 
 CPU = torch.device("cpu")
 FLOAT32 = torch.autocast("cpu", torch.bfloat16, enabled=False)
@@ -75,16 +79,16 @@ def test_discriminator_terms_against_plain_loops() -> None:
         )
         for domain in (0, 1)
     ]
-    assert [losses.day.item(), losses.night.item()] == pytest.approx(expected, abs=1e-6)
-    assert losses.total.item() == pytest.approx(sum(expected), abs=1e-6)
+    assert [losses.day.item(), losses.night.item()] == pytest.approx(expected, rel=NEAR)
+    assert losses.total.item() == pytest.approx(sum(expected), rel=NEAR)
 
     def gap(domain: int) -> float:
         pairs = zip(real[domain], fake[domain], strict=True)
         return sum(loop_mean(lambda r, f: abs(r - f), first, second) for first, second in pairs) / 2
 
-    assert [losses.gap_day.item(), losses.gap_night.item()] == pytest.approx([gap(0), gap(1)], abs=1e-6)
+    assert [losses.gap_day.item(), losses.gap_night.item()] == pytest.approx([gap(0), gap(1)], rel=NEAR)
     weighted = discriminator_loss(discriminators, day, night, made, weight=3.0)
-    assert weighted.total.item() == pytest.approx(3 * sum(expected), rel=1e-6) and weighted.day == losses.day
+    assert weighted.total.item() == pytest.approx(3 * sum(expected), rel=NEAR) and weighted.day == losses.day
 
 
 def test_cross_entropy_against_plain_loops() -> None:
@@ -96,22 +100,22 @@ def test_cross_entropy_against_plain_loops() -> None:
             return -(aim * math.log(chance) + (1 - aim) * math.log(1 - chance))
 
         expected = sum(loop_mean(nats, score) for score in scores)
-        assert cross_entropy(scores, aim).item() == pytest.approx(expected, abs=1e-6)
+        assert cross_entropy(scores, aim).item() == pytest.approx(expected, rel=NEAR)
     assert cross_entropy([torch.tensor([200.0])], 0.0).item() == 200.0  # sure and wrong: no infinity
     day, night, made = torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4), random_translation()
     of_discriminators = discriminator_loss(discriminators, day, night, made, cross_entropy)
     real, fake = discriminators(day, night)[0], discriminators(made.day_from_night, made.night_from_day)[0]
     assert of_discriminators.day.item() == pytest.approx(
-        (cross_entropy(real, 1) + cross_entropy(fake, 0)).item(), abs=1e-6
+        (cross_entropy(real, 1) + cross_entropy(fake, 0)).item(), rel=NEAR
     )
     losses = generator_loss(discriminators, None, day, night, made, LossWeights(), cross_entropy)
-    assert losses.adversarial_day.item() == pytest.approx(cross_entropy(fake, 1).item(), abs=1e-6)
+    assert losses.adversarial_day.item() == pytest.approx(cross_entropy(fake, 1).item(), rel=NEAR)
 
 
 def test_the_loss_at_chance_level() -> None:
     for name, score in (("least_squares", 0.5), ("cross_entropy", 0.0)):
         loss, scores = adversarial_loss(name), [torch.full((2, 1, 3, 3), score)]
-        assert (loss(scores, 0.0) + loss(scores, 1.0)).item() == pytest.approx(chance_loss(name), rel=1e-6)
+        assert (loss(scores, 0.0) + loss(scores, 1.0)).item() == pytest.approx(chance_loss(name), rel=NEAR)
     assert adversarial_loss("least_squares") is least_squares
 
 
@@ -128,10 +132,10 @@ def test_means_of_terms_over_iterations_and_workers() -> None:
         rows.append(dict(zip(TERMS, [term.item() for losses in both for term in losses], strict=True)))
     sums, count = means.sums.clone(), means.count
     expected = {name: (rows[0][name] + rows[1][name]) / 2 for name in TERMS}
-    assert means.close(lambda tensor: tensor, 1) == pytest.approx(expected, rel=1e-6)
+    assert means.close(lambda tensor: tensor, 1) == pytest.approx(expected, rel=NEAR)
     assert means.count == 0 and not means.sums.any()
     twice = TermMeans(CPU, sums, count).close(lambda tensor: 2 * tensor, 2)  # another worker has as much
-    assert twice == pytest.approx(expected, rel=1e-6)
+    assert twice == pytest.approx(expected, rel=NEAR)
     assert {"discriminator_total", "discriminator_gap_night", "total", "perceptual_day"} <= set(TERMS)
 
 
@@ -172,13 +176,13 @@ def test_generator_terms_against_plain_loops() -> None:
     }
     found = {name: value.item() for name, value in losses._asdict().items()}
     total = found.pop("total")
-    assert found == pytest.approx(expected, abs=1e-6, rel=1e-6)
+    assert found == pytest.approx(expected, rel=NEAR)
     weighted = sum(
         weight * (expected[f"{name}_day"] + expected[f"{name}_night"])
         for name, weight in weights.model_dump().items()
         if name != "discriminator"
     )
-    assert total == pytest.approx(weighted, rel=1e-6)
+    assert total == pytest.approx(weighted, rel=NEAR)
 
 
 def test_left_out_terms_are_zero() -> None:
@@ -296,15 +300,19 @@ def test_a_step_is_adams_on_the_weighted_loss() -> None:
         decayed = gradient + 0.01 * parameter.detach()
         expected.append(parameter.detach() - 2e-3 * decayed / (decayed.abs() + 1e-8))  # both moments corrected
     discriminator_step(networks, networks.discriminators, day, night, made, settings, FLOAT32)
-    for parameter, aim in zip(parameters, expected, strict=True):
-        torch.testing.assert_close(parameter.detach(), aim, rtol=1e-4, atol=2e-5)
+    for parameter, aim, gradient in zip(parameters, expected, gradients, strict=True):
+        # Only where rounding of the gradient, a sum over some 2,000 places and layers, may turn its sign a step of Adam
+        # depends on it: by its share of what is divided by itself, two steps at most.
+        error = rounding(2000) * gradient.abs().max()
+        slack = 2e-3 * (2 * error / (gradient + 0.01 * parameter.detach()).abs().clamp_min(error))
+        assert ((parameter.detach() - aim).abs() <= slack + rounding(8)).all()
 
 
 def test_the_rate_is_that_of_steplr() -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=4, gamma=0.5)
     for iteration in range(13):
-        assert stepped_rate(0.3, iteration, 4) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+        assert stepped_rate(0.3, iteration, 4) == pytest.approx(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
     networks = networks_of(SETTINGS)

@@ -32,6 +32,7 @@ from nightseg.unit.network import (
     to_uint8,
     to_unit_range,
 )
+from tests.rounding import assert_near, rounding
 
 
 @pytest.fixture(autouse=True)
@@ -128,7 +129,7 @@ def test_padding_reflects() -> None:
 
 
 def test_instance_norm_is_that_of_pytorch_and_leaves_channels_last() -> None:
-    features = (torch.randn(3, 4, 5, 6) * 3 + 1).to(memory_format=torch.channels_last).requires_grad_()
+    features = (torch.randn(3, 4, 5, 6).double() * 3 + 1).to(memory_format=torch.channels_last).requires_grad_()
     plain = features.detach().clone().requires_grad_()
     ours, expected = InstanceNorm()(features), nn.InstanceNorm2d(4)(plain)
     torch.testing.assert_close(ours, expected)
@@ -141,16 +142,18 @@ def test_instance_norm_is_that_of_pytorch_and_leaves_channels_last() -> None:
 
 
 def test_layer_norm_divides_by_the_unbiased_deviation_of_each_sample() -> None:
-    features = torch.randn(3, 4, 5, 6) * torch.tensor([0.5, 2.0, 30.0]).view(3, 1, 1, 1) + 7
-    norm = LayerNorm(4)
+    features = torch.randn(3, 4, 5, 6).double() * torch.tensor([0.5, 2.0, 30.0]).view(3, 1, 1, 1) + 7
+    norm = LayerNorm(4).double()
     with torch.no_grad():
         norm.shift.copy_(torch.arange(4.0))
     for index, sample in enumerate(features):
         expected = (sample - sample.mean()) / (sample.std() + 1e-5) * norm.gain[:, None, None] + norm.shift[
             :, None, None
         ]
-        torch.testing.assert_close(norm(features)[index], expected, rtol=1e-4, atol=1e-4)
-    assert torch.equal(norm(torch.ones(1, 4, 2, 2)), torch.arange(4.0).view(1, 4, 1, 1).expand(1, 4, 2, 2))
+        # Ours divides by sqrt(variance + 1e-10): a deviation of 0.4 or more without the 1e-5, of values up to 4.
+        torch.testing.assert_close(norm(features)[index], expected, rtol=0, atol=4 * 1e-5 / 0.4)
+    flat = norm.float()(torch.ones(1, 4, 2, 2))
+    assert torch.equal(flat, torch.arange(4.0).view(1, 4, 1, 1).expand(1, 4, 2, 2))
 
 
 def test_coarse_scales_average_only_real_pixels() -> None:
@@ -168,9 +171,9 @@ def test_smallest_discriminated_side_is_the_smallest(scales: int) -> None:
 
 
 def test_generators_pass_equals_its_parts() -> None:
-    generators = Generators(width=4, res_blocks=1)
-    day, night = torch.rand(2, 3, 16, 16) * 2 - 1, torch.rand(2, 3, 16, 16) * 2 - 1
-    noise = LatentNoise(*torch.randn(4, 2, 16, 4, 4))
+    generators = Generators(width=4, res_blocks=1).double()
+    day, night = torch.rand(2, 2, 3, 16, 16, dtype=torch.float64) * 2 - 1
+    noise = LatentNoise(*torch.randn(4, 2, 16, 4, 4, dtype=torch.float64))
     made = generators(day, night, noise)
     day_code = generators.day_encoder(day)
     night_from_day = generators.night_decoder(day_code + noise.day)
@@ -270,7 +273,8 @@ def test_tiles_equal_the_whole_image_but_for_the_norms_and_the_seams() -> None:
             lines[begin : begin + seam] |= begin > 0
             lines[end - seam : end] |= end < size
     free = ~in_a_seam[: images.shape[2], : images.shape[3]]
-    assert free.float().mean() > 0.02 and apart[free].max() < 1e-6 * whole.abs().max()
+    assert free.float().mean() > 0.02
+    assert_near(apart[free], torch.zeros_like(apart[free]), terms=32, magnitude=float(whole.abs().max()))  # of tiles
     assert apart.max() > 1e-3  # the padding of a tile shows in its seams
 
 
@@ -290,8 +294,8 @@ def test_tiles_of_an_even_texture_look_like_the_whole() -> None:
 
 
 def test_translate_keeps_any_size_and_adds_no_noise() -> None:
-    generators = Generators(width=4, res_blocks=1).eval()
-    images = torch.rand(1, 3, 33, 18) * 2 - 1
+    generators = Generators(width=4, res_blocks=1).double().eval()
+    images = torch.rand(1, 3, 33, 18, dtype=torch.float64) * 2 - 1
     with torch.no_grad():
         night, again = generators.translate(images, "night"), generators.translate(images, "night")
         day = generators.translate(images, "day")
@@ -300,7 +304,7 @@ def test_translate_keeps_any_size_and_adds_no_noise() -> None:
     assert torch.equal(night, again)
     assert not torch.equal(night, day)
     expected = generators.night_decoder(generators.day_encoder(images[:, :, :32, :16]))
-    torch.testing.assert_close(whole, expected)
+    torch.testing.assert_close(whole, expected.float() if whole.dtype == torch.float32 else expected)
 
 
 def test_ranges_round_trip_exactly() -> None:
@@ -315,11 +319,10 @@ def test_a_model_folder_brings_the_translator_back(tmp_path: Path) -> None:
     generators = Generators(width=4, res_blocks=1)
     folder = Location.of(tmp_path / "model")
     save_model(folder, generators.state_dict(), {"kind": "unit", "width": 4, "res_blocks": 1, "shared_blocks": 0})
-    images = torch.rand(1, 3, 16, 16)
-    with torch.no_grad():
-        torch.testing.assert_close(
-            load_generators(folder).translate(images, "day"), generators.translate(images, "day")
-        )
+    images = torch.rand(1, 3, 16, 16, dtype=torch.float64)
+    with torch.no_grad():  # in float64: their memory has another order
+        found = load_generators(folder).double().translate(images, "day")
+        torch.testing.assert_close(found, generators.double().translate(images, "day"))
 
 
 def test_wrong_model_folders_are_refused(tmp_path: Path) -> None:
@@ -387,18 +390,20 @@ def test_a_tile_as_large_as_the_overlap_is_refused() -> None:
 def test_identity_comes_back_whatever_the_tiles() -> None:
     images = torch.rand(2, 3, 33, 47)
     for tile in ((8, 8), (10, 47), (40, 9), (33, 47)):
-        torch.testing.assert_close(tiled(lambda part: part, images, tile, 4), images, rtol=1e-6, atol=1e-6)
+        assert_near(tiled(lambda part: part, images, tile, 4), images, terms=32)  # up to nine weighted tiles
 
 
 def test_outside_the_seams_a_local_operation_is_exact_and_inside_the_nearer_tile_counts_more() -> None:
     images, kernel = torch.rand(1, 1, 30, 30), torch.rand(1, 1, 5, 5)
+    least = rounding(32) * 25  # of sums of 25 products below 1
 
     def blur(part: torch.Tensor) -> torch.Tensor:  # looks two pixels far, and puts zeros beyond the border
         return F.conv2d(part, kernel, padding=2)
 
     apart = (tiled(blur, images, (30, 18), 6) - blur(images))[0, 0].abs().amax(0)
     seam = range(12, 18)  # tiles are columns 0 .. 17 and 12 .. 29
-    assert all((value > 1e-5) == (column in (12, 13, 16, 17)) for column, value in enumerate(apart.tolist()))
+    assert all((value > least) == (column in (12, 13, 16, 17)) for column, value in enumerate(apart.tolist()))
     assert set(seam) > {12, 13, 16, 17}
     wrong = F.conv2d(images[..., :18], kernel, padding=2)[..., 17] - blur(images)[..., 17]
-    torch.testing.assert_close(apart[17], wrong.abs().max() * 0.5 / 6 / (0.5 / 6 + 5.5 / 6))
+    aim = wrong.abs().max() * 0.5 / 6 / (0.5 / 6 + 5.5 / 6)
+    assert_near(apart[17], aim, terms=32, magnitude=25.0)

@@ -30,6 +30,7 @@ from nightseg.unit.loss import TERMS
 from nightseg.unit.network import Generators, build_generators
 from nightseg.unit.settings import LossWeights, Translator
 from nightseg.unit.train import Log, Plan, collapsed, failing, learn, not_finite, sample_sheet
+from tests.rounding import assert_near, rounding
 
 CHANCE = 1.5  # least squares, three scales
 
@@ -175,7 +176,8 @@ def test_curves_change_no_result_and_a_restart_leaves_no_gap(tmp_path: Path) -> 
     assert set(curves.Tags()["scalars"]) == {f"loss/{term}" for term in TERMS}
     points = curves.Scalars("loss/total")
     assert [point.step for point in points] == [1, 2, 3, 4, 5, 6, 7]
-    assert [point.value for point in points] == pytest.approx([row["total"] for row in plain.state()["history"]])
+    # written as float32
+    assert [np.float32(row["total"]) for row in plain.state()["history"]] == [point.value for point in points]
     sheets = curves.Images("samples/day_night_night_day")
     assert [sheet.step for sheet in sheets] == [3, 6, 7]
     assert decode_image(sheets[-1].encoded_image_string).shape == (sheets[-1].height, sheets[-1].width, 3)
@@ -208,8 +210,7 @@ def test_the_ema_is_warmed_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         decay = min(0.3, (1 + index) / (10 + index))
         expected = decay * expected + (1 - decay) * weights.double()
     found = state["ema"][next(iter(state["ema"]))]
-    # each of the 7 steps rounds a value below 1 a few times: 7 * 4 * 2^-24
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-6)
+    assert_near(found, expected, terms=7 * 4, magnitude=1.0)  # each step rounds a value below 1 a few times
     assert not torch.equal(found, seen[-1])
 
 
@@ -228,8 +229,10 @@ def first_losses(plan: Plan, world_size: int) -> list[dict[str, float]]:
 def test_two_workers_share_the_global_batch(tmp_path: Path) -> None:
     plan = plan_for(tmp_path)["plan"]
     (alone,), shared = first_losses(plan, 1), first_losses(plan, 2)
+    # Means of up to 2 * 3 * 16 * 20 pixels, of networks of some ten layers with sums of up to 200.
+    near = rounding(2000 + 2000)
     for term in TERMS:
-        assert alone[term] == pytest.approx(sum(report[term] for report in shared), rel=1e-4, abs=1e-6)
+        assert alone[term] == pytest.approx(sum(report[term] for report in shared), rel=near, abs=near)
 
 
 def test_samples_and_terms_can_be_looked_at_while_it_trains(tmp_path: Path) -> None:
