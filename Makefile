@@ -1,6 +1,6 @@
 # Every target sets itself up in .venv inside the checkout. Needed: Python 3.11 or newer, make, gcc.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check bench clean
+.PHONY: help setup demo test test-slow test-all check bench clean
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
@@ -18,10 +18,15 @@ demo: setup ## the whole chain on made-up street scenes, to a report, in minutes
 	$(BIN)/nightseg run configs/demo.yaml
 
 test: setup ## the default tests (a few minutes on 2 cores)
-	$(BIN)/python -m pytest -m "not slow"
+	@# Side by side: tests on Ray wait half of their time for it. Their output comes last.
+	@log=$$(mktemp); $(BIN)/python -m pytest -m "ray and not slow" >$$log 2>&1 & \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not ray and not slow"; rest=$$?; \
+	wait $$!; ray=$$?; echo "On Ray:"; cat $$log; rm $$log; exit $$((rest || ray))
 
-test-all: setup ## all tests, whole chains, kills and restarts included
-	$(BIN)/python -m pytest
+test-slow: setup ## whole chains, kills and restarts; START_WITHIN=MINUTES names those that did not start by then
+	$(BIN)/python -m pytest -m slow -vv $(if $(START_WITHIN),--start-within $(START_WITHIN))
+
+test-all: test test-slow ## all tests
 
 check: setup ## formatting, lint and types
 	$(BIN)/ruff format --check .

@@ -1,8 +1,9 @@
-"""Fixtures of all tests."""
+"""Fixtures of all tests; how long a run may go on starting them."""
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,10 +11,33 @@ import hypothesis
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+STARTED = time.monotonic()
+NOT_RUN = "not run: the time for starting tests was over"
 
 # How long an example takes says nothing about the code on a machine that does other work as well.
 hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--start-within", type=float, metavar="MINUTES", help="start no test later; name those left out")
+
+
+@pytest.hookimpl(tryfirst=True)  # before fixtures
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    minutes = item.config.getoption("--start-within")
+    if minutes is not None and time.monotonic() - STARTED >= 60 * minutes:
+        pytest.skip(NOT_RUN)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    left_out = [
+        report.nodeid for report in terminalreporter.stats.get("skipped", []) if NOT_RUN in str(report.longrepr)
+    ]
+    if left_out:
+        terminalreporter.section(f"{len(left_out)} TESTS WERE NOT RUN: the time was over", red=True, bold=True)
+        for name in left_out:
+            terminalreporter.line(f"NOT RUN {name}")
 
 
 @pytest.fixture(scope="session")
