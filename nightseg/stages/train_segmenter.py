@@ -11,6 +11,9 @@ from nightseg.cluster.settings import TrainCompute
 from nightseg.cluster.train import fit
 from nightseg.data import table as frame
 from nightseg.data.class_list import taxonomy as load_taxonomy
+from nightseg.data.images import BadFrame
+from nightseg.data.labels import train_ids_of
+from nightseg.data.taxonomy import IGNORE, Taxonomy
 from nightseg.networks.model_folder import save_model
 from nightseg.progress import Progress
 from nightseg.segmenter.network import SemanticFPN, check_architecture, model_card
@@ -113,9 +116,10 @@ def check_training(model: str, plan: Plan, compute: TrainCompute) -> None:
         raise UserError(
             f"{where}: its train sets hold no frame", cure="see the quarantine tables of its datasets for the reasons"
         )
-    _check_labelled(plan.train, f"{where}, train")
-    if plan.validate is not None:
-        _check_labelled(plan.validate, f"{where}, validate_on")
+    for key, rows in (("train", plan.train), ("validate_on", plan.validate)):
+        if rows is not None:
+            _check_labelled(rows, f"{where}, {key}")
+            _check_valid(rows, plan.classes, f"{where}, {key}")
     if training.warmup_steps >= plan.total_steps:
         raise UserError(
             f"{where}: training.warmup_steps is {training.warmup_steps}, but the whole training has {plan.total_steps} "
@@ -155,3 +159,18 @@ def _check_labelled(rows: pa.Table, where: str) -> None:
             f"{rows[frame.FRAME_ID][bare[0]].as_py()})",
             cure="train and validate on labelled datasets, and learn from unlabelled ones through self_training.pool",
         )
+
+
+def _check_valid(rows: pa.Table, classes: Taxonomy, where: str) -> None:
+    """Refuse labels of nothing but ignored pixels. Usually the first label that is read has others, and ends it."""
+    for row in rows.select([frame.LABEL_URI, frame.LABEL_ENCODING]).to_pylist():
+        try:
+            train_ids = train_ids_of(row, classes)
+        except BadFrame:
+            return  # it was good when it was collected: reading the frames says what has happened to it
+        if train_ids is not None and (train_ids != IGNORE).any():
+            return
+    raise UserError(
+        f"{where}: none of the {rows.num_rows} labels has a pixel with a class, only ignored ones",
+        cure="check the labels of its datasets, and what their ids mean (label_encoding)",
+    )

@@ -72,6 +72,20 @@ def test_evaluate_gives_fractions_in_json_and_percent_to_people(masks: tuple[Pat
     assert "2 frames, percent" in out and "75.0" in out and "77.5" in out and "boundary" not in out
 
 
+def test_evaluate_says_what_it_takes_labels_for_and_asks_in_doubt(masks: tuple[Path, Path]) -> None:
+    answer = json_of("evaluate", *masks, "--taxonomy", "camvid11")
+    assert answer["label_encoding"] == "train_ids" and answer["labels"]["why"] == "by their ids"
+    assert "labels read as train_ids" in good("evaluate", *masks, "--taxonomy", "camvid11").stdout
+    for folder, ids in zip(masks, ((0, 1), (7, 8)), strict=True):  # road and sidewalk, or sign and vegetation
+        for file in folder.iterdir():
+            file.write_bytes(encode_png(np.array([ids], np.uint8)))
+    told = refused("evaluate", *masks, "--taxonomy", "cityscapes19")
+    assert "may be train_ids or label_ids" in told
+    assert "Cure: say what the ids mean by --label-encoding train_ids or label_ids" in told
+    words = ("evaluate", *masks, "--taxonomy", "cityscapes19", "--label-encoding", "label_ids")
+    assert json_of(*words)["miou"] == 1.0
+
+
 def test_evaluate_measures_boundaries_and_takes_an_encoding(masks: tuple[Path, Path]) -> None:
     words = ("evaluate", *masks, "--taxonomy", "camvid11", "--boundary", "--label-encoding", "camvid12")
     answer = json_of(*words)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -18,8 +19,9 @@ from nightseg.data.class_list import taxonomy
 from nightseg.data.images import decode_image, decode_label, encode_jpeg, encode_png
 from nightseg.data.video import new_video, open_video
 from nightseg.networks.model_folder import save_model
-from nightseg.pipeline.single import predict_frames
+from nightseg.pipeline.single import evaluate_folders, predict_frames
 from nightseg.progress import SilentProgress
+from nightseg.recipe.types import Evaluation
 from nightseg.segmenter.network import build_semantic_fpn
 from nightseg.segmenter.predict import Segmented, Segmenter
 from nightseg.segmenter.settings import Inference, Network
@@ -110,6 +112,36 @@ class TestImages:
         assert found.keys() == {
             *("model", "source", "images", "written", "quarantined", "out", "save", "taxonomy", "seconds")
         }
+
+    def test_frames_of_odd_names_are_scored_against_their_labels(self, model: Location, tmp_path: Path) -> None:
+        """Frame, mask, score: every class is right, so every mask found its own label."""
+        names = [
+            "50%",
+            "50%25",
+            "a b",
+            "-rf",
+            "#1?",
+            "a:b",
+            "x_gt",
+            "line\nbreak",
+            "Zu\u0308rich/e\u0301",
+            "l" * 200,
+            "A",
+            "a",
+        ]
+        for value, name in enumerate(names):
+            place = tmp_path / f"images/{name}.PNG"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(encode_png(image(value % 11)))
+            label = tmp_path / f"labels/{unicodedata.normalize('NFC', name) if '/' in name else name}.png"
+            label.parent.mkdir(parents=True, exist_ok=True)
+            label.write_bytes(encode_png(np.full((4, 6), value % 11, np.uint8)))
+        assert predict(model, tmp_path / "images", tmp_path / "out")["written"] == len(names)
+        found = evaluate_folders(
+            Location.of(tmp_path / "out"), Location.of(tmp_path / "labels"), "camvid11",
+            evaluation=Evaluation(), compute=MapCompute(actors=0), progress=SilentProgress(),
+        )  # fmt: skip
+        assert (found["miou"], found["frames"]) == (1.0, len(names))
 
     def test_masks_do_not_become_frames(self, model: Location, tmp_path: Path) -> None:
         """Wherever the output lies; where they would mix it is refused."""

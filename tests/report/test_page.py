@@ -189,6 +189,13 @@ def test_a_run_with_nothing_but_frames(made_up_run: Any, tmp_path: Path) -> None
     assert "Every frame could be read and used" in page.text
 
 
+def test_what_labels_were_read_as_is_shown(made_up_run: Any, tmp_path: Path) -> None:
+    facts = {"encoding": "camvid12", "why": "by their ids", "files": 7, "valid": 0.981, "absent": ["tree", "fence"]}
+    results = made_up_run.results | {"labels": {"day": facts}}
+    text = Page(write_report(Location.of(tmp_path), results).read_bytes().decode()).text
+    assert all(word in text for word in ("camvid12", "by their ids", "98.1", "tree, fence", "classes without a pixel"))
+
+
 def test_strip_is_five_panels(made_up_run: Any, tmp_path: Path) -> None:
     place = strip_image(made_up_run.folder, made_up_run.results, Location.of(tmp_path / "strip.png"), height=100)
     picture = Image.open(io.BytesIO(place.read_bytes()))

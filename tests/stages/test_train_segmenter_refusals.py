@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from nightseg.cluster.settings import TrainCompute
 from nightseg.data.class_list import taxonomy
+from nightseg.data.images import encode_png
 from nightseg.data.table import frame_table
 from nightseg.errors import UserError
 from nightseg.segmenter.settings import Loss, Network, Ohem, Training
@@ -60,6 +63,15 @@ def test_frames_that_cannot_be_learned_from() -> None:
     assert "student, train: 1 of 2 frames have no label (first toy/0)" in refusal(bare)
     assert "self_training.pool" in refusal(good, bare)
     assert "hold no frame" in refusal(good.slice(0, 0))
+
+
+def test_labels_of_ignored_pixels_only(tmp_path: Path) -> None:
+    """A set that was drawn from a good one, such as its night frames, may have them."""
+    for name, value in (("void", 11), ("road", 3)):
+        (tmp_path / f"{name}.png").write_bytes(encode_png(np.full((4, 4), value, np.uint8)))
+    void, road = str(tmp_path / "void.png"), str(tmp_path / "road.png")
+    assert "student, train: none of the 2 labels has a pixel with a class" in refusal(rows(void, void))
+    assert "student, validate_on: none of the 1 labels" in refusal(rows(void, road), rows(void))
 
 
 def test_settings_that_contradict_each_other() -> None:
