@@ -11,6 +11,7 @@ import io
 import struct
 import threading
 import warnings
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -40,7 +41,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")  # the nine of pytorch-fid
 MAX_PIXELS = 64_000_000
 
-_PNG_HEADER = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_HEADER = _PNG_SIGNATURE + b"\0\0\0\rIHDR"
 _IMAGE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 # Grey PNGs of 2 and 4 bits are stretched to 0..255 by Pillow; labels need the stored ids back.
 _LABEL_STRETCH = {"L": 1, "P": 1, "P;1": 1, "P;2": 1, "P;4": 1, "1": 1, "L;2": 85, "L;4": 17}
@@ -99,7 +101,7 @@ def decode_turned(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[UInt8, int
         if pixels_HWC is not None:
             upright, orientation = _upright(Image.fromarray(pixels_HWC), _orientation(image))
             return (pixels_HWC if orientation == 1 else np.array(upright)), orientation
-    upright, orientation = _load_upright(image)
+    upright, orientation = _load_upright(image, data)
     return _rgb(upright), orientation
 
 
@@ -168,7 +170,7 @@ def decode_stored_label(data: bytes, max_pixels: int = MAX_PIXELS) -> StoredLabe
             "wrong_mode",
             f"a label is an 8-bit grey or palette PNG, this is {image.format} mode {image.mode} ({rawmode})",
         )
-    upright, orientation = _load_upright(image)
+    upright, orientation = _load_upright(image, data)
     colours = np.array(image.getpalette("RGB") or [], dtype=np.uint8).reshape(-1, 3) if image.mode == "P" else None
     palette = None if colours is None else np.vstack([colours, np.zeros((256 - len(colours), 3), np.uint8)])
     ids = np.array(upright, dtype=np.uint8) // np.uint8(_LABEL_STRETCH[rawmode])
@@ -272,8 +274,10 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         raise BadFrame("decompression_bomb", f"{width} x {height} pixels, at most {max_pixels} are accepted")
 
 
-def _load(image: ImageFile.ImageFile) -> None:
+def _load(image: ImageFile.ImageFile, data: bytes) -> None:
     """Decode the pixels. The header was good, so any fault from here on is damaged data."""
+    if image.format == "PNG":
+        _check_png(data)
     try:
         image.load()
     except Exception as error:  # as above: the decoders raise what they like
@@ -292,6 +296,24 @@ def _strict_jpeg(image: ImageFile.ImageFile, data: bytes) -> UInt8 | None:
     return pixels_HWC if image.mode == "RGB" else np.repeat(pixels_HWC, 3, axis=2)
 
 
+def _check_png(data: bytes) -> None:
+    """BadFrame unless all pixel data has its checksum: Pillow skips that of IDAT chunks and stops at the last pixel."""
+    place = len(_PNG_SIGNATURE)
+    while place + 12 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, place)
+        end = place + 12 + length
+        if kind == b"IDAT" and end <= len(data):
+            expected, seen = (
+                struct.unpack_from(">I", data, end - 4)[0],
+                zlib.crc32(memoryview(data)[place + 4 : end - 4]),
+            )
+            if seen != expected:
+                raise BadFrame("truncated", f"PNG: the checksum of its pixels is {expected:08x}, theirs is {seen:08x}")
+        if kind == b"IEND":
+            return
+        place = end
+
+
 def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
@@ -305,10 +327,10 @@ def _rawmode(image: ImageFile.ImageFile) -> str:
     return first if isinstance(first, str) and first else image.mode
 
 
-def _load_upright(image: ImageFile.ImageFile) -> tuple[Image.Image, int]:
+def _load_upright(image: ImageFile.ImageFile, data: bytes) -> tuple[Image.Image, int]:
     """The decoded image, upright, and the orientation that it is stored in."""
     told = _orientation(image) if image.format == "TIFF" else 1  # which Pillow turns as it decodes
-    _load(image)
+    _load(image, data)
     upright, orientation = _upright(image, _orientation(image))  # only now: in a PNG it may stand behind the pixels
     return upright, orientation if told == 1 else told
 

@@ -139,6 +139,21 @@ def test_a_cut_jpeg_and_a_damaged_png_are_called_truncated() -> None:
     assert reason_of(bytes(data)) == "truncated"
 
 
+def test_no_flipped_bit_of_a_png_changes_its_pixels() -> None:
+    """Smooth labels of few bytes: Pillow alone stops at the last pixel, before the checksum at the end of the data."""
+    label = (np.add.outer(np.arange(60), np.arange(70)) % 250).astype(np.uint8)
+    whole, refused = encode_png(label), 0
+    for bit in range(8 * len(whole)):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        try:
+            np.testing.assert_array_equal(decode_label(bytes(data)), label)
+        except BadFrame:
+            refused += 1
+    assert refused > 0.7 * 8 * len(whole), "all but what follows the pixels"
+    np.testing.assert_array_equal(decode_label(whole + b"a camera's notes"), label)
+
+
 def test_truncated_images_stay_errors() -> None:
     assert ImageFile.LOAD_TRUNCATED_IMAGES is False
 
