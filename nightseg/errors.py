@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 
 MOST_NAMED = 5
+_MOST_TOGETHER = 10
 
 
 class UserError(ValueError):
@@ -15,6 +16,7 @@ class UserError(ValueError):
     def __init__(self, what: str, *, cure: str = "") -> None:
         super().__init__(f"{what.rstrip('.')}. Cure: {cure.removesuffix('.')}." if cure else what)
         self.what, self.cure = what, cure
+        self.problems: list[UserError] = []  # of several in one, each
 
 
 def closest(word: str, known: Iterable[str]) -> str:
@@ -30,9 +32,19 @@ def first_of(names: Sequence[str]) -> str:
 
 
 def together(problems: Sequence[UserError]) -> UserError:
-    """Several as one, each once, so that all can be mended before the next try."""
-    lines = list(dict.fromkeys(map(str, problems)))
-    if len(lines) == 1:
-        return problems[0]
-    what = "\n- ".join([f"{len(lines)} problems:", *lines])
-    return UserError(what, cure="all of these, then the same command")
+    """Several as one, each once, so that all can be mended before the next try.
+
+    Of many the first of each kind, which is known by its cure, and some more.
+    """
+    single = [one for problem in problems for one in problem.problems or [problem]]
+    single = list({str(one): one for one in single}.values())
+    if len(single) == 1:
+        return single[0]
+    kinds = {one.cure: one for one in reversed(single)}
+    chosen = {id(one) for one in [*kinds.values(), *single[:_MOST_TOGETHER]]}
+    shown = [str(one) for one in single if id(one) in chosen]
+    shown += [f"and {len(single) - len(shown)} more like these"] if len(shown) < len(single) else []
+    what = "\n- ".join([f"{len(single)} problems:", *shown])
+    error = UserError(what, cure="all of these, then the same command")
+    error.problems = single
+    return error

@@ -1,9 +1,31 @@
-"""The hint behind a word that is not known."""
+"""The hint behind a word that is not known, names of a long list, several errors as one."""
 
-from nightseg.errors import closest
+import pickle
+
+from nightseg.errors import UserError, closest, first_of, together
 
 
 def test_the_closest_known_word_is_offered_and_only_if_it_is_close() -> None:
     assert closest("cityscape19", ("cityscapes19", "camvid11")) == ", did you mean 'cityscapes19'?"
     assert closest("zebra", ("cityscapes19", "camvid11")) == ""
     assert closest("a", {}) == ""
+
+
+def test_a_long_list_shows_its_first_names() -> None:
+    assert first_of(["a", "b"]) == "a, b"
+    assert first_of(list("abcdefg")) == "a, b, c, d, e and 2 more"
+
+
+def test_several_errors_are_one_each_once_and_the_first_of_each_kind() -> None:
+    one, two = UserError("a: wrong", cure="mend a"), UserError("b: wrong", cure="mend b")
+    assert together([one, one]) is one
+    both = together([one, two])
+    assert str(both).splitlines()[:2] == ["2 problems:", "- a: wrong. Cure: mend a."]
+    assert str(both).endswith("- b: wrong. Cure: mend b. Cure: all of these, then the same command.")
+    flat = together([both, UserError("c: wrong", cure="mend c"), one])
+    assert flat.problems == [one, two, flat.problems[2]] and str(flat).startswith("3 problems:\n- a: wrong")
+    many = together([UserError(f"{number}: wrong", cure="mend it") for number in range(30)] + [two])
+    lines = str(many).split("\n- ")
+    assert lines[0] == "31 problems:" and lines[1].startswith("0: wrong") and len(lines) == 13
+    assert lines[11].startswith("b: wrong") and lines[12].startswith("and 20 more like these")
+    assert str(pickle.loads(pickle.dumps(many))) == str(many)  # it comes from an actor

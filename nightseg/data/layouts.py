@@ -321,6 +321,14 @@ class Pair(NamedTuple):
     label: Entry  # below the folder of labels
 
 
+class Unpaired(UserError):  # noqa: N818 (what is the case, not what went wrong)
+    """Labels without prediction; `pairs` are the others."""
+
+    def __init__(self, what: str, *, cure: str, pairs: list[Pair]) -> None:
+        super().__init__(what, cure=cure)
+        self.pairs = pairs
+
+
 def pair_up(
     predictions_folder: Location,
     labels_folder: Location,
@@ -332,7 +340,7 @@ def pair_up(
     Suffix and endings such as `_leftImg8bit` are left out of the comparison; names that `predict` had to change are
     known. Predictions without label are not used, nor are pictures for people, and predictions that lie among the
     labels or labels among them. Where one side has no folders, or one more above all, the rest of the names counts.
-    Raises UserError: no folder, no label, a label without prediction, names that fit more than once.
+    Raises UserError: no folder, no label, names that fit more than once; Unpaired: a label without prediction.
     """
     masks = _pngs(predictions_folder, "predictions", say, labels_folder)
     files = _pngs(labels_folder, "labels", say, predictions_folder)
@@ -342,17 +350,19 @@ def pair_up(
     labels = labels_of_frames(files, "labels", prefer=label_encoding or TRAIN_IDS, frames=own, say=say)
     broken = [f"{label.name} ({label.problem})" for label in labels.values() if label.problem]
     found = _matches(list(labels), predictions)
-    missing = [key for key in labels if key not in found]
+    missing = [key for key, label in labels.items() if key not in found and not label.problem]
+    pairs = [Pair(predictions[found[key]], label) for key, label in labels.items() if key in found]
     if broken or missing:
         hints = [f"{labels[key].name}{_hint(key, labels, predictions)}" for key in missing[:MOST_NAMED]]
-        shown = broken or hints + missing[MOST_NAMED:]
-        raise UserError(
+        shown = broken + hints + missing[MOST_NAMED:]
+        raise Unpaired(
             f"{len(shown)} of {len(labels)} labels in {labels_folder.uri} have no prediction in "
             f"{predictions_folder.uri}: {first_of(shown)}",
             cure="name predictions, which are PNGs, and the folders that they lie in like their labels (without "
             "endings such as _leftImg8bit); `nightseg predict` does so",
+            pairs=[pair for pair in pairs if not pair.label.problem],
         )
-    return [Pair(predictions[found[key]], label) for key, label in labels.items()]
+    return pairs
 
 
 def _matches(labels: list[str], predictions: Mapping[str, Entry]) -> dict[str, str]:

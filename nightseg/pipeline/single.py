@@ -18,11 +18,12 @@ from nightseg.cluster.settings import MapCompute
 from nightseg.data import layouts
 from nightseg.data import table as frame
 from nightseg.data.class_list import taxonomy as load_taxonomy
-from nightseg.data.layouts import pair_up
+from nightseg.data.layouts import Unpaired, pair_up
 from nightseg.data.listing import PREDICTION_CARD
 from nightseg.data.settings import FolderDataset
 from nightseg.data.sources import Source, find_source
 from nightseg.data.video import need_av
+from nightseg.errors import together
 from nightseg.networks.model_folder import TENSORS, load_card
 from nightseg.pipeline import build, run
 from nightseg.pipeline.graph import Given, NodeId, part_of_key
@@ -309,7 +310,14 @@ def evaluate_folders(
     folder, no label, a label without prediction, sizes that differ, unknown ids.
     """
     classes = load_taxonomy(taxonomy)
-    pairs = pair_up(predictions, labels, progress.say, label_encoding)
+    problems: list[UserError] = []
+    try:
+        pairs = pair_up(predictions, labels, progress.say, label_encoding)
+    except Unpaired as error:
+        problems.append(error)
+        pairs = error.pairs[: compute.shard_rows]  # what else is wrong shows at once
+        if not pairs:
+            raise
     places = {
         "prediction_uri": [(predictions / pair.prediction.name).uri for pair in pairs],
         frame.LABEL_URI: [(labels / pair.label.name).uri for pair in pairs],
@@ -321,6 +329,12 @@ def evaluate_folders(
     folder = kept and kept / ".evaluate.work"
     given = Given(pa.table(places), hash_of(listing))
     graph = build.evaluation_graph(given, taxonomy, label_encoding, evaluation, compute)
-    with run.finished(graph, folder, progress) as commits:
-        found: dict[str, Any] = commits[NodeId("evaluate", "folders")].json("scores.json")
+    found: dict[str, Any] = {}
+    try:
+        with run.finished(graph, folder, progress) as commits:
+            found = commits[NodeId("evaluate", "folders")].json("scores.json")
+    except UserError as error:
+        problems.append(error)
+    if problems:
+        raise together(problems)
     return found

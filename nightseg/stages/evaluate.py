@@ -30,6 +30,7 @@ from nightseg.data.images import BadFrame, StoredLabel, decode_stored_label, enc
 from nightseg.data.labels import check_orientation, train_ids_of
 from nightseg.data.prefetch import prefetch
 from nightseg.data.taxonomy import FROM_ONE, IGNORE, Taxonomy
+from nightseg.errors import together
 from nightseg.metrics.boundary import boundary_counts, boundary_scores
 from nightseg.metrics.confusion import add_up, confusion_matrix, scores
 from nightseg.progress import Progress
@@ -233,10 +234,19 @@ class PairCounter:
 
     def __call__(self, rows: pa.Table, folder: Location) -> Mapping[str, pa.Table]:
         with ThreadPoolExecutor(self.threads, thread_name_prefix="nightseg-read") as pool:
-            of_pairs = list(prefetch(pool, self._count, rows.to_pylist(), ahead=2 * self.threads))
-        counted = [row for of_pair in of_pairs for row in of_pair]
+            of_pairs = list(prefetch(pool, self._counted, rows.to_pylist(), ahead=2 * self.threads))
+        if problems := [of_pair for of_pair in of_pairs if isinstance(of_pair, UserError)]:
+            raise together(problems)
+        counted = [row for of_pair in of_pairs if not isinstance(of_pair, UserError) for row in of_pair]
         columns = [*LABEL_FILES_SCHEMA, *(pa.field(name, kind) for name, kind in COUNTS.items())]
         return {"counts": pa.Table.from_pylist(counted, pa.schema(columns))}
+
+    def _counted(self, pair: Mapping[str, str]) -> list[dict[str, Any]] | UserError:
+        """What is wrong is told for a shard at once: all of it for some frames, and not after the last of a million."""
+        try:
+            return self._count(pair)
+        except UserError as error:
+            return error
 
     def _count(self, pair: Mapping[str, str]) -> list[dict[str, Any]]:
         prediction_uri, label_uri = pair[PREDICTION_URI], pair[frame.LABEL_URI]

@@ -305,3 +305,25 @@ def test_classes_that_are_mixed_up_are_told(tmp_path: Path) -> None:
     assert "each class of the labels is another one in the predictions" in found["warning"]
     assert found["warning"] in stream.getvalue()
     assert "warning" not in evaluate_folders(*folders(tmp_path / "good", {"a.png": labels}, {"a.png": labels}))
+
+
+def test_all_that_is_wrong_with_two_folders_is_one_message(tmp_path: Path) -> None:
+    """A label behind a broken link, one without prediction, and four pairs that cannot be compared; nothing twice."""
+    small, unknown = LABEL[:1], np.full_like(LABEL, 77)
+    names = ("cut", "empty", "ids", "label", "size", "sound")
+    where = folders(
+        tmp_path,
+        {f"{name}.png": {"ids": unknown}.get(name, GUESS) for name in names},
+        {f"{name}.png": {"label": unknown, "size": small}.get(name, LABEL) for name in (*names, "alone")},
+    )
+    (tmp_path / "labels/gone.png").symlink_to("/nowhere.png")
+    (tmp_path / "predictions/empty.png").write_bytes(b"")
+    (tmp_path / "predictions/cut.png").write_bytes(encode_png(GUESS)[:40])
+    with pytest.raises(UserError) as caught:
+        evaluate_folders(*where, compute=MapCompute(actors=0, shard_rows=64))
+    head, *problems = str(caught.value).split("\n- ")
+    assert head == "6 problems:"
+    assert "2 of 8 labels" in problems[0] and "gone.png (a link to /nowhere.png that leads nowhere)" in problems[0]
+    for name in (*names[:-1], "alone", "gone"):
+        assert sum(f"{name}.png" in problem for problem in problems) == 1, name
+    assert not any("sound.png" in problem for problem in problems)
