@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from nightseg.data.images import StoredLabel, UInt8
 from nightseg.data.label_names import named_encoding
@@ -115,7 +116,7 @@ class Reading(NamedTuple):
 
 def facts_of(uri: str, label: StoredLabel, encoding: str | None = None) -> dict[str, Any]:
     """The row of LABEL_FILES_SCHEMA of a label."""
-    counts = np.bincount(label.ids.reshape(-1), minlength=256)
+    counts = _pixels_by_id(label.ids)
     ids = np.flatnonzero(counts)
     colours = None if label.palette is None else [red << 16 | green << 8 | blue for red, green, blue in
                                                   (label.palette[raw_id].tolist() for raw_id in ids)]  # fmt: skip
@@ -132,12 +133,21 @@ def facts_of(uri: str, label: StoredLabel, encoding: str | None = None) -> dict[
 def _edges(ids_HW: UInt8) -> dict[str, int]:
     """Neighbours in a row that differ, in every fourth row; and pixels whose id lies between those of both neighbours,
     as interpolation leaves them. Noise, which is no map of areas, has no edges."""
-    rows = ids_HW[::4].astype(np.int16)
-    steps = np.sign(np.diff(rows, axis=1))
-    edges = int(np.count_nonzero(steps))
+    rows = ids_HW[::4]
+    steps = (rows[:, 1:] > rows[:, :-1], rows[:, 1:] < rows[:, :-1])  # up, down
+    edges = sum(int(np.count_nonzero(step)) for step in steps)
     if edges > 0.3 * rows.size:
         return {"edges": 0, "blended": 0}
-    return {"edges": edges, "blended": int(np.count_nonzero(steps[:, 1:] * steps[:, :-1] > 0))}
+    return {"edges": edges, "blended": sum(int(np.count_nonzero(step[:, 1:] & step[:, :-1])) for step in steps)}
+
+
+def _pixels_by_id(ids_HW: UInt8) -> NDArray[np.int64]:
+    """int64[256]. Two neighbours are one 16-bit number, which takes half the time of counting bytes."""
+    ids = np.ascontiguousarray(ids_HW).reshape(-1)
+    even = ids.size // 2 * 2
+    pairs = np.bincount(ids[:even].view(np.uint16), minlength=1 << 16).reshape(256, 256)
+    counts: NDArray[np.int64] = pairs.sum(axis=0) + pairs.sum(axis=1) + np.bincount(ids[even:], minlength=256)
+    return counts
 
 
 def label_files(table: pa.Table) -> list[LabelFile]:

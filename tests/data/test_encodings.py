@@ -22,7 +22,7 @@ from nightseg.data.encodings import (
     label_files,
     read_as,
 )
-from nightseg.data.images import decode_stored_label, encode_png
+from nightseg.data.images import StoredLabel, decode_stored_label, encode_png
 from nightseg.data.taxonomy import Taxonomy
 from nightseg.storage import UserError
 
@@ -210,3 +210,11 @@ def test_jpeg_once_is_warned_of() -> None:
     Image.fromarray(areas).save(buffer, "JPEG", quality=90)
     once = np.array(Image.open(io.BytesIO(buffer.getvalue())))
     assert read([stored(np.clip(once, 0, 10), None)], CAMVID).blended > 0.12
+
+
+def test_every_pixel_is_counted_once() -> None:
+    for height, width in ((1, 1), (1, 3), (2, 4), (7, 9)):
+        ids = np.random.default_rng(height).integers(0, 5, (height, width))
+        values, counts = np.unique(ids, return_counts=True)
+        assert stored(ids, None).pixels == dict(zip(values.tolist(), counts.tolist(), strict=True))
+        assert facts_of("/a", StoredLabel(ids.astype(np.uint8).T, None, 1))["pixels"] == counts.tolist()
