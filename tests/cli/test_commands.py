@@ -93,7 +93,7 @@ def test_evaluate_measures_boundaries_and_takes_an_encoding(masks: tuple[Path, P
     assert answer["boundary"]["iou"]["sky"] == pytest.approx(3 / 4)  # so few pixels are all boundary
     assert json_of(*words, "--boundary-distance", "0.3")["boundary"]["distance"] == 0.3
     assert "boundary IoU" in good(*words).stdout
-    assert "is not in the range" in refused(*words, "--boundary-distance", "0")
+    assert all("is not in the range" in refused(*words, "--boundary-distance", edge) for edge in ("0", "1"))
     assert "no label encoding 'camvid', did you mean 'camvid12'" in refused(*words[:-1], "camvid")
 
 

@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 from rich.text import Text
 
 from nightseg.cli import output
+from nightseg.cli.main import main
 from nightseg.errors import UserError
 from nightseg.pipeline.graph import NodeId
 from nightseg.pipeline.run import Planned
@@ -58,6 +59,15 @@ def test_debug_adds_the_traceback_and_keeps_the_exit_code(error: Exception) -> N
     assert debug.exit_code == plain.exit_code
     assert "Traceback" in debug.stderr and "raise error" in debug.stderr
     assert str(error) in debug.stderr.splitlines()[-1]
+
+
+def test_words_come_from_the_command_line_unless_they_are_given(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["nightseg", "status", "/does/not/exist"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and "/does/not/exist: there is no such run folder" in capsys.readouterr().err
 
 
 def test_names_of_files_cannot_steer_the_terminal() -> None:

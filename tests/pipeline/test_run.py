@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -256,6 +257,16 @@ def test_run_folders_have_a_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert runner.run_folder("demo", "s3://bucket/here").uri == "s3://bucket/here"
     monkeypatch.setenv("NIGHTSEG_RUNS", "/data/runs")
     assert runner.run_folder("demo", None).uri == "/data/runs/demo"
+
+
+def test_work_without_a_place_lies_in_a_temporary_folder_and_goes_with_it(
+    made: MadeUpGraph, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with runner.finished(made.build(recipe), None, SilentProgress()) as commits:
+        (place,) = tmp_path.glob("nightseg-*")
+        assert all(commit.folder.uri.startswith(str(place)) for commit in commits.values())
+    assert not list(tmp_path.glob("nightseg-*"))
 
 
 # -- plans ------------------------------------------------------------------------------------------------------------
