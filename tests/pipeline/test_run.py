@@ -40,6 +40,7 @@ class MadeUpGraph:
         self.text = {DAY: "frames", TRAIN: "weights", TEST: "scores"}
         self.settings: dict[NodeId, dict[str, Any]] = {DAY: {"count": 4}, TRAIN: {"epochs": {"last": 2}}, TEST: {}}
         self.fails: NodeId | None = None
+        self.most_rows: int | None = None
         self.meanwhile: Callable[[], None] = lambda: None
 
     def build(self, recipe: Recipe, only: str | None = None) -> Graph:
@@ -58,6 +59,7 @@ class MadeUpGraph:
                 counted=tuple(need.stage for need in needs[:1]),
                 seed=recipe.seed if is_training else 0,
                 expected_rows=4 if node is DAY else None,
+                most_rows=self.most_rows if node is DAY else None,
             )
         facts: Mapping[str, Any] = {"parents": [], "start": "imagenet", "train": ["day"]}
         tests = {"night": types.TestRow(row="2.1", published_miou=31.5)}
@@ -282,6 +284,15 @@ def test_a_plan_of_nothing_done_counts_frames_and_resources(
         "2 actors x 1 CPU + 0.5 GPU", "1 worker x 2 CPU", "2 actors x 1 CPU + 0.5 GPU"
     ]  # fmt: skip
     assert not folder.exists() and made.worked == []
+
+
+def test_a_plan_knows_that_a_selection_hands_on_fewer_frames(
+    made: MadeUpGraph, recipe: Recipe, folder: Location
+) -> None:
+    made.most_rows = 3
+    assert [line.rows for line in runner.plan(recipe, folder)] == [4, 3, 3]
+    made.most_rows = 9
+    assert [line.rows for line in runner.plan(recipe, folder)] == [4, 4, 4]
 
 
 def test_a_plan_names_the_keys_that_changed(made: MadeUpGraph, recipe: Recipe, folder: Location) -> None:
