@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from nightseg.data import table as frame
-from nightseg.data.taxonomy import TRAIN_IDS
 from nightseg.report import formatting
-from nightseg.report.charts import Chart, curves, line, overlaid_histogram, scatter, stacked_histogram
+from nightseg.report.charts import Chart, curves, line, scatter, stacked_histogram
 from nightseg.report.pictures import (
     THUMBNAIL,
     Picture,
-    frame_pixels,
     label_map_uri,
     label_pixels,
     mask,
     photo,
     photo_uri,
-    tinted,
+    there,
+    tinted_photo,
 )
 from nightseg.report.run import Row, Run, accuracy, by_accuracy, source_of, spread
 from nightseg.report.sheets import strip_panels
@@ -35,32 +34,17 @@ def splits(run: Run) -> list[dict[str, Any]]:
     """Day and night by histogram: where the frames lie, how the domains look, and the borderline cases."""
     found = []
     for name, evidence in sorted(run.results["splits"].items()):
-        scores = evidence["scores"]
-        limits = {
-            f"\N{MINUS SIGN}{evidence['margin']:g}": -evidence["margin"],
-            f"{evidence['margin']:g}": evidence["margin"],
-        }
-        found.append(
-            {
-                "name": name,
-                "margin": evidence["margin"],
-                "counts": evidence["counts"],
-                "scores": stacked_histogram(
-                    scores["edges"],
-                    scores["counts"],
-                    marks=limits,
-                    description=f"Frames of {name} by score, from night (-1) to day (+1)",
-                ),
-                "luminance": curves(
-                    evidence["histograms"],
-                    x_range=(0, 255),
-                    description=f"Mean luminance histogram of each domain of {name}",
-                ),
-                "borderline": _scored(
-                    evidence["borderline"], lambda row: f"{row['domain']}, margin {row['margin']:.2f}"
-                ),
-            }
+        scores, margin = evidence["scores"], evidence["margin"]
+        by_score = stacked_histogram(
+            scores["edges"],
+            scores["counts"],
+            marks={f"\N{MINUS SIGN}{margin:g}": -margin, f"{margin:g}": margin},
+            description=f"Frames of {name} by score, from night (-1) to day (+1)",
         )
+        description = f"Mean luminance histogram of each domain of {name}"
+        luminance = curves(evidence["histograms"], x_range=(0, 255), description=description)
+        borderline = _scored(evidence["borderline"], lambda row: f"{row['domain']}, margin {row['margin']:.2f}")
+        found.append({**evidence, "name": name, "scores": by_score, "luminance": luminance, "borderline": borderline})
     return found
 
 
@@ -70,55 +54,46 @@ def translations(run: Run, samples: int) -> list[dict[str, Any]]:
     for node in run.nodes("translate"):
         if "." in node:  # no dataset of the recipe: translations that were translated back
             continue
-        rows = run.rows(node, "frames", limit=64)
         pairs = []
-        for row in spread(rows, samples):
+        for row in spread(run.rows(node, "frames", limit=64), samples):
             source = source_of(run, row)
-            before = photo(
-                source[frame.URI] if source else None, "source", str(source[frame.FRAME_ID] if source else "")
-            )
-            after = photo(row[frame.URI], row[frame.DOMAIN])
-            pairs.append([picture for picture in (before, after) if picture])
+            before = photo(source[frame.URI], "source", str(source[frame.FRAME_ID])) if source else None
+            pairs.append(there(before, photo(row[frame.URI], row[frame.DOMAIN])))
         found.append({"name": node.partition("/")[2], "pairs": [pair for pair in pairs if pair]})
     return found
 
 
 def selections(run: Run, samples: int) -> list[dict[str, Any]]:
     """Which frames of the pool were chosen, by what score, and how the choice compares with chance."""
-    found = []
-    for model in run.models:
-        if model not in run.results["selections"]:
-            continue
-        evidence = run.results["selections"][model]["evidence"]
-        scores, fid = evidence["scores"], evidence["fid"]
-        found.append(
-            {
-                "model": model,
-                "evidence": evidence,
-                "chart": overlaid_histogram(
-                    scores["edges"],
-                    scores["pool"],
-                    scores["chosen"],
-                    kinds=("pool", "chosen"),
-                    marks={} if evidence["cut"] is None else {"cut": evidence["cut"]},
-                    description=f"Frames of the pool by {evidence['method']} score, the chosen ones marked",
-                ),
-                "curve": distances_by_count(evidence),
-                "plane": plane(evidence),
-                "better": _share_of_gap(fid),
-                "bound": _certificate(fid),
-                "groups": [
-                    (title, _scored(evidence[key][:samples], lambda row: f"score {row['score']:.4g}"))
-                    for title, key in (
-                        ("closest", "best"),
-                        ("last chosen", "last_chosen"),
-                        ("first left out", "first_left_out"),
-                        ("farthest", "worst"),
-                    )
-                ],
-            }
-        )
-    return found
+    groups = {"closest": "best", "last chosen": "last_chosen", "first left out": "first_left_out", "farthest": "worst"}
+    return [
+        {
+            "model": model,
+            "evidence": evidence,
+            "chart": _by_score(evidence),
+            "curve": _distances_by_count(evidence),
+            "plane": _plane(evidence),
+            "better": _share_of_gap(evidence["fid"]),
+            "bound": _certificate(evidence["fid"]),
+            "groups": [
+                (title, _scored(evidence[key][:samples], lambda row: f"score {row['score']:.4g}"))
+                for title, key in groups.items()
+            ],
+        }
+        for model, evidence in ((model, entry["evidence"]) for model, entry in run.of_models("selections"))
+    ]
+
+
+def _by_score(evidence: Mapping[str, Any]) -> Chart:
+    """The pool's histogram; the chosen frames fill each bar from below."""
+    scores = evidence["scores"]
+    rest = [total - chosen for total, chosen in zip(scores["pool"], scores["chosen"], strict=True)]
+    return stacked_histogram(
+        scores["edges"],
+        {"chosen": scores["chosen"], "pool": rest},
+        marks={} if evidence["cut"] is None else {"cut": evidence["cut"]},
+        description=f"Frames of the pool by {evidence['method']} score, the chosen ones marked",
+    )
 
 
 def _share_of_gap(fid: Mapping[str, float | None]) -> str:
@@ -131,25 +106,24 @@ def _share_of_gap(fid: Mapping[str, float | None]) -> str:
     return f"{abs(gap):.2f} {'below' if gap > 0 else 'above'} the mean of random choices of the same size{sigmas}"
 
 
-def distances_by_count(evidence: Mapping[str, Any]) -> Chart | None:
+def _distances_by_count(evidence: Mapping[str, Any]) -> Chart | None:
     """FID against the number of frames, the chosen number marked."""
     curve = evidence["curve"]
-    counts, values = curve["counts"], curve["fid"]
-    if len(counts) < 2:
+    if len(curve["counts"]) < 2:
         return None
     return line(
-        counts,
-        values,
+        curve["counts"],
+        curve["fid"],
         kind="chosen",
         marks={f"{evidence['count']} chosen": evidence["count"]},
         description=f"FID to the reference of the first frames by {evidence['method']}, against their number",
     )
 
 
-def plane(evidence: Mapping[str, Any]) -> Chart | None:
+def _plane(evidence: Mapping[str, Any]) -> Chart | None:
     """Pool, choice and reference on their first two principal components."""
-    points = {kind: rows for kind, rows in evidence["plane"]["points"].items() if rows}
-    shown = {kind: points[kind] for kind in ("pool", "reference", "chosen") if kind in points}
+    points = evidence["plane"]["points"]
+    shown = {kind: points[kind] for kind in ("pool", "reference", "chosen") if points.get(kind)}
     return scatter(shown, description="Features of the frames on their first two principal components")
 
 
@@ -168,50 +142,36 @@ def _certificate(fid: Mapping[str, float | None]) -> str:
 def pseudo_labels(run: Run, samples: int) -> list[dict[str, Any]]:
     """What the teacher's labels keep of each class, its warnings, and some of them."""
     found = []
-    for model in run.models:
-        if model not in run.results["pseudo_labels"]:
-            continue
-        entry = run.results["pseudo_labels"][model]
+    for model, entry in run.of_models("pseudo_labels"):
         evidence = entry["evidence"]
-        total = max(sum(facts["predicted"] for facts in evidence["by_class"].values()), 1)
+        by_class = evidence["by_class"]
+        total = max(sum(facts["predicted"] for facts in by_class.values()), 1)
         rows = [
-            {
-                "name": name,
-                "colour": colour,
-                "of_all": evidence["by_class"][name]["predicted"] / total,
-                **evidence["by_class"][name],
-            }
+            {"name": name, "colour": colour, "of_all": by_class[name]["predicted"] / total, **by_class[name]}
             for name, colour in zip(run.classes.classes, run.classes.palette, strict=True)
         ]
+        frames = run.rows(entry["node"], "frames", limit=64)
+        facts = run.rows(entry["node"], "labels", limit=64, drop=["histogram"])
+        shown = spread(list(zip(frames, facts, strict=True)), samples)
         found.append(
             {
                 "model": model,
                 "evidence": evidence,
                 "rule": formatting.threshold(evidence["threshold"]),
                 "classes": rows,
-                "samples": [_labelled_frame(run, *pair) for pair in _labelled_rows(run, entry["node"], samples)],
+                "samples": [_labelled_frame(run, *pair) for pair in shown],
             }
         )
     return found
 
 
-def _labelled_rows(run: Run, node: str, samples: int) -> list[tuple[Row, Row]]:
-    frames = run.rows(node, "frames", limit=64)
-    facts = run.rows(node, "labels", limit=64, drop=["histogram"])
-    return spread(list(zip(frames, facts, strict=True)), samples)
-
-
 def _labelled_frame(run: Run, row: Row, facts: Row) -> list[Picture]:
-    image = frame_pixels(row[frame.URI])
-    label = label_pixels(row[frame.LABEL_URI], TRAIN_IDS, run.classes)
-    confidence = photo(facts["confidence_uri"], "confidence", "white = certain")
-    pictures = []
-    if image is not None:
-        pictures.append(Picture(photo_uri(image, THUMBNAIL), "night frame", str(row[frame.FRAME_ID])))
-    if image is not None and label is not None:
-        kept = f"{formatting.percent(facts['kept'], 0)} % kept"
-        pictures.append(Picture(photo_uri(tinted(image, label, run.classes), THUMBNAIL), "pseudo-label", kept))
-    return pictures + ([confidence] if confidence else [])
+    kept = f"{formatting.percent(facts['kept'], 0)} % kept"
+    return there(
+        photo(row[frame.URI], "night frame", str(row[frame.FRAME_ID])),
+        tinted_photo(row[frame.URI], row[frame.LABEL_URI], run.classes, "pseudo-label", kept),
+        photo(facts["confidence_uri"], "confidence", "white = certain"),
+    )
 
 
 def test_samples(run: Run, test: str, samples: int) -> dict[str, Any]:
@@ -221,18 +181,20 @@ def test_samples(run: Run, test: str, samples: int) -> dict[str, Any]:
     ranked = by_accuracy(list(by_model[best].values()))
     rows = []
     for row in spread(ranked, samples):
-        image = photo(row[frame.URI], "frame", str(row[frame.FRAME_ID]))
         label = label_pixels(row[frame.LABEL_URI], row[frame.LABEL_ENCODING], run.classes)
-        pictures = [image] if image else []
-        if label is not None:
-            pictures.append(Picture(label_map_uri(label, run.classes, THUMBNAIL), "label", "", True))
-        for model in models:
-            guess = by_model[model].get(row[frame.FRAME_ID])
-            right = f"{formatting.percent(accuracy(guess), 0)} % of its pixels right" if guess else ""
-            seen = mask(guess, run.classes, model, right)
-            pictures += [seen] if seen else []
-        rows.append(pictures)
+        guesses = [(model, by_model[model].get(row[frame.FRAME_ID])) for model in models]
+        rows.append(
+            there(
+                photo(row[frame.URI], "frame", str(row[frame.FRAME_ID])),
+                None if label is None else Picture(label_map_uri(label, run.classes, THUMBNAIL), "label", "", True),
+                *(mask(guess, run.classes, model, _right(guess)) for model, guess in guesses),
+            )
+        )
     return {"test": test, "best": best, "frames": len(ranked), "rows": [row for row in rows if row]}
+
+
+def _right(guess: Row | None) -> str:
+    return f"{formatting.percent(accuracy(guess), 0)} % of its pixels right" if guess else ""
 
 
 def predictions(run: Run, samples: int) -> list[dict[str, Any]]:
@@ -241,20 +203,13 @@ def predictions(run: Run, samples: int) -> list[dict[str, Any]]:
     for name, entry in sorted(run.results["predictions"].items()):
         pairs = []
         for row in spread(run.rows(entry["node"], "predictions", limit=64), samples):
-            image = frame_pixels(row[frame.URI])
-            label = label_pixels(row["prediction_uri"], TRAIN_IDS, run.classes)
-            if image is not None and label is not None:
-                sure = f"mean confidence {formatting.percent(row['mean_confidence'], 0)} %"
-                pairs.append(
-                    [
-                        Picture(photo_uri(image, THUMBNAIL), "frame", str(row[frame.FRAME_ID])),
-                        Picture(photo_uri(tinted(image, label, run.classes), THUMBNAIL), entry["model"], sure),
-                    ]
-                )
-        found.append({"name": name, "model": entry["model"], "dataset": entry["dataset"], "pairs": pairs})
+            sure = f"mean confidence {formatting.percent(row['mean_confidence'], 0)} %"
+            seen = tinted_photo(row[frame.URI], row["prediction_uri"], run.classes, entry["model"], sure)
+            if seen is not None:
+                pairs.append(there(photo(row[frame.URI], "frame", str(row[frame.FRAME_ID])), seen))
+        found.append({**entry, "name": name, "pairs": pairs})
     return found
 
 
-def _scored(rows: list[Row], detail: Any) -> list[Picture]:
-    pictures = (photo(row[frame.URI], str(row[frame.FRAME_ID]), detail(row)) for row in rows[:_MAX_THUMBNAILS])
-    return [picture for picture in pictures if picture]
+def _scored(rows: list[Row], detail: Callable[[Row], str]) -> list[Picture]:
+    return there(*(photo(row[frame.URI], str(row[frame.FRAME_ID]), detail(row)) for row in rows[:_MAX_THUMBNAILS]))

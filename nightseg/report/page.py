@@ -62,15 +62,9 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "percent": formatting.percent,
-        "points": formatting.points,
-        "decimals": formatting.decimals,
-        "count": formatting.count,
-        "duration": formatting.duration,
-        "short": formatting.short,
-        "breakable": breakable,
-    }
+    for name in ("percent", "points", "decimals", "count", "duration", "short"):
+        environment.filters[name] = getattr(formatting, name)
+    environment.filters["breakable"] = breakable
     return environment
 
 
@@ -143,8 +137,10 @@ def score_table(run: Run) -> dict[str, Any]:
         {"name": model, "about": formatting.describe(run.results["models"][model]), "cells": cells[model]}
         for model in cells
     ]
-    found = {test: [cells[model][test] for model in run.models] for test in run.tests}
-    published = {test: any(cell and cell.published is not None for cell in column) for test, column in found.items()}
+    published = {
+        test: any((run.score(model, test) or {}).get("published_miou") is not None for model in run.models)
+        for test in run.tests
+    }
     return {"rows": rows, "published": published}
 
 
@@ -163,20 +159,13 @@ def heat(run: Run, test: str) -> dict[str, Any]:
     """IoU of every class and model on one test set, how common the class is, and what the best model confuses."""
     models = run.scored(test)
     best, first = run.best(test), models[0]
-    labelled = _labelled_pixels(run, best, test)
+    labelled = [sum(row) for row in (run.score(best, test) or {})["confusion"]]
     rows = []
-    for index, name in enumerate(run.classes.classes):
+    for name, colour, pixels in zip(run.classes.classes, run.classes.palette, labelled, strict=True):
         values = {model: (run.score(model, test) or {})["iou"].get(name) for model in models}
         change = None if None in (values[best], values[first]) else values[best] - values[first]
-        rows.append(
-            {
-                "name": name,
-                "colour": run.classes.palette[index],
-                "share": labelled[index],
-                "values": values,
-                "change": change,
-            }
-        )
+        share = pixels / max(sum(labelled), 1)
+        rows.append({"name": name, "colour": colour, "share": share, "values": values, "change": change})
     return {
         "test": test,
         "models": models,
@@ -185,12 +174,6 @@ def heat(run: Run, test: str) -> dict[str, Any]:
         "best": best,
         "confusions": confusions(run, best, test),
     }
-
-
-def _labelled_pixels(run: Run, model: str, test: str) -> list[float]:
-    """Share of the labelled pixels that each class has in the test set, fractions."""
-    totals = [sum(row) for row in (run.score(model, test) or {})["confusion"]]
-    return [total / max(sum(totals), 1) for total in totals]
 
 
 def confusions(run: Run, model: str, test: str) -> list[tuple[str, str, float]]:

@@ -64,6 +64,19 @@ def mask(row: Row | None, classes: Taxonomy, caption: str, detail: str = "", wid
     return None if label is None else Picture(label_map_uri(label, classes, width), caption, detail, True)
 
 
+def tinted_photo(uri: str, label_uri: str | None, classes: Taxonomy, caption: str, detail: str) -> Picture | None:
+    """A frame in the colours of its label of train ids, or None where the file of either is gone."""
+    image, label = frame_pixels(uri), label_pixels(label_uri, TRAIN_IDS, classes)
+    if image is None or label is None:
+        return None
+    return Picture(photo_uri(tinted(image, label, classes), THUMBNAIL), caption, detail)
+
+
+def there(*pictures: Picture | None) -> list[Picture]:
+    """Those whose files are there."""
+    return [picture for picture in pictures if picture]
+
+
 def photo_uri(image_HWC: UInt8, width: int = WIDTH) -> str:
     """A JPEG of at most `width` pixels."""
     return _data_uri(_fit(Image.fromarray(image_HWC), width, Image.Resampling.LANCZOS), "JPEG", quality=84)

@@ -11,13 +11,11 @@ import numpy as np
 import pyarrow as pa
 
 from nightseg.data import table as frame
-from nightseg.data.class_list import taxonomy
 from nightseg.data.taxonomy import IGNORE, TRAIN_IDS, Taxonomy
 from nightseg.storage import Location
 from nightseg.storage.commits import Commit, check_contents, read_commit, table_paths
 
 Row = dict[str, Any]
-BUILT_IN = ("cityscapes19", "camvid11")
 
 
 class Run:
@@ -30,15 +28,12 @@ class Run:
 
     @cached_property
     def classes(self) -> Taxonomy:
-        """The class list; raw ids of label files are mapped by the encodings in the results, else the built-in ones."""
+        """The class list, with the encodings by which raw ids of label files are mapped."""
         part = self.results["taxonomy"]
         names, palette = tuple(part["classes"]), tuple((red, green, blue) for red, green, blue in part["palette"])
         encodings: dict[str, dict[int, int]] = {TRAIN_IDS: {raw: raw for raw in (*range(len(names)), IGNORE)}}
-        if "encodings" in part:
-            for encoding, ids in part["encodings"].items():
-                encodings[encoding] = {int(raw): train_id for raw, train_id in ids.items()}
-        elif part["name"] in BUILT_IN:
-            encodings |= {key: dict(ids) for key, ids in taxonomy(part["name"]).encodings.items()}
+        for encoding, ids in part["encodings"].items():
+            encodings[encoding] = {int(raw): train_id for raw, train_id in ids.items()}
         return Taxonomy(part["name"], names, palette, encodings)
 
     @cached_property
@@ -63,6 +58,11 @@ class Run:
             return min((commits.get(node, {}).get("created", late) for node in nodes(name)), default=late), name
 
         return sorted(names, key=age)
+
+    def of_models(self, section: str) -> list[tuple[str, dict[str, Any]]]:
+        """(model, its entry) of those that have one in a section of the results, in the order of their training."""
+        entries = self.results[section]
+        return [(model, entries[model]) for model in self.models if model in entries]
 
     def score(self, model: str, test: str) -> Mapping[str, Any] | None:
         """The record of one model on one test set, if it was evaluated there."""
@@ -91,13 +91,9 @@ class Run:
                 return test
         return next((test for test in self.tests if "night" in test), next(iter(self.tests), None))
 
-    def _node(self, model: str, test: str) -> str:
-        scores = self.score(model, test)
-        return str(scores.get("node", "")) if scores else ""
-
     def predictions(self, model: str, test: str, limit: int | None = None) -> list[Row]:
         """The predictions of a model on a test set; all uris absolute. One commit has those of all test sets."""
-        rows = self.rows(self._node(model, test), "predictions")
+        rows = self.rows((self.score(model, test) or {}).get("node", ""), "predictions")
         return [row for row in rows if test in row["test_sets"]][:limit]
 
     def nodes(self, stage: str) -> list[str]:
@@ -108,42 +104,37 @@ class Run:
 
     def commit(self, node: str) -> Commit | None:
         """The commit of `stage/name`: in this run folder, which may have been moved, or where it was borrowed from."""
-        if node not in self._commits:
-            self._commits[node] = self._find(node)
-        return self._commits[node]
-
-    def _find(self, node: str) -> Commit | None:
-        facts = self.results["commits"].get(node)
-        if facts is None:
-            return None
-        recorded = Location.of(facts["folder"]).parent
-        for place in (self.folder / f"stages/{node}/{recorded.name}", recorded):
-            commit = read_commit(place)
-            if commit is not None and commit.key == facts["key"]:
-                check_contents(commit)
-                return commit
-        return None
+        if node not in self._commits and node in self.results["commits"]:
+            facts = self.results["commits"][node]
+            recorded = Location.of(facts["folder"]).parent
+            found = map(read_commit, (self.folder / f"stages/{node}/{recorded.name}", recorded))
+            fitting = next((commit for commit in found if commit is not None and commit.key == facts["key"]), None)
+            if fitting is not None:
+                check_contents(fitting)
+            self._commits[node] = fitting
+        return self._commits.get(node)
 
     def rows(self, node: str, table: str, limit: int | None = None, drop: Sequence[str] = ()) -> list[Row]:
         """Rows of a committed table, uris made absolute; no more parts are read than `limit` needs."""
         commit = self.commit(node)
         found: list[Row] = []
-        for path in table_paths(commit.outputs, table) if commit else []:
-            part = (commit.folder / path).read_table() if commit else pa.table({})
-            found += _absolute(part.drop_columns([name for name in drop if name in part.column_names]), commit)
+        if commit is None:
+            return found
+        for path in table_paths(commit.outputs, table):
+            part = (commit.folder / path).read_table()
+            found += _absolute(part.drop_columns([name for name in drop if name in part.column_names]), commit.folder)
             if limit is not None and len(found) >= limit:
                 return found[:limit]
         return found
 
 
-def _absolute(table: pa.Table, commit: Commit | None) -> list[Row]:
-    assert commit is not None
-    rows: list[Row] = frame.resolve(table, commit.folder).to_pylist()
+def _absolute(table: pa.Table, folder: Location) -> list[Row]:
+    rows: list[Row] = frame.resolve(table, folder).to_pylist()
     known = (frame.URI, frame.LABEL_URI)
     for row in rows:
         for name, value in row.items():
             if name.endswith("_uri") and name not in known and value is not None:
-                row[name] = (commit.folder / value).uri
+                row[name] = (folder / value).uri
     return rows
 
 

@@ -74,14 +74,13 @@ def _translation(run: Run) -> list[Panel | None]:
 
 
 def _pseudo_label(run: Run) -> list[Panel | None]:
-    labelled = [model for model in run.models if model in run.results["pseudo_labels"]]
+    labelled = dict(run.of_models("pseudo_labels"))
     if not labelled:
         return []
     preferred = run.best(run.main_test) if run.main_test else None
-    model = preferred if preferred in labelled else labelled[-1]
-    node = run.results["pseudo_labels"][model]["node"]
-    frames = run.rows(node, "frames", _CANDIDATES)
-    facts = run.rows(node, "labels", _CANDIDATES, drop=["histogram"])
+    entry = labelled.get(preferred or "", list(labelled.values())[-1])
+    frames = run.rows(entry["node"], "frames", _CANDIDATES)
+    facts = run.rows(entry["node"], "labels", _CANDIDATES, drop=["histogram"])
     if not frames:
         return []
     # The one with most classes to see; the first of equals.
@@ -89,7 +88,7 @@ def _pseudo_label(run: Run) -> list[Panel | None]:
     image, label = frame_pixels(row[frame.URI]), label_pixels(row[frame.LABEL_URI], TRAIN_IDS, run.classes)
     if image is None or label is None:
         return []
-    note = f"teacher {run.results['pseudo_labels'][model]['evidence']['teacher']['name']}, grey = ignored"
+    note = f"teacher {entry['evidence']['teacher']['name']}, grey = ignored"
     return [
         Panel("real night", str(row[frame.FRAME_ID]), image),
         Panel("pseudo-label", note, tinted(image, label, run.classes)),

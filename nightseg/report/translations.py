@@ -7,7 +7,7 @@ from typing import Any
 
 from nightseg.data import table as frame
 from nightseg.report import formatting
-from nightseg.report.pictures import Picture, mask, photo
+from nightseg.report.pictures import Picture, mask, photo, there
 from nightseg.report.run import Row, Run, source_of
 
 _THUMBNAIL = 240  # pixels: five of them stand side by side
@@ -102,9 +102,12 @@ def extremes(run: Run, samples: int) -> list[dict[str, Any]]:
         groups = [("least agreement", ranked[:count]), ("most agreement", ranked[len(ranked) - count :][::-1])]
         shown = [row for _, rows in groups for row in rows]
         pictures = _pictures(run, name, entry, shown)
-        filled = [(title, [pictures[row["frame_id"]] for row in rows]) for title, rows in groups]
-        found.append({"name": name, "groups": [(title, [row for row in rows if row]) for title, rows in filled]})
+        found.append({"name": name, "groups": [(title, _there(pictures, rows)) for title, rows in groups]})
     return [part for part in found if any(rows for _, rows in part["groups"])]
+
+
+def _there(pictures: Mapping[str, list[Picture]], rows: Sequence[Row]) -> list[list[Picture]]:
+    return [found for row in rows if (found := pictures[row["frame_id"]])]
 
 
 def _pictures(run: Run, name: str, entry: Mapping[str, Any], shown: Sequence[Row]) -> dict[str, list[Picture]]:
@@ -120,14 +123,13 @@ def _pictures(run: Run, name: str, entry: Mapping[str, Any], shown: Sequence[Row
         translated = made.get(row["frame_id"])
         source = source_of(run, translated) if translated else None
         agreement = f"{formatting.percent(row['agreement'], 0)} % of its pixels agree"
-        candidates = [
+        found[row["frame_id"]] = there(
             photo(_uri(source), "source", row["source_id"], _THUMBNAIL),
             photo(_uri(translated), entry["to"], f"edges {row['edges']:.2f}", _THUMBNAIL),
             photo(_uri(back.get(f"{name}.back/{row['frame_id']}")), "and back", "", _THUMBNAIL),
             mask(saw.get(row["source_id"]), run.classes, f"{segmenter} on source", "", _THUMBNAIL),
             mask(saw_made.get(row["frame_id"]), run.classes, f"{segmenter} on {entry['to']}", agreement, _THUMBNAIL),
-        ]
-        found[row["frame_id"]] = [picture for picture in candidates if picture]
+        )
     return found
 
 

@@ -220,6 +220,7 @@ class MadeUpRun:
             "seed": 3,
             "taxonomy": {
                 "name": "camvid11", "classes": list(CLASSES.classes), "palette": [list(c) for c in CLASSES.palette],
+                "encodings": {key: {str(raw): i for raw, i in ids.items()} for key, ids in CLASSES.encodings.items()},
             },
             "versions": {"python": "3.11.2", "nightseg": "0.1.0", "torch": "2.14.1"},
             "hardware": {"machine": "x86_64", "cpus": 2, "system": "Linux"},

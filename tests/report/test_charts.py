@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nightseg.report.charts import curves, line, nice_values, overlaid_histogram, scatter, stacked_histogram
+from nightseg.report.charts import curves, line, nice_values, scatter, stacked_histogram
 
 
 def test_ticks_are_round_and_inside() -> None:
@@ -34,20 +34,13 @@ def test_bars_stack_without_gap_and_fill_the_height() -> None:
     assert second.title == "night: 3 frames, 0 to 1"
 
 
-def test_a_part_fills_its_bar_from_below() -> None:
-    chart = overlaid_histogram([0, 1], [10], [4], kinds=("pool", "chosen"), description="x")
-    chosen, rest = chart.bars
-    assert (chosen.kind, rest.kind) == ("chosen", "pool")
-    assert chosen.height * 6 == pytest.approx(rest.height * 4)
-
-
 def test_curves_span_the_chart_and_nothing_is_no_error() -> None:
     chart = curves({"day": [0.0, 2.0, 1.0]}, x_range=(0, 255), description="x")
     points = [tuple(map(float, pair.split(","))) for pair in chart.lines[0].points.split()]
     assert points[0] == (chart.left, chart.bottom) and points[1][1] == chart.top
     assert points[2] == (chart.right, (chart.top + chart.bottom) / 2)
-    assert curves({}, x_range=(0, 1), description="x").lines == ()
-    assert stacked_histogram([0, 1], {}, description="x").bars == ()
+    assert curves({}, x_range=(0, 1), description="x").lines == []
+    assert stacked_histogram([0, 1], {}, description="x").bars == []
 
 
 def test_a_line_goes_through_its_points() -> None:
