@@ -62,6 +62,7 @@ from nightseg.translators.settings import ColourTranslator, CommandTranslator, F
 from nightseg.unit.settings import Translator
 from nightseg.unit.start import start_sha256
 
+NOTHING: Final[Mapping[str, Any]] = {}
 DEFAULT_EXTRACTOR: Final = "efficientnet_lite0"  # its weights come with a package: nothing has to be fetched
 
 
@@ -156,20 +157,21 @@ def prediction_graph(
     """A model folder on images and videos: a node for all images, and one a video. `source` identifies the files."""
     graph = Graph()
     # The batch is part of it: a network may round differently with another one.
-    facts = {"model": model_sha256, "batch": compute.batch, "shard_rows": compute.shard_rows}
-    unhashed = {**unhashed, "compute": compute}
+    known = {"model": model_sha256, "batch": compute.batch, "shard_rows": compute.shard_rows}
+    rest = {**unhashed, "compute": compute}
     if images is not None:
-        node = NodeId("predict", "images")
-        more = {**settings, "max_bad_fraction": 1.0}
-        inputs = {"frames": Frames((images,))}
-        rest = {**unhashed, "name": "images"}
-        graph.nodes[node] = Node(node, predict.VERSION, predict.predict, compute, inputs, more, rest, facts)
+        node, inputs = NodeId("predict", "images"), {"frames": Frames((images,))}
+        graph.nodes[node] = Node(
+            node, predict.VERSION, predict.predict, compute, inputs,
+            {**settings, "max_bad_fraction": 1.0}, {**rest, "name": "images"}, known,
+        )  # fmt: skip
     for number, video in enumerate(videos):
         node = NodeId("predict", f"video-{number}")
-        more = {**settings, "overlay_video": overlay_video, "name": video.name}
-        rest = {**unhashed, "video": video.file}
-        known = {**facts, "source": source}
-        graph.nodes[node] = Node(node, predict.VERSION, predict.predict_video, compute, {}, more, rest, known)
+        graph.nodes[node] = Node(
+            node, predict.VERSION, predict.predict_video, compute, NOTHING,
+            {**settings, "overlay_video": overlay_video, "name": video.name},
+            {**rest, "video": video.file}, {**known, "source": source},
+        )  # fmt: skip
     return graph
 
 
@@ -197,6 +199,10 @@ class Builder:
         classes = taxonomy(recipe.taxonomy)
         encodings = {name: {str(raw): ids[raw] for raw in sorted(ids)} for name, ids in classes.encodings.items()}
         self.classes = {"taxonomy": {"classes": list(classes.classes), "encodings": encodings}}
+
+    def _named(self, name: str) -> dict[str, Any]:
+        """What stages that read or write labels are given, and their results do not follow from: `classes` says it."""
+        return {"name": name, "taxonomy": self.recipe.taxonomy}
 
     # -- frames ------------------------------------------------------------------------------------------------------
 
@@ -228,12 +234,11 @@ class Builder:
             facts |= {"listing": layouts.fingerprint(dataset)}
             expected = layouts.count(dataset)
         settings = {"dataset": dataset}
-        unhashed = {"name": name, "taxonomy": self.recipe.taxonomy}
-        return self._pass(collect, name, {}, settings, unhashed=unhashed, facts=facts, expected_rows=expected)
+        return self._add(collect, name, {}, settings, unhashed=self._named(name), facts=facts, expected_rows=expected)
 
     def split(self, pool: str, margin: float) -> NodeId:
         name = pool if margin == SplitDataset.model_fields["margin"].default else f"{pool}.margin-{margin:g}"
-        return self._pass(split, name, {"pool": Frames(self.dataset(pool))}, {"margin": margin})
+        return self._add(split, name, {"pool": Frames(self.dataset(pool))}, {"margin": margin})
 
     # -- translators -------------------------------------------------------------------------------------------------
 
@@ -245,19 +250,17 @@ class Builder:
             "night": Frames(self.dataset(settings.night)),
         }
         facts = {"start": start_sha256(settings.start)}
-        return self._training(
-            train_translator, name, inputs, {"settings": settings}, facts=facts, counted=("day", "night")
-        )
+        return self._add(train_translator, name, inputs, {"settings": settings}, facts=facts, counted=("day", "night"))
 
     def translate(self, name: str, dataset: TranslatedDataset) -> NodeId:
         settings = self.recipe.translators[dataset.by]
         source: dict[str, Source] = {"source": Frames(self.dataset(dataset.translate))}
-        common, unhashed = {"to": dataset.to}, {"name": name, "taxonomy": self.recipe.taxonomy}
+        common, unhashed = {"to": dataset.to}, self._named(name)
         if isinstance(settings, Translator):
             inputs = {**source, "translator": self.train_translator(dataset.by)}
-            return self._pass(translate, name, inputs, {**common, "tile": settings.tile}, unhashed=unhashed)
+            return self._add(translate, name, inputs, {**common, "tile": settings.tile}, unhashed=unhashed)
         style = _style_images(settings, dataset.to)
-        return self._pass(
+        return self._add(
             translate,
             name,
             {**source, "style_images": Frames(self.dataset(style)) if style else None},
@@ -291,12 +294,12 @@ class Builder:
             # Each batch norm sees a worker's share of the batch only.
             "workers": workers if network.norm == "batch" and not training.freeze_batch_norm else 1,
         }
-        node = self._training(
+        node = self._add(
             train_segmenter,
             name,
             inputs if start is None else {**inputs, "start": start},
             {"network": network, "loss": loss, "training": training},
-            unhashed={"name": name, "taxonomy": recipe.taxonomy} | ({"start": model.start} if ready else {}),
+            unhashed=self._named(name) | ({"start": model.start} if ready else {}),
             facts=facts,
             counted=("train", "validate"),
         )
@@ -318,12 +321,12 @@ class Builder:
             chosen = self.select(name, learning.select, learning.pool, near)
         frames = self.dataset(learning.pool) if chosen is None else (View(chosen),)
         settings = {"threshold": learning.threshold, "inference": learning.inference or self.recipe.inference}
-        return chosen, self._pass(
+        return chosen, self._add(
             pseudo_label,
             name,
             {"frames": Frames(frames), "teacher": teacher},
             settings,
-            unhashed={"name": name, "taxonomy": self.recipe.taxonomy},
+            unhashed=self._named(name),
             facts=self.classes,
         )
 
@@ -345,7 +348,6 @@ class Builder:
             unhashed={"seed": self.recipe.seed},
             seed=self.recipe.seed,
             most_rows=selection.count,
-            resources=self.recipe.compute.map,
         )
 
     def score(
@@ -357,7 +359,7 @@ class Builder:
     ) -> NodeId:
         """Features of some datasets together; the same for all that ask for the same."""
         near = f".near-{spatial_reference.name}" if spatial_reference else ".positions" if positions else ""
-        return self._pass(
+        return self._add(
             score,
             f"{'+'.join(names)}.{extraction.label}{near}",
             {"frames": Frames(self.datasets(names)), "spatial_reference": spatial_reference},
@@ -432,18 +434,18 @@ class Builder:
         nodes.tests = own if own is not None else {test: TestRow() for test in self.recipe.test_sets}
         if nodes.tests:
             tests = {test: Frames(self.dataset(self.recipe.test_sets[test])) for test in nodes.tests}
-            nodes.evaluate = self._pass(
+            nodes.evaluate = self._add(
                 evaluate,
                 name,
                 {"tests": tests, "model": nodes.train},
                 {"evaluation": self.recipe.evaluation, "inference": self.recipe.inference},
-                unhashed={"name": name, "taxonomy": self.recipe.taxonomy},
+                unhashed=self._named(name),
                 facts=self.classes,
             )
 
     def predict(self, name: str, frames: Views, model: NodeId, **settings: Any) -> NodeId:
         inputs: dict[str, Source] = {"frames": Frames(frames), "model": model}
-        return self._pass(predict, name, inputs, settings, unhashed={"name": name})
+        return self._add(predict, name, inputs, settings, unhashed={"name": name})
 
     def evaluate_translation(self, name: str) -> None:
         recipe, wanted = self.recipe, self.recipe.translations[name]
@@ -458,7 +460,7 @@ class Builder:
         if back is not None:
             seen["back"] = (back.name, (View(back),))
         features = {"translated": name, "source": dataset.translate, "real": real}
-        node = self._pass(
+        node = self._add(
             evaluate_translation,
             name,
             {
@@ -471,7 +473,7 @@ class Builder:
                 "features": {what: self.score([of], extraction) for what, of in features.items()},
             },
             {},
-            unhashed={"name": name, "taxonomy": recipe.taxonomy},
+            unhashed=self._named(name),
             facts=self.classes,
         )
         facts: dict[str, Any] = {
@@ -503,42 +505,6 @@ class Builder:
 
     # -- nodes -------------------------------------------------------------------------------------------------------
 
-    def _pass(
-        self,
-        stage: ModuleType,
-        name: str,
-        inputs: Mapping[str, Source],
-        settings: Mapping[str, Any],
-        unhashed: Mapping[str, Any] | None = None,
-        facts: Mapping[str, Any] | None = None,
-        **more: Any,
-    ) -> NodeId:
-        """A pass over frames. Shards are files, so their size counts; too many bad frames are an error."""
-        compute = self.recipe.compute.map
-        return self._add(
-            stage,
-            name,
-            inputs,
-            {**settings, "max_bad_fraction": self.recipe.max_bad_fraction},
-            unhashed={**(unhashed or {}), "compute": compute},
-            facts={**(facts or {}), "shard_rows": compute.shard_rows},
-            resources=compute,
-            **more,
-        )
-
-    def _training(
-        self,
-        stage: ModuleType,
-        name: str,
-        inputs: Mapping[str, Source],
-        settings: Mapping[str, Any],
-        unhashed: Mapping[str, Any] | None = None,
-        **more: Any,
-    ) -> NodeId:
-        compute, seed = self.recipe.compute.train, self.recipe.seed
-        unhashed = {**(unhashed or {}), "compute": compute, "seed": seed}
-        return self._add(stage, name, inputs, settings, unhashed=unhashed, resources=compute, seed=seed, **more)
-
     def _add(
         self,
         stage: ModuleType,
@@ -546,25 +512,28 @@ class Builder:
         inputs: Mapping[str, Source],
         settings: Mapping[str, Any],
         *,
-        resources: MapCompute | TrainCompute,
-        facts: Mapping[str, Any] | None = None,
+        unhashed: Mapping[str, Any] = NOTHING,
+        facts: Mapping[str, Any] = NOTHING,
         counted: tuple[str, ...] | None = None,
         **more: Any,
     ) -> NodeId:
-        kind = stage.__name__.rpartition(".")[2]
-        node = NodeId(kind, name)
-        if node not in self.graph.nodes:
-            self.graph.nodes[node] = Node(
-                node,
-                stage.VERSION,
-                getattr(stage, kind),
-                resources,
-                inputs,
-                settings,
-                facts=facts or {},
-                counted=tuple(inputs)[:1] if counted is None else counted,
-                **more,
-            )
+        """The node of a stage, made if there is none of that name: a training, a choice (select), or else a pass."""
+        kind, recipe = stage.__name__.rpartition(".")[2], self.recipe
+        node, train, pass_ = NodeId(kind, name), recipe.compute.train, recipe.compute.map
+        if node in self.graph.nodes:
+            return node
+        resources: MapCompute | TrainCompute = pass_
+        if kind.startswith("train_"):
+            resources, unhashed = train, {**unhashed, "compute": train, "seed": recipe.seed}
+            more["seed"] = recipe.seed
+        elif kind != "select":  # Shards are files, so their size counts; too many bad frames are an error.
+            settings = {**settings, "max_bad_fraction": recipe.max_bad_fraction}
+            unhashed, facts = {**unhashed, "compute": pass_}, {**facts, "shard_rows": pass_.shard_rows}
+        counted = tuple(inputs)[:1] if counted is None else counted
+        call = getattr(stage, kind)
+        self.graph.nodes[node] = Node(
+            node, stage.VERSION, call, resources, inputs, settings, unhashed, facts, counted=counted, **more
+        )
         return node
 
 
