@@ -18,7 +18,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, Required, TypedDict, Unpack
 
 import pyarrow as pa
 
@@ -47,38 +47,48 @@ class ShardWorker(Protocol):
         """Small tables out, by name; anything big is written under `folder` first, with names that the rows fix."""
 
 
+class Work(TypedDict, total=False):
+    """What every pass is given, and hands on whole."""
+
+    attempt: Required[Attempt]  # where shards are written; its finished ones are skipped
+    compute: Required[MapCompute]  # who does it
+    progress: Required[Progress]  # who watches
+    max_bad_fraction: float  # of the rows may be quarantined; default 1
+
+
 def map_shards(
     rows: pa.Table,
-    worker: type[ShardWorker],
+    worker: Callable[..., ShardWorker],
     arguments: Mapping[str, Any],
     *,
-    attempt: Attempt,
-    compute: MapCompute,
-    progress: Progress,
     title: str,
-    unit: str = "frames",
+    on_cpus: bool = False,
+    **work: Unpack[Work],
 ) -> Shards:
     """Does every shard of `rows` that the attempt has not finished, and returns all of them.
 
     Args:
         rows: plain columns of paths and small values; cut into shards of `compute.shard_rows` in row order.
         worker, arguments: `worker(**arguments)` is built once in every actor, when its first shard arrives.
-        attempt: where shards are written; its finished ones are skipped.
-        compute: `actors` 0 does everything in this process, without Ray. Otherwise the most actors at a time; fewer
-            start when there are fewer open shards. PyTorch gets int(cpus_per_actor) threads in an actor, at least one.
+        on_cpus: it has no use for a GPU.
+        work: `actors` 0 of its `compute` does everything in this process, without Ray. Otherwise the most actors at a
+            time; fewer start when there are fewer open shards. PyTorch gets int(cpus_per_actor) threads in an actor, at
+            least one.
 
     Raises:
         UserError: raised by a worker, or the cluster is too small for the actors (Ray would wait forever).
         RuntimeError: any other error of an actor's worker, with its message; its traceback is attached as a note. In
             this process it is what the worker raised.
     """
+    attempt, compute, progress = work["attempt"], work["compute"], work["progress"]
     num_shards = attempt.plan(rows.num_rows, compute.shard_rows)
     records = {index: record for index in range(num_shards) if (record := attempt.shard(index)) is not None}
     todo = [index for index in range(num_shards) if index not in records]
-    with progress.task(title, rows.num_rows, unit) as task:
+    with progress.task(title, rows.num_rows, "frames") as task:
         task.advance(sum(record.rows_in for record in records.values()))
         shards = _Shards(worker, dict(arguments), attempt)
         if todo and compute.actors:
+            compute = compute.model_copy(update={"gpus_per_actor": 0.0}) if on_cpus else compute
             done = _on_actors(shards, list(blocks(rows, todo, compute.shard_rows)), compute, progress, task, title)
         else:
             done = (_here(shards, index, shard_slice(rows, index, compute.shard_rows), task) for index in todo)
@@ -86,13 +96,14 @@ def map_shards(
             records[record.index] = record
     missing = [index for index in range(num_shards) if index not in records]
     assert not missing, f"{title}: Ray finished without shards {missing[:5]}"
-    return Shards(attempt, tuple(records[index] for index in range(num_shards)))
+    ordered = tuple(records[index] for index in range(num_shards))
+    return Shards(attempt, ordered, work.get("max_bad_fraction", 1.0))
 
 
 class _Shards:
     """Builds the worker when the first shard arrives, and does shards that are not there yet. Picklable before."""
 
-    def __init__(self, worker: type[ShardWorker], arguments: dict[str, Any], attempt: Attempt) -> None:
+    def __init__(self, worker: Callable[..., ShardWorker], arguments: dict[str, Any], attempt: Attempt) -> None:
         self._worker_class = worker
         self._arguments = arguments
         self._attempt = attempt

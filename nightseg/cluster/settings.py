@@ -32,8 +32,3 @@ class MapCompute(Strict):
     )
     batch: Positive = Field(default=8, description="frames of a forward pass")
     shard_rows: Positive = Field(default=64, description="frames of a shard, the unit that is repeated after a failure")
-
-    @property
-    def on_cpus(self) -> MapCompute:
-        """The same for a pass that has no use for a GPU."""
-        return self.model_copy(update={"gpus_per_actor": 0.0})

@@ -68,6 +68,17 @@ def quarantined(row: Mapping[str, Any], fault: BadFrame) -> dict[str, Any]:
     return {FRAME_ID: row[FRAME_ID], URI: row[URI], REASON: fault.reason, DETAIL: fault.detail}
 
 
+def sort_out(rows: pa.Table, work: Callable[[dict[str, Any]], Any]) -> tuple[list[Any], list[dict[str, Any]]]:
+    """What `work` makes of each row, in order; and rows of the quarantine table for those it raises BadFrame about."""
+    good, bad = [], []
+    for row in rows.to_pylist():
+        try:
+            good.append(work(row))
+        except BadFrame as fault:
+            bad.append(quarantined(row, fault))
+    return good, bad
+
+
 def check_frames(table: pa.Table) -> None:
     """Raise UserError unless `table` is a frame table: ids and uris there, ids unique, domains known, plain types."""
     missing = [name for name in (FRAME_ID, URI) if name not in table.column_names]

@@ -18,6 +18,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import Any, Final, Literal, NamedTuple
 
@@ -30,6 +32,7 @@ from PIL import Image as Pixels
 from pydantic import ValidationError
 from torch import Tensor
 
+from nightseg.cluster.settings import MapCompute
 from nightseg.data import table as frame
 from nightseg.data.images import BadFrame, decode_image, encode_jpeg, encode_png, read_bytes, rgb_pixels
 from nightseg.data.prefetch import prefetch
@@ -383,21 +386,31 @@ class SegmentedRow(NamedTuple):
     segmented: Segmented
 
 
-class UnreadRow(NamedTuple):
-    """One row of a frame table whose image could not be used, and why."""
+@dataclass(frozen=True)
+class RowSegmenter:
+    """What the worker of a pass is given to segment by. The model is opened in its process, when it is first used."""
 
-    row: dict[str, Any]
-    fault: BadFrame
+    model: Location
+    compute: MapCompute
+    inference: Inference = WHOLE_FRAME
+    device: str | None = None  # None: CUDA if the pass has GPUs
 
+    @cached_property
+    def segmenter(self) -> Segmenter:
+        device = self.device or ("cuda" if self.compute.gpus_per_actor else "cpu")
+        return Segmenter(self.model, device, self.inference)
 
-def segment_rows(segmenter: Segmenter, rows: pa.Table, batch: int) -> Iterator[SegmentedRow | UnreadRow]:
-    """Read and segment the frames of a resolved table, in its order; a frame that cannot be used does not stop it."""
-    with ThreadPoolExecutor(_READERS, thread_name_prefix="nightseg-read") as readers:
-        reading = prefetch(readers, _read, rows.to_pylist(), ahead=batch)
-        while read := list(islice(reading, batch)):
-            found = iter(segmenter.batch([image for _, image in read if not isinstance(image, BadFrame)]))
-            for row, image in read:
-                yield UnreadRow(row, image) if isinstance(image, BadFrame) else SegmentedRow(row, image, next(found))
+    def segment(self, rows: pa.Table, bad: list[dict[str, Any]]) -> Iterator[SegmentedRow]:
+        """Read and segment the frames of a resolved table, in its order. For those that cannot be used rows of the
+        quarantine table are added to `bad`."""
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="nightseg-read") as readers:
+            reading = prefetch(readers, _read, rows.to_pylist(), ahead=self.compute.batch)
+            while read := list(islice(reading, self.compute.batch)):
+                bad += [frame.quarantined(row, image) for row, image in read if isinstance(image, BadFrame)]
+                good = [(row, image) for row, image in read if not isinstance(image, BadFrame)]
+                found = self.segmenter.batch([image for _, image in good])
+                for (row, image), segmented in zip(good, found, strict=True):
+                    yield SegmentedRow(row, image, segmented)
 
 
 def _read(row: dict[str, Any]) -> tuple[dict[str, Any], Image | BadFrame]:

@@ -154,8 +154,8 @@ def between(start: Point, end: Point, share: float) -> Point:
 class Problem(NamedTuple):
     """The pool as seen by the reference: z = R^T (x - pool mean), in the directions in which the pool has spread."""
 
-    rows_Nr: Any  # noqa: N815 (torch float64)
-    distance_N: Floats  # noqa: N815 (|x - m2|^2)
+    rows_Nr: Any
+    distance_N: Floats
     trace: float  # tr C2
     rank: int  # m: of the covariance of z, at most, for the subsets that are asked for
     error: float  # no value of a subset is wrong by more: what rounding and the directions left out can do

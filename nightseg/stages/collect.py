@@ -8,14 +8,14 @@ with the reason; later stages can rely on the rest.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Unpack
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from nightseg.cluster.map import ShardWorker, map_shards
-from nightseg.cluster.settings import MapCompute
+from nightseg.cluster.map import ShardWorker, Work, map_shards
 from nightseg.data import table as columns
 from nightseg.data.class_list import taxonomy
 from nightseg.data.encodings import LABEL_FILES_SCHEMA, Reading, UnclearLabels, facts_of, label_files, read_as
@@ -27,8 +27,7 @@ from nightseg.data.settings import FolderDataset, ScenesDataset
 from nightseg.data.table import check_frames, frame_table, quarantine_table
 from nightseg.data.taxonomy import TRAIN_IDS, Taxonomy
 from nightseg.data.thumbnails import NUM_VALUES, thumbnail
-from nightseg.progress import Progress
-from nightseg.storage import Attempt, Commit, Location, Shards, UserError, sha256_of
+from nightseg.storage import Commit, Location, Shards, UserError, sha256_of
 
 VERSION = 3
 
@@ -56,10 +55,7 @@ def collect(
     *,
     name: str,
     taxonomy: str,
-    attempt: Attempt,
-    progress: Progress,
-    compute: MapCompute,
-    max_bad_fraction: float,
+    **work: Unpack[Work],
 ) -> Commit:
     """Tables `frames`, `quarantine`, `thumbnails` (by sha256). Scenes are drawn first: PNG files below the attempt.
 
@@ -68,18 +64,10 @@ def collect(
     """
     notes: list[str] = []
     if isinstance(dataset, ScenesDataset):
-        work = _scenes(dataset, name, taxonomy)
+        made = _scenes(dataset, name, taxonomy)
     else:
-        work = _folder(dataset, name, taxonomy, notes.append)
-    shards = map_shards(
-        work.rows,
-        work.worker,
-        work.arguments,
-        attempt=attempt,
-        compute=compute,
-        progress=progress,
-        title=f"collect {name}",
-    )
+        made = _folder(dataset, name, taxonomy, notes.append)
+    shards = map_shards(*made, title=f"collect {name}", **work)
     frames = shards.table("frames")
     check_frames(frames)
     summary = _summary(frames, shards.table("quarantine"))
@@ -88,16 +76,15 @@ def collect(
             f"{summary['duplicates']} of {frames.num_rows} frames repeat others byte for byte; all of them count"
         )
     if isinstance(dataset, FolderDataset):
-        reading = _read_labels(shards, dataset, name, taxonomy, max_bad_fraction)
+        reading = _read_labels(shards, dataset, name, taxonomy)
         if reading is not None:
             summary["labels"] = reading.facts()
             said, *warnings = reading.sentences()
-            progress.say(f"dataset {name}: {said}")
+            work["progress"].say(f"dataset {name}: {said}")
             notes += warnings
     for note in notes:
-        progress.say(f"dataset {name}: {note}")
-    summary |= {"notes": notes} if notes else {}
-    return shards.finish("frames", max_bad_fraction=max_bad_fraction, summary=summary)
+        work["progress"].say(f"dataset {name}: {note}")
+    return shards.finish("frames", summary=summary | ({"notes": notes} if notes else {}))
 
 
 def _summary(frames: pa.Table, quarantine: pa.Table) -> dict[str, Any]:
@@ -139,9 +126,7 @@ def _folder(dataset: FolderDataset, name: str, classes: str, say: Callable[[str]
     return _Pass(rows, FolderReader, {"classes": known})
 
 
-def _read_labels(
-    shards: Shards, dataset: FolderDataset, name: str, classes: str, max_bad_fraction: float
-) -> Reading | None:
+def _read_labels(shards: Shards, dataset: FolderDataset, name: str, classes: str) -> Reading | None:
     """What the label files of the set mean together. Raises UserError if that is not what their layout says of them."""
     known, table = taxonomy(classes), shards.table(_LABEL_FILES)
     files = list(zip(label_files(table), table[columns.LABEL_ENCODING].to_pylist(), strict=True))
@@ -151,7 +136,8 @@ def _read_labels(
     where = f"dataset {name}"
     ids = {raw_id for file, _ in files for raw_id in file.pixels}
     is_known = any(ids <= known.encodings[encoding].keys() for encoding in known.tried)
-    if dataset.label_encoding is None and is_known and len(files) - len(fitting) > max_bad_fraction * len(files):
+    allowed = shards.max_bad_fraction * len(files)
+    if dataset.label_encoding is None and is_known and len(files) - len(fitting) > allowed:
         fitting = files  # as many are no accident, and another encoding knows them all
     if not fitting:
         return None
@@ -172,13 +158,9 @@ class FolderReader:
         self.classes = classes
 
     def __call__(self, rows: pa.Table, folder: Location) -> Mapping[str, pa.Table]:
-        good, bad, looks = [], [], dict[str, UInt8]()
+        looks: dict[str, UInt8] = {}
         labels: list[dict[str, Any]] = []
-        for row in rows.to_pylist():
-            try:
-                good.append(self._read(row, looks, labels))
-            except BadFrame as fault:
-                bad.append(columns.quarantined(row, fault))
+        good, bad = columns.sort_out(rows, lambda row: self._read(row, looks, labels))
         return {
             "frames": frame_table(good),
             "quarantine": quarantine_table(bad),
@@ -223,26 +205,20 @@ def _scenes(dataset: ScenesDataset, name: str, classes: str) -> _Pass:
     domains = scene_domains({str(domain): share for domain, share in dataset.mix.items()}, dataset.first, dataset.count)
     rows = pa.table({_INDEX: range(dataset.first, dataset.first + dataset.count), columns.DOMAIN: domains})
     height, width = dataset.size
-    arguments = {
-        "dataset": name,
-        "scene_seed": dataset.scene_seed,
-        "height": height,
-        "width": width,
-        "palette": known.palette if dataset.labelled else None,
-    }
-    return _Pass(rows, SceneWriter, arguments)
+    palette = tuple(known.palette) if dataset.labelled else None
+    settings = {"dataset": name, "scene_seed": dataset.scene_seed, "height": height, "width": width}
+    return _Pass(rows, SceneWriter, settings | {"palette": palette})
 
 
+@dataclass
 class SceneWriter:
     """Draws the scenes of a shard and writes them as PNG; `palette` (None = no labels) colours the label files."""
 
-    def __init__(
-        self, dataset: str, scene_seed: int, height: int, width: int, palette: Iterable[tuple[int, int, int]] | None
-    ) -> None:
-        self.dataset = dataset
-        self.scene_seed = scene_seed
-        self.height, self.width = height, width
-        self.palette = None if palette is None else tuple(palette)
+    dataset: str
+    scene_seed: int
+    height: int
+    width: int
+    palette: tuple[tuple[int, int, int], ...] | None
 
     def __call__(self, rows: pa.Table, folder: Location) -> Mapping[str, pa.Table]:
         looks: dict[str, UInt8] = {}

@@ -6,15 +6,15 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from nightseg.cluster.map import map_shards
-from nightseg.cluster.settings import MapCompute
+from nightseg.cluster.map import Work, map_shards
 from nightseg.data import table as frame
 from nightseg.data.class_list import taxonomy as load_taxonomy
 from nightseg.data.encodings import (
@@ -33,11 +33,10 @@ from nightseg.data.taxonomy import FROM_ONE, IGNORE, Taxonomy
 from nightseg.errors import together
 from nightseg.metrics.boundary import boundary_counts, boundary_scores
 from nightseg.metrics.confusion import add_up, confusion_matrix, scores
-from nightseg.progress import Progress
 from nightseg.recipe.types import Evaluation
-from nightseg.segmenter.predict import Segmenter, UnreadRow, check_classes, segment_rows
+from nightseg.segmenter.predict import RowSegmenter, check_classes
 from nightseg.segmenter.settings import Inference
-from nightseg.storage import Attempt, Commit, Location, UserError, sha256_of
+from nightseg.storage import Commit, Location, UserError, sha256_of
 
 VERSION = 3
 
@@ -59,10 +58,7 @@ def evaluate(
     taxonomy: str,
     evaluation: Evaluation,
     inference: Inference,
-    attempt: Attempt,
-    compute: MapCompute,
-    progress: Progress,
-    max_bad_fraction: float,
+    **work: Unpack[Work],
 ) -> Commit:
     """Commit `predictions` (the frame's columns, prediction_uri, test_sets, confusion), `quarantine` and `scores.json`.
 
@@ -75,30 +71,17 @@ def evaluate(
     for test, frames in tests.items():
         _check_labelled(frames, f"{name}.{test}")
     check_classes(model.folder / "model", classes)
-    rows = _together(tests)
-    device = "cuda" if compute.gpus_per_actor else "cpu"
-    arguments = {"model": model.folder / "model", "batch": compute.batch, "device": device, "inference": inference}
-    shards = map_shards(
-        rows,
-        Evaluator,
-        arguments | {"classes": classes, "evaluation": evaluation},
-        attempt=attempt,
-        compute=compute,
-        progress=progress,
-        title=f"evaluate {name}",
-    )
+    by = RowSegmenter(model.folder / "model", work["compute"], inference)
+    arguments = {"by": by, "classes": classes, "evaluation": evaluation}
+    shards = map_shards(_together(tests), Evaluator, arguments, title=f"evaluate {name}", **work)
     columns = [TEST_SETS, *(column for column in COUNTS if column == CONFUSION or evaluation.boundary)]
     counted = shards.table("predictions").select(columns)
     of_tests = {test: counted.filter(_is_in(counted[TEST_SETS], test)) for test in tests}
     whole = all(part.num_rows for part in of_tests.values())  # else there is a set without a score to commit
     found = {test: _record(part, f"{name}.{test}", classes, evaluation) for test, part in of_tests.items() if whole}
-    (attempt.folder / "scores.json").write_json(found)
-    return shards.finish(
-        "predictions",
-        max_bad_fraction=max_bad_fraction if whole else 0.0,
-        outputs=["scores.json"],
-        summary={"miou": {test: record["miou"] for test, record in found.items()}},
-    )
+    (shards.attempt.folder / "scores.json").write_json(found)
+    summary = {"miou": {test: record["miou"] for test, record in found.items()}}
+    return shards.finish("predictions", outputs=["scores.json"], summary=summary, is_whole=whole)
 
 
 def _check_labelled(frames: pa.Table, name: str) -> None:
@@ -129,29 +112,19 @@ def _is_in(sets: pa.ChunkedArray, test: str) -> pa.Array:
     return pa.array([test in names for names in sets.to_pylist()], pa.bool_())
 
 
+@dataclass
 class Evaluator:
     """Segments the frames of a shard, counts their pixels against the labels, and keeps the predictions."""
 
-    def __init__(
-        self,
-        model: Location,
-        batch: int,
-        device: str,
-        classes: Taxonomy,
-        evaluation: Evaluation,
-        inference: Inference,
-    ) -> None:
-        self.segmenter = Segmenter(model, device, inference)
-        self.batch = batch
-        self.classes = classes
-        self.evaluation = evaluation
+    by: RowSegmenter
+    classes: Taxonomy
+    evaluation: Evaluation
 
     def __call__(self, rows: pa.Table, folder: Location) -> Mapping[str, pa.Table]:
-        made, bad = [], []
-        for result in segment_rows(self.segmenter, rows, self.batch):
+        made: list[dict[str, Any]] = []
+        bad: list[dict[str, Any]] = []
+        for result in self.by.segment(rows, bad):
             try:
-                if isinstance(result, UnreadRow):
-                    raise result.fault
                 label_HW = train_ids_of(result.row, self.classes, result.image.shape[:2])
             except BadFrame as fault:
                 bad.append(frame.quarantined(result.row, fault))
@@ -177,9 +150,7 @@ def evaluate_folders(
     taxonomy: str,
     label_encoding: str | None,
     evaluation: Evaluation,
-    attempt: Attempt,
-    compute: MapCompute,
-    progress: Progress,
+    **work: Unpack[Work],
 ) -> Commit:
     """Commit `counts` and `scores.json`: the record of `_record` with `taxonomy`, `label_encoding`, `labels`, `frames`.
 
@@ -191,21 +162,14 @@ def evaluate_folders(
     encodings = [label_encoding] if label_encoding else classes.tried
     for encoding in encodings:
         classes.lut(encoding)
-    threads = 1 if compute.actors else len(os.sched_getaffinity(0))
-    shards = map_shards(
-        pairs,
-        PairCounter,
-        {"classes": classes, "encodings": encodings, "evaluation": evaluation, "threads": threads},
-        attempt=attempt,
-        compute=compute.on_cpus,
-        progress=progress,
-        title="evaluate",
-    )
+    threads = 1 if work["compute"].actors else len(os.sched_getaffinity(0))
+    arguments = {"classes": classes, "encodings": encodings, "evaluation": evaluation, "threads": threads}
+    shards = map_shards(pairs, PairCounter, arguments, title="evaluate", on_cpus=True, **work)
     counted = shards.table("counts")
     of_files = counted.filter(pc.equal(counted[frame.LABEL_ENCODING], encodings[0]))
     reading = read_as("the labels", label_files(of_files), classes, asked=label_encoding)
     for sentence in reading.sentences():
-        progress.say(sentence)
+        work["progress"].say(sentence)
     wanted = set(zip(of_files[frame.LABEL_URI].to_pylist(), reading.encodings, strict=True))
     places = zip(counted[frame.LABEL_URI].to_pylist(), counted[frame.LABEL_ENCODING].to_pylist(), strict=True)
     found = _record(counted.filter([place in wanted for place in places]), "the folders", classes, evaluation)
@@ -214,23 +178,22 @@ def evaluate_folders(
     if label_encoding is None:
         _check_shift(matrix, reading, classes)
     if warning := _mix_up(matrix, classes):
-        progress.say(f"warning: {warning}")
+        work["progress"].say(f"warning: {warning}")
         found["warning"] = warning
-    (attempt.folder / "scores.json").write_json(found)
-    num_shards = len(shards.records)
-    return attempt.finish(
-        rows_in=pairs.num_rows, rows_out=pairs.num_rows, outputs=["scores.json"], num_shards=num_shards
+    (shards.attempt.folder / "scores.json").write_json(found)
+    return shards.attempt.finish(
+        rows_in=pairs.num_rows, rows_out=pairs.num_rows, outputs=["scores.json"], num_shards=len(shards.records)
     )
 
 
+@dataclass
 class PairCounter:
     """Reads predictions and labels, checks both, counts: one row a frame and encoding that knows all of its ids."""
 
-    def __init__(self, classes: Taxonomy, encodings: list[str], evaluation: Evaluation, threads: int) -> None:
-        self.classes = classes
-        self.encodings = encodings
-        self.evaluation = evaluation
-        self.threads = threads
+    classes: Taxonomy
+    encodings: list[str]
+    evaluation: Evaluation
+    threads: int
 
     def __call__(self, rows: pa.Table, folder: Location) -> Mapping[str, pa.Table]:
         with ThreadPoolExecutor(self.threads, thread_name_prefix="nightseg-read") as pool:

@@ -19,14 +19,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Any, Final, Unpack
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from nightseg.cluster.map import map_shards
-from nightseg.cluster.settings import MapCompute
+from nightseg.cluster.map import Work, map_shards
 from nightseg.data import table as frame
 from nightseg.data.class_list import taxonomy as load_taxonomy
 from nightseg.data.images import BadFrame, read_image, read_label
@@ -34,9 +34,8 @@ from nightseg.data.labels import train_ids_of
 from nightseg.data.taxonomy import Taxonomy
 from nightseg.metrics.confusion import add_up, confusion_matrix, scores
 from nightseg.metrics.edges import edge_agreement
-from nightseg.progress import Progress
 from nightseg.selection.frechet import FrameSet, SetDistance, set_distance
-from nightseg.storage import Attempt, Commit, Location
+from nightseg.storage import Commit, Location
 
 VERSION = 2
 
@@ -75,10 +74,7 @@ def evaluate_translation(
     masks: Mapping[str, Commit],
     features: Mapping[str, Commit],
     taxonomy: str,
-    attempt: Attempt,
-    progress: Progress,
-    compute: MapCompute,
-    max_bad_fraction: float,
+    **work: Unpack[Work],
 ) -> Commit:
     """Commit the table `frame_scores` (frame_id, source_id, measures of each frame), `quarantine` and scores.json.
 
@@ -89,23 +85,16 @@ def evaluate_translation(
     """
     classes, has_back = load_taxonomy(taxonomy), "back" in masks
     distances = _distances(features)
-    shards = map_shards(
-        _rows(translated, source, masks),
-        MeasureFrames,
-        {"classes": classes, "has_back": has_back},
-        attempt=attempt,
-        compute=compute.on_cpus,
-        progress=progress,
-        title=f"evaluate {name}",
-    )
+    rows, arguments = _rows(translated, source, masks), {"classes": classes, "has_back": has_back}
+    shards = map_shards(rows, MeasureFrames, arguments, title=f"evaluate {name}", on_cpus=True, **work)
     found = _summed(shards.parts("frame_scores"), classes, has_back)
     if found["frames"]:
-        (attempt.folder / SCORES_NAME).write_json({**distances, **found})
+        (shards.attempt.folder / SCORES_NAME).write_json({**distances, **found})
     return shards.finish(
         "frame_scores",
-        max_bad_fraction=max_bad_fraction if found["frames"] else 0.0,  # without a frame there are no scores
         outputs=[SCORES_NAME] if found["frames"] else [],
         summary={"fid": distances["fid"]["translated"], "agreement": found["agreement"], "edges": found["edges"]},
+        is_whole=found["frames"] > 0,  # without a frame there are no scores
     )
 
 
@@ -148,21 +137,15 @@ def _mask_places(commit: Commit) -> dict[str, str]:
     return {row[frame.FRAME_ID]: (commit.folder / row[PREDICTION_URI]).uri for row in table}
 
 
+@dataclass
 class MeasureFrames:
     """Measures of the frames of a shard. A frame of which something is missing goes to the quarantine table."""
 
-    def __init__(self, classes: Taxonomy, has_back: bool) -> None:
-        self.classes = classes
-        self.has_back = has_back
+    classes: Taxonomy
+    has_back: bool
 
     def __call__(self, rows: pa.Table, folder: Location) -> Mapping[str, pa.Table]:
-        good: list[dict[str, Any]] = []
-        bad: list[dict[str, Any]] = []
-        for row in rows.to_pylist():
-            try:
-                good.append({column: row[column] for column in (frame.FRAME_ID, SOURCE_ID)} | self._measures(row))
-            except BadFrame as fault:
-                bad.append(frame.quarantined(row, fault))
+        good, bad = frame.sort_out(rows, self._measures)
         return {"frame_scores": pa.Table.from_pylist(good, schema=SCHEMA), "quarantine": frame.quarantine_table(bad)}
 
     def _measures(self, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -179,6 +162,7 @@ class MeasureFrames:
             if truth != what
         }
         return {
+            **{column: row[column] for column in (frame.FRAME_ID, SOURCE_ID)},
             EDGES: edge_agreement(source, translated),
             AGREEMENT: _right(matrices["source_translated"]),
             BACK_AGREEMENT: _right(matrices["source_back"]) if self.has_back else None,

@@ -6,16 +6,18 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import count, islice
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import pyarrow as pa
 
-from nightseg.cluster.map import map_shards
+from nightseg.cluster.map import Work, map_shards
 from nightseg.cluster.settings import MapCompute
 from nightseg.data import table as frame
 from nightseg.data.images import BadFrame
+from nightseg.data.taxonomy import Taxonomy
 from nightseg.data.video import new_video, open_video
 from nightseg.progress import Progress
 from nightseg.segmenter.predict import (
@@ -24,12 +26,11 @@ from nightseg.segmenter.predict import (
     WHOLE_FRAME,
     Image,
     Picture,
+    RowSegmenter,
     Segmented,
     Segmenter,
-    UnreadRow,
     overlay,
     picture,
-    segment_rows,
 )
 from nightseg.segmenter.settings import Inference
 from nightseg.storage import Attempt, Commit, Location, UserError, sha256_of
@@ -48,14 +49,11 @@ def predict(
     model: Commit | Location,
     *,
     name: str,
-    attempt: Attempt,
-    compute: MapCompute,
-    progress: Progress,
-    max_bad_fraction: float,
     save: Sequence[Picture] = PICTURES,
     inference: Inference = WHOLE_FRAME,
     device: str | None = None,
     out: Location | None = None,
+    **work: Unpack[Work],
 ) -> Commit:
     """Commit `predictions` (the frame's columns, mean_confidence, `<picture>_uri` and `_sha256` a picture) and
     `quarantine`; the mask's columns are `prediction_uri` and `prediction_sha256`. `frames` has absolute uris.
@@ -69,54 +67,30 @@ def predict(
             f"predict {name}: the dataset holds no frame; look at its quarantine table", cure="another dataset"
         )
     columns = [column for column in frames.column_names if column in frame.FRAME_SCHEMA.names]
-    shards = map_shards(
-        frames.select(columns),
-        Predictor,
-        {
-            "model": model if isinstance(model, Location) else model.folder / "model",
-            "batch": compute.batch,
-            "device": device or ("cuda" if compute.gpus_per_actor else "cpu"),
-            "save": wanted,
-            "inference": inference,
-            "out": out,
-        },
-        attempt=attempt,
-        compute=compute,
-        progress=progress,
-        title=f"predict {name}",
-    )
-    return shards.finish("predictions", max_bad_fraction=max_bad_fraction, summary={"save": list(wanted)})
+    folder = model if isinstance(model, Location) else model.folder / "model"
+    by = RowSegmenter(folder, work["compute"], inference, device)
+    arguments = {"by": by, "save": wanted, "out": out}
+    shards = map_shards(frames.select(columns), Predictor, arguments, title=f"predict {name}", **work)
+    return shards.finish("predictions", summary={"save": list(wanted)})
 
 
+@dataclass
 class Predictor:
     """Segments the frames of a shard and writes their pictures."""
 
-    def __init__(
-        self,
-        model: Location,
-        batch: int,
-        device: str,
-        save: Sequence[Picture],
-        inference: Inference = WHOLE_FRAME,
-        out: Location | None = None,
-    ) -> None:
-        self.segmenter = Segmenter(model, device, inference)
-        self.batch = batch
-        self.save = tuple(save)
-        self.out = out
-        self.advance: Callable[[int], None] = lambda count: None
+    by: RowSegmenter
+    save: Sequence[Picture]
+    out: Location | None = None
+    advance: Callable[[int], None] = lambda count: None
 
     def __call__(self, rows: pa.Table, folder: Location) -> Mapping[str, pa.Table]:
         made: list[tuple[dict[str, Any], Future[dict[str, str]]]] = []
-        bad = []
-        with PictureWriter(self.segmenter, folder, self.save, self.out) as writer:
-            for result in segment_rows(self.segmenter, rows, self.batch):
-                if isinstance(result, UnreadRow):
-                    bad.append(frame.quarantined(result.row, result.fault))
-                else:
-                    sure = float(result.segmented.confidence.mean(dtype=np.float64))
-                    written = writer.write(result.row[frame.FRAME_ID], result.image, result.segmented)
-                    made.append(({**result.row, MEAN_CONFIDENCE: sure}, written))
+        bad: list[dict[str, Any]] = []
+        with PictureWriter(self.by.segmenter.taxonomy, folder, self.save, self.out) as writer:
+            for result in self.by.segment(rows, bad):
+                sure = float(result.segmented.confidence.mean(dtype=np.float64))
+                written = writer.write(result.row[frame.FRAME_ID], result.image, result.segmented)
+                made.append(({**result.row, MEAN_CONFIDENCE: sure}, written))
                 self.advance(1)
         extra = {MEAN_CONFIDENCE: pa.float64()}
         extra |= {_column(kind, part): pa.string() for kind in self.save for part in ("uri", "sha256")}
@@ -128,9 +102,9 @@ class PictureWriter:
     """Encodes and writes pictures beside the network's work. All are on disk when the `with` is left."""
 
     def __init__(
-        self, segmenter: Segmenter, folder: Location, save: Sequence[Picture], out: Location | None = None
+        self, classes: Taxonomy, folder: Location, save: Sequence[Picture], out: Location | None = None
     ) -> None:
-        self.classes = segmenter.taxonomy
+        self.classes = classes
         self.folder = folder if out is None else out
         self.is_outside = out is not None
         self.save = save
@@ -226,7 +200,7 @@ def predict_video(
                     num_of_shard = sum(1 for _ in shard)
                     task.advance(num_of_shard)
                 else:
-                    with PictureWriter(segmenter, attempt.folder, save, out) as writer:
+                    with PictureWriter(segmenter.taxonomy, attempt.folder, save, out) as writer:
                         num_of_shard = _segment(shard, segmenter, writer, f"{name}/", num_frames, compute.batch, add)
                         # Advanced a shard at a time: it is done when its pictures are written.
                     attempt.write_shard(index, {}, rows_in=num_of_shard, seconds=0.0)

@@ -8,25 +8,22 @@ crash at any time loses only the open ones; the drafts go when the labels are co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from nightseg.cluster.map import map_shards
-from nightseg.cluster.settings import MapCompute
+from nightseg.cluster.map import Work, map_shards
 from nightseg.data import table as frame
 from nightseg.data.class_list import taxonomy as load_taxonomy
 from nightseg.data.images import encode_png
 from nightseg.data.taxonomy import TRAIN_IDS, Taxonomy
-from nightseg.progress import Progress
 from nightseg.segmenter import self_training
-from nightseg.segmenter.predict import WHOLE_FRAME, Segmenter, UnreadRow, check_classes, segment_rows
+from nightseg.segmenter.predict import WHOLE_FRAME, RowSegmenter, check_classes
 from nightseg.segmenter.self_training import NUM_BINS, KeptPixels
 from nightseg.segmenter.settings import Inference, Threshold
 from nightseg.storage import Attempt, Commit, Location, Shards, UserError, sha256_of
@@ -41,22 +38,14 @@ KEPT_COUNTS = "kept_counts"  # those of them that keep their label, K values
 HISTOGRAM = "histogram"  # pixels by class and confidence bin, K x 256 values, row by row
 LABELS_SCHEMA = pa.schema(
     [
-        pa.field(frame.FRAME_ID, pa.string()),
-        pa.field(CONFIDENCE_URI, pa.string()),
-        pa.field(CONFIDENCE_SHA256, pa.string()),
-        pa.field(KEPT, pa.float64()),
-        pa.field(COUNTS, pa.list_(pa.int64())),
-        pa.field(KEPT_COUNTS, pa.list_(pa.int64())),
-        pa.field(HISTOGRAM, pa.list_(pa.int64())),
+        *((name, pa.string()) for name in (frame.FRAME_ID, CONFIDENCE_URI, CONFIDENCE_SHA256)),
+        (KEPT, pa.float64()),
+        *((name, pa.list_(pa.int64())) for name in (COUNTS, KEPT_COUNTS, HISTOGRAM)),
     ]
 )
-
-_DRAFT_SCHEMA = pa.schema(
-    [pa.field(frame.FRAME_ID, pa.string()), pa.field(frame.HEIGHT, pa.int32()), pa.field(frame.WIDTH, pa.int32())]
-)
+_DRAFT_SCHEMA = pa.schema([(frame.FRAME_ID, pa.string()), (frame.HEIGHT, pa.int32()), (frame.WIDTH, pa.int32())])
 Counts = npt.NDArray[np.int64]
 Thresholds = npt.NDArray[np.float64]
-Map = Callable[..., Shards]
 
 
 class _Labelled(NamedTuple):
@@ -75,11 +64,8 @@ def pseudo_label(
     name: str,
     threshold: Threshold,
     taxonomy: str,
-    attempt: Attempt,
-    compute: MapCompute,
-    progress: Progress,
-    max_bad_fraction: float,
     inference: Inference = WHOLE_FRAME,
+    **work: Unpack[Work],
 ) -> Commit:
     """Commit `frames` (label_uri: palette PNG of train ids and 255), `labels` (LABELS_SCHEMA), `quarantine`,
     `histograms` (one row a class: pixels by confidence bin over all frames) and `evidence.json` (`_evidence`).
@@ -95,18 +81,15 @@ def pseudo_label(
     check_classes(teacher.folder / "model", classes)
     columns = [column for column in frames.column_names if column in frame.FRAME_SCHEMA.names]
     rows = frame.frame_table(frames.select(columns).to_pylist())
-    device = "cuda" if compute.gpus_per_actor else "cpu"
-    model = {"model": teacher.folder / "model", "batch": compute.batch, "device": device, "inference": inference}
-    run = partial(map_shards, compute=compute, progress=progress)
+    by = RowSegmenter(teacher.folder / "model", work["compute"], inference)
+    attempt = work["attempt"]
     drafts = replace(attempt, folder=attempt.folder / "drafts")
-    if threshold.kind == "class_balanced":
-        done = _label_drafts(rows, threshold, classes, run, model, drafts, attempt, name, max_bad_fraction)
-    else:
-        done = _label_directly(rows, threshold, classes, run, model, attempt, name)
+    label = _label_drafts if threshold.kind == "class_balanced" else _label_directly
+    done = label(rows, threshold, classes, by, drafts, name, work)
     histograms_KB, pixels = _totals(done.shards, classes.num_classes)
     warnings = self_training.guard(pixels, classes.classes)
     for warning in warnings:
-        progress.say(f"pseudo-labels for {name}: {warning}")
+        work["progress"].say(f"pseudo-labels for {name}: {warning}")
     num_frames = rows.num_rows - done.quarantine.num_rows
     evidence = _evidence(teacher, threshold, classes, num_frames, done.thresholds, pixels, warnings)
     (attempt.folder / "evidence.json").write_json(evidence)
@@ -117,7 +100,7 @@ def pseudo_label(
         rows_in=rows.num_rows,
         rows_out=num_frames,
         quarantined=done.quarantine.num_rows,
-        max_bad_fraction=max_bad_fraction,
+        max_bad_fraction=done.shards.max_bad_fraction,
         outputs=["evidence.json", "histograms.parquet", *done.outputs],
         num_shards=len(done.shards.records),
         summary={"kept_share": pixels.share, "warnings": len(warnings), "threshold": threshold.kind},
@@ -127,69 +110,53 @@ def pseudo_label(
 
 
 def _label_directly(
-    rows: pa.Table,
-    threshold: Threshold,
-    classes: Taxonomy,
-    run: Map,
-    model: Mapping[str, Any],
-    attempt: Attempt,
-    name: str,
+    rows: pa.Table, threshold: Threshold, classes: Taxonomy, by: RowSegmenter, _drafts: Attempt, name: str, work: Work
 ) -> _Labelled:
     """One pass, for thresholds that do not depend on the frames."""
     nothing_yet = np.zeros((classes.num_classes, NUM_BINS), dtype=np.int64)
     thresholds_K = self_training.class_thresholds(threshold, nothing_yet)
-    arguments = {**model, "thresholds_K": thresholds_K, "classes": classes}
-    shards = run(rows, DirectLabeller, arguments, attempt=attempt, title=f"pseudo-labels of {name}")
+    arguments = {"by": by, "thresholds_K": thresholds_K, "classes": classes}
+    shards = map_shards(rows, DirectLabeller, arguments, title=f"pseudo-labels of {name}", **work)
     return _Labelled(thresholds_K, shards, shards.table("quarantine"), [])
 
 
 def _label_drafts(
-    rows: pa.Table,
-    threshold: Threshold,
-    classes: Taxonomy,
-    run: Map,
-    model: Mapping[str, Any],
-    drafts: Attempt,
-    attempt: Attempt,
-    name: str,
-    max_bad_fraction: float,
+    rows: pa.Table, threshold: Threshold, classes: Taxonomy, by: RowSegmenter, drafts: Attempt, name: str, work: Work
 ) -> _Labelled:
     """Two passes, for thresholds that follow from the confidence of all frames."""
-    shards = run(rows, Drafter, dict(model), attempt=drafts, title=f"teacher of {name}")
+    of_drafts: Work = {**work, "attempt": drafts}
+    shards = map_shards(rows, Drafter, {"by": by}, title=f"teacher of {name}", **of_drafts)
     quarantine, drafted = shards.table("quarantine"), shards.table("drafts")
-    limit = max_bad_fraction if drafted.num_rows else 0.0
+    limit = shards.max_bad_fraction if drafted.num_rows else 0.0
     if quarantine.num_rows > limit * rows.num_rows:
         # Refused now, with the first pass's shards: labels made with thresholds of too few frames must not exist.
-        shards.finish("drafts", max_bad_fraction=limit)
-    (attempt.folder / "quarantine.parquet").write_table(quarantine)
+        shards.finish("drafts", is_whole=drafted.num_rows > 0)
+    (work["attempt"].folder / "quarantine.parquet").write_table(quarantine)
     histograms_KB = sum(_arrays(shards, "histograms", HISTOGRAM), start=np.zeros(1, dtype=np.int64))
     thresholds_K = self_training.class_thresholds(threshold, histograms_KB.reshape(classes.num_classes, NUM_BINS))
     readable = rows.filter(pc.is_in(rows[frame.FRAME_ID], value_set=drafted[frame.FRAME_ID].combine_chunks()))
     for column in (frame.HEIGHT, frame.WIDTH):
         readable = readable.set_column(readable.schema.get_field_index(column), column, drafted[column])
     arguments = {"drafts": drafts.folder, "thresholds_K": thresholds_K, "classes": classes}
-    labelled = run(readable, DraftLabeller, arguments, attempt=attempt, title=f"pseudo-labels of {name}")
+    labelled = map_shards(readable, DraftLabeller, arguments, title=f"pseudo-labels of {name}", **work)
     return _Labelled(thresholds_K, labelled, quarantine, ["quarantine.parquet"])
 
 
 # -- workers ---------------------------------------------------------------------------------------------------------
 
 
+@dataclass
 class Drafter:
     """Runs the teacher and leaves labels and confidence bins as they are, below `folder`."""
 
-    def __init__(self, model: Location, batch: int, device: str, inference: Inference = WHOLE_FRAME) -> None:
-        self.segmenter = Segmenter(model, device, inference)
-        self.batch = batch
+    by: RowSegmenter
 
     def __call__(self, rows: pa.Table, folder: Location) -> Mapping[str, pa.Table]:
-        num_classes = self.segmenter.taxonomy.num_classes
+        num_classes = self.by.segmenter.taxonomy.num_classes
         histogram_KB = np.zeros((num_classes, NUM_BINS), dtype=np.int64)
-        drafts, bad = [], []
-        for result in segment_rows(self.segmenter, rows, self.batch):
-            if isinstance(result, UnreadRow):
-                bad.append(frame.quarantined(result.row, result.fault))
-                continue
+        drafts: list[dict[str, Any]] = []
+        bad: list[dict[str, Any]] = []
+        for result in self.by.segment(rows, bad):
             labels_HW, confidence_HW = result.segmented
             histogram_KB += self_training.confidence_histogram(labels_HW, confidence_HW, num_classes)
             frame_id = result.row[frame.FRAME_ID]
@@ -204,13 +171,13 @@ class Drafter:
         }
 
 
+@dataclass
 class DraftLabeller:
     """Applies thresholds to drafts; needs no network."""
 
-    def __init__(self, drafts: Location, thresholds_K: Thresholds, classes: Taxonomy) -> None:
-        self.drafts = drafts
-        self.thresholds_K = thresholds_K
-        self.classes = classes
+    drafts: Location
+    thresholds_K: Thresholds
+    classes: Taxonomy
 
     def __call__(self, rows: pa.Table, folder: Location) -> Mapping[str, pa.Table]:
         made = []
@@ -224,30 +191,18 @@ class DraftLabeller:
         return _tables(made)
 
 
+@dataclass
 class DirectLabeller:
     """Runs the teacher and applies known thresholds."""
 
-    def __init__(
-        self,
-        model: Location,
-        batch: int,
-        device: str,
-        thresholds_K: Thresholds,
-        classes: Taxonomy,
-        inference: Inference = WHOLE_FRAME,
-    ) -> None:
-        self.segmenter = Segmenter(model, device, inference)
-        self.batch = batch
-        self.thresholds_K = thresholds_K
-        self.classes = classes
+    by: RowSegmenter
+    thresholds_K: Thresholds
+    classes: Taxonomy
 
     def __call__(self, rows: pa.Table, folder: Location) -> Mapping[str, pa.Table]:
-        made, bad = [], []
-        for result in segment_rows(self.segmenter, rows, self.batch):
-            if isinstance(result, UnreadRow):
-                bad.append(frame.quarantined(result.row, result.fault))
-            else:
-                made.append(_write(result.row, *result.segmented, self.thresholds_K, self.classes, folder))
+        bad: list[dict[str, Any]] = []
+        segmented = self.by.segment(rows, bad)
+        made = [_write(one.row, *one.segmented, self.thresholds_K, self.classes, folder) for one in segmented]
         return {**_tables(made), "quarantine": frame.quarantine_table(bad)}
 
 

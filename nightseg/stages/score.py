@@ -5,19 +5,17 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from dataclasses import astuple
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from nightseg.cluster.map import map_shards
-from nightseg.cluster.settings import MapCompute
+from nightseg.cluster.map import Work, map_shards
 from nightseg.data import table as frame
 from nightseg.data.day_night import NUM_BINS, luminance_histogram
 from nightseg.data.images import BadFrame, read_image
 from nightseg.data.table import vector_column, vectors
-from nightseg.progress import Progress
 from nightseg.selection.features import Extractor, Identity, build_extractor, identify
 from nightseg.selection.frechet import (
     FEATURES,
@@ -33,7 +31,7 @@ from nightseg.selection.frechet import (
 from nightseg.selection.frechet import spatial_reference as spatial_reference_of
 from nightseg.selection.methods import HISTOGRAM, SPATIAL, SPATIAL_ERROR
 from nightseg.selection.settings import Extraction
-from nightseg.storage import Attempt, Commit, Location, UserError, sha256_of
+from nightseg.storage import Commit, Location, UserError, sha256_of
 
 VERSION = 3
 
@@ -55,10 +53,7 @@ def score(
     *,
     positions: bool = False,
     spatial_reference: Commit | None = None,
-    attempt: Attempt,
-    progress: Progress,
-    compute: MapCompute,
-    max_bad_fraction: float,
+    **work: Unpack[Work],
 ) -> Commit:
     """Commit the table `features` (frame_id, sha256, features, histogram), `quarantine`, and statistics.npz.
 
@@ -68,25 +63,19 @@ def score(
     each frame's own Frechet distance to it, and the error bound of that.
     Raises UserError if the extractor's weights are not at hand, before any frame is read.
     """
+    attempt, compute = work["attempt"], work["compute"]
     if frames.num_rows == 0:
         raise UserError(
             f"{attempt.identity['name']}: there is no frame to score",
             cure="see the counts of the datasets that it is made from",
         )
     identity = identify(extraction)
-    precision = _precision(extraction, attempt, compute, progress)
+    precision = _precision(extraction, work)
     rows = _described(frames)
     near = _positions_of(spatial_reference) if spatial_reference else None
     worker = {"extraction": extraction, "precision": precision, "weights_sha256": identity.weights_sha256}
-    shards = map_shards(
-        rows,
-        ScoreFrames,
-        worker | {"batch": compute.batch, "positions": positions, "spatial_reference": near},
-        attempt=attempt,
-        compute=compute,
-        progress=progress,
-        title=f"score by {extraction.name}",
-    )
+    worker |= {"batch": compute.batch, "positions": positions, "spatial_reference": near}
+    shards = map_shards(rows, ScoreFrames, worker, title=f"score by {extraction.name}", **work)
     parts = (vectors(part[FEATURES]).reshape(-1, identity.dims) for part in shards.parts("features"))
     moments = moments_of_parts(parts, identity.dims)
     outputs = _write_statistics(attempt.folder, moments, identity, precision)
@@ -94,7 +83,7 @@ def score(
         firsts = rows[frame.FRAME_ID].take(list(range(0, rows.num_rows, compute.shard_rows))).to_pylist()
         outputs.append(_merge_positions(attempt.folder, firsts, identity, precision))
     summary = _summary(identity) | {"precision": precision}
-    commit = shards.finish("features", max_bad_fraction=max_bad_fraction, outputs=outputs, summary=summary)
+    commit = shards.finish("features", outputs=outputs, summary=summary)
     (attempt.folder / _POSITIONS_SCRATCH).delete()  # not before: a pass that is refused now may be given again
     return commit
 
@@ -108,17 +97,17 @@ def _positions_of(reference: Commit) -> Location:
     return reference.file(POSITIONS_NAME)
 
 
-def _precision(extraction: Extraction, attempt: Attempt, compute: MapCompute, progress: Progress) -> str:
+def _precision(extraction: Extraction, work: Work) -> str:
     """Decided once, here, for all actors and for what continues this attempt: shards must not differ in it."""
     if extraction.mode == "exact":
         return "float32"
-    decided = attempt.folder / "precision.json"
+    decided = work["attempt"].folder / "precision.json"
     if not decided.exists():
-        on_gpu = compute.gpus_per_actor > 0
+        on_gpu = work["compute"].gpus_per_actor > 0
         found = "bfloat16" if on_gpu else build_extractor(extraction).faster_precision()
         decided.write_json({"precision": found})
     precision = str(decided.read_json()["precision"])
-    progress.say(f"{extraction.name}: fast mode computes in {precision}")
+    work["progress"].say(f"{extraction.name}: fast mode computes in {precision}")
     return precision
 
 

@@ -7,20 +7,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from nightseg.cluster.map import map_shards
-from nightseg.cluster.settings import MapCompute
+from nightseg.cluster.map import Work, map_shards
 from nightseg.data import table as frame
 from nightseg.data.day_night import NUM_BANDS, NUM_BINS, Separation, Tone, separate, tone_of, whole
-from nightseg.data.images import BadFrame, read_image
+from nightseg.data.images import read_image
 from nightseg.data.table import vector_column, vectors
-from nightseg.progress import Progress
-from nightseg.storage import Attempt, Commit, Location, UserError
+from nightseg.storage import Commit, Location, UserError
 
 VERSION = 1
 
@@ -35,15 +33,7 @@ NUM_SCORE_BINS = 40
 _CENTRES = ("night", "day", "dusk")
 
 
-def split(
-    pool: pa.Table,
-    *,
-    margin: float,
-    attempt: Attempt,
-    progress: Progress,
-    compute: MapCompute,
-    max_bad_fraction: float,
-) -> Commit:
+def split(pool: pa.Table, *, margin: float, **work: Unpack[Work]) -> Commit:
     """Commit `frames` (domain set; extra columns score, margin), `histograms`, `quarantine` and evidence.json.
 
     `pool` is a frame table with absolute uris; the domain it states is not used. Frames that are neither day nor
@@ -53,48 +43,31 @@ def split(
     if pool.num_rows == 0:
         cure = "see the counts of the pool's dataset: how many frames were quarantined, and why"
         raise UserError("split: there is no frame to split into day and night", cure=cure)
-    shards = map_shards(
-        pool.select([frame.FRAME_ID, frame.URI]),
-        HistogramFrames,
-        {},
-        attempt=attempt,
-        compute=compute.on_cpus,
-        progress=progress,
-        title="split",
-    )
+    named = pool.select([frame.FRAME_ID, frame.URI])
+    shards = map_shards(named, HistogramFrames, {}, title="split", on_cpus=True, **work)
     seen = shards.table("histograms")
     bands_NBH = vectors(seen[BANDS]).reshape(-1, NUM_BANDS, NUM_BINS)
     separation = separate(bands_NBH, seen[CHROMA].to_numpy(), margin=margin)
     frames = _frames(pool, seen, separation)
-    (attempt.folder / "frames.parquet").write_table(frames)
+    (shards.attempt.folder / "frames.parquet").write_table(frames)
+    (shards.attempt.folder / "evidence.json").write_json(_evidence(frames, bands_NBH, separation, margin))
     counts = dict(sorted(Counter(separation.domain).items()))
-    (attempt.folder / "evidence.json").write_json(_evidence(frames, bands_NBH, separation, margin))
-    return shards.finish(
-        "histograms",
-        max_bad_fraction=max_bad_fraction,
-        outputs=["frames.parquet", "evidence.json"],
-        summary={"domains": counts},
-    )
+    return shards.finish("histograms", outputs=["frames.parquet", "evidence.json"], summary={"domains": counts})
 
 
 class HistogramFrames:
     """Luminance histograms of the frames of a shard. A frame that cannot be read goes to the quarantine table."""
 
     def __call__(self, rows: pa.Table, folder: Location) -> Mapping[str, pa.Table]:
-        names: list[str] = []
-        tones: list[Tone] = []
-        bad: list[dict[str, str]] = []
-        for row in rows.to_pylist():
-            try:
-                tones.append(tone_of(read_image(Location.of(row[frame.URI]))))
-                names.append(row[frame.FRAME_ID])
-            except BadFrame as fault:
-                bad.append(frame.quarantined(row, fault))
-        bands = np.array([tone.bands for tone in tones], dtype=np.float32).reshape(-1, NUM_BANDS * NUM_BINS)
+        tones: list[tuple[str, Tone]]
+        tones, bad = frame.sort_out(
+            rows, lambda row: (row[frame.FRAME_ID], tone_of(read_image(Location.of(row[frame.URI]))))
+        )
+        bands = np.array([tone.bands for _, tone in tones], dtype=np.float32).reshape(-1, NUM_BANDS * NUM_BINS)
         seen = {
-            frame.FRAME_ID: pa.array(names, pa.string()),
+            frame.FRAME_ID: pa.array([name for name, _ in tones], pa.string()),
             BANDS: vector_column(bands),
-            CHROMA: pa.array([tone.chroma for tone in tones], pa.float64()),
+            CHROMA: pa.array([tone.chroma for _, tone in tones], pa.float64()),
         }
         return {"histograms": pa.table(seen), "quarantine": frame.quarantine_table(bad)}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Unpack
 
 import numpy as np
 import pyarrow as pa
@@ -17,8 +17,7 @@ import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
-from nightseg.cluster.map import ShardWorker, map_shards
-from nightseg.cluster.settings import MapCompute
+from nightseg.cluster.map import ShardWorker, Work, map_shards
 from nightseg.data import table as frame
 from nightseg.data.class_list import taxonomy as load_taxonomy
 from nightseg.data.images import BadFrame, read_image
@@ -68,10 +67,7 @@ def translate(
     style_images: pa.Table | None = None,
     style_dataset: str = "",
     taxonomy: str,
-    attempt: Attempt,
-    progress: Progress,
-    compute: MapCompute,
-    max_bad_fraction: float,
+    **work: Unpack[Work],
 ) -> Commit:
     """Commit `frames` (PNGs under `images/`, domain `to`, dataset and id prefix `name`) and `quarantine`; of kinds
     that have style images their ids as style_images.json.
@@ -83,13 +79,14 @@ def translate(
     Raises UserError: frames of domain `to`; no style image, or not one that this attempt began with, can be read.
     """
     _check(name, source, to)
+    attempt, progress = work["attempt"], work["progress"]
     worker: type[ShardWorker]
     arguments: dict[str, Any]
     if isinstance(translator, Commit):
         model, kind = translator.folder / "model", translator.name
         if tile is not None:
             check_tile(tile, int(load_card(model)["res_blocks"]))
-        worker, arguments = TranslateFrames, {"model": model, "batch": compute.batch, "tile": tile}
+        worker, arguments = TranslateFrames, {"model": model, "batch": work["compute"].batch, "tile": tile}
     else:
         kind, images = translator.kind, None
         if isinstance(translator, FourierTranslator | ColourTranslator):
@@ -98,21 +95,9 @@ def translate(
             progress.say(f"{name}: the recipe runs a program on every shard: {shlex.join(translator.argv)}")
         shard = _shard(translator, images, load_taxonomy(taxonomy), to, attempt.seed)
         worker, arguments = TranslateUntrained, {"translate": shard}
-    shards = map_shards(
-        source,
-        worker,
-        arguments | {"name": name, "to": to},
-        attempt=attempt,
-        compute=compute,
-        progress=progress,
-        title=f"translate {name}",
-    )
-    return shards.finish(
-        "frames",
-        max_bad_fraction=max_bad_fraction,
-        outputs=() if style_images is None else [STYLE_IMAGES],
-        summary={"to": to, "translator": kind},
-    )
+    shards = map_shards(source, worker, arguments | {"name": name, "to": to}, title=f"translate {name}", **work)
+    outputs = () if style_images is None else [STYLE_IMAGES]
+    return shards.finish("frames", outputs=outputs, summary={"to": to, "translator": kind})
 
 
 def _check(name: str, source: pa.Table, to: Domain) -> None:

@@ -532,10 +532,11 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Shards:
-    """All shards of a pass, in order."""
+    """All shards of a pass, in order. More than `max_bad_fraction` quarantined rows, and it is not committed."""
 
     attempt: Attempt
     records: tuple[ShardRecord, ...]
+    max_bad_fraction: float = 1.0
 
     def count(self, table: str) -> int:
         """Rows of the table in all shards."""
@@ -561,16 +562,19 @@ class Shards:
         self,
         table: str,
         *,
-        max_bad_fraction: float,
         outputs: Sequence[str] = (),
         summary: Mapping[str, Any] | None = None,
+        is_whole: bool = True,
     ) -> Commit:
-        """Commits a pass that put every row of its input into `table` or into the quarantine."""
+        """Commits a pass that put every row of its input into `table` or into the quarantine.
+
+        `is_whole` False: so much is missing that a single bad frame is too much.
+        """
         return self.attempt.finish(
             rows_in=sum(record.rows_in for record in self.records),
             rows_out=self.count(table),
             quarantined=self.count(QUARANTINE),
-            max_bad_fraction=max_bad_fraction,
+            max_bad_fraction=self.max_bad_fraction if is_whole else 0.0,
             outputs=outputs,
             num_shards=len(self.records),
             summary=summary,

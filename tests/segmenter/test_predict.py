@@ -1,6 +1,7 @@
 """A model folder as a callable: known logits give known labels, sizes and order are kept, bad frames are named."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,9 +10,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 from nightseg import load_model
+from nightseg.cluster.settings import MapCompute
 from nightseg.data.class_list import taxonomy
 from nightseg.data.images import decode_image, decode_label, encode_png
-from nightseg.data.table import frame_table, quarantined
+from nightseg.data.table import frame_table
 from nightseg.data.taxonomy import Taxonomy
 from nightseg.networks.model_folder import save_model
 from nightseg.networks.normaliser import Normaliser
@@ -20,14 +22,12 @@ from nightseg.segmenter.network import build_semantic_fpn, upsample_logits
 from nightseg.segmenter.predict import (
     PICTURES,
     WHOLE_FRAME,
+    RowSegmenter,
     Segmented,
-    SegmentedRow,
     Segmenter,
-    UnreadRow,
     check_classes,
     overlay,
     picture,
-    segment_rows,
 )
 from nightseg.segmenter.settings import Inference, Network
 from nightseg.storage import Location, UserError, sha256_of
@@ -199,16 +199,14 @@ def test_rows_keep_their_order_and_bad_frames_do_not_stop_the_rest(tmp_path: Pat
         rows.append({"frame_id": f"f/{index}", "uri": str(file), "sha256": sha256_of(data)})
     changed = {"frame_id": "f/changed", "uri": str(tmp_path / "0.png"), "sha256": "0" * 64}
     rows += [changed, {"frame_id": "f/gone", "uri": str(tmp_path / "gone.png")}]
-    results = list(segment_rows(Segmenter(model, "cpu"), frame_table(rows), batch=2))
-    assert [result.row["frame_id"] for result in results] == [row["frame_id"] for row in rows]
-    reasons = [result.fault.reason if isinstance(result, UnreadRow) else "" for result in results]
-    assert reasons == ["", "zero_bytes", "", "not_an_image", "unreadable", "missing"]
-    good = [result for result in results if isinstance(result, SegmentedRow)]
+    bad: list[dict[str, Any]] = []
+    good = list(RowSegmenter(model, MapCompute(batch=2)).segment(frame_table(rows), bad))
+    assert [result.row["frame_id"] for result in good] == ["f/0", "f/2"]
     assert [result.segmented.labels.shape for result in good] == [(32, 64), (20, 30)]
     assert good[0].image.shape == (32, 64, 3)
-    bad = results[4]
-    assert isinstance(bad, UnreadRow)
-    assert quarantined(bad.row, bad.fault)["detail"] == "the file has changed since it was collected (sha256)"
+    assert [row["frame_id"] for row in bad] == ["f/1", "f/3", "f/changed", "f/gone"]
+    assert [row["reason"] for row in bad] == ["zero_bytes", "not_an_image", "unreadable", "missing"]
+    assert bad[2]["detail"] == "the file has changed since it was collected (sha256)"
 
 
 def test_pictures_show_what_they_say() -> None:

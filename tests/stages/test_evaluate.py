@@ -15,6 +15,7 @@ from nightseg.data.images import decode_label, encode_png
 from nightseg.data.table import frame_table
 from nightseg.progress import SilentProgress
 from nightseg.recipe.types import Evaluation
+from nightseg.segmenter.predict import Segmented, Segmenter
 from nightseg.segmenter.settings import Inference
 from nightseg.stages.evaluate import evaluate
 from nightseg.storage import Attempt, Commit, Location, UserError, sha256_of
@@ -194,17 +195,12 @@ def test_a_frame_of_two_test_sets_is_segmented_once_and_counts_in_both(
 def test_the_stage_looks_as_it_is_told(
     frames: pa.Table, model_commit: Callable[..., Commit], work: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nightseg.stages import evaluate as stage
-
     used: list[Inference] = []
 
-    def segment_rows(segmenter: Any, rows: pa.Table, batch: int) -> Any:
-        used.append(segmenter.inference)
-        return iter(())
+    def batch(self: Segmenter, images: list[Any]) -> list[Segmented]:
+        used.append(self.inference)
+        return [Segmented(image[..., 0].copy(), image[..., 1].astype(np.float32)) for image in images]
 
-    monkeypatch.setattr(stage, "segment_rows", segment_rows)
-    evaluator = stage.Evaluator(
-        model_commit(CLASSES).folder / "model", 2, "cpu", CLASSES, Evaluation(), Inference(flip=True)
-    )
-    evaluator(frames, Location.of("/nowhere"))
-    assert used == [Inference(flip=True)]
+    monkeypatch.setattr(Segmenter, "batch", batch)
+    run(frames, model_commit(CLASSES), work("evaluate"), inference=Inference(flip=True))
+    assert used == [Inference(flip=True)] * 2

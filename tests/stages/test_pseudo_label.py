@@ -206,11 +206,11 @@ def test_drafts_and_the_network_agree(
     frames: pa.Table, model_commit: Callable[..., Commit], tmp_path: Any, monkeypatch: Any
 ) -> None:
     """A real network: the labels made from drafts are its argmax wherever its confidence reaches the threshold."""
-    from nightseg.segmenter.predict import Segmenter
+    from nightseg.segmenter.predict import RowSegmenter, Segmenter
 
     folder = model_commit(CLASSES).folder / "model"
     drafts, out = Location.of(tmp_path / "drafts"), Location.of(tmp_path / "out")
-    tables = Drafter(folder, batch=3, device="cpu")(frames, drafts)
+    tables = Drafter(RowSegmenter(folder, MapCompute(batch=3)))(frames, drafts)
     assert sum(tables["histograms"]["histogram"][0].as_py()) == 5 * 96
     rows = frames
     for name in ("height", "width"):
