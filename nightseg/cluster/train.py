@@ -61,6 +61,7 @@ class LocalSession:
         self.done = 0
         self.metrics: dict[str, float] = {}
         self._checkpoints = Checkpoints(folder)
+        self._warn: Callable[[str], None] = _LOG.warning
 
     def wrap(self, module: nn.Module) -> nn.Module:
         return module.to(self.device)
@@ -69,7 +70,7 @@ class LocalSession:
         return tensor
 
     def restore(self) -> dict[str, Any] | None:
-        snapshot = self._checkpoints.newest()
+        snapshot = self._checkpoints.newest(self._warn)
         if snapshot is None:
             return None
         self.history = snapshot.history
@@ -77,7 +78,7 @@ class LocalSession:
 
     def report(self, metrics: Mapping[str, float], state: Mapping[str, Any] | None) -> None:
         self.history.append(dict(metrics))
-        if state is not None:
+        if self.rank == 0 and state is not None:
             self._checkpoints.save(len(self.history), state, self.history)
 
     def progress(self, done: int, **metrics: float) -> None:
@@ -91,18 +92,16 @@ def exchanging(module: nn.Module, device: torch.device) -> nn.Module:
     return nn.parallel.DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True)
 
 
-class _WorkerSession:
+class _WorkerSession(LocalSession):
     """One worker of a cluster. Rank 0 keeps the history and the checkpoints, and reports progress."""
 
-    def __init__(self, checkpoints: Checkpoints, actor: Any, key: str) -> None:
+    def __init__(self, folder: Location, actor: Any, key: str) -> None:
         import ray.train.torch
 
-        context = ray.train.get_context()
-        self.rank: int = context.get_world_rank()
-        self.world_size: int = context.get_world_size()
-        self.device: torch.device = ray.train.torch.get_device()
-        self.history: list[dict[str, Any]] = []
-        self._checkpoints = checkpoints
+        super().__init__(folder, ray.train.torch.get_device())
+        self.rank = ray.train.get_context().get_world_rank()
+        self.world_size = ray.train.get_context().get_world_size()
+        self._warn = self._say
         self._actor = actor
         self._key = key
         self._told = 0.0
@@ -118,21 +117,12 @@ class _WorkerSession:
         torch.distributed.all_reduce(tensor)
         return tensor
 
-    def restore(self) -> dict[str, Any] | None:
-        snapshot = self._checkpoints.newest(self._say)
-        if snapshot is None:
-            return None
-        self.history = snapshot.history
-        return snapshot.state
-
     def report(self, metrics: Mapping[str, float], state: Mapping[str, Any] | None) -> None:
         import ray.train
 
-        self.history.append(dict(metrics))
         # The barrier comes first: no worker can still be in `restore` when a newer checkpoint appears.
         ray.train.report(dict(metrics))
-        if self.rank == 0 and state is not None:
-            self._checkpoints.save(len(self.history), state, self.history)
+        super().report(metrics, state)
 
     def progress(self, done: int, **metrics: float) -> None:
         if self.rank == 0:
@@ -268,7 +258,7 @@ def _work(job: dict[str, Any]) -> list[dict[str, Any]] | None:
     import ray
 
     actor, key = job["actor"], job["key"]
-    session = _WorkerSession(job["checkpoints"], actor, key)
+    session = _WorkerSession(job["checkpoints"].folder, actor, key)
     if ray.get(actor.begin.remote(key, session.rank)) is not None:
         return None  # Ray started the workers again, but the mistake is still there
     torch.set_num_threads(job["threads"])

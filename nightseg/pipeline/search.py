@@ -306,24 +306,19 @@ def run_trial(trials: Trials, values: Mapping[str, Any], report: Callable[[int, 
 
 
 class _TrialProgress(SilentProgress):
-    """Passes on the validations of one task, the training of the searched model."""
+    """Passes on the validations of one task, the training of the searched model, and is that task.
+
+    The figures of a task stand until they are replaced, so an epoch is seen many times.
+    """
 
     def __init__(self, title: str, on_epoch: Callable[[int, float], None]) -> None:
         self.title, self.on_epoch = title, on_epoch
+        self.last = 0
+        self.lock = threading.Lock()  # the training is watched by a thread
 
     @contextmanager
     def task(self, title: str, total: int | None, unit: str) -> Iterator[Task]:
-        with super().task(title, total, unit) as silent:
-            yield _EpochTask(self.on_epoch) if title == self.title else silent
-
-
-class _EpochTask:
-    """The figures of a task stand until they are replaced, so an epoch is seen many times."""
-
-    def __init__(self, on_epoch: Callable[[int, float], None]) -> None:
-        self.on_epoch = on_epoch
-        self.last = 0
-        self.lock = threading.Lock()  # the training is watched by a thread
+        yield self if title == self.title else SilentProgress()
 
     def advance(self, count: int = 1, **figures: float | str) -> None:
         epoch = int(figures.get(EPOCH, 0))
@@ -405,10 +400,8 @@ def _folder_names() -> Callable[[Any], str]:
 
     def name(trial: Any) -> str:
         number = numbers.setdefault(trial.trial_id, len(numbers) + 1)
-        values = {key.rpartition(".")[2]: value for key, value in trial.config.items()}
-        words = [
-            f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in values.items()
-        ]
+        shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in trial.config.items()}
+        words = [f"{key.rpartition('.')[2]}={value}" for key, value in shown.items()]
         return re.sub(r"[^\w.=,+-]", "_", ",".join([f"{number:03d}", *words]))[:120]
 
     return name
@@ -430,8 +423,7 @@ def _progress_callback(task: Task) -> Any:
         def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
             task.advance(1)
 
-        def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-            task.advance(1)
+        on_trial_error = on_trial_complete
 
         def __reduce__(self) -> tuple[Callable[[], object], tuple[()]]:
             return object, ()

@@ -52,31 +52,22 @@ class Reference(NamedTuple):
     name: str
 
 
-class _Sections(NamedTuple):
+class _Sections:
     """The named things of a raw recipe; an entry that is no mapping is an empty one."""
 
-    datasets: Entries
-    translators: Entries
-    models: Entries
-    predictions: Entries
-    translations: Entries
-    test_sets: dict[str, Any]  # name -> name of a dataset
+    def __init__(self, data: Mapping[str, Any]) -> None:
+        def entries(section: str) -> Entries:
+            part = _mapping(data, section)
+            return {name: _mapping(part, name) for name in part}
 
-    def names(self, section: str) -> list[str]:
-        return sorted(getattr(self, section))
+        self.datasets, self.translators, self.models = map(entries, ("datasets", "translators", "models"))
+        self.predictions, self.translations = entries("predictions"), entries("translations")
+        self.test_sets = _mapping(data, "test_sets")  # name -> name of a dataset
 
 
 def recipe_problems(data: Mapping[str, Any]) -> list[Problem]:
     """Everything that is wrong with the names and folders of a recipe."""
-
-    def entries(section: str) -> Entries:
-        part = _mapping(data, section)
-        return {name: _mapping(part, name) for name in part}
-
-    datasets, translators, models = entries("datasets"), entries("translators"), entries("models")
-    predictions, translations = entries("predictions"), entries("translations")
-    tests = _mapping(data, "test_sets")
-    sections = _Sections(datasets, translators, models, predictions, translations, tests)
+    sections = _Sections(data)
     references = list(_references(sections))
     return [
         *_unknown(sections, references),
@@ -128,7 +119,7 @@ def _named(owner: Key, path: Key, entry: Mapping[str, Any], keys: Mapping[str, s
 
 def _unknown(sections: _Sections, references: list[Reference]) -> Iterator[Problem]:
     for _, path, section, name in references:
-        known = sections.names(section)
+        known = sorted(getattr(sections, section))
         if name not in known:
             offered = [*STARTS, *known] if path[-1] == "start" else known
             kind, listed = section.replace("_", " ").rstrip("s"), ", ".join(offered) or "none"
