@@ -17,7 +17,6 @@ from nightseg.data.settings import FolderDataset, JoinedDataset, ScenesDataset, 
 from nightseg.data.sources import Video
 from nightseg.errors import UserError, closest
 from nightseg.pipeline.graph import (
-    EvaluatedTranslation,
     Frames,
     Given,
     Graph,
@@ -484,7 +483,7 @@ class Builder:
             "segmenter": model,
             "real": real,
         }
-        self.graph.translations[name] = EvaluatedTranslation(node, facts)
+        self.graph.translations[name] = (node, facts)
 
     def _extraction(self, wanted: TranslationEvaluation) -> Extraction:
         """What is asked for, else what the recipe selects by, so that the same features serve both."""

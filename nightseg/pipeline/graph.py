@@ -197,14 +197,6 @@ class Watched(NamedTuple):
     tests: tuple[Use, ...]
 
 
-@dataclass(frozen=True)
-class EvaluatedTranslation:
-    """The evaluation of one translated dataset, and how the results name what took part in it."""
-
-    node: NodeId
-    facts: Mapping[str, Any]  # translator, its kind, segmenter, real, source
-
-
 @dataclass
 class Graph:
     """Nodes in an order in which they can run, and where the recipe's names went."""
@@ -213,7 +205,8 @@ class Graph:
     models: dict[str, ModelNodes] = field(default_factory=dict)
     datasets: dict[str, Views] = field(default_factory=dict)
     predictions: dict[str, tuple[NodeId, Prediction]] = field(default_factory=dict)
-    translations: dict[str, EvaluatedTranslation] = field(default_factory=dict)
+    # evaluated translations, with how the results name what took part: translator, its kind, segmenter, real, source
+    translations: dict[str, tuple[NodeId, Mapping[str, Any]]] = field(default_factory=dict)
     watched: dict[str, Watched] = field(default_factory=dict)  # model -> its sets
 
     def order(self) -> None:

@@ -29,8 +29,6 @@ def gather(
 ) -> dict[str, Any]:
     """The content of results.json: metrics are fractions, matrices are integers, times are seconds."""
     classes = taxonomy(recipe.taxonomy)
-    selections = {m: nodes.select for m, nodes in graph.models.items() if nodes.select}
-    labelled = {m: nodes.pseudo_label for m, nodes in graph.models.items() if nodes.pseudo_label}
     tests = {m: _scores(commits, nodes) for m, nodes in graph.models.items()}
     return {
         "nightseg": importlib.metadata.version("nightseg"),
@@ -40,32 +38,19 @@ def gather(
             "name": classes.name,
             "classes": list(classes.classes),
             "palette": [list(color) for color in classes.palette],
-            "encodings": {
-                name: {str(raw): train_id for raw, train_id in ids.items()} for name, ids in classes.encodings.items()
-            },
+            "encodings": {name: {str(raw): ids[raw] for raw in ids} for name, ids in classes.encodings.items()},
         },
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
         "hardware": _hardware(),
         "models": {
-            name: dict(nodes.facts)
-            | {
-                "model": str(nodes.train),
-                "tests": {
-                    test: scores | nodes.tests[test].model_dump() | {"node": str(nodes.evaluate)}
-                    for test, scores in tests[name].items()
-                },
-            }
+            name: {**nodes.facts, "model": str(nodes.train), "tests": tests[name]}
             for name, nodes in graph.models.items()
         },
         "datasets": {name: [str(view) for view in views] for name, views in graph.datasets.items()},
         "labels": {n.name: c.summary["labels"] for n, c in commits.items() if "labels" in c.summary},
         "splits": {n.name: commits[n].json("evidence.json") for n in commits if n.stage == "split"},
-        "selections": {
-            m: {"node": str(n), "evidence": commits[n].json("evidence.json")} for m, n in selections.items()
-        },
-        "pseudo_labels": {
-            m: {"node": str(n), "evidence": commits[n].json("evidence.json")} for m, n in labelled.items()
-        },
+        "selections": _evidence(commits, {m: nodes.select for m, nodes in graph.models.items()}),
+        "pseudo_labels": _evidence(commits, {m: nodes.pseudo_label for m, nodes in graph.models.items()}),
         "predictions": {name: {"node": str(n), **p.model_dump()} for name, (n, p) in graph.predictions.items()},
         "translations": _translations(recipe, graph, commits, tests),
         "leaks": [leak._asdict() | {"text": str(leak)} for leak in leaks],
@@ -133,8 +118,19 @@ def model_folder(place: str | Path | Location) -> Location:
 
 
 def _scores(commits: Mapping[NodeId, Commit], nodes: ModelNodes) -> dict[str, dict[str, Any]]:
-    """Test set -> scores of a model."""
-    return dict(commits[nodes.evaluate].json("scores.json")) if nodes.evaluate else {}
+    """Test set -> scores of a model, with the published row that they reproduce."""
+    found = commits[nodes.evaluate].json("scores.json") if nodes.evaluate else {}
+    node = {"node": str(nodes.evaluate)}
+    return {test: scores | nodes.tests[test].model_dump() | node for test, scores in found.items()}
+
+
+def _evidence(commits: Mapping[NodeId, Commit], nodes: Mapping[str, NodeId | None]) -> dict[str, Any]:
+    """Model -> the stage that chose or labelled its frames, and why it did so."""
+    return {
+        model: {"node": str(node), "evidence": commits[node].json("evidence.json")}
+        for model, node in nodes.items()
+        if node is not None
+    }
 
 
 def _translations(
@@ -142,18 +138,13 @@ def _translations(
 ) -> dict[str, Any]:
     """What was found about each evaluated translation, and how the models that learned from it do on the test sets."""
     found = {}
-    for name, evaluated in graph.translations.items():
+    for name, (node, facts) in graph.translations.items():
         models = {
             model: {test: scores["miou"] for test, scores in tests[model].items()}
             for model, nodes in graph.models.items()
             if any(_holds(recipe, dataset, name) for dataset in nodes.facts["train"])
         }
-        found[name] = {
-            "node": str(evaluated.node),
-            **evaluated.facts,
-            **commits[evaluated.node].json("scores.json"),
-            "models": models,
-        }
+        found[name] = {"node": str(node), **facts, **commits[node].json("scores.json"), "models": models}
     return found
 
 
@@ -165,18 +156,8 @@ def _holds(recipe: Recipe, dataset: str, wanted: str) -> bool:
 
 
 def _facts(commit: Commit) -> dict[str, Any]:
-    return {
-        "key": commit.key,
-        "content": commit.content,
-        "folder": commit.folder.uri,
-        "seconds": commit.seconds,
-        "rows_in": commit.rows_in,
-        "rows_out": commit.rows_out,
-        "quarantined": commit.quarantined,
-        "created": commit.created,
-        "code": commit.code,
-        "summary": commit.summary,
-    }
+    told = ("key", "content", "seconds", "rows_in", "rows_out", "quarantined", "created", "code", "summary")
+    return {"folder": commit.folder.uri} | {name: getattr(commit, name) for name in told}
 
 
 def _quarantine(commits: Mapping[NodeId, Commit]) -> list[dict[str, Any]]:

@@ -55,7 +55,7 @@ class Planned(NamedTuple):
 
     node: NodeId
     state: Literal["committed", "runs", "continues", "waits"]
-    changed: tuple[str, ...]  # what differs from an earlier commit of the same stage and name
+    changed: tuple[str, ...]  # parts of the key that differ from the nearest earlier commit: why it runs again
     rows: int | None  # frames it takes in; an upper bound where the stages before it have not run
     resources: str
 
@@ -229,13 +229,10 @@ def plan(
                 state = "continues" if stage.is_open() else "runs"
         taken = _rows_in(node, commits, rows)
         committed = commits.get(node.id)
-        rows[node.id] = _least(committed.rows_out if committed else taken, node.most_rows)
+        count, most = committed.rows_out if committed else taken, node.most_rows
+        rows[node.id] = count if count is None or most is None else min(count, most)
         lines.append(Planned(node.id, state, changed, taken, _resources(node.resources)))
     return lines
-
-
-def _least(count: int | None, limit: int | None) -> int | None:
-    return count if limit is None or count is None else min(count, limit)
 
 
 def _stage(workspace: Workspace, node: Node, commits: dict[NodeId, Commit]) -> Stage:
@@ -246,7 +243,6 @@ def _stage(workspace: Workspace, node: Node, commits: dict[NodeId, Commit]) -> S
 
 
 def _changed(stage: Stage) -> tuple[str, ...]:
-    """The parts of the key that differ from the nearest earlier commit: why the stage runs again."""
     before = stage.nearest()
     return () if before is None else tuple(_differences(stage.identity, before, ()))
 

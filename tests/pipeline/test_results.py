@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nightseg.data.table import quarantine_table
-from nightseg.pipeline.graph import EvaluatedTranslation, Graph, ModelNodes, NodeId, View
+from nightseg.pipeline.graph import Graph, ModelNodes, NodeId, View
 from nightseg.pipeline.results import MAX_QUARANTINE_ROWS, gather, model_folder, read_results
 from nightseg.recipe import load_recipe, types
 from nightseg.recipe.types import Prediction
@@ -133,7 +133,7 @@ translators: {optics: {kind: photometric}}
     for name, train in (("m", ["all"]), ("other", ["day"])):
         facts = {"start": "imagenet", "parents": [], "train": train}
         graph.models[name] = ModelNodes(TRAIN, None, None, facts, TEST, {"night": types.TestRow()})
-    graph.translations["made"] = EvaluatedTranslation(evaluation, {"kind": "photometric", "segmenter": "other"})
+    graph.translations["made"] = (evaluation, {"kind": "photometric", "segmenter": "other"})
     found = gather(load_recipe(tmp_path / "recipe.yaml"), graph, commits, set())["translations"]
     assert found == {
         "made": {
