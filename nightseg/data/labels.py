@@ -7,10 +7,13 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from nightseg.data import table as frame
 from nightseg.data.images import BadFrame, StoredLabel, UInt8, decode_stored_label, read_bytes, turned
 from nightseg.data.taxonomy import Taxonomy
+from nightseg.errors import UserError
 from nightseg.storage.paths import Location, sha256_of
 
 
@@ -76,6 +79,15 @@ def check_orientation(label: StoredLabel, size: tuple[int, ...], orientation: in
                 f"the EXIF orientation of the {other} is {orientation}, of the label {label.orientation}, and their "
                 "sizes fit either way: save both upright, without that tag, or give both the same one",
             )
+
+
+def check_labelled(frames: pa.Table, where: str, cure: str) -> None:
+    """Raise UserError if a frame of the table has no label."""
+    bare = frames.filter(pc.or_(pc.is_null(frames[frame.LABEL_URI]), pc.is_null(frames[frame.LABEL_ENCODING])))
+    if bare.num_rows:
+        first = bare[frame.FRAME_ID][0].as_py()
+        what = f"{where}: {bare.num_rows} of {frames.num_rows} frames have no label (first {first})"
+        raise UserError(what, cure=cure)
 
 
 def train_ids_of(row: Mapping[str, Any], classes: Taxonomy, size: tuple[int, ...] | None = None) -> UInt8 | None:

@@ -27,7 +27,7 @@ from nightseg.data.encodings import (
     unknown_ids,
 )
 from nightseg.data.images import BadFrame, StoredLabel, decode_stored_label, encode_png, read_bytes
-from nightseg.data.labels import check_orientation, train_ids_of
+from nightseg.data.labels import check_labelled, check_orientation, train_ids_of
 from nightseg.data.prefetch import prefetch
 from nightseg.data.taxonomy import FROM_ONE, IGNORE, Taxonomy
 from nightseg.errors import together
@@ -69,7 +69,11 @@ def evaluate(
     """
     classes = load_taxonomy(taxonomy)
     for test, frames in tests.items():
-        _check_labelled(frames, f"{name}.{test}")
+        if frames.num_rows == 0:
+            what = f"evaluate {name}.{test}: the test set holds no frame"
+            raise UserError(what, cure="look at the quarantine table of its dataset")
+        cure = "`predictions` in the recipe, to only look at a model's output"
+        check_labelled(frames, f"evaluate {name}.{test}", cure)
     check_classes(model.folder / "model", classes)
     by = RowSegmenter(model.folder / "model", work["compute"], inference)
     arguments = {"by": by, "classes": classes, "evaluation": evaluation}
@@ -82,20 +86,6 @@ def evaluate(
     (shards.attempt.folder / "scores.json").write_json(found)
     summary = {"miou": {test: record["miou"] for test, record in found.items()}}
     return shards.finish("predictions", outputs=["scores.json"], summary=summary, is_whole=whole)
-
-
-def _check_labelled(frames: pa.Table, name: str) -> None:
-    if frames.num_rows == 0:
-        raise UserError(
-            f"evaluate {name}: the test set holds no frame", cure="look at the quarantine table of its dataset"
-        )
-    bare = frames.filter(pc.or_(pc.is_null(frames[frame.LABEL_URI]), pc.is_null(frames[frame.LABEL_ENCODING])))
-    if bare.num_rows:
-        raise UserError(
-            f"evaluate {name}: {bare.num_rows} of {frames.num_rows} frames have no label (first "
-            f"{bare[frame.FRAME_ID][0]}), so nothing can be measured on them",
-            cure="`predictions` in the recipe, to only look at a model's output",
-        )
 
 
 def _together(tests: Mapping[str, pa.Table]) -> pa.Table:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from dataclasses import astuple
 from typing import Any, Unpack
 
 import numpy as np
@@ -16,19 +15,9 @@ from nightseg.data import table as frame
 from nightseg.data.day_night import NUM_BINS, luminance_histogram
 from nightseg.data.images import BadFrame, read_image
 from nightseg.data.table import vector_column, vectors
+from nightseg.selection import frechet
 from nightseg.selection.features import Extractor, Identity, build_extractor, identify
-from nightseg.selection.frechet import (
-    FEATURES,
-    STATISTICS_NAME,
-    Moments,
-    SpatialReference,
-    Statistics,
-    moments_of_parts,
-    read_statistics,
-    spatial_scores,
-    write_statistics,
-)
-from nightseg.selection.frechet import spatial_reference as spatial_reference_of
+from nightseg.selection.frechet import FEATURES, STATISTICS_NAME, Moments, Statistics
 from nightseg.selection.methods import HISTOGRAM, SPATIAL, SPATIAL_ERROR
 from nightseg.selection.settings import Extraction
 from nightseg.storage import Commit, Location, UserError, sha256_of
@@ -77,12 +66,18 @@ def score(
     worker |= {"batch": compute.batch, "positions": positions, "spatial_reference": near}
     shards = map_shards(rows, ScoreFrames, worker, title=f"score by {extraction.name}", **work)
     parts = (vectors(part[FEATURES]).reshape(-1, identity.dims) for part in shards.parts("features"))
-    moments = moments_of_parts(parts, identity.dims)
-    outputs = _write_statistics(attempt.folder, moments, identity, precision)
+    moments = frechet.moments_of_parts(parts, identity.dims)
+    outputs = []
+    if moments.count >= 2:
+        outputs.append(STATISTICS_NAME)
+        frechet.write_statistics(attempt.folder / STATISTICS_NAME, _statistics_of(moments, identity, precision))
     if positions and moments.count:
+        outputs.append(POSITIONS_NAME)
         firsts = rows[frame.FRAME_ID].take(list(range(0, rows.num_rows, compute.shard_rows))).to_pylist()
-        outputs.append(_merge_positions(attempt.folder, firsts, identity, precision))
-    summary = _summary(identity) | {"precision": precision}
+        everywhere = _merged_positions(attempt.folder, firsts, identity.dims)
+        frechet.write_statistics(attempt.folder / POSITIONS_NAME, _statistics_of(everywhere, identity, precision))
+    told = {"extractor": identity.name} | {key: getattr(identity, key) for key in ("dims", "resize", "weights_sha256")}
+    summary = told | {"precision": precision}
     commit = shards.finish("features", outputs=outputs, summary=summary)
     (attempt.folder / _POSITIONS_SCRATCH).delete()  # not before: a pass that is refused now may be given again
     return commit
@@ -135,10 +130,10 @@ class ScoreFrames:
             )
         self.batch = batch
         self.positions = positions
-        self.reference: SpatialReference | None = None
+        self.reference: frechet.SpatialReference | None = None
         if spatial_reference is not None:
-            near = read_statistics(spatial_reference)
-            self.reference = spatial_reference_of(near.mean, near.cov)
+            near = frechet.read_statistics(spatial_reference)
+            self.reference = frechet.spatial_reference(near.mean, near.cov)
 
     def __call__(self, rows: pa.Table, folder: Location) -> Mapping[str, pa.Table]:
         good: list[dict[str, Any]] = []
@@ -165,7 +160,7 @@ class ScoreFrames:
             if self.positions and images:
                 everywhere.update(maps.reshape(-1, self.extractor.dims))
             if self.reference is not None and images:
-                spatial.append(np.stack(spatial_scores(maps, self.reference)))
+                spatial.append(np.stack(frechet.spatial_scores(maps, self.reference)))
         if self.positions:
             _write_moments(folder / _positions_file(table[0][frame.FRAME_ID]), everywhere)
         described = {
@@ -180,20 +175,12 @@ class ScoreFrames:
         return {"features": pa.table(described), "quarantine": frame.quarantine_table(bad)}
 
 
-def _write_statistics(folder: Location, moments: Moments, identity: Identity, precision: str) -> list[str]:
-    if moments.count < 2:
-        return []
-    write_statistics(folder / STATISTICS_NAME, _statistics_of(moments, identity, precision))
-    return [STATISTICS_NAME]
-
-
-def _merge_positions(folder: Location, first_frames: list[str], identity: Identity, precision: str) -> str:
-    """One file from those of the shards, in the order of the shards: any number of actors gives the same bits."""
-    everywhere = Moments(identity.dims)
+def _merged_positions(folder: Location, first_frames: list[str], dims: int) -> Moments:
+    """Of all shards, in their order: any number of actors gives the same bits."""
+    everywhere = Moments(dims)
     for name in first_frames:
         everywhere.merge(_read_moments(folder / _positions_file(name)))
-    write_statistics(folder / POSITIONS_NAME, _statistics_of(everywhere, identity, precision))
-    return POSITIONS_NAME
+    return everywhere
 
 
 def _positions_file(first_frame: str) -> str:
@@ -215,8 +202,8 @@ def _read_moments(place: Location) -> Moments:
 
 
 def _statistics_of(moments: Moments, identity: Identity, precision: str) -> Statistics:
-    name, _, resize, sha256, _ = astuple(identity)
-    return Statistics(moments.mean, moments.cov, moments.count, name, resize, sha256, precision)
+    made_by = identity.name, identity.resize, identity.weights_sha256, precision
+    return Statistics(moments.mean, moments.cov, moments.count, *made_by)
 
 
 def _described(frames: pa.Table) -> pa.Table:
@@ -224,12 +211,3 @@ def _described(frames: pa.Table) -> pa.Table:
     if frame.SHA256 not in frames.column_names:
         frames = frames.append_column(frame.SHA256, pa.nulls(frames.num_rows, pa.string()))
     return frames.select([frame.FRAME_ID, frame.URI, frame.SHA256])
-
-
-def _summary(identity: Identity) -> dict[str, Any]:
-    return {
-        "extractor": identity.name,
-        "dims": identity.dims,
-        "resize": identity.resize,
-        "weights_sha256": identity.weights_sha256,
-    }

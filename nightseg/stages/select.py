@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +10,7 @@ import pyarrow as pa
 
 from nightseg.data import table as frame
 from nightseg.errors import UserError
-from nightseg.progress import Progress, Task
+from nightseg.progress import Progress
 from nightseg.selection.evidence import SCORE, evidence_of
 from nightseg.selection.limits import Limits, near_duplicates
 from nightseg.selection.methods import Choice, Described, Reference, Request, choose, every_score
@@ -54,13 +53,16 @@ def select(
     pool = everything.rows(kept)
     limits = Limits.of(selection, pool.frame_ids, pool_frames)
     with progress.task(f"choose by {selection.method}", None, "iterations") as task:
-        choice = choose(Request(selection, pool, reference, limits, seed, _watcher(task)))
+        choice = choose(
+            Request(selection, pool, reference, limits, seed, lambda fid, bound: task.advance(fid=fid, bound=bound))
+        )
     (attempt.folder / "frames.parquet").write_table(_chosen_frames(pool_frames, pool, choice))
     (attempt.folder / "scores.parquet").write_table(_all_scores(everything, repeats, kept, choice, reference))
+    num_frames = len(everything.frame_ids)
     facts = {
         "method": selection.method,
         "count": selection.count,
-        "pool": len(everything.frame_ids),
+        "pool": num_frames,
         "duplicates": int((repeats >= 0).sum()),
         "rules": selection.model_dump(include={"quota", "gap", "duplicates"}),
         "extractor": pool_scores.summary["extractor"],
@@ -69,24 +71,12 @@ def select(
     evidence = facts | evidence_of(pool_frames, pool, reference, choice, seed, progress)
     (attempt.folder / "evidence.json").write_json(evidence)
     return attempt.finish(
-        rows_in=len(everything.frame_ids),
-        rows_out=len(everything.frame_ids),
+        rows_in=num_frames,
+        rows_out=num_frames,
         outputs=["frames.parquet", "scores.parquet", "evidence.json"],
-        summary={
-            "method": selection.method,
-            "chosen": selection.count,
-            "pool": len(everything.frame_ids),
-            "fid": evidence["fid"],
-        },
+        summary={key: facts[key] for key in ("method", "pool")} | {"chosen": selection.count, "fid": evidence["fid"]},
         seconds=time.monotonic() - begun,
     )
-
-
-def _watcher(task: Task) -> Callable[[float, float], None]:
-    def watch(fid: float, lower_bound: float) -> None:
-        task.advance(fid=fid, bound=lower_bound)
-
-    return watch
 
 
 def _repeats(pool: Described, selection: Selection) -> npt.NDArray[np.int64]:

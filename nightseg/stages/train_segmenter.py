@@ -12,7 +12,7 @@ from nightseg.cluster.train import fit
 from nightseg.data import table as frame
 from nightseg.data.class_list import taxonomy as load_taxonomy
 from nightseg.data.images import BadFrame
-from nightseg.data.labels import train_ids_of
+from nightseg.data.labels import check_labelled, train_ids_of
 from nightseg.data.taxonomy import IGNORE, Taxonomy
 from nightseg.networks.model_folder import save_model
 from nightseg.progress import Progress
@@ -116,9 +116,10 @@ def check_training(model: str, plan: Plan, compute: TrainCompute) -> None:
         raise UserError(
             f"{where}: its train sets hold no frame", cure="see the quarantine tables of its datasets for the reasons"
         )
+    cure = "train and validate on labelled datasets, and learn from unlabelled ones through self_training.pool"
     for key, rows in (("train", plan.train), ("validate_on", plan.validate)):
         if rows is not None:
-            _check_labelled(rows, f"{where}, {key}")
+            check_labelled(rows, f"{where}, {key}", cure)
             _check_valid(rows, plan.classes, f"{where}, {key}")
     if training.warmup_steps >= plan.total_steps:
         raise UserError(
@@ -148,17 +149,6 @@ def check_training(model: str, plan: Plan, compute: TrainCompute) -> None:
                 "padding",
                 cure=f"set training.crop to {network.input_size}",
             )
-
-
-def _check_labelled(rows: pa.Table, where: str) -> None:
-    labels = zip(rows[frame.LABEL_URI].to_pylist(), rows[frame.LABEL_ENCODING].to_pylist(), strict=True)
-    bare = [index for index, (uri, encoding) in enumerate(labels) if uri is None or encoding is None]
-    if bare:
-        raise UserError(
-            f"{where}: {len(bare)} of {rows.num_rows} frames have no label (first "
-            f"{rows[frame.FRAME_ID][bare[0]].as_py()})",
-            cure="train and validate on labelled datasets, and learn from unlabelled ones through self_training.pool",
-        )
 
 
 def _check_valid(rows: pa.Table, classes: Taxonomy, where: str) -> None:
