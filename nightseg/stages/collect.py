@@ -151,11 +151,11 @@ def _read_labels(shards: Shards, dataset: FolderDataset, name: str, classes: str
     return reading
 
 
+@dataclass
 class FolderReader:
     """Reads, hashes, decodes and checks the frames of a shard."""
 
-    def __init__(self, classes: Taxonomy) -> None:
-        self.classes = classes
+    classes: Taxonomy
 
     def __call__(self, rows: pa.Table, folder: Location) -> Mapping[str, pa.Table]:
         looks: dict[str, UInt8] = {}

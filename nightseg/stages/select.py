@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -41,7 +39,6 @@ def select(
     Raises UserError: the count exceeds the pool or what the limits leave of it; the reference is missing, or was scored
     by another extractor.
     """
-    begun = time.monotonic()
     everything, reference = Described.of(pool_scores), None
     if reference_scores is not None:
         described = Described.of(reference_scores)
@@ -75,7 +72,6 @@ def select(
         rows_out=num_frames,
         outputs=["frames.parquet", "scores.parquet", "evidence.json"],
         summary={key: facts[key] for key in ("method", "pool")} | {"chosen": selection.count, "fid": evidence["fid"]},
-        seconds=time.monotonic() - begun,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import pyarrow as pa
@@ -48,7 +47,6 @@ def train_segmenter(
     re-initialised when its class list differs. Validation is only watched: no epoch is chosen by it.
     Raises UserError: a frame without label or that has changed, settings that cannot train, a loss that is not finite.
     """
-    begun = time.monotonic()
     begin, curves = attempt.folder / "start", attempt.folder / "tensorboard"
     plan = Plan(train, validate, begin, load_taxonomy(taxonomy), network, loss, training, seed, curves)
     check_training(name, plan, compute)
@@ -80,7 +78,6 @@ def train_segmenter(
         rows_out=train.num_rows,
         outputs=["model/model.safetensors", "model/model.json", "history.json"],
         summary={"steps": plan.total_steps, "pace": state["pace"], "last": state["history"][-1]},
-        seconds=time.monotonic() - begun,
     )
     for scratch in ("trainer", "start"):
         (attempt.folder / scratch).delete()

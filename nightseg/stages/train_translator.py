@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import pyarrow as pa
@@ -50,7 +49,6 @@ def train_translator(
     the training goes on. Raises UserError: settings that cannot train, a frame that has gone bad since it was
     collected, perceptual weights that cannot be had, a training that has diverged or whose discriminator collapsed.
     """
-    begun = time.monotonic()
     name = str(attempt.identity["name"])
     _check(name, settings, day, night, compute)
     perceptual_features(settings, torch.device("cpu"))  # what is missing fails here, not on the cluster
@@ -75,17 +73,13 @@ def train_translator(
     (attempt.folder / "history.json").write_json(state["history"])
     generators = build_generators(settings.width, settings.res_blocks, state["ema"], settings.shared_blocks)
     (attempt.folder / "samples.png").write_bytes(encode_png(plan.sample_sheet(generators)))
-    num_frames = day.num_rows + night.num_rows
-    last = state["history"][-1]
+    num_frames, last = day.num_rows + night.num_rows, state["history"][-1]
+    outputs = ["model/model.safetensors", "model/model.json", "history.json", "samples.png"]
     commit = attempt.finish(
         rows_in=num_frames,
         rows_out=num_frames,
-        outputs=[
-            *("model/model.safetensors", "model/model.json", "history.json", "samples.png"),
-            *(["samples"] if settings.samples_every else []),
-        ],
+        outputs=outputs + (["samples"] if settings.samples_every else []),
         summary={"day": day.num_rows, "night": night.num_rows, **{term: last[term] for term in ("iteration", *TERMS)}},
-        seconds=time.monotonic() - begun,
     )
     (attempt.folder / "trainer").delete()
     return commit

@@ -120,10 +120,7 @@ class TranslateFrames:
     def __init__(self, model: Location, name: str, to: Domain, batch: int, tile: tuple[int, int] | None = None) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.generators = load_generators(model).to(self.device)
-        self.name = name
-        self.to: Domain = to
-        self.batch = batch
-        self.tile = tile
+        self.name, self.to, self.batch, self.tile = name, to, batch, tile
 
     def __call__(self, rows: pa.Table, folder: Location) -> Mapping[str, pa.Table]:
         good: list[dict[str, Any]] = []
@@ -173,12 +170,6 @@ def _read(row: dict[str, Any]) -> Pixels:
 # -- translators that need no training --------------------------------------------------------------------------------
 
 
-def _transfer(settings: FourierTranslator | ColourTranslator) -> Callable[[Pixels, Pixels], Pixels]:
-    if isinstance(settings, FourierTranslator):
-        return partial(swap_low_amplitudes, beta=settings.beta)
-    return reinhard if settings.method == "reinhard" else match_histograms
-
-
 def _shard(
     translator: UntrainedTranslator, images: StyleImages | None, classes: Taxonomy, to: Domain, seed: int
 ) -> TranslateShard:
@@ -188,8 +179,12 @@ def _shard(
         case CommandTranslator():
             program = Program(tuple(translator.argv), to, seed, translator.timeout_seconds)
             return partial(by_program, program=program, classes=classes)
+        case FourierTranslator():
+            transfer: Callable[[Pixels, Pixels], Pixels] = partial(swap_low_amplitudes, beta=translator.beta)
+        case ColourTranslator():
+            transfer = reinhard if translator.method == "reinhard" else match_histograms
     assert images is not None
-    return partial(one_by_one, StyleTransfer(images, _transfer(translator)))
+    return partial(one_by_one, StyleTransfer(images, transfer))
 
 
 def _style_images(

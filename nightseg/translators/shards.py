@@ -6,6 +6,7 @@ Apart from the stage, whose module imports torch: actors that run this start wit
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
@@ -40,13 +41,13 @@ TranslateFrame = Callable[[Pixels, Row], Translated]
 TranslateShard = Callable[[Iterable[Row]], Iterator[tuple[Row, Translated | BadFrame]]]
 
 
+@dataclass
 class TranslateUntrained:
     """Translates the frames of a shard by `translate`. A frame that cannot be read goes to the quarantine table."""
 
-    def __init__(self, translate: TranslateShard, name: str, to: Domain) -> None:
-        self.translate = translate
-        self.name = name
-        self.to: Domain = to
+    translate: TranslateShard
+    name: str
+    to: Domain
 
     def __call__(self, rows: pa.Table, folder: Location) -> Mapping[str, pa.Table]:
         good: list[dict[str, Any]] = []
