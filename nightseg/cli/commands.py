@@ -26,7 +26,6 @@ _actors_option = click.option(
     "--actors",
     "compute",
     default=0,
-    show_default=True,
     type=click.IntRange(0),
     callback=lambda _context, _option, actors: MapCompute(actors=actors),
     help="Processes of Ray with a CPU each, here or on a cluster; what they have done survives an interruption. "
@@ -61,7 +60,6 @@ def _extractor_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @click.option(
         "--extractor",
         default="inception",
-        show_default=True,
         callback=_checked_extractor,
         help="Network whose features are compared. inception: pytorch-fid's (also inception_768, _192, _64); "
         "efficientnet_lite0: needs no download; resnet18 to resnet152; timm/NAME with --weights.",
@@ -87,9 +85,7 @@ def _extractor_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.command()
 @click.argument("images")
 @click.option("--out", required=True, metavar="FRAMES.parquet", help="The frame table to write.")
-@click.option(
-    "--margin", default=0.2, show_default=True, type=click.FloatRange(0, 1), help="Closer calls are twilight."
-)
+@click.option("--margin", default=0.2, type=click.FloatRange(0, 1), help="Closer calls are twilight.")
 @_actors_option
 @answers
 def split(images: str, out: str, margin: float, compute: MapCompute) -> dict[str, Any]:
@@ -155,18 +151,12 @@ def fid(
 @click.argument("pool")
 @click.option("--reference", metavar="REF", help="Images or frame table to be close to; random needs none.")
 @click.option("--count", required=True, type=click.IntRange(1), help="How many frames to choose.")
-@click.option(
-    "--method",
-    default="fid-subset",
-    show_default=True,
-    type=click.Choice(list(METHODS)),
-    help=METHODS_IN_WORDS,
-)
+@click.option("--method", default="fid-subset", type=click.Choice(list(METHODS)), help=METHODS_IN_WORDS)
 @click.option("--quota", type=click.IntRange(1), help="Most frames of one sequence.")
 @click.option("--gap", type=click.IntRange(1), help="Least distance of two frames of one sequence, in frames.")
 @click.option("--duplicates", type=click.FloatRange(0, 1), help="Cosine from which a frame repeats an earlier one.")
 @click.option("--out", required=True, metavar="DIR", help="Gets frames.parquet, scores.parquet, evidence.json.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
+@click.option("--seed", default=0, type=click.IntRange(0))
 @_extractor_options
 @_actors_option
 @answers
@@ -202,7 +192,6 @@ def select(
 @click.option(
     "--absent-class",
     default="cityscapes",
-    show_default=True,
     type=click.Choice(["cityscapes", "detectron2"]),
     help="A class that is predicted but not in the labels: counts as IoU 0, or is left out.",
 )
@@ -210,7 +199,6 @@ def select(
 @click.option(
     "--boundary-distance",
     default=0.02,
-    show_default=True,
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     help="How far a boundary reaches, as a share of the image's diagonal.",
 )
@@ -263,12 +251,12 @@ def evaluate(
 
 def _inference_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
-        click.option("--precision", default="float32", show_default=True,
+        click.option("--precision", default="float32",
                      type=click.Choice(["float32", "bfloat16"]), help="Of the network."),
-        click.option("--scales", default="1", show_default=True, metavar="LIST", callback=_factors,
+        click.option("--scales", default="1", metavar="LIST", callback=_factors,
                      help="Look once at each scale, e.g. 0.75,1,1.25."),
         click.option("--flip", is_flag=True, help="Look at the mirrored frame as well."),
-        click.option("--overlap", default=0.25, show_default=True,
+        click.option("--overlap", default=0.25,
                      help="Share of a window that the next one covers again."),
         click.option("--window", metavar="HxW", callback=_size_in_pixels, help="Slide a window over frames: 512x1024."),
     ):  # fmt: skip
@@ -297,11 +285,11 @@ def _factors(context: click.Context, parameter: click.Parameter, text: str) -> t
 @click.argument("model")
 @click.argument("source")
 @click.option("--out", required=True, metavar="DIR", help="Gets the masks, and a folder for each other picture.")
-@click.option("--save", default="mask", show_default=True, metavar="LIST", help="Any of mask,color,overlay,confidence.")
+@click.option("--save", default="mask", metavar="LIST", help="Any of mask,color,overlay,confidence.")
 @click.option("--overlay-video", is_flag=True, help="Of a video: the overlays as NAME.overlay.mp4, too.")
 @_inference_options
 @click.option("--device", help="cpu, cuda or cuda:N. Default: CUDA where there is one; with --actors, cpu.")
-@click.option("--batch", default=8, show_default=True, type=click.IntRange(1), help="Frames, or windows, at a time.")
+@click.option("--batch", default=8, type=click.IntRange(1), help="Frames, or windows, at a time.")
 @_actors_option
 @answers
 def predict(
@@ -458,14 +446,12 @@ def to_detectron2(model: str, out: str) -> dict[str, Any]:
 @click.option(
     "--output",
     default="labels",
-    show_default=True,
     type=click.Choice(["labels", "logits"]),
     help="labels: train ids and confidence; logits: of every class, for those who want the probabilities.",
 )
 @click.option(
     "--tolerance",
     default=1e-3,
-    show_default=True,
     type=click.FloatRange(0, min_open=True),
     help="Largest difference of the confidence (of logits: over the largest one); above it no file is written.",
 )

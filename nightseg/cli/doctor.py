@@ -11,12 +11,11 @@ import tempfile
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import yaml
+from typing import NamedTuple
 
 from nightseg.cluster.launch import cluster_problems, unfilled
 from nightseg.storage import Location, UserError
+from nightseg.storage.yaml import read_yaml
 
 # Oldest releases without a known way to run a stranger's code (CVE-2026-24747; CVE-2026-41486; CVE-2023-47248).
 FLOORS = {"torch": (2, 10), "ray": (2, 55), "pyarrow": (17, 0), "pillow": (12, 0), "pydantic": (2, 5)}
@@ -91,14 +90,7 @@ def _token() -> Finding:
 
 
 def _cluster(file: str) -> list[Finding]:
-    try:
-        config: Any = yaml.safe_load(Location.of(file).read_bytes())
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"--cluster {file}: there is no such file", cure="give the path of a cluster.yaml") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8
-        raise UserError(f"--cluster {file}: not valid YAML: {error}", cure="correct it there") from None
-    if not isinstance(config, dict):
-        raise UserError(f"--cluster {file}: a cluster file is a mapping", cure="see cluster.yaml of this project")
+    config = read_yaml(Location.of(file), f"--cluster {file}", "cluster").data
     try:
         bad = [Finding("cluster", False, problem) for problem in cluster_problems(config)]
         bad += [Finding("cluster", False, f"{place} still says CHANGE-ME") for place in unfilled(config)]

@@ -17,8 +17,10 @@ from nightseg.cli.output import Answer, Failures, answers, print_outcome, print_
 from nightseg.progress import progress_for
 from nightseg.storage import Location, UserError, Workspace
 
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
 
-@click.group(cls=Failures, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+
+@click.group(cls=Failures, context_settings=CONTEXT)
 @click.version_option(package_name="nightseg")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:

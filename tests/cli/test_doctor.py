@@ -111,7 +111,7 @@ def test_a_cluster_file_without_a_token_is_a_finding(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("- a\n- b", "a cluster file is a mapping"),
+        ("- a\n- b", "a cluster is a mapping"),
         ("a: [", "not valid YAML"),
         ("a: !!python/object/apply:os.getcwd []", "not valid YAML"),
         ("provider: aws", "not shaped like a cluster file"),
