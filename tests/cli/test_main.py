@@ -113,8 +113,8 @@ def test_verbs_that_answer_can_answer_in_json(verb: str) -> None:
         (("export", "/does/not/exist", "--out", "o.onnx"), "neither a model folder"),
         (("export", "m", "--out", "o.onnx", "--size", "0x4"), "'0x4' is not HEIGHTxWIDTH in pixels, like 512x1024"),
         (("export", "m", "--out", "o.onnx", "--tolerance", "0"), "--tolerance"),
-        (("doctor", "--cluster", "/does/not/exist"), "there is no such file"),
-        (("doctor", "--cluster", CONFIGS), "there is no such file"),
+        (("doctor", "--cluster", "/does/not/exist"), "there is no such cluster file"),
+        (("doctor", "--cluster", CONFIGS), "there is no such cluster file"),
     ],
 )
 def test_wrong_requests_are_refused_with_a_reason(words: tuple[object, ...], message: str) -> None:

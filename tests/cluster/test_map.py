@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from nightseg.cluster import map as map_module
 from nightseg.cluster.map import map_shards
 from nightseg.cluster.settings import MapCompute
 from nightseg.errors import UserError
@@ -90,6 +91,24 @@ def run(attempt: Attempt, worker: type[Double] = Double, num_rows: int = 23, **c
     )
 
 
+@pytest.mark.parametrize("on_cpus", [False, True])
+def test_a_pass_without_use_for_a_gpu_asks_for_none(
+    attempt: Attempt, monkeypatch: pytest.MonkeyPatch, on_cpus: bool
+) -> None:
+    asked = []
+    monkeypatch.setattr(map_module, "_on_actors", lambda shards, tables, compute, *rest: asked.append(compute) or ())
+    compute, work = MapCompute(actors=2, gpus_per_actor=0.5), {"attempt": attempt, "progress": SilentProgress()}
+    with pytest.raises(AssertionError, match="without shards"):
+        map_shards(rows(3), Double, {}, title="double", on_cpus=on_cpus, compute=compute, **work)
+    assert asked == [compute.model_copy(update={"gpus_per_actor": 0.0}) if on_cpus else compute]
+
+
+def test_shards_know_how_many_bad_rows_they_may_have(attempt: Attempt) -> None:
+    work = {"attempt": attempt, "progress": SilentProgress(), "compute": MapCompute(actors=0)}
+    assert map_shards(rows(3), Double, {}, title="double", **work).max_bad_fraction == 1.0
+    assert map_shards(rows(3), Double, {}, title="double", max_bad_fraction=0.25, **work).max_bad_fraction == 0.25
+
+
 def calls(attempt: Attempt) -> list[str]:
     return [entry.name for entry in (attempt.folder / "calls").list()]
 
@@ -113,7 +132,7 @@ def test_the_shards_of_actors_are_those_of_this_process(ray_cluster: None, tmp_p
     files = []
     for count in (0, 1, 2):
         node = Workspace(tmp_path / str(count)).stage("double", "x", version=1, recipe={}, inputs={}, seed=0)
-        commit = run(node.open(), actors=count).finish("doubles", max_bad_fraction=0.0)
+        commit = run(node.open(), actors=count).finish("doubles")
         files.append([(output.path, output.sha256, output.rows) for output in commit.outputs])
         assert (commit.rows_in, commit.rows_out) == (23, 23)
     assert files[0] == files[1] == files[2]

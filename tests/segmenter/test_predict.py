@@ -17,6 +17,7 @@ from nightseg.data.table import frame_table
 from nightseg.data.taxonomy import Taxonomy
 from nightseg.networks.model_folder import save_model
 from nightseg.networks.normaliser import Normaliser
+from nightseg.segmenter import predict
 from nightseg.segmenter.augment import resize_image
 from nightseg.segmenter.network import build_semantic_fpn, upsample_logits
 from nightseg.segmenter.predict import (
@@ -207,6 +208,18 @@ def test_rows_keep_their_order_and_bad_frames_do_not_stop_the_rest(tmp_path: Pat
     assert [row["frame_id"] for row in bad] == ["f/1", "f/3", "f/changed", "f/gone"]
     assert [row["reason"] for row in bad] == ["zero_bytes", "not_an_image", "unreadable", "missing"]
     assert bad[2]["detail"] == "the file has changed since it was collected (sha256)"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "asked", "used"), [(0.0, None, "cpu"), (0.5, None, "cuda"), (0.0, "cuda:1", "cuda:1"), (1.0, "cpu", "cpu")]
+)
+def test_rows_are_segmented_on_the_gpu_of_the_pass(
+    monkeypatch: pytest.MonkeyPatch, gpus: float, asked: str | None, used: str
+) -> None:
+    monkeypatch.setattr(predict, "Segmenter", lambda *opened: opened)
+    inference, compute = Inference(flip=True), MapCompute(gpus_per_actor=gpus)
+    by = RowSegmenter(Location.of("/model"), compute, inference, asked)
+    assert by.segmenter == (Location.of("/model"), used, inference)  # type: ignore[comparison-overlap]
 
 
 def test_pictures_show_what_they_say() -> None:
