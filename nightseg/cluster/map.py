@@ -171,20 +171,13 @@ def shards_of(batch: pa.Table) -> Iterator[tuple[int, pa.Table]]:
 def _on_actors(
     shards: _Shards, tables: list[pa.Table], compute: MapCompute, progress: Progress, task: Task, title: str
 ) -> Iterator[ShardRecord]:
-    """Records as shards finish, in any order."""
+    """Records as shards finish, in any order. Actors end with the iterator, also when it ends with an error."""
+    import ray
+
     cluster.connect()
     compute = compute.model_copy(update={"actors": min(compute.actors, len(tables))})
     cpus, gpus = compute.cpus_per_actor, compute.gpus_per_actor
     cluster.require("actor", compute.actors, cpus=cpus, gpus=gpus, place="compute.map", say=progress.say)
-    for record in _run(shards, tables, compute, title):
-        task.advance(record.rows_in)
-        yield record
-
-
-def _run(shards: _Shards, tables: list[pa.Table], compute: MapCompute, title: str) -> Iterator[ShardRecord]:
-    """Actors end with the iterator, also when it ends with an error."""
-    import ray
-
     cluster.hide_ray_data()
     results = _pass(shards, tables, compute)
     batches = iter(results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
@@ -192,7 +185,9 @@ def _run(shards: _Shards, tables: list[pa.Table], compute: MapCompute, title: st
     try:
         for batch in batches:
             for outcome in batch["outcome"].to_pylist():
-                yield _record(title, *pickle.loads(outcome))  # noqa: S301 (made by our own actor)
+                record = _record(title, *pickle.loads(outcome))  # noqa: S301 (made by our own actor)
+                task.advance(record.rows_in)
+                yield record
     except ray.exceptions.RayError as error:
         failure = _failure(title, error)
     finally:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -43,25 +43,18 @@ class Source(NamedTuple):
 
 def load_recipe(file: str | Path | Location, overrides: Sequence[str] = ()) -> Recipe:
     """Read, override and check a recipe; raises `RecipeError` with all errors at once."""
-    source = read_source(Location.of(file), str(file))
-    for text in overrides:
-        _override(source, text)
+    source = read_source(file, overrides, "recipe")
     _fill_roots(source)
     _fill_presets(source)
-    return _typed(Recipe, source, recipe_problems)
+    return _typed(Recipe, source, recipe_problems(source.data))
 
 
 def load_settings(kind: type[Settings], file: str | Path | Location, overrides: Sequence[str] = ()) -> Settings:
     """Read another YAML file of strict settings (a search) with the same care and the same messages."""
-    source = read_source(Location.of(file), str(file), kind.__name__.lower())
-    for text in overrides:
-        _override(source, text)
-    return _typed(kind, source, lambda data: [])
+    return _typed(kind, read_source(file, overrides, kind.__name__.lower()), [])
 
 
-def _typed(
-    kind: type[Settings], source: Source, more_problems: Callable[[Mapping[str, Any]], list[Problem]]
-) -> Settings:
+def _typed(kind: type[Settings], source: Source, more_problems: list[Problem]) -> Settings:
     problems = list(source.problems)
     settings: Settings | None = None
     try:
@@ -71,7 +64,7 @@ def _typed(
         problems += _typed_problems(kind, error, source)
     except (TypeError, ValueError) as error:  # dates, bytes, sets: YAML values that no recipe key takes
         problems.append(Problem((), f"a value is not a number, text, list or mapping: {error}"))
-    problems += more_problems(source.data)
+    problems += more_problems
     if problems or settings is None:
         raise RecipeError(_message(source, problems))
     return settings
@@ -83,12 +76,15 @@ def save_recipe(recipe: Recipe, file: Location) -> None:
     file.write_bytes(text.encode())
 
 
-def read_source(file: Location, shown: str, what: str = "recipe") -> Source:
-    """Parse the file, keeping the line of every key. `what` it is stands in the messages."""
-    parsed = read_yaml(file, shown, what, RecipeError)
+def read_source(file: str | Path | Location, overrides: Sequence[str], what: str) -> Source:
+    """Parse the file, keeping the line of every key, and override. `what` it is stands in the messages."""
+    parsed = read_yaml(Location.of(file), str(file), what, RecipeError)
     message = "this key stands twice in the same mapping"
     problems = [Problem(path, message, line=f"line {line}") for path, line in parsed.twice]
-    return Source(parsed.data, {path: f"line {line}" for path, line in parsed.lines.items()}, shown, problems)
+    source = Source(parsed.data, {path: f"line {line}" for path, line in parsed.lines.items()}, str(file), problems)
+    for text in overrides:
+        _override(source, text)
+    return source
 
 
 def _override(source: Source, text: str) -> None:

@@ -84,8 +84,10 @@ def pseudo_label(
     by = RowSegmenter(teacher.folder / "model", work["compute"], inference)
     attempt = work["attempt"]
     drafts = replace(attempt, folder=attempt.folder / "drafts")
-    label = _label_drafts if threshold.kind == "class_balanced" else _label_directly
-    done = label(rows, threshold, classes, by, drafts, name, work)
+    if threshold.kind == "class_balanced":
+        done = _label_drafts(rows, threshold, classes, by, drafts, name, work)
+    else:
+        done = _label_directly(rows, threshold, classes, by, name, work)
     histograms_KB, pixels = _totals(done.shards, classes.num_classes)
     warnings = self_training.guard(pixels, classes.classes)
     for warning in warnings:
@@ -110,7 +112,7 @@ def pseudo_label(
 
 
 def _label_directly(
-    rows: pa.Table, threshold: Threshold, classes: Taxonomy, by: RowSegmenter, _drafts: Attempt, name: str, work: Work
+    rows: pa.Table, threshold: Threshold, classes: Taxonomy, by: RowSegmenter, name: str, work: Work
 ) -> _Labelled:
     """One pass, for thresholds that do not depend on the frames."""
     nothing_yet = np.zeros((classes.num_classes, NUM_BINS), dtype=np.int64)
