@@ -217,7 +217,9 @@ def test_what_a_verb_needs_is_asked_for(name: str) -> None:
 
 def test_defaults_stand_in_the_help() -> None:
     for command in leaves(main):
+        context = click.Context(command, parent=click.Context(main, **main.context_settings))
         for parameter in command.params:
-            default = parameter.get_default(click.Context(command), call=False)
+            default = parameter.get_default(context, call=False)
             if isinstance(parameter, click.Option) and isinstance(default, str | int | float) and not parameter.is_flag:
-                assert parameter.show_default, f"{command.name}: {parameter.opts}"
+                _, shown = parameter.get_help_record(context) or ("", "")
+                assert f"[default: {default}" in shown, f"{command.name}: {parameter.opts}"

@@ -129,7 +129,7 @@ def test_an_evaluation_stands_on_features_masks_and_the_way_back(tmp_path: Path)
     assert NodeId("predict", "first.by_program") not in made.nodes  # nobody asked
     # Source and real frames are measured once for all translations.
     assert len(names(made, "score")) == 5 and len(names(made, "predict")) == 6
-    facts = made.translations["by_optics"].facts
+    _, facts = made.translations["by_optics"]
     assert facts == {
         "translator": "optics", "kind": "photometric", "to": "night", "source": "day", "segmenter": "first",
         "real": "night",
