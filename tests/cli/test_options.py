@@ -104,8 +104,6 @@ VERBS: Final = {
             "--unfreeze": None,
             "--channels": "RGB",
             "--stride-in-3x3": None,
-            "--min-size-test": "640",
-            "--max-size-test": "1280",
             "--pixel-mean": "3,2,1",
             "--pixel-std": "2,2,2",
             "--min-size-test": "512",
