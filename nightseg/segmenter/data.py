@@ -294,7 +294,7 @@ def cache_for(
     whose frames fit into its share of a quarter of the memory keeps them there; several workers, or more frames than
     memory, share memory-mapped files. Without hashes of the frames, or a private temporary folder, only memory is left.
     """
-    room = int(_memory() * SHARE_OF_MEMORY) // sharers
+    room = memory_share(sharers)
     needed = decoded_bytes(rows, size=size, resize_labels=resize_labels)
     if workers == 1 and needed is not None and needed <= room:
         return InMemory(room)
@@ -311,6 +311,11 @@ def cache_for(
     }
     scratch = Scratch.open(hash_of(key))
     return InMemory(room) if scratch is None else OnDisk(scratch)
+
+
+def memory_share(sharers: int) -> int:
+    """Bytes that one of `sharers` tables may keep in memory: a quarter of this machine's, shared evenly."""
+    return int(_memory() * SHARE_OF_MEMORY) // sharers
 
 
 def _memory() -> int:
