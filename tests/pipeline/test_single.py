@@ -54,7 +54,19 @@ def test_folders_are_paired_by_name_and_scored(tmp_path: Path) -> None:
     assert found["miou"] == 0.625
     assert found["iou"]["tree"] is None
     assert found.keys() == {
-        *("pa", "ca", "miou", "fwiou", "iou", "confusion", "absent_class", "frames", "taxonomy", "label_encoding")
+        *(
+            "pa",
+            "ca",
+            "miou",
+            "fwiou",
+            "iou",
+            "confusion",
+            "absent_class",
+            "frames",
+            "taxonomy",
+            "label_encoding",
+            "labels",
+        )
     }
 
 
