@@ -230,6 +230,7 @@ def evaluate(
     nightseg evaluate masks /data/cityscapes/gtFine/val --taxonomy cityscapes19 --boundary --actors 8 --json
     """
     from nightseg.data.encodings import UnclearLabels
+    from nightseg.errors import together
     from nightseg.pipeline.single import evaluate_folders
     from nightseg.recipe.types import Evaluation
 
@@ -244,8 +245,12 @@ def evaluate(
             work=work,
             progress=progress_for(),
         )
-    except UnclearLabels as error:
-        raise UserError(error.what, cure=error.cure_by("--label-encoding ")) from error
+    except UserError as error:
+        problems = [
+            UserError(one.what, cure=one.cure_by("--label-encoding ")) if isinstance(one, UnclearLabels) else one
+            for one in error.problems or [error]
+        ]
+        raise together(problems) from error
     return Answer(scores, functools.partial(print_folder_scores, scores))
 
 

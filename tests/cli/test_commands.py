@@ -84,6 +84,9 @@ def test_evaluate_says_what_it_takes_labels_for_and_asks_in_doubt(masks: tuple[P
     assert "Cure: say what the ids mean by --label-encoding train_ids or label_ids" in told
     words = ("evaluate", *masks, "--taxonomy", "cityscapes19", "--label-encoding", "label_ids")
     assert json_of(*words)["miou"] == 1.0
+    (masks[1] / "lonely.png").write_bytes(encode_png(np.array([[7, 8]], np.uint8)))
+    told = refused("evaluate", *masks, "--taxonomy", "cityscapes19")
+    assert "lonely.png" in told and "--label-encoding train_ids or label_ids" in told, "both in one message"
 
 
 def test_evaluate_measures_boundaries_and_takes_an_encoding(masks: tuple[Path, Path]) -> None:
