@@ -15,8 +15,9 @@ from nightseg.data.images import encode_jpeg, encode_png
 from nightseg.pipeline import build, leaks
 from nightseg.pipeline import run as runner
 from nightseg.pipeline.graph import FRAME_STAGES, Graph
+from nightseg.pipeline.search import Dimension, Search, Trials, _examine
 from nightseg.progress import LineProgress, SilentProgress
-from nightseg.recipe import load_recipe
+from nightseg.recipe import load_recipe, save_recipe
 from nightseg.recipe.types import Recipe
 from nightseg.report import write_report
 from nightseg.storage import Location, UserError
@@ -225,6 +226,22 @@ def test_a_leak_that_is_accepted_is_told_in_log_results_and_report(
     page = write_report(place, results).read_bytes().decode().replace("<wbr>", "")
     assert f'<p class="warn">{leak["text"]}.</p>' in page
     assert Location.of(tmp_path / "run/results.json").read_json()["leaks"] == results["leaks"]
+
+
+def test_a_search_compares_its_validation_with_the_tests(data: Path, tmp_path: Path) -> None:
+    """Before the first trial; what it read is shared with the trials."""
+    settings = Search(name="s", recipe="recipe.yaml", model="first", space={"loss.alpha": Dimension(choice=[0.2, 0.4])})
+    trials = Trials(settings, Location.of(tmp_path / "search"))
+    save_recipe(recipe_of(data), trials.recipe_file)
+    _examine(trials, SilentProgress())
+    assert {entry.name for entry in (trials.folder / "shared/stages/collect").list()} == {"train", "val", "test"}
+    write(data, "val", ("x.png", encode_png(picture(21))))
+    with pytest.raises(
+        UserError, match=r"1 of 2 frames of the test set night are in val, the validation set val \(mod"
+    ):
+        _examine(trials, SilentProgress())
+    save_recipe(recipe_of(data, leaks="report"), trials.recipe_file)
+    _examine(trials, SilentProgress())
 
 
 def test_all_that_is_wrong_with_the_frames_is_one_message(data: Path, tmp_path: Path) -> None:
