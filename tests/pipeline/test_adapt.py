@@ -49,7 +49,7 @@ def json_of(*words: object) -> dict[str, Any]:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(1200)
 def test_a_recipe_becomes_results_and_a_report_and_is_not_done_twice(tmp_path: Path) -> None:
     from nightseg.data.images import encode_png
     from nightseg.data.scenes.street import scene

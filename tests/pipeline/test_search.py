@@ -582,7 +582,7 @@ def run_search(folder: Path, *overrides: str) -> dict[str, Any]:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(1200)
 def test_a_search_shares_its_base_compares_its_trials_and_continues(tmp_path: Path) -> None:
     folder = tmp_path / "search"
     answer = run_search(folder, "trials=2")

@@ -59,7 +59,7 @@ test_sets: {{night: night_test, converted: converted}}
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(1200)
 @pytest.mark.usefixtures("ray_cluster")
 def test_every_kind_of_translator_is_evaluated_in_results_and_report(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(RECIPE)
