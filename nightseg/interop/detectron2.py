@@ -32,7 +32,7 @@ from nightseg.interop.detectron2_config import (
 )
 from nightseg.interop.unpickle import unpickle_arrays
 from nightseg.networks.model_folder import CARD, load_tensors, save_model
-from nightseg.networks.weights import asked_of_torch, refusal, the_network, unwrapped
+from nightseg.networks.weights import asked_of_torch, load_plain, refusal, the_network, unwrapped
 from nightseg.segmenter.detectron2 import RGB_STD, their_name
 from nightseg.segmenter.encoders import IMAGENET_MEAN, IMAGENET_STD
 from nightseg.segmenter.network import build_semantic_fpn, network_of, num_groups
@@ -220,7 +220,7 @@ def read_checkpoint(data: bytes, where: str) -> dict[str, Tensor]:
     """
     if data.startswith(b"PK") or _OLD_TORCH in data[:16]:
         try:
-            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            content = load_plain(data)
         except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, AttributeError) as error:
             if asked := asked_of_torch(error):
                 raise refusal(where, asked) from None

@@ -6,6 +6,9 @@ import io
 import pickle
 import re
 import socket
+import struct
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,7 +90,7 @@ def read_state_dict(
     try:
         if str(file).endswith(".safetensors"):
             return unwrapped(safetensors.torch.load(data), f"{name}: {file}")
-        loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        loaded = load_plain(data)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError, SafetensorError) as error:
         if asked := asked_of_torch(error):
             raise refusal(f"{name}: {file}", asked) from None
@@ -133,6 +136,23 @@ def unwrapped(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
             raise UserError(f"{where}: holds several networks: {', '.join(sorted(first))}", cure=_ONE_NETWORK)
         plain = {name.partition(".")[2]: value for name, value in plain.items() if name not in counters}
     return plain
+
+
+def load_plain(data: bytes) -> Any:
+    """What `torch.save` wrote, on the CPU; nothing in it is run.
+
+    Raises what `torch.load` raises, and RuntimeError for content that does not match its checksums: `torch.load` itself
+    does not compare them. Files of old versions, and those that were saved without, have none.
+    """
+    try:
+        if zipfile.is_zipfile(io.BytesIO(data)):
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                for member in archive.infolist():
+                    if member.CRC:
+                        archive.read(member)
+    except (zipfile.BadZipFile, NotImplementedError, zlib.error, struct.error, OverflowError) as error:
+        raise RuntimeError(f"its archive is damaged ({error})") from error
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
 def check_names_and_shapes(name: str, file: object, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
@@ -258,6 +259,9 @@ def write_statistics(place: Location, statistics: Statistics) -> None:
     place.write_bytes(buffer.getvalue())
 
 
+_BAD_ARCHIVE: Final = (zipfile.BadZipFile, zlib.error, SyntaxError, TypeError)  # the last two: of numpy's headers
+
+
 def read_statistics(place: Location) -> Statistics:
     """Statistics from our `.npz` or from pytorch-fid's (`mu`, `sigma` only; pickled objects are refused).
 
@@ -268,7 +272,7 @@ def read_statistics(place: Location) -> Statistics:
             fields = {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise UserError(f"{place}: there is no such file of statistics", cure="check the path") from None
-    except (ValueError, OSError, EOFError, KeyError, AttributeError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, EOFError, LookupError, AttributeError, RuntimeError, *_BAD_ARCHIVE) as error:
         raise UserError(
             f"{place}: not an .npz file of statistics, or a damaged one ({error})", cure="make it again"
         ) from error

@@ -79,3 +79,17 @@ def test_a_compiled_network_in_a_model_folder_or_safetensors_file_opens(tmp_path
     assert sorted(load_tensors(Location.of(tmp_path / "model"))[0]) == sorted(PLAIN)
     (tmp_path / "a.safetensors").write_bytes(safetensors.torch.save(under("module.")))
     assert sorted(read_state_dict(tmp_path / "a.safetensors", "resnet18")) == sorted(PLAIN)
+
+
+def test_flipped_bits_of_a_pth_file_are_refused(tmp_path: Path) -> None:
+    torch.save({"weight": torch.arange(64.0)}, tmp_path / "a.pth")
+    whole = (tmp_path / "a.pth").read_bytes()
+    for bit in range(0, 8 * len(whole), 37):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        (tmp_path / "b.pth").write_bytes(bytes(data))
+        try:
+            found = read_state_dict(tmp_path / "b.pth", "resnet18")
+        except UserError:
+            continue
+        assert torch.equal(found["weight"], torch.arange(64.0)), "only padding and times of the archive are free"

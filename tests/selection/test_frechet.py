@@ -390,3 +390,17 @@ def test_a_sample_of_committed_vectors_keeps_their_order(tmp_path: Path) -> None
     assert some.shape == (6, 4) and (np.diff(some[:, 0]) > 0).all()
     assert np.array_equal(some, sampled_vectors(commit, "t", "v", 6))
     assert sampled_vectors(commit, "nothing", "v", 6).shape == (0, 0)
+
+
+def test_flipped_bits_of_a_statistics_file_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", mu=np.arange(6.0), sigma=np.eye(6))
+    whole = (tmp_path / "a.npz").read_bytes()
+    for bit in range(0, 8 * len(whole), 11):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        (tmp_path / "b.npz").write_bytes(bytes(data))
+        try:
+            found = read_statistics(Location.of(tmp_path / "b.npz"))
+        except UserError:
+            continue
+        assert np.array_equal(found.mean, np.arange(6.0)) and np.array_equal(found.cov, np.eye(6))
