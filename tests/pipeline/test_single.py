@@ -309,6 +309,14 @@ def test_predictions_tell_that_ids_of_labels_begin_with_one(tmp_path: Path) -> N
     assert evaluate_folders(*where, label_encoding="camvid12")["miou"] < 0.1, "whoever insists gets it"
 
 
+def test_a_model_that_has_collapsed_is_scored(tmp_path: Path) -> None:
+    """All sky, where nearly all is building, the class of the next id: no sign of ids that begin with one."""
+    label = np.ones((8, 8), np.uint8)
+    label[0, :3] = (0, 2, 3)
+    where = folders(tmp_path, {"a.png": np.zeros((8, 8), np.uint8)}, {"a.png": label})
+    assert evaluate_folders(*where)["pa"] == 1 / 64
+
+
 def test_classes_that_are_mixed_up_are_told(tmp_path: Path) -> None:
     labels, order = areas(4, 11), np.random.default_rng(5).permutation(11).astype(np.uint8)
     stream = io.StringIO()
