@@ -372,11 +372,13 @@ class Builder:
     def watch(self, name: str) -> None:
         """What a model may not share: all that it, its translators, teachers and starts learned from, and its tests."""
         learned: dict[tuple[str, Views], Use] = {}
-        for model in self._line(name, {}):
+        line = list(self._line(name, {}))
+        for model in line:
             for use in self._learned(model):
                 known = learned.setdefault((use.dataset, use.views), use)
                 learned[use.dataset, use.views] = known if known.is_training else use
         nodes = self.graph.models[name]
+        folders = tuple(dict.fromkeys(start for model in line if "/" in (start := self.models[model].start)))
         validated = [
             use
             for dataset in self.models[name].validate_on
@@ -387,7 +389,7 @@ class Builder:
             for test in nodes.tests
             for use in self._uses(self.recipe.test_sets[test], f"the test set {test}", with_translators=False)
         ]
-        self.graph.watched[name] = Watched(tuple(learned.values()), tuple(validated), tuple(tests))
+        self.graph.watched[name] = Watched(tuple(learned.values()), tuple(validated), tuple(tests), folders)
 
     def _line(self, name: str, found: dict[str, None]) -> Iterable[str]:
         """A model, and those that it starts from or is taught by."""

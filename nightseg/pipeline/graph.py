@@ -195,6 +195,7 @@ class Watched(NamedTuple):
     learned: tuple[Use, ...]  # by the models that it starts from or is taught by, and by translators, too
     validated: tuple[Use, ...]
     tests: tuple[Use, ...]
+    folders: tuple[str, ...]  # model folders that it starts from
 
 
 @dataclass

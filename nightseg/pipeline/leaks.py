@@ -47,8 +47,7 @@ def needed(graph: Graph) -> set[NodeId]:
     found = {
         view.node
         for watched in graph.watched.values()
-        for part in watched
-        for use in part
+        for use in (*watched.learned, *watched.validated, *watched.tests)
         for view in _nodes(use.views)
     }
     while more := {need for node in found for need in graph.nodes[node].needs} - found:
@@ -63,7 +62,7 @@ def find(graph: Graph, commits: Mapping[NodeId, Commit | Shards], validation: bo
     """
     found: dict[Any, Leak] = {}
     sets = _Sets(commits)
-    for model, (learned, validated, tests) in graph.watched.items():
+    for model, (learned, validated, tests, _) in graph.watched.items():
         trained = [use for use in learned if use.is_training]
         seen = [*learned, *(validated if validation else ())]
         for one, other in [*_pairs(seen, tests), *_pairs(trained, validated)]:
@@ -86,6 +85,15 @@ def tell(leaks: Iterable[Leak], rule: Literal["refuse", "report"], progress: Pro
         )
     for leak in leaks:
         progress.say(f"leak: {leak}")
+
+
+def unknown(graph: Graph) -> dict[str, list[str]]:
+    """Model folders that models start from -> these models: what such a folder learned from is not known here."""
+    found: dict[str, list[str]] = {}
+    for model, watched in graph.watched.items():
+        for folder in watched.folders if watched.tests or watched.validated else ():
+            found.setdefault(folder, []).append(model)
+    return found
 
 
 def _pairs(seen: Iterable[Use], measured: Iterable[Use]) -> Iterator[tuple[Use, Use]]:

@@ -105,6 +105,8 @@ def run(
         def examine(read: Mapping[NodeId, Commit | Shards]) -> None:
             found.extend(leaks.find(graph, read))
             leaks.tell(found, recipe.leaks, progress)
+            for start, models in leaks.unknown(graph).items():
+                progress.say(f"what {start} learned from is not known, so neither is what {', '.join(models)} shares")
 
         commits, done = _work(workspace, list(graph.nodes.values()), progress, examine)
         results = sealed(gather(recipe, graph, commits, done, found), folder)

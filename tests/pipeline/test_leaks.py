@@ -146,6 +146,15 @@ def test_style_images_validation_and_translated_tests(data: Path, tmp_path: Path
     assert searched == {trained, ("val", "the test set night", 1, 0, "first")}
 
 
+def test_a_model_folder_to_start_from_is_named_as_unknown(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "start_identity", lambda start: start)
+    for file in ("model.json", "model.safetensors"):
+        (data / file).write_bytes(b"{}")
+    models = {"old": {"train": ["train"], "start": f"{data}/."}, "new": {"train": ["train"], "start": "old"}}
+    graph = build.build_graph(recipe_of(data, models=models))
+    assert leaks.unknown(graph) == {f"{data}/.": ["new", "old"]}
+
+
 def test_the_same_dataset_in_two_roles_is_a_leak(data: Path, tmp_path: Path) -> None:
     (leak,) = found(recipe_of(data, test_sets={"seen": "train"}), tmp_path / "run", only="third")
     assert (leak.frames, leak.of, leak.pairs[0]) == (2, 2, ["train/0", "train/0"])
