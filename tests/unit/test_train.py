@@ -204,10 +204,10 @@ def test_the_ema_is_warmed_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         return losses
 
     monkeypatch.setattr(train, "generator_step", remembers)
-    state = run(plan_for(tmp_path, TINY.model_copy(update={"ema_decay": 0.3}))).state()
+    state = run(plan_for(tmp_path, TINY.model_copy(update={"ema_decay": 0.9}))).state()
     expected = seen[0].double()
     for index, weights in enumerate(seen[1:]):
-        decay = min(0.3, (1 + index) / (10 + index))
+        decay = min(0.9, (1 + index) / (10 + index))
         expected = decay * expected + (1 - decay) * weights.double()
     found = state["ema"][next(iter(state["ema"]))]
     assert_near(found, expected, terms=7 * 4, magnitude=1.0)  # each step rounds a value below 1 a few times
