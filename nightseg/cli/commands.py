@@ -33,6 +33,15 @@ _actors_option = click.option(
 )
 
 
+def _bad_option(default: float) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return click.option(
+        "--max-bad-fraction",
+        default=default,
+        type=click.FloatRange(0, 1),
+        help="Share of the frames that may be damaged or unreadable; above it the command fails.",
+    )
+
+
 def _place(context: click.Context, option: click.Parameter, text: str | None) -> Location | None:
     return None if text is None else Location.of(text)
 
@@ -86,9 +95,10 @@ def _extractor_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.argument("images")
 @click.option("--out", required=True, metavar="FRAMES.parquet", help="The frame table to write.")
 @click.option("--margin", default=0.2, type=click.FloatRange(0, 1), help="Closer calls are twilight.")
+@_bad_option(1.0)
 @_actors_option
 @answers
-def split(images: str, out: str, margin: float, compute: MapCompute) -> dict[str, Any]:
+def split(images: str, out: str, margin: float, max_bad_fraction: float, compute: MapCompute) -> dict[str, Any]:
     """Separate a folder of images into day, night, twilight.
 
     By their luminance histograms; the evidence and the list of bad frames are written beside the table.
@@ -98,13 +108,16 @@ def split(images: str, out: str, margin: float, compute: MapCompute) -> dict[str
     """
     from nightseg.pipeline.single import split_folder
 
-    return split_folder(images, out, margin=margin, compute=compute, progress=progress_for())
+    return split_folder(
+        images, out, margin=margin, max_bad_fraction=max_bad_fraction, compute=compute, progress=progress_for()
+    )
 
 
 @click.command()
 @click.argument("a")
 @click.argument("b")
 @_extractor_options
+@_bad_option(0.01)
 @_actors_option
 @click.option("--save-a", metavar="FILE.npz", help="Keep the statistics of A; pytorch-fid reads the file, too.")
 @click.option("--save-b", metavar="FILE.npz", help="Keep the statistics of B.")
@@ -119,6 +132,7 @@ def fid(
     a: str,
     b: str,
     extraction: Extraction,
+    max_bad_fraction: float,
     compute: MapCompute,
     save_a: str | None,
     save_b: str | None,
@@ -126,7 +140,8 @@ def fid(
 ) -> dict[str, Any]:
     """FID and KID between two sets of frames.
 
-    A and B are image folders, frame tables (.parquet) or statistics (.npz, also pytorch-fid's).
+    A and B are image folders, frame tables (.parquet) or statistics (.npz, also pytorch-fid's). Where a file does not
+    say what made it, --extractor and --resize do.
 
     \b
     nightseg fid translated/ /data/night --extractor efficientnet_lite0
@@ -143,6 +158,7 @@ def fid(
         work=work,
         save_statistics=(save_a, save_b),
         insist=asked == click.core.ParameterSource.COMMANDLINE,
+        max_bad_fraction=max_bad_fraction,
         progress=progress_for(),
     )
 
@@ -158,6 +174,7 @@ def fid(
 @click.option("--out", required=True, metavar="DIR", help="Gets frames.parquet, scores.parquet, evidence.json.")
 @click.option("--seed", default=0, type=click.IntRange(0))
 @_extractor_options
+@_bad_option(1.0)
 @_actors_option
 @answers
 def select(
@@ -166,6 +183,7 @@ def select(
     out: str,
     seed: int,
     extraction: Extraction,
+    max_bad_fraction: float,
     compute: MapCompute,
     **rules: Any,
 ) -> dict[str, Any]:
@@ -179,7 +197,16 @@ def select(
     from nightseg.pipeline.single import select_frames
 
     selection = valid(Selection, extractor=extraction, **rules)
-    return select_frames(pool, reference, out, selection=selection, seed=seed, compute=compute, progress=progress_for())
+    return select_frames(
+        pool,
+        reference,
+        out,
+        selection=selection,
+        seed=seed,
+        max_bad_fraction=max_bad_fraction,
+        compute=compute,
+        progress=progress_for(),
+    )
 
 
 @click.command()
@@ -295,6 +322,7 @@ def _factors(context: click.Context, parameter: click.Parameter, text: str) -> t
 @_inference_options
 @click.option("--device", help="cpu, cuda or cuda:N. Default: CUDA where there is one; with --actors, cpu.")
 @click.option("--batch", default=8, type=click.IntRange(1), help="Frames, or windows, at a time.")
+@_bad_option(1.0)
 @_actors_option
 @answers
 def predict(
@@ -305,6 +333,7 @@ def predict(
     overlay_video: bool,
     device: str | None,
     batch: int,
+    max_bad_fraction: float,
     compute: MapCompute,
     **modes: Any,
 ) -> dict[str, Any]:
@@ -337,6 +366,7 @@ def predict(
         inference=inference,
         device=device,
         overlay_video=overlay_video,
+        max_bad_fraction=max_bad_fraction,
         compute=MapCompute(actors=compute.actors, gpus_per_actor=gpus, batch=batch),
         progress=progress_for(),
     )

@@ -102,27 +102,34 @@ def build_graph(recipe: Recipe, only: str | None = None) -> Graph:
 POOL, REFERENCE = "pool", "reference"  # names of the sets of frames
 
 
-def split_graph(images: str, margin: float, compute: MapCompute) -> Graph:
+def split_graph(images: str, margin: float, compute: MapCompute, max_bad_fraction: float = 1.0) -> Graph:
     """A folder of images collected and split."""
-    builder = _without_recipe({POOL: images}, compute)
+    builder = _without_recipe({POOL: images}, compute, max_bad_fraction=max_bad_fraction)
     builder.split(POOL, margin)
     return builder.graph
 
 
-def selection_graph(places: Mapping[str, str | Given], selection: Selection, seed: int, compute: MapCompute) -> Graph:
+def selection_graph(
+    places: Mapping[str, str | Given],
+    selection: Selection,
+    seed: int,
+    compute: MapCompute,
+    max_bad_fraction: float = 1.0,
+) -> Graph:
     """Frames of POOL chosen by their features, close to those of REFERENCE if there is one."""
-    builder = _without_recipe(places, compute, seed)
+    builder = _without_recipe(places, compute, seed, max_bad_fraction)
     builder.select(POOL, selection, POOL, [REFERENCE] if REFERENCE in places else [])
     builder.graph.order()
     return builder.graph
 
 
-def distance_graph(sets: Mapping[str, Given], extraction: Extraction, compute: MapCompute) -> Graph:
-    """Each set scored, if there is any. Without its bad frames it is another set: as few are allowed as in a recipe."""
+def distance_graph(
+    sets: Mapping[str, Given], extraction: Extraction, compute: MapCompute, max_bad_fraction: float
+) -> Graph:
+    """Each set scored, if there is any. Without its bad frames it is another set, so few should be allowed."""
     if not sets:
         return Graph()
-    few = Recipe.model_fields["max_bad_fraction"].default
-    builder = _without_recipe(sets, compute, max_bad_fraction=few)
+    builder = _without_recipe(sets, compute, max_bad_fraction=max_bad_fraction)
     for name in sets:
         builder.score([name], extraction)
     return builder.graph

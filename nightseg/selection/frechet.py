@@ -22,7 +22,7 @@ import io
 import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -39,6 +39,7 @@ BLOCK_ROWS = 1024
 """Rows that `moments_of` adds at a time. Fixed, so that the result does not depend on how the rows arrived."""
 
 _EXACT_ENOUGH = 1e-12  # of the sum of singular values
+_ASYMMETRIC_AT_MOST = 1e-4  # of the largest value; sums in float32 reach 1e-6
 _CLIPPED_AT_MOST = 1e-4  # of the trace; covariances summed up in float32 reach 1e-6
 
 STATISTICS_NAME: Final = "statistics.npz"
@@ -50,7 +51,7 @@ _KID_ROWS: Final = 1000  # of a draw: what the paper and the common tools use; f
 _MOST_ROWS: Final = 20_000  # from which KID draws
 
 PYTORCH_FID_DIMS = 2048
-"""Statistics with this many dimensions and no other sign of their origin are taken for pytorch-fid's own."""
+"""Statistics with this many dimensions may be pytorch-fid's own."""
 
 
 class Moments:
@@ -214,12 +215,17 @@ def frechet_distance(mean1: npt.ArrayLike, cov1: npt.ArrayLike, mean2: npt.Array
 
 
 def _checked(mean: npt.ArrayLike, cov: npt.ArrayLike) -> tuple[Array, Array]:
+    if any(np.asarray(one).dtype.kind not in "fiu" for one in (mean, cov)):
+        raise ValueError(f"expected real numbers, got {np.asarray(mean).dtype} and {np.asarray(cov).dtype}")
     mean_D = np.ascontiguousarray(mean, dtype=np.float64)
     cov_DD = np.ascontiguousarray(cov, dtype=np.float64)
-    if mean_D.ndim != 1 or cov_DD.shape != (len(mean_D), len(mean_D)):
+    if mean_D.ndim != 1 or not len(mean_D) or cov_DD.shape != (len(mean_D), len(mean_D)):
         raise ValueError(f"expected a mean (d,) and a covariance (d, d), got {mean_D.shape} and {cov_DD.shape}")
     if not (np.isfinite(mean_D).all() and np.isfinite(cov_DD).all()):
         raise ValueError("mean or covariance hold values that are not finite: were there fewer than 2 frames?")
+    apart = float(np.abs(cov_DD - cov_DD.T).max())
+    if apart > _ASYMMETRIC_AT_MOST * float(np.abs(cov_DD).max()):
+        raise ValueError(f"this is no covariance: values that mirror each other differ by up to {apart:g}")
     return mean_D, np.ascontiguousarray((cov_DD + cov_DD.T) / 2)
 
 
@@ -239,6 +245,7 @@ class Statistics:
     precision: str = ""  # of the network's arithmetic; a note, not a difference
 
 
+_NAMES: Final = (("mu", "sigma"), ("m", "s"), ("mean", "cov"))
 _ORIGIN: Final = ("extractor", "resize", "weights_sha256", "precision")  # fields, and arrays of the file
 
 
@@ -263,9 +270,10 @@ _BAD_ARCHIVE: Final = (zipfile.BadZipFile, zlib.error, SyntaxError, TypeError)  
 
 
 def read_statistics(place: Location) -> Statistics:
-    """Statistics from our `.npz` or from pytorch-fid's (`mu`, `sigma` only; pickled objects are refused).
+    """Statistics from our `.npz` or from another's: `mu` and `sigma` (pytorch-fid), `m` and `s`, or `mean` and `cov`.
 
-    A bare file of 2048 dimensions counts as pytorch-fid's own: Inception, its resize rule, unknown number of frames.
+    What a file does not say stays unknown; see `assumed`. Pickled objects are refused. Raises UserError: no such file,
+    damaged, no mean and covariance in it.
     """
     try:
         with np.load(io.BytesIO(place.read_bytes()), allow_pickle=False) as file:
@@ -276,20 +284,36 @@ def read_statistics(place: Location) -> Statistics:
         raise UserError(
             f"{place}: not an .npz file of statistics, or a damaged one ({error})", cure="make it again"
         ) from error
-    missing = [name for name in ("mu", "sigma") if name not in fields]
-    if missing:
+    named = next((pair for pair in _NAMES if all(name in fields for name in pair)), None)
+    if named is None:
+        missing = [name for name in _NAMES[0] if name not in fields]
         held = ", ".join(sorted(fields)) or "nothing"
         raise UserError(
             f"{place}: it has no {' and no '.join(missing)}, only {held}", cure="name a file of FID statistics"
         )
+    count = fields.get("n", np.int64(0))
     try:
-        mean, cov = _checked(fields["mu"], fields["sigma"])
+        mean, cov = _checked(*(fields[name] for name in named))
+        if count.ndim or count.dtype.kind not in "iu" or ("n" in fields and count < 2):
+            raise ValueError(f"its number of frames, n, is {count}")
     except (ValueError, TypeError) as error:
         raise UserError(f"{place}: {error}", cure="make the file again") from error
     origin = {name: str(fields.get(name, "")) for name in _ORIGIN}
-    if "extractor" not in fields and len(mean) == PYTORCH_FID_DIMS:
-        origin |= {"extractor": "inception", "resize": "pytorch-fid"}
-    return Statistics(mean, cov, int(fields["n"]) if "n" in fields else None, **origin)
+    return Statistics(mean, cov, int(count) or None, **origin)
+
+
+def assumed(one: Statistics, other: Statistics) -> Statistics:
+    """`one` with what its file does not say, where the other's is pytorch-fid's way and `one` can be of it.
+
+    Its files are the bare ones that are handed around: 2048 dimensions, Inception, its own resize rule. Whoever assumes
+    so says it.
+    """
+    if len(one.mean) != PYTORCH_FID_DIMS:
+        return one
+    usual: dict[str, Any] = {"extractor": "inception", "resize": "pytorch-fid"}
+    return replace(
+        one, **{key: word for key, word in usual.items() if not getattr(one, key) and getattr(other, key) == word}
+    )
 
 
 def check_comparable(first: Statistics, second: Statistics, names: Sequence[str] = ("the first", "the second")) -> None:
@@ -309,7 +333,8 @@ def check_comparable(first: Statistics, second: Statistics, names: Sequence[str]
     if differences:
         raise UserError(
             f"{names[0]} and {names[1]}: these statistics do not compare: {'; '.join(differences)}",
-            cure="compute both with the same extractor, weights and resize rule",
+            cure="compute both with the same extractor, weights and resize rule"
+            + ("; or state what is unknown, if you know it" if "unknown" in "".join(differences) else ""),
         )
 
 
@@ -422,7 +447,13 @@ class SetDistance(NamedTuple):
 def set_distance(first: FrameSet, second: FrameSet, names: Sequence[str] = ("A", "B")) -> SetDistance:
     """The distances of two sets of frames; raises UserError if they do not compare."""
     check_comparable(first.statistics, second.statistics, names)
-    fid = gaussian_distance(first.gaussian(), second.gaussian())
+    gaussians = []
+    for one, name in zip((first, second), names, strict=True):
+        try:
+            gaussians.append(one.gaussian())
+        except ValueError as error:
+            raise UserError(f"{name}: {error}", cure="make its statistics again from the frames") from error
+    fid = gaussian_distance(*gaussians)
     if first.features is None or second.features is None:
         return SetDistance(fid)
     return SetDistance(fid, *kernel_distance(first.features, second.features))

@@ -167,7 +167,7 @@ def test_predict_passes_on_what_it_was_given(monkeypatch: pytest.MonkeyPatch, tm
         "inference": Inference(
             window=(512, 1024), overlap=0.5, flip=True, scales=(0.75, 1.0, 1.25), precision="bfloat16"
         ),
-        "overlay_video": True, "compute": MapCompute(actors=2, batch=3),
+        "overlay_video": True, "compute": MapCompute(actors=2, batch=3), "max_bad_fraction": 1.0,
     }  # fmt: skip
 
 
@@ -206,7 +206,13 @@ def test_export_shows_the_check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         (
             "split_folder",
             ("split", "pool", "--out", "f.parquet", "--margin", "0.1", "--actors", "5"),
-            {"0": "pool", "1": "f.parquet", "margin": 0.1, "compute": MapCompute(actors=5)},
+            {
+                "0": "pool",
+                "1": "f.parquet",
+                "margin": 0.1,
+                "max_bad_fraction": 1.0,
+                "compute": MapCompute(actors=5),
+            },
         ),
         (
             "select_frames",
@@ -220,6 +226,7 @@ def test_export_shows_the_check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
                 "1": "r",
                 "2": "o",
                 "seed": 4,
+                "max_bad_fraction": 1.0,
                 "compute": MapCompute(actors=0),
                 "selection": Selection(
                     method="pooled",
@@ -276,9 +283,14 @@ def test_fid_passes_on_what_it_was_given(monkeypatch: pytest.MonkeyPatch) -> Non
     assert json_of(*words, "--save-a", "a.npz", "--save-b", "b.npz", "--work", "w", "--actors", "4")["fid"] == 1.0
     del asked["progress"]
     assert asked == {
-        "sides": ("a", "b"), "insist": True, "work": Location.of("w"),
+        "sides": ("a", "b"), "insist": True, "max_bad_fraction": 0.01, "work": Location.of("w"),
         "save_statistics": ("a.npz", "b.npz"), "compute": MapCompute(actors=4),
         "extraction": Extraction(name="resnet18", weights="w.pth", resize="clean", mode="fast"),
     }  # fmt: skip
     json_of("fid", "a", "b")
     assert (asked["insist"], asked["work"], asked["extraction"]) == (False, None, Extraction(name="inception"))
+
+
+@pytest.mark.parametrize("verb", ["split", "fid", "select", "predict"])
+def test_every_verb_that_reads_frames_says_how_many_may_be_bad(verb: str) -> None:
+    assert "--max-bad-fraction" in good(verb, "--help").stdout

@@ -13,7 +13,7 @@ from nightseg.cluster.settings import MapCompute
 from nightseg.pipeline.single import distance
 from nightseg.progress import SilentProgress
 from nightseg.selection.features import build_extractor
-from nightseg.selection.frechet import Statistics, frechet_distance, kernel_distance, write_statistics
+from nightseg.selection.frechet import Statistics, frechet_distance, kernel_distance, read_statistics, write_statistics
 from nightseg.selection.settings import Extraction
 from nightseg.storage import Location, UserError
 from tests.frames_on_disk import folder_of, image
@@ -30,7 +30,8 @@ def one_thread() -> Any:
 
 
 def measured(a: Path | str, b: Path | str, tmp_path: Path, **settings: Any) -> dict[str, Any]:
-    extraction = Extraction(name=settings.pop("extractor", LITE0), mode=settings.pop("mode", "exact"))
+    how = {key: settings.pop(key) for key in ("mode", "resize") if key in settings}
+    extraction = Extraction(name=settings.pop("extractor", LITE0), **how)
     settings = {"extraction": extraction, "progress": SilentProgress(), "compute": MapCompute(actors=0)} | settings
     return distance(str(a), str(b), work=Location.of(tmp_path / "work"), **settings)
 
@@ -70,17 +71,74 @@ def test_fid_of_two_files_needs_no_network_and_no_weights(tmp_path: Path) -> Non
         np.savez(tmp_path / f"{name}.npz", mu=np.full(6, shift), sigma=np.eye(6))
     got = measured(tmp_path / "a.npz", tmp_path / "b.npz", tmp_path, extractor="inception")
     sizes, kid = {"n_a": None, "n_b": None}, {"kid": None, "kid_deviation": None}
-    assert got == {"fid": pytest.approx(24), **sizes, "extractor": "", "resize": "", **kid}
+    making = {"extractor": "unknown", "resize": "unknown", "origin": {"a": "unknown", "b": "unknown"}}
+    assert got == {"fid": pytest.approx(24), **sizes, **making, **kid}
 
 
 def test_an_extractor_that_was_asked_for_is_not_ignored_beside_two_files(tmp_path: Path) -> None:
     for name in ("a", "b"):
         np.savez(tmp_path / f"{name}.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     files = (tmp_path / "a.npz", tmp_path / "b.npz", tmp_path)
-    assert measured(*files)["extractor"] == "inception"
+    assert measured(*files)["extractor"] == "unknown"
     assert measured(*files, extractor="inception", insist=True)["fid"] == 0.0
-    with pytest.raises(UserError, match=r"a\.npz: .* made with inception, not with efficientnet_lite0"):
+    with pytest.raises(UserError, match=r"a\.npz: .* 2048 dimensions, efficientnet_lite0 has 1280"):
         measured(*files, insist=True)
+    for name in ("a", "b"):
+        made = Statistics(np.zeros(2048), np.eye(2048), 9, "inception", "pytorch-fid", "")
+        write_statistics(Location.of(tmp_path / f"{name}.npz"), made)
+    with pytest.raises(UserError, match=r"a\.npz: .* made with inception, not with resnet50"):
+        measured(*files, extractor="resnet50", insist=True)
+    with pytest.raises(UserError, match=r"a\.npz: .* made with pytorch-fid, not with clean.*ask for a resize rule"):
+        measured(*files, extractor="inception", resize="clean")
+
+
+ORIGINS = [
+    # what the file b says, what is asked for beside it: what is then known of b, and how; None: refused
+    ({}, {}, ("inception", "pytorch-fid", "assumed")),
+    ({}, {"resize": "clean"}, None),  # a is of pytorch-fid's rule
+    ({}, {"extractor": "inception", "insist": True}, ("inception", "pytorch-fid", "assumed")),
+    ({}, {"resize": "pytorch-fid"}, ("inception", "pytorch-fid", "assumed")),
+    (
+        {},
+        {"extractor": "inception", "insist": True, "resize": "pytorch-fid"},
+        ("inception", "pytorch-fid", "stated"),
+    ),
+    ({"extractor": "inception", "resize": "pytorch-fid"}, {}, ("inception", "pytorch-fid", "file")),
+    ({"extractor": "resnet50"}, {}, None),
+    ({"resize": "clean"}, {}, None),
+]
+
+
+@pytest.mark.parametrize(("fields", "asked", "known"), ORIGINS)
+def test_what_a_file_does_not_say_is_stated_or_assumed_and_said(
+    tmp_path: Path, fields: dict[str, str], asked: dict[str, Any], known: tuple[str, str, str] | None
+) -> None:
+    write_statistics(
+        Location.of(tmp_path / "a.npz"), Statistics(np.zeros(2048), np.eye(2048), 9, "inception", "pytorch-fid", "")
+    )
+    np.savez(tmp_path / "b.npz", mu=np.ones(2048), sigma=np.eye(2048), **fields)
+    files = (tmp_path / "a.npz", tmp_path / "b.npz", tmp_path)
+    if known is None:
+        with pytest.raises(UserError):
+            measured(*files, **asked)
+        return
+    got = measured(*files, **asked, save_statistics=(None, str(tmp_path / "known.npz")))
+    assert got["fid"] == pytest.approx(2048) and got["origin"] == {"a": "file", "b": known[2]}
+    kept = read_statistics(Location.of(tmp_path / "known.npz"))
+    assert (kept.extractor, kept.resize) == known[:2]
+
+
+def test_a_file_that_says_nothing_is_not_taken_for_another_resize_rule(tmp_path: Path) -> None:
+    """The public report: `fid clean.npz x.npz --resize clean`, where x holds mu and sigma alone."""
+    write_statistics(
+        Location.of(tmp_path / "clean.npz"), Statistics(np.zeros(2048), np.eye(2048), 9, "inception", "clean", "")
+    )
+    np.savez(tmp_path / "x.npz", mu=np.ones(2048), sigma=np.eye(2048))
+    files = (tmp_path / "clean.npz", tmp_path / "x.npz", tmp_path)
+    with pytest.raises(UserError, match=r"resize rule of .*clean\.npz is clean, of .*x\.npz unknown.*state what"):
+        measured(*files)
+    got = measured(*files, resize="clean")
+    assert (got["resize"], got["origin"]) == ("clean", {"a": "file", "b": "assumed"})  # the extractor is assumed
 
 
 def test_fid_refuses_what_does_not_compare(tmp_path: Path) -> None:
@@ -97,3 +155,12 @@ def test_fid_refuses_what_does_not_compare(tmp_path: Path) -> None:
     folder_of(tmp_path / "bad", range(2), broken=1)
     with pytest.raises(UserError, match="not_an_image"):
         measured(tmp_path / "bad", tmp_path / "a", tmp_path)
+
+
+def test_one_bad_frame_of_seven_is_left_out_if_so_many_are_allowed(tmp_path: Path) -> None:
+    folder_of(tmp_path / "a", range(7), broken=1)
+    folder_of(tmp_path / "b", range(7, 10))
+    sides = (tmp_path / "a", tmp_path / "b", tmp_path)
+    with pytest.raises(UserError, match=r"(?s)1 of 8 frames.*max_bad_fraction to 0\.125 or more"):
+        measured(*sides)
+    assert measured(*sides, max_bad_fraction=0.125)["n_a"] == 7

@@ -2,6 +2,7 @@ import io
 import itertools
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,7 @@ from nightseg.selection.frechet import (
     FrameSet,
     Moments,
     Statistics,
+    assumed,
     check_comparable,
     frechet_distance,
     gaussian_distance,
@@ -218,12 +220,63 @@ def test_the_same_statistics_give_the_same_bytes(tmp_path: object) -> None:
     assert one.read_bytes() == two.read_bytes()
 
 
-def test_a_file_of_pytorch_fid_is_inception_by_its_own_rule(tmp_path: object) -> None:
+def test_a_bare_file_can_be_pytorch_fids_own_and_nothing_else(tmp_path: object) -> None:
     place = Location.of(str(tmp_path)) / "fid.npz"
     np.savez_compressed(place.local, mu=np.zeros(2048), sigma=np.eye(2048))
     read = read_statistics(place)
-    assert (read.extractor, read.resize, read.count) == ("inception", "pytorch-fid", None)
-    check_comparable(read, statistics(2048, extractor="inception", resize="pytorch-fid"))
+    assert (read.extractor, read.resize, read.count) == ("", "", None)
+    theirs = statistics(2048, extractor="inception", resize="pytorch-fid")
+    check_comparable(assumed(read, theirs), theirs)
+    clean = statistics(2048, extractor="inception", resize="clean")
+    assert (assumed(read, clean).extractor, assumed(read, clean).resize) == ("inception", "")
+    with pytest.raises(UserError, match=r"resize rule of the first is unknown.*state what is unknown"):
+        check_comparable(assumed(read, clean), clean)
+    assert assumed(statistics(5, extractor="", resize=""), theirs).extractor == ""
+
+
+@pytest.mark.parametrize(("mean", "cov"), [("m", "s"), ("mean", "cov"), ("mu", "sigma")])
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_other_names_and_float32_are_read(tmp_path: object, mean: str, cov: str, kind: type) -> None:
+    place = Location.of(str(tmp_path)) / "a.npz"
+    np.savez(place.local, **{mean: np.arange(3, dtype=kind), cov: np.eye(3, dtype=kind)})
+    read = read_statistics(place)
+    assert read.mean.dtype == read.cov.dtype == np.float64
+    assert read.mean.tolist() == [0, 1, 2] and read.cov.tolist() == np.eye(3).tolist()
+
+
+WRONG = np.diag([1.0, 1.0, 1.0]) + np.array([[0, 0.5, 0], [0, 0, 0], [0, 0, 0]])
+
+
+@pytest.mark.parametrize(
+    ("fields", "part"),
+    [
+        ({"mu": np.zeros(3), "sigma": WRONG}, "no covariance: values that mirror"),
+        ({"mu": np.zeros(3), "sigma": np.eye(4)}, r"\(3,\) and \(4, 4\)"),
+        ({"mu": np.zeros((1, 3)), "sigma": np.eye(3)}, r"\(1, 3\)"),
+        ({"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, r"\(0,\)"),
+        ({"mu": np.array([0, np.nan, 0]), "sigma": np.eye(3)}, "not finite"),
+        ({"mu": np.zeros(3), "sigma": np.full((3, 3), np.inf)}, "not finite"),
+        ({"mu": np.zeros(3, complex), "sigma": np.eye(3)}, "real numbers, got complex128"),
+        ({"mu": np.array(["a", "b"]), "sigma": np.eye(2)}, "real numbers"),
+        ({"mu": np.array([None, 1]), "sigma": np.eye(2)}, "allow_pickle"),
+        ({"mu": np.zeros(3)}, "no sigma, only mu"),
+        ({"m": np.zeros(3), "sigma": np.eye(3)}, "no mu, only m, sigma"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3), "n": 1}, "n, is 1"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3), "n": 2.5}, "n, is 2.5"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3), "n": [2, 3]}, "n, is"),
+    ],
+)
+def test_files_that_are_no_statistics_are_refused(tmp_path: object, fields: dict[str, Any], part: str) -> None:
+    place = Location.of(str(tmp_path)) / "a.npz"
+    np.savez(place.local, **fields)
+    with pytest.raises(UserError, match=part):
+        read_statistics(place)
+
+
+def test_a_matrix_that_is_no_covariance_names_its_set() -> None:
+    wrong = statistics(3, cov=np.diag([1.0, -1.0, 1.0]))
+    with pytest.raises(UserError, match=r"^b\.npz: this is no covariance"):
+        set_distance(FrameSet(statistics(3)), FrameSet(wrong), ("a.npz", "b.npz"))
 
 
 def test_bare_files_of_any_size_compare_with_each_other(tmp_path: object) -> None:
