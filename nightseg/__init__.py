@@ -30,6 +30,7 @@ Cluster: ray, no words of the domain
     cluster/map.py             passes over shards, on Ray Data or in this process
     cluster/session.py         what a training loop sees of the cluster
     cluster/train.py           training loops on Ray Train, and their checkpoints
+    cluster/shortage.py        what a worker ran out of, in words
     cluster/progress_actor.py  from training workers to the driver: how far, and why it failed
     cluster/launch.py          what is wrong with a cluster.yaml
 

@@ -24,6 +24,7 @@ import pyarrow as pa
 
 from nightseg.cluster import ray as cluster
 from nightseg.cluster.settings import MapCompute
+from nightseg.cluster.shortage import shortage
 from nightseg.errors import UserError
 from nightseg.progress import Progress, Task
 from nightseg.storage import Attempt, Location, ShardRecord, Shards
@@ -31,6 +32,8 @@ from nightseg.storage import Attempt, Location, ShardRecord, Shards
 RETRIES_OF_A_SHARD = 3
 """How often a shard is done again because its process died. Ray's default is forever: a file that crashes a decoder,
 or a batch that does not fit into memory, would keep a cluster busy until someone looks."""
+
+_LESS = "Lower compute.map.batch or compute.map.actors, or give each actor more of the machine (cpus_per_actor)"
 
 SHARD = "nightseg_shard"
 """Column that tells an actor which shard its rows are; it exists only between driver and actor."""
@@ -226,7 +229,9 @@ def _record(title: str, outcome: ShardRecord | UserError | str, trace: str) -> S
     """The record, or the worker's error as one of this process."""
     if isinstance(outcome, ShardRecord):
         return outcome
-    error = outcome if isinstance(outcome, UserError) else RuntimeError(f"{title}: {outcome}")
+    short = shortage(f"{outcome}")
+    told = f"{short}. {_LESS}. It said: {outcome}" if short else outcome
+    error = outcome if isinstance(outcome, UserError) else RuntimeError(f"{title}: {told}")
     error.add_note(f"In the worker:\n{trace}")
     raise error
 
@@ -253,7 +258,14 @@ def _failure(title: str, error: BaseException) -> RuntimeError:
     """What Ray says, in one line; its traceback as a note."""
     import ray
 
-    if getattr(error, "actor_init_failed", False):
+    innermost, said = error, f"{type(error).__name__}: {error}"
+    while innermost.__cause__ is not None:
+        innermost = innermost.__cause__
+        said += f"\n{type(innermost).__name__}: {innermost}"
+    short = shortage(said)
+    if short is not None:
+        reason = f"{short}. {_LESS}. Finished shards are kept"
+    elif getattr(error, "actor_init_failed", False):
         last_line = str(error).strip().rpartition("\n")[2].strip()
         reason = f"an actor cannot start: {last_line}. Every node needs this version of nightseg and its packages"
     elif isinstance(error, ray.exceptions.RayActorError | ray.exceptions.WorkerCrashedError):
@@ -263,9 +275,6 @@ def _failure(title: str, error: BaseException) -> RuntimeError:
             "shards are kept"
         )
     else:
-        innermost = error
-        while innermost.__cause__ is not None:
-            innermost = innermost.__cause__
         first_line = str(innermost).strip().partition("\n")[0]
         reason = f"{type(innermost).__name__}: {first_line}"
     failure = RuntimeError(f"{title}: {reason}")

@@ -42,11 +42,13 @@ from nightseg.cluster import ray as cluster
 from nightseg.cluster.progress_actor import SECONDS_BETWEEN_UPDATES, Failure, progress_actor, shown
 from nightseg.cluster.session import Session
 from nightseg.cluster.settings import TrainCompute
+from nightseg.cluster.shortage import shortage
 from nightseg.errors import UserError
 from nightseg.progress import Progress
 from nightseg.storage import Location, sha256_of
 
 NUM_KEPT = 2  # checkpoints
+_LESS = "Lower the batch or raise accumulate of this training, or lower compute.train.workers"
 _LOG = logging.getLogger(__name__)
 
 
@@ -285,6 +287,8 @@ def _failure(job: dict[str, Any], title: str, error: BaseException | None) -> Ex
         failure = None
     if failure is not None and failure.user_error is not None:
         raised: Exception = failure.user_error
+    elif short := shortage("\n".join(_texts(error, failure))):
+        raised = RuntimeError(f"{title}: {short}. {_LESS}. A rerun goes on after the last checkpoint")
     elif _has_died(error):  # what other workers wrote then is about the connection they lost
         raised = RuntimeError(f"{title}: a worker process died: it ran out of memory, was killed, or crashed")
     else:
@@ -292,6 +296,14 @@ def _failure(job: dict[str, Any], title: str, error: BaseException | None) -> Ex
     if failure is not None:
         raised.add_note(f"In the worker:\n{failure.trace}")
     return raised
+
+
+def _texts(error: BaseException | None, failure: Failure | None) -> Iterator[str]:
+    """All that is known of a failure: of the loop, of Ray Train's error, of the workers' that it wraps."""
+    if failure is not None:
+        yield failure.message
+    for one in (error, *getattr(error, "worker_failures", {}).values()):
+        yield f"{type(one).__name__}: {one} {getattr(one, 'health_check_failure', '')}"
 
 
 def _has_died(error: BaseException | None) -> bool:
