@@ -236,11 +236,11 @@ def test_the_stage_under_ray(
     ray_cluster: Any,
     monkeypatch: Any,
 ) -> None:
-    """Two actors do what one process does, to the byte."""
+    """Actors do what this process does, to the byte. (That several do what one does: tests/cluster/test_map.py.)"""
     teacher, threshold = model_commit(CLASSES), Threshold(kind="class_balanced", confidence=0.5, share=0.5)
     alone = run(frames, teacher, work("pseudo_label", "alone"), threshold)
     assert len(shards_done) == 6
     monkeypatch.undo()
-    compute = MapCompute(shard_rows=2, batch=2, actors=2, cpus_per_actor=0.5)
+    compute = MapCompute(shard_rows=2, batch=2, actors=1)
     spread = run(frames, teacher, work("pseudo_label", "spread"), threshold, compute=compute)
     assert [(o.path, o.sha256) for o in spread.outputs] == [(o.path, o.sha256) for o in alone.outputs]

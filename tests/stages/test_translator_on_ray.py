@@ -22,6 +22,7 @@ from nightseg.unit import train
 from nightseg.unit.network import load_generators
 from nightseg.unit.settings import LossWeights
 from nightseg.unit.train import Plan, sample_sheet
+from tests.rounding import rounding
 from tests.stages.test_train_translator import attempt_in
 from tests.unit.test_train import TINY, frames, run
 
@@ -70,8 +71,11 @@ def test_two_workers_commit_a_model_its_history_and_samples(tmp_path: Path) -> N
 
     alone = run({"plan": plan}).state()["history"]
     for row, expected in zip(commit.json("history.json"), alone, strict=True):
-        assert row == pytest.approx(expected, rel=1e-2, abs=1e-3)  # the second step amplifies rounding (Adam)
-    assert commit.json("history.json")[0] == pytest.approx(alone[0], rel=1e-4, abs=1e-6)
+        # Adam turns the step of a weight round whose gradient is no more than rounding, one of 10^5 weights or so, and
+        # moves it by 4e-3 then: some percent of one weight.
+        assert row == pytest.approx(expected, rel=1e-2, abs=1e-3)
+    # Sums of all layers of Lite0 and the networks, as if one after another.
+    assert commit.json("history.json")[0] == pytest.approx(alone[0], rel=rounding(10**5), abs=rounding(64))
 
 
 def learn_and_die_once(session: Any, settings: dict[str, Any]) -> None:
