@@ -194,17 +194,15 @@ def _plain_layer(layer: nn.Module) -> nn.Module:
             return PlainInstanceNorm()
         case network.LayerNorm():
             return PlainLayerNorm(layer.gain, layer.shift)
-        case network.ResidualConvolution():
-            return _reflecting(layer.weight, layer.bias, padding=1)
         case network.UpsamplingConvolution():
-            return nn.Sequential(nn.Upsample(scale_factor=2), _reflecting(layer.weight, layer.bias, padding=2))
+            return nn.Sequential(nn.Upsample(scale_factor=2), _reflecting(layer.weight, layer.bias))
         case _:
             return layer
 
 
-def _reflecting(weight: nn.Parameter, bias: nn.Parameter | None, padding: int) -> nn.Conv2d:
+def _reflecting(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Conv2d:
     channels_out, channels_in, kernel, _ = weight.shape
     with torch.device("meta"):
-        convolution = nn.Conv2d(channels_in, channels_out, kernel, padding=padding, padding_mode="reflect")
+        convolution = nn.Conv2d(channels_in, channels_out, kernel, padding=kernel // 2, padding_mode="reflect")
     convolution.weight, convolution.bias = weight, bias
     return convolution

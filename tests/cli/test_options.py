@@ -41,12 +41,21 @@ VERBS: Final = {
     "verify": Verb("nightseg.pipeline.verify:verify", ("run1",), {}),
     "doctor": Verb("nightseg.cli.doctor:examine", (), {"--cluster": "c.yaml"}),
     "split": Verb(
-        SINGLE + "split_folder", ("i", "--out", "f.parquet"), {"--out": "g.parquet", "--margin": "0.1", "--actors": "2"}
+        SINGLE + "split_folder",
+        ("i", "--out", "f.parquet"),
+        {"--out": "g.parquet", "--margin": "0.1", "--actors": "2", "--max-bad-fraction": "0.5"},
     ),
     "fid": Verb(
         SINGLE + "distance",
         ("a", "b"),
-        {**FEATURES, "--actors": "2", "--save-a": "a.npz", "--save-b": "b.npz", "--work": "w"},
+        {
+            **FEATURES,
+            "--actors": "2",
+            "--max-bad-fraction": "0.5",
+            "--save-a": "a.npz",
+            "--save-b": "b.npz",
+            "--work": "w",
+        },
     ),
     "select": Verb(
         SINGLE + "select_frames",
@@ -54,6 +63,7 @@ VERBS: Final = {
         {
             **FEATURES,
             "--actors": "2",
+            "--max-bad-fraction": "0.5",
             "--count": "4",
             "--out": "o2",
             "--reference": "r",
@@ -89,6 +99,7 @@ VERBS: Final = {
             "--device": "cpu",
             "--batch": "3",
             "--actors": "2",
+            "--max-bad-fraction": "0.5",
             "--window": "32x64",
             "--overlap": "0.5",
             "--flip": None,

@@ -494,9 +494,9 @@ def test_the_graph_of_a_recipe(tmp_path: Path) -> None:
 
 # The same of the verbs without a recipe: the verb, a node. Left out: compute, and shard_rows.
 VERBS = """
-split collect/pool dataset=the folder max_bad_fraction=1.0; unhashed: name=pool taxonomy=cityscapes19; facts: taxonomy
+split collect/pool dataset=the folder max_bad_fraction=0.2; unhashed: name=pool taxonomy=cityscapes19; facts: taxonomy
     listing; of 1
-split split/pool.margin-0.3 pool=collect/pool margin=0.3 max_bad_fraction=1.0
+split split/pool.margin-0.3 pool=collect/pool margin=0.3 max_bad_fraction=0.2
 select collect/reference dataset=the folder max_bad_fraction=1.0; unhashed: name=reference taxonomy=cityscapes19;
     facts: taxonomy listing; of 1
 select score/reference.inception frames=collect/reference positions=False max_bad_fraction=1.0; unhashed:
@@ -505,9 +505,9 @@ select score/pool.inception frames=a table positions=False max_bad_fraction=1.0;
     facts: name weights resize mode weights_sha256
 select select/pool pool_frames=a table pool_scores=score/pool.inception reference_scores=score/reference.inception
     selection=selection; unhashed: seed=4; at most 2
-random collect/pool dataset=the folder max_bad_fraction=1.0; unhashed: name=pool taxonomy=cityscapes19; facts:
+random collect/pool dataset=the folder max_bad_fraction=0.3; unhashed: name=pool taxonomy=cityscapes19; facts:
     taxonomy listing; of 1
-random score/pool.inception frames=collect/pool positions=False max_bad_fraction=1.0; unhashed: extraction=extraction;
+random score/pool.inception frames=collect/pool positions=False max_bad_fraction=0.3; unhashed: extraction=extraction;
     facts: name weights resize mode weights_sha256
 random select/pool pool_frames=collect/pool pool_scores=score/pool.inception selection=selection;
     unhashed: seed=4; at most 2
@@ -527,11 +527,11 @@ def test_the_graphs_of_verbs(tmp_path: Path) -> None:
     compute, selection = MapCompute(actors=3, shard_rows=5, batch=2), Selection(count=2)
     evaluation, inference = Evaluation(), Inference()
     graphs = {
-        "split": build.split_graph(folder, 0.3, compute),
+        "split": build.split_graph(folder, 0.3, compute, 0.2),
         "select": build.selection_graph({build.POOL: table, build.REFERENCE: folder}, selection, 4, compute),
-        "random": build.selection_graph({build.POOL: folder}, selection, 4, compute),
-        "fid": build.distance_graph({"a": table}, selection.extractor, compute),
-        "fid of files": build.distance_graph({}, selection.extractor, compute),
+        "random": build.selection_graph({build.POOL: folder}, selection, 4, compute, 0.3),
+        "fid": build.distance_graph({"a": table}, selection.extractor, compute, 0.01),
+        "fid of files": build.distance_graph({}, selection.extractor, compute, 0.01),
         "predict": build.prediction_graph(
             table,
             [Video("drive", Location.of("/v.mp4"))],
