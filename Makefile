@@ -12,18 +12,23 @@ help: ## show the targets
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,tensorboard]'
 	touch $@
 
+# Tests of optional parts would be skipped without their packages.
+.venv/ready-to-test: .venv/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[video,onnx]'
+	touch $@
+
 setup: .venv/ready ## install everything into .venv
 
 demo: setup ## the whole chain on made-up street scenes, to a report, in minutes
 	$(BIN)/nightseg run configs/demo.yaml
 
-test: setup ## the default tests (a few minutes on 2 cores)
+test: .venv/ready-to-test ## the default tests (a few minutes on 2 cores)
 	@# Side by side: tests on Ray wait half of their time for it. Their output comes last.
 	@log=$$(mktemp); $(BIN)/python -m pytest -m "ray and not slow" >$$log 2>&1 & \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not ray and not slow"; rest=$$?; \
 	wait $$!; ray=$$?; echo "On Ray:"; cat $$log; rm $$log; exit $$((rest || ray))
 
-test-slow: setup ## whole chains, kills and restarts; START_WITHIN=MINUTES names those that did not start by then
+test-slow: .venv/ready-to-test ## whole chains, kills and restarts; START_WITHIN=MINUTES names those that did not start by then
 	$(BIN)/python -m pytest -m slow -vv $(if $(START_WITHIN),--start-within $(START_WITHIN))
 
 test-all: test test-slow ## all tests
