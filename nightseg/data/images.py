@@ -47,6 +47,7 @@ _IMAGE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr
 # Grey PNGs of 2 and 4 bits are stretched to 0..255 by Pillow; labels need the stored ids back.
 _LABEL_STRETCH = {"L": 1, "P": 1, "P;1": 1, "P;2": 1, "P;4": 1, "1": 1, "L;2": 85, "L;4": 17}
 _LABEL_FORMATS = ("PNG", "TIFF")
+_LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")  # what Pillow calls these compressions
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -124,12 +125,16 @@ def rgb_pixels(image: object) -> UInt8:
                 f"image: mode {image.mode} of Pillow has no 8-bit colour; its size is {image.width} x {image.height}",
                 cure="bring its values to 0..255 in a way that suits them, then image.convert('RGB')",
             )
-        return _rgb(_upright(image.copy(), _orientation(image))[0])
+        try:
+            pixels = image.copy()
+        except (OSError, ValueError, SyntaxError) as error:  # a cut file, a closed one
+            raise UserError(f"image: cannot be decoded ({error})", cure="open an intact file anew") from error
+        return _rgb(_upright(pixels, _orientation(image))[0])
     try:
         array = np.asarray(image.detach().cpu() if hasattr(image, "detach") else image)
     except (TypeError, ValueError) as error:  # bfloat16, which NumPy does not have; lists of unequal lengths
         raise UserError(f"image: no array of pixels ({error})", cure="give uint8 RGB (height, width, 3)") from error
-    if array.dtype.kind in "OUS":
+    if array.dtype.kind not in "biuf":
         raise UserError(
             f"image: it is {type(image).__name__}, not pixels", cure="open a file with PIL.Image.open first"
         )
@@ -139,6 +144,8 @@ def rgb_pixels(image: object) -> UInt8:
     if array.dtype != np.uint8:
         extent = f"; its values are {array.min():g} to {array.max():g}" if array.size else ""
         cure = "bring it to bytes: (255 * image).round().astype(numpy.uint8) if it is in [0, 1]"
+        if array.dtype.kind in "iu":
+            cure = "image.astype(numpy.uint8) if its values are 0 to 255"
         raise UserError(f"{found}{extent}", cure=cure)
     if array.ndim == 3 and array.shape[0] == 3 and hasattr(image, "detach"):
         if array.shape[2] == 3:
@@ -165,6 +172,8 @@ def decode_stored_label(data: bytes, max_pixels: int = MAX_PIXELS) -> StoredLabe
     """`decode_label`, with what else the file says of its ids and of how they lie."""
     image = _open(data, max_pixels)
     rawmode = _rawmode(image)
+    if image.info.get("compression") in _LOSSY_TIFF:
+        raise BadFrame("wrong_mode", f"a label as {image.info['compression']} inside TIFF: its ids are changed by it")
     if image.mode not in ("1", "L", "P") or rawmode not in _LABEL_STRETCH or image.format not in _LABEL_FORMATS:
         raise BadFrame(
             "wrong_mode",

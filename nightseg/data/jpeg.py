@@ -26,6 +26,7 @@ _MAX_JUNK = 8  # bytes of any value that web cameras leave after a scan or resta
 _HOLE = bytes(64)
 _SEQUENTIAL = (0xC0, 0xC1)
 _PROGRESSIVE = 0xC2
+_IN_STEPS = (_PROGRESSIVE, 0xCA)  # progressive, Huffman or arithmetic: coefficients come a few, and a few bits, a scan
 _FRAMES = (*_SEQUENTIAL, _PROGRESSIVE, 0xC3, 0xC9, 0xCA, 0xCB)
 _MARKER = re.compile(rb"\xff[^\x00\xff]", re.DOTALL)
 _END_OF_SCAN = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]", re.DOTALL)
@@ -49,9 +50,12 @@ def decode_jpeg(data: bytes, height: int, width: int, colours: Colours) -> NDArr
     if data.count(b"\xff\xda") > MAX_SCANS and len(_Jpeg.of(data).scans) > MAX_SCANS:
         raise DamagedJpeg(f"it has more than {MAX_SCANS} scans")
     complaint = _complaint(data, colours, pixels_HWC)
-    if complaint is None and _HOLE not in data:
+    may_miss_scans = any(b"\xff" + bytes([marker]) in data for marker in _IN_STEPS)
+    if complaint is None and _HOLE not in data and not may_miss_scans:
         return pixels_HWC
     jpeg = _Jpeg.of(data)
+    if jpeg.lacks_scans():
+        raise DamagedJpeg("scans are missing: some coefficients never come, or not to their last bit")
     if any(scan.has_hole(filler=complaint is not None) for scan in jpeg.scans):
         raise DamagedJpeg(f"its pixels have a hole of more than {len(_HOLE)} zeros")
     if complaint is None:
@@ -166,6 +170,17 @@ class _Jpeg:
     @property
     def is_progressive(self) -> bool:
         return any(scan.frame[1] == _PROGRESSIVE for scan in self.scans)
+
+    def lacks_scans(self) -> bool:
+        """True if it is progressive and ends before its pixels are complete: libjpeg shows such a file without a word."""
+        last_bits = {}
+        for scan in self.scans:
+            if scan.frame[1] in _IN_STEPS:
+                components = scan.frame[10::3]
+                last_bits |= dict.fromkeys(itertools.product(components, range(64)), 1) if not last_bits else {}
+                first, last, low = scan.header[-3], scan.header[-2], scan.header[-1] & 15
+                last_bits |= dict.fromkeys(itertools.product(scan.header[5:-3:2], range(first, last + 1)), low)
+        return any(last_bits.values())
 
     def plain(self, filler: bool = True) -> bytes:
         """The file again, without metadata and extraneous bytes between segments, or also zeros that end intervals."""

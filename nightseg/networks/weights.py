@@ -26,6 +26,7 @@ _DOWNLOAD_TIMEOUT_SECONDS: Final = 30.0
 _WRAPPERS: Final = frozenset(
     ("module", "model", "net", "network", "ema", "ema_model", "model_ema", "teacher", "student", "averaged")
 )
+_INSIDE: Final = re.compile(r"_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")  # anywhere in a name
 _COUNTERS: Final = frozenset({"n_averaged"})  # of torch.optim.swa_utils.AveragedModel
 _ONE_NETWORK: Final = 'save the one that is meant alone: torch.save(checkpoint["NAME"], FILE)'
 
@@ -121,12 +122,13 @@ def the_network(content: Any, where: str) -> Any:
 
 
 def unwrapped(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """Names without what was put before them when the network was wrapped: by torch.compile (`_orig_mod.`), for several
-    workers (`module.`), as a part of a larger one (`model.`), by an average of its weights (`ema.`, `teacher.`).
+    """Names without what was put into them when the network was wrapped: by torch.compile, FSDP or checkpointing
+    (`_INSIDE`), for several workers (`module.`), as a part of a larger one (`model.`), by an average of its weights
+    (`ema.`, `teacher.`).
 
     Only what all names share goes. Raises UserError if there are two networks (`student.` and `teacher.`).
     """
-    plain = {name.replace("_orig_mod.", ""): value for name, value in tensors.items()}
+    plain = {_INSIDE.sub("", name): value for name, value in tensors.items()}
     while plain:
         counters = {name for name in plain if name in _COUNTERS}
         first = {name.partition(".")[0] for name in plain.keys() - counters}

@@ -303,7 +303,7 @@ def _absolute(path: str) -> str:
     plain = os.path.abspath(path)
     if ".." not in path.split("/"):
         return plain
-    before, _, after = f"{path}/".rpartition("/../")
+    before, _, after = f"{os.path.join(os.getcwd(), path)}/".rpartition("/../")
     real = os.path.join(os.path.realpath(f"{before}/.."), after.rstrip("/"))
     return plain if os.path.realpath(plain) == os.path.realpath(real) else os.path.normpath(real)
 

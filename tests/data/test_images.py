@@ -210,6 +210,9 @@ def test_labels_with_several_channels_or_lossy_or_16_bit_are_refused() -> None:
     assert reason_of(encode_png(noise()), decode_label) == "wrong_mode"
     assert reason_of(saved(Image.new("LA", (2, 2))), decode_label) == "wrong_mode"
     assert reason_of(saved(Image.new("L", (8, 8)), "JPEG"), decode_label) == "wrong_mode"
+    tiff = io.BytesIO()
+    Image.new("L", (8, 8)).save(tiff, format="TIFF", compression="jpeg")
+    assert reason_of(tiff.getvalue(), decode_label) == "wrong_mode"
     assert reason_of(saved(Image.fromarray(np.zeros((2, 2), dtype=np.uint16))), decode_label) == "wrong_mode"
     assert reason_of(encode_png(noise()[..., 0])[:-60], decode_label) == "truncated"
 

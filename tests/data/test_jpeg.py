@@ -87,6 +87,14 @@ def test_a_cut_with_an_end_marker_is_refused(kind: str, part: float) -> None:
     assert is_refused(cut + bytes(len(data) - len(cut)))
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("progressive")])
+def test_a_progressive_file_without_its_last_scans_is_refused(kind: str) -> None:
+    data = KINDS[kind]
+    starts = [place for place in range(len(data)) if data.startswith(b"\xff\xda", place)]
+    assert len(starts) > 4
+    assert all(is_refused(data[:start] + EOI) for start in starts[1:])
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "restart every block"])
 @pytest.mark.parametrize("size", [100, 512, 2000])
 def test_holes_are_refused_wherever_they_are(kind: str, size: int) -> None:

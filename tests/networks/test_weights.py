@@ -25,6 +25,7 @@ def under(prefix: str, tensors: dict[str, Tensor] = PLAIN) -> dict[str, Tensor]:
     "prefix",
     [
         *("", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "ema.", "teacher.", "model."),
+        *("_fsdp_wrapped_module.", "module._checkpoint_wrapped_module."),
         *("model_ema.module._orig_mod.", "student.module.", "module.module."),
     ],
 )

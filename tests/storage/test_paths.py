@@ -37,6 +37,11 @@ def test_local_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("HOME", "/home/someone")
     assert Location.of("a/b") == Location(f"{tmp_path}/a/b")
     assert Location.of(Path("a/../b/")) == Location(f"{tmp_path}/b")
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    assert Location.of("..") == Location(f"{tmp_path}")
+    assert Location.of("../x") == Location.of("../run/../x") == Location(f"{tmp_path}/x")
+    assert Location.of("../../x") == Location(f"{tmp_path.parent}/x")
     assert Location.of("~/data").uri == "/home/someone/data"
     assert Location.of("file:///data/a%20b").uri == "/data/a b"
     assert Location.of(Location("/x")) == Location("/x")
