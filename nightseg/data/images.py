@@ -7,6 +7,7 @@ from the header before a pixel is decoded, and whatever Pillow raises becomes a 
 
 from __future__ import annotations
 
+import errno
 import io
 import struct
 import threading
@@ -205,11 +206,17 @@ def read_label(location: Location) -> UInt8:
 def read_bytes(location: Location, missing: str = "missing") -> bytes:
     """The bytes of one file. Faults of the file are a BadFrame; faults of the machine (a dead disk) are not."""
     try:
+        if location.is_local and location.local.exists() and not location.local.is_file():
+            raise BadFrame("unreadable", f"{location.uri} is no file of bytes")  # reading a pipe would wait for ever
         return location.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise BadFrame(missing, f"{location.uri} is not there") from error
     except (PermissionError, IsADirectoryError) as error:
         raise BadFrame("unreadable", f"{location.uri} cannot be opened: {type(error).__name__}") from error
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise BadFrame("unreadable", f"{location.uri} is a link that leads to itself") from error
 
 
 def image_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:

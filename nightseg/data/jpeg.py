@@ -172,8 +172,8 @@ class _Jpeg:
         return any(scan.frame[1] == _PROGRESSIVE for scan in self.scans)
 
     def lacks_scans(self) -> bool:
-        """True if it is progressive and ends before its pixels are complete: libjpeg shows such a file without a word."""
-        last_bits = {}
+        """True if it is progressive and ends before its pixels are complete, which libjpeg shows without a word."""
+        last_bits: dict[tuple[int, int], int] = {}
         for scan in self.scans:
             if scan.frame[1] in _IN_STEPS:
                 components = scan.frame[10::3]

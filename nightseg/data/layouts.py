@@ -258,10 +258,14 @@ def _pairs(layout: str, listing: _Listing, label_encoding: str | None) -> list[_
     stems = {_composed(_stem(entry.name)) for entry in listing.image_entries}
     labels = labels_of_frames(listing.label_entries, f"layout {layout}: labels", prefer=prefer, frames=stems)
     labels = {_composed(frame): entry for frame, entry in labels.items()}
+    alike = {_composed(_stem(entry.name)): entry for entry in listing.label_entries}  # cam_color.png for cam_color.jpg
     pairs = []
     for image in listing.image_entries:
         frame = _stem(image.name).removesuffix(_CITYSCAPES_IMAGE) if ending else _stem(image.name)
-        found = labels.get(_composed(frame)) or labels.get(_composed(name_of(image.name).frame))
+        found = labels.get(_composed(frame)) or alike.get(_composed(_stem(image.name)))
+        part = _composed(name_of(image.name).frame)
+        if found is None and part not in stems:  # else it is the label of that other image
+            found = labels.get(part)
         label = f"{frame}{ending}.png" if found is None else found.name
         encoding = label_encoding or named_encoding(label) or usual
         folder = frame.rpartition("/")[0] or None

@@ -100,11 +100,24 @@ def _written_here(folder: Location, entries: Iterable[Entry]) -> tuple[list[str]
     return attempts, cards
 
 
+def predicted_taxonomy(masks: Location) -> str | None:
+    """The name of the taxonomy whose train ids `predict` wrote into a folder, or a folder of it; None if not known."""
+    cards = [place / PREDICTION_CARD for place in (masks, masks.parent)]
+    return next((card[0] for place in cards if (card := _predicted(place)) is not None), None)
+
+
 def _saved(card: Location, size: int) -> list[str] | None:
     """The pictures that a `predict` wrote; None for a file of another program."""
+    content = _predicted(card) if size <= _MAX_CARD_BYTES else None
+    return None if content is None else content[1]
+
+
+def _predicted(card: Location) -> tuple[str, list[str]] | None:
+    """Taxonomy and pictures of what `predict` says it wrote; None where it did not."""
     try:
-        content = card.read_json() if size <= _MAX_CARD_BYTES else {}
-        return [str(kind) for kind in content["save"]] if {"model", "taxonomy", "sha256"} <= content.keys() else None
+        content = card.read_json()
+        is_ours = {"model", "taxonomy", "sha256"} <= content.keys()
+        return (str(content["taxonomy"]), [str(kind) for kind in content["save"]]) if is_ours else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

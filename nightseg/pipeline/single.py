@@ -21,7 +21,7 @@ from nightseg.data import layouts
 from nightseg.data import table as frame
 from nightseg.data.class_list import taxonomy as load_taxonomy
 from nightseg.data.layouts import Unpaired, pair_up
-from nightseg.data.listing import PREDICTION_CARD
+from nightseg.data.listing import PREDICTION_CARD, predicted_taxonomy
 from nightseg.data.settings import FolderDataset
 from nightseg.data.sources import Source, find_source
 from nightseg.data.video import need_av
@@ -372,9 +372,15 @@ def evaluate_folders(
     """Score label images of train ids against labels, paired by name (`pair_up`); see `stages/evaluate.py`.
 
     What is done is kept in a folder below `work`; by default, with actors, below the predictions. Raises UserError: no
-    folder, no label, a label without prediction, sizes that differ, unknown ids.
+    folder, no label, masks of another taxonomy, a label without prediction, sizes that differ, unknown ids.
     """
     classes = load_taxonomy(taxonomy)
+    predicted = predicted_taxonomy(predictions)
+    if predicted not in (None, classes.name):
+        raise UserError(
+            f"{predictions}: its masks are train ids of the taxonomy {predicted}, and not of {classes.name}",
+            cure=f"evaluate against labels of {predicted}, with that taxonomy",
+        )
     problems: list[UserError] = []
     try:
         pairs = pair_up(predictions, labels, progress.say, label_encoding)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import struct
 import zlib
@@ -234,6 +235,15 @@ def test_reading_names_what_is_missing(tmp_path: Path) -> None:
     ):
         with pytest.raises(BadFrame, match=f"^{reason}: .*{location.name}"):
             read(location)
+
+
+def test_what_is_no_file_of_bytes_is_a_bad_frame(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "circle.png").symlink_to(tmp_path / "circle.png")
+    for name in ("pipe.png", "circle.png"):
+        with pytest.raises(BadFrame) as caught:
+            images.read_image(Location.of(tmp_path / name))
+        assert caught.value.reason == "unreadable"
 
 
 def test_encoders_are_deterministic_and_check_their_input() -> None:

@@ -256,6 +256,14 @@ def test_real_cityscapes(split: str) -> None:
         assert set(train_ids.ravel()) <= {*range(19), 255} and (train_ids == 0).any(), "road is in every frame"
 
 
+def test_a_frame_never_takes_the_label_of_another(tmp_path: Path) -> None:
+    names = [f"{kind}/{stem}.png" for kind in ("images", "labels") for stem in ("cam", "cam_color", "cam_instance")]
+    root = tree(tmp_path, *names, "images/x_color.png", "images/x.png", "labels/x.png")
+    labels = {frame.uri: frame.label_uri for frame in list_frames(at("camvid", root), "day")}
+    for stem in ("cam", "cam_color", "cam_instance", "x", "x_color"):
+        assert labels[f"{tmp_path}/images/{stem}.png"] == f"{tmp_path}/labels/{stem}.png"  # the last is not there
+
+
 def test_real_camvid() -> None:
     root, classes = real("camvid"), taxonomy("camvid11")
     assert [count(at("camvid", root / "day", split=split)) for split in ("train", "val", "test")] == [305, 101, 171]

@@ -43,6 +43,17 @@ def evaluate_folders(
     return single.evaluate_folders(predictions, labels, taxonomy, **more)
 
 
+def test_masks_of_another_taxonomy_are_refused(tmp_path: Path) -> None:
+    predictions, labels = folders(tmp_path, {"mask/a.png": GUESS}, {"a.png": LABEL})
+    card = {"model": "m", "taxonomy": "cityscapes19", "sha256": {}, "save": ["mask"]}
+    (predictions / "prediction.json").write_json(card)
+    for masks in (predictions, predictions / "mask"):
+        with pytest.raises(UserError, match="train ids of the taxonomy cityscapes19, and not of camvid11"):
+            evaluate_folders(masks, labels)
+    (predictions / "prediction.json").write_json(card | {"taxonomy": "camvid11"})
+    assert evaluate_folders(predictions / "mask", labels)["frames"] == 1
+
+
 def test_folders_are_paired_by_name_and_scored(tmp_path: Path) -> None:
     where = folders(
         tmp_path, {"a b.png": GUESS, "é.png": GUESS, "extra.png": GUESS}, {"a b.png": LABEL, "é.png": LABEL}
