@@ -81,7 +81,7 @@ def labels_of_frames(
     groups: dict[str, list[tuple[tuple[int, int], Entry]]] = {}
     pictures: list[Entry] = []
     named = [(name_of(entry.name), entry) for entry in entries]
-    with_ids = {name.frame for name, _ in named if name.encoding is not None or not name.endings}
+    with_ids = {name.frame for name, _ in named if name.encoding is not None or (name.holds_ids and not name.endings)}
     for name, entry in named:
         stem = str(PurePosixPath(entry.name).with_suffix(""))
         if stem in frames and name.encoding is None and (name.holds_ids or name.frame not in with_ids):

@@ -94,6 +94,11 @@ def test_the_right_file_of_official_folders_is_scored(tmp_path: Path) -> None:
     assert pairs(tmp_path / "e", same, same) == [(same[1], same[1])], "labels as their own predictions"
 
 
+def test_folders_called_like_pictures_hold_frames_where_both_sides_have_them(tmp_path: Path) -> None:
+    both = ["color/1.png", "color/2.png", "ir/1.png", "ir/2.png"]
+    assert pairs(tmp_path, both, both) == [(name, name) for name in both]
+
+
 def test_folders_that_disagree_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"1 of 1 labels .*: seq_b/0001.png \(there is seq_a/0001.png\)"):
         pairs(tmp_path / "a", ["seq_a/0001.png"], ["seq_b/0001.png"])
