@@ -342,8 +342,9 @@ def pair_up(
     """A pair for every frame that has a label below the folder of labels, in the order of their names.
 
     Suffix and endings such as `_leftImg8bit` are left out of the comparison; names that `predict` had to change are
-    known. Predictions without label are not used, nor are pictures for people, and predictions that lie among the
-    labels or labels among them. Where one side has no folders, or one more above all, the rest of the names counts.
+    known. Predictions without label are not used, and `say` is told of them; nor are pictures for people, and
+    predictions that lie among the labels or labels among them. Where one side has no folders, or one more above all,
+    the rest of the names counts.
     Raises UserError: no folder, no label, names that fit more than once; Unpaired: a label without prediction.
     """
     masks = _pngs(predictions_folder, "predictions", say, labels_folder)
@@ -366,6 +367,8 @@ def pair_up(
             "endings such as _leftImg8bit); `nightseg predict` does so",
             pairs=[pair for pair in pairs if not pair.label.problem],
         )
+    if unused := sorted(predictions[key].name for key in predictions.keys() - set(found.values())):
+        say(f"{len(unused)} predictions have no label, which is a PNG, and are not scored: {first_of(unused)}")
     return pairs
 
 

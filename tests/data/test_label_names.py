@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,7 +76,7 @@ def test_one_file_of_each_frame_holds_its_ids() -> None:
 # -- two folders -----------------------------------------------------------------------------------------------------
 
 
-def pairs(root: Path, predictions: list[str], labels: list[str], **more: str) -> list[tuple[str, str]]:
+def pairs(root: Path, predictions: list[str], labels: list[str], **more: Any) -> list[tuple[str, str]]:
     for folder, names in (("p", predictions), ("l", labels)):
         for name in names:
             (root / folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -92,6 +93,13 @@ def test_the_right_file_of_official_folders_is_scored(tmp_path: Path) -> None:
     assert pairs(tmp_path / "d", ["val/y.png"], bdd) == [("val/y.png", "masks/val/y.png")]
     same = ["u/x_gtFine_labelIds.png", "u/x_gtFine_labelTrainIds.png", "u/x_gtFine_color.png"]
     assert pairs(tmp_path / "e", same, same) == [(same[1], same[1])], "labels as their own predictions"
+
+
+def test_predictions_without_label_are_told(tmp_path: Path) -> None:
+    said: list[str] = []
+    assert len(pairs(tmp_path / "a", ["1.png", "2.png", "3.png"], ["1.png", "2.tif"], say=said.append)) == 1
+    assert said == ["2 predictions have no label, which is a PNG, and are not scored: 2.png, 3.png"]
+    assert len(pairs(tmp_path / "b", ["1.png"], ["1.png"], say=said.append)) == 1 and len(said) == 1
 
 
 def test_folders_called_like_pictures_hold_frames_where_both_sides_have_them(tmp_path: Path) -> None:
