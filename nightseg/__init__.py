@@ -41,8 +41,8 @@ Frames: no torch, no ray
     data/jpeg.py            JPEG with the damage that libjpeg only warns of
     data/taxonomy.py        class lists, palettes, raw-id maps
     data/class_list.py      class lists as YAML files
-    data/label_names.py  what names of labels say: frame, ids, which of several files
-    data/encodings.py    what the ids of label files mean: by names, values and palettes of a set
+    data/label_names.py     what names of labels say: frame, ids, which of several files
+    data/encodings.py       what the ids of label files mean: by names, values and palettes of a set
     data/labels.py          the label of a row as train ids
     data/listing.py         the files that a folder means: links followed, nothing hidden, nothing that nightseg wrote
     data/layouts.py         folder layouts; predictions and labels of two folders, by name
@@ -124,17 +124,17 @@ Recipes
     recipe/renamed.py    old names of keys
 
 Stages: explicit inputs, their part of the recipe, an attempt; each returns its commit
-    stages/collect.py            folders and scenes to frame tables
-    stages/split.py              day, night, twilight
-    stages/train_translator.py   UNIT
-    stages/translate.py          frames through a translator
+    stages/collect.py               folders and scenes to frame tables
+    stages/split.py                 day, night, twilight
+    stages/train_translator.py      UNIT
+    stages/translate.py             frames through a translator
     stages/evaluate_translation.py  how good a translation is
-    stages/train_segmenter.py    Semantic FPN
-    stages/score.py              features of frames; FID of two sets
-    stages/select.py             the frames to learn from
-    stages/pseudo_label.py       labels of a teacher
-    stages/evaluate.py           scores on labelled frames
-    stages/predict.py            masks of unlabelled frames
+    stages/train_segmenter.py       Semantic FPN
+    stages/score.py                 features of frames; FID of two sets
+    stages/select.py                the frames to learn from
+    stages/pseudo_label.py          labels of a teacher
+    stages/evaluate.py              scores on labelled frames
+    stages/predict.py               masks of unlabelled frames
 
 The report
     report/page.py          report.html
@@ -147,14 +147,14 @@ The report
     report/formatting.py    numbers and sentences
 
 Runs
-    pipeline/graph.py              node, view, inputs: the words of the graph
-    pipeline/build.py              the recipe as a graph of stages: the only place that knows the order
-    pipeline/leaks.py              frames that a model has seen and is measured on
-    pipeline/results.py            results.json
-    pipeline/verify.py             is every file of a run what was written
-    pipeline/run.py                do what is not committed, gather, report; or say what would be done
-    pipeline/search.py             Ray Tune over the rounds: what a search tries, its trials
-    pipeline/single.py             single stages without a recipe
+    pipeline/graph.py    node, view, inputs: the words of the graph
+    pipeline/build.py    the recipe as a graph of stages: the only place that knows the order
+    pipeline/leaks.py    frames that a model has seen and is measured on
+    pipeline/results.py  results.json
+    pipeline/verify.py   is every file of a run what was written
+    pipeline/run.py      do what is not committed, gather, report; or say what would be done
+    pipeline/search.py   Ray Tune over the rounds: what a search tries, its trials
+    pipeline/single.py   single stages without a recipe
 
 The command line
     cli/doctor.py    is this machine fit
