@@ -200,14 +200,12 @@ def seal_fault(place: Location) -> Damage | None:
         data = place.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    try:
-        body = json.loads(data)
-        expected = str(body.pop("sha256"))
-        if expected == hash_of(body) and data == canonical_json(body | {"sha256": expected}):
-            return None
-        seen = hash_of(body)
-    except (ValueError, KeyError, AttributeError, TypeError):
+    opened = _unsealed(data)
+    if opened is None:
         return Damage(place.name, "a sealed commit", "has other text")
+    body, expected, seen = opened
+    if expected == seen and data == canonical_json(body | {"sha256": expected}):
+        return None
     return Damage(place.name, f"sha256 {expected[:12]}", f"has sha256 {seen[:12]}")
 
 
@@ -301,27 +299,31 @@ def _is_inside(file: Location, folder: Location) -> bool:
     return Path(os.path.realpath(file.uri)).is_relative_to(os.path.realpath(folder.uri))
 
 
+def _unsealed(data: bytes) -> tuple[dict[str, Any], str, str] | None:
+    """The body of a commit, the sha256 it says it has, and the one it has; None if it is no such text."""
+    try:
+        body = json.loads(data)
+        return body, str(body.pop("sha256")), hash_of(body)
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return None
+
+
 def _read_body(place: Location) -> dict[str, Any] | None:
     try:
         data = place.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    try:
-        body = json.loads(data)
-        seal = body.pop("sha256")
-        schema = body["schema"]
-        is_sound = seal == hash_of(body)
-    except (ValueError, KeyError, AttributeError, TypeError):
-        is_sound = False
-    if not is_sound:
+    opened = _unsealed(data)
+    if opened is None or opened[1] != opened[2]:
         _LOG.warning("%s was cut short or does not match its own hash; the stage counts as not committed", place)
         return None
+    body, schema = opened[0], opened[0].get("schema")
     if schema != SCHEMA:
         raise UserError(
             f"{place}: it has schema {schema!r}, this nightseg reads schema {SCHEMA}",
             cure="use the nightseg that wrote it (see 'code' in the file), or a new run folder",
         )
-    return dict(body)
+    return body
 
 
 @functools.cache
