@@ -60,6 +60,7 @@ Metrics
     metrics/confusion.py  confusion matrix; PA, CA, mIoU, FWIoU
     metrics/boundary.py   boundary IoU
     metrics/edges.py      do the edges of two frames agree
+    metrics/seeds.py      mean and spread over seeds, differences of models
 
 Shared by networks
     networks/weights.py       files of weights: downloaded once, read safely

@@ -38,7 +38,7 @@ from nightseg.recipe.types import (
     SelfTraining,
     TestRow,
     TranslationEvaluation,
-    expand_rounds,
+    expand_seeds,
     is_ready,
 )
 from nightseg.segmenter.start import start_identity, weights_identity
@@ -68,21 +68,22 @@ DEFAULT_EXTRACTOR: Final = "efficientnet_lite0"  # its weights come with a packa
 def build_graph(recipe: Recipe, only: str | None = None) -> Graph:
     """The whole recipe as nodes; with `only`, what that model needs and its own evaluations."""
     builder = Builder(recipe)
-    if only is not None and only not in builder.models:
-        known = ", ".join(builder.models) or "none"
+    names = list(dict.fromkeys(trained.of for trained in builder.trained.values()))
+    if only is not None and only not in names:
         raise UserError(
-            f"{recipe.name}: the recipe has no such model: {only!r}{closest(only, builder.models)}",
-            cure=f"one of its models: {known}",
+            f"{recipe.name}: the recipe has no such model: {only!r}{closest(only, names)}",
+            cure=f"one of its models: {', '.join(names) or 'none'}",
         )
+    first = [name for name in names if only in (None, name)]
     if only is None:
         for name in recipe.datasets:
             builder.dataset(name)
         for name, settings in recipe.translators.items():
             if isinstance(settings, Translator):
                 builder.train_translator(name)
-    for name in builder.models if only is None else [only]:
+    for name in first:
         builder.model(name)
-    for name in builder.models if only is None else [only]:
+    for name in first:
         builder.evaluate(name)
     for name, prediction in recipe.predictions.items():
         if only in (None, prediction.model):
@@ -91,7 +92,11 @@ def build_graph(recipe: Recipe, only: str | None = None) -> Graph:
             builder.graph.predictions[name] = (node, prediction)
     for name in recipe.translations if only is None else ():
         builder.evaluate_translation(name)
-    for name in builder.models if only is None else [only]:
+    for name, trained in builder.trained.items():  # A first answer comes early: the other seeds follow it.
+        if name != trained.of and trained.of in first:
+            builder.model(name)
+            builder.evaluate(name)
+    for name in first:  # all seeds of a model learn from the same frames
         builder.watch(name)
     builder.graph.order()
     return builder.graph
@@ -200,7 +205,8 @@ class Builder:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self.models = expand_rounds(recipe.models)
+        self.trained = expand_seeds(recipe)
+        self.models = {name: trained.model for name, trained in self.trained.items()}
         self.graph = Graph()
         classes = taxonomy(recipe.taxonomy)
         encodings = {name: {str(raw): ids[raw] for raw in sorted(ids)} for name, ids in classes.encodings.items()}
@@ -281,13 +287,13 @@ class Builder:
     def model(self, name: str) -> NodeId:
         if name in self.graph.models:
             return self.graph.models[name].train
-        model, recipe = self.models[name], self.recipe
+        (model, of, seed), recipe = self.trained[name], self.recipe
         ready = is_ready(model.start)
         start = None if ready else self.model(model.start)
         train, validate = self.datasets(model.train), self.datasets(model.validate_on)
         chosen, pseudo = None, None
         if model.self_training is not None:
-            chosen, pseudo = self._pseudo_label(name, model, model.self_training)
+            chosen, pseudo = self._pseudo_label(name, of, model, model.self_training)
             train = (*train, View(pseudo))
         network, loss, training = recipe.network_of(model), recipe.loss_of(model), recipe.training_of(model)
         train_segmenter.check_network(network, name)
@@ -308,31 +314,37 @@ class Builder:
             unhashed=self._named(name) | ({"start": model.start} if ready else {}),
             facts=facts,
             counted=("train", "validate"),
+            seed=recipe.seed + seed,
         )
         shown = {
+            "about": model.about,
             "start": model.start,
             "parents": [] if ready else [model.start],
             "train": model.train,
             "loss": loss.model_dump(),
             "self_training": model.self_training.model_dump(mode="json") if model.self_training else None,
         }
-        self.graph.models[name] = ModelNodes(node, chosen, pseudo, shown)
+        self.graph.models[name] = ModelNodes(node, chosen, pseudo, shown, of, seed)
         return node
 
-    def _pseudo_label(self, name: str, model: Model, learning: SelfTraining) -> tuple[NodeId | None, NodeId]:
-        teacher, chosen = self.model(learning.teacher or model.start), None
+    def _pseudo_label(self, name: str, of: str, model: Model, learning: SelfTraining) -> tuple[NodeId | None, NodeId]:
+        """The frames are chosen once for all seeds; those with one teacher share its labels, too."""
+        by, chosen = learning.teacher or model.start, None
+        teacher, first = self.model(by), self.models[of]
+        assert first.self_training is not None, of
         if learning.select is not None:
             translated = [name for name in model.train if isinstance(self.recipe.datasets[name], TranslatedDataset)]
             near = [learning.select.reference] if learning.select.reference else translated
-            chosen = self.select(name, learning.select, learning.pool, near)
+            chosen = self.select(of, learning.select, learning.pool, near)
         frames = self.dataset(learning.pool) if chosen is None else (View(chosen),)
         settings = {"threshold": learning.threshold, "inference": learning.inference or self.recipe.inference}
+        labelled = of if by == (first.self_training.teacher or first.start) else name
         return chosen, self._add(
             pseudo_label,
-            name,
+            labelled,
             {"frames": Frames(frames), "teacher": teacher},
             settings,
-            unhashed=self._named(name),
+            unhashed=self._named(labelled),
             facts=self.classes,
         )
 
@@ -532,8 +544,8 @@ class Builder:
             return node
         resources: MapCompute | TrainCompute = pass_
         if kind.startswith("train_"):
-            resources, unhashed = train, {**unhashed, "compute": train, "seed": recipe.seed}
-            more["seed"] = recipe.seed
+            more.setdefault("seed", recipe.seed)
+            resources, unhashed = train, {**unhashed, "compute": train, "seed": more["seed"]}
         elif kind != "select":  # Shards are files, so their size counts; too many bad frames are an error.
             settings = {**settings, "max_bad_fraction": recipe.max_bad_fraction}
             unhashed, facts = {**unhashed, "compute": pass_}, {**facts, "shard_rows": pass_.shard_rows}

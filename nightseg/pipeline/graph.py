@@ -170,12 +170,14 @@ def _frames(view: View | Given, commits: Mapping[NodeId, Commit]) -> pa.Table:
 
 @dataclass
 class ModelNodes:
-    """What belongs to one model of the recipe."""
+    """What belongs to one training of a model of the recipe."""
 
     train: NodeId
     select: NodeId | None
     pseudo_label: NodeId | None
     facts: Mapping[str, Any]  # parents, start, loss, train sets, pool: as the results show them
+    of: str  # the model, or a round of it
+    seed: int = 0
     evaluate: NodeId | None = None
     tests: Mapping[str, TestRow] = field(default_factory=dict)  # test set -> the published row it reproduces
 
@@ -203,7 +205,7 @@ class Graph:
     """Nodes in an order in which they can run, and where the recipe's names went."""
 
     nodes: dict[NodeId, Node] = field(default_factory=dict)
-    models: dict[str, ModelNodes] = field(default_factory=dict)
+    models: dict[str, ModelNodes] = field(default_factory=dict)  # by training: each model once a seed
     datasets: dict[str, Views] = field(default_factory=dict)
     predictions: dict[str, tuple[NodeId, Prediction]] = field(default_factory=dict)
     # evaluated translations, with how the results name what took part: translator, its kind, segmenter, real, source

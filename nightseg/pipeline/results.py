@@ -13,6 +13,7 @@ from typing import Any
 from nightseg.data.class_list import taxonomy
 from nightseg.data.settings import JoinedDataset
 from nightseg.errors import UserError, closest
+from nightseg.metrics.seeds import over_seeds
 from nightseg.pipeline.graph import Graph, ModelNodes, NodeId
 from nightseg.pipeline.leaks import Leak
 from nightseg.recipe.types import Recipe
@@ -29,7 +30,8 @@ def gather(
 ) -> dict[str, Any]:
     """The content of results.json: metrics are fractions, matrices are integers, times are seconds."""
     classes = taxonomy(recipe.taxonomy)
-    tests = {m: _scores(commits, nodes) for m, nodes in graph.models.items()}
+    models = _models(recipe, graph, commits)
+    first = {name: graph.models[next(iter(facts["trainings"]))] for name, facts in models.items()}
     return {
         "nightseg": importlib.metadata.version("nightseg"),
         "recipe": recipe.name,
@@ -42,17 +44,14 @@ def gather(
         },
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
         "hardware": _hardware(),
-        "models": {
-            name: {**nodes.facts, "model": str(nodes.train), "tests": tests[name]}
-            for name, nodes in graph.models.items()
-        },
+        "models": models,
         "datasets": {name: [str(view) for view in views] for name, views in graph.datasets.items()},
         "labels": {n.name: c.summary["labels"] for n, c in commits.items() if "labels" in c.summary},
         "splits": {n.name: commits[n].json("evidence.json") for n in commits if n.stage == "split"},
-        "selections": _evidence(commits, {m: nodes.select for m, nodes in graph.models.items()}),
-        "pseudo_labels": _evidence(commits, {m: nodes.pseudo_label for m, nodes in graph.models.items()}),
+        "selections": _evidence(commits, {m: nodes.select for m, nodes in first.items()}),
+        "pseudo_labels": _evidence(commits, {m: nodes.pseudo_label for m, nodes in first.items()}),
         "predictions": {name: {"node": str(n), **p.model_dump()} for name, (n, p) in graph.predictions.items()},
-        "translations": _translations(recipe, graph, commits, tests),
+        "translations": _translations(recipe, graph, commits, models),
         "leaks": [leak._asdict() | {"text": str(leak)} for leak in leaks],
         "quarantine": _quarantine(commits),
         "commits": {str(node): _facts(commit) | {"skipped": node not in done} for node, commit in commits.items()},
@@ -107,14 +106,40 @@ def model_folder(place: str | Path | Location) -> Location:
             cure="give RUN_DIR:MODEL, for example runs/demo:self_trained",
         )
     content = read_results(run)
-    if name not in content["models"]:
-        wrong = f"the run has no model {name!r}{closest(name, content['models'])}" if name else "say which model"
-        known = ", ".join(content["models"]) or "none"
+    nodes = {of: facts["model"] for of, facts in content["models"].items()}
+    for facts in content["models"].values():
+        nodes |= {training: found["model"] for training, found in facts.get("trainings", {}).items()}
+    if name not in nodes:
+        wrong = f"the run has no model {name!r}{closest(name, nodes)}" if name else "say which model"
+        known = ", ".join(nodes) or "none"
         raise UserError(f"{place}: {wrong}; known: {known}", cure="give RUN_DIR:MODEL")
-    node = content["models"][name]["model"]
+    node = nodes[name]
     attempt = Location.of(content["commits"][node]["folder"])
     moved = run / f"stages/{node}/{attempt.parent.name}/{attempt.name}/model"  # a run folder may be moved
     return moved if (moved / "model.json").exists() else attempt / "model"
+
+
+def _models(recipe: Recipe, graph: Graph, commits: Mapping[NodeId, Commit]) -> dict[str, dict[str, Any]]:
+    """Each model with its trainings, one a seed. What stands beside them is that of the first; the scores of a test set
+    have the mean over the seeds beside them, and the sample standard deviation (null for one seed)."""
+    trainings: dict[str, dict[str, Any]] = {}
+    for name, nodes in graph.models.items():
+        trainings.setdefault(nodes.of, {})[name] = {
+            "seed": nodes.seed,
+            "start": nodes.facts["start"],
+            "model": str(nodes.train),
+            "pseudo_label": str(nodes.pseudo_label) if nodes.pseudo_label else None,
+            "tests": _scores(commits, nodes),
+        }
+    models = {}
+    for of, found in trainings.items():
+        nodes, first = graph.models[next(iter(found))], next(iter(found.values()))
+        tests = {
+            test: scores | over_seeds({one["seed"]: one["tests"][test] for one in found.values()})
+            for test, scores in first["tests"].items()
+        }
+        models[of] = {**nodes.facts, "model": first["model"], "tests": tests, "trainings": found}
+    return models
 
 
 def _scores(commits: Mapping[NodeId, Commit], nodes: ModelNodes) -> dict[str, dict[str, Any]]:
@@ -134,15 +159,15 @@ def _evidence(commits: Mapping[NodeId, Commit], nodes: Mapping[str, NodeId | Non
 
 
 def _translations(
-    recipe: Recipe, graph: Graph, commits: Mapping[NodeId, Commit], tests: Mapping[str, Mapping[str, Any]]
+    recipe: Recipe, graph: Graph, commits: Mapping[NodeId, Commit], trained: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
     """What was found about each evaluated translation, and how the models that learned from it do on the test sets."""
     found = {}
     for name, (node, facts) in graph.translations.items():
         models = {
-            model: {test: scores["miou"] for test, scores in tests[model].items()}
-            for model, nodes in graph.models.items()
-            if any(_holds(recipe, dataset, name) for dataset in nodes.facts["train"])
+            model: {test: scores["mean"]["miou"] for test, scores in entry["tests"].items()}
+            for model, entry in trained.items()
+            if any(_holds(recipe, dataset, name) for dataset in entry["train"])
         }
         found[name] = {"node": str(node), **facts, **commits[node].json("scores.json"), "models": models}
     return found

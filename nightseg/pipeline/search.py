@@ -220,10 +220,12 @@ class Trials(NamedTuple):
         return self.folder / "recipe.yaml"
 
     def recipe(self, values: Mapping[str, Any]) -> Recipe:
-        """The recipe of one trial. No test set is touched in a search: the best model is tested once, afterwards."""
+        """The recipe of one trial: of several seeds it trains the first. No test set is touched in a search: the best
+        model is tested once, afterwards."""
         recipe = load_recipe(self.recipe_file, assignments(values))
         name = self.settings.model
-        untested = recipe.models[name].model_copy(update={"test": {}})
+        model = recipe.models[name]
+        untested = model.model_copy(update={"test": {}, "seeds": recipe.seeds_of(model)[:1]})
         return recipe.model_copy(update={"models": recipe.models | {name: untested}, "predictions": {}})
 
     @property

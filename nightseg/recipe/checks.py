@@ -73,6 +73,7 @@ def recipe_problems(data: Mapping[str, Any]) -> list[Problem]:
         *_unknown(sections, references),
         *_cycles(references),
         *_contradictions(sections),
+        *_missing_seeds(data, sections),
         *_missing_directions(sections),
         *_unfit_translations(sections),
         *_unlabelled(sections),
@@ -167,6 +168,23 @@ def _contradictions(sections: _Sections) -> Iterator[Problem]:
                 "no train set of this model is translated, so say which dataset the chosen frames should be close to"
             )
             yield Problem((*path, "self_training", "select", "reference"), message)
+
+
+def _missing_seeds(data: Mapping[str, Any], sections: _Sections) -> Iterator[Problem]:
+    """Models that cannot tell which of several trainings of another model they start from or are taught by."""
+
+    def seeds(model: str) -> list[Any]:
+        return _list(sections.models[model].get("seeds")) or _list(data.get("seeds")) or [0]
+
+    for name, entry in sections.models.items():
+        before = {"starts from": entry.get("start"), "is taught by": _mapping(entry, "self_training").get("teacher")}
+        for how, other in before.items():
+            known = seeds(other) if isinstance(other, str) and other in sections.models else []
+            missing = [seed for seed in seeds(name) if seed not in known]
+            if len(known) > 1 and missing:
+                listed, without = ", ".join(map(str, known)), ", ".join(map(str, missing))
+                message = f"{name} {how} {other}, which is trained with the seeds {listed} and not with {without}"
+                yield Problem(("models", name, "seeds"), f"{message}: add it there, or take seeds of these")
 
 
 def _missing_directions(sections: _Sections) -> Iterator[Problem]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import AfterValidator, Discriminator, Field, Tag
 
 from nightseg.cluster.settings import MapCompute, TrainCompute
 from nightseg.data.settings import Dataset
@@ -32,6 +32,15 @@ AnyTranslator = Annotated[
     | Annotated[CommandTranslator, Tag("command")],
     Discriminator(translator_kind),
 ]
+
+
+def _different(seeds: list[int]) -> list[int]:
+    if twice := [seed for seed in dict.fromkeys(seeds) if seeds.count(seed) > 1]:
+        raise ValueError(f"the seeds must differ, {', '.join(map(str, twice))} stands there twice")
+    return seeds
+
+
+Seeds = Annotated[list[Annotated[int, Field(ge=0, lt=2**16)]], Field(min_length=1), AfterValidator(_different)]
 
 
 class Compute(Strict):
@@ -61,6 +70,7 @@ class TestRow(Strict):
 class Model(Strict):
     """One segmenter: its data, its start, its teacher and selection, its loss."""
 
+    about: str = Field(default="", description="one line on what is tried here, shown in the report")
     train: Annotated[list[Name], Field(min_length=1)] = Field(description="datasets to learn from")
     validate_on: list[Name] = Field(default=[], description="datasets for the curve of mIoU in training")
     start: str = Field(
@@ -68,6 +78,7 @@ class Model(Strict):
     )
     self_training: SelfTraining | None = Field(default=None, description="null = no pseudo-labels")
     rounds: Positive = Field(default=1, description="repeat the self-training this many times, each from the last")
+    seeds: Seeds | None = Field(default=None, description="null = the recipe's")
     network: Network | None = Field(default=None, description="null = the recipe's")
     loss: Loss | None = Field(default=None, description="null = the recipe's")
     training: Training | None = Field(default=None, description="null = the recipe's")
@@ -111,6 +122,9 @@ class Recipe(Strict):
 
     name: Name = Field(description="of the run")
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = Field(default=0, description="everything random follows from it")
+    seeds: Seeds = Field(
+        default=[0], description="each model is trained once with each: only its training draws by seed + this"
+    )
     taxonomy: str = Field(default="cityscapes19", description="class list: cityscapes19, camvid11, or a YAML file")
     max_bad_fraction: Fraction = Field(
         default=0.01, description="share of quarantined frames above which a stage fails"
@@ -145,6 +159,9 @@ class Recipe(Strict):
     def training_of(self, model: Model) -> Training:
         return model.training or self.training
 
+    def seeds_of(self, model: Model) -> Seeds:
+        return model.seeds or self.seeds
+
 
 def is_name(text: str) -> bool:
     return re.fullmatch(NAME_PATTERN[1:-1], text) is not None
@@ -173,3 +190,38 @@ def expand_rounds(models: Mapping[str, Model]) -> dict[str, Model]:
             previous = name if last else f"{name}.{number}"
             chain[previous] = step
     return chain
+
+
+class Trained(NamedTuple):
+    """One training of a model; `start` and teacher of its settings are names of trainings."""
+
+    model: Model
+    of: str  # the model, or a round of it
+    seed: int
+
+
+def expand_seeds(recipe: Recipe) -> dict[str, Trained]:
+    """Every model once for each of its seeds: those with the first seed, which keep the models' names, come first.
+
+    What a training starts from or is taught by is the training with its own seed, or the only one there is.
+    """
+    models = expand_rounds(recipe.models)
+    seeds = {name: recipe.seeds_of(model) for name, model in models.items()}
+
+    def training(name: str, seed: int) -> str:
+        known = seeds.get(name, [seed])  # `imagenet`, or a folder
+        return f"{name}.seed{seed}" if seed in known[1:] else name
+
+    found: dict[str, Trained] = {}
+    for turn in range(max(map(len, seeds.values()), default=0)):
+        for name, model in models.items():
+            if turn >= len(seeds[name]):
+                continue
+            seed = seeds[name][turn]
+            changes: dict[str, object] = {"start": training(model.start, seed)}
+            if model.self_training is not None and model.self_training.teacher is not None:
+                teacher = training(model.self_training.teacher, seed)
+                changes["self_training"] = model.self_training.model_copy(update={"teacher": teacher})
+            is_changed = changes["start"] != model.start or "self_training" in changes
+            found[training(name, seed)] = Trained(model.model_copy(update=changes) if is_changed else model, name, seed)
+    return found

@@ -10,7 +10,7 @@ from nightseg.pipeline.build import build_graph
 from nightseg.pipeline.graph import Graph, NodeId, View
 from nightseg.pipeline.run import plan
 from nightseg.recipe import load_recipe
-from nightseg.recipe.types import Recipe, expand_rounds
+from nightseg.recipe.types import Recipe, expand_rounds, expand_seeds
 from nightseg.segmenter import detectron2
 from nightseg.storage import Location, UserError
 
@@ -175,6 +175,87 @@ def test_rounds_are_a_chain_of_models(tmp_path: Path) -> None:
     assert learning is not None and learning.teacher == "b.2"
     graph = build_graph(scenes_recipe(tmp_path, models))
     assert NodeId("train_segmenter", "b.2") in graph.nodes[NodeId("pseudo_label", "b")].needs
+
+
+SEEDED = """
+  a: {train: [day], seeds: [0, 2]}
+  b: {train: [day], start: a, seeds: [0, 2, 1]}
+  c: {train: [day], start: b, seeds: [2], rounds: 2, self_training: {pool: night, select: SELECT}}
+  d: {train: [day], start: a, seeds: [0, 2], self_training: {pool: night, teacher: t, select: SELECT}}
+  t: {train: [day]}
+""".replace("SELECT", "{method: random, count: 1, extractor: {name: efficientnet_lite0}}")
+
+
+def test_a_training_takes_that_of_its_own_seed_or_the_only_one(tmp_path: Path) -> None:
+    recipe = scenes_recipe(tmp_path, SEEDED.replace("seeds: [0, 2, 1]", "seeds: [0, 2]"), "seed: 5")
+    found = {
+        name: (model.start, model.self_training.teacher if model.self_training else None, of, seed)
+        for name, (model, of, seed) in expand_seeds(recipe).items()
+    }
+    assert found == {
+        "a": ("imagenet", None, "a", 0),
+        "b": ("a", None, "b", 0),
+        "c.1": ("b.seed2", None, "c.1", 2),
+        "c": ("c.1", "c.1", "c", 2),
+        "d": ("a", "t", "d", 0),
+        "t": ("imagenet", None, "t", 0),
+        "a.seed2": ("imagenet", None, "a", 2),
+        "b.seed2": ("a.seed2", None, "b", 2),
+        "d.seed2": ("a.seed2", "t", "d", 2),
+    }
+    graph = build_graph(recipe)
+    seeds = {node.name: found.seed for node, found in graph.nodes.items() if node.stage == "train_segmenter"}
+    assert {name for name, seed in seeds.items() if seed == 7} == {"a.seed2", "b.seed2", "c.1", "c", "d.seed2"}
+    assert {name for name, seed in seeds.items() if seed == 5} == {"a", "b", "d", "t"}
+    # Frames are chosen once for all seeds, and labelled once by a teacher that is the same for them.
+    assert {node.name for node in graph.nodes if node.stage == "select"} == {"c.1", "c", "d"}
+    assert {node.name for node in graph.nodes if node.stage == "pseudo_label"} == {"c.1", "c", "d"}
+    assert {found.seed for node, found in graph.nodes.items() if node.stage == "select"} == {5}
+    assert set(graph.watched) == {"a", "b", "c.1", "c", "d", "t"}
+
+
+def test_labels_of_a_teacher_with_several_seeds_are_made_by_each(tmp_path: Path) -> None:
+    models = "  a: {train: [day]}\n  b: {train: [day], start: a, self_training: {pool: night}}"
+    graph = build_graph(scenes_recipe(tmp_path, models, "seeds: [0, 1]"))
+    needs = graph.nodes[NodeId("pseudo_label", "b.seed1")].needs
+    assert NodeId("train_segmenter", "a.seed1") in needs and NodeId("train_segmenter", "a") not in needs
+    assert graph.nodes[NodeId("train_segmenter", "b.seed1")].needs[:2] == (
+        NodeId("collect", "day"), NodeId("pseudo_label", "b.seed1")
+    )  # fmt: skip
+
+
+def test_the_first_seed_of_all_models_comes_first_and_is_evaluated(tmp_path: Path) -> None:
+    models = "  a: {train: [day]}\n  b: {train: [day], start: a}"
+    nodes = list(map(str, build_graph(scenes_recipe(tmp_path, models, "seeds: [3, 1]")).nodes))
+    assert nodes[-8:] == [
+        "train_segmenter/a", "train_segmenter/b", "evaluate/a", "evaluate/b",
+        "train_segmenter/a.seed1", "evaluate/a.seed1", "train_segmenter/b.seed1", "evaluate/b.seed1",
+    ]  # fmt: skip
+    only = build_graph(scenes_recipe(tmp_path, models, "seeds: [3, 1]"), "b")
+    assert [str(node) for node in only.nodes if node.stage == "evaluate"] == ["evaluate/b", "evaluate/b.seed1"]
+    assert only.models.keys() == {"a", "b", "a.seed1", "b.seed1"}
+
+
+def test_seeds_leave_a_model_that_has_one_as_it_was(tmp_path: Path) -> None:
+    def keys(more: str) -> dict[str, object]:
+        graph = build_graph(scenes_recipe(tmp_path, "  a: {train: [day]}", more))
+        return {str(name): (node.recipe, node.seed) for name, node in graph.nodes.items()}
+
+    assert keys("seed: 4").items() < keys("seed: 4\nseeds: [0, 1]").items()
+
+
+@pytest.mark.parametrize(
+    ("seeds", "message"),
+    [
+        ("[0, 1, 1]", r"models\.a\.seeds: .*differ, 1 stands there twice"),
+        ("[-1]", r"models\.a\.seeds.*greater than or equal to 0"),
+        ("[]", r"models\.a\.seeds: .*at least 1 item"),
+        ("[1, 2]", r"models\.b\.seeds: b starts from a, which is trained with the seeds 1, 2 and not with 0"),
+    ],
+)
+def test_wrong_seeds_are_refused(tmp_path: Path, seeds: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"(?s){message}"):
+        scenes_recipe(tmp_path, f"  a: {{train: [day], seeds: {seeds}}}\n  b: {{train: [day], start: a}}")
 
 
 def test_a_split_dataset_is_a_view_of_one_domain(tmp_path: Path) -> None:

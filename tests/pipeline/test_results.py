@@ -28,7 +28,7 @@ def commit(run: Location, node: NodeId, *, bad: int = 0, **files: object) -> Com
     outputs = [f"{name}.json" for name in files]
     for name, content in files.items():
         (attempt.folder / f"{name}.json").write_json(content)
-    if node == TRAIN:
+    if node.stage == "train_segmenter":
         (attempt.folder / "model/model.json").write_json({})
         outputs.append("model/model.json")
     if bad:
@@ -56,7 +56,7 @@ def run(tmp_path: Path) -> Location:
     }
     graph = Graph()
     tests = {"night": types.TestRow(row="2.1", published_miou=31.5)}
-    graph.models["m"] = ModelNodes(TRAIN, SELECT, LABEL, {"start": "imagenet", "parents": []}, TEST, tests)
+    graph.models["m"] = ModelNodes(TRAIN, SELECT, LABEL, {"start": "imagenet", "parents": []}, "m", 0, TEST, tests)
     graph.datasets["night"] = (View(SPLIT, "night"),)
     graph.predictions["dusk"] = (DUSK, Prediction(dataset="night", model="m"))
     text = "name: made\ntaxonomy: camvid11\nseed: 3\ndatasets: {day: {layout: scenes, count: 4}}\n"
@@ -70,7 +70,11 @@ def test_results_hold_the_scores_and_where_every_number_comes_from(run: Location
     results = read_results(run)
     model = results["models"]["m"]
     assert model["start"] == "imagenet" and model["model"] == "train_segmenter/m"
-    assert model["tests"]["night"] == SCORES | {"row": "2.1", "published_miou": 31.5, "node": "evaluate/m"}
+    scores = SCORES | {"row": "2.1", "published_miou": 31.5, "node": "evaluate/m"}
+    mean = {"miou": 0.25, "pa": 0.5, "iou": {"sky": 0.5, "car": None}}
+    std = {"miou": None, "pa": None, "iou": {"sky": None, "car": None}}
+    assert model["tests"]["night"] == scores | {"seeds": {"0": 0.25}, "mean": mean, "std": std}
+    assert model["trainings"].keys() == {"m"}
     assert results["selections"] == {"m": {"node": "select/m", "evidence": {"method": "pooled"}}}
     assert results["pseudo_labels"] == {"m": {"node": "pseudo_label/m", "evidence": {"kept_share": 0.5}}}
     assert results["labels"] == {"day": LABELS}
@@ -132,7 +136,7 @@ translators: {optics: {kind: photometric}}
     graph = Graph()
     for name, train in (("m", ["all"]), ("other", ["day"])):
         facts = {"start": "imagenet", "parents": [], "train": train}
-        graph.models[name] = ModelNodes(TRAIN, None, None, facts, TEST, {"night": types.TestRow()})
+        graph.models[name] = ModelNodes(TRAIN, None, None, facts, name, 0, TEST, {"night": types.TestRow()})
     graph.translations["made"] = (evaluation, {"kind": "photometric", "segmenter": "other"})
     found = gather(load_recipe(tmp_path / "recipe.yaml"), graph, commits, set())["translations"]
     assert found == {
@@ -145,6 +149,30 @@ translators: {optics: {kind: photometric}}
             "models": {"m": {"night": 0.25}},
         }
     }
+
+
+def test_seeds_stand_beside_each_other_with_mean_and_spread(run: Location, tmp_path: Path) -> None:
+    again, tested = NodeId("train_segmenter", "m.seed4"), NodeId("evaluate", "m.seed4")
+    scores = SCORES | {"miou": 0.75, "pa": 0.5, "iou": {"sky": 0.25, "car": None}}
+    commits = {
+        TRAIN: commit(run, TRAIN), TEST: commit(run, TEST, scores={"night": SCORES}),
+        again: commit(run, again), tested: commit(run, tested, scores={"night": scores}),
+    }  # fmt: skip
+    graph, tests = Graph(), {"night": types.TestRow()}
+    facts = {"start": "imagenet", "parents": []}
+    graph.models["m"] = ModelNodes(TRAIN, None, None, facts, "m", 0, TEST, tests)
+    graph.models["m.seed4"] = ModelNodes(again, None, None, facts, "m", 4, tested, tests)
+    results = gather(load_recipe(tmp_path / "recipe.yaml"), graph, commits, set())
+    assert results["models"].keys() == {"m"}
+    model = results["models"]["m"]
+    night = model["tests"]["night"]
+    assert (night["miou"], night["seeds"]) == (0.25, {"0": 0.25, "4": 0.75})  # the model's own are those of the first
+    assert night["mean"] == {"miou": 0.5, "pa": 0.5, "iou": {"sky": 0.375, "car": None}}
+    # Two values: their deviation is their distance over the root of 2.
+    assert night["std"]["miou"] == pytest.approx(0.5 / 2**0.5, rel=1e-12) and night["std"]["iou"]["car"] is None
+    assert model["trainings"]["m.seed4"]["tests"]["night"]["miou"] == 0.75
+    (run / "results.json").write_json(results)
+    assert "m.seed4" in model_folder(f"{run.uri}:m.seed4").uri and "m.seed4" not in model_folder(f"{run.uri}:m").uri
 
 
 # -- finding a model --------------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ class MadeUpGraph:
             )
         facts: Mapping[str, Any] = {"parents": [], "start": "imagenet", "train": ["day"]}
         tests = {"night": types.TestRow(row="2.1", published_miou=31.5)}
-        graph.models["m"] = ModelNodes(TRAIN, None, None, facts, TEST, tests)
+        graph.models["m"] = ModelNodes(TRAIN, None, None, facts, "m", 0, TEST, tests)
         return graph
 
     def work(self, node: NodeId) -> Callable[..., Commit]:

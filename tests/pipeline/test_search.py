@@ -208,6 +208,13 @@ def test_trials_touch_no_test_set_and_predict_nothing(tmp_path: Path) -> None:
     assert load_recipe(CONFIGS / "demo.yaml").test_sets  # the recipe itself has some
 
 
+def test_a_trial_trains_one_seed(tmp_path: Path) -> None:
+    trials = changed(trials_of(tmp_path), "seeds=[0, 1, 2]")
+    trained = {node.name for node in trials.graph(VALUES).nodes if node.stage == "train_segmenter"}
+    assert trained == {"day_only", "day_and_night", "self_trained"}
+    assert trials.recipe(VALUES).seeds == [0, 1, 2]  # the best recipe keeps them
+
+
 def test_values_reach_the_recipe_as_they_are(tmp_path: Path) -> None:
     model = trials_of(tmp_path).recipe(VALUES | {ALPHA: 1e-5}).models["self_trained"]
     assert model.loss is not None and model.loss.alpha == 1e-5

@@ -110,9 +110,21 @@ NOT_PASSED: Final = {
     **{
         f"models.third.{key}": "shown by the first model"
         for key in (
-            *("train", "validate_on", "start", "rounds", "self_training", "network", "loss", "training", "test"),
+            *(
+                "train",
+                "validate_on",
+                "start",
+                "rounds",
+                "self_training",
+                "network",
+                "loss",
+                "training",
+                "test",
+                "seeds",
+            ),
         )
     },
+    **{f"models.{model}.about": "of the results" for model in ("first", "second", "third")},
     "models.second.test.night.row": "of the results",
     "models.second.test.night.published_miou": "of the results",
     "translators.fourier.day": "there is no dataset translated to day",
