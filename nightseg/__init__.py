@@ -140,6 +140,7 @@ Stages: explicit inputs, their part of the recipe, an attempt; each returns its 
 The report
     report/page.py          report.html
     report/run.py           a finished run as the report sees it
+    report/comparison.py    what a gain is worth: a model beside its control; the headline
     report/gallery.py       which frames are shown
     report/charts.py        charts as SVG
     report/pictures.py      thumbnails as data URIs

@@ -136,8 +136,12 @@ def print_plan(folder: Location, lines: Sequence[Planned]) -> None:
 
 
 def print_outcome(adapted: Adapted) -> None:
+    from nightseg.report import Run, headline
+
     outcome = adapted.outcome
     print_scores(outcome.results)
+    if found := headline(Run(adapted.folder, outcome.results)):
+        click.echo(printable(str(found)))
     click.echo(
         f"{outcome.done} stages done, {outcome.skipped} already committed, {outcome.seconds:.0f} s. "
         f"Report: {adapted.report}"
@@ -146,13 +150,17 @@ def print_outcome(adapted: Adapted) -> None:
 
 def print_scores(results: Mapping[str, Any]) -> None:
     rows = [
-        [model, test, *(percent(scores[key]) for key in METRICS),
+        [model, facts.get("steps_in_all", ""), test, *(_score(scores, key) for key in METRICS),
          "" if scores["published_miou"] is None else f"{scores['published_miou']:.1f}"]
         for model, facts in results["models"].items()
         for test, scores in facts["tests"].items()
     ]  # fmt: skip
     if rows:
-        print_table("percent", ["model", "test set", *METRICS.values(), "published mIoU"], rows)
+        seeds = max(
+            len(scores.get("seeds", [])) for facts in results["models"].values() for scores in facts["tests"].values()
+        )
+        title = f"percent, mean \N{PLUS-MINUS SIGN} standard deviation of {seeds} seeds" if seeds > 1 else "percent"
+        print_table(title, ["model", "steps in all", "test set", *METRICS.values(), "published mIoU"], rows)
     translated = [
         [name, found["kind"], f"{found['fid']['translated']:.2f}", f"{1000 * found['kid']['translated']:.2f}",
          percent(found["survival"]), percent(found["agreement"]["pixels"]), f"{found['edges']:.2f}"]
@@ -161,6 +169,12 @@ def print_scores(results: Mapping[str, Any]) -> None:
     if translated:
         columns = ["translation", "kind", "FID", "KID x 1000", "labels survive", "pixels agree", "edges"]
         print_table("translations; percent, but for distances and edges", columns, translated)
+
+
+def _score(scores: Mapping[str, Any], key: str) -> str:
+    """The mean over the seeds, with its deviation where there are several."""
+    std = scores.get("std", {}).get(key)
+    return percent(scores.get("mean", scores)[key]) + ("" if std is None else f" \N{PLUS-MINUS SIGN} {percent(std)}")
 
 
 def print_folder_scores(scores: Mapping[str, Any]) -> None:

@@ -321,7 +321,9 @@ class Builder:
             "start": model.start,
             "parents": [] if ready else [model.start],
             "train": model.train,
-            "loss": loss.model_dump(),
+            "network": network.model_dump(mode="json"),
+            "loss": loss.model_dump(mode="json"),
+            "training": training.model_dump(mode="json"),
             "self_training": model.self_training.model_dump(mode="json") if model.self_training else None,
         }
         self.graph.models[name] = ModelNodes(node, chosen, pseudo, shown, of, seed)

@@ -6,15 +6,16 @@ import importlib.metadata
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nightseg.data import table as frame
 from nightseg.data.class_list import taxonomy
-from nightseg.data.settings import JoinedDataset
+from nightseg.data.settings import JoinedDataset, TranslatedDataset
 from nightseg.errors import UserError, closest
 from nightseg.metrics.seeds import over_seeds
-from nightseg.pipeline.graph import Graph, ModelNodes, NodeId
+from nightseg.pipeline.graph import Graph, ModelNodes, NodeId, View
 from nightseg.pipeline.leaks import Leak
 from nightseg.recipe.types import Recipe
 from nightseg.storage import Commit, Location, hash_of, sha256_of
@@ -122,6 +123,7 @@ def model_folder(place: str | Path | Location) -> Location:
 def _models(recipe: Recipe, graph: Graph, commits: Mapping[NodeId, Commit]) -> dict[str, dict[str, Any]]:
     """Each model with its trainings, one a seed. What stands beside them is that of the first; the scores of a test set
     have the mean over the seeds beside them, and the sample standard deviation (null for one seed)."""
+    light = _Light(recipe, graph, commits)
     trainings: dict[str, dict[str, Any]] = {}
     for name, nodes in graph.models.items():
         trainings.setdefault(nodes.of, {})[name] = {
@@ -133,13 +135,62 @@ def _models(recipe: Recipe, graph: Graph, commits: Mapping[NodeId, Commit]) -> d
         }
     models = {}
     for of, found in trainings.items():
-        nodes, first = graph.models[next(iter(found))], next(iter(found.values()))
+        name, first = next(iter(found.items()))
         tests = {
             test: scores | over_seeds({one["seed"]: one["tests"][test] for one in found.values()})
             for test, scores in first["tests"].items()
         }
-        models[of] = {**nodes.facts, "model": first["model"], "tests": tests, "trainings": found}
+        line = list(_line(graph, name))
+        models[of] = {
+            **graph.models[name].facts,
+            "model": first["model"],
+            "tests": tests,
+            "trainings": found,
+            "line": [one.of for one in line],
+            "root": line[0].facts["start"],
+            **_effort(line, commits),
+            "learned": light.of(line),
+        }
     return models
+
+
+def _line(graph: Graph, name: str) -> Iterator[ModelNodes]:
+    """The models that a training starts from, the first one first, and itself."""
+    nodes = graph.models[name]
+    for parent in nodes.facts["parents"]:
+        yield from _line(graph, parent)
+    yield nodes
+
+
+def _effort(line: Sequence[ModelNodes], commits: Mapping[NodeId, Commit]) -> dict[str, Any]:
+    """Steps of the last training and of the whole line; frames that the line drew from train sets, steps x batch."""
+    steps = [int(commits[nodes.train].summary["steps"]) for nodes in line]
+    frames = [count * nodes.facts["training"]["batch"] for count, nodes in zip(steps, line, strict=True)]
+    return {"steps": steps[-1], "steps_in_all": sum(steps), "frames_in_all": sum(frames)}
+
+
+class _Light:
+    """In what light the labelled frames were that a line of models learned from."""
+
+    def __init__(self, recipe: Recipe, graph: Graph, commits: Mapping[NodeId, Commit]) -> None:
+        self.recipe, self.graph, self.commits = recipe, graph, commits
+        self._domains: dict[View, set[str]] = {}
+
+    def of(self, line: Sequence[ModelNodes]) -> dict[str, Any]:
+        """Domains of all train sets, whether one is translated, whether there was a pool, and if it was day alone."""
+        names = {dataset: None for nodes in line for dataset in nodes.facts["train"]}
+        views = [view for name in names for view in self.graph.datasets[name] if isinstance(view, View)]
+        domains = sorted(set().union(*map(self._of_view, views)))
+        is_translated = any(_is_translated(self.recipe, name) for name in names)
+        has_pool = any(nodes.facts["self_training"] for nodes in line)
+        is_day = domains == ["day"] and not is_translated and not has_pool
+        return {"domains": domains, "translated": is_translated, "pool": has_pool, "day_only": is_day}
+
+    def _of_view(self, view: View) -> set[str]:
+        if view not in self._domains:
+            domains = self.commits[view.node].table("frames")[frame.DOMAIN].unique().to_pylist()
+            self._domains[view] = {view.domain} if view.domain else set(domains)
+        return self._domains[view]
 
 
 def _scores(commits: Mapping[NodeId, Commit], nodes: ModelNodes) -> dict[str, dict[str, Any]]:
@@ -178,6 +229,12 @@ def _holds(recipe: Recipe, dataset: str, wanted: str) -> bool:
     entry = recipe.datasets[dataset]
     parts = entry.join if isinstance(entry, JoinedDataset) else []
     return dataset == wanted or any(_holds(recipe, part, wanted) for part in parts)
+
+
+def _is_translated(recipe: Recipe, dataset: str) -> bool:
+    entry = recipe.datasets[dataset]
+    parts = entry.join if isinstance(entry, JoinedDataset) else []
+    return isinstance(entry, TranslatedDataset) or any(_is_translated(recipe, part) for part in parts)
 
 
 def _facts(commit: Commit) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 It reads results.json and committed outputs, and nothing else: no stage, no torch, no ray.
 """
 
+from nightseg.report.comparison import headline
 from nightseg.report.page import write_report
+from nightseg.report.run import Run
 from nightseg.report.sheets import strip_image, translation_sheet
 
-__all__ = ["strip_image", "translation_sheet", "write_report"]
+__all__ = ["Run", "headline", "strip_image", "translation_sheet", "write_report"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from nightseg.metrics.seeds import Difference
+
 _THIN = "\N{NARROW NO-BREAK SPACE}"
 _MINUS = "\N{MINUS SIGN}"
 
@@ -34,6 +36,16 @@ def points(value: float | None) -> str:
     return ("+" if value > 0 else _MINUS) + text
 
 
+def with_spread(fraction: float, std: float | None) -> str:
+    """In percent: 41.2 +- 0.6, or 41.2 where there is no spread."""
+    return percent(fraction) + ("" if std is None else f" \N{PLUS-MINUS SIGN} {percent(std)}")
+
+
+def gain(found: Difference) -> str:
+    """A difference of fractions in points, with its sign and spread: +8.1 +- 0.6."""
+    return points(100 * found.mean) + ("" if found.std is None else f" \N{PLUS-MINUS SIGN} {percent(found.std)}")
+
+
 def count(number: int) -> str:
     """12 345 with thin spaces."""
     return f"{number:,}".replace(",", _THIN)
@@ -54,6 +66,11 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}{_THIN}min {whole % 60:02d}{_THIN}s"
     return f"{whole // 3600}{_THIN}h {whole % 3600 // 60:02d}{_THIN}min"
+
+
+def sentence(text: str) -> str:
+    """With a capital at its beginning."""
+    return text[:1].upper() + text[1:]
 
 
 def short(text: str, letters: int = 12) -> str:

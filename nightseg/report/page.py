@@ -11,6 +11,7 @@ import jinja2
 from markupsafe import Markup
 
 from nightseg.report import formatting, gallery, translations
+from nightseg.report.comparison import control_of, headline
 from nightseg.report.run import Run
 from nightseg.storage import Location
 
@@ -62,7 +63,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for name in ("percent", "points", "decimals", "count", "duration", "short"):
+    for name in ("percent", "points", "with_spread", "gain", "decimals", "count", "duration", "short", "sentence"):
         environment.filters[name] = getattr(formatting, name)
     environment.filters["breakable"] = breakable
     return environment
@@ -74,26 +75,6 @@ def breakable(name: str) -> Markup:
 
 
 # -- numbers ---------------------------------------------------------------------------------------------------------
-
-
-class Headline(NamedTuple):
-    """The best model on the main test set, and what the first one reached there; fractions."""
-
-    test: str
-    best: str
-    miou: float
-    first: str
-    gain: float | None  # null when there is nothing to compare with
-
-
-def headline(run: Run) -> Headline | None:
-    """None for a run without an evaluated model."""
-    test = run.main_test
-    if test is None:
-        return None
-    best, first = run.best(test), run.scored(test)[0]
-    reached, before = run.miou(best, test), run.miou(first, test)
-    return Headline(test, best, reached, first, reached - before if best != first else None)
 
 
 def tiles(run: Run) -> list[tuple[str, str, str]]:
@@ -121,9 +102,10 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
 
 
 class Cell(NamedTuple):
-    """One model on one test set; scores are fractions, published numbers percent."""
+    """One model on one test set; scores are fractions, means over the seeds; published numbers are percent."""
 
     scores: Mapping[str, float]
+    std: float | None  # of mIoU over the seeds
     is_best: bool
     row: str
     published: float | None
@@ -149,28 +131,29 @@ def _cell(run: Run, model: str, test: str) -> Cell | None:
     if scores is None:
         return None
     published = scores.get("published_miou")
-    difference = None if published is None else 100 * scores["miou"] - published
-    return Cell(
-        {key: scores[key] for key in METRICS}, model == run.best(test), scores.get("row") or "", published, difference
-    )
+    mean, std, is_best = run.mean(model, test), run.std(model, test), model == run.best(test)
+    difference = None if published is None else 100 * mean["miou"] - published
+    row = scores.get("row") or ""
+    return Cell({key: mean[key] for key in METRICS}, std, is_best, row, published, difference)
 
 
 def heat(run: Run, test: str) -> dict[str, Any]:
     """IoU of every class and model on one test set, how common the class is, and what the best model confuses."""
     models = run.scored(test)
-    best, first = run.best(test), models[0]
+    best = run.best(test)
+    control = control_of(run, best, test)
     labelled = [sum(row) for row in (run.score(best, test) or {})["confusion"]]
     rows = []
     for name, colour, pixels in zip(run.classes.classes, run.classes.palette, labelled, strict=True):
-        values = {model: (run.score(model, test) or {})["iou"].get(name) for model in models}
-        change = None if None in (values[best], values[first]) else values[best] - values[first]
+        values = {model: run.mean(model, test)["iou"].get(name) for model in models}
+        change = None if control is None or None in (values[best], values[control]) else values[best] - values[control]
         share = pixels / max(sum(labelled), 1)
         rows.append({"name": name, "colour": colour, "share": share, "values": values, "change": change})
     return {
         "test": test,
         "models": models,
         "rows": rows,
-        "compared": (first, best) if best != first else None,
+        "compared": None if control is None else (control, best),
         "best": best,
         "confusions": confusions(run, best, test),
     }

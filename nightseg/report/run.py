@@ -70,8 +70,24 @@ class Run:
         return found
 
     def miou(self, model: str, test: str) -> float:
-        """Mean IoU of a model that was evaluated on a test set, a fraction."""
-        return float(self.results["models"][model]["tests"][test]["miou"])
+        """Mean IoU of a model that was evaluated on a test set, a fraction; the mean of its seeds."""
+        return float(self.mean(model, test)["miou"])
+
+    def mean(self, model: str, test: str) -> Mapping[str, Any]:
+        """Metrics and class IoU, means over the seeds."""
+        scores: Mapping[str, Any] = self.results["models"][model]["tests"][test]
+        found: Mapping[str, Any] = scores.get("mean", scores)  # results of an earlier version have one seed
+        return found
+
+    def std(self, model: str, test: str) -> float | None:
+        """Sample standard deviation of the mean IoU over the seeds; None for one seed."""
+        found: float | None = self.results["models"][model]["tests"][test].get("std", {}).get("miou")
+        return found
+
+    def by_seed(self, model: str, test: str) -> dict[str, float]:
+        """Mean IoU by seed, in the order of the seeds."""
+        scores = self.results["models"][model]["tests"][test]
+        return dict(sorted(scores.get("seeds", {"0": scores["miou"]}).items(), key=lambda item: int(item[0])))
 
     def scored(self, test: str) -> list[str]:
         """Models that were evaluated on a test set."""

@@ -146,7 +146,18 @@ def test_scores_are_percent_with_the_published_value_beside_them(capsys: pytest.
     score = {"miou": 0.388, "pa": 0.9, "ca": 0.5, "fwiou": None, "published_miou": 38.8}
     output.print_scores({"models": {"m": {"tests": {"night": score}}, "untested": {"tests": {}}}})
     row = next(line for line in capsys.readouterr().out.splitlines() if "night" in line)
-    assert [cell.strip() for cell in row.split("│")[1:-1]] == ["m", "night", "38.8", "90.0", "50.0", "-", "38.8"]
+    assert [cell.strip() for cell in row.split("│")[1:-1]] == ["m", "", "night", "38.8", "90.0", "50.0", "-", "38.8"]
+
+
+def test_scores_of_several_seeds_have_their_spread_and_their_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    score: dict[str, object] = {"miou": 0.4, "pa": 0.9, "ca": 0.5, "fwiou": None, "published_miou": None}
+    score |= {"seeds": {"0": 0.4, "1": 0.5}, "mean": score | {"miou": 0.45}, "std": {"miou": 0.0707, "pa": 0.0}}
+    output.print_scores({"models": {"m": {"steps_in_all": 480, "tests": {"night": score}}}})
+    out = capsys.readouterr().out
+    row = next(line for line in out.splitlines() if "night" in line)
+    cells = [cell.strip() for cell in row.split("│")[1:-1]]
+    assert cells == ["m", "480", "night", "45.0 ± 7.1", "90.0 ± 0.0", "50.0", "-", ""]
+    assert "mean ± standard deviation of 2 seeds" in out
 
 
 def test_translations_stand_below_the_scores(capsys: pytest.CaptureFixture[str]) -> None:

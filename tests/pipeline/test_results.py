@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nightseg.data.table import quarantine_table
+from nightseg.data.table import frame_table, quarantine_table
 from nightseg.pipeline.graph import Graph, ModelNodes, NodeId, View
 from nightseg.pipeline.results import MAX_QUARANTINE_ROWS, gather, model_folder, read_results
 from nightseg.recipe import load_recipe, types
@@ -16,6 +16,9 @@ from nightseg.storage import Commit, Location, UserError, Workspace
 DAY, SPLIT, SELECT = NodeId("collect", "day"), NodeId("split", "pool"), NodeId("select", "m")
 LABEL, TRAIN, TEST = NodeId("pseudo_label", "m"), NodeId("train_segmenter", "m"), NodeId("evaluate", "m")
 DUSK = NodeId("predict", "dusk")
+MADE = NodeId("translate", "made")
+DOMAINS = {DAY: ["day", "day"], MADE: ["night"]}
+FACTS = {"start": "imagenet", "parents": [], "train": [], "training": {"batch": 8}, "self_training": None}
 SCORES = {"miou": 0.25, "pa": 0.5, "iou": {"sky": 0.5, "car": None}, "confusion": [[3, 1], [0, 4]], "frames": 4}
 
 
@@ -37,7 +40,12 @@ def commit(run: Location, node: NodeId, *, bad: int = 0, **files: object) -> Com
         )
         (attempt.folder / "quarantine.parquet").write_table(quarantine_table(rows))
         outputs.append("quarantine.parquet")
-    summary = {"labels": LABELS} if node == DAY else None
+    if node in (DAY, MADE):
+        (attempt.folder / "frames.parquet").write_table(
+            frame_table({"frame_id": d, "uri": d, "domain": d} for d in DOMAINS[node])
+        )
+        outputs.append("frames.parquet")
+    summary = {"labels": LABELS} if node == DAY else {"steps": 40} if node.stage == "train_segmenter" else None
     return attempt.finish(rows_in=4 + bad, rows_out=4, quarantined=bad, outputs=outputs, seconds=1.5, summary=summary)
 
 
@@ -56,7 +64,7 @@ def run(tmp_path: Path) -> Location:
     }
     graph = Graph()
     tests = {"night": types.TestRow(row="2.1", published_miou=31.5)}
-    graph.models["m"] = ModelNodes(TRAIN, SELECT, LABEL, {"start": "imagenet", "parents": []}, "m", 0, TEST, tests)
+    graph.models["m"] = ModelNodes(TRAIN, SELECT, LABEL, FACTS, "m", 0, TEST, tests)
     graph.datasets["night"] = (View(SPLIT, "night"),)
     graph.predictions["dusk"] = (DUSK, Prediction(dataset="night", model="m"))
     text = "name: made\ntaxonomy: camvid11\nseed: 3\ndatasets: {day: {layout: scenes, count: 4}}\n"
@@ -129,14 +137,17 @@ translators: {optics: {kind: photometric}}
     (tmp_path / "recipe.yaml").write_text(text)
     commits = {
         DAY: commit(folder, DAY),
+        MADE: commit(folder, MADE),
         TRAIN: commit(folder, TRAIN),
         TEST: commit(folder, TEST, scores={"night": SCORES}),
         evaluation: commit(folder, evaluation, scores={"fid": {"translated": 3.5}, "edges": 0.5}),
     }
     graph = Graph()
     for name, train in (("m", ["all"]), ("other", ["day"])):
-        facts = {"start": "imagenet", "parents": [], "train": train}
-        graph.models[name] = ModelNodes(TRAIN, None, None, facts, name, 0, TEST, {"night": types.TestRow()})
+        graph.models[name] = ModelNodes(
+            TRAIN, None, None, FACTS | {"train": train}, name, 0, TEST, {"night": types.TestRow()}
+        )
+    graph.datasets = {"day": (View(DAY),), "all": (View(DAY), View(MADE))}
     graph.translations["made"] = (evaluation, {"kind": "photometric", "segmenter": "other"})
     found = gather(load_recipe(tmp_path / "recipe.yaml"), graph, commits, set())["translations"]
     assert found == {
@@ -159,9 +170,8 @@ def test_seeds_stand_beside_each_other_with_mean_and_spread(run: Location, tmp_p
         again: commit(run, again), tested: commit(run, tested, scores={"night": scores}),
     }  # fmt: skip
     graph, tests = Graph(), {"night": types.TestRow()}
-    facts = {"start": "imagenet", "parents": []}
-    graph.models["m"] = ModelNodes(TRAIN, None, None, facts, "m", 0, TEST, tests)
-    graph.models["m.seed4"] = ModelNodes(again, None, None, facts, "m", 4, tested, tests)
+    graph.models["m"] = ModelNodes(TRAIN, None, None, FACTS, "m", 0, TEST, tests)
+    graph.models["m.seed4"] = ModelNodes(again, None, None, FACTS, "m", 4, tested, tests)
     results = gather(load_recipe(tmp_path / "recipe.yaml"), graph, commits, set())
     assert results["models"].keys() == {"m"}
     model = results["models"]["m"]
@@ -173,6 +183,47 @@ def test_seeds_stand_beside_each_other_with_mean_and_spread(run: Location, tmp_p
     assert model["trainings"]["m.seed4"]["tests"]["night"]["miou"] == 0.75
     (run / "results.json").write_json(results)
     assert "m.seed4" in model_folder(f"{run.uri}:m.seed4").uri and "m.seed4" not in model_folder(f"{run.uri}:m").uri
+
+
+def test_results_tell_the_steps_of_the_whole_line_and_in_what_light_it_learned(tmp_path: Path) -> None:
+    run = Location.of(tmp_path / "run")
+    text = """
+name: made
+taxonomy: camvid11
+datasets:
+  day: {layout: scenes, count: 4}
+  dark: {layout: scenes, count: 4}
+  made: {translate: day, by: optics}
+  all: {join: [day, made]}
+translators: {optics: {kind: photometric}}
+"""
+    (tmp_path / "recipe.yaml").write_text(text)
+    graph, commits = Graph(), {DAY: commit(run, DAY), MADE: commit(run, MADE)}
+    graph.datasets = {"day": (View(DAY),), "all": (View(DAY), View(MADE)), "dark": (View(DAY, "night"),)}
+    for name, parent, train, batch, pool in (
+        ("first", None, ["day"], 8, None),
+        ("longer", "first", {"day": 2.0}, 16, None),
+        ("both", "first", ["all"], 8, None),
+        ("dark", "longer", ["dark"], 8, None),
+        ("taught", "longer", ["day"], 8, {"pool": "night"}),
+    ):
+        node = NodeId("train_segmenter", name)
+        commits[node] = commit(run, node)
+        facts = {"parents": [parent] if parent else [], "start": parent or "imagenet", "train": train}
+        facts |= {"training": {"batch": batch}, "self_training": pool}
+        graph.models[name] = ModelNodes(node, None, None, facts, name)
+    models = gather(load_recipe(tmp_path / "recipe.yaml"), graph, commits, set())["models"]
+    keys = ("steps", "steps_in_all", "frames_in_all")
+    assert [models["first"][key] for key in keys] == [40, 40, 320]
+    assert [models["longer"][key] for key in keys] == [40, 80, 320 + 640]
+    assert [models["taught"][key] for key in keys] == [40, 120, 320 + 640 + 320]
+    assert models["taught"]["line"] == ["first", "longer", "taught"]
+    assert models["longer"]["learned"] == {"domains": ["day"], "translated": False, "pool": False, "day_only": True}
+    assert models["both"]["learned"] == {
+        "domains": ["day", "night"], "translated": True, "pool": False, "day_only": False
+    }  # fmt: skip
+    assert models["dark"]["learned"]["domains"] == ["day", "night"]
+    assert [name for name, facts in models.items() if facts["learned"]["day_only"]] == ["first", "longer"]
 
 
 # -- finding a model --------------------------------------------------------------------------------------------------

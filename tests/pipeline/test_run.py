@@ -61,7 +61,9 @@ class MadeUpGraph:
                 expected_rows=4 if node is DAY else None,
                 most_rows=self.most_rows if node is DAY else None,
             )
-        facts: Mapping[str, Any] = {"parents": [], "start": "imagenet", "train": ["day"]}
+        facts: Mapping[str, Any] = {
+            "parents": [], "start": "imagenet", "train": [], "training": {"batch": 8}, "self_training": None
+        }  # fmt: skip
         tests = {"night": types.TestRow(row="2.1", published_miou=31.5)}
         graph.models["m"] = ModelNodes(TRAIN, None, None, facts, "m", 0, TEST, tests)
         return graph
@@ -77,7 +79,8 @@ class MadeUpGraph:
             if self.fails == node:
                 raise RuntimeError("the power went")
             (attempt.folder / "scores.json").write_json({"night": SCORES})
-            return attempt.finish(rows_in=4, rows_out=4, outputs=["output.txt", "scores.json"])
+            outputs = ["output.txt", "scores.json"]
+            return attempt.finish(rows_in=4, rows_out=4, outputs=outputs, summary={"steps": 40})
 
         return work
 

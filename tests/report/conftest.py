@@ -13,9 +13,11 @@ from nightseg.data.class_list import taxonomy
 from nightseg.data.images import encode_png
 from nightseg.data.table import frame_table, quarantine_table
 from nightseg.metrics.confusion import confusion_matrix, scores
+from nightseg.metrics.seeds import over_seeds
 from nightseg.storage import Attempt, Commit, Location, Workspace, sha256_of
 
 CLASSES = taxonomy("camvid11")
+MODELS = {"day_only": 0.45, "day_only_longer": 0.4, "self_trained": 0.12}  # and how wrong they are
 Draw = Callable[[int, str], tuple[np.ndarray, np.ndarray]]
 
 
@@ -40,10 +42,10 @@ class MadeUpRun:
         self.collect("street", "night")
         night = self.collect("night_test", "night", bad=3)
         self.translate("day_at_night", day)
-        for model in ("day_only", "self_trained"):
+        for model in MODELS:
             self.simple("train_segmenter", model, seconds=210.0)
         self.pseudo_label("self_trained")
-        for model, noise in (("day_only", 0.45), ("self_trained", 0.12)):
+        for model, noise in MODELS.items():
             self.evaluate(model, "night", night, noise)
             self.evaluate(model, "day", day, noise / 3)
         self.predict("dusk", night)
@@ -227,6 +229,7 @@ class MadeUpRun:
             "models": {
                 "self_trained": self.model("self_trained", "street"),
                 "day_only": self.model("day_only", None),
+                "day_only_longer": self.model("day_only_longer", None),
             },
             "datasets": {"day": ["collect/day"], "night": ["collect/street:night"]},
             "splits": {"street": self.split_evidence(street)},
@@ -249,13 +252,22 @@ class MadeUpRun:
             "model": f"train_segmenter/{name}",
             "start": "day_night" if pool else "imagenet",
             "parents": ["day_night"] if pool else [],
+            "about": "",
             "train": ["day", "day_at_night"] if pool else ["day"],
+            "root": "imagenet",
+            "steps_in_all": 120 if name == "day_only" else 240,
+            "frames_in_all": 960 if name == "day_only" else 1920,
+            "network": {"encoder": "resnet18"},
+            "training": {"batch": 8, "epochs": 2},
+            "learned": {"domains": ["day"], "translated": bool(pool), "pool": bool(pool), "day_only": not pool},
             "loss": {"kind": "combined" if pool else "cross_entropy", "alpha": 0.5, "gamma": 2.0, "focal_weight": 1.0},
             "self_training": learning,
             "tests": {
-                test: self.commits[f"evaluate/{name}.{test}"].json("scores.json")
+                test: scores
+                | over_seeds({0: scores, 1: scores | {"miou": scores["miou"] + (0.04 if pool else 0.01)}})
                 | {"row": row, "published_miou": number, "node": f"evaluate/{name}.{test}"}
                 for test, (row, number) in published.items()
+                for scores in [self.commits[f"evaluate/{name}.{test}"].json("scores.json")]
             },
         }
 

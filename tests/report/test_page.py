@@ -17,7 +17,8 @@ from PIL import Image
 
 from nightseg.data.class_list import taxonomy
 from nightseg.report import strip_image, write_report
-from nightseg.report.page import breakable, confusions, headline, quarantine, score_table, tiles
+from nightseg.report.comparison import headline
+from nightseg.report.page import breakable, confusions, quarantine, score_table, tiles
 from nightseg.report.pictures import label_map_uri, photo_uri, tinted
 from nightseg.report.run import Run
 from nightseg.storage import Location, UserError
@@ -107,7 +108,8 @@ def test_numbers_are_those_of_the_results(page: Page, made_up_run: Any) -> None:
         assert model in text
         for scores in facts["tests"].values():
             for key in ("miou", "pa", "ca", "fwiou"):
-                assert f"{100 * scores[key]:.1f}" in text
+                assert f"{100 * scores['mean'][key]:.1f}" in text
+            assert f"± {100 * scores['std']['miou']:.1f}" in text
     assert "38.8 row 7.1" in text
     assert "the teacher never predicts sign and fence" in text
     assert "41.20" in text and "47.90 ± 0.80" in text
@@ -122,20 +124,24 @@ def test_a_report_is_the_same_from_the_file(made_up_run: Any) -> None:
     again = write_report(made_up_run.folder, (made_up_run.folder / "results.json").read_json(), samples=3).read_bytes()
 
     def order(data: bytes) -> list[str]:
-        return re.findall(r"<tr><th>([\w<>]+)<small>", data.decode())
+        return re.findall(r"<tr><th>([\w<>]+)<small>", data.decode())[:3]
 
-    assert order(first) == order(again) == ["day_<wbr>only", "self_<wbr>trained"]
+    assert order(first) == order(again) == ["day_<wbr>only", "day_<wbr>only_<wbr>longer", "self_<wbr>trained"]
 
 
-def test_headline_compares_the_best_with_the_first_on_night(made_up_run: Any) -> None:
+def test_the_headline_is_of_the_best_on_night(made_up_run: Any, page: Page) -> None:
     run = Run(made_up_run.folder, made_up_run.results)
     found = headline(run)
     assert found is not None
-    assert (found.test, found.best, found.first) == ("night", "self_trained", "day_only")
-    assert found.gain == pytest.approx(found.miou - run.miou("day_only", "night"))
+    assert (found.test, found.best, found.control) == ("night", "self_trained", "day_only_longer")
+    assert found.gain is not None
+    assert found.gain.mean == pytest.approx(found.miou - run.miou("day_only_longer", "night"))
+    # The seeds of the two are 3 points apart: a deviation of 3 / sqrt(2).
+    assert f"+{100 * found.gain.mean:.1f} ± 2.1 points over day_only_longer" in page.text
+    assert "Its control of equal steps: labelled day frames alone (240 steps in all, self_trained: 240)" in page.text
     table = score_table(run)
     assert table["published"] == {"night": True, "day": False}
-    cell = table["rows"][1]["cells"]["night"]
+    cell = table["rows"][2]["cells"]["night"]
     assert cell.is_best and cell.difference == pytest.approx(100 * found.miou - 38.8)
 
 
@@ -173,7 +179,7 @@ def test_a_run_without_its_commits_still_has_its_numbers(made_up_run: Any, tmp_p
     for facts in results["commits"].values():
         facts["folder"] = "/gone/stages/x/y/0123456789ab/attempt-1"
     page = Page(write_report(Location.of(tmp_path), results).read_bytes().decode())
-    assert f"{100 * results['models']['self_trained']['tests']['night']['miou']:.1f}" in page.text
+    assert f"{100 * results['models']['self_trained']['tests']['night']['mean']['miou']:.1f}" in page.text
     with pytest.raises(UserError, match="no picture for a strip"):
         strip_image(Location.of(tmp_path), results, Location.of(tmp_path / "strip.png"))
 

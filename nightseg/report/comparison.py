@@ -1,0 +1,116 @@
+"""What a gain is worth: a model beside its control, which learned from labelled day frames alone, for as many steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from nightseg.metrics.seeds import Difference, difference
+from nightseg.report import formatting
+from nightseg.report.run import Run
+
+TOLERANCE = 0.02  # a control may have so much fewer steps, a share of the model's
+
+
+def control_of(run: Run, model: str, test: str) -> str | None:
+    """The model that a gain on a test set is measured against; None if there is none.
+
+    It learned from labelled day frames alone, from the same start, with the same network, for at least as many steps
+    and frames in all (less TOLERANCE). Of several the one with the nearest number of steps; of equals the best.
+    """
+    ours = run.results["models"][model]
+    found = [
+        other
+        for other in run.scored(test)
+        if other != model and _is_day_only(run, other) and _is_as_long(run.results["models"][other], ours)
+    ]
+
+    def distance(other: str) -> tuple[int, float]:
+        steps = run.results["models"][other]["steps_in_all"]
+        return abs(steps - ours["steps_in_all"]), -run.miou(other, test)
+
+    return min(found, key=distance, default=None)
+
+
+def _is_day_only(run: Run, model: str) -> bool:
+    return bool(run.results["models"][model].get("learned", {}).get("day_only"))
+
+
+def _is_as_long(control: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
+    if "steps_in_all" not in ours or control["network"] != ours["network"] or _root(control) != _root(ours):
+        return False
+    return all(control[key] >= (1 - TOLERANCE) * ours[key] for key in ("steps_in_all", "frames_in_all"))
+
+
+def _root(facts: Mapping[str, Any]) -> str:
+    """What the first training of a line began with: ImageNet, nothing, or a model folder."""
+    return str(facts["root"])
+
+
+def gain(run: Run, model: str, control: str, test: str) -> Difference:
+    """Of mIoU on a test set, a fraction."""
+    return difference(run.by_seed(model, test), run.by_seed(control, test))
+
+
+class Headline(NamedTuple):
+    """The best model on the main test set beside its control; fractions. `note` says why there is no gain, if so."""
+
+    test: str
+    best: str
+    miou: float
+    std: float | None  # over the seeds
+    num_seeds: int
+    control: str | None
+    gain: Difference | None
+    note: str
+
+    def __str__(self) -> str:
+        seeds = f" ({formatting.plural(self.num_seeds, 'seed')})"
+        reached = f"{self.best} reaches {formatting.with_spread(self.miou, self.std)} % mIoU on {self.test}{seeds}"
+        if self.gain is None:
+            return f"{reached}; {self.note}"
+        return f"{reached}, {formatting.gain(self.gain)} points over {self.control}, {self.note}"
+
+
+def headline(run: Run) -> Headline | None:
+    """None for a run without an evaluated model. No gain is claimed without a control of equal steps."""
+    test = run.main_test
+    if test is None:
+        return None
+    best = run.best(test)
+    facts = run.results["models"][best]
+    control = None if _is_day_only(run, best) else control_of(run, best, test)
+    if control is not None:
+        steps = [run.results["models"][name]["steps_in_all"] for name in (best, control)]
+        note = f"its control of equal steps: labelled day frames alone ({steps[1]} steps in all, {best}: {steps[0]})"
+    elif _is_day_only(run, best):
+        note = "it learned from labelled day frames alone"
+        if len(run.scored(test)) > 1:
+            note += ", and no other model of this run is better there"
+    else:
+        note = (
+            f"no control of equal steps: what of it is longer training is not known; add {_missing(run, facts, test)}"
+        )
+    return Headline(
+        test,
+        best,
+        run.miou(best, test),
+        run.std(best, test),
+        len(run.by_seed(best, test)),
+        control,
+        None if control is None else gain(run, best, control, test),
+        note,
+    )
+
+
+def _missing(run: Run, facts: Mapping[str, Any], test: str) -> str:
+    """The control that the recipe lacks, as a line of it."""
+    models = run.results["models"]
+    short = [name for name in run.scored(test) if _is_day_only(run, name) and _root(models[name]) == _root(facts)]
+    if not short:
+        return "a model day_only_longer that learns from the labelled day frames alone (domain: day) for as many steps"
+    longest = max(short, key=lambda name: int(models[name]["steps_in_all"]))
+    lacking = facts["steps_in_all"] - models[longest]["steps_in_all"]
+    train = ", ".join(models[longest]["train"])
+    how_long = f" with {lacking} steps" if lacking > 0 else " with the same network and batch"
+    return f"a model day_only_longer: {{train: [{train}], start: {longest}, training: ...}}{how_long}"
