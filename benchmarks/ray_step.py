@@ -32,6 +32,7 @@ from nightseg.data.scenes import scene
 from nightseg.data.table import frame_table
 from nightseg.networks.model_folder import save_model
 from nightseg.progress import SilentProgress
+from nightseg.segmenter.data import Part
 from nightseg.segmenter.network import build_semantic_fpn, model_card
 from nightseg.segmenter.settings import Augmentation, Loss, Network, Training
 from nightseg.segmenter.train import Plan, learn
@@ -131,7 +132,9 @@ def _plan(size: Size, folder: Location) -> Plan:
         crop=(height, width),
         augmentation=Augmentation(scale=(1.0, 1.0)),
     )
-    return Plan(frame_table(rows), None, folder / "start", classes, settings, Loss(), training, seed=0)
+    return Plan(
+        frame_table(rows), (Part.whole(len(rows)),), None, folder / "start", classes, settings, Loss(), training, seed=0
+    )
 
 
 class _Timed:

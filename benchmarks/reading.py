@@ -31,7 +31,7 @@ from nightseg.data.images import encode_png
 from nightseg.data.scenes import scene
 from nightseg.data.table import frame_table
 from nightseg.segmenter.augment import sample_rng
-from nightseg.segmenter.data import Batch, LabelledFrames, OnDisk, Sample, sample_order, training_batches
+from nightseg.segmenter.data import Batch, LabelledFrames, OnDisk, Part, Sample, Sampler, training_batches
 from nightseg.segmenter.settings import Augmentation, Training
 from nightseg.storage import sha256_of
 from nightseg.storage.scratch import Scratch
@@ -72,7 +72,7 @@ def later_epochs(size: Size) -> Contest:
 def _contest(size: Size, name: str, words: str, fresh: bool) -> Contest:
     shape = SHAPES[size]
     rows = _rows(shape)
-    order = sample_order(shape.frames, shape.frames, SEED, EPOCH)
+    order = Sampler([Part.whole(shape.frames)]).epoch(shape.frames, SEED, EPOCH)
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     files = Path(tempfile.mkdtemp(prefix="nightseg-benchmark-"))
     number = itertools.count()
@@ -132,6 +132,7 @@ def _labelled(rows: pa.Table, files: Path, number: int) -> LabelledFrames:
 def _our_batches(frames: LabelledFrames, order: list[Sample], crop: tuple[int, int], threads: int) -> Iterator[Batch]:
     return training_batches(
         frames,
+        [Part.whole(len(frames))],
         order,
         Training(batch=BATCH, crop=crop, augmentation=AUGMENTATION),
         rank=0,
@@ -156,7 +157,7 @@ class PlainFrames(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, sample: Sample) -> tuple[Tensor, Tensor]:
         row = self.rows[sample.row]
-        rng = sample_rng(SEED, EPOCH, sample.repeat, sample.row)
+        rng = sample_rng(SEED, EPOCH, sample.repeat, sample.entry)
         scale, flip, *colours = rng.random(5)
         factor = AUGMENTATION.scale[0] + scale * (AUGMENTATION.scale[1] - AUGMENTATION.scale[0])
         (height, top), (width, left) = (

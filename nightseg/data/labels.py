@@ -95,3 +95,9 @@ def train_ids_of(row: Mapping[str, Any], classes: Taxonomy, size: tuple[int, ...
     if row.get(frame.LABEL_URI) is None or row.get(frame.LABEL_ENCODING) is None:
         return None
     return to_train_ids(row, stored_label(row, size).stored, classes)
+
+
+def pixels_by_class(train_ids_HW: UInt8, num_classes: int) -> list[int]:
+    """How many pixels of a label have each class, K numbers; ignored ones count for none."""
+    counts: list[int] = np.bincount(train_ids_HW.reshape(-1), minlength=num_classes)[:num_classes].tolist()
+    return counts

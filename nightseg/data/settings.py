@@ -62,6 +62,10 @@ class TranslatedDataset(Strict):
     translate: Name = Field(description="dataset whose frames are translated")
     by: Name = Field(description="translator")
     to: Literal["day", "night"] = Field(default="night", description="domain that they are translated to")
+    fresh: bool = Field(
+        default=False,
+        description="photometric: where a model trains on it, a frame is translated anew each time that it is drawn",
+    )
 
 
 class JoinedDataset(Strict):

@@ -34,6 +34,7 @@ BYTES = "bytes"  # size of the image file
 SHA256 = "sha256"  # of the image file
 LABEL_SHA256 = "label_sha256"  # of the label file
 LABEL_ENCODING = "label_encoding"  # which raw-id map of the taxonomy the label file uses; null = unlabelled
+LABEL_PIXELS = "label_pixels"  # of the label by train id, K values; null = unlabelled, or not counted
 REASON = "reason"  # one of images.REASONS
 DETAIL = "detail"
 
@@ -44,6 +45,7 @@ FRAME_SCHEMA = pa.schema(
         *((name, pa.string()) for name in (FRAME_ID, URI, LABEL_URI, DATASET, SPLIT, DOMAIN, SEQUENCE)),
         *((WIDTH, pa.int32()), (HEIGHT, pa.int32()), (BYTES, pa.int64())),
         *((name, pa.string()) for name in (SHA256, LABEL_SHA256, LABEL_ENCODING)),
+        (LABEL_PIXELS, pa.list_(pa.int64())),
     ]
 )
 QUARANTINE_SCHEMA = pa.schema([(name, pa.string()) for name in (FRAME_ID, URI, REASON, DETAIL)])
@@ -203,12 +205,12 @@ def _check_type(field: pa.Field) -> None:
     kind = field.type
     is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
     is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    value = kind.value_type if is_list else None
     if field.name in FRAME_SCHEMA.names:
         wanted = FRAME_SCHEMA.field(field.name).type
-        fits = is_text if pa.types.is_string(wanted) else pa.types.is_integer(kind)
+        fits = is_text if pa.types.is_string(wanted) else pa.types.is_integer(value if is_list else kind)
     else:
-        is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-        value = kind.value_type if is_list else None
         fits = is_text or is_number or (is_list and (pa.types.is_integer(value) or pa.types.is_floating(value)))
         wanted = "text, a number or a list of numbers"
     # An all-null column has no type of its own yet.

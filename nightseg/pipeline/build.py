@@ -62,6 +62,7 @@ from nightseg.unit.settings import Translator
 from nightseg.unit.start import start_sha256
 
 NOTHING: Final[Mapping[str, Any]] = {}
+PSEUDO_LABELS: Final = "(pseudo-labels)"  # no dataset can have this name
 DEFAULT_EXTRACTOR: Final = "efficientnet_lite0"  # its weights come with a package: nothing has to be fetched
 
 
@@ -76,8 +77,9 @@ def build_graph(recipe: Recipe, only: str | None = None) -> Graph:
         )
     first = [name for name in names if only in (None, name)]
     if only is None:
-        for name in recipe.datasets:
-            builder.dataset(name)
+        for name, dataset in recipe.datasets.items():
+            if not (isinstance(dataset, TranslatedDataset) and dataset.fresh):  # trainings translate them as they go
+                builder.dataset(name)
         for name, settings in recipe.translators.items():
             if isinstance(settings, Translator):
                 builder.train_translator(name)
@@ -290,15 +292,19 @@ class Builder:
         (model, of, seed), recipe = self.trained[name], self.recipe
         ready = is_ready(model.start)
         start = None if ready else self.model(model.start)
-        train, validate = self.datasets(model.train), self.datasets(model.validate_on)
+        validate = self.datasets(model.validate_on)
+        train = {dataset: Frames(self._trained_on(dataset)) for dataset in model.train_sets}
+        weights = dict(model.train) if isinstance(model.train, dict) else None
         chosen, pseudo = None, None
         if model.self_training is not None:
             chosen, pseudo = self._pseudo_label(name, of, model, model.self_training)
-            train = (*train, View(pseudo))
+            train[PSEUDO_LABELS] = Frames((View(pseudo),))
+            if weights is not None:
+                weights[PSEUDO_LABELS] = model.self_training.weight
         network, loss, training = recipe.network_of(model), recipe.loss_of(model), recipe.training_of(model)
         train_segmenter.check_network(network, name)
         workers = recipe.compute.train.workers
-        inputs = {"train": Frames(train), "validate": Frames(validate) if validate else None}
+        inputs: dict[str, Source] = {"train": train, "validate": Frames(validate) if validate else None}
         facts = {
             **self.classes,
             "start": start_identity(model.start) if ready else str(start),
@@ -310,7 +316,13 @@ class Builder:
             train_segmenter,
             name,
             inputs if start is None else {**inputs, "start": start},
-            {"network": network, "loss": loss, "training": training},
+            {
+                "network": network,
+                "loss": loss,
+                "training": training,
+                "weights": weights,
+                "fresh": self._fresh(model) or None,
+            },
             unhashed=self._named(name) | ({"start": model.start} if ready else {}),
             facts=facts,
             counted=("train", "validate"),
@@ -320,7 +332,8 @@ class Builder:
             "about": model.about,
             "start": model.start,
             "parents": [] if ready else [model.start],
-            "train": model.train,
+            "train": model.train_sets,
+            "weights": weights,
             "network": network.model_dump(mode="json"),
             "loss": loss.model_dump(mode="json"),
             "training": training.model_dump(mode="json"),
@@ -329,13 +342,33 @@ class Builder:
         self.graph.models[name] = ModelNodes(node, chosen, pseudo, shown, of, seed)
         return node
 
+    def _trained_on(self, name: str) -> Views:
+        """The frames that a training reads: of a dataset that it translates itself, those to translate."""
+        dataset = self.recipe.datasets[name]
+        if isinstance(dataset, TranslatedDataset) and dataset.fresh:
+            return self.dataset(dataset.translate)
+        return self.dataset(name)
+
+    def _fresh(self, model: Model) -> dict[str, PhotometricTranslator]:
+        """Train sets that a training translates itself, with their translators."""
+        found = {}
+        for name in model.train_sets:
+            dataset = self.recipe.datasets[name]
+            if isinstance(dataset, TranslatedDataset) and dataset.fresh:
+                translator = self.recipe.translators[dataset.by]
+                assert isinstance(translator, PhotometricTranslator), name  # the recipe was checked
+                found[name] = translator
+        return found
+
     def _pseudo_label(self, name: str, of: str, model: Model, learning: SelfTraining) -> tuple[NodeId | None, NodeId]:
         """The frames are chosen once for all seeds; those with one teacher share its labels, too."""
         by, chosen = learning.teacher or model.start, None
         teacher, first = self.model(by), self.models[of]
         assert first.self_training is not None, of
         if learning.select is not None:
-            translated = [name for name in model.train if isinstance(self.recipe.datasets[name], TranslatedDataset)]
+            translated = [
+                name for name in model.train_sets if isinstance(self.recipe.datasets[name], TranslatedDataset)
+            ]
             near = [learning.select.reference] if learning.select.reference else translated
             chosen = self.select(of, learning.select, learning.pool, near)
         frames = self.dataset(learning.pool) if chosen is None else (View(chosen),)
@@ -424,7 +457,7 @@ class Builder:
 
     def _learned(self, name: str) -> Iterator[Use]:
         model = self.models[name]
-        for dataset in model.train:
+        for dataset in model.train_sets:
             yield from self._uses(dataset, "trained on", is_training=True)
         if model.self_training is not None:
             yield from self._uses(model.self_training.pool, "trained on as a pool")

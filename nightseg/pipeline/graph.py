@@ -122,6 +122,8 @@ def part_of_key(value: Any) -> Any:
     """A setting as JSON, without the fields that its result does not follow from."""
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json", exclude=WITHOUT_EFFECT.get(type(value)))
+    if isinstance(value, Mapping):
+        return {name: part_of_key(part) for name, part in value.items()}
     return value
 
 

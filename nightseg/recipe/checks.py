@@ -75,6 +75,7 @@ def recipe_problems(data: Mapping[str, Any]) -> list[Problem]:
         *_contradictions(sections),
         *_missing_seeds(data, sections),
         *_missing_directions(sections),
+        *_not_fresh(sections),
         *_unfit_translations(sections),
         *_unlabelled(sections),
         *_taxonomy_problems(data, sections),
@@ -113,9 +114,10 @@ def _named(owner: Key, path: Key, entry: Mapping[str, Any], keys: Mapping[str, s
         value = entry.get(key)
         if isinstance(value, str):
             yield Reference(owner, (*path, key), section, value)
-        for index, item in enumerate(_list(value)):
+        for index, item in enumerate(_names(value)):
             if isinstance(item, str):
-                yield Reference(owner, (*path, key, str(index)), section, item)
+                place = item if isinstance(value, Mapping) else str(index)
+                yield Reference(owner, (*path, key, place), section, item)
 
 
 def _unknown(sections: _Sections, references: list[Reference]) -> Iterator[Problem]:
@@ -163,7 +165,7 @@ def _contradictions(sections: _Sections) -> Iterator[Problem]:
         method = METHODS.get(str(select.get("method", "fid-subset")))
         if not select or select.get("reference") or method is None or not method.needs_reference:
             continue
-        if not any("translate" in _mapping(sections.datasets, item) for item in _list(entry.get("train"))):
+        if not any("translate" in _mapping(sections.datasets, item) for item in _names(entry.get("train"))):
             message = (
                 "no train set of this model is translated, so say which dataset the chosen frames should be close to"
             )
@@ -194,6 +196,26 @@ def _missing_directions(sections: _Sections) -> Iterator[Problem]:
         settings = _mapping(sections.translators, by)
         if "translate" in entry and to in ("day", "night") and settings and (why := way_missing(settings, to)):
             yield Problem(("datasets", name, "to"), f"the translator {by} has no way to {to}: {why}")
+
+
+def _not_fresh(sections: _Sections) -> Iterator[Problem]:
+    """Datasets that shall be translated anew with every sample, and cannot be."""
+    fresh = {name: entry for name, entry in sections.datasets.items() if entry.get("fresh") is True}
+    for name, entry in fresh.items():
+        kind = _mapping(sections.translators, entry.get("by")).get("kind", "unit")
+        if entry.get("by") in sections.translators and kind != "photometric":
+            yield Problem(
+                ("datasets", name, "fresh"), f"a translator of the kind {kind} translates beforehand, not anew"
+            )
+        elif "translate" in _mapping(sections.datasets, entry.get("translate")):
+            yield Problem(
+                ("datasets", name, "translate"), "what is translated anew with every sample starts from frames"
+            )
+    for name, entry in sections.datasets.items():
+        for index, part in enumerate(_list(entry.get("join"))):
+            if part in fresh:
+                message = f"{part} is translated anew where a model trains on it: name it in `train` beside {name}"
+                yield Problem(("datasets", name, "join", str(index)), message)
 
 
 def way_missing(settings: Mapping[str, Any], to: str) -> str:
@@ -235,7 +257,7 @@ def _translated_teacher(sections: _Sections, model: Any, trail: tuple[str, ...])
     entry = _mapping(sections.models, model)
     if model in trail or not entry:
         return None
-    learned = (_first(sections, name, lambda found: "translate" in found) for name in _list(entry.get("train")))
+    learned = (_first(sections, name, lambda found: "translate" in found) for name in _names(entry.get("train")))
     before = (entry.get("start"), _mapping(entry, "self_training").get("teacher"))
     inherited = (_translated_teacher(sections, name, (*trail, model)) for name in before)
     return next((name for found in (learned, inherited) for name in found if name), None)
@@ -247,7 +269,7 @@ def _unlabelled(sections: _Sections) -> Iterator[Problem]:
         (("models", model, key, str(index)), dataset)
         for model, entry in sections.models.items()
         for key in ("train", "validate_on")
-        for index, dataset in enumerate(_list(entry.get(key)))
+        for index, dataset in enumerate(_names(entry.get(key)))
     ]
     uses += [(("test_sets", test), dataset) for test, dataset in sections.test_sets.items()]
     for path, dataset in uses:
@@ -366,6 +388,11 @@ def _missing_folders(sections: _Sections) -> Iterator[Problem]:
 def _mapping(entries: Mapping[str, Any], name: Any) -> dict[str, Any]:
     entry = entries.get(name) if isinstance(name, str) else None
     return {str(key): value for key, value in entry.items()} if isinstance(entry, Mapping) else {}
+
+
+def _names(value: Any) -> list[Any]:
+    """The items of a list, the keys of a mapping."""
+    return list(value) if isinstance(value, list | Mapping) else []
 
 
 def _list(value: Any) -> list[Any]:

@@ -50,6 +50,9 @@ class Compute(Strict):
     map: MapCompute = MapCompute()
 
 
+Weight = Annotated[float, Field(gt=0)]
+
+
 class SelfTraining(Strict):
     """Pseudo-labels of a teacher on a pool of unlabelled frames, added to the train sets."""
 
@@ -58,6 +61,9 @@ class SelfTraining(Strict):
     select: Selection | None = Field(default=None, description="null = every frame of the pool")
     threshold: Threshold = Threshold()
     inference: Inference | None = Field(default=None, description="how the teacher predicts; null = the recipe's")
+    weight: Weight = Field(
+        default=1.0, description="of the pseudo-labelled frames, where the model's train sets have weights"
+    )
 
 
 class TestRow(Strict):
@@ -71,7 +77,9 @@ class Model(Strict):
     """One segmenter: its data, its start, its teacher and selection, its loss."""
 
     about: str = Field(default="", description="one line on what is tried here, shown in the report")
-    train: Annotated[list[Name], Field(min_length=1)] = Field(description="datasets to learn from")
+    train: Annotated[list[Name] | dict[Name, Weight], Field(min_length=1)] = Field(
+        description="datasets to learn from: a list = every frame alike; dataset -> weight = shares of the samples"
+    )
     validate_on: list[Name] = Field(default=[], description="datasets for the curve of mIoU in training")
     start: str = Field(
         default="imagenet", description="imagenet, scratch, another model's name, or a model folder (a/path)"
@@ -83,6 +91,11 @@ class Model(Strict):
     loss: Loss | None = Field(default=None, description="null = the recipe's")
     training: Training | None = Field(default=None, description="null = the recipe's")
     test: dict[Name, TestRow] | None = Field(default=None, description="test sets; null = all of the recipe")
+
+    @property
+    def train_sets(self) -> list[str]:
+        """Names of the datasets that it learns from."""
+        return list(self.train)
 
 
 class Evaluation(Strict):

@@ -9,8 +9,9 @@ frame scaled as a whole and then cropped; images differ by a grey level of round
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
@@ -21,9 +22,14 @@ from torchvision.transforms.v2 import functional as transform
 from nightseg.data.taxonomy import IGNORE
 from nightseg.segmenter.settings import Augmentation
 
+LEAST_BLUR: Final = 0.2  # pixels: less changes no grey level
+
 
 def sample_rng(seed: int, epoch: int, repeat: int, index: int) -> np.random.Generator:
-    """The generator of one sample: frame `index`, drawn for the `repeat`-th time in `epoch`. Workers do not matter."""
+    """The generator of one sample: entry `index` of the training set, drawn for the `repeat`-th time in `epoch`.
+
+    Workers do not matter.
+    """
     return np.random.default_rng((seed, epoch, repeat, index))
 
 
@@ -57,6 +63,10 @@ class _Span(NamedTuple):
     before: int
     after: int
 
+    @property
+    def taken(self) -> slice:
+        return slice(self.start, self.start + self.length)
+
 
 def _draw_span(length: int, crop: int, scale: float, rng: np.random.Generator) -> _Span:
     place = rng.random()
@@ -68,6 +78,16 @@ def _draw_span(length: int, crop: int, scale: float, rng: np.random.Generator) -
     return _Span(0, length, scaled, before, crop - scaled - before)
 
 
+class Wanted(NamedTuple):
+    """A class that a crop should show, on at least this share of its pixels."""
+
+    train_id: int
+    min_share: float
+
+
+CROPS_TRIED: Final = 10  # as DAFormer (arXiv 2111.14887)
+
+
 def augment(
     image_3HW: Tensor,
     label_HW: Tensor,
@@ -76,8 +96,9 @@ def augment(
     crop: tuple[int, int],
     settings: Augmentation,
     fill: tuple[int, int, int] = (0, 0, 0),
+    shows: Wanted | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A random view of a frame, exactly `crop` = (height, width) large.
+    """A random view of a frame, exactly `crop` = (height, width) large; one that `shows` a class if ten draws find it.
 
     A frame that is smaller than the crop is padded at a random place: the image with `fill` (the mean colour of the
     encoder, which normalises to zero), the label with 255. The same draws are made whatever the settings, so turning
@@ -88,25 +109,45 @@ def augment(
     factor = low + scale * (high - low)
     rows = _draw_span(image_3HW.shape[1], crop[0], factor, rng)
     columns = _draw_span(image_3HW.shape[2], crop[1], factor, rng)
+    strength, noise_seed = rng.random(), int(rng.integers(2**63))
+    gamma, blur, hue = rng.random(3)
+    for _ in range(CROPS_TRIED - 1):
+        if shows is None or _shows(label_HW[rows.taken, columns.taken], shows):
+            break
+        rows = _draw_span(image_3HW.shape[1], crop[0], factor, rng)
+        columns = _draw_span(image_3HW.shape[2], crop[1], factor, rng)
 
-    taken = (slice(rows.start, rows.start + rows.length), slice(columns.start, columns.start + columns.length))
-    image = resize_image(image_3HW[(slice(None), *taken)], (rows.scaled, columns.scaled))
-    label = resize_label(label_HW[taken], (rows.scaled, columns.scaled))
+    image = resize_image(image_3HW[:, rows.taken, columns.taken], (rows.scaled, columns.scaled))
+    label = resize_label(label_HW[rows.taken, columns.taken], (rows.scaled, columns.scaled))
+    if settings.gamma:
+        image = _curve(2.0 ** (settings.gamma * (2 * gamma - 1)))[image.long()]
     if settings.brightness:
         image = transform.adjust_brightness(image, 1 + settings.brightness * (2 * brightness - 1))
     if settings.contrast:
         image = transform.adjust_contrast(image, 1 + settings.contrast * (2 * contrast - 1))
     if settings.saturation:
         image = transform.adjust_saturation(image, 1 + settings.saturation * (2 * saturation - 1))
+    if settings.hue:
+        image = transform.adjust_hue(image, settings.hue * (hue - 0.5))
+    if settings.blur * blur > LEAST_BLUR:
+        image = transform.gaussian_blur(image, 2 * math.ceil(2 * settings.blur * blur) + 1, settings.blur * blur)
     if flip < settings.flip:
         image, label = image.flip(-1), label.flip(-1)
-    strength, noise_seed = rng.random(), int(rng.integers(2**63))
     if settings.noise:
         image = _noisy(image, 255 * settings.noise * strength, noise_seed)
     edges = [columns.before, rows.before, columns.after, rows.after]
     if any(edges):
         image, label = transform.pad(image, edges, list(fill)), transform.pad(label[None], edges, IGNORE)[0]
     return image.contiguous(), label.contiguous()
+
+
+def _shows(label_HW: Tensor, wanted: Wanted) -> bool:
+    return int((label_HW == wanted.train_id).sum()) >= max(1.0, wanted.min_share * label_HW.numel())
+
+
+def _curve(exponent: float) -> Tensor:
+    """uint8 256: what each grey level becomes, white and black stay."""
+    return (255 * (torch.arange(256, dtype=torch.float64) / 255) ** exponent).round().to(torch.uint8)
 
 
 def _noisy(image_3HW: Tensor, deviation: float, seed: int) -> Tensor:

@@ -1,8 +1,10 @@
 """Labelled frames of a table as training batches: decoded once, drawn in an order that follows from the seed alone.
 
-B images, H x W pixels. Which frames a step sees, and how each is augmented, is a function of (seed, epoch, frame): not
-of the number of workers or threads, nor of what is cached. torch's DataLoader gives this for whole batches only, from
-processes that would each hold the decoded frames; here threads read ahead: decoders and resampling free Python's lock.
+B images, H x W pixels, K classes, N frames. A training set is put together from parts, each with its share of the
+samples, and some rendered anew (in other light) every time that a frame is drawn. Which frames a step sees, and how
+each is augmented, is a function of (seed, epoch, frame): not of how many workers or threads, nor of what is cached.
+torch's DataLoader gives this for whole batches only, from processes that would each hold the decoded frames; here
+threads read ahead: decoders and resampling free Python's lock.
 """
 
 from __future__ import annotations
@@ -11,9 +13,10 @@ import os
 import struct
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -28,8 +31,8 @@ from nightseg.data import table as frame
 from nightseg.data.images import BadFrame, decode_image, decode_label
 from nightseg.data.prefetch import prefetch
 from nightseg.data.taxonomy import Taxonomy
-from nightseg.segmenter.augment import augment, resize_image, resize_label, sample_rng
-from nightseg.segmenter.settings import Training
+from nightseg.segmenter.augment import Wanted, augment, resize_image, resize_label, sample_rng
+from nightseg.segmenter.settings import ClassSampling, Training
 from nightseg.storage import Location, UserError, hash_of, sha256_of
 from nightseg.storage.scratch import Scratch
 
@@ -41,6 +44,7 @@ _HEADER: Final = struct.Struct("<8s4I")  # height and width of the image, height
 _MAGIC: Final = b"nsframe1"
 
 Bytes = npt.NDArray[np.uint8]
+Counts = npt.NDArray[np.int64]
 
 
 # -- frames -----------------------------------------------------------------------------------------------------------
@@ -121,11 +125,33 @@ def _read(row: dict[str, Any], uri: str, sha256: str) -> bytes:
 # -- batches ----------------------------------------------------------------------------------------------------------
 
 
+Render = Callable[[Bytes, Bytes, int], Bytes]
+"""A frame in other light: (image uint8 H x W x 3, train ids uint8 H x W, seed) to an image of the same size."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Frames that a training set is put together from: rows of its table, and how they are drawn."""
+
+    rows: tuple[int, ...]
+    weight: float | None = None  # share of the samples as against other parts; None = every frame of all parts alike
+    render: Render | None = None  # drawn anew with every sample
+
+    @classmethod
+    def whole(cls, num_frames: int) -> Part:
+        """All frames of a table, as they are."""
+        return cls(tuple(range(num_frames)))
+
+
 class Sample(NamedTuple):
-    """Row `row` of the frame table, drawn for the `repeat`-th time in its epoch."""
+    """Row `row` of the frame table, drawn for the `repeat`-th time in its epoch as entry `entry` of the training set:
+    of all parts laid end to end. `shows`: a class that its crop should have."""
 
     row: int
     repeat: int
+    entry: int
+    part: int = 0
+    shows: int | None = None
 
 
 class Batch(NamedTuple):
@@ -135,19 +161,108 @@ class Batch(NamedTuple):
     labels: Tensor
 
 
-def sample_order(num_frames: int, num_samples: int, seed: int, epoch: int) -> list[Sample]:
-    """The samples of one epoch: permutation after permutation of all frames, cut at `num_samples`."""
-    rng = np.random.default_rng((seed, epoch))
-    samples: list[Sample] = []
-    repeat = 0
-    while len(samples) < num_samples:
-        samples += [Sample(int(row), repeat) for row in rng.permutation(num_frames)]
-        repeat += 1
-    return samples[:num_samples]
+class Sampler:
+    """Which samples an epoch draws, a function of (seed, epoch).
+
+    Without weights: permutation after permutation of all frames, cut at the number of samples. With weights: of every
+    part its share of the samples, in random order, each part permutation after permutation. With `classes`, in a part
+    whose labels are counted, a class is drawn first, the rarer the likelier, and then one of the frames that show it
+    (rare class sampling, arXiv 2111.14887).
+
+    `pixels_NK`: pixels of the label of each row by class, a row of zeros where they are not counted.
+    """
+
+    def __init__(
+        self, parts: Sequence[Part], classes: ClassSampling | None = None, pixels_NK: Counts | None = None
+    ) -> None:
+        self.parts = list(parts)
+        self._rows = [row for part in parts for row in part.rows]
+        self._first = np.cumsum([0, *(len(part.rows) for part in parts)]).tolist()
+        self._classes = classes
+        self._likely_K: npt.NDArray[np.float64] = np.empty(0)
+        self._showing: list[list[npt.NDArray[np.intp]]] = [[] for _ in parts]  # part -> class -> places in the part
+        if classes is not None and pixels_NK is not None:
+            self._likely_K = likely_classes(pixels_NK[self._rows], classes.temperature)
+            shares_NK = pixels_NK / np.maximum(pixels_NK.sum(axis=1, keepdims=True), 1)
+            shows_NK = shares_NK >= classes.min_share
+            self._showing = [[np.flatnonzero(column) for column in shows_NK[list(part.rows)].T] for part in parts]
+
+    @property
+    def num_frames(self) -> int:
+        return len(self._rows)
+
+    def epoch(self, num_samples: int, seed: int, epoch: int) -> list[Sample]:
+        rng = np.random.default_rng((seed, epoch))
+        samples: list[tuple[int, int, int | None]]
+        if self._classes is None and all(part.weight is None for part in self.parts):
+            entries = _permutations(self.num_frames, num_samples, rng)
+            part_of = np.searchsorted(self._first, entries, side="right") - 1
+            samples = [(entry, part, None) for entry, part in zip(entries.tolist(), part_of.tolist(), strict=True)]
+        else:
+            samples = self._mixed(num_samples, rng)
+        drawn: dict[int, int] = {}
+        order = []
+        for entry, part, shows in samples:
+            repeat = drawn.get(entry, 0)
+            order.append(Sample(self._rows[entry], repeat, entry, part, shows))
+            drawn[entry] = repeat + 1
+        return order
+
+    def _mixed(self, num_samples: int, rng: np.random.Generator) -> list[tuple[int, int, int | None]]:
+        """(entry, part, class shown) of each sample."""
+        weights = [len(part.rows) if part.weight is None else part.weight for part in self.parts]
+        part_of = rng.permutation(np.repeat(np.arange(len(weights)), shares_of(num_samples, weights)))
+        counts = np.bincount(part_of, minlength=len(weights))
+        streams = [iter(self._of_part(part, int(count), rng)) for part, count in enumerate(counts)]
+        drawn = ((part, *next(streams[part])) for part in part_of.tolist())
+        return [(self._first[part] + place, part, shows) for part, place, shows in drawn]
+
+    def _of_part(self, part: int, count: int, rng: np.random.Generator) -> list[tuple[int, int | None]]:
+        """(place in the part, class shown) of `count` samples of a part."""
+        showing = self._showing[part]
+        likely_K = self._likely_K * [bool(len(places)) for places in showing]
+        if not likely_K.any():
+            return [(int(place), None) for place in _permutations(len(self.parts[part].rows), count, rng)]
+        wanted = rng.choice(len(likely_K), size=count, p=likely_K / likely_K.sum())
+        return [(int(rng.choice(showing[shows])), int(shows)) for shows in wanted]
+
+
+def label_pixels(rows: pa.Table, num_classes: int) -> Counts:
+    """Pixels of the labels by class, int64 N x K, as they were counted; a row of zeros where they were not."""
+    known = frame.LABEL_PIXELS in rows.column_names
+    counted = rows[frame.LABEL_PIXELS].to_pylist() if known else [None] * rows.num_rows
+    return np.array([pixels or [0] * num_classes for pixels in counted], dtype=np.int64).reshape(-1, num_classes)
+
+
+def likely_classes(pixels_NK: Counts, temperature: float) -> npt.NDArray[np.float64]:
+    """How likely each class is drawn, K numbers that add up to 1: softmax of (1 - share of the pixels) / temperature
+    (arXiv 2111.14887, equation 12). A class without a pixel is never drawn; all zeros without any pixel."""
+    counts_K = pixels_NK.sum(axis=0)
+    if not counts_K.any():
+        return np.zeros(len(counts_K))
+    frequency_K = counts_K / counts_K.sum()
+    grown_K = np.exp((frequency_K[counts_K > 0].min() - frequency_K) / temperature) * (counts_K > 0)
+    likely_K: npt.NDArray[np.float64] = grown_K / grown_K.sum()
+    return likely_K
+
+
+def shares_of(count: int, weights: Sequence[float]) -> npt.NDArray[np.intp]:
+    """`count` shared out by weight in whole numbers (largest remainders; of equal ones the first)."""
+    exact = count * np.asarray(weights, dtype=np.float64) / np.sum(weights)
+    shares: npt.NDArray[np.intp] = np.floor(exact + 1e-9).astype(np.intp)
+    late = np.argsort(shares - exact, kind="stable")[: count - int(shares.sum())]
+    shares[late] += 1
+    return shares
+
+
+def _permutations(num_frames: int, count: int, rng: np.random.Generator) -> npt.NDArray[np.intp]:
+    rounds = [rng.permutation(num_frames) for _ in range(-(-count // num_frames))]
+    return np.concatenate([np.empty(0, dtype=np.intp), *rounds])[:count].astype(np.intp)
 
 
 def training_batches(
     frames: LabelledFrames,
+    parts: Sequence[Part],
     order: Sequence[Sample],
     training: Training,
     *,
@@ -177,8 +292,19 @@ def training_batches(
 
     def load(place: tuple[Batch, Sample, Tensor, Tensor]) -> Batch:
         batch, sample, image_HW3, label_HW = place
-        rng = sample_rng(seed, epoch, sample.repeat, sample.row)
-        view = augment(*frames[sample.row], rng, crop=training.crop, settings=training.augmentation, fill=fill)
+        draw = (seed, epoch, sample.repeat, sample.entry)
+        image, label = frames[sample.row]
+        render = parts[sample.part].render
+        if render is not None:
+            light = int(np.random.SeedSequence(draw).generate_state(1, np.uint32)[0])
+            rendered_HW3 = render(image.permute(1, 2, 0).numpy(), label.numpy(), light)
+            image = torch.from_numpy(rendered_HW3).permute(2, 0, 1)
+        shows = None
+        if sample.shows is not None and training.class_sampling is not None:
+            shows = Wanted(sample.shows, training.class_sampling.min_share)
+        view = augment(
+            image, label, sample_rng(*draw), crop=training.crop, settings=training.augmentation, fill=fill, shows=shows
+        )
         image_HW3.copy_(view[0].permute(1, 2, 0))
         label_HW.copy_(view[1])
         return batch

@@ -128,6 +128,25 @@ class Augmentation(Strict):
     contrast: Fraction = Field(default=0.0, description="largest relative change")
     saturation: Fraction = Field(default=0.0, description="largest relative change")
     noise: Fraction = Field(default=0.0, description="largest standard deviation of the noise, as a share of white")
+    gamma: Annotated[float, Field(ge=0, le=4)] = Field(
+        default=0.0, description="largest change of the tone curve's exponent, in powers of two: 1 = from 1/2 to 2"
+    )
+    hue: Fraction = Field(default=0.0, description="largest change, both ways together, as a share of the circle")
+    blur: Annotated[float, Field(ge=0, le=16)] = Field(
+        default=0.0, description="largest standard deviation of a blur, in pixels of the crop"
+    )
+
+
+class ClassSampling(Strict):
+    """Rare class sampling (arXiv 2111.14887): a class is drawn first, the rarer the likelier, then a frame that shows
+    it, and a crop that does. In parts of the training set whose labels were counted when they were collected."""
+
+    temperature: Annotated[float, Field(gt=0)] = Field(
+        default=0.01, description="of the softmax over 1 - share of the pixels: small = the rarest classes, large = all"
+    )
+    min_share: Fraction = Field(
+        default=0.005, description="a frame or crop shows a class that has this share of its pixels"
+    )
 
 
 class Training(Strict):
@@ -179,6 +198,7 @@ class Training(Strict):
         default=None, description="steps between checkpoints; null = after each epoch, and every ten minutes in one"
     )
     augmentation: Augmentation = Augmentation()
+    class_sampling: ClassSampling | None = Field(default=None, description="null = every frame of a set alike")
 
     @model_validator(mode="after")
     def _holds_together(self) -> Training:

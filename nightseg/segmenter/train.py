@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -29,10 +30,12 @@ from nightseg.networks.ema import ema_of, update_ema, warmed_up_decay
 from nightseg.segmenter.data import (
     Batch,
     LabelledFrames,
+    Part,
     Sample,
+    Sampler,
     cache_for,
+    label_pixels,
     reading_threads,
-    sample_order,
     training_batches,
 )
 from nightseg.segmenter.encoders import freeze_batch_norm
@@ -54,6 +57,7 @@ class Plan:
     """What every worker needs to know. `start` is a model folder with the weights before the first step."""
 
     train: pa.Table
+    parts: Sequence[Part]
     validate: pa.Table | None
     start: Location
     classes: Taxonomy
@@ -63,9 +67,13 @@ class Plan:
     seed: int
     curves: Location | None = None  # where TensorBoard finds them
 
+    @cached_property
+    def sampler(self) -> Sampler:
+        return Sampler(self.parts, self.training.class_sampling, label_pixels(self.train, self.classes.num_classes))
+
     @property
     def steps_per_epoch(self) -> int:
-        return self.training.steps_per_epoch or -(-self.train.num_rows // self.training.batch)
+        return self.training.steps_per_epoch or -(-self.sampler.num_frames // self.training.batch)
 
     @property
     def total_steps(self) -> int:
@@ -122,7 +130,7 @@ def _train_epoch(
     if training.freeze_batch_norm:
         freeze_batch_norm(network.body)
     epoch, begun = divmod(learner.step, plan.steps_per_epoch)
-    order = sample_order(len(frames), plan.steps_per_epoch * training.batch, plan.seed, epoch)
+    order = plan.sampler.epoch(plan.steps_per_epoch * training.batch, plan.seed, epoch)
     batches = _batches(frames, order[begun * training.batch :], epoch, learner, plan, session)
     class_weights = plan.class_weights
     read, saved = learner.step, (time.monotonic(), learner.step)
@@ -174,6 +182,7 @@ def _batches(
     red, green, blue = (round(255 * mean) for mean in learner.network.body.mean)  # normalises to zero
     return training_batches(
         frames,
+        plan.parts,
         order,
         plan.training,
         rank=session.rank,

@@ -20,7 +20,7 @@ from nightseg.data import table as columns
 from nightseg.data.class_list import taxonomy
 from nightseg.data.encodings import LABEL_FILES_SCHEMA, Reading, UnclearLabels, facts_of, label_files, read_as
 from nightseg.data.images import BadFrame, UInt8, decode_turned, encode_png, read_bytes
-from nightseg.data.labels import stored_label, to_train_ids
+from nightseg.data.labels import pixels_by_class, stored_label, to_train_ids
 from nightseg.data.layouts import list_frames, scene_domains
 from nightseg.data.scenes import scene
 from nightseg.data.settings import FolderDataset, ScenesDataset
@@ -29,7 +29,7 @@ from nightseg.data.taxonomy import TRAIN_IDS, Taxonomy
 from nightseg.data.thumbnails import NUM_VALUES, thumbnail
 from nightseg.storage import Commit, Location, Shards, UserError, sha256_of
 
-VERSION = 3
+VERSION = 4
 
 TRUE_DOMAIN = "true_domain"  # of a scene, kept beside `domain`, which an unlabelled pool does not reveal
 SCENES_TAXONOMY = "camvid11"
@@ -180,7 +180,8 @@ class FolderReader:
         if row[columns.LABEL_URI] is not None:
             label = stored_label(row, (height, width), orientation)
             labels.append(facts_of(row[columns.LABEL_URI], label.stored, row[columns.LABEL_ENCODING]))
-            to_train_ids(row, label.stored, self.classes)  # raises for unknown ids
+            train_ids = to_train_ids(row, label.stored, self.classes)  # raises for unknown ids
+            row[columns.LABEL_PIXELS] = pixels_by_class(train_ids, self.classes.num_classes)
             row[columns.LABEL_SHA256] = label.sha256
         looks[row[columns.SHA256]] = thumbnail(image_HWC)
         return row
@@ -252,5 +253,6 @@ class SceneWriter:
                 columns.LABEL_URI: label_uri,
                 columns.LABEL_SHA256: sha256_of(label),
                 columns.LABEL_ENCODING: TRAIN_IDS,
+                columns.LABEL_PIXELS: pixels_by_class(drawn.label, len(self.palette)),
             }
         return row

@@ -28,7 +28,7 @@ from nightseg.segmenter.self_training import NUM_BINS, KeptPixels
 from nightseg.segmenter.settings import Inference, Threshold
 from nightseg.storage import Attempt, Commit, Location, Shards, UserError, sha256_of
 
-VERSION = 2
+VERSION = 3
 
 CONFIDENCE_URI = "confidence_uri"  # grey PNG at a quarter of the frame's size, 255 = certain
 CONFIDENCE_SHA256 = "confidence_sha256"
@@ -234,6 +234,7 @@ def _write(
         frame.LABEL_URI: f"masks/{name}",
         frame.LABEL_SHA256: sha256_of(label),
         frame.LABEL_ENCODING: TRAIN_IDS,
+        frame.LABEL_PIXELS: kept_K.tolist(),
     }
     facts = {
         frame.FRAME_ID: row[frame.FRAME_ID],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -15,20 +17,25 @@ from nightseg.data.labels import check_labelled, train_ids_of
 from nightseg.data.taxonomy import IGNORE, Taxonomy
 from nightseg.networks.model_folder import save_model
 from nightseg.progress import Progress
+from nightseg.segmenter.data import Part
 from nightseg.segmenter.network import SemanticFPN, check_architecture, model_card
 from nightseg.segmenter.settings import Loss, Network, Training
 from nightseg.segmenter.start import starting_network
 from nightseg.segmenter.train import Plan, learn
 from nightseg.storage import Attempt, Commit, UserError
+from nightseg.translators.photometric import LitIds, render_night
+from nightseg.translators.settings import PhotometricTranslator
 
-VERSION = 3
+VERSION = 4
 
 
 def train_segmenter(
-    train: pa.Table,
+    train: Mapping[str, pa.Table],
     validate: pa.Table | None,
     *,
     name: str,
+    weights: Mapping[str, float] | None = None,
+    fresh: Mapping[str, PhotometricTranslator] | None = None,
     network: Network,
     loss: Loss,
     training: Training,
@@ -42,21 +49,20 @@ def train_segmenter(
     """Commit `model/` (the last weights, or their EMA: its card says which) and `history.json` (one entry an epoch).
     `tensorboard/` beside them has the curves and some validation frames; it is no part of the result.
 
-    `train` and `validate` are frame tables with absolute uris, every frame labelled; each row's label is mapped by its
-    own encoding. `start`: "imagenet" (encoder only), "scratch", or the commit of another model, whose predictor is
+    `validate` and the tables of `train`, by the name of their part, are frame tables with absolute uris, every frame
+    labelled; each row's label is mapped by its own encoding. `weights`: shares of the samples that the parts have,
+    None = as many as they have frames. `fresh`: parts whose frames are rendered at night anew with every sample.
+    `start`: "imagenet" (encoder only), "scratch", or the commit of another model, whose predictor is
     re-initialised when its class list differs. Validation is only watched: no epoch is chosen by it.
     Raises UserError: a frame without label or that has changed, settings that cannot train, a loss that is not finite.
     """
     begin, curves = attempt.folder / "start", attempt.folder / "tensorboard"
-    plan = Plan(train, validate, begin, load_taxonomy(taxonomy), network, loss, training, seed, curves)
+    classes = load_taxonomy(taxonomy)
+    rows, parts = put_together(train, weights, fresh or {}, classes)
+    plan = Plan(rows, parts, validate, begin, classes, network, loss, training, seed, curves)
     check_training(name, plan, compute)
-    initial = starting_network(
-        start if isinstance(start, str) else start.folder / "model",
-        network,
-        plan.classes,
-        seed=seed,
-        say=lambda message: progress.say(f"model {name}: {message}"),
-    )
+    weights_from = start if isinstance(start, str) else start.folder / "model"
+    initial = starting_network(weights_from, network, classes, seed=seed, say=partial(_say, progress, name))
     card = _card(initial, plan, start, attempt)
     save_model(plan.start, initial.state_dict(), card)
     result = fit(
@@ -74,14 +80,41 @@ def train_segmenter(
     save_model(attempt.folder / "model", state["network"] if state["ema"] is None else state["ema"], card)
     (attempt.folder / "history.json").write_json(state["history"])
     commit = attempt.finish(
-        rows_in=train.num_rows,
-        rows_out=train.num_rows,
+        rows_in=plan.sampler.num_frames,
+        rows_out=plan.sampler.num_frames,
         outputs=["model/model.safetensors", "model/model.json", "history.json"],
         summary={"steps": plan.total_steps, "pace": state["pace"], "last": state["history"][-1]},
     )
     for scratch in ("trainer", "start"):
         (attempt.folder / scratch).delete()
     return commit
+
+
+def _say(progress: Progress, name: str, message: str) -> None:
+    progress.say(f"model {name}: {message}")
+
+
+def put_together(
+    tables: Mapping[str, pa.Table],
+    weights: Mapping[str, float] | None,
+    fresh: Mapping[str, PhotometricTranslator],
+    classes: Taxonomy,
+) -> tuple[pa.Table, tuple[Part, ...]]:
+    """One table that has each file once, so that it is decoded once, and the parts as rows of it."""
+    together = pa.concat_tables(tables.values(), promote_options="default")
+    files = zip(*(together[column].to_pylist() for column in (frame.URI, frame.LABEL_URI)), strict=True)
+    first: dict[tuple[str, str | None], int] = {}
+    places = [first.setdefault(file, len(first)) for file in files]
+    kept = sorted({place: index for index, place in reversed(list(enumerate(places)))}.values())
+    parts, begun = [], 0
+    for name, table in tables.items():
+        rows = tuple(places[begun : begun + table.num_rows])
+        begun += table.num_rows
+        render = None
+        if name in fresh:
+            render = partial(render_night, optics=fresh[name], lit=LitIds.of(fresh[name].classes, classes.classes))
+        parts.append(Part(rows, None if weights is None else weights[name], render))
+    return together.take(kept), tuple(parts)
 
 
 def _card(initial: SemanticFPN, plan: Plan, start: str | Commit, attempt: Attempt) -> dict[str, Any]:

@@ -70,6 +70,13 @@ def night_of(
     return to_pixels(expose(scene_HW3, optics.electrons, optics.read_noise, sensor))
 
 
+def render_night(
+    image_HW3: Pixels, label_HW: Labels, seed: int, *, optics: PhotometricTranslator, lit: LitIds
+) -> Pixels:
+    """`night_of` where every seed is another night: a training draws one with every sample."""
+    return night_of(image_HW3, label_HW, optics=optics, lit=lit, seed=seed, frame_id="")
+
+
 def expose(light_HW3: Floats, electrons: float, read_noise: float, rng: np.random.Generator) -> Floats:
     """What the sensor counts: the light, cut off at white, with noise of the variance light / electrons + read_noise^2.
 

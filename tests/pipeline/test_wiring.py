@@ -48,6 +48,7 @@ datasets:
   by_fourier: {translate: scenes, by: fourier}
   by_colour: {translate: scenes, by: colour}
   by_program: {translate: scenes, by: program}
+  by_fresh: {translate: scenes, by: optics, fresh: true}
   test: {layout: scenes, count: 2, first: 100}
 translators:
   unit: {day: day, night: night}
@@ -58,7 +59,7 @@ translators:
 models:
   first: {train: [both], validate_on: [test]}
   second:
-    train: [scenes, by_unit]
+    train: {scenes: 1.0, by_unit: 2.0, by_fresh: 0.5}
     start: first
     network: {encoder: resnet18}
     loss: {kind: combined}
@@ -89,6 +90,7 @@ OTHER_NAMES: Final[Mapping[str, Any]] = {
     "translators.colour.night": "pool2",
     "models.first.train": ["test"], "models.first.validate_on": ["scenes"], "models.first.start": "scratch",
     "models.second.train": ["scenes"], "models.second.validate_on": ["scenes"], "models.second.start": "scratch",
+    "datasets.by_fresh.translate": "test", "datasets.by_fresh.fresh": False,
     "models.second.rounds": 2, "models.second.self_training.pool": "pool2",
     "models.second.self_training.teacher": None, "models.second.self_training.select.reference": "test",
     "models.second.self_training.select.method": "pooled", "models.first.test": {},
@@ -130,6 +132,12 @@ NOT_PASSED: Final = {
     "translators.fourier.day": "there is no dataset translated to day",
     "translators.colour.day": "of the way back, which is judged only where it is asked for",
     "datasets.day.keep": "shown by night",
+    "datasets.by_fresh.by": "only optics translate anew",
+    "datasets.by_fresh.to": "optics make night",
+    **{
+        f"datasets.by_{name}.fresh": "shown by by_fresh, and only for what a model trains on"
+        for name in ("unit", "optics", "fourier", "colour", "program")
+    },
 }
 
 # Fields that a stage is given, and its result does not follow from.
@@ -319,10 +327,14 @@ def test_a_selection_is_told_what_to_be_close_to(recipe: Recipe) -> None:
 def test_frames_arrive_in_order_and_of_one_domain(recipe: Recipe) -> None:
     told = given(recipe)
     trained = told["train_segmenter/second"][1]
-    everything = [
-        f"{node}:{d}" for node in ("collect/scenes", "translate/by_unit", "pseudo_label/second") for d in SPLITS
-    ]
-    assert trained["train"] == everything and trained["start"] == "commit of train_segmenter/first"
+    parts = {"scenes": "collect/scenes", "by_unit": "translate/by_unit", "by_fresh": "collect/scenes"}
+    parts[build.PSEUDO_LABELS] = "pseudo_label/second"
+    assert trained["train"] == {part: [f"{node}:{d}" for d in SPLITS] for part, node in parts.items()}
+    assert trained["weights"] == {"scenes": 1.0, "by_unit": 2.0, "by_fresh": 0.5, build.PSEUDO_LABELS: 1.0}
+    assert (
+        trained["fresh"] == {"by_fresh": recipe.translators["optics"]}
+        and trained["start"] == "commit of train_segmenter/first"
+    )
     assert told["train_translator/unit"][1]["day"] == ["split/pool.margin-0.3:day"]
     assert told["train_translator/unit"][1]["night"] == ["split/pool:night"]
     assert list(told["evaluate/second"][1]["tests"]) == ["night"]
@@ -363,10 +375,10 @@ translate/by_colour source=collect/scenes style_images=split/pool:night to=night
     unhashed: style_dataset=night
 translate/by_program source=collect/scenes to=night translator=translators.program; unhashed: style_dataset=; facts:
     taxonomy
-train_segmenter/first train=collect/scenes+collect/test validate=collect/test network=network loss=loss
+train_segmenter/first train={both: collect/scenes+collect/test} validate=collect/test network=network loss=loss
     training=training; unhashed: start=imagenet; facts: taxonomy start=imagenet encoder_weights workers=1
-train_segmenter/third train=collect/test network=network loss=loss training=training; unhashed: start=imagenet; facts:
-    taxonomy start=imagenet encoder_weights workers=1
+train_segmenter/third train={test: collect/test} network=network loss=loss training=training; unhashed: start=imagenet;
+    facts: taxonomy start=imagenet encoder_weights workers=1
 score/by_optics.efficientnet_lite0 frames=translate/by_optics positions=False; unhashed:
     extraction=models.second.self_training.select.extractor; facts: name weights resize mode weights_sha256
 score/pool.efficientnet_lite0 frames=collect/pool positions=False; unhashed:
@@ -375,8 +387,10 @@ select/second pool_frames=collect/pool pool_scores=score/pool.efficientnet_lite0
     reference_scores=score/by_optics.efficientnet_lite0 selection=models.second.self_training.select; at most 2
 pseudo_label/second frames=select/second teacher=train_segmenter/third threshold=models.second.self_training.threshold
     inference=models.second.self_training.inference; facts: taxonomy
-train_segmenter/second train=collect/scenes+translate/by_unit+pseudo_label/second start=train_segmenter/first
-    network=models.second.network loss=models.second.loss training=models.second.training; facts: taxonomy
+train_segmenter/second train={scenes: collect/scenes, by_unit: translate/by_unit, by_fresh: collect/scenes,
+    (pseudo-labels): pseudo_label/second} start=train_segmenter/first network=models.second.network
+    loss=models.second.loss training=models.second.training weights={scenes: 1.0, by_unit: 2.0, by_fresh: 0.5,
+    (pseudo-labels): 1.0} fresh={by_fresh: translators.optics}; facts: taxonomy
     start=train_segmenter/first encoder_weights workers=1
 score/by_colour.efficientnet_lite0.positions frames=translate/by_colour positions=True; unhashed:
     extraction=models.fourth.self_training.select.extractor; facts: name weights resize mode weights_sha256
@@ -389,16 +403,18 @@ select/fourth pool_frames=split/pool:night
     most 3
 pseudo_label/fourth frames=select/fourth teacher=train_segmenter/third threshold=models.fifth.self_training.threshold
     inference=inference; facts: taxonomy
-train_segmenter/fourth train=translate/by_colour+pseudo_label/fourth start=train_segmenter/third network=network
-    loss=loss training=training; facts: taxonomy start=train_segmenter/third encoder_weights workers=1
+train_segmenter/fourth train={by_colour: translate/by_colour, (pseudo-labels): pseudo_label/fourth}
+    start=train_segmenter/third network=network loss=loss training=training; facts: taxonomy
+    start=train_segmenter/third encoder_weights workers=1
 score/both.efficientnet_lite0 frames=collect/scenes+collect/test positions=False; unhashed:
     extraction=models.fifth.self_training.select.extractor; facts: name weights resize mode weights_sha256
 select/fifth pool_frames=collect/scenes+collect/test pool_scores=score/both.efficientnet_lite0
     selection=models.fifth.self_training.select; at most 1
 pseudo_label/fifth frames=select/fifth teacher=train_segmenter/third threshold=models.fifth.self_training.threshold
     inference=inference; facts: taxonomy
-train_segmenter/fifth train=collect/test+pseudo_label/fifth start=train_segmenter/third network=network loss=loss
-    training=training; facts: taxonomy start=train_segmenter/third encoder_weights workers=1
+train_segmenter/fifth train={test: collect/test, (pseudo-labels): pseudo_label/fifth}
+    start=train_segmenter/third network=network loss=loss training=training; facts: taxonomy
+    start=train_segmenter/third encoder_weights workers=1
 evaluate/first tests={night: collect/test, other: collect/scenes} model=train_segmenter/first evaluation=evaluation
     inference=inference; facts: taxonomy
 evaluate/second tests={night: collect/test} model=train_segmenter/second evaluation=evaluation inference=inference;

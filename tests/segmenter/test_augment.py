@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from nightseg.segmenter.augment import augment, resize_image, resize_label, sample_rng
+from nightseg.segmenter.augment import Wanted, augment, resize_image, resize_label, sample_rng
 from nightseg.segmenter.settings import Augmentation
 
 FILL = (1, 2, 3)
@@ -208,3 +208,42 @@ def test_an_image_shrinks_to_a_single_pixel_its_mean() -> None:
         made = resize_image(image, (1, 1))
         # The filter is symmetric, and so are the values around their mean.
         assert made.dtype == torch.uint8 and (made[:, 0, 0] - image.float().mean((1, 2))).abs().max() <= 0.5 + 1e-4
+
+
+def test_a_crop_shows_the_class_that_it_should_if_ten_draws_find_it() -> None:
+    label = torch.zeros(64, 64, dtype=torch.uint8)
+    label[:16, :16] = 3
+    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    settings = Augmentation(scale=(1.0, 1.0), flip=0.0)
+
+    def share(shows: Wanted | None) -> float:
+        views = (augment(image, label, sample_rng(0, 0, 0, i), crop=(32, 32), settings=settings, shows=shows)
+                 for i in range(200))  # fmt: skip
+        return sum(int((view[1] == 3).sum()) >= 102 for view in views) / 200
+
+    plain, sought = share(None), share(Wanted(3, 0.1))
+    assert 0 < plain < 0.5  # a tenth of the crop lies in the corner in some draws
+    assert sought > 1 - (1 - plain) ** 10 - 4 * (plain / 200) ** 0.5  # one of ten; four standard deviations
+    assert share(Wanted(5, 0.1)) < 0.5  # what no crop shows is not sought for ever
+
+
+def test_a_tone_curve_keeps_black_and_white_and_the_exponent_is_in_powers_of_two() -> None:
+    image = torch.arange(256, dtype=torch.uint8).repeat(3, 1)[:, None]
+    found = {
+        int(augment(image, torch.zeros(1, 256, dtype=torch.uint8), sample_rng(0, 0, 0, i), crop=(1, 256),
+                    settings=Augmentation(scale=(1.0, 1.0), flip=0.0, gamma=1.0))[0][0, 0, 128])
+        for i in range(200)
+    }  # fmt: skip
+    darkest, brightest = 255 * (128 / 255) ** 2, 255 * (128 / 255) ** 0.5
+    assert round(darkest) <= min(found) < 80 and 165 < max(found) <= round(brightest)
+
+
+def test_a_blur_keeps_the_mean_and_spreads_an_edge() -> None:
+    image = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    image[:, :, 16:] = 200
+    label = torch.zeros(32, 32, dtype=torch.uint8)
+    settings = Augmentation(scale=(1.0, 1.0), flip=0.0, blur=3.0)
+    views = [augment(image, label, sample_rng(0, 0, 0, i), crop=(32, 32), settings=settings)[0] for i in range(20)]
+    between = [int(((view > 0) & (view < 200)).sum()) for view in views]
+    assert max(between) > 500
+    assert all(abs(float(view.float().mean()) - 100) < 1 for view in views)  # rounding is half a grey level at most

@@ -18,8 +18,8 @@ from nightseg.data.table import frame_table
 from nightseg.data.taxonomy import Taxonomy
 from nightseg.segmenter import data as module
 from nightseg.segmenter.augment import augment, sample_rng
-from nightseg.segmenter.data import Batch, InMemory, LabelledFrames, reading_threads, sample_order, training_batches
-from nightseg.segmenter.settings import Augmentation, Training
+from nightseg.segmenter.data import Batch, InMemory, LabelledFrames, Part, Sampler, reading_threads, training_batches
+from nightseg.segmenter.settings import Augmentation, ClassSampling, Training
 from nightseg.storage import Location, UserError, sha256_of
 
 CLASSES = Taxonomy("three", ("a", "b", "c"), ((0, 0, 0), (1, 1, 1), (2, 2, 2)), {"raw": {7: 0, 8: 1, 9: 2, 0: 255}})
@@ -61,10 +61,12 @@ def batches(
     frames: LabelledFrames, rank: int = 0, world_size: int = 1, threads: int = 1, **changed: Any
 ) -> list[Batch]:
     settings: dict[str, Any] = {"seed": 5, "epoch": 2, "fill": (0, 0, 0), **changed}
-    order = sample_order(len(frames), 10, settings["seed"], settings["epoch"])
+    parts = [Part.whole(len(frames))]
+    order = Sampler(parts).epoch(10, settings["seed"], settings["epoch"])
     return list(
         training_batches(
             frames,
+            parts,
             order,
             Training(batch=4, crop=(16, 16), augmentation=Augmentation(scale=(0.5, 2.0), flip=0.5)),
             rank=rank,
@@ -77,16 +79,17 @@ def batches(
 
 
 def test_every_frame_is_drawn_once_before_any_is_drawn_again() -> None:
-    order = sample_order(5, 12, seed=0, epoch=0)
+    order = Sampler([Part.whole(5)]).epoch(12, seed=0, epoch=0)
     assert len(order) == len(set(order)) == 12
     assert {sample.row for sample in order[:5]} == {sample.row for sample in order[5:10]} == set(range(5))
     assert Counter(sample.repeat for sample in order) == {0: 5, 1: 5, 2: 2}
 
 
 def test_order_depends_on_seed_and_epoch_only() -> None:
-    assert sample_order(50, 50, 1, 2) == sample_order(50, 50, 1, 2)
-    assert sample_order(50, 50, 1, 2) != sample_order(50, 50, 1, 3)
-    assert sample_order(50, 50, 1, 2) != sample_order(50, 50, 2, 2)
+    sampler = Sampler([Part.whole(50)])
+    assert sampler.epoch(50, 1, 2) == Sampler([Part.whole(50)]).epoch(50, 1, 2)
+    assert sampler.epoch(50, 1, 2) != sampler.epoch(50, 1, 3)
+    assert sampler.epoch(50, 1, 2) != sampler.epoch(50, 2, 2)
 
 
 def test_two_ranks_together_see_what_one_sees(rows: pa.Table) -> None:
@@ -108,11 +111,11 @@ def test_threads_and_cache_change_nothing(rows: pa.Table) -> None:
 
 def test_batches_are_what_augmentation_of_each_frame_gives(rows: pa.Table) -> None:
     """Also in the memory layout that convolutions want; read ahead by threads or not."""
-    frames, order = labelled(rows), sample_order(6, 10, 5, 2)
+    frames, order = labelled(rows), Sampler([Part.whole(6)]).epoch(10, 5, 2)
     settings = Augmentation(scale=(0.5, 2.0), flip=0.5)
     found = batches(frames, threads=3)
     for place, sample in enumerate(order):
-        rng = sample_rng(5, 2, sample.repeat, sample.row)
+        rng = sample_rng(5, 2, sample.repeat, sample.entry)
         image, label = augment(*frames[sample.row], rng, crop=(16, 16), settings=settings, fill=(0, 0, 0))
         assert torch.equal(found[place // 4].images[place % 4], image)
         assert torch.equal(found[place // 4].labels[place % 4], label)
@@ -171,10 +174,11 @@ def test_readers_work_on_one_core_each_and_the_training_keeps_its_threads(
     torch.set_num_threads(3)
     try:
         frames = labelled(rows)
-        order = sample_order(6, 12, 0, 0)
+        parts = [Part.whole(6)]
+        order = Sampler(parts).epoch(12, 0, 0)
         settings: dict[str, Any] = {"rank": 0, "world_size": 1, "seed": 0, "epoch": 0}
         settings |= {"fill": (0, 0, 0), "threads": 2, "pin_memory": False}
-        for _ in training_batches(frames, order, Training(batch=4, crop=(8, 8)), **settings):
+        for _ in training_batches(frames, parts, order, Training(batch=4, crop=(8, 8)), **settings):
             seen["training"].add(torch.get_num_threads())
             late = ThreadPoolExecutor(1)
             seen["training"].add(late.submit(torch.get_num_threads).result())
@@ -221,3 +225,73 @@ def test_a_label_value_outside_the_map_names_file_and_value(tmp_path: Path) -> N
     changed = rows.set_column(rows.schema.get_field_index("label_sha256"), "label_sha256", [[sha256_of(data)]])
     with pytest.raises(UserError, match=r"(?s)frame0: label_value: .*3 \(768 pixels\).*label0\.png"):
         labelled(changed)[0]
+
+
+# -- parts, weights, classes ------------------------------------------------------------------------------------------
+
+
+def test_parts_have_their_shares_of_an_epoch_and_every_frame_comes_before_any_comes_again() -> None:
+    sampler = Sampler([Part((0, 1, 2), 1.0), Part((3, 4), 2.0), Part((0, 1, 2), 1.0)])
+    order = sampler.epoch(24, seed=1, epoch=0)
+    assert Counter(sample.part for sample in order) == {0: 6, 1: 12, 2: 6}
+    assert Counter(sample.entry for sample in order) == {0: 2, 1: 2, 2: 2, 3: 6, 4: 6, 5: 2, 6: 2, 7: 2}
+    assert [sample.row for sample in order] == [[0, 1, 2, 3, 4, 0, 1, 2][sample.entry] for sample in order]
+    assert len(set(order)) == 24  # no two are augmented alike
+    assert [sample.part for sample in order] != sorted(sample.part for sample in order)
+    assert order == sampler.epoch(24, seed=1, epoch=0) != sampler.epoch(24, seed=1, epoch=1)
+
+
+@pytest.mark.parametrize(
+    ("count", "weights", "shares"),
+    [(10, [1, 1, 1], [4, 3, 3]), (8, [0.5, 0.25, 0.25], [4, 2, 2]), (1, [1, 3], [0, 1]), (7, [1, 2], [2, 5])],
+)
+def test_samples_are_shared_out_by_largest_remainders(count: int, weights: list[float], shares: list[int]) -> None:
+    assert module.shares_of(count, weights).tolist() == shares
+
+
+def test_without_weights_parts_are_one_set_and_drawn_as_ever() -> None:
+    whole, parts = Sampler([Part.whole(6)]), Sampler([Part((0, 1)), Part((2, 3, 4, 5))])
+    assert [(s.row, s.repeat, s.entry) for s in parts.epoch(9, 3, 1)] == [
+        (s.row, s.repeat, s.entry) for s in whole.epoch(9, 3, 1)
+    ]
+    assert {sample.part for sample in parts.epoch(9, 3, 1) if sample.row < 2} == {0}
+
+
+def test_rare_classes_are_drawn_as_often_as_the_softmax_says() -> None:
+    pixels_NK = np.array([[90, 10, 0], [100, 0, 0], [70, 30, 0]])  # shares 260 / 300, 40 / 300, none
+    likely = module.likely_classes(pixels_NK, temperature=0.5)
+    exact = np.exp(np.array([40, 260]) / 300 / 0.5)
+    assert likely == pytest.approx([*(exact / exact.sum()), 0.0], rel=1e-12)
+    sampler = Sampler([Part.whole(3)], ClassSampling(temperature=0.5, min_share=0.2), pixels_NK)
+    order = sampler.epoch(4000, seed=0, epoch=0)
+    shown = Counter(sample.shows for sample in order)
+    # Four standard deviations of a binomial count.
+    assert abs(shown[1] - 4000 * likely[1]) < 4 * np.sqrt(4000 * likely[1] * likely[0])
+    assert {sample.row for sample in order if sample.shows == 1} == {2}  # the only one with a fifth of it
+    assert {sample.row for sample in order if sample.shows == 0} == {0, 1, 2}
+    assert len({(sample.entry, sample.repeat) for sample in order}) == 4000
+
+
+def test_a_part_whose_labels_were_not_counted_is_drawn_frame_by_frame() -> None:
+    sampler = Sampler([Part((0,), 1.0), Part((1, 2), 1.0)], ClassSampling(), np.array([[5, 5], [0, 0], [0, 0]]))
+    order = sampler.epoch(8, 0, 0)
+    assert {sample.shows is None for sample in order if sample.part == 1} == {True}
+    assert {sample.shows is None for sample in order if sample.part == 0} == {False}
+
+
+def test_a_rendered_part_is_rendered_anew_with_every_sample_and_cropped_alike(rows: pa.Table) -> None:
+    frames, seeds = labelled(rows), []
+
+    def render(image: Any, label: Any, seed: int) -> Any:
+        assert image.shape == (24, 32, 3) and label.shape == (24, 32)
+        seeds.append(seed)
+        return np.full_like(image, seed % 251)
+
+    plain, rendered = [Part.whole(6)], [Part(tuple(range(6)), None, render)]
+    order = Sampler(plain).epoch(12, 5, 2)
+    settings = Training(batch=12, crop=(16, 16), augmentation=Augmentation(scale=(1.0, 2.0), flip=0.5))
+    more: dict[str, Any] = {"rank": 0, "world_size": 1, "seed": 5, "epoch": 2, "fill": (0, 0, 0), "threads": 1}
+    one, two = (next(training_batches(frames, p, order, settings, **more, pin_memory=False)) for p in (plain, rendered))
+    assert torch.equal(one.labels, two.labels)  # the same crops
+    assert len(set(seeds)) == 12
+    assert two.images[:, 0, 0, 0].tolist() == [seed % 251 for seed in seeds]

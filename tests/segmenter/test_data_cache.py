@@ -27,10 +27,11 @@ from nightseg.segmenter.data import (
     InMemory,
     LabelledFrames,
     OnDisk,
+    Part,
+    Sampler,
     cache_for,
     decoded_bytes,
     memory_share,
-    sample_order,
     training_batches,
 )
 from nightseg.segmenter.settings import Augmentation, Training
@@ -86,12 +87,14 @@ def on_disk(rows: pa.Table, workers: int = 2, **changed: object) -> OnDisk:
 
 def views(rows: pa.Table, kept: FrameCache, epochs: int = 2) -> list[Batch]:
     frames = LabelledFrames(rows, CLASSES, size=None, resize_labels=True, cache=kept)
+    parts = [Part.whole(len(frames))]
     return [
         batch
         for epoch in range(epochs)
         for batch in training_batches(
             frames,
-            sample_order(len(frames), 7, 3, epoch),
+            parts,
+            Sampler(parts).epoch(7, 3, epoch),
             Training(batch=3, crop=(20, 24), augmentation=AUGMENTATION),
             rank=0,
             world_size=1,

@@ -232,7 +232,7 @@ def test_a_segmenter_is_trained_as_the_recipe_says_and_committed_with_its_histor
     training, loss, progress = TRAINING.model_copy(update=changes), Loss(kind="combined"), SilentProgress()
     compute = TrainCompute(cpus_per_worker=2.0)
     commit = train_segmenter.train_segmenter(
-        rows,
+        {"toy": rows},
         rows.slice(2),
         name="m",
         network=NETWORK,

@@ -17,6 +17,7 @@ from nightseg.data.class_list import taxonomy
 from nightseg.data.images import encode_png
 from nightseg.data.table import frame_table
 from nightseg.networks.model_folder import load_tensors, save_model
+from nightseg.segmenter.data import Part
 from nightseg.segmenter.network import model_card
 from nightseg.segmenter.predict import Segmenter
 from nightseg.segmenter.settings import Loss, Network, Training
@@ -39,7 +40,17 @@ def rows(tmp_path: Path) -> pa.Table:
 
 
 def plan_for(rows: pa.Table, folder: Path, network: Network) -> Plan:
-    return Plan(rows, None, Location.of(folder) / "start", taxonomy("camvid11"), network, Loss(), TRAINING, seed=0)
+    return Plan(
+        rows,
+        (Part.whole(rows.num_rows),),
+        None,
+        Location.of(folder) / "start",
+        taxonomy("camvid11"),
+        network,
+        Loss(),
+        TRAINING,
+        seed=0,
+    )
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from nightseg.data.table import frame_table
 from nightseg.networks.model_folder import load_tensors, save_model
 from nightseg.progress import SilentProgress
 from nightseg.segmenter import train as training_loop
-from nightseg.segmenter.data import sample_order
+from nightseg.segmenter.data import Part
 from nightseg.segmenter.loss import segmentation_loss
 from nightseg.segmenter.network import model_card
 from nightseg.segmenter.settings import Augmentation, Loss, Network, Training
@@ -109,7 +109,7 @@ def plan_for(
     initial = starting_network("imagenet", NETWORK, classes, seed=0)
     start = Location.of(folder) / "start"
     save_model(start, initial.state_dict(), model_card(NETWORK, classes, initial.body.mean, initial.body.std))
-    return Plan(rows, validate, start, classes, NETWORK, loss, training, 0)
+    return Plan(rows, (Part.whole(rows.num_rows),), validate, start, classes, NETWORK, loss, training, 0)
 
 
 def assert_same(first: Any, second: Any) -> None:
@@ -256,7 +256,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_frames(
     session = Session(tmp_path / "trainer")
     with pytest.raises(UserError) as caught:
         train(session, plan)
-    order = sample_order(6, 6, plan.seed, 1)
+    order = plan.sampler.epoch(6, plan.seed, 1)
     assert "step 5" in str(caught.value)
     assert f"toy/{order[2].row}, toy/{order[3].row}\n" in str(caught.value)
     assert "checkpoint (step 3) is kept" in str(caught.value)
@@ -274,7 +274,7 @@ def test_the_stage_commits_a_model_and_another_starts_from_it(
     def run(name: str, start: Any, workers: int, training: Training) -> Any:
         node = workspace.stage("train_segmenter", name, version=stage.VERSION, recipe={"name": name}, inputs={}, seed=3)
         return train_segmenter(
-            rows,
+            {"toy": rows},
             rows.slice(0, 2),
             name=name,
             network=NETWORK,

@@ -14,6 +14,7 @@ from nightseg.data.class_list import taxonomy
 from nightseg.data.images import encode_png
 from nightseg.data.table import frame_table
 from nightseg.errors import UserError
+from nightseg.segmenter.data import Part
 from nightseg.segmenter.settings import Loss, Network, Ohem, Training
 from nightseg.segmenter.train import Plan
 from nightseg.stages.train_segmenter import check_training
@@ -48,7 +49,17 @@ def accept(
 ) -> None:
     network = Network(encoder="efficientnet_lite0", input_size=(64, 64), norm=norm)
     training = TRAINING.model_copy(update={"steps_per_epoch": 3, **changed})
-    plan = Plan(train, validate, Location.of("nowhere"), taxonomy("camvid11"), network, Loss(), training, seed=0)
+    plan = Plan(
+        train,
+        (Part.whole(train.num_rows),),
+        validate,
+        Location.of("nowhere"),
+        taxonomy("camvid11"),
+        network,
+        Loss(),
+        training,
+        seed=0,
+    )
     check_training("student", plan, TrainCompute(workers=workers, gpus_per_worker=gpus))
 
 

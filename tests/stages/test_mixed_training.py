@@ -1,0 +1,76 @@
+"""What a training set is put together from: every file once, parts with weights, frames rendered anew."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nightseg.data.class_list import taxonomy
+from nightseg.data.table import frame_table
+from nightseg.recipe import load_recipe
+from nightseg.segmenter.data import Sampler
+from nightseg.stages.train_segmenter import put_together
+from nightseg.storage import UserError
+from nightseg.translators.photometric import LitIds, night_of
+from nightseg.translators.settings import PhotometricTranslator
+
+CLASSES = taxonomy("camvid11")
+OPTICS = PhotometricTranslator(kind="photometric")
+
+
+def rows(*names: str) -> Any:
+    return frame_table(
+        {"frame_id": f"toy/{name}", "uri": f"/{name}.png", "label_uri": f"/{name}-label.png"} for name in names
+    )
+
+
+def test_a_file_that_two_parts_share_is_read_once_and_drawn_for_both() -> None:
+    table, parts = put_together({"day": rows("a", "b"), "night": rows("b", "a", "c")}, None, {"night": OPTICS}, CLASSES)
+    assert table["uri"].to_pylist() == ["/a.png", "/b.png", "/c.png"]
+    assert [part.rows for part in parts] == [(0, 1), (1, 0, 2)]
+    assert [part.weight for part in parts] == [None, None] and parts[0].render is None
+    assert sorted(sample.row for sample in Sampler(parts).epoch(5, 0, 0)) == [0, 0, 1, 1, 2]
+
+
+def test_a_fresh_part_is_rendered_by_its_optics() -> None:
+    _, parts = put_together(
+        {"day": rows("a"), "night": rows("a")}, {"day": 1.0, "night": 3.0}, {"night": OPTICS}, CLASSES
+    )
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)
+    label = rng.integers(0, 11, (24, 32), dtype=np.uint8)
+    render = parts[1].render
+    assert render is not None and [part.weight for part in parts] == [1.0, 3.0]
+    lit = LitIds.of(OPTICS.classes, CLASSES.classes)
+    expected = night_of(image, label, optics=OPTICS, lit=lit, seed=7, frame_id="")
+    assert np.array_equal(render(image, label, 7), expected)
+    assert not np.array_equal(render(image, label, 8), expected)
+    assert render(image, label, 7).mean() < image.mean()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("n: {translate: day, by: colours, fresh: true}", "translates beforehand"),
+        ("n: {translate: dark, by: optics, fresh: true}", "starts from frames"),
+        ("n: {translate: day, by: optics, fresh: true}\n  both: {join: [day, n]}", "name it in `train`"),
+    ],
+)
+def test_what_cannot_be_translated_anew_is_refused(tmp_path: Any, change: str, message: str) -> None:
+    recipe = f"""
+name: x
+taxonomy: camvid11
+datasets:
+  day: {{layout: scenes, count: 2}}
+  dark: {{translate: day, by: optics}}
+  {change}
+translators:
+  optics: {{kind: photometric}}
+  colours: {{kind: colour, night: day}}
+models: {{m: {{train: {{day: 1.0, n: 2.0}}}}}}
+"""
+    (tmp_path / "r.yaml").write_text(recipe)
+    with pytest.raises(UserError, match=message):
+        load_recipe(tmp_path / "r.yaml")
