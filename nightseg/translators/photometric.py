@@ -1,6 +1,6 @@
 """Night by optics: less light, of another colour, through a lens and onto a sensor that add their faults.
 
-    scene  = day x (street light + our beam) [x what is left of the sky]  +  day x light of the sources  +  sources
+    scene  = day x (street light + our beam) [x what is left of the sky]  +  day x light of sources  +  sources  +  haze
     image  = lens(scene) + noise,   noise variance = image / electrons + read_noise^2
 
 All in linear light, 1 = the white of the day frame, whose pixels stand for what the street reflects. Then 8-bit sRGB
@@ -57,7 +57,8 @@ def night_of(
         shining = np.float32(optics.lights) * sources(label_HW, lit, frame_generator(seed, frame_id, "lights"), street)
     lit_HW3 = _falling_light(height, width, exposure, street, optics.beam)
     sky_HW1 = _sky_share(label_HW, lit)[..., None] if label_HW is not None else np.float32(0.0)
-    lit_HW3 *= 1 - np.float32(1 - optics.sky) * sky_HW1
+    air = frame_generator(seed, frame_id, "air")
+    lit_HW3 *= 1 - np.float32(1 - _drawn(optics.sky, air)) * sky_HW1
     if shining is not None:
         lit_HW3 += _POOL_GAIN * _spread(shining, _POOL_RADIUS) * (1 - sky_HW1)  # the sky is no wall to shine on
     scene_HW3 *= lit_HW3
@@ -65,6 +66,10 @@ def night_of(
         scene_HW3 += shining
         for radius, share in _BLOOM:
             scene_HW3 += np.float32(share) * _spread(shining, radius)
+    glow, green = _drawn(optics.glow, air), 1 + optics.tint * air.uniform(-1.0, 1.0)
+    if glow > 0:
+        scene_HW3 += np.float32(glow) * _haze(sky_HW1, height) * np.array(street, dtype=np.float32)
+    scene_HW3[..., 1] *= np.float32(green)
     scene_HW3 *= _falloff(height, width, optics.vignette)[..., None]
     sensor = frame_generator(seed, frame_id, "sensor")
     return to_pixels(expose(scene_HW3, optics.electrons, optics.read_noise, sensor))
@@ -124,6 +129,22 @@ def _falling_light(height: int, width: int, exposure: float, street: Tint, beam:
     light = np.array(street, dtype=np.float32) + beam_HW[..., None] * white
     falling: Floats = np.minimum(np.float32(exposure) * light, np.float32(1.0))
     return falling
+
+
+def _drawn(value: float | tuple[float, float], rng: np.random.Generator) -> float:
+    """A number as it is, or one from a range; the square of a uniform one, as the bright end is rare."""
+    low, high = value if isinstance(value, tuple) else (value, value)
+    return float(low + (high - low) * rng.random() ** 2)
+
+
+def _haze(sky_HW1: Floats | np.float32, height: int) -> Floats:
+    """HW1 or H11: haze that lamps light up, as a share of its light above the horizon: all of it before the sky, less
+    higher up; a quarter before what stands afar, none before the road at our feet."""
+    above = np.clip(1.0 - (np.arange(height) + 0.5) / height * 2.0, 0.0, 1.0)[:, None, None]
+    below = np.clip((np.arange(height) + 0.5) / height * 2.0 - 1.0, 0.0, 1.0)[:, None, None]
+    near: Floats = (0.25 * (1.0 - below)).astype(np.float32)
+    high: Floats = (1.0 - 0.5 * above).astype(np.float32)
+    return near + sky_HW1 * (high - near)
 
 
 def _sky_share(label_HW: Labels, lit: LitIds) -> Floats:

@@ -42,9 +42,14 @@ class PhotometricTranslator(Strict):
         default=1500.0, description="that white frees in the sensor; shot noise has the variance signal / electrons"
     )
     read_noise: Annotated[float, Field(ge=0)] = Field(default=0.0015, description="standard deviation, 1 = white")
-    sky: Annotated[float, Field(ge=0)] = Field(
-        default=0.06, description="light that the sky keeps, as a share of what all else keeps; above 1 for dusk"
+    sky: Annotated[float, Field(ge=0)] | Range = Field(
+        default=0.06,
+        description="light that the sky keeps, as a share of what all else keeps, or a range of it; above 1 for dusk",
     )
+    glow: Range = Field(
+        default=(0.0, 0.0), description="light of lamps in the haze, 1 = white, drawn likewise: before the sky and afar"
+    )
+    tint: Fraction = Field(default=0.0, description="largest change of green against red and blue, both ways: cameras")
     beam: Annotated[float, Field(ge=0)] = Field(default=1.5, description="our own headlights, 1 = the street's light")
     lights: Annotated[float, Field(ge=0)] = Field(default=1.0, description="strength of lamps and windows; 0 = none")
     classes: LitClasses = LitClasses()
@@ -54,6 +59,14 @@ class PhotometricTranslator(Strict):
     def _stops_darken(cls, value: Range) -> Range:
         if not value[0] <= value[1] <= 0:
             raise ValueError(f"stops go from the darkest to the brightest exposure, at most 0; got {list(value)}")
+        return value
+
+    @field_validator("sky", "glow")
+    @classmethod
+    def _light_is_no_darkness(cls, value: float | Range) -> float | Range:
+        low, high = value if isinstance(value, tuple) else (value, value)
+        if not 0 <= low <= high:
+            raise ValueError(f"a range goes from low to high, from 0 on; got {[low, high]}")
         return value
 
     @field_validator("temperature")

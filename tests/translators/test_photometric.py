@@ -123,3 +123,37 @@ def test_black_bodies_have_their_known_colours() -> None:
     assert black_body(12000.0)[2] == 1.0
     for joint in (2222.0, 4000.0):  # of the pieces of the fit
         assert black_body(joint) == pytest.approx(black_body(joint + 0.1), abs=0.005)
+
+
+def test_the_sky_is_drawn_from_its_range_and_bright_skies_are_rare() -> None:
+    label, white = np.full((8, 8), SKY, dtype=np.uint8), np.full((8, 8, 3), 255, dtype=np.uint8)
+    ranged = PLAIN.model_copy(update={"sky": (0.1, 0.9), "lights": 0.0})
+    kept = np.array([to_linear(night(white, label, ranged, seed=seed))[0, 0, 0] / 0.25 for seed in range(400)])
+    assert kept.min() > 0.09 and kept.max() < 0.92  # 8-bit values are 1 % apart here
+    assert kept.mean() == pytest.approx(0.1 + 0.8 / 3, abs=0.05)  # of u^2; four standard errors of 0.24 / 20
+
+
+def test_haze_shines_before_the_sky_less_before_what_stands_afar_and_not_at_our_feet() -> None:
+    label = np.full((100, 40), ROAD, dtype=np.uint8)
+    label[:50, :20] = SKY
+    black = np.zeros((100, 40, 3), dtype=np.uint8)
+    hazy = PLAIN.model_copy(update={"glow": (0.4, 0.4), "lights": 0.0})
+    light = to_linear(night(black, label, hazy))[..., 0]
+    assert light[40, 5] == pytest.approx(0.4 * (1 - 0.5 * 0.19), rel=0.03)
+    assert light[2, 5] == pytest.approx(0.4 * (1 - 0.5 * 0.95), rel=0.03)
+    assert light[40, 35] == pytest.approx(0.1, rel=0.03) and light[99, 30] < 0.002
+
+
+def test_cameras_differ_in_green_by_up_to_the_tint() -> None:
+    grey = np.full((8, 8, 3), 200, dtype=np.uint8)
+    tinted = PLAIN.model_copy(update={"tint": 0.2})
+    plain = to_linear(night(grey, optics=PLAIN))[0, 0]
+    made = np.array([to_linear(night(grey, optics=tinted, seed=seed))[0, 0] for seed in range(200)]) / plain
+    assert np.all(made[:, [0, 2]] == 1)  # 8-bit values are 2 % apart here, twice
+    assert made[:, 1].min() == pytest.approx(0.8, abs=0.04) and made[:, 1].max() == pytest.approx(1.2, abs=0.04)
+
+
+@pytest.mark.parametrize("wrong", [{"sky": (0.5, 0.1)}, {"sky": (-0.1, 0.1)}, {"glow": (0.2, 0.1)}])
+def test_ranges_of_light_go_from_low_to_high(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="low to high"):
+        PhotometricTranslator.model_validate({"kind": "photometric", **wrong})
