@@ -141,6 +141,7 @@ The report
     report/page.py          report.html
     report/run.py           a finished run as the report sees it
     report/comparison.py    what a gain is worth: a model beside its control; the headline
+    report/ablation.py      what helped: models beside their controls, by seed and by class; what teachers saw
     report/gallery.py       which frames are shown
     report/charts.py        charts as SVG
     report/pictures.py      thumbnails as data URIs

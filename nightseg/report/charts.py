@@ -12,8 +12,10 @@ from typing import NamedTuple
 
 from nightseg.report.formatting import significant
 
-WIDTH, HEIGHT = 480, 200  # of the drawing, in its own units; the page scales it
-LEFT, RIGHT, TOP, BOTTOM = 40, WIDTH - 10, 20, HEIGHT - 24  # where the axes end; the margins hold the tick labels
+SIZE = (480, 200)  # of the drawing, in its own units; the page scales it
+SMALL = (240, 130)  # of which many stand side by side
+LEFT, RIGHT, TOP, BOTTOM = 40, 10, 20, 24  # margins around the axes; they hold the tick labels
+DOTS_WIDTH, DOTS_MARGIN = 220, 8  # of a row of dots
 _MAX_TICKS = 5
 
 Range = tuple[float, float]
@@ -58,12 +60,18 @@ class Chart:
     `marks` are named values on the x axis: vertical lines through the whole height.
     """
 
-    width, height, left, right, top, bottom = WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM
-
     def __init__(
-        self, x: Range, y: Range, kinds: Sequence[str], description: str, marks: Mapping[str, float] | None = None
+        self,
+        x: Range,
+        y: Range,
+        kinds: Sequence[str],
+        description: str,
+        marks: Mapping[str, float] | None = None,
+        size: tuple[int, int] = SIZE,
     ) -> None:
         self.kinds, self.description = tuple(kinds), description
+        self.width, self.height = size
+        self.left, self.right, self.top, self.bottom = LEFT, self.width - RIGHT, TOP, self.height - BOTTOM
         self._ranges = x, y
         self.bars: list[Bar] = []
         self.lines: list[Line] = []
@@ -73,10 +81,10 @@ class Chart:
         self.y_ticks = [Tick(self.y(value), significant(value)) for value in nice_values(*y)]
 
     def x(self, value: float) -> float:
-        return _place(value, self._ranges[0], LEFT, RIGHT)
+        return _place(value, self._ranges[0], self.left, self.right)
 
     def y(self, value: float) -> float:
-        return _place(value, self._ranges[1], BOTTOM, TOP)
+        return _place(value, self._ranges[1], self.bottom, self.top)
 
     def add_line(self, xs: Sequence[float], ys: Sequence[float], kind: str) -> None:
         points = " ".join(f"{self.x(x)},{self.y(y)}" for x, y in zip(xs, ys, strict=True))
@@ -139,6 +147,46 @@ def scatter(sets: Mapping[str, Sequence[Sequence[float]]], *, description: str) 
     chart.x_ticks, chart.y_ticks = [], []
     chart.dots = [Dot(chart.x(x), chart.y(y), kind) for kind, x, y in dots]
     return chart
+
+
+def share_curve(xs: Sequence[float], shares: Sequence[float], limits: Range, *, description: str) -> Chart:
+    """A small curve of percentages over the band between two limits, both fractions."""
+    values, (low, high) = [100 * share for share in shares], (100 * limit for limit in limits)
+    top = 1.05 * max(*values, high) or 1.0
+    chart = Chart((min(xs), max(xs)), (0, top), [], description, size=SMALL)
+    chart.x_ticks = [Tick(chart.x(x), f"{x:g}") for x in dict.fromkeys((min(xs), max(xs)))]
+    height = round(chart.y(low) - chart.y(high), 2)
+    title = f"{significant(low)} to {significant(high)} %"
+    chart.bars.append(Bar(chart.left, chart.y(high), chart.right - chart.left, height, "band", title))
+    chart.add_line(xs, values, "chosen")
+    chart.dots = [Dot(chart.x(x), chart.y(value), "chosen") for x, value in zip(xs, values, strict=True)]
+    return chart
+
+
+class Dots(NamedTuple):
+    """A row of dots, a bar at their mean, and a line, on the x axis of a `DotAxis`."""
+
+    places: tuple[float, ...]
+    mean: float
+    line: float | None
+
+
+class DotAxis:
+    """The axis that rows of dots share: a little more than the range of all values."""
+
+    width = DOTS_WIDTH
+
+    def __init__(self, values: Sequence[float]) -> None:
+        room = 0.06 * (max(values) - min(values)) or 1.0
+        self._range = min(values) - room, max(values) + room
+        self.ticks = [Tick(self.place(value), significant(value)) for value in nice_values(*self._range)]
+
+    def place(self, value: float) -> float:
+        return _place(value, self._range, DOTS_MARGIN, DOTS_WIDTH - DOTS_MARGIN)
+
+    def row(self, values: Sequence[float], line: float | None) -> Dots:
+        places = tuple(map(self.place, values))
+        return Dots(places, self.place(sum(values) / len(values)), None if line is None else self.place(line))
 
 
 def nice_values(low: float, high: float) -> list[float]:

@@ -176,21 +176,32 @@ def _labelled_frame(run: Run, row: Row, facts: Row) -> list[Picture]:
 
 def test_samples(run: Run, test: str, samples: int) -> dict[str, Any]:
     """Frames from the best model's worst to its best, each with its label and every model's prediction."""
-    models, best = run.scored(test), run.best(test)
+    best = run.best(test)
+    ranked = by_accuracy(run.predictions(best, test))
+    rows = _beside_labels(run, test, spread(ranked, samples), run.scored(test))
+    return {"test": test, "best": best, "frames": len(ranked), "rows": rows}
+
+
+def worst_frames(run: Run, test: str, models: list[str], samples: int) -> list[list[Picture]]:
+    """The frames with the fewest right pixels of the last of these models, with the label and what each model saw."""
+    return _beside_labels(run, test, by_accuracy(run.predictions(models[-1], test))[:samples], models)
+
+
+def _beside_labels(run: Run, test: str, rows: list[Row], models: list[str]) -> list[list[Picture]]:
+    """A line of pictures for each frame: itself, its label, predictions."""
     by_model = {model: {row[frame.FRAME_ID]: row for row in run.predictions(model, test)} for model in models}
-    ranked = by_accuracy(list(by_model[best].values()))
-    rows = []
-    for row in spread(ranked, samples):
+    lines = []
+    for row in rows:
         label = label_pixels(row[frame.LABEL_URI], row[frame.LABEL_ENCODING], run.classes)
         guesses = [(model, by_model[model].get(row[frame.FRAME_ID])) for model in models]
-        rows.append(
+        lines.append(
             there(
                 photo(row[frame.URI], "frame", str(row[frame.FRAME_ID])),
                 None if label is None else Picture(label_map_uri(label, run.classes, THUMBNAIL), "label", "", True),
                 *(mask(guess, run.classes, model, _right(guess)) for model, guess in guesses),
             )
         )
-    return {"test": test, "best": best, "frames": len(ranked), "rows": [row for row in rows if row]}
+    return [line for line in lines if line]
 
 
 def _right(guess: Row | None) -> str:

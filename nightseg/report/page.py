@@ -11,6 +11,7 @@ import jinja2
 from markupsafe import Markup
 
 from nightseg.report import formatting, gallery, translations
+from nightseg.report.ablation import ablation
 from nightseg.report.comparison import control_of, headline
 from nightseg.report.run import Run
 from nightseg.storage import Location
@@ -37,6 +38,7 @@ def write_report(run_folder: Location, results: Mapping[str, Any], samples: int 
         strip=gallery.strip(run),
         metrics=METRICS,
         scores=score_table(run),
+        helped=ablation(run, samples),
         heat=[heat(run, test) for test in run.tests],
         splits=gallery.splits(run),
         evaluated=translations.translation_table(run),

@@ -89,6 +89,13 @@ class Run:
         scores = self.results["models"][model]["tests"][test]
         return dict(sorted(scores.get("seeds", {"0": scores["miou"]}).items(), key=lambda item: int(item[0])))
 
+    def class_by_seed(self, model: str, test: str, name: str) -> dict[str, float]:
+        """IoU of a class by seed, without seeds where it has none."""
+        facts = self.results["models"][model]
+        records = {str(one["seed"]): one["tests"][test] for one in facts.get("trainings", {}).values()}
+        found = (records or {"0": facts["tests"][test]}).items()
+        return {seed: record["iou"][name] for seed, record in found if record["iou"].get(name) is not None}
+
     def scored(self, test: str) -> list[str]:
         """Models that were evaluated on a test set."""
         return [model for model in self.models if self.score(model, test)]

@@ -255,6 +255,7 @@ class MadeUpRun:
             "about": "",
             "train": ["day", "day_at_night"] if pool else ["day"],
             "root": "imagenet",
+            "line": ["day_only", name] if name != "day_only" else [name],
             "steps_in_all": 120 if name == "day_only" else 240,
             "frames_in_all": 960 if name == "day_only" else 1920,
             "network": {"encoder": "resnet18"},

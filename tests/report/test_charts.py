@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nightseg.report.charts import curves, line, nice_values, scatter, stacked_histogram
+from nightseg.report.charts import DotAxis, curves, line, nice_values, scatter, share_curve, stacked_histogram
 
 
 def test_ticks_are_round_and_inside() -> None:
@@ -60,3 +60,22 @@ def test_dots_fill_the_drawing() -> None:
     assert (low.x, low.y, high.x, high.y) == (chart.left, chart.bottom, chart.right, chart.top)
     assert (middle.x, middle.y, middle.kind) == ((low.x + high.x) / 2, (low.y + high.y) / 2, "chosen")
     assert scatter({"pool": []}, description="x") is None
+
+
+def test_shares_are_percent_over_the_band_of_their_limits() -> None:
+    chart = share_curve([1, 2, 3], [0.2, 0.1, 0.05], (0.1, 0.3), description="x")
+    (band,) = chart.bars
+    assert band.kind == "band" and (band.x, band.x + band.width) == (chart.left, chart.right)
+    assert (band.y, band.y + band.height) == (chart.y(30), pytest.approx(chart.y(10)))
+    assert chart.dots[1].y == chart.y(10) and chart.dots[2].y > chart.y(10)  # leaves the band below
+    assert [tick.text for tick in chart.x_ticks] == ["1", "3"]
+    assert share_curve([1], [0.0], (0.0, 0.0), description="x").bars[0].height == 0
+
+
+def test_rows_of_dots_share_an_axis() -> None:
+    axis = DotAxis([40.0, 60.0])
+    row = axis.row([40.0, 60.0], 45.0)
+    assert row.mean == pytest.approx(axis.width / 2) == pytest.approx(sum(row.places) / 2)
+    assert row.line == pytest.approx(row.places[0] + (row.places[1] - row.places[0]) / 4, abs=0.01)  # rounded to 0.01
+    assert axis.row([50.0], None).line is None
+    assert DotAxis([50.0]).place(50.0) == axis.width / 2

@@ -62,6 +62,7 @@ def test_it_is_whole_and_every_section_is_there(page: Page) -> None:
     ids = [attributes["id"] for tag, attributes in page.tags if tag == "section"]
     assert ids == [
         "models",
+        "helped",
         "classes",
         "split",
         "translation",
