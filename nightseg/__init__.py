@@ -39,6 +39,7 @@ Frames: no torch, no ray
     data/table.py           the frame row and its table; quarantine rows; columns of vectors
     data/images.py          decode and encode; the reasons a frame is bad
     data/jpeg.py            JPEG with the damage that libjpeg only warns of
+    data/intact.py          damage of PNG, TIFF, WebP and raw pixels that decoders show
     data/taxonomy.py        class lists, palettes, raw-id maps
     data/class_list.py      class lists as YAML files
     data/label_names.py     what names of labels say: frame, ids, which of several files

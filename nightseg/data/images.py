@@ -12,7 +12,6 @@ import io
 import struct
 import threading
 import warnings
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -20,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
-from nightseg.data.jpeg import Colours, DamagedJpeg, decode_jpeg
+from nightseg.data.intact import PNG_SIGNATURE, check_rows, check_stored
+from nightseg.data.jpeg import Colours, DamagedFile, decode_jpeg
 from nightseg.storage import Location, UserError
 
 UInt8 = NDArray[np.uint8]
@@ -42,8 +42,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")  # the nine of pytorch-fid
 MAX_PIXELS = 64_000_000
 
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_PNG_HEADER = _PNG_SIGNATURE + b"\0\0\0\rIHDR"
+_PNG_HEADER = PNG_SIGNATURE + b"\0\0\0\rIHDR"
 _IMAGE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 # Grey PNGs of 2 and 4 bits are stretched to 0..255 by Pillow; labels need the stored ids back.
 _LABEL_STRETCH = {"L": 1, "P": 1, "P;1": 1, "P;2": 1, "P;4": 1, "1": 1, "L;2": 85, "L;4": 17}
@@ -180,7 +179,7 @@ def decode_stored_label(data: bytes, max_pixels: int = MAX_PIXELS) -> StoredLabe
             "wrong_mode",
             f"a label is an 8-bit grey or palette PNG, this is {image.format} mode {image.mode} ({rawmode})",
         )
-    upright, orientation = _load_upright(image, data)
+    upright, orientation = _load_upright(image, data, is_label=True)
     colours = np.array(image.getpalette("RGB") or [], dtype=np.uint8).reshape(-1, 3) if image.mode == "P" else None
     palette = None if colours is None else np.vstack([colours, np.zeros((256 - len(colours), 3), np.uint8)])
     ids = np.array(upright, dtype=np.uint8) // np.uint8(_LABEL_STRETCH[rawmode])
@@ -290,12 +289,16 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         raise BadFrame("decompression_bomb", f"{width} x {height} pixels, at most {max_pixels} are accepted")
 
 
-def _load(image: ImageFile.ImageFile, data: bytes) -> None:
+def _load(image: ImageFile.ImageFile, data: bytes, is_label: bool) -> None:
     """Decode the pixels. The header was good, so any fault from here on is damaged data."""
-    if image.format == "PNG":
-        _check_png(data)
+    kind = image.format
     try:
+        check_stored(image, data, is_label)
         image.load()
+        if kind == "PNG":
+            check_rows(image, data)
+    except DamagedFile as error:
+        raise BadFrame("truncated", f"{kind}: {error}") from error
     except Exception as error:  # as above: the decoders raise what they like
         raise BadFrame("truncated", _describe(error)) from error
 
@@ -305,29 +308,11 @@ def _strict_jpeg(image: ImageFile.ImageFile, data: bytes) -> UInt8 | None:
     width, height = image.size
     try:
         pixels_HWC = decode_jpeg(data, height, width, _JPEG_COLOURS[image.mode])
-    except DamagedJpeg as error:
+    except DamagedFile as error:
         raise BadFrame("truncated", f"JPEG: {error}") from error
     if pixels_HWC is None or image.mode == "CMYK":
         return None
     return pixels_HWC if image.mode == "RGB" else np.repeat(pixels_HWC, 3, axis=2)
-
-
-def _check_png(data: bytes) -> None:
-    """BadFrame unless all pixel data has its checksum: Pillow skips that of IDAT chunks and stops at the last pixel."""
-    place = len(_PNG_SIGNATURE)
-    while place + 12 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, place)
-        end = place + 12 + length
-        if kind == b"IDAT" and end <= len(data):
-            expected, seen = (
-                struct.unpack_from(">I", data, end - 4)[0],
-                zlib.crc32(memoryview(data)[place + 4 : end - 4]),
-            )
-            if seen != expected:
-                raise BadFrame("truncated", f"PNG: the checksum of its pixels is {expected:08x}, theirs is {seen:08x}")
-        if kind == b"IEND":
-            return
-        place = end
 
 
 def _describe(error: Exception) -> str:
@@ -343,10 +328,10 @@ def _rawmode(image: ImageFile.ImageFile) -> str:
     return first if isinstance(first, str) and first else image.mode
 
 
-def _load_upright(image: ImageFile.ImageFile, data: bytes) -> tuple[Image.Image, int]:
+def _load_upright(image: ImageFile.ImageFile, data: bytes, is_label: bool = False) -> tuple[Image.Image, int]:
     """The decoded image, upright, and the orientation that it is stored in."""
     told = _orientation(image) if image.format == "TIFF" else 1  # which Pillow turns as it decodes
-    _load(image, data)
+    _load(image, data, is_label)
     upright, orientation = _upright(image, _orientation(image))  # only now: in a PNG it may stand behind the pixels
     return upright, orientation if told == 1 else told
 

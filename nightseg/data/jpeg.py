@@ -37,27 +37,27 @@ _CANNOT = ("Could not determine subsampling", "Unsupported color conversion")  #
 Block = tuple[list[int], list[int]]  # codes of DC and AC, see `_lookup`
 
 
-class DamagedJpeg(Exception):  # noqa: N818 a property of the data
-    """Pixels of the file are not those that were encoded; the text says how it shows."""
+class DamagedFile(Exception):  # noqa: N818 a property of the data
+    """Pixels of an image file are not those that were encoded; the text says how it shows."""
 
 
 def decode_jpeg(data: bytes, height: int, width: int, colours: Colours) -> NDArray[np.uint8] | None:
     """uint8 HWC pixels of a JPEG whose header says this size and these colours, not turned upright.
 
-    None: sound as far as can be seen, but with oddities that leave its pixels to another decoder. Raises DamagedJpeg.
+    None: sound as far as can be seen, but with oddities that leave its pixels to another decoder. Raises DamagedFile.
     """
     pixels_HWC = np.empty((height, width, NUM_CHANNELS[colours]), dtype=np.uint8)
     if data.count(b"\xff\xda") > MAX_SCANS and len(_Jpeg.of(data).scans) > MAX_SCANS:
-        raise DamagedJpeg(f"it has more than {MAX_SCANS} scans")
+        raise DamagedFile(f"it has more than {MAX_SCANS} scans")
     complaint = _complaint(data, colours, pixels_HWC)
     may_miss_scans = any(b"\xff" + bytes([marker]) in data for marker in _IN_STEPS)
     if complaint is None and _HOLE not in data and not may_miss_scans:
         return pixels_HWC
     jpeg = _Jpeg.of(data)
     if jpeg.lacks_scans():
-        raise DamagedJpeg("scans are missing: some coefficients never come, or not to their last bit")
+        raise DamagedFile("scans are missing: some coefficients never come, or not to their last bit")
     if any(scan.has_hole(filler=complaint is not None) for scan in jpeg.scans):
-        raise DamagedJpeg(f"its pixels have a hole of more than {len(_HOLE)} zeros")
+        raise DamagedFile(f"its pixels have a hole of more than {len(_HOLE)} zeros")
     if complaint is None:
         return pixels_HWC
     complaint = _complaint(jpeg.plain(), colours, pixels_HWC)
@@ -67,10 +67,21 @@ def decode_jpeg(data: bytes, height: int, width: int, colours: Colours) -> NDArr
     if complaint is None or (cannot and jpeg.is_progressive):  # in an odd sampling: what Pillow says counts
         return None
     if not jpeg.is_sequential or not (cannot or "extraneous" in complaint):
-        raise DamagedJpeg(complaint)
+        raise DamagedFile(complaint)
     for scan in jpeg.scans:
         scan.walk()
     return None
+
+
+def check_jpeg(data: bytes) -> None:
+    """Raises DamagedFile as `decode_jpeg`, of the size and colours that the file's own frame header says."""
+    frames = {scan.frame for scan in _Jpeg.of(data).scans}
+    if len(frames) == 1:
+        frame = frames.pop()
+        height, width = (int.from_bytes(frame[place : place + 2], "big") for place in (5, 7))
+        colours = next((name for name, channels in NUM_CHANNELS.items() if channels == frame[9]), None)
+        if colours is not None and frame[4] == 8:
+            decode_jpeg(data, height, width, colours)
 
 
 def _complaint(data: bytes, colours: Colours, pixels_HWC: NDArray[np.uint8]) -> str | None:
@@ -115,17 +126,17 @@ class _Scan:
         return not is_flat and any(_HOLE in (one.rstrip(b"\0") if filler else one) for one in self.intervals)
 
     def walk(self) -> None:
-        """Follow the codes of all blocks to see whether the intervals hold them, and what is left. DamagedJpeg."""
+        """Follow the codes of all blocks to see whether the intervals hold them, and what is left. DamagedFile."""
         blocks, num_mcus = self._blocks()
         for number, interval in enumerate(self.intervals):
             left = num_mcus - number * self.restart
             if number and not self.restart:
-                raise DamagedJpeg("restart markers where none belong")
+                raise DamagedFile("restart markers where none belong")
             if left <= 0:
                 return  # some scanners go on after the last row; what comes before is whole
             _walk(interval.replace(b"\xff\0", b"\xff"), blocks, min(left, self.restart or left))
         if self.restart and num_mcus > len(self.intervals) * self.restart:
-            raise DamagedJpeg("restart intervals are missing")
+            raise DamagedFile("restart intervals are missing")
 
     def _blocks(self) -> tuple[list[Block], int]:
         """DC and AC table of each block of an MCU, and the number of MCUs."""
@@ -143,7 +154,7 @@ class _Scan:
         for component, choice in chosen:
             dc, ac = self.tables.get(choice >> 4), self.tables.get(0x10 | choice & 15)
             if component is None or dc is None or ac is None:
-                raise DamagedJpeg("a scan asks for a component or table that is not there")
+                raise DamagedFile("a scan asks for a component or table that is not there")
             blocks += [(_lookup(dc), _lookup(ac))] * (component.across * component.down if len(chosen) > 1 else 1)
         alone = chosen[0][0] if len(chosen) == 1 else None
         if alone is not None:  # not interleaved: one block an MCU, none beyond the component's own edge
@@ -200,7 +211,7 @@ class _Jpeg:
 
     @classmethod
     def of(cls, data: bytes) -> _Jpeg:
-        """Raises DamagedJpeg when the segments do not lead to an end marker."""
+        """Raises DamagedFile when the segments do not lead to an end marker."""
         jpeg, frame, restart, place = cls(), b"", 0, 2
         tables: dict[int, bytes] = {}
         while found := _MARKER.search(data, place):
@@ -230,11 +241,11 @@ class _Jpeg:
                 break
             pieces = _RESTART.split(data[place : end.start()])
             if any(code[0] != 0xD0 + number % 8 for number, code in enumerate(pieces[1::2])):
-                raise DamagedJpeg("restart markers are missing or out of order")
+                raise DamagedFile("restart markers are missing or out of order")
             intervals = [piece.rstrip(b"\xff") for piece in pieces[0::2]]  # fill bytes before a marker
             jpeg.segments.append(_Scan(segment, frame, tables, restart, intervals))
             place = end.start()
-        raise DamagedJpeg("its segments lead to no end marker")
+        raise DamagedFile("its segments lead to no end marker")
 
 
 def _says_colours(segment: bytes) -> bool:
@@ -264,7 +275,7 @@ def _lookup(table: bytes) -> list[int]:
 
 
 def _walk(data: bytes, blocks: list[Block], num_mcus: int) -> None:
-    """Follow one interval (bytes unstuffed). Raises DamagedJpeg unless it ends with its last block, or filler after."""
+    """Follow one interval (bytes unstuffed). Raises DamagedFile unless it ends with its last block, or filler after."""
     place, end = 0, 8 * len(data)
     data += bytes(300)  # more than a block takes
     for _ in range(num_mcus):
@@ -275,7 +286,7 @@ def _walk(data: bytes, blocks: list[Block], num_mcus: int) -> None:
                 word = ((data[at] << 16 | data[at + 1] << 8 | data[at + 2]) >> (8 - (place & 7))) & 0xFFFF
                 code = table[word]
                 if not code:
-                    raise DamagedJpeg("bad Huffman code")
+                    raise DamagedFile("bad Huffman code")
                 size = code & 15
                 place += (code >> 8) + size
                 if not index:
@@ -285,11 +296,11 @@ def _walk(data: bytes, blocks: list[Block], num_mcus: int) -> None:
                 else:
                     break  # the rest of the block is 0
             if place > end:
-                raise DamagedJpeg("premature end of data segment")
+                raise DamagedFile("premature end of data segment")
     used = -(-place // 8)
     rest = data[used : end // 8]
     # What the last code leaves of its byte is filled with ones. Zeros after zeros are a hole.
     is_ended = data[used - 1] | (0xFF >> (place & 7 or 8)) == data[used - 1]
     is_filler = any(data[max(0, used - 4) : used]) if not any(rest) else is_ended and len(rest) <= _MAX_JUNK
     if rest and not is_filler:
-        raise DamagedJpeg(f"{len(rest)} bytes more than the image needs")
+        raise DamagedFile(f"{len(rest)} bytes more than the image needs")

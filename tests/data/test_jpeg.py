@@ -214,7 +214,7 @@ def test_samplings_that_the_strict_decoder_does_not_know_are_followed_code_by_co
 
 def test_the_size_of_the_header_bounds_what_is_decoded() -> None:
     data = KINDS["grey"]
-    with pytest.raises(jpeg.DamagedJpeg):
+    with pytest.raises(jpeg.DamagedFile):
         jpeg.decode_jpeg(data, 100, 264, "GRAY")
-    with pytest.raises(jpeg.DamagedJpeg, match="sizes"):
+    with pytest.raises(jpeg.DamagedFile, match="sizes"):
         jpeg.decode_jpeg(data, 264, 200, "GRAY")
