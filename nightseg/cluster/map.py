@@ -24,7 +24,7 @@ import pyarrow as pa
 
 from nightseg.cluster import ray as cluster
 from nightseg.cluster.settings import MapCompute
-from nightseg.cluster.shortage import shortage
+from nightseg.cluster.shortage import Watch, shortage
 from nightseg.errors import UserError
 from nightseg.progress import Progress, Task
 from nightseg.storage import Attempt, Location, ShardRecord, Shards
@@ -33,7 +33,7 @@ RETRIES_OF_A_SHARD = 3
 """How often a shard is done again because its process died. Ray's default is forever: a file that crashes a decoder,
 or a batch that does not fit into memory, would keep a cluster busy until someone looks."""
 
-_LESS = "Lower compute.map.batch or compute.map.actors, or give each actor more of the machine (cpus_per_actor)"
+_LESS = "Lower compute.map.batch or compute.map.actors (the batch or the actors of a single command)"
 
 SHARD = "nightseg_shard"
 """Column that tells an actor which shard its rows are; it exists only between driver and actor."""
@@ -94,7 +94,7 @@ def map_shards(
             compute = compute.model_copy(update={"gpus_per_actor": 0.0}) if on_cpus else compute
             done = _on_actors(shards, list(blocks(rows, todo, compute.shard_rows)), compute, progress, task, title)
         else:
-            done = (_here(shards, index, shard_slice(rows, index, compute.shard_rows), task) for index in todo)
+            done = (_here(shards, index, shard_slice(rows, index, compute.shard_rows), task, title) for index in todo)
         for record in done:
             records[record.index] = record
     missing = [index for index in range(num_shards) if index not in records]
@@ -129,7 +129,7 @@ class _Shards:
         return self._attempt.write_shard(index, tables, rows_in=rows.num_rows, seconds=time.monotonic() - started)
 
 
-def _here(shards: _Shards, index: int, rows: pa.Table, task: Task) -> ShardRecord:
+def _here(shards: _Shards, index: int, rows: pa.Table, task: Task, title: str) -> ShardRecord:
     shown = 0
 
     def advance(count: int = 1) -> None:
@@ -137,7 +137,13 @@ def _here(shards: _Shards, index: int, rows: pa.Table, task: Task) -> ShardRecor
         shown += count
         task.advance(count)
 
-    record = shards.finish(index, rows, advance)
+    try:
+        record = shards.finish(index, rows, advance)
+    except (MemoryError, RuntimeError, OSError) as error:
+        short = shortage(f"{type(error).__name__}: {error}")
+        if short is None:
+            raise
+        raise RuntimeError(f"{title}: {short}. {_LESS}. Finished shards are kept") from error
     task.advance(record.rows_in - shown)
     return record
 
@@ -182,6 +188,7 @@ def _on_actors(
     cpus, gpus = compute.cpus_per_actor, compute.gpus_per_actor
     cluster.require("actor", compute.actors, cpus=cpus, gpus=gpus, place="compute.map", say=progress.say)
     cluster.hide_ray_data()
+    watch = Watch()
     results = _pass(shards, tables, compute)
     batches = iter(results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
     failure = None
@@ -192,7 +199,7 @@ def _on_actors(
                 task.advance(record.rows_in)
                 yield record
     except ray.exceptions.RayError as error:
-        failure = _failure(title, error)
+        failure = _failure(title, error, watch)
     finally:
         batches.close()
     if failure is not None:
@@ -254,15 +261,15 @@ class _ShardActor:
         return pa.table({"outcome": pa.array([pickle.dumps(outcome) for outcome in outcomes], pa.binary())})
 
 
-def _failure(title: str, error: BaseException) -> RuntimeError:
-    """What Ray says, in one line; its traceback as a note."""
+def _failure(title: str, error: BaseException, watch: Watch) -> RuntimeError:
+    """What Ray says, and knows of the processes that died, in one line; its traceback as a note."""
     import ray
 
     innermost, said = error, f"{type(error).__name__}: {error}"
     while innermost.__cause__ is not None:
         innermost = innermost.__cause__
         said += f"\n{type(innermost).__name__}: {innermost}"
-    short = shortage(said)
+    short = shortage(said) or shortage(watch.deaths())
     if short is not None:
         reason = f"{short}. {_LESS}. Finished shards are kept"
     elif getattr(error, "actor_init_failed", False):
@@ -270,9 +277,9 @@ def _failure(title: str, error: BaseException) -> RuntimeError:
         reason = f"an actor cannot start: {last_line}. Every node needs this version of nightseg and its packages"
     elif isinstance(error, ray.exceptions.RayActorError | ray.exceptions.WorkerCrashedError):
         reason = (
-            f"the process of a worker died {RETRIES_OF_A_SHARD + 1} times on the same shard: it ran out of memory "
-            "(lower compute.map.batch or compute.map.actors), was killed, or a file crashed a decoder. Finished "
-            "shards are kept"
+            f"the process of a worker died {RETRIES_OF_A_SHARD + 1} times on the same shard, and neither Ray nor the "
+            "kernel of this machine says that memory ran out: somebody killed it, or a file crashed a decoder; on "
+            f"another machine it may be memory all the same. {_LESS}. Finished shards are kept"
         )
     else:
         first_line = str(innermost).strip().partition("\n")[0]

@@ -42,13 +42,13 @@ from nightseg.cluster import ray as cluster
 from nightseg.cluster.progress_actor import SECONDS_BETWEEN_UPDATES, Failure, progress_actor, shown
 from nightseg.cluster.session import Session
 from nightseg.cluster.settings import TrainCompute
-from nightseg.cluster.shortage import shortage
+from nightseg.cluster.shortage import Watch, shortage
 from nightseg.errors import UserError
 from nightseg.progress import Progress
 from nightseg.storage import Location, sha256_of
 
 NUM_KEPT = 2  # checkpoints
-_LESS = "Lower the batch or raise accumulate of this training, or lower compute.train.workers"
+_LESS = "Lower training.batch or training.crop, or raise training.accumulate (of a translator: its own batch or crop)"
 _LOG = logging.getLogger(__name__)
 
 
@@ -202,12 +202,13 @@ def fit(
         "actor": progress_actor(),
         "key": uuid.uuid4().hex,
     }
+    watch = Watch()
     with progress.task(title, total, unit) as task, shown(job["actor"], job["key"], task, progress, title):
-        history = _run(job, compute, name, title)
+        history = _run(job, compute, name, title, watch)
     return FitResult(history[-1] if history else {}, history, job["checkpoints"])
 
 
-def _run(job: dict[str, Any], compute: TrainCompute, name: str, title: str) -> list[dict[str, Any]]:
+def _run(job: dict[str, Any], compute: TrainCompute, name: str, title: str, watch: Watch) -> list[dict[str, Any]]:
     """The history, from rank 0. Ray's own storage holds nothing and goes away: checkpoints are ours."""
     import ray
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
@@ -232,9 +233,9 @@ def _run(job: dict[str, Any], compute: TrainCompute, name: str, title: str) -> l
             with _interrupts_stay_interrupts():
                 returned = trainer.fit().return_value
         except (TrainingFailedError, ray.exceptions.RayError) as error:
-            raise _failure(job, title, error) from error
+            raise _failure(job, title, error, watch, compute.workers) from error
     if returned is None:
-        raise _failure(job, title, None)
+        raise _failure(job, title, None, watch, compute.workers)
     return list(returned)
 
 
@@ -277,7 +278,7 @@ def _work(job: dict[str, Any]) -> list[dict[str, Any]] | None:
     return session.history
 
 
-def _failure(job: dict[str, Any], title: str, error: BaseException | None) -> Exception:
+def _failure(job: dict[str, Any], title: str, error: BaseException | None, watch: Watch, num_workers: int) -> Exception:
     """The error to raise: what a worker told the progress actor, else what Ray knows."""
     import ray
 
@@ -285,12 +286,18 @@ def _failure(job: dict[str, Any], title: str, error: BaseException | None) -> Ex
         failure: Failure | None = ray.get(job["actor"].read.remote(job["key"]), timeout=10.0).failure
     except ray.exceptions.RayError:  # the cluster went down, and the actor with it
         failure = None
+    less = f"{_LESS}{', or lower compute.train.workers' if num_workers > 1 else ''}"
+    has_died = failure is None or _has_died(error)  # what other workers write then is about the connection they lost
     if failure is not None and failure.user_error is not None:
         raised: Exception = failure.user_error
-    elif short := shortage("\n".join(_texts(error, failure))):
-        raised = RuntimeError(f"{title}: {short}. {_LESS}. A rerun goes on after the last checkpoint")
-    elif _has_died(error):  # what other workers wrote then is about the connection they lost
-        raised = RuntimeError(f"{title}: a worker process died: it ran out of memory, was killed, or crashed")
+    elif short := shortage("\n".join(_texts(error, failure))) or (has_died and shortage(watch.deaths())):
+        raised = RuntimeError(f"{title}: {short}. {less}. A rerun goes on after the last checkpoint")
+    elif _has_died(error):
+        raised = RuntimeError(
+            f"{title}: a worker process died, and neither Ray nor the kernel of this machine says that memory ran out: "
+            f"somebody killed it, or it crashed; on another machine it may be memory all the same. {less}. A rerun "
+            "goes on after the last checkpoint"
+        )
     else:
         raised = RuntimeError(f"{title}: {failure.message if failure else _reason(error)}")
     if failure is not None:

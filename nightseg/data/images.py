@@ -42,6 +42,31 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")  # the nine of pytorch-fid
 MAX_PIXELS = 64_000_000
 
+_FOREIGN = (  # (place, bytes there, what such a file is)
+    (0, b"GIF8", "a GIF"),
+    (4, b"ftypheic", "an HEIC photograph"),
+    (4, b"ftypmif1", "an HEIC photograph"),
+    (4, b"ftypavif", "an AVIF"),
+    (4, b"jP  \r\n\x87\n", "JPEG 2000"),
+    (0, b"\xff\x4f\xff\x51", "JPEG 2000"),
+    (0, b"\xff\x0a", "JPEG XL"),
+    (4, b"JXL \r\n\x87\n", "JPEG XL"),
+    (0, b"8BPS", "a Photoshop document"),
+    (0, b"v/1\x01", "OpenEXR"),
+    (0, b"\x93NUMPY", "a NumPy array"),
+    (0, b"FLV", "an FLV video"),
+    (0, b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "a WMV video"),
+    (4, b"ftyp", "an MP4 or QuickTime video"),
+    (0, b"\x1a\x45\xdf\xa3", "a Matroska or WebM video"),
+    (8, b"AVI ", "an AVI video"),
+    (0, b"%PDF", "a PDF"),
+    (0, b"PK\x03\x04", "a ZIP archive"),
+    (0, b"version https://git-lfs", "a pointer of Git LFS, the file itself was not fetched (git lfs pull)"),
+    (0, b"<!DOCTYPE", "a web page, as of a download that failed"),
+    (0, b"<html", "a web page, as of a download that failed"),
+    (0, b"<?xml", "an XML or SVG document"),
+    (0, b"<svg", "an SVG document"),
+)
 _PNG_HEADER = PNG_SIGNATURE + b"\0\0\0\rIHDR"
 _IMAGE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 # Grey PNGs of 2 and 4 bits are stretched to 0..255 by Pillow; labels need the stored ids back.
@@ -275,8 +300,9 @@ def _open(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadFrame("decompression_bomb", str(error)) from error
     except UnidentifiedImageError as error:  # its own message holds a memory address
-        found = f"the file starts with {data[:8]!r}"
-        raise BadFrame("not_an_image", f"no intact header of {', '.join(FORMATS)}; {found}") from error
+        known = (what for place, start, what in _FOREIGN if data.startswith(start, place))
+        found = next(known, "") or f"no intact header, the file starts with {data[:8]!r}"
+        raise BadFrame("not_an_image", f"{found}; accepted are {', '.join(FORMATS)}") from error
     except Exception as error:  # hostile headers raise OSError, ValueError, OverflowError, zlib.error, ...
         reason = "truncated" if "runcated" in str(error) else "not_an_image"
         raise BadFrame(reason, _describe(error)) from error

@@ -24,6 +24,11 @@ _SYSTEM_FOLDERS = frozenset(
     {"__macosx", "@eadir", "@recycle", "#recycle", "#snapshot", "@recently-snapshot", "$recycle.bin"}
     | {"system volume information", "lost+found", "network trash folder", "temporary items"}
 )
+_OTHER_FORMATS = (
+    *(".arw", ".avif", ".cr2", ".cr3", ".dng", ".exr", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jxl"),
+    *(".nef", ".psd", ".raw", ".svg", ".tga"),
+    *(".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".webm", ".wmv"),
+)  # pictures and videos: worth a word where they lie among the files that are read
 _FILE_TYPE = re.compile(r"\.[A-Za-z][A-Za-z0-9]{0,4}$")  # of a broken link: else it may well have been a folder
 
 
@@ -57,6 +62,12 @@ def files_below(
         if 0 < len(of_user) < len(wanted):
             say(f"{folder}: {len(wanted) - len(of_user)} files that nightseg wrote are left out ({first_of(own)})")
         wanted = _each_once(of_user or wanted, lambda note: say(f"{folder}: {note}"))
+    other = [one.name for one in entries if not one.is_folder and is_meant(one.name)]
+    other = [
+        name for name in other if name.lower().endswith(_OTHER_FORMATS) and not name.lower().endswith(tuple(suffixes))
+    ]
+    if other and not predictions:
+        say(f"{folder}: {len(other)} pictures or videos of other formats are left out ({first_of(other)})")
     twice = [f"{one.name} ({one.problem})" for one in entries if one.is_folder and one.problem]
     if twice:
         say(f"{folder}: {first_of(twice)}: its files count once")

@@ -171,7 +171,10 @@ def test_other_errors_are_tried_again_and_come_out(ray_cluster: None, tmp_path: 
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_worker_that_always_dies_ends_the_training(ray_cluster: None, tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="train line: a worker process died: it ran out of memory, was killed"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"train line: a worker process died, and neither Ray nor .* memory ran out: somebody killed it",
+    ):
         train(tmp_path, "dies always", max_failures=0)
 
 

@@ -126,6 +126,27 @@ def test_empty_text_and_foreign_files() -> None:
     assert reason_of(b"\x89PNG\r\n\x1a\n") in ("not_an_image", "truncated")
 
 
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (saved(Image.new("RGB", (4, 4)), "GIF"), "a GIF"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "an HEIC photograph"),
+        (b"\0\0\0\x20ftypisom\0\0\2\0", "an MP4 or QuickTime video"),
+        (b"FLV\1\5\0\0\0\t", "an FLV video"),
+        (bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c"), "a WMV video"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n", "a pointer of Git LFS"),
+        (b"<!DOCTYPE html><html>404</html>", "a web page"),
+        (b"\0" * 4096, "no intact header, the file starts with b'"),
+    ],
+)
+def test_what_a_foreign_file_is_is_said(data: bytes, what: str) -> None:
+    with pytest.raises(BadFrame, match=what) as caught:
+        decode_image(data)
+    assert caught.value.reason == "not_an_image" and caught.value.detail.endswith(
+        "accepted are JPEG, PNG, WEBP, BMP, TIFF, PPM"
+    )
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "TIFF", "PPM", "WEBP"])
 @pytest.mark.parametrize("part", [0.3, 0.5, 0.9])
 def test_a_cut_file_is_refused(kind: str, part: float) -> None:

@@ -40,6 +40,18 @@ def everywhere(root: Location) -> list[list[str]]:
     ]
 
 
+def test_pictures_and_videos_of_other_formats_are_said(tmp_path: Path) -> None:
+    """Where frames are looked for: not among masks, not where they are asked for, and nothing of other files."""
+    root, said = touch(tmp_path, "a.png", "b.GIF", "deep/c.heic", "d.flv", "notes.txt", ".e.gif", "f.jpe"), list[str]()
+    assert listed(root, say=said.append) == ["a.png"]
+    assert said == [f"{root}: 4 pictures or videos of other formats are left out (b.GIF, d.flv, deep/c.heic, f.jpe)"]
+    assert listed(root, say=said.append, predictions=True) == ["a.png"]
+    assert [entry.name for entry in files_below(root, (".png", ".gif", ".flv"), depth=1, say=said.append)][1:] == [
+        *("b.GIF", "d.flv"),
+    ]
+    assert said[1:] == [f"{root}: 1 pictures or videos of other formats are left out (f.jpe)"]
+
+
 # -- links -----------------------------------------------------------------------------------------------------------
 
 
