@@ -24,7 +24,7 @@ import pyarrow as pa
 
 from nightseg.cluster import ray as cluster
 from nightseg.cluster.settings import MapCompute
-from nightseg.cluster.shortage import Watch, shortage
+from nightseg.cluster.shortage import Watch, mended, shortage
 from nightseg.errors import UserError
 from nightseg.progress import Progress, Task
 from nightseg.storage import Attempt, Location, ShardRecord, Shards
@@ -139,11 +139,11 @@ def _here(shards: _Shards, index: int, rows: pa.Table, task: Task, title: str) -
 
     try:
         record = shards.finish(index, rows, advance)
-    except (MemoryError, RuntimeError, OSError) as error:
+    except (MemoryError, RuntimeError) as error:
         short = shortage(f"{type(error).__name__}: {error}")
         if short is None:
             raise
-        raise RuntimeError(f"{title}: {short}. {_LESS}. Finished shards are kept") from error
+        raise RuntimeError(f"{title}: {mended(short, _LESS)}. Finished shards are kept") from error
     task.advance(record.rows_in - shown)
     return record
 
@@ -237,7 +237,7 @@ def _record(title: str, outcome: ShardRecord | UserError | str, trace: str) -> S
     if isinstance(outcome, ShardRecord):
         return outcome
     short = shortage(f"{outcome}")
-    told = f"{short}. {_LESS}. It said: {outcome}" if short else outcome
+    told = f"{mended(short, _LESS)}. It said: {outcome}" if short else outcome
     error = outcome if isinstance(outcome, UserError) else RuntimeError(f"{title}: {told}")
     error.add_note(f"In the worker:\n{trace}")
     raise error
@@ -271,7 +271,7 @@ def _failure(title: str, error: BaseException, watch: Watch) -> RuntimeError:
         said += f"\n{type(innermost).__name__}: {innermost}"
     short = shortage(said) or shortage(watch.deaths())
     if short is not None:
-        reason = f"{short}. {_LESS}. Finished shards are kept"
+        reason = f"{mended(short, _LESS)}. Finished shards are kept"
     elif getattr(error, "actor_init_failed", False):
         last_line = str(error).strip().rpartition("\n")[2].strip()
         reason = f"an actor cannot start: {last_line}. Every node needs this version of nightseg and its packages"

@@ -9,6 +9,7 @@ from typing import Final
 
 _GIB: Final = 2**30
 _KERNEL: Final = "the kernel killed"
+_DISK: Final = "the disk, or the shared memory in /dev/shm, is full"
 _COUNTERS: Final = ("/proc/vmstat", "/sys/fs/cgroup/memory.events")  # of the machine, of this container
 
 
@@ -84,9 +85,14 @@ def shortage(text: str) -> str | None:
     if _KERNEL in text:
         return "the machine ran out of memory, and the kernel killed a worker"
     if "OutOfDiskError" in text or "No space left on device" in text or "utilization is over capacity" in text:
-        return "the disk, or the shared memory in /dev/shm, is full"
+        return _DISK
     if "ObjectStoreFullError" in text or "object store is full" in text:
         return "Ray's object store in shared memory is full"
     if "SIGBUS" in text or "Bus error" in text:
         return "shared memory (/dev/shm) is too small"
     return None
+
+
+def mended(short: str, less: str) -> str:
+    """The sentence, and what to do about it: `less` uses up less memory, but no less of a disk."""
+    return f"{short}. {'Make room there; Ray writes below TMPDIR' if short == _DISK else less}"

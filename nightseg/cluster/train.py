@@ -42,7 +42,7 @@ from nightseg.cluster import ray as cluster
 from nightseg.cluster.progress_actor import SECONDS_BETWEEN_UPDATES, Failure, progress_actor, shown
 from nightseg.cluster.session import Session
 from nightseg.cluster.settings import TrainCompute
-from nightseg.cluster.shortage import Watch, shortage
+from nightseg.cluster.shortage import Watch, mended, shortage
 from nightseg.errors import UserError
 from nightseg.progress import Progress
 from nightseg.storage import Location, sha256_of
@@ -291,7 +291,7 @@ def _failure(job: dict[str, Any], title: str, error: BaseException | None, watch
     if failure is not None and failure.user_error is not None:
         raised: Exception = failure.user_error
     elif short := shortage("\n".join(_texts(error, failure))) or (has_died and shortage(watch.deaths())):
-        raised = RuntimeError(f"{title}: {short}. {less}. A rerun goes on after the last checkpoint")
+        raised = RuntimeError(f"{title}: {mended(short, less)}. A rerun goes on after the last checkpoint")
     elif _has_died(error):
         raised = RuntimeError(
             f"{title}: a worker process died, and neither Ray nor the kernel of this machine says that memory ran out: "
