@@ -12,7 +12,7 @@ from typing import Any
 
 from nightseg.data import table as frame
 from nightseg.data.class_list import taxonomy
-from nightseg.data.settings import JoinedDataset, TranslatedDataset
+from nightseg.data.settings import JoinedDataset, SplitDataset, TranslatedDataset
 from nightseg.errors import UserError, closest
 from nightseg.metrics.seeds import over_seeds
 from nightseg.pipeline.graph import Graph, ModelNodes, NodeId, View
@@ -174,23 +174,28 @@ class _Light:
 
     def __init__(self, recipe: Recipe, graph: Graph, commits: Mapping[NodeId, Commit]) -> None:
         self.recipe, self.graph, self.commits = recipe, graph, commits
-        self._domains: dict[View, set[str]] = {}
+        self._domains: dict[str, set[str]] = {}
 
     def of(self, line: Sequence[ModelNodes]) -> dict[str, Any]:
         """Domains of all train sets, whether one is translated, whether there was a pool, and if it was day alone."""
         names = {dataset: None for nodes in line for dataset in nodes.facts["train"]}
-        views = [view for name in names for view in self.graph.datasets[name] if isinstance(view, View)]
-        domains = sorted(set().union(*map(self._of_view, views)))
+        domains = sorted(set().union(*map(self._domains_of, names)))
         is_translated = any(_is_translated(self.recipe, name) for name in names)
         has_pool = any(nodes.facts["self_training"] for nodes in line)
         is_day = domains == ["day"] and not is_translated and not has_pool
         return {"domains": domains, "translated": is_translated, "pool": has_pool, "day_only": is_day}
 
-    def _of_view(self, view: View) -> set[str]:
-        if view not in self._domains:
-            domains = self.commits[view.node].table("frames")[frame.DOMAIN].unique().to_pylist()
-            self._domains[view] = {view.domain} if view.domain else set(domains)
-        return self._domains[view]
+    def _domains_of(self, name: str) -> set[str]:
+        match self.recipe.datasets[name]:
+            case JoinedDataset(join=parts):
+                return set().union(*map(self._domains_of, parts))
+            case TranslatedDataset(to=domain) | SplitDataset(keep=domain):
+                return {domain}
+        if name not in self._domains:
+            views = [view for view in self.graph.datasets[name] if isinstance(view, View)]
+            tables = [self.commits[view.node].table("frames") for view in views]
+            self._domains[name] = {domain for rows in tables for domain in rows[frame.DOMAIN].unique().to_pylist()}
+        return self._domains[name]
 
 
 def _scores(commits: Mapping[NodeId, Commit], nodes: ModelNodes) -> dict[str, dict[str, Any]]:

@@ -116,11 +116,11 @@ def _by_class(run: Run, best: str, control: str, test: str) -> list[dict[str, An
 def _settings(run: Run, name: str) -> dict[str, Any]:
     """What models may differ in, but for how long they are trained and what they start from."""
     facts = run.results["models"][name]
-    train = facts["train"]
+    weights = facts.get("weights") or dict.fromkeys(facts["train"], 1.0)
     training = {key: value for key, value in facts["training"].items() if key not in _DURATION}
     learning = facts["self_training"]
     return {
-        "train": dict(train) if isinstance(train, Mapping) else dict.fromkeys(train, 1.0),
+        "train": {name: weights[name] for name in facts["train"]},
         "self_training": learning and {key: value for key, value in learning.items() if key != "teacher"},
         "network": facts["network"],
         "loss": facts["loss"],

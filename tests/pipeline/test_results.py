@@ -16,8 +16,6 @@ from nightseg.storage import Commit, Location, UserError, Workspace
 DAY, SPLIT, SELECT = NodeId("collect", "day"), NodeId("split", "pool"), NodeId("select", "m")
 LABEL, TRAIN, TEST = NodeId("pseudo_label", "m"), NodeId("train_segmenter", "m"), NodeId("evaluate", "m")
 DUSK = NodeId("predict", "dusk")
-MADE = NodeId("translate", "made")
-DOMAINS = {DAY: ["day", "day"], MADE: ["night"]}
 FACTS = {"start": "imagenet", "parents": [], "train": [], "training": {"batch": 8}, "self_training": None}
 SCORES = {"miou": 0.25, "pa": 0.5, "iou": {"sky": 0.5, "car": None}, "confusion": [[3, 1], [0, 4]], "frames": 4}
 
@@ -40,9 +38,9 @@ def commit(run: Location, node: NodeId, *, bad: int = 0, **files: object) -> Com
         )
         (attempt.folder / "quarantine.parquet").write_table(quarantine_table(rows))
         outputs.append("quarantine.parquet")
-    if node in (DAY, MADE):
+    if node == DAY:
         (attempt.folder / "frames.parquet").write_table(
-            frame_table({"frame_id": d, "uri": d, "domain": d} for d in DOMAINS[node])
+            frame_table({"frame_id": d, "uri": d, "domain": d} for d in ["day"])
         )
         outputs.append("frames.parquet")
     summary = {"labels": LABELS} if node == DAY else {"steps": 40} if node.stage == "train_segmenter" else None
@@ -137,7 +135,6 @@ translators: {optics: {kind: photometric}}
     (tmp_path / "recipe.yaml").write_text(text)
     commits = {
         DAY: commit(folder, DAY),
-        MADE: commit(folder, MADE),
         TRAIN: commit(folder, TRAIN),
         TEST: commit(folder, TEST, scores={"night": SCORES}),
         evaluation: commit(folder, evaluation, scores={"fid": {"translated": 3.5}, "edges": 0.5}),
@@ -147,7 +144,7 @@ translators: {optics: {kind: photometric}}
         graph.models[name] = ModelNodes(
             TRAIN, None, None, FACTS | {"train": train}, name, 0, TEST, {"night": types.TestRow()}
         )
-    graph.datasets = {"day": (View(DAY),), "all": (View(DAY), View(MADE))}
+    graph.datasets = {"day": (View(DAY),)}
     graph.translations["made"] = (evaluation, {"kind": "photometric", "segmenter": "other"})
     found = gather(load_recipe(tmp_path / "recipe.yaml"), graph, commits, set())["translations"]
     assert found == {
@@ -192,18 +189,20 @@ name: made
 taxonomy: camvid11
 datasets:
   day: {layout: scenes, count: 4}
-  dark: {layout: scenes, count: 4}
+  dark: {split: day, keep: night}
+  fresh: {translate: day, by: optics, fresh: true}
   made: {translate: day, by: optics}
   all: {join: [day, made]}
 translators: {optics: {kind: photometric}}
 """
     (tmp_path / "recipe.yaml").write_text(text)
-    graph, commits = Graph(), {DAY: commit(run, DAY), MADE: commit(run, MADE)}
-    graph.datasets = {"day": (View(DAY),), "all": (View(DAY), View(MADE)), "dark": (View(DAY, "night"),)}
+    graph, commits = Graph(), {DAY: commit(run, DAY)}
+    graph.datasets = {"day": (View(DAY),)}
     for name, parent, train, batch, pool in (
         ("first", None, ["day"], 8, None),
-        ("longer", "first", {"day": 2.0}, 16, None),
+        ("longer", "first", ["day"], 16, None),
         ("both", "first", ["all"], 8, None),
+        ("fresh", "first", ["day", "fresh"], 8, None),
         ("dark", "longer", ["dark"], 8, None),
         ("taught", "longer", ["day"], 8, {"pool": "night"}),
     ):
@@ -222,6 +221,7 @@ translators: {optics: {kind: photometric}}
     assert models["both"]["learned"] == {
         "domains": ["day", "night"], "translated": True, "pool": False, "day_only": False
     }  # fmt: skip
+    assert models["fresh"]["learned"] == models["both"]["learned"]  # no stage translates these frames
     assert models["dark"]["learned"]["domains"] == ["day", "night"]
     assert [name for name, facts in models.items() if facts["learned"]["day_only"]] == ["first", "longer"]
 

@@ -17,6 +17,7 @@ from tests.report.test_comparison import DAY, NIGHT
 TAUGHT = NIGHT | {"pool": True}
 OFFLINE = {"pool": "night", "teacher": "x", "mode": "offline", "select": None, "threshold": {"kind": "fixed"}}
 ONLINE = OFFLINE | {"mode": "online", "online": {"mix": "classmix", "guard": {"act": "ignore", "range": [0.5, 2.0]}}}
+BOTH = {"train": ["day", "made"], "weights": {"day": 2.0, "made": 1.0, "(pseudo-labels)": 1.0}}
 CHOSEN = OFFLINE | {"select": {"method": "random", "count": 5}}
 
 
@@ -51,13 +52,13 @@ def run_of(models: dict[str, dict[str, Any]], commits: dict[str, Any] | None = N
 MODELS = {
     "day_only": model(0.2, 0.2, learned=DAY, steps=240),
     "longer": model(0.25, 0.3125, learned=DAY, line=["day_only", "longer"]),
-    "by_optics": model(0.5, 0.5, train={"day": 2.0, "made": 1.0}, line=["day_only", "by_optics"]),
-    "taught": model(0.4, learned=TAUGHT, train={"day": 2.0, "made": 1.0}, self_training=OFFLINE),
-    "random": model(0.6, learned=TAUGHT, train={"day": 2.0, "made": 1.0}, self_training=CHOSEN),
-    "online": model(0.5, learned=TAUGHT, train={"day": 2.0, "made": 1.0}, self_training=ONLINE),
-    "bare": model(0.1, 0.2, sky=0.0, learned=TAUGHT, train={"day": 2.0, "made": 1.0}, about="no guard",
+    "by_optics": model(0.5, 0.5, **BOTH, line=["day_only", "by_optics"]),
+    "taught": model(0.4, learned=TAUGHT, **BOTH, self_training=OFFLINE),
+    "random": model(0.6, learned=TAUGHT, **BOTH, self_training=CHOSEN),
+    "online": model(0.5, learned=TAUGHT, **BOTH, self_training=ONLINE),
+    "bare": model(0.1, 0.2, sky=0.0, learned=TAUGHT, **BOTH, about="no guard",
                   self_training=ONLINE | {"online": ONLINE["online"] | {"guard": None}}),
-    "focal": model(0.3, loss={"kind": "combined"}, train={"day": 2.0, "made": 1.0}),
+    "focal": model(0.3, loss={"kind": "combined"}, **BOTH),
 }  # fmt: skip
 
 
