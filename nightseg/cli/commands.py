@@ -250,7 +250,8 @@ def evaluate(
 ) -> Answer:
     """Score a folder of predictions against labels.
 
-    Both hold PNG files of the same names and sizes; predictions are train ids, as `nightseg predict` writes them.
+    Both hold PNG (or TIFF, BMP, PGM) files of the same names and sizes; predictions are train ids, as `nightseg
+    predict` writes them.
 
     \b
     nightseg evaluate masks /data/camvid/day/test/labels --taxonomy camvid11

@@ -40,6 +40,7 @@ REASONS = (
 )
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")  # the nine of pytorch-fid
+LABEL_SUFFIXES = (".bmp", ".pgm", ".png", ".tif", ".tiff")  # of formats that keep every id
 MAX_PIXELS = 64_000_000
 
 _FOREIGN = (  # (place, bytes there, what such a file is)
@@ -71,7 +72,7 @@ _PNG_HEADER = PNG_SIGNATURE + b"\0\0\0\rIHDR"
 _IMAGE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 # Grey PNGs of 2 and 4 bits are stretched to 0..255 by Pillow; labels need the stored ids back.
 _LABEL_STRETCH = {"L": 1, "P": 1, "P;1": 1, "P;2": 1, "P;4": 1, "1": 1, "L;2": 85, "L;4": 17}
-_LABEL_FORMATS = ("PNG", "TIFF")
+_LABEL_FORMATS = ("PNG", "TIFF", "BMP", "PPM")
 _LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")  # what Pillow calls these compressions
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -196,19 +197,38 @@ def decode_label(data: bytes, max_pixels: int = MAX_PIXELS) -> UInt8:
 def decode_stored_label(data: bytes, max_pixels: int = MAX_PIXELS) -> StoredLabel:
     """`decode_label`, with what else the file says of its ids and of how they lie."""
     image = _open(data, max_pixels)
-    rawmode = _rawmode(image)
-    if image.info.get("compression") in _LOSSY_TIFF:
-        raise BadFrame("wrong_mode", f"a label as {image.info['compression']} inside TIFF: its ids are changed by it")
-    if image.mode not in ("1", "L", "P") or rawmode not in _LABEL_STRETCH or image.format not in _LABEL_FORMATS:
-        raise BadFrame(
-            "wrong_mode",
-            f"a label is an 8-bit grey or palette PNG, this is {image.format} mode {image.mode} ({rawmode})",
-        )
+    rawmode = _label_rawmode(image, data)
     upright, orientation = _load_upright(image, data, is_label=True)
     colours = np.array(image.getpalette("RGB") or [], dtype=np.uint8).reshape(-1, 3) if image.mode == "P" else None
     palette = None if colours is None else np.vstack([colours, np.zeros((256 - len(colours), 3), np.uint8)])
     ids = np.array(upright, dtype=np.uint8) // np.uint8(_LABEL_STRETCH[rawmode])
     return StoredLabel(ids, palette, orientation)
+
+
+def may_be_label(data: bytes) -> bool:
+    """Whether a file holds one value a pixel, by its header. True of what is damaged, which decoding tells."""
+    try:
+        _label_rawmode(_open(data, MAX_PIXELS), data)
+    except BadFrame as fault:
+        return fault.reason != "wrong_mode"
+    return True
+
+
+def _label_rawmode(image: ImageFile.ImageFile, data: bytes) -> str:
+    rawmode = _rawmode(image)
+    if image.info.get("compression") in _LOSSY_TIFF:
+        raise BadFrame("wrong_mode", f"a label as {image.info['compression']} inside TIFF: its ids are changed by it")
+    # Pillow stretches the values of a PGM whose largest is not 255, and misreads grey BMPs of less than 8 bits.
+    is_stretched = image.format == "PPM" and image.tile[0][0] != "raw"
+    bits = 24 if data[14:15] == b"\x0c" else 28  # where the bits of a pixel stand in a BMP's old and all later headers
+    is_small = image.format == "BMP" and image.mode == "L" and data[bits] != 8
+    is_known = image.mode in ("1", "L", "P") and rawmode in _LABEL_STRETCH and image.format in _LABEL_FORMATS
+    if not is_known or is_stretched or is_small:
+        raise BadFrame(
+            "wrong_mode",
+            f"a label is an 8-bit grey or palette PNG, this is {image.format} mode {image.mode} ({rawmode})",
+        )
+    return rawmode
 
 
 def turned(array: UInt8, orientation: int) -> UInt8:

@@ -5,6 +5,7 @@ Data sets append words to the name of a frame: x_leftImg8bit.png, x_gtFine_label
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import PurePosixPath
 from typing import Final, NamedTuple
@@ -35,6 +36,8 @@ _NO_ID_FOLDERS: Final = frozenset(
     | {"polygons", "rles", "bitmasks", "pan_seg", "ins_seg", "pan_mask"}
 )
 _BY_LENGTH: Final = sorted([*IDS, *FRAME, *NO_IDS], key=len, reverse=True)
+_WEATHER: Final = re.compile(r"_(foggy_beta|rain_alpha)_[0-9][0-9a-z._]*$", re.IGNORECASE)
+"""Endings of frames of Foggy and Rain Cityscapes: x_leftImg8bit_foggy_beta_0.02.png."""
 
 
 class Name(NamedTuple):
@@ -49,8 +52,11 @@ class Name(NamedTuple):
 def name_of(path: str) -> Name:
     """The parts of the name of a file."""
     place = PurePosixPath(path)
-    stem, endings = place.stem, []
+    stem = _WEATHER.sub("", place.stem) or place.stem
+    endings: list[str] = []
     while ending := next((one for one in _BY_LENGTH if _ends(stem, one) and len(stem) > len(one)), None):
+        if ending in NO_IDS and any(one in IDS for one in endings):
+            break  # x_color_labelIds: the ids of a frame x_color
         stem = stem[: -len(ending)]
         endings.append(ending)
     encoding = next((IDS[one] for one in endings if one in IDS), None)
@@ -71,12 +77,15 @@ def labels_of_frames(
     *,
     prefer: str = TRAIN_IDS,
     frames: Collection[str] = (),
+    known: Collection[str] = (),
+    may_hold_ids: Callable[[Entry], bool] | None = None,
     say: Callable[[str], None] = lambda note: None,
 ) -> dict[str, Entry]:
     """The one file of ids of every frame, by the frame's name: of those of encoding `prefer` if it has several.
 
-    `frames`: names (without suffix) that are frames of their own, whatever they end in. What holds no ids is left out,
-    unless there is nothing else, and `say` is told. Raises UserError: two files of a frame with equal right.
+    `frames`: names (without suffix) that may be frames of their own, whatever they end in; `known`: that surely are.
+    What holds no ids is left out and `say` is told; `may_hold_ids` looks into a file where names leave it open whether
+    it does. Raises UserError: two files of a frame with equal right, no file that holds ids.
     """
     groups: dict[str, list[tuple[tuple[int, int], Entry]]] = {}
     pictures: list[Entry] = []
@@ -84,30 +93,67 @@ def labels_of_frames(
     with_ids = {name.frame for name, _ in named if name.encoding is not None or (name.holds_ids and not name.endings)}
     for name, entry in named:
         stem = str(PurePosixPath(entry.name).with_suffix(""))
-        if stem in frames and name.encoding is None and (name.holds_ids or name.frame not in with_ids):
-            groups.setdefault(stem, []).append(((0, 0), entry))
+        # a_trainIds beside a is another frame where both are frames, and else the label of a
+        is_own = stem in frames and (name.encoding is None or name.frame in frames)
+        if is_own and not name.holds_ids and name.frame in with_ids:
+            is_own = may_hold_ids is not None and name.frame in frames
+        is_own |= stem in known
+        if is_own and (name.holds_ids or may_hold_ids is None or may_hold_ids(entry)):
+            groups.setdefault(stem, []).append((_OWN_NAME, entry))
         elif name.holds_ids:
             groups.setdefault(name.frame, []).append((_rank(name, prefer), entry))
         else:
             pictures.append(entry)
     if not groups:
-        return {str(PurePosixPath(entry.name).with_suffix("")): entry for entry in pictures}
+        return _only_pictures(pictures, where, may_hold_ids)
     if pictures:
         names = first_of([picture.name for picture in pictures])
         say(f"{where}: {len(pictures)} files hold no ids by their names and are left out: {names}")
-    chosen = {}
+    chosen, others = {}, []
     for frame, found in groups.items():
-        best = min(rank for rank, _ in found)
-        equal = [entry for rank, entry in found if rank == best]
-        if len(equal) > 1:
-            both = f"{equal[0].name} and {equal[1].name}"
-            raise UserError(f"{where}: {both} are the same frame by name", cure="keep one of them there")
-        chosen[frame] = equal[0]
+        chosen[frame], rest = _one_of(found, where, may_hold_ids)
+        others += rest
+    if others:
+        names = first_of([entry.name for entry in others])
+        say(f"{where}: {len(others)} files are left out, as another one of their frames is meant by its name: {names}")
     return chosen
 
 
+def _only_pictures(pictures: list[Entry], where: str, may_hold_ids: Callable[[Entry], bool] | None) -> dict[str, Entry]:
+    """Nothing else is there, so names may be wrong about them: those that may hold ids."""
+    held = pictures if may_hold_ids is None else [entry for entry in pictures if may_hold_ids(entry)]
+    if pictures and not held:
+        raise UserError(
+            f"{where}: all {len(pictures)} files are pictures (colours, instances, ...) and hold no ids of classes: "
+            f"{first_of([picture.name for picture in pictures])}",
+            cure="name the folder of the ids (such as *_labelIds.png, *_trainIds.png), or make ids of the colours",
+        )
+    return {str(PurePosixPath(entry.name).with_suffix("")): entry for entry in held}
+
+
+def _one_of(
+    found: list[tuple[tuple[int, int], Entry]], where: str, may_hold_ids: Callable[[Entry], bool] | None
+) -> tuple[Entry, list[Entry]]:
+    """The best of the files of a frame, and the others. Those whose names say nothing of ids are looked into."""
+    best = min(rank for rank, _ in found)
+    if len(found) > 1 and may_hold_ids is not None and (best == _OWN_NAME or best[0] > 1):
+        found = [one for one in found if may_hold_ids(one[1])] or found
+        best = min(rank for rank, _ in found)
+    equal = [entry for rank, entry in found if rank == best]
+    if len({PurePosixPath(entry.name).with_suffix("") for entry in equal}) == 1 and may_hold_ids is None:
+        equal = [entry for entry in equal if entry.name.lower().endswith(".png")] or equal
+    if len(equal) > 1:
+        both = f"{equal[0].name} and {equal[1].name}"
+        raise UserError(f"{where}: {both} are the same frame by name", cure="keep one of them there")
+    return equal[0], [entry for _, entry in found if entry is not equal[0]]
+
+
+_OWN_NAME: Final = (0, 1)
+
+
 def _rank(name: Name, prefer: str) -> tuple[int, int]:
-    """Smaller is better: the wanted ids, others, files that say nothing; of these CamVid's coloured `_L` last."""
+    """Smaller is better: the wanted ids, (the frame's own name,) others, files that say nothing of ids; of these
+    CamVid's coloured `_L` last."""
     if name.encoding is None:
         return 2, int("_L" in name.endings)
     return int(name.encoding != prefer and (name.encoding == TRAIN_IDS or prefer == TRAIN_IDS)), 0

@@ -1,27 +1,28 @@
 """Folder layouts: where a data set keeps its images and its labels.
 
-Listing only: no file is opened here, `stages/collect.py` reads and checks them. A layout is two listings (images and
-labels) and a rule that pairs them, so a million frames cost two walks and no look-up a frame.
+Listing only: `stages/collect.py` reads and checks the files; only labels are opened whose names leave it open whether
+they hold ids. A layout is two listings (images and labels) and a rule that pairs them, so a million frames cost two
+walks and no look-up a frame.
 """
 
 from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
-from nightseg.data.images import SUFFIXES
+from nightseg.data.images import LABEL_SUFFIXES, SUFFIXES, BadFrame, may_be_label, read_bytes
 from nightseg.data.label_names import LABEL_IDS, labels_of_frames, name_of, named_encoding
 from nightseg.data.listing import files_below
 from nightseg.data.settings import FolderDataset
 from nightseg.data.table import DOMAINS, file_name
 from nightseg.data.taxonomy import TRAIN_IDS
-from nightseg.errors import MOST_NAMED, closest, first_of
+from nightseg.errors import MOST_NAMED, closest, first_of, together
 from nightseg.storage import Entry, Location, UserError, hash_of
 
 _CHECK_DATASET = "check root, split and layout of the dataset"
@@ -202,7 +203,7 @@ def _folders(dataset: FolderDataset) -> _Folders:
 def _list(dataset: FolderDataset, say: Callable[[str], None] = _nobody) -> _Listing:
     found = _folders(dataset)
     images = files_below(found.images, SUFFIXES, depth=found.depth, say=say)
-    labels = [] if found.labels is None else files_below(found.labels, (".png",), depth=2, predictions=True)
+    labels = [] if found.labels is None else files_below(found.labels, LABEL_SUFFIXES, depth=2, predictions=True)
     listing = _Listing(found.images, images, found.labels, labels)
     if not listing.image_entries:
         raise UserError(
@@ -256,7 +257,10 @@ def _pairs(layout: str, listing: _Listing, label_encoding: str | None) -> list[_
     if ending:
         ending += "_labelTrainIds" if prefer == TRAIN_IDS else "_labelIds"  # of a label that is not there
     stems = {_composed(_stem(entry.name)) for entry in listing.image_entries}
-    labels = labels_of_frames(listing.label_entries, f"layout {layout}: labels", prefer=prefer, frames=stems)
+    look = None if listing.labels is None else partial(_may_hold_ids, listing.labels)
+    labels = labels_of_frames(
+        listing.label_entries, f"layout {layout}: labels", prefer=prefer, frames=stems, may_hold_ids=look
+    )
     labels = {_composed(frame): entry for frame, entry in labels.items()}
     alike = {_composed(_stem(entry.name)): entry for entry in listing.label_entries}  # cam_color.png for cam_color.jpg
     pairs = []
@@ -347,12 +351,31 @@ def pair_up(
     the rest of the names counts.
     Raises UserError: no folder, no label, names that fit more than once; Unpaired: a label without prediction.
     """
-    masks = _pngs(predictions_folder, "predictions", say, labels_folder)
-    files = _pngs(labels_folder, "labels", say, predictions_folder)
-    stems = [{_stem(entry.name) for entry in side} for side in (masks, files)]
-    own = stems[0] & stems[1]  # called alike on both sides: frames, whatever their names end in
-    predictions = labels_of_frames([e for e in masks if not e.problem], "predictions", frames=own, say=say)
-    labels = labels_of_frames(files, "labels", prefer=label_encoding or TRAIN_IDS, frames=own, say=say)
+    places = {"predictions": predictions_folder, "labels": labels_folder}
+    if gone := [
+        UserError(f"{what}: there is no folder {folder.uri}", cure="check the path")
+        for what, folder in places.items()
+        if not folder.is_folder()
+    ]:
+        raise together(gone)
+    files = _id_files(labels_folder, "labels", say, predictions_folder)
+    in_labels = {_stem(entry.name) for entry in files}
+    masks = _id_files(predictions_folder, "predictions", say, labels_folder, in_labels)
+    labels = labels_of_frames(
+        files,
+        "labels",
+        prefer=label_encoding or TRAIN_IDS,
+        frames={_stem(entry.name) for entry in masks} & in_labels,  # called alike on both sides
+        may_hold_ids=partial(_may_hold_ids, labels_folder),
+        say=say,
+    )
+    predictions = labels_of_frames(
+        [e for e in masks if not e.problem],
+        "predictions",
+        known=labels.keys(),
+        may_hold_ids=partial(_may_hold_ids, predictions_folder),
+        say=say,
+    )
     broken = [f"{label.name} ({label.problem})" for label in labels.values() if label.problem]
     found = _matches(list(labels), predictions)
     missing = [key for key, label in labels.items() if key not in found and not label.problem]
@@ -363,12 +386,13 @@ def pair_up(
         raise Unpaired(
             f"{len(shown)} of {len(labels)} labels in {labels_folder.uri} have no prediction in "
             f"{predictions_folder.uri}: {first_of(shown)}",
-            cure="name predictions, which are PNGs, and the folders that they lie in like their labels (without "
+            cure="name predictions, and the folders that they lie in like their labels (without "
             "endings such as _leftImg8bit); `nightseg predict` does so",
             pairs=[pair for pair in pairs if not pair.label.problem],
         )
     if unused := sorted(predictions[key].name for key in predictions.keys() - set(found.values())):
-        say(f"{len(unused)} predictions have no label, which is a PNG, and are not scored: {first_of(unused)}")
+        say(f"{len(unused)} predictions have no label and are not scored: {first_of(unused)}")
+        _tell_others(unused, labels_folder, say)
     return pairs
 
 
@@ -423,15 +447,42 @@ def _hint(key: str, labels: Mapping[str, Entry], predictions: Mapping[str, Entry
     return f" (there is {near[0]})" if near else ""
 
 
-def _pngs(folder: Location, what: str, say: Callable[[str], None], other: Location) -> list[Entry]:
-    """The PNG files below a folder, but not below the `other` one, if that lies in it."""
-    if not folder.is_folder():
-        raise UserError(f"{what}: there is no folder {folder.uri}", cure="check the path")
+def _id_files(
+    folder: Location, what: str, say: Callable[[str], None], other: Location, frames: Collection[str] = ()
+) -> list[Entry]:
+    """The files below a folder that may hold ids, but not below the `other` one, if that lies in it."""
     others = f"{other.uri.removeprefix(folder.uri).lstrip('/')}/" if other.uri.startswith(f"{folder.uri}/") else None
-    entries = files_below(folder, (".png",), say=say, predictions=what == "predictions")
+    entries = files_below(folder, LABEL_SUFFIXES, say=say, predictions=what == "predictions", frames=frames)
     found = [entry for entry in entries if others is None or not entry.name.startswith(others)]
     if not found:
+        pictures = files_below(folder, SUFFIXES)
+        seen = (
+            f"; {len(pictures)} others cannot hold ids: {first_of([one.name for one in pictures])}" if pictures else ""
+        )
         raise UserError(
-            f"{what}: there is no PNG below {folder.uri}", cure="check the folder; other files do not count"
+            f"{what}: there is no PNG below {folder.uri}, and none of {', '.join(LABEL_SUFFIXES)}{seen}",
+            cure="check the folder; ids lie in files of one byte a pixel, never in JPEG, which changes them",
         )
     return found
+
+
+def _may_hold_ids(folder: Location, entry: Entry) -> bool:
+    try:
+        return bool(entry.problem) or may_be_label(read_bytes(folder / entry.name))
+    except BadFrame:
+        return True  # whoever reads it tells what is wrong
+
+
+def _tell_others(predictions: Sequence[str], folder: Location, say: Callable[[str], None]) -> None:
+    """Files of other types that are called like predictions without label: perhaps their labels."""
+    wanted = {_composed(name_of(name).frame) for name in predictions}
+    found = [
+        entry.name
+        for entry in files_below(folder, ("",))
+        if not entry.name.lower().endswith(LABEL_SUFFIXES) and _composed(name_of(entry.name).frame) in wanted
+    ]
+    if found:
+        say(
+            f"warning: {len(found)} files are called like these and are no labels by their type ({first_of(found)}); "
+            f"labels are {', '.join(LABEL_SUFFIXES)}"
+        )

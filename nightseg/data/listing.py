@@ -6,7 +6,7 @@ Every verb and every layout lists through here, so that a set is the same set ev
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 
 from nightseg.errors import first_of
@@ -16,7 +16,11 @@ from nightseg.storage.commits import ATTEMPT_NAME
 PREDICTION_CARD = "prediction.json"
 """What `predict` writes into its folder last: by its `save` the folders are known that hold pictures for people."""
 
-_PICTURES = ("color", "confidence", "overlay")  # folders that `predict` makes for people, masks lie beside them
+_PICTURES = {
+    "color": ".png",
+    "confidence": ".png",
+    "overlay": ".jpg",
+}  # folders that `predict` makes for people, masks lie beside them
 _WORK = ".work"  # beside the masks of a `predict` that was interrupted
 _MAX_CARD_BYTES = 1_000_000
 # What file managers, archives and servers put between files: thumbnails, copies of names, waste baskets, snapshots.
@@ -39,24 +43,23 @@ def files_below(
     depth: int | None = None,
     say: Callable[[str], None] = lambda note: None,
     predictions: bool = False,
+    frames: Collection[str] = (),
 ) -> list[Entry]:
     """The files of these suffixes (in any case) down to `depth` levels (1 = the folder itself, None = all), by name.
 
     Left out: names that start with a dot, folders of the system, the outputs of runs and of `predict` below the folder,
     unless there is nothing else: then they are what is meant, as in a folder that lies inside of them. Of a file that a
     link reaches a second time only one is kept. `predictions`: they are what is looked for, so they are not left out,
-    and files that links share are kept under each name; pictures for people beside the masks never count.
+    and files that links share are kept under each name; pictures for people beside the masks never count, and where no
+    prediction.json tells which these are, `frames` (names without suffix) tells which are none.
     A broken link to such a file, or to what may have been a folder, is an entry with a `problem`.
     `say` is told in a sentence what else was left out. Raises UserError: a folder may not be read.
     """
     entries = folder.walk(lambda name: is_meant(name) and (depth is None or name.count("/") < depth - 1))
     attempts, cards = _written_here(folder, entries)
     wanted = [one for one in entries if is_wanted(one, suffixes) and is_meant(one.name)]
-    wanted = [one for one in wanted if not _is_below(one.name, _picture_folders(cards))]
-    if predictions:
-        names = {PurePosixPath(one.name).with_suffix("") for one in wanted}
-        wanted = [one for one in wanted if not _is_copy(PurePosixPath(one.name).with_suffix(""), names)]
-    else:
+    wanted = _without_pictures(wanted, cards, guess=predictions, frames=frames)
+    if not predictions:
         own = [*attempts, *cards]
         of_user = [one for one in wanted if not _is_below(one.name, own)]
         if 0 < len(of_user) < len(wanted):
@@ -96,10 +99,10 @@ def is_wanted(entry: Entry, suffixes: Sequence[str]) -> bool:
     return is_gone or entry.name.lower().endswith(tuple(suffixes))
 
 
-def _written_here(folder: Location, entries: Iterable[Entry]) -> tuple[list[str], dict[str, list[str]]]:
-    """Folders, relative: attempts of runs, and of predictions with the names of their pictures. '' is the folder."""
+def _written_here(folder: Location, entries: Iterable[Entry]) -> tuple[list[str], dict[str, list[str] | None]]:
+    """Folders, relative: attempts of runs, and of predictions with what they saved, if known. '' is the folder."""
     attempts: list[str] = []
-    cards: dict[str, list[str]] = {}
+    cards: dict[str, list[str] | None] = {}
     for entry in entries:
         above, _, name = entry.name.rpartition("/")
         if name == ATTEMPT_NAME:
@@ -107,7 +110,7 @@ def _written_here(folder: Location, entries: Iterable[Entry]) -> tuple[list[str]
         elif name == PREDICTION_CARD and (saved := _saved(folder / entry.name, entry.size)) is not None:
             cards[above] = saved
         elif name == _WORK and (folder / f"{entry.name}/stages/predict").is_folder():
-            cards.setdefault(above, [])
+            cards.setdefault(above, None)
     return attempts, cards
 
 
@@ -133,13 +136,34 @@ def _predicted(card: Location) -> tuple[str, list[str]] | None:
         return None
 
 
-def _picture_folders(cards: dict[str, list[str]]) -> list[str]:
-    return [f"{above}/{kind}".lstrip("/") for above, saved in cards.items() for kind in saved if kind in _PICTURES]
+def _without_pictures(
+    entries: list[Entry], cards: Mapping[str, Sequence[str] | None], *, guess: bool, frames: Collection[str]
+) -> list[Entry]:
+    """Without what `predict` made for people: as its cards say, or by a mask of the same name beside the folder."""
+    folders = {
+        f"{above}/{kind}".lstrip("/"): (above, "mask" in saved)
+        for above, saved in cards.items()
+        if saved is not None
+        for kind in saved
+        if kind in _PICTURES
+    }
+    if guess and cards.get("") is None:
+        folders |= {kind: ("", True) for kind in _PICTURES}
+    names = {str(PurePosixPath(entry.name).with_suffix("")) for entry in entries}
 
+    def is_picture(entry: Entry) -> bool:
+        stem = PurePosixPath(entry.name).with_suffix("")
+        for folder in stem.parents:
+            above, has_masks = folders.get(str(folder), ("", None))
+            if has_masks is None or (str(stem) in frames and above not in cards):
+                continue
+            if above in cards and not entry.name.endswith(_PICTURES[folder.name]):
+                continue
+            if not has_masks or str(PurePosixPath(above) / stem.relative_to(folder)) in names:
+                return True
+        return False
 
-def _is_copy(name: PurePosixPath, names: set[PurePosixPath]) -> bool:
-    """Whether a file is a picture of a mask that lies beside its folder, as far as names tell: where no card does."""
-    return name.parts[0] in _PICTURES and PurePosixPath(*name.parts[1:]) in names
+    return [entry for entry in entries if not is_picture(entry)] if folders else entries
 
 
 def _is_below(name: str, folders: Sequence[str]) -> bool:

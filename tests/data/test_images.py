@@ -17,7 +17,16 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 from nightseg.data import images
-from nightseg.data.images import BadFrame, decode_image, decode_label, encode_jpeg, encode_png, image_size, rgb_pixels
+from nightseg.data.images import (
+    BadFrame,
+    decode_image,
+    decode_label,
+    encode_jpeg,
+    encode_png,
+    image_size,
+    may_be_label,
+    rgb_pixels,
+)
 from nightseg.storage import Location, UserError
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -226,6 +235,22 @@ def test_small_palettes_and_low_bit_depths_keep_their_ids() -> None:
     np.testing.assert_array_equal(decode_label(png(4, 1, 4, 0, b"\0\x01\xaf")), [[0, 1, 10, 15]])
     np.testing.assert_array_equal(decode_label(png(4, 1, 2, 0, b"\0\x1b")), [[0, 1, 2, 3]])
     np.testing.assert_array_equal(decode_label(png(8, 1, 1, 0, b"\0\xa1")), [[1, 0, 1, 0, 0, 0, 0, 1]])
+
+
+def test_labels_of_other_formats_keep_their_ids() -> None:
+    label = np.array([[0, 1, 18], [255, 11, 3]], dtype=np.uint8)
+    for kind in ("BMP", "TIFF", "PPM"):
+        np.testing.assert_array_equal(decode_label(saved(Image.fromarray(label), kind)), label)
+    for kind in ("BMP", "TIFF"):
+        coloured = Image.open(io.BytesIO(encode_png(label, [(index, 0, 9) for index in range(19)])))
+        np.testing.assert_array_equal(decode_label(saved(coloured, kind)), label)
+    for largest in (18, 65535):  # Pillow stretches the values of the first to 0..255
+        assert reason_of(b"P5 2 1 %d\n\0\1\0\1" % largest, decode_label) == "wrong_mode"
+    grey = b"".join(bytes((index, index, index, 0)) for index in range(16))  # which Pillow reads as 8 bits a pixel
+    header = struct.pack("<IiiHHIIiiII", 40, 4, 1, 1, 4, 0, 4, 0, 0, 16, 0)
+    four_bits = b"BM" + struct.pack("<IHHI", 122, 0, 0, 118) + header + grey + b"\x01\x23\0\0"
+    assert reason_of(four_bits, decode_label) == "wrong_mode"
+    assert may_be_label(encode_png(label)) and may_be_label(b"cut") and not may_be_label(encode_png(noise()))
 
 
 def test_labels_with_several_channels_or_lossy_or_16_bit_are_refused() -> None:

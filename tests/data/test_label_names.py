@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from nightseg.data.label_names import labels_of_frames, name_of, named_encoding
 from nightseg.data.layouts import list_frames, pair_up
@@ -34,6 +35,9 @@ from nightseg.storage import Entry, Location, UserError
         ("labelIds.png", "labelIds", None, True),
         ("_labelIds.png", "_labelIds", None, True),
         ("a.v2_color.png", "a.v2", None, False),
+        ("a_color_labelIds.png", "a_color", "label_ids", True),
+        ("v/x_000_leftImg8bit_foggy_beta_0.02.png", "v/x_000", None, True),
+        ("x_leftImg8bit_rain_alpha_0.03_beta_0.015_dropsize_0.01_pattern_1.png", "x", None, True),
     ],
 )
 def test_names(path: str, frame: str, encoding: str | None, holds_ids: bool) -> None:
@@ -55,7 +59,8 @@ def test_one_file_of_each_frame_holds_its_ids() -> None:
     assert chosen(*ACDC, say=said.append) == {"night/x": "night/x_gt_labelTrainIds.png"}
     assert said == [
         "labels: 3 files hold no ids by their names and are left out: night/x_gt_invGray.png, night/x_gt_invIds.png, "
-        "night/x_gt_labelColor.png"
+        "night/x_gt_labelColor.png",
+        "labels: 1 files are left out, as another one of their frames is meant by its name: night/x_gt_labelIds.png",
     ]
     assert chosen(*ACDC, prefer="label_ids") == {"night/x": "night/x_gt_labelIds.png"}
     assert chosen(*ACDC, prefer="mine") == {"night/x": "night/x_gt_labelIds.png"}, "raw ids of some kind"
@@ -97,9 +102,60 @@ def test_the_right_file_of_official_folders_is_scored(tmp_path: Path) -> None:
 
 def test_predictions_without_label_are_told(tmp_path: Path) -> None:
     said: list[str] = []
-    assert len(pairs(tmp_path / "a", ["1.png", "2.png", "3.png"], ["1.png", "2.tif"], say=said.append)) == 1
-    assert said == ["2 predictions have no label, which is a PNG, and are not scored: 2.png, 3.png"]
-    assert len(pairs(tmp_path / "b", ["1.png"], ["1.png"], say=said.append)) == 1 and len(said) == 1
+    assert len(pairs(tmp_path / "a", ["1.png", "2.png", "3.png"], ["1.png", "2.npy"], say=said.append)) == 1
+    assert said[0] == "2 predictions have no label and are not scored: 2.png, 3.png"
+    assert said[1].startswith("warning: 1 files are called like these and are no labels by their type (2.npy)")
+    assert len(pairs(tmp_path / "b", ["1.png"], ["1.png", "1.json"], say=said.append)) == 1 and len(said) == 2
+    assert len(pairs(tmp_path / "c", ["1.png", "2.png"], ["1.png", "2_gt.jpg"], say=said.append)) == 1
+    assert "(2_gt.jpg)" in said[-1]
+
+
+def test_labels_are_of_any_type_that_keeps_ids(tmp_path: Path) -> None:
+    names = ["1.tif", "2.BMP", "3.png", "s/4.tiff", "s/5.pgm"]
+    masks = ["1.png", "2.png", "3.tif", "s/4.png", "s/5.bmp"]
+    assert pairs(tmp_path / "a", masks, names) == list(zip(masks, names, strict=True))
+    with pytest.raises(UserError, match=r"there is no PNG below .*; 2 others cannot hold ids: 1.jpg, 2.webp"):
+        pairs(tmp_path / "b", ["1.png", "2.png"], ["1.jpg", "2.webp"])
+    with pytest.raises(UserError, match=r"1.png and 1.tif are the same frame by name"):
+        pairs(tmp_path / "c", ["1.png"], ["1.png", "1.tif"])
+    folder = tmp_path / "c/l"
+    Image.new("RGB", (4, 4)).save(folder / "1.tif")  # the image beside its label
+    assert pairs(tmp_path / "c", ["1.png"], []) == [("1.png", "1.png")]
+    Image.new("L", (4, 4)).save(folder / "1.tif")
+    Image.new("RGB", (4, 4)).save(folder / "1.png")
+    assert pairs(tmp_path / "c", ["1.png"], []) == [("1.png", "1.tif")]
+
+
+BOTH = ["cam.png", "cam_color.png", "e.png", "e_trainIds.png", "s/i.png", "s/i_instance.png", "color/j.png", "j.png"]
+
+
+def test_frames_whose_names_end_like_labels_are_scored_where_both_sides_have_them(tmp_path: Path) -> None:
+    assert sorted(pairs(tmp_path / "a", BOTH, BOTH)) == sorted((name, name) for name in BOTH)
+    ids = ["cam_labelIds.png", "cam_color_labelIds.png", "e_gt_trainIds.png"]
+    frames = ["cam.png", "cam_color.png", "e_gt.png"]
+    assert set(pairs(tmp_path / "b", frames, ids)) == set(zip(frames, ids, strict=True))
+
+
+def test_colours_beside_ids_are_no_frames_although_both_sides_have_them(tmp_path: Path) -> None:
+    """What the files hold tells a colour picture from the mask of a frame called like one."""
+    for side in "pl":
+        for name in ("cam_color.png", "s/i_instance.png", "color/j.png"):
+            (tmp_path / side / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (4, 4)).save(tmp_path / side / name)
+    said: list[str] = []
+    sound = ["cam.png", "s/i.png", "j.png"]
+    assert sorted(pairs(tmp_path, sound, sound, say=said.append)) == sorted((name, name) for name in sound)
+    assert said[0].startswith("labels: 3 files hold no ids by their names and are left out: cam_color.png, color/j.png")
+
+
+def test_a_folder_of_colours_alone_is_refused_as_such(tmp_path: Path) -> None:
+    (tmp_path / "l/color").mkdir(parents=True)
+    for name in ("1_color.png", "2_color.png", "color/3.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / "l" / name)
+    with pytest.raises(UserError, match=r"labels: all 3 files are pictures .* hold no ids of classes: 1_color.png, 2_"):
+        pairs(tmp_path, ["1.png", "2.png"], [])
+    Image.new("P", (4, 4)).save(tmp_path / "l/2_color.png")
+    assert pairs(tmp_path, ["2_color.png"], []) == [("2_color.png", "2_color.png")], "indices, in spite of the name"
 
 
 def test_folders_called_like_pictures_hold_frames_where_both_sides_have_them(tmp_path: Path) -> None:
@@ -191,6 +247,15 @@ def test_layouts_pick_the_file_that_holds_the_ids(tmp_path: Path) -> None:
     assert listed(tmp_path / "5", "cityscapes", split="val", label_encoding="train_ids") == [(gt, "train_ids")], (
         "the only ids there are"
     )
+
+
+def test_layouts_look_into_files_whose_names_leave_it_open(tmp_path: Path) -> None:
+    frames = ["images/g_rgb.png", "images/h.jpg", "labels/g.png", "labels/g_label.png", "labels/h.png", "labels/h.tif"]
+    with pytest.raises(UserError, match=r"g\.png and g_label\.png are the same frame by name"):
+        listed(tmp_path, "camvid", *frames)
+    for image in ("g.png", "h.tif"):
+        Image.new("RGB", (4, 4)).save(tmp_path / "labels" / image)
+    assert listed(tmp_path, "camvid") == [("labels/g_label.png", "camvid12"), ("labels/h.png", "camvid12")]
 
 
 def test_a_label_that_is_not_there_is_looked_for_under_the_usual_name(tmp_path: Path) -> None:

@@ -143,6 +143,20 @@ class TestImages:
         )  # fmt: skip
         assert (found["miou"], found["frames"]) == (1.0, len(names))
 
+    @pytest.mark.parametrize("save", [("mask",), ("mask", "color", "overlay")])
+    def test_frames_called_like_pictures_are_scored(self, model: Location, tmp_path: Path, save: tuple[str]) -> None:
+        """Folders named as those of pictures, names that end like colours or label ids, and their plain namesakes."""
+        names = ["x", "confidence/x", "y", "y_color", "z", "z_trainIds", "w_instance", "w", "color/only", "overlay/y"]
+        for value, name in enumerate(names):
+            for folder, array in (("images", image(value)), ("labels", np.full((4, 6), value, np.uint8))):
+                (Location.of(tmp_path / folder) / f"{name}.png").write_bytes(encode_png(array))
+        assert predict(model, tmp_path / "images", tmp_path / "out", save=save)["written"] == len(names)
+        found = evaluate_folders(
+            Location.of(tmp_path / "out"), Location.of(tmp_path / "labels"), "camvid11",
+            evaluation=Evaluation(), compute=MapCompute(actors=0), progress=SilentProgress(),
+        )  # fmt: skip
+        assert (found["miou"], found["frames"]) == (1.0, len(names))
+
     def test_masks_do_not_become_frames(self, model: Location, tmp_path: Path) -> None:
         """Wherever the output lies; where they would mix it is refused."""
         images = Location.of(tmp_path / "images")
