@@ -7,7 +7,7 @@ several, or contradict each other, nobody can know, and `UnclearLabels` asks.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any, Final, NamedTuple
@@ -31,14 +31,18 @@ LABEL_FILES_SCHEMA: Final = pa.schema(
     ]
 )
 MOST_VOID: Final = 0.5  # of the pixels that another encoding gives a class: above, a reading is not believed
-MOST_VOID_OF_NAMED: Final = 0.25  # ... if the files are called after it, and no id is there that only it knows
+MOST_VOID_OF_NAMED: Final = 0.25  # ... if the files are called after it, and no id is there that only it and K know
 LEAST_VOID_IDS: Final = 2  # different ids that are void then: one alone is what every set has
 MOST_VOID_OF_MIXED: Final = 0.6  # ... of a single file, while the whole set is believed
 MIXED_SHARE: Final = 0.05  # of the files that look like another encoding, from which on a folder holds two kinds
 FEW_VALID: Final = 0.01
+MOST_CONTRADICTED: Final = 0.01  # of the pixels, from which on colours of palettes and ids disagree
 MOST_BLENDED: Final = 0.12
 """Of the edges of a set, those with an id between the ids on both sides. Measured on CamVid, Cityscapes and IDD: up to
 0.05, nearest-neighbour scaling to an eighth included; 0.18 to 0.65 after interpolation or JPEG."""
+
+
+_ASKED: Final = "as asked"
 
 
 class UnclearLabels(UserError):  # noqa: N818 what the labels are; a UserError by its base
@@ -75,6 +79,7 @@ class Reading(NamedTuple):
     valid: float  # share of the pixels that have a class
     absent: tuple[str, ...]  # classes that no pixel has
     blended: float  # share of the edges that look interpolated
+    may_begin_with_one: bool = False  # nobody said what ids mean, 0 would be a class, and no pixel has it
 
     @property
     def encoding(self) -> str:
@@ -104,6 +109,11 @@ class Reading(NamedTuple):
             said.append(
                 f"warning: only {100 * self.valid:.2g} % of the pixels have a class, all others are ignored: look at "
                 "the label files and at what their ids mean"
+            )
+        if self.may_begin_with_one:
+            said.append(
+                f"warning: no pixel has the id 0: if the classes begin with 1 there, the labels are {FROM_ONE}, and "
+                "only you can say so"
             )
         if self.blended > MOST_BLENDED:
             said.append(
@@ -171,7 +181,7 @@ def read_as(
     if asked is not None:
         if any(file.pixels.keys() - classes.encodings[asked].keys() for file in files):
             raise unknown_ids(where, files, classes, [asked])
-        return _counted(where, files, classes, (asked,) * len(files), "as asked")
+        return _counted(where, files, classes, (asked,) * len(files), _ASKED)
     groups: dict[str | None, list[LabelFile]] = {}
     names = [name if (name := named_encoding(file.uri)) in classes.encodings else None for file in files]
     for name, file in zip(names, files, strict=True):
@@ -201,7 +211,11 @@ def _counted(
         )
     absent = tuple(name for name, pixels in zip(classes.classes, by_class, strict=False) if not pixels)
     blended = sum(file.blended for file in files) / max(sum(file.edges for file in files), 1)
-    return Reading(encodings, why, valid / max(int(by_class.sum()), 1), absent, blended)
+    seen = {raw_id for file in files for raw_id in file.pixels}
+    is_odd = len(seen) > 2 and 0 not in seen and seen <= classes.encodings.get(FROM_ONE, {}).keys()
+    is_odd &= why != _ASKED and not any(named_encoding(file.uri) for file in files)
+    is_odd &= all(classes.encodings[one].get(0) == 0 for one in set(encodings))
+    return Reading(encodings, why, valid / max(int(by_class.sum()), 1), absent, blended, is_odd)
 
 
 class _Group:
@@ -228,6 +242,7 @@ class _Group:
         if not found:
             raise unknown_ids(self.where, self.files, self.classes)
         found, spoken = self._by_palette(found)
+        self._check_palettes(found)
         if len(found) > 1:
             believed = [one for one in found if not self._is_void(one, found, self.pixels, MOST_VOID)]
             found = believed or found
@@ -235,10 +250,10 @@ class _Group:
             raise UnclearLabels(
                 f"{self.where}: the ids {_listed(sorted(self.pixels))} of {len(self.files)} labels may be "
                 f"{' or '.join(found)} of the taxonomy {self.classes.name}, which give them different classes",
-                found,
+                [*found, *self._from_one()],
             )
         self._check_mixture(found[0])
-        self._check_ignored(found[0], MOST_VOID)
+        self._check_ignored(found[0])
         if spoken:
             return found[0], "by the colours of their palettes"
         return found[0], "by their ids" if len(self.classes.encodings) > 1 else "the only encoding"
@@ -252,8 +267,9 @@ class _Group:
                 raise unknown_ids(self.where, self.files, self.classes)
             raise UnclearLabels(
                 f"{self.where}: {files}, but the ids {_listed(ids)} are not in {self.name}, and all are in "
-                f"{' and '.join(found)}",
-                found,
+                f"{' and '.join([*found, *self._from_one(with_zero=True)])}",
+                [*self._from_one(with_zero=True), *found],
+                self._rewritten(),
             )
         others = [one for one in found if one != self.name]
         if others and self._is_void(self.name, found, self.pixels, MOST_VOID_OF_NAMED):
@@ -261,25 +277,50 @@ class _Group:
             raise UnclearLabels(
                 f"{self.where}: {files}, but read as {self.name} {100 * void:.0f} % of their pixels would be void, and "
                 f"no id is above {max(i for i in self.pixels if i != IGNORE)}: these look like {' or '.join(others)}",
-                [*others, self.name],
+                [*others, *self._from_one(), self.name],
             )
         self._by_palette([self.name])
+        self._check_palettes([self.name])
         self._check_mixture(self.name)
-        self._check_ignored(self.name, MOST_VOID_OF_NAMED)
+        self._check_ignored(self.name)
         return self.name
 
-    def _check_ignored(self, chosen: str, most: float) -> None:
-        """Refuse what looks like train ids whose ignored pixels are K, the number of classes, and not 255."""
+    def _check_ignored(self, chosen: str) -> None:
+        """Refuse what looks like train ids whose ignored pixels are K, the number of classes, or like ids from 1."""
         num_classes = self.classes.num_classes
         ids = {i: number for i, number in self.pixels.items() if i < num_classes}
         highest = max((i for i in self.pixels if i != IGNORE), default=0)
-        if highest == num_classes and chosen != TRAIN_IDS and self._is_void(chosen, [chosen, TRAIN_IDS], ids, most):
-            raise UnclearLabels(
-                f"{self.where}: only {chosen} knows all ids, but most pixels would be void, and {highest} is the "
-                f"highest id: these look like {TRAIN_IDS} with {highest} for ignored pixels",
-                [chosen],
-                f"write 255 for {highest}, or add an encoding with `ignore: [{highest}]` to the taxonomy's YAML file",
-            )
+        is_last = max(i for i in self.classes.encodings[chosen] if i != IGNORE) == highest  # CamVid's void is 11 = K
+        if highest != num_classes or is_last or not self._is_void(chosen, [chosen, TRAIN_IDS], ids, MOST_VOID_OF_NAMED):
+            return
+        ones = self._from_one(with_zero=True)
+        ignored = f"{TRAIN_IDS} with {highest} for ignored pixels"
+        looks = " or ".join([ignored, *ones] if 0 in self.pixels else [*ones, ignored])
+        void = 100 * self._void(chosen, self.pixels) / self.pixels.total()
+        raise UnclearLabels(
+            f"{self.where}: {chosen} knows all ids, but {highest} is the highest of them, and {void:.0f} % of the "
+            f"pixels would be void: these look like {looks}",
+            [*ones, chosen],
+            self._rewritten(),
+        )
+
+    def _from_one(self, with_zero: bool = False) -> list[str]:
+        """`ids_from_one`, where ids may begin with 1; with 0 they are called that only `with_zero`."""
+        ids = self.pixels.keys()
+        may_be = ids <= self.classes.encodings.get(FROM_ONE, {}).keys() and (with_zero or 0 not in ids)
+        return [FROM_ONE] if may_be else []
+
+    def _rewritten(self) -> str:
+        """The cure where K, the number of classes, stands for ignored pixels."""
+        number = self.classes.num_classes
+        if number not in self.pixels or any(number < i < IGNORE for i in self.pixels):
+            return ""
+        return f"write 255 for {number}, or add an encoding with `ignore: [{number}]` to the taxonomy's YAML file"
+
+    def _check_palettes(self, found: Sequence[str]) -> None:
+        if several := _several_ids(self.files):
+            what = f"{self.where}: {several}: indices of palettes that were made for each file are no ids"
+            raise UnclearLabels(what, found, "write the labels anew with the ids of their classes")
 
     def _check_mixture(self, chosen: str) -> None:
         """Refuse a set in which some files, by themselves, look like another encoding than the set."""
@@ -324,30 +365,54 @@ class _Group:
 
     def _by_palette(self, found: list[str]) -> tuple[list[str], bool]:
         """Those that agree with the colours of the palettes, and whether these speak of the classes at all."""
-        said = Counter[tuple[int, int]]()  # (raw id, class of its colour) -> pixels
-        for file in self.files:
-            said.update(_classes_of_palette(file, self.classes))
-        if not said:
-            return found, False
-        total = said.total()
-
-        def disagrees(encoding: str) -> float:
-            ids = self.classes.encodings[encoding]
-            return (
-                sum(number for (i, meant), number in said.items() if ids.get(i, IGNORE) not in (meant, IGNORE)) / total
-            )
-
-        agree = [one for one in found if disagrees(one) < 0.01]
+        contradictions = {one: _contradiction(self.files, self.classes, one) for one in found}
+        agree = [one for one, said in contradictions.items() if not said]
         if not agree:
-            shown = ", ".join(
-                f"{i} has the colour of {self.classes.classes[meant]!r}" for (i, meant), _ in said.most_common(3)
-            )
+            said = contradictions[found[0]]
             raise UnclearLabels(
-                f"{self.where}: the palettes of the label files contradict {' or '.join(found)}: id {shown}",
+                f"{self.where}: the palettes of the label files contradict {' or '.join(found)}: {said}",
                 found,
                 "write the labels anew with the ids of their classes",
             )
-        return agree, True
+        return agree, any(said is not None for said in contradictions.values())
+
+
+def check_palettes(where: str, files: Sequence[LabelFile], classes: Taxonomy) -> None:
+    """Raise UserError if the colours of files that should hold train ids say that these are none."""
+    if said := _contradiction(files, classes, TRAIN_IDS) or _several_ids(files):
+        raise UserError(
+            f"{where}: the palettes contradict {TRAIN_IDS} of the taxonomy {classes.name}: {said}",
+            cure="write train ids (0 is the first class), and not the indices of a palette that some program made up",
+        )
+
+
+def _contradiction(files: Sequence[LabelFile], classes: Taxonomy, encoding: str) -> str | None:
+    """Which ids have the colours of other classes; "" if the palettes agree, None if they do not speak of classes."""
+    said = Counter[tuple[int, int]]()  # (raw id, class of its colour) -> pixels
+    for file in files:
+        said.update(_classes_of_palette(file, classes))
+    if not said:
+        return None
+    ids = classes.encodings[encoding]
+    against = Counter({pair: n for pair, n in said.items() if ids.get(pair[0], IGNORE) not in (pair[1], IGNORE)})
+    if against.total() < MOST_CONTRADICTED * said.total():
+        return ""
+    shown = (f"{i} has the colour of {classes.classes[meant]!r}" for (i, meant), _ in against.most_common(3))
+    return "id " + ", ".join(shown)
+
+
+def _several_ids(files: Sequence[LabelFile]) -> str:
+    """What to say if one colour has several ids; "" else. Files in which ids share a colour do not count."""
+    by_colour: dict[tuple[int, int, int], Counter[int]] = defaultdict(Counter)
+    for file in files:
+        if len(set(file.colours.values())) == len(file.colours):
+            for raw_id, colour in file.colours.items():
+                by_colour[colour][raw_id] += file.pixels[raw_id]
+    odd = {colour: ids.total() - max(ids.values()) for colour, ids in by_colour.items()}
+    if not odd or sum(odd.values()) < max(1, MOST_CONTRADICTED * sum(ids.total() for ids in by_colour.values())):
+        return ""
+    worst = max(odd, key=lambda colour: odd[colour])
+    return f"the colour {worst} has the ids {_listed(sorted(by_colour[worst]))} in different files"
 
 
 def unknown_ids(

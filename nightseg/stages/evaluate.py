@@ -21,6 +21,7 @@ from nightseg.data.encodings import (
     LABEL_FILES_SCHEMA,
     Reading,
     UnclearLabels,
+    check_palettes,
     facts_of,
     label_files,
     read_as,
@@ -29,7 +30,7 @@ from nightseg.data.encodings import (
 from nightseg.data.images import BadFrame, StoredLabel, decode_stored_label, encode_png, read_bytes
 from nightseg.data.labels import check_labelled, check_orientation, train_ids_of
 from nightseg.data.prefetch import prefetch
-from nightseg.data.taxonomy import FROM_ONE, IGNORE, Taxonomy
+from nightseg.data.taxonomy import FROM_ONE, IGNORE, TRAIN_IDS, Taxonomy
 from nightseg.errors import together
 from nightseg.metrics.boundary import boundary_counts, boundary_scores
 from nightseg.metrics.confusion import add_up, confusion_matrix, scores
@@ -38,7 +39,7 @@ from nightseg.segmenter.predict import RowSegmenter, check_classes
 from nightseg.segmenter.settings import Inference
 from nightseg.storage import Commit, Location, UserError, sha256_of
 
-VERSION = 3
+VERSION = 4
 
 PREDICTION_URI = "prediction_uri"  # palette PNG of train ids, relative to the commit's folder
 PREDICTION_SHA256 = "prediction_sha256"
@@ -83,6 +84,10 @@ def evaluate(
     of_tests = {test: counted.filter(_is_in(counted[TEST_SETS], test)) for test in tests}
     whole = all(part.num_rows for part in of_tests.values())  # else there is a set without a score to commit
     found = {test: _record(part, f"{name}.{test}", classes, evaluation) for test, part in of_tests.items() if whole}
+    for test, record in found.items():
+        if warning := _mix_up(np.array(record["confusion"]), classes):
+            work["progress"].say(f"warning: evaluate {name}.{test}: {warning}")
+            record["warning"] = warning
     (shards.attempt.folder / "scores.json").write_json(found)
     summary = {"miou": {test: record["miou"] for test, record in found.items()}}
     return shards.finish("predictions", outputs=["scores.json"], summary=summary, is_whole=whole)
@@ -156,6 +161,7 @@ def evaluate_folders(
     arguments = {"classes": classes, "encodings": encodings, "evaluation": evaluation, "threads": threads}
     shards = map_shards(pairs, PairCounter, arguments, title="evaluate", on_cpus=True, **work)
     counted = shards.table("counts")
+    check_palettes("the predictions", label_files(shards.table("predictions")), classes)
     of_files = counted.filter(pc.equal(counted[frame.LABEL_ENCODING], encodings[0]))
     reading = read_as("the labels", label_files(of_files), classes, asked=label_encoding)
     for sentence in reading.sentences():
@@ -165,9 +171,10 @@ def evaluate_folders(
     found = _record(counted.filter([place in wanted for place in places]), "the folders", classes, evaluation)
     found |= {"taxonomy": classes.name, "label_encoding": reading.encoding, "labels": reading.facts()}
     matrix = np.array(found["confusion"])
-    if label_encoding is None:
-        _check_shift(matrix, reading, classes)
-    if warning := _mix_up(matrix, classes):
+    other = _other_meaning(matrix, reading, classes)
+    if other is not None and label_encoding is None:
+        raise other
+    if warning := other.what if other is not None else _mix_up(matrix, classes):
         work["progress"].say(f"warning: {warning}")
         found["warning"] = warning
     (shards.attempt.folder / "scores.json").write_json(found)
@@ -190,18 +197,22 @@ class PairCounter:
             of_pairs = list(prefetch(pool, self._counted, rows.to_pylist(), ahead=2 * self.threads))
         if problems := [of_pair for of_pair in of_pairs if isinstance(of_pair, UserError)]:
             raise together(problems)
-        counted = [row for of_pair in of_pairs if not isinstance(of_pair, UserError) for row in of_pair]
+        sound = [of_pair for of_pair in of_pairs if not isinstance(of_pair, UserError)]
         columns = [*LABEL_FILES_SCHEMA, *(pa.field(name, kind) for name, kind in COUNTS.items())]
-        return {"counts": pa.Table.from_pylist(counted, pa.schema(columns))}
+        return {
+            "counts": pa.Table.from_pylist([row for found, _ in sound for row in found], pa.schema(columns)),
+            "predictions": pa.Table.from_pylist([one for _, one in sound if one is not None], LABEL_FILES_SCHEMA),
+        }
 
-    def _counted(self, pair: Mapping[str, str]) -> list[dict[str, Any]] | UserError:
+    def _counted(self, pair: Mapping[str, str]) -> tuple[list[dict[str, Any]], dict[str, Any] | None] | UserError:
         """What is wrong is told for a shard at once: all of it for some frames, and not after the last of a million."""
         try:
             return self._count(pair)
         except UserError as error:
             return error
 
-    def _count(self, pair: Mapping[str, str]) -> list[dict[str, Any]]:
+    def _count(self, pair: Mapping[str, str]) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+        """The rows, and what the prediction's file says of its ids if it has a palette."""
         prediction_uri, label_uri = pair[PREDICTION_URI], pair[frame.LABEL_URI]
         label, prediction = _read(label_uri), _read(prediction_uri)
         prediction_HW = prediction.ids
@@ -220,7 +231,7 @@ class PairCounter:
         if unknown:
             raise UserError(
                 f"{prediction_uri}: it holds {', '.join(map(str, unknown[:5]))}, which are no train ids of "
-                f"{self.classes.name} (0 to {self.classes.num_classes - 1}, or 255)",
+                f"{self.classes.name} (0 to {self.classes.num_classes - 1}, or 255){self._known(prediction_HW)}",
                 cure="predictions must be train ids, not colours",
             )
         facts = facts_of(label_uri, label)
@@ -238,40 +249,72 @@ class PairCounter:
                 self.classes,
                 self.encodings,
             )
-        return found
+        return found, None if prediction.palette is None else facts_of(prediction_uri, prediction)
+
+    def _known(self, prediction_HW: Labels) -> str:
+        """Which encodings have what is no train id."""
+        ids = set(np.unique(prediction_HW).tolist())
+        knowing = [name for name, known in self.classes.encodings.items() if name != TRAIN_IDS and ids <= known.keys()]
+        return f"; all of its ids are in {' and '.join(knowing)}" if knowing else ""
 
 
-def _check_shift(matrix: npt.NDArray[np.int64], reading: Reading, classes: Taxonomy) -> None:
-    """Refuse labels whose ids, by what is predicted there, begin with 1."""
-    agreeing, shifted, possible = np.trace(matrix), np.trace(matrix, offset=-1), matrix[1:].sum()
-    below = matrix[1:].argmax(axis=1) == np.arange(len(matrix) - 1)
-    if np.count_nonzero(below & matrix[1:].any(axis=1)) < 3:  # a model that has collapsed gives one class for all
-        return
-    if 2 * shifted >= possible > 0 and shifted > 2 * agreeing and FROM_ONE in classes.encodings:
-        raise UnclearLabels(
-            f"the labels: read as {reading.encoding}, they agree with the predictions at {agreeing / matrix.sum():.0%} "
-            f"of the pixels, but at {shifted / possible:.0%} if their id k + 1 is class k",
-            [FROM_ONE, *dict.fromkeys(reading.encodings)],
-        )
+def _other_meaning(matrix: npt.NDArray[np.int64], reading: Reading, classes: Taxonomy) -> UserError | None:
+    """Labels whose ids begin with 1, predictions of another encoding, as far as both agree then: at half of the pixels
+    that could, twice as often as they do now, in three classes. A model that has collapsed has one class."""
+    counts = matrix[:, : classes.num_classes]
+    right, best = np.trace(counts), matrix.argmax(axis=1)
+    present = matrix.sum(axis=1) > 0
+
+    def agreeing(class_of: npt.NDArray[np.int64]) -> float:
+        """Share of the pixels that agree if predictions p are class_of[p]; 0 if that is no better explanation."""
+        predicted = np.flatnonzero(class_of < classes.num_classes)
+        meant = class_of[predicted]
+        hits, possible = counts[meant, predicted].sum(), matrix[np.unique(meant)].sum()
+        rows = np.unique(meant[(best[meant] == predicted) & present[meant] & (meant != predicted)])
+        return hits / possible if len(rows) >= 3 and 2 * hits >= possible > 0 and hits > 2 * right else 0.0
+
+    ids = np.arange(classes.num_classes)
+    what = f"read as {reading.encoding}, they agree with the predictions at {right / matrix.sum():.0%} of the pixels"
+    if share := agreeing(ids + 1):
+        lowest = matrix[0, classes.num_classes :].sum()
+        if 2 * lowest > matrix[0].sum():
+            return _not_train_ids(f"they agree with the labels at {share:.0%} of the pixels if they are one too low")
+        if FROM_ONE in classes.encodings:
+            return UnclearLabels(
+                f"the labels: {what}, but at {share:.0%} if their id k + 1 is class k",
+                [FROM_ONE, *dict.fromkeys(reading.encodings)],
+                "" if present[0] else "if the predictions are one too low, mend these",
+            )
+    for name, known in classes.encodings.items():
+        if name != TRAIN_IDS and (share := agreeing(np.array([known.get(int(i), IGNORE) for i in ids]))):
+            return _not_train_ids(f"they agree with the labels at {share:.0%} of the pixels if they are {name}")
+    return None
+
+
+def _not_train_ids(what: str) -> UserError:
+    return UserError(
+        f"the predictions: {what}, and hardly as train ids",
+        cure="write train ids: 0 is the first class, 255 no class; or, to have them scored as they are, say what the "
+        "ids of the labels mean",
+    )
 
 
 def _mix_up(matrix: npt.NDArray[np.int64], classes: Taxonomy) -> str:
-    """What to say if predictions and labels agree well, but for what the ids mean: a shift, another order."""
-    right, best = np.trace(matrix), matrix.argmax(axis=1)
-    rows = np.flatnonzero(matrix.sum(axis=1))
-    total = matrix.sum()
-    if (
-        len(rows) < 3
-        or len(set(best[rows])) < len(rows)
-        or right >= total / 2
-        or matrix.max(axis=1).sum() < 0.9 * total
-    ):
+    """What to say if classes change places: most of one is predicted as another, whose pixels mostly are that one's.
+
+    That is so for three of them, or for some that are each other's: ids in another order, two exchanged.
+    """
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    best = {row: int(shares[row].argmax()) for row in np.flatnonzero(matrix.any(axis=1)).tolist()}
+    moved = {row: to for row, to in best.items() if to != row and shares[row, to] > 0.5}
+    moved = {row: to for row, to in moved.items() if shares[:, to].argmax() == row}
+    if len(moved) < 3 and not (moved and set(moved) == set(moved.values())):
         return ""
     names = [*classes.classes, "no class"]
-    shown = ", ".join(f"{names[row]} is predicted as {names[best[row]]}" for row in rows if row != best[row])
+    shown = ", ".join(f"{names[row]} is predicted as {names[to]}" for row, to in moved.items())
     return (
-        f"each class of the labels is another one in the predictions ({shown}): the ids of one of the two folders do "
-        "not mean what they were taken for"
+        f"{len(moved)} classes of the labels are others in the predictions ({shown}): the ids of one of the two do not "
+        "mean what they were taken for"
     )
 
 

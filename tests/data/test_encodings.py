@@ -97,7 +97,12 @@ def test_ids_from_one_of_a_list_of_classes_may_be_train_ids(tmp_path: Path) -> N
     [
         (STREET, "{}_gtFine_labelIds.png", r"79 % .* void, and no id is above 13: these look like train_ids", 2),
         (GT_FINE, "{}_labelTrainIds.png", r"ids 21, 23, 26 are not in train_ids, and all are in label_ids", 1),
-        ({**dict.fromkeys(range(19), 9), 19: 30}, "{}.png", "look like train_ids with 19 for ignored pixels", 1),
+        (
+            {**dict.fromkeys(range(19), 9), 19: 30},
+            "{}.png",
+            "look like train_ids with 19 for ignored pixels or ids_from_one",
+            2,
+        ),
     ],
 )
 def test_names_and_values_that_contradict_each_other(
@@ -106,6 +111,30 @@ def test_names_and_values_that_contradict_each_other(
     with pytest.raises(UnclearLabels, match=message) as asked:
         read(files(pixels, name=name))
     assert len(asked.value.encodings) == encodings
+
+
+FROM_ONE = {1: 350, 3: 200, 9: 150, 11: 100, 14: 60, 19: 40}  # the street with ids from 1: 19 is bicycle
+
+
+@pytest.mark.parametrize("name", ["{}.png", "{}_labelIds.png", "{}_labelTrainIds.png"])
+def test_ids_from_one_that_reach_the_last_class_are_asked_about_as_such(name: str) -> None:
+    """19 is traffic light as label id, and what some write for ignored pixels of train ids."""
+    with pytest.raises(UnclearLabels) as asked:
+        read(files(FROM_ONE, name=name))
+    assert asked.value.encodings == ("ids_from_one", "label_ids")
+    assert "ids_from_one" in asked.value.what and asked.value.cure.startswith("write 255 for 19, or add an encoding")
+    assert read(files(FROM_ONE, name=name), asked="ids_from_one").valid == 1.0
+    assert read(files({7: 40, 8: 20, 11: 30, 4: 5, 3: 5, 19: 3})).encoding == "label_ids", "little of it is void"
+
+
+def test_ids_that_may_begin_with_one_are_told_or_asked_about() -> None:
+    assert "no pixel has the id 0" in read(files({1: 9, 3: 9, 10: 9, 255: 9}), CAMVID).sentences()[1]
+    assert "no pixel has the id 0" in read(files({1: 9, 3: 9, 11: 9}), CAMVID, usual="camvid12").sentences()[1]
+    for pixels, more in (({0: 1, 1: 9, 3: 9, 11: 9}, {}), ({1: 9, 3: 9, 11: 9}, {"asked": "camvid12"})):
+        assert len(read(files(pixels), CAMVID, **more).sentences()) == 1
+    with pytest.raises(UnclearLabels) as asked:
+        read(files({1: 3, 7: 9, 8: 9, 11: 9}))
+    assert asked.value.encodings == ("train_ids", "label_ids", "ids_from_one")
 
 
 def test_two_kinds_in_one_folder() -> None:
@@ -180,6 +209,18 @@ def test_indices_that_are_not_the_ids_of_their_colours_are_refused() -> None:
     with pytest.raises(UnclearLabels, match=r"palettes .* contradict train_ids"):
         read([stored(np.arange(19)[None], turned_round)])
     assert read([stored(np.arange(19)[None], turned_round)], asked="train_ids").valid == 1.0
+
+
+def test_a_colour_with_several_ids_is_asked_about() -> None:
+    """Palettes that a program made for each file: their colours are no classes of ours, and their indices no ids."""
+    colours = [(9, 9, 200), (9, 200, 9), (200, 9, 9)]
+    mixed = [stored(np.arange(3)[None], order) for order in (colours, colours[::-1])]
+    with pytest.raises(UnclearLabels, match=r"the colour \((9|200), 9, (9|200)\) has the ids 0, 2 in different files"):
+        read(mixed, CAMVID)
+    assert read(mixed, CAMVID, asked="train_ids").valid == 1.0
+    assert read([stored(np.arange(3)[None], order) for order in (colours, [*colours, (1, 1, 1)])], CAMVID).valid == 1.0
+    black = [stored(np.arange(3)[None], [(0, 0, 0)] * 3), stored(np.arange(3)[None], [(0, 0, 0), (1, 1, 1), (0, 0, 0)])]
+    assert read(black, CAMVID).valid == 1.0, "colours that ids share say nothing"
 
 
 def test_colour_maps_that_say_nothing_are_not_listened_to() -> None:

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from nightseg.cluster.settings import MapCompute
+from nightseg.data.class_list import taxonomy as load_taxonomy
 from nightseg.data.encodings import UnclearLabels
 from nightseg.data.images import encode_png
 from nightseg.metrics.boundary import boundary_counts, boundary_scores
@@ -333,9 +335,69 @@ def test_classes_that_are_mixed_up_are_told(tmp_path: Path) -> None:
     stream = io.StringIO()
     where = folders(tmp_path, {"a.png": order[labels]}, {"a.png": labels})
     found = evaluate_folders(*where, progress=LineProgress(stream))
-    assert "each class of the labels is another one in the predictions" in found["warning"]
+    assert "9 classes of the labels are others in the predictions" in found["warning"]
     assert found["warning"] in stream.getvalue()
     assert "warning" not in evaluate_folders(*folders(tmp_path / "good", {"a.png": labels}, {"a.png": labels}))
+
+
+def noisy(labels: np.ndarray, values: int, wrong: float, seed: int = 9) -> np.ndarray:
+    """What a model of this pixel accuracy says: a share of the areas has a random class."""
+    is_wrong = areas(seed, 100) < 100 * wrong
+    return np.where(is_wrong, areas(seed + 1, values), labels).astype(np.uint8)
+
+
+@pytest.mark.parametrize("wrong", [0.0, 0.4])
+def test_predictions_that_are_no_train_ids_are_refused(tmp_path: Path, wrong: float) -> None:
+    """Of a mediocre model, too: a shift up or down, label ids that happen to be below 19."""
+    labels, far = areas(4, 10), areas(4, 6)
+    good, label_ids = noisy(labels, 10, wrong), np.array([7, 8, 11, 12, 13, 17], np.uint8)
+    shifts = {"up": good + np.uint8(1), "down": np.where(good == 0, 255, good - np.uint8(1)).astype(np.uint8)}
+    for name, guess in shifts.items():
+        where = folders(tmp_path / name, {"a.png": guess}, {"a_trainIds.png": labels})
+        with pytest.raises(UserError, match=r"the predictions: they agree with the labels at .* if they are") as refused:
+            evaluate_folders(*where, taxonomy="cityscapes19")
+        assert ("ids_from_one" if name == "up" else "one too low") in str(refused.value)
+        insisted = evaluate_folders(*where, taxonomy="cityscapes19", label_encoding="train_ids")
+        assert insisted["miou"] < 0.1 and "the predictions: they agree" in insisted["warning"]
+    where = folders(tmp_path, {"a.png": label_ids[noisy(far, 6, wrong)]}, {"a_trainIds.png": far})
+    with pytest.raises(UserError, match="if they are label_ids"):
+        evaluate_folders(*where, taxonomy="cityscapes19")
+    assert "warning" not in evaluate_folders(*folders(tmp_path / "good", {"a.png": good}, {"a.png": labels}))
+
+
+def test_two_classes_that_are_exchanged_are_told(tmp_path: Path) -> None:
+    labels = areas(4, 10)
+    exchanged = np.array([0, 1, 2, 3, 4, 5, 6, 8, 7, 9], np.uint8)[noisy(labels, 10, 0.2)]
+    found = evaluate_folders(*folders(tmp_path, {"a.png": exchanged}, {"a.png": labels}))
+    assert (
+        "2 classes of the labels are others in the predictions (fence is predicted as car, car is" in found["warning"]
+    )
+
+
+@pytest.mark.parametrize("colour_of", ["classes", "anything"])
+def test_palettes_that_a_program_made_up_are_no_train_ids(tmp_path: Path, colour_of: str) -> None:
+    """A coloured mask saved with an adaptive palette: the indices are small, but in the order of the colours."""
+    rng = np.random.default_rng(0)
+    palette = np.array(load_taxonomy("camvid11").palette, np.uint8)
+    palette = palette if colour_of == "classes" else rng.integers(0, 256, palette.shape).astype(np.uint8)
+    labels = {f"{index}.png": areas(index, 11 - 3 * index) for index in range(3)}
+    where = folders(tmp_path, labels, labels)
+    for name, label in labels.items():
+        adaptive = Image.fromarray(palette[label]).convert("P", palette=Image.Palette.ADAPTIVE)
+        assert np.array(adaptive).max() <= 10, "as if they were train ids"
+        adaptive.save(tmp_path / "predictions" / name)
+    with pytest.raises(UserError, match="the predictions: the palettes contradict train_ids of the taxonomy camvid11"):
+        evaluate_folders(*where)
+    for name, label in labels.items():
+        (where[0] / name).write_bytes(encode_png(label, palette.tolist()))
+    assert evaluate_folders(*where)["miou"] == 1.0
+
+
+def test_labels_of_other_types_are_scored(tmp_path: Path) -> None:
+    where = folders(tmp_path, {f"{index}.png": GUESS for index in range(3)}, {"0.png": LABEL})
+    for name in ("1.tif", "2.bmp"):
+        Image.fromarray(LABEL).save(tmp_path / "labels" / name)
+    assert (evaluate_folders(*where)["frames"], evaluate_folders(*where)["miou"]) == (3, 0.625)
 
 
 def test_all_that_is_wrong_with_two_folders_is_one_message(tmp_path: Path) -> None:
