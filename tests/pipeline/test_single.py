@@ -354,7 +354,9 @@ def test_predictions_that_are_no_train_ids_are_refused(tmp_path: Path, wrong: fl
     shifts = {"up": good + np.uint8(1), "down": np.where(good == 0, 255, good - np.uint8(1)).astype(np.uint8)}
     for name, guess in shifts.items():
         where = folders(tmp_path / name, {"a.png": guess}, {"a_trainIds.png": labels})
-        with pytest.raises(UserError, match=r"the predictions: they agree with the labels at .* if they are") as refused:
+        with pytest.raises(
+            UserError, match=r"the predictions: they agree with the labels at .* if they are"
+        ) as refused:
             evaluate_folders(*where, taxonomy="cityscapes19")
         assert ("ids_from_one" if name == "up" else "one too low") in str(refused.value)
         insisted = evaluate_folders(*where, taxonomy="cityscapes19", label_encoding="train_ids")
