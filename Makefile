@@ -14,7 +14,7 @@ help: ## show the targets
 
 # Tests of optional parts would be skipped without their packages.
 .venv/ready-to-test: .venv/ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[video,onnx]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[video,onnx,encoders]'
 	touch $@
 
 setup: .venv/ready ## install everything into .venv

@@ -1,4 +1,4 @@
-"""Image encoders: ResNet 18 to 152, EfficientNet-Lite0, and timm's, as four maps at strides 4, 8, 16 and 32.
+"""Image encoders: ResNet 18 to 152, EfficientNet-Lite 0 to 2, and timm's, as four maps at strides 4, 8, 16 and 32.
 
 B images, 3 colour channels (RGB), C channels, H x W pixels, h x w pixels of a map. Each encoder carries the mean and
 the standard deviation its ImageNet weights were trained with: normalisation belongs to the weights, not to the recipe.
@@ -17,7 +17,7 @@ import torchvision
 from torch import Tensor, nn
 
 from nightseg.errors import closest
-from nightseg.segmenter.settings import ENCODERS, RESNETS
+from nightseg.segmenter.settings import ENCODERS, LITE_ENCODERS, RESNETS
 from nightseg.storage import UserError
 
 # torchvision's IMAGENET1K weights were trained on images in [0, 1] normalised with these.
@@ -30,6 +30,10 @@ LITE_STD: Final = (128 / 255, 128 / 255, 128 / 255)
 
 STRIDES: Final = (4, 8, 16, 32)
 TIMM: Final = "timm/"
+LITES: Final = {
+    name: f"tf_{name}" for name in LITE_ENCODERS
+}  # of timm; TensorFlow "SAME" padding, as the weights expect
+PATCH: Final = 16  # pixels of a frame that become a token of a plain transformer
 _PROBE_SIZE: Final = (64, 96)  # divisible by 32, not square, and no size that a network is usually built for
 
 Norm = Literal["batch", "frozen", "sync"]
@@ -100,7 +104,41 @@ class TimmEncoder(nn.Module):
         return list(self.features(images_B3HW))
 
 
-Encoder = ResNetEncoder | TimmEncoder
+class TransformerEncoder(nn.Module):
+    """A plain transformer of timm (ViT, DINOv2, DINOv3, EVA02), whose maps all have one stride, as a pyramid.
+
+    Four depths, rescaled to the four strides as in BEiT (arXiv 2106.08254) and ViTDet (arXiv 2203.16527): `rescale` is
+    not among timm's weights. Images are scaled so that a patch is 16 pixels of them, whatever it is for the network.
+    """
+
+    def __init__(self, name: str, model: str, levels: tuple[int, ...]) -> None:
+        super().__init__()
+        import timm
+
+        self.name = name
+        self.features = timm.create_model(
+            model, pretrained=False, features_only=True, out_indices=levels, dynamic_img_size=True
+        )
+        self.patch = int(self.features.feature_info.reduction()[0])
+        width = int(self.features.feature_info.channels()[0])
+        self.channels: tuple[int, ...] = (width,) * len(STRIDES)
+        self.mean: tuple[float, ...] = tuple(self.features.pretrained_cfg["mean"])
+        self.std: tuple[float, ...] = tuple(self.features.pretrained_cfg["std"])
+        twice = [nn.ConvTranspose2d(width, width, 2, stride=2), nn.GroupNorm(1, width), nn.GELU()]
+        finest = nn.Sequential(*twice, nn.ConvTranspose2d(width, width, 2, stride=2))
+        finer = nn.ConvTranspose2d(width, width, 2, stride=2)
+        self.rescale = nn.ModuleList([finest, finer, nn.Identity(), nn.MaxPool2d(2)])
+
+    def forward(self, images_B3HW: Tensor) -> list[Tensor]:
+        """Normalised float images (H and W divisible by 32) to four maps at strides 4, 8, 16, 32."""
+        size = [side // PATCH * self.patch for side in images_B3HW.shape[-2:]]
+        if self.patch != PATCH:
+            images_B3HW = F.interpolate(images_B3HW, size, mode="bilinear", align_corners=False)
+        maps = self.features(images_B3HW)
+        return [rescale(map_BChw) for rescale, map_BChw in zip(self.rescale, maps, strict=True)]
+
+
+Encoder = ResNetEncoder | TimmEncoder | TransformerEncoder
 
 
 def build_encoder(name: str, *, norm: Norm = "batch", freeze_at: int = 0, stride_in_1x1: bool = False) -> Encoder:
@@ -113,11 +151,11 @@ def build_encoder(name: str, *, norm: Norm = "batch", freeze_at: int = 0, stride
     encoder: Encoder
     if name in RESNETS:
         encoder = ResNetEncoder(name, stride_in_1x1=stride_in_1x1)
-    elif name == "efficientnet_lite0":
-        # TensorFlow "SAME" padding, as its weights expect
-        encoder = TimmEncoder(name, "tf_efficientnet_lite0", (1, 2, 3, 4), LITE_MEAN, LITE_STD)
+    elif name in LITES:
+        encoder = TimmEncoder(name, LITES[name], (1, 2, 3, 4), LITE_MEAN, LITE_STD)
     elif name.startswith(TIMM):
-        encoder = TimmEncoder(name, name.removeprefix(TIMM), _timm_levels(name.removeprefix(TIMM)))
+        kind, levels = _timm_levels(name.removeprefix(TIMM))
+        encoder = kind(name, name.removeprefix(TIMM), levels)
     else:
         raise unknown_encoder(name)
     choose_norm(encoder, norm, name)
@@ -134,8 +172,11 @@ def unknown_encoder(name: str) -> UserError:
 
 
 @functools.cache
-def _timm_levels(model: str) -> tuple[int, ...]:
-    """Which of timm's feature maps have strides 4, 8, 16, 32; looked up, then measured on tensors without content."""
+def _timm_levels(model: str) -> tuple[type[TimmEncoder | TransformerEncoder], tuple[int, ...]]:
+    """Which of timm's feature maps have strides 4, 8, 16, 32; looked up, then measured on tensors without content.
+
+    Of a plain transformer, whose maps all have the stride of its patches: four depths, the last one among them.
+    """
     import timm
 
     if not timm.is_model(model):
@@ -146,21 +187,27 @@ def _timm_levels(model: str) -> tuple[int, ...]:
     with _explained(model), torch.random.fork_rng(devices=[]), torch.device("meta"):
         network = timm.create_model(model, pretrained=False, features_only=True)
         strides = [int(entry["reduction"]) for entry in network.feature_info.info]
-    if missing := [stride for stride in STRIDES if stride not in strides]:
+    kind: type[TimmEncoder | TransformerEncoder] = TimmEncoder
+    if len(strides) >= len(STRIDES) and len(set(strides)) == 1:
+        kind = TransformerEncoder
+        levels = tuple(len(strides) * number // len(STRIDES) - 1 for number in range(1, len(STRIDES) + 1))
+    elif missing := [stride for stride in STRIDES if stride not in strides]:
         raise UserError(
             f"network.encoder: {TIMM}{model} has feature maps at strides {', '.join(map(str, strides))}; a Semantic "
             f"FPN needs {', '.join(map(str, STRIDES))}, and it has no {', '.join(map(str, missing))}",
-            cure="choose a network with a pyramid of maps, such as a ResNet, RegNet, ConvNeXt or EfficientNet",
+            cure="choose a network with a pyramid of maps (ResNet, RegNet, ConvNeXt, EfficientNet) or a plain "
+            "transformer (ViT, DINOv2, EVA02)",
         )
-    levels = tuple(max(index for index, stride in enumerate(strides) if stride == wanted) for wanted in STRIDES)
+    else:
+        levels = tuple(max(index for index, stride in enumerate(strides) if stride == wanted) for wanted in STRIDES)
     height, width = _PROBE_SIZE
     with _explained(model), torch.random.fork_rng(devices=[]), torch.device("meta"), torch.no_grad():
-        encoder = TimmEncoder(TIMM + model, model, levels).eval()
+        encoder = kind(TIMM + model, model, levels).eval()
         shapes = [tuple(maps.shape) for maps in encoder(torch.zeros(1, 3, height, width))]
         wanted_shapes = [(1, c, height // s, width // s) for c, s in zip(encoder.channels, STRIDES, strict=True)]
         if shapes != wanted_shapes:
             raise ValueError(f"the maps of a {height} x {width} image are {shapes}, not {wanted_shapes}")
-    return levels
+    return kind, levels
 
 
 @contextmanager
@@ -171,7 +218,7 @@ def _explained(model: str) -> Iterator[None]:
     except Exception as error:
         raise UserError(
             f"network.encoder: {TIMM}{model} cannot be an encoder of frames of any size, timm says: {error}",
-            cure="choose another network, a convolutional one",
+            cure="choose another network",
         ) from error
 
 

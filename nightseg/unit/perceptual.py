@@ -19,7 +19,7 @@ from torchvision.models import vgg
 
 from nightseg.networks.weights import cached_download, check_names_and_shapes, read_state_dict
 from nightseg.segmenter.encoders import IMAGENET_MEAN, IMAGENET_STD, LITE_MEAN, LITE_STD
-from nightseg.segmenter.start import lite0_classifier_weights
+from nightseg.segmenter.start import lite_classifier_weights
 from nightseg.unit.settings import PERCEPTUAL_STRIDES, PerceptualName
 
 VGG16_FILE: Final = "vgg16-397923af.pth"
@@ -124,7 +124,7 @@ def _lite0(layers: Collection[str]) -> nn.Module:
     import timm  # two seconds to import
 
     places = [place for place, layer in enumerate(PERCEPTUAL_STRIDES["efficientnet_lite0"]) if layer in layers]
-    tensors = lite0_classifier_weights()
+    tensors = lite_classifier_weights()
     network: nn.Module = timm.create_model(
         "tf_efficientnet_lite0", pretrained=False, features_only=True, out_indices=places
     )

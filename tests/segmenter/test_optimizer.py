@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from nightseg.segmenter.optimizer import build_optimizer, learning_rate_of, linear_warmup, set_learning_rate
+from nightseg.segmenter.encoders import build_encoder
+from nightseg.segmenter.optimizer import (
+    build_optimizer,
+    learning_rate_of,
+    linear_warmup,
+    set_learning_rate,
+    stage_rates,
+)
 from nightseg.segmenter.settings import Training
 from tests.rounding import assert_near
 
@@ -117,3 +124,24 @@ def test_learning_rate_rises_then_falls_once(kind: dict[str, Any]) -> None:
     assert rates[:top] == sorted(rates[:top])
     assert rates[top:] == sorted(rates[top:], reverse=True)
     assert 0 < rates[-1] <= 1.01e-4
+
+
+def test_early_stages_learn_slower_by_the_layer_decay() -> None:
+    body = nn.Module()
+    for name in ("conv1", "layer1", "layer2", "layer3", "rescale"):
+        body.add_module(name, nn.Linear(1, 1, bias=False))
+    head = nn.Linear(1, 1, bias=False)
+    network = nn.ModuleDict({"body": body, "head": head})
+    optimizer = build_optimizer(network, rules("adamw", layer_decay=0.5, encoder_rate=0.1), encoder=body)
+    found = {id(p): group["rate"] for group in optimizer.param_groups for p in group["params"]}
+    rates = {name: found[id(part.weight)] for name, part in [*body.named_children(), ("head", head)]}
+    assert rates == {"conv1": 0.0125, "layer1": 0.025, "layer2": 0.05, "layer3": 0.1, "rescale": 0.1, "head": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [("resnet18", 4), ("efficientnet_lite0", 7), ("timm/convnext_atto", 4), ("timm/vit_tiny_patch16_224", 12)],
+)
+def test_stages_of_every_kind_of_encoder_are_found(name: str, stages: int) -> None:
+    rates = sorted(set(stage_rates(build_encoder(name), 0.5).values()))
+    assert rates == [0.5**depth for depth in range(stages, -1, -1)]
