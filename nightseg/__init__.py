@@ -61,6 +61,7 @@ Metrics
     metrics/confusion.py  confusion matrix; PA, CA, mIoU, FWIoU
     metrics/boundary.py   boundary IoU
     metrics/edges.py      do the edges of two frames agree
+    metrics/ranks.py      rank correlation
     metrics/seeds.py      mean and spread over seeds, differences of models
 
 Shared by networks
@@ -136,6 +137,7 @@ Stages: explicit inputs, their part of the recipe, an attempt; each returns its 
     stages/select.py                the frames to learn from
     stages/pseudo_label.py          labels of a teacher
     stages/evaluate.py              scores on labelled frames
+    stages/consistency.py           how sure and consistent a model is on unlabelled frames
     stages/predict.py               masks of unlabelled frames
 
 The report

@@ -45,6 +45,7 @@ from nightseg.segmenter.start import start_identity, weights_identity
 from nightseg.selection.settings import Extraction, Selection
 from nightseg.stages import (
     collect,
+    consistency,
     evaluate,
     evaluate_translation,
     predict,
@@ -484,7 +485,8 @@ class Builder:
     # -- evidence ----------------------------------------------------------------------------------------------------
 
     def evaluate(self, name: str) -> None:
-        """A model on its test sets, all of the recipe's unless it names its own: one pass over all of their frames."""
+        """A model on its test sets, all of the recipe's unless it names its own: one pass over all of their frames; and
+        on frames without labels, if the recipe asks for it."""
         nodes, own = self.graph.models[name], self.models[name].test
         nodes.tests = own if own is not None else {test: TestRow() for test in self.recipe.test_sets}
         if nodes.tests:
@@ -496,6 +498,15 @@ class Builder:
                 {"evaluation": self.recipe.evaluation, "inference": self.recipe.inference},
                 unhashed=self._named(name),
                 facts=self.classes,
+            )
+        if (wanted := self.recipe.consistency) is not None:
+            nodes.consistency = self._add(
+                consistency,
+                name,
+                {"frames": Frames(self.dataset(wanted.dataset)), "model": nodes.train},
+                {"count": wanted.count, "inference": self.recipe.inference},
+                unhashed={"name": name},
+                most_rows=wanted.count,
             )
 
     def predict(self, name: str, frames: Views, model: NodeId, **settings: Any) -> NodeId:

@@ -182,6 +182,7 @@ class ModelNodes:
     seed: int = 0
     evaluate: NodeId | None = None
     tests: Mapping[str, TestRow] = field(default_factory=dict)  # test set -> the published row it reproduces
+    consistency: NodeId | None = None
 
 
 class Use(NamedTuple):

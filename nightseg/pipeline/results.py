@@ -14,7 +14,8 @@ from nightseg.data import table as frame
 from nightseg.data.class_list import taxonomy
 from nightseg.data.settings import JoinedDataset, SplitDataset, TranslatedDataset
 from nightseg.errors import UserError, closest
-from nightseg.metrics.seeds import over_seeds
+from nightseg.metrics.ranks import spearman
+from nightseg.metrics.seeds import mean, over_seeds
 from nightseg.pipeline.graph import Graph, ModelNodes, NodeId, View
 from nightseg.pipeline.leaks import Leak
 from nightseg.recipe.types import Recipe
@@ -52,6 +53,7 @@ def gather(
         "selections": _evidence(commits, {m: nodes.select for m, nodes in first.items()}),
         "pseudo_labels": _evidence(commits, {m: nodes.pseudo_label for m, nodes in first.items()}),
         "predictions": {name: {"node": str(n), **p.model_dump()} for name, (n, p) in graph.predictions.items()},
+        "consistency": _consistency(recipe, models),
         "translations": _translations(recipe, graph, commits, models),
         "leaks": [leak._asdict() | {"text": str(leak)} for leak in leaks],
         "quarantine": _quarantine(commits),
@@ -132,6 +134,7 @@ def _models(recipe: Recipe, graph: Graph, commits: Mapping[NodeId, Commit]) -> d
             "model": str(nodes.train),
             "pseudo_label": str(nodes.pseudo_label) if nodes.pseudo_label else None,
             "tests": _scores(commits, nodes),
+            "consistency": commits[nodes.consistency].json("scores.json") if nodes.consistency else None,
         }
     models = {}
     for of, found in trainings.items():
@@ -145,6 +148,7 @@ def _models(recipe: Recipe, graph: Graph, commits: Mapping[NodeId, Commit]) -> d
             **graph.models[name].facts,
             "model": first["model"],
             "tests": tests,
+            "consistency": _mean_of([one["consistency"] for one in found.values()]),
             "trainings": found,
             "line": [one.of for one in line],
             "root": line[0].facts["start"],
@@ -152,6 +156,28 @@ def _models(recipe: Recipe, graph: Graph, commits: Mapping[NodeId, Commit]) -> d
             "learned": light.of(line),
         }
     return models
+
+
+def _mean_of(scores: Sequence[Mapping[str, float] | None]) -> dict[str, float | None] | None:
+    known = [one for one in scores if one is not None]
+    return {name: mean([one[name] for one in known]) for name in known[0]} if known else None
+
+
+def _consistency(recipe: Recipe, models: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+    """How well the scores that need no labels rank the models on each test set: Spearman's correlation with mIoU."""
+    if recipe.consistency is None:
+        return None
+    rated = [facts for facts in models.values() if facts["consistency"]]
+    ranks: dict[str, Any] = {}
+    for test in dict.fromkeys(test for facts in rated for test in facts["tests"]):
+        tested = [facts for facts in rated if test in facts["tests"]]
+        reached = [facts["tests"][test]["mean"]["miou"] for facts in tested]
+        by_score = {
+            name: spearman([facts["consistency"][name] for facts in tested], reached)
+            for name in rated[0]["consistency"]
+        }
+        ranks[test] = {"models": len(tested), "spearman": by_score}
+    return {"dataset": recipe.consistency.dataset, "ranks": ranks}
 
 
 def _line(graph: Graph, name: str) -> Iterator[ModelNodes]:

@@ -226,7 +226,9 @@ class Trials(NamedTuple):
         name = self.settings.model
         model = recipe.models[name]
         untested = model.model_copy(update={"test": {}, "seeds": recipe.seeds_of(model)[:1]})
-        return recipe.model_copy(update={"models": recipe.models | {name: untested}, "predictions": {}})
+        return recipe.model_copy(
+            update={"models": recipe.models | {name: untested}, "predictions": {}, "consistency": None}
+        )
 
     @property
     def first(self) -> dict[str, Any]:

@@ -62,6 +62,7 @@ class _Sections:
 
         self.datasets, self.translators, self.models = map(entries, ("datasets", "translators", "models"))
         self.predictions, self.translations = entries("predictions"), entries("translations")
+        self.consistency = _mapping(data, "consistency")
         self.test_sets = _mapping(data, "test_sets")  # name -> name of a dataset
 
 
@@ -105,6 +106,7 @@ def _references(sections: _Sections) -> Iterator[Reference]:
     for name, dataset in sections.test_sets.items():
         if isinstance(dataset, str):
             yield Reference(("test_sets", name), ("test_sets", name), "datasets", dataset)
+    yield from _named(("consistency",), ("consistency",), sections.consistency, {"dataset": "datasets"})
     for name in sections.translations:
         yield Reference(("translations", name), ("translations", name), "datasets", name)
 

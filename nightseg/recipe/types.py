@@ -116,6 +116,14 @@ class Prediction(Strict):
     model: Name = Field(description="by which model")
 
 
+class Consistency(Strict):
+    """Frames without labels on which all models are compared: how sure they are, and whether they say the same of a
+    frame, of its mirror image and of a brighter one."""
+
+    dataset: Name = Field(description="frames of the night")
+    count: Positive = Field(default=100, description="at most so many of them, evenly over the dataset")
+
+
 class TranslationEvaluation(Strict):
     """How good a translated dataset is: distances to real frames, and how much of the labels survives."""
 
@@ -158,6 +166,9 @@ class Recipe(Strict):
     evaluation: Evaluation = Evaluation()
     predictions: dict[Name, Prediction] = Field(
         default={}, description="frames without labels to show segmented, by name"
+    )
+    consistency: Consistency | None = Field(
+        default=None, description="scores that need no labels, for all models; null = none"
     )
     translations: dict[Name, TranslationEvaluation] = Field(
         default={}, description="translated dataset -> how to measure the quality of its translations"

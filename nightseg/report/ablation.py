@@ -21,6 +21,7 @@ GROUPS = (
     "Thresholds and guards",
 )
 GUARD_RANGE = (0.5, 1.5)  # of a class's share at the start; the recipe may have another for online self-training
+LEAST_RANKED = 4  # models; a rank correlation of fewer says nothing
 _LEAST_SHARE = 0.001  # classes that a teacher sees on fewer pixels have no curve
 _DURATION = ("epochs", "steps_per_epoch", "warmup_steps", "checkpoint_every", "validate_every", "preset")
 _GUARDING = (("threshold",), ("never_below",), ("online", "guard"))
@@ -70,6 +71,7 @@ def ablation(run: Run, samples: int) -> dict[str, Any] | None:
         "control": found.control,
         "by_class": [] if found.control is None else _by_class(run, found.best, found.control, test),
         "worst": gallery.worst_frames(run, test, [*filter(None, [found.control]), found.best], min(samples, 3)),
+        "consistency": _consistency(run, test),
         "shares": [*_online_shares(run), *_shares_by_round(run)],
     }
 
@@ -108,6 +110,17 @@ def _by_class(run: Run, best: str, control: str, test: str) -> list[dict[str, An
         change = difference(run.class_by_seed(best, test, name), run.class_by_seed(control, test, name))
         rows.append({"name": name, "colour": colour, "before": before[name], "after": after[name], "change": change})
     return rows
+
+
+def _consistency(run: Run, test: str) -> dict[str, Any] | None:
+    """Scores that need no labels beside mIoU, from the best model to the worst, and how well each ranks them."""
+    found = (run.results.get("consistency") or {}).get("ranks", {}).get(test)
+    if found is None or found["models"] < LEAST_RANKED:
+        return None
+    rated = [name for name in run.scored(test) if run.results["models"][name].get("consistency")]
+    ranked = sorted(rated, key=lambda name: -run.miou(name, test))
+    rows = [(name, run.miou(name, test), run.results["models"][name]["consistency"]) for name in ranked]
+    return {"dataset": run.results["consistency"]["dataset"], "spearman": found["spearman"], "rows": rows}
 
 
 # -- what a model adds -----------------------------------------------------------------------------------------------

@@ -94,6 +94,7 @@ def test_results_hold_the_scores_and_where_every_number_comes_from(run: Location
     assert results.keys() == {
         *("nightseg", "recipe", "seed", "taxonomy", "versions", "hardware", "models", "datasets", "splits"),
         *("labels", "selections", "pseudo_labels", "predictions", "translations", "leaks", "quarantine"),
+        "consistency",
         *("commits", "seconds"),
     }
     assert results["taxonomy"].keys() == {"name", "classes", "palette", "encodings"}
@@ -224,6 +225,29 @@ translators: {optics: {kind: photometric}}
     assert models["fresh"]["learned"] == models["both"]["learned"]  # no stage translates these frames
     assert models["dark"]["learned"]["domains"] == ["day", "night"]
     assert [name for name, facts in models.items() if facts["learned"]["day_only"]] == ["first", "longer"]
+
+
+def test_scores_without_labels_are_ranked_against_miou(tmp_path: Path) -> None:
+    run = Location.of(tmp_path / "run")
+    text = "name: made\ntaxonomy: camvid11\ndatasets: {day: {layout: scenes, count: 4}}\nconsistency: {dataset: day}\n"
+    (tmp_path / "recipe.yaml").write_text(text)
+    graph, commits, tests = Graph(), {}, {"night": types.TestRow()}
+    for model, miou, sure, same in (("a", 0.2, 0.9, 0.1), ("b", 0.3, 0.8, 0.5), ("a.seed1", 0.4, 0.7, 0.3)):
+        nodes = [NodeId(stage, model) for stage in ("train_segmenter", "evaluate", "consistency")]
+        commits[nodes[0]] = commit(run, nodes[0])
+        commits[nodes[1]] = commit(run, nodes[1], scores={"night": SCORES | {"miou": miou}})
+        commits[nodes[2]] = commit(run, nodes[2], scores={"confidence": sure, "mirrored": same})
+        of, _, seed = model.partition(".seed")
+        graph.models[model] = ModelNodes(nodes[0], None, None, FACTS, of, int(seed or 0), nodes[1], tests, nodes[2])
+    results = gather(load_recipe(tmp_path / "recipe.yaml"), graph, commits, set())
+    assert results["models"]["a"]["consistency"] == {"confidence": pytest.approx(0.8), "mirrored": pytest.approx(0.2)}
+    assert results["models"]["a"]["trainings"]["a.seed1"]["consistency"] == {"confidence": 0.7, "mirrored": 0.3}
+    assert results["consistency"]["dataset"] == "day"
+    assert results["consistency"]["ranks"]["night"]["models"] == 2
+    del graph.models["a.seed1"]
+    results = gather(load_recipe(tmp_path / "recipe.yaml"), graph, commits, set())
+    ranks = results["consistency"]["ranks"]["night"]["spearman"]
+    assert ranks == {"confidence": pytest.approx(-1), "mirrored": pytest.approx(1)}
 
 
 # -- finding a model --------------------------------------------------------------------------------------------------

@@ -74,6 +74,7 @@ models:
   third: {train: [test]}
 test_sets: {night: test, other: scenes}
 predictions: {shown: {dataset: pool, model: second}}
+consistency: {dataset: night, count: 3}
 translations:
   by_unit: {segmenter: first, real: night, extractor: {name: efficientnet_lite0}}
 """
@@ -95,7 +96,7 @@ OTHER_NAMES: Final[Mapping[str, Any]] = {
     "models.second.self_training.teacher": None, "models.second.self_training.select.reference": "test",
     "models.second.self_training.select.method": "pooled", "models.first.test": {},
     "test_sets": {"night": "scenes", "other": "scenes"},
-    "predictions.shown.dataset": "night", "predictions.shown.model": "first",
+    "consistency.dataset": "pool", "predictions.shown.dataset": "night", "predictions.shown.model": "first",
     "translations.by_unit.segmenter": "second", "translations.by_unit.real": "day", "taxonomy": "cityscapes19",
 }  # fmt: skip
 
@@ -192,7 +193,7 @@ def shown(value: Any) -> Any:
 
 STAGES: Final = (
     *("collect", "split", "train_translator", "translate", "train_segmenter", "score", "select", "pseudo_label"),
-    *("evaluate", "predict", "evaluate_translation"),
+    *("evaluate", "consistency", "predict", "evaluate_translation"),
 )
 
 
@@ -417,14 +418,19 @@ train_segmenter/fifth train={test: collect/test, (pseudo-labels): pseudo_label/f
     start=train_segmenter/third encoder_weights workers=1
 evaluate/first tests={night: collect/test, other: collect/scenes} model=train_segmenter/first evaluation=evaluation
     inference=inference; facts: taxonomy
+consistency/first frames=split/pool:night model=train_segmenter/first count=3 inference=inference; at most 3
 evaluate/second tests={night: collect/test} model=train_segmenter/second evaluation=evaluation inference=inference;
     facts: taxonomy
+consistency/second frames=split/pool:night model=train_segmenter/second count=3 inference=inference; at most 3
 evaluate/third tests={night: collect/test, other: collect/scenes} model=train_segmenter/third evaluation=evaluation
     inference=inference; facts: taxonomy
+consistency/third frames=split/pool:night model=train_segmenter/third count=3 inference=inference; at most 3
 evaluate/fourth tests={night: collect/test, other: collect/scenes} model=train_segmenter/fourth evaluation=evaluation
     inference=inference; facts: taxonomy
+consistency/fourth frames=split/pool:night model=train_segmenter/fourth count=3 inference=inference; at most 3
 evaluate/fifth tests={night: collect/test, other: collect/scenes} model=train_segmenter/fifth evaluation=evaluation
     inference=inference; facts: taxonomy
+consistency/fifth frames=split/pool:night model=train_segmenter/fifth count=3 inference=inference; at most 3
 predict/shown frames=collect/pool model=train_segmenter/second inference=inference
 translate/by_unit.back source=translate/by_unit translator=train_translator/unit to=day
 predict/first.by_unit frames=translate/by_unit model=train_segmenter/first save=mask

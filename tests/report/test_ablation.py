@@ -156,3 +156,18 @@ def test_the_page_holds_the_figures(made_up_run: Any) -> None:
     sky = next(part for part in found["by_class"] if part["name"] == "sky")
     assert f"{100 * sky['before']:.1f} &rarr; <b>{100 * sky['after']:.1f}</b>" in section
     assert "Worst frames of self_trained" in section and section.count("<img") == 3 * 4
+
+
+def test_scores_without_labels_stand_from_the_best_model_to_the_worst() -> None:
+    models = {
+        name: facts | {"consistency": {"confidence": place / 10}} for place, (name, facts) in enumerate(MODELS.items())
+    }
+    ranks = {"night": {"models": len(models), "spearman": {"confidence": 0.25}}}
+    found = ablation(run_of(models, consistency={"dataset": "pool", "ranks": ranks}), 2)
+    assert found is not None
+    part = found["consistency"]
+    assert (part["dataset"], part["spearman"]) == ("pool", {"confidence": 0.25})
+    assert [row[0] for row in part["rows"]][::7] == ["random", "bare"]
+    ranks["night"]["models"] = 3  # too few
+    found = ablation(run_of(models, consistency={"dataset": "pool", "ranks": ranks}), 2)
+    assert found is not None and found["consistency"] is None
