@@ -309,7 +309,6 @@ def test_the_start_of_a_translator_counts_by_its_content(tmp_path: Path) -> None
     ("network", "part"),
     [
         ("encoder: resnet18, backend: detectron2", "pip install --no-build-isolation"),
-        ("encoder: timm/vit_tiny_patch16_224", "strides"),
         ("encoder: timm/convnext_atto, norm: frozen", "no batch norm"),
     ],
 )
