@@ -78,7 +78,7 @@ def ablation(run: Run, samples: int) -> dict[str, Any] | None:
 
 def _row(run: Run, name: str, test: str, axis: DotAxis, before: str | None, changes: Sequence[Change]) -> Row:
     facts, by_seed = run.results["models"][name], run.by_seed(name, test)
-    control = None if facts["learned"]["day_only"] else control_of(run, name, test)
+    control = control_of(run, name, test)
     ours, theirs = run.mean(name, test)["iou"], {} if control is None else run.mean(control, test)["iou"]
     return Row(
         name,
@@ -238,9 +238,19 @@ def _online_shares(run: Run) -> list[dict[str, Any]]:
             continue
         learning = run.results["models"][name]["self_training"] or {}
         limits = (learning.get("online") or {}).get("guard", {}).get("range", GUARD_RANGE)
-        warnings = [warning for _, taught in records for warning in taught.get("warnings", [])]
         part = {"title": name, "about": "the teacher's view of the pool, by epoch", "unit": "epoch"}
-        found.append({**part, "warnings": list(dict.fromkeys(warnings)), **_share_charts(run, seen, limits)})
+        found.append({**part, "warnings": _warnings_online(run, name), **_share_charts(run, seen, limits)})
+    return found
+
+
+def _warnings_online(run: Run, model: str) -> list[str]:
+    """What was said of the teachers of all seeds; those of the others than the first are named."""
+    found = []
+    for name, node in run.trainings(model).items():
+        commit = run.commit(node)
+        records = commit.json("history.json") if commit is not None and commit.has("history.json") else []
+        warnings = dict.fromkeys(text for record in records for text in _taught(record).get("warnings", []))
+        found += [text if name == model else f"{name}: {text}" for text in warnings]
     return found
 
 

@@ -13,12 +13,14 @@ TOLERANCE = 0.02  # a control may have so much fewer steps, a share of the model
 
 
 def control_of(run: Run, model: str, test: str) -> str | None:
-    """The model that a gain on a test set is measured against; None if there is none.
+    """The model that a gain on a test set is measured against; None if there is none, or the model could be one.
 
     It learned from labelled day frames alone, from the same start, with the same network, for at least as many steps
     and frames in all (less TOLERANCE). Of several the one with the nearest number of steps; of equals the best.
     """
     ours = run.results["models"][model]
+    if _is_day_only(run, model):
+        return None
     found = [
         other
         for other in run.scored(test)
@@ -79,7 +81,7 @@ def headline(run: Run) -> Headline | None:
         return None
     best = run.best(test)
     facts = run.results["models"][best]
-    control = None if _is_day_only(run, best) else control_of(run, best, test)
+    control = control_of(run, best, test)
     if control is not None:
         steps = [run.results["models"][name]["steps_in_all"] for name in (best, control)]
         note = f"its control of equal steps: labelled day frames alone ({steps[1]} steps in all, {best}: {steps[0]})"

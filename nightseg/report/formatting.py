@@ -89,7 +89,8 @@ def describe(model: Mapping[str, Any]) -> str:
             if chosen
             else f"all of {learning['pool']}"
         )
-        parts.append(f"pseudo-labels for {how}")
+        online = learning.get("mode") == "online"
+        parts.append(f"self-training online on {how}" if online else f"pseudo-labels for {how}")
     return " \N{MIDDLE DOT} ".join(parts)
 
 

@@ -157,11 +157,22 @@ def pseudo_labels(run: Run, samples: int) -> list[dict[str, Any]]:
             {
                 "model": model,
                 "evidence": evidence,
+                "warnings": _warnings(run, model, entry),
                 "rule": formatting.threshold(evidence["threshold"]),
                 "classes": rows,
                 "samples": [_labelled_frame(run, *pair) for pair in shown],
             }
         )
+    return found
+
+
+def _warnings(run: Run, model: str, entry: Mapping[str, Any]) -> list[str]:
+    """Those of the labels shown, and of the labels for other seeds, where these have their own."""
+    found: list[str] = list(entry["evidence"]["warnings"])
+    for name, node in run.trainings(model, "pseudo_label").items():
+        commit = run.commit(node)
+        if node != entry["node"] and commit is not None:
+            found += [f"{name}: {text}" for text in commit.json("evidence.json")["warnings"]]
     return found
 
 

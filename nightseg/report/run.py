@@ -89,6 +89,13 @@ class Run:
         scores = self.results["models"][model]["tests"][test]
         return dict(sorted(scores.get("seeds", {"0": scores["miou"]}).items(), key=lambda item: int(item[0])))
 
+    def trainings(self, model: str, stage: str = "model") -> dict[str, str]:
+        """Training -> its node: "model", or "pseudo_label" of those that have one; that of the first seed first."""
+        facts = self.results["models"][model]
+        found = facts.get("trainings") or {model: facts}
+        order = sorted(found, key=lambda name: (name != model, found[name].get("seed", 0)))
+        return {name: found[name][stage] for name in order if found[name].get(stage)}
+
     def class_by_seed(self, model: str, test: str, name: str) -> dict[str, float]:
         """IoU of a class by seed, without seeds where it has none."""
         facts = self.results["models"][model]

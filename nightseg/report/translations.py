@@ -7,6 +7,7 @@ from typing import Any
 
 from nightseg.data import table as frame
 from nightseg.report import formatting
+from nightseg.report.comparison import control_of, gain
 from nightseg.report.pictures import Picture, mask, photo, there
 from nightseg.report.run import Row, Run, source_of
 
@@ -50,7 +51,7 @@ def _floor_row(run: Run, entry: Mapping[str, Any]) -> dict[str, Any]:
         "fid": entry["fid"]["source"],
         "kid": entry["kid"]["source"],
         "translated": entry["miou"]["source"],
-        "models": {test: _downstream(run, [entry["segmenter"]], test, None) for test in run.tests},
+        "models": {test: _downstream(run, [entry["segmenter"]], test) for test in run.tests},
     }
 
 
@@ -67,18 +68,19 @@ def _row(run: Run, name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
         "pixels": entry["agreement"]["pixels"],
         "agreement": entry["agreement"]["miou"],
         "edges": entry["edges"],
-        "models": {test: _downstream(run, list(entry["models"]), test, entry["segmenter"]) for test in run.tests},
+        "models": {test: _downstream(run, list(entry["models"]), test) for test in run.tests},
     }
 
 
-def _downstream(
-    run: Run, models: Sequence[str], test: str, segmenter: str | None
-) -> list[tuple[str, float, float | None]]:
-    """(model, mIoU, points over the segmenter) of those that were tested, in the order of their training."""
-    scored = [model for model in run.models if model in models and run.score(model, test)]
-    before = run.miou(segmenter, test) if segmenter in run.models and run.score(str(segmenter), test) else None
-    reached = [(model, run.miou(model, test)) for model in scored]
-    return [(model, miou, None if before is None else 100 * (miou - before)) for model, miou in reached]
+def _downstream(run: Run, models: Sequence[str], test: str) -> list[tuple[str, float, float | None]]:
+    """(model, mIoU, points over its control of equal steps) of those that were tested, in the order of training."""
+    scored = [model for model in run.scored(test) if model in models]
+    controls = {model: control_of(run, model, test) for model in scored}
+    return [(model, run.miou(model, test), _points(run, model, controls[model], test)) for model in scored]
+
+
+def _points(run: Run, model: str, control: str | None, test: str) -> float | None:
+    return None if control is None else 100 * gain(run, model, control, test).mean
 
 
 def _best(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:

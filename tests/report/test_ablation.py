@@ -124,21 +124,26 @@ def test_rounds_show_how_the_share_of_each_class_changes() -> None:
 
 
 def test_an_online_teacher_is_shown_by_epoch_within_the_limits_of_its_guard(made_up_run: Any) -> None:
-    attempt = made_up_run.workspace.stage("train_segmenter", "o", version=1, recipe={}, inputs={}, seed=0).open()
     shares = [{"sky": 0.5, "road": 0.5}, {"sky": 0.3, "road": 0.7}]
-    history: list[dict[str, Any]] = [{"epoch": 1, "teacher": None}]
-    history += [{"epoch": 2 + n, "teacher": {"shares": share, "warnings": ["w"]}} for n, share in enumerate(shares)]
-    (attempt.folder / "history.json").write_json(history)
-    commit = attempt.finish(rows_in=1, rows_out=1, seconds=1.0, outputs=["history.json"])
-    node = {"train_segmenter/o": made_up_run.facts(commit)}
-    narrow = ONLINE | {"online": {"guard": {"range": [0.7, 1.6]}}}
-    online = copy.deepcopy(MODELS["online"]) | {"self_training": narrow, "model": "train_segmenter/o"}
-    run = run_of({"day_only": MODELS["day_only"], "o": online}, node)
+    online = copy.deepcopy(MODELS["online"]) | {"self_training": ONLINE | {"online": {"guard": {"range": [0.7, 1.6]}}}}
+    nodes = {}
+    for name, warning in (("o", "the sky grows"), ("o.seed1", "the road grows")):
+        history: list[dict[str, Any]] = [{"epoch": 1, "teacher": None}]
+        history += [{"epoch": 2 + n, "teacher": {"shares": s, "warnings": [warning]}} for n, s in enumerate(shares)]
+        attempt = made_up_run.workspace.stage("train_segmenter", name, version=1, recipe={}, inputs={}, seed=0).open()
+        (attempt.folder / "history.json").write_json(history)
+        commit = attempt.finish(rows_in=1, rows_out=1, seconds=1.0, outputs=["history.json"])
+        nodes[f"train_segmenter/{name}"] = made_up_run.facts(commit)
+        seed = int(name == "o.seed1")
+        online["trainings"][name] = online["trainings"]["0"] | {"seed": seed, "model": f"train_segmenter/{name}"}
+    del online["trainings"]["0"]
+    run = run_of({"day_only": MODELS["day_only"], "o": online | {"model": "train_segmenter/o"}}, nodes)
     run.folder = made_up_run.folder
     found = ablation(run, 2)
     assert found is not None
     (part,) = found["shares"]
-    assert (part["title"], part["unit"], part["limits"], part["warnings"]) == ("o", "epoch", [0.7, 1.6], ["w"])
+    assert (part["title"], part["unit"], part["limits"]) == ("o", "epoch", [0.7, 1.6])
+    assert part["warnings"] == ["the sky grows", "o.seed1: the road grows"]
     assert [(name, is_outside) for name, _, _, is_outside in part["charts"]] == [("sky", True), ("road", False)]
     assert [tick.text for tick in part["charts"][0][2].x_ticks] == ["2", "3"]
 

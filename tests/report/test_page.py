@@ -229,3 +229,20 @@ def test_ignored_pixels_are_dimmed_or_transparent() -> None:
 def test_pictures_are_made_small() -> None:
     data = base64.b64decode(photo_uri(np.zeros((100, 1000, 3), np.uint8), 250).partition(",")[2])
     assert Image.open(io.BytesIO(data)).size == (250, 25)
+
+
+def test_warnings_of_labels_for_other_seeds_are_shown(made_up_run: Any, tmp_path: Path) -> None:
+    attempt = made_up_run.attempt("pseudo_label", "self_trained.seed1")
+    (attempt.folder / "evidence.json").write_json({"warnings": ["no pole is kept"]})
+    commit = attempt.finish(rows_in=1, rows_out=1, seconds=1.0, outputs=["evidence.json"])
+    results = copy.deepcopy(made_up_run.results)
+    results["commits"]["pseudo_label/self_trained.seed1"] = made_up_run.facts(commit)
+    model = results["models"]["self_trained"]
+    nodes = {"self_trained": "pseudo_label/self_trained", "self_trained.seed1": "pseudo_label/self_trained.seed1"}
+    model["trainings"] = {
+        name: {"seed": seed, "model": model["model"], "pseudo_label": node, "tests": model["tests"]}
+        for seed, (name, node) in enumerate(nodes.items())
+    }
+    text = Page(write_report(Location.of(tmp_path), results).read_bytes().decode()).text
+    assert "self_trained.seed1: no pole is kept" in text
+    assert text.count("the teacher never predicts sign and fence on these frames") == 1
