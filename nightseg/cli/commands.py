@@ -229,6 +229,7 @@ def select(
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     help="How far a boundary reaches, as a share of the image's diagonal.",
 )
+@_bad_option(0.0)
 @_actors_option
 @click.option(
     "--work",
@@ -245,6 +246,7 @@ def evaluate(
     absent_class: Literal["cityscapes", "detectron2"],
     boundary: bool,
     boundary_distance: float,
+    max_bad_fraction: float,
     compute: MapCompute,
     work: Location | None,
 ) -> Answer:
@@ -269,6 +271,7 @@ def evaluate(
             taxonomy,
             label_encoding=label_encoding,
             evaluation=valid(Evaluation, boundary=boundary_distance if boundary else None, absent_class=absent_class),
+            max_bad_fraction=max_bad_fraction,
             compute=compute,
             work=work,
             progress=progress_for(),

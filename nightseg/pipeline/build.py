@@ -190,11 +190,21 @@ def prediction_graph(
 
 
 def evaluation_graph(
-    pairs: Given, taxonomy: str, label_encoding: str | None, evaluation: Evaluation, compute: MapCompute
+    pairs: Given,
+    taxonomy: str,
+    label_encoding: str | None,
+    evaluation: Evaluation,
+    compute: MapCompute,
+    max_bad_fraction: float,
 ) -> Graph:
     """The scores of predictions that lie in a folder."""
     node = NodeId("evaluate", "folders")
-    settings = {"taxonomy": taxonomy, "label_encoding": label_encoding, "evaluation": evaluation}
+    settings = {
+        "taxonomy": taxonomy,
+        "label_encoding": label_encoding,
+        "evaluation": evaluation,
+        "max_bad_fraction": max_bad_fraction,
+    }
     call, facts = evaluate.evaluate_folders, {"shard_rows": compute.shard_rows}
     inputs, unhashed = {"pairs": Frames((pairs,))}, {"compute": compute}
     return Graph({node: Node(node, evaluate.VERSION, call, compute, inputs, settings, unhashed, facts)})

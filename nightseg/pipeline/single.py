@@ -25,7 +25,7 @@ from nightseg.data.listing import PREDICTION_CARD, predicted_taxonomy
 from nightseg.data.settings import FolderDataset
 from nightseg.data.sources import Source, find_source
 from nightseg.data.video import need_av
-from nightseg.errors import together
+from nightseg.errors import first_of, together
 from nightseg.networks.model_folder import TENSORS, load_card
 from nightseg.pipeline import build, run
 from nightseg.pipeline.graph import Given, NodeId, part_of_key
@@ -179,6 +179,8 @@ def _set_of_frames(source: str, progress: Progress) -> Statistics | Given:
         return frames
     folder = FolderDataset.of_images(source)
     candidates = layouts.list_frames(folder, place.name, progress.say)
+    if broken := [one for one in candidates if one.problem]:
+        progress.say(f"{source}: {first_of([f'{one.uri} ({one.problem})' for one in broken])}: bad frames")
     listed = ({frame.FRAME_ID: one.frame_id, frame.URI: one.uri} for one in candidates)
     return Given(frame.frame_table(listed), layouts.fingerprint(folder))
 
@@ -365,6 +367,7 @@ def evaluate_folders(
     *,
     label_encoding: str | None = None,
     evaluation: Evaluation,
+    max_bad_fraction: float = 0.0,
     compute: MapCompute,
     work: Location | None = None,
     progress: Progress,
@@ -372,7 +375,8 @@ def evaluate_folders(
     """Score label images of train ids against labels, paired by name (`pair_up`); see `stages/evaluate.py`.
 
     What is done is kept in a folder below `work`; by default, with actors, below the predictions. Raises UserError: no
-    folder, no label, masks of another taxonomy, a label without prediction, sizes that differ, unknown ids.
+    folder, no label, masks of another taxonomy, a label without prediction, sizes that differ, unknown ids, and more
+    than `max_bad_fraction` of the frames with a damaged file; the others are scored then.
     """
     classes = load_taxonomy(taxonomy)
     predicted = predicted_taxonomy(predictions)
@@ -399,7 +403,7 @@ def evaluate_folders(
     kept = work or (predictions if compute.actors else None)  # all actors see it; minutes in this process need no place
     folder = kept and kept / ".evaluate.work"
     given = Given(pa.table(places), hash_of(listing))
-    graph = build.evaluation_graph(given, taxonomy, label_encoding, evaluation, compute)
+    graph = build.evaluation_graph(given, taxonomy, label_encoding, evaluation, compute, max_bad_fraction)
     found: dict[str, Any] = {}
     try:
         with run.finished(graph, folder, progress) as commits:

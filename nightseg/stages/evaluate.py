@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Unpack
 
 import numpy as np
@@ -31,7 +32,7 @@ from nightseg.data.images import BadFrame, StoredLabel, decode_stored_label, enc
 from nightseg.data.labels import check_labelled, check_orientation, train_ids_of
 from nightseg.data.prefetch import prefetch
 from nightseg.data.taxonomy import FROM_ONE, IGNORE, TRAIN_IDS, Taxonomy
-from nightseg.errors import together
+from nightseg.errors import first_of, together
 from nightseg.metrics.boundary import boundary_counts, boundary_scores
 from nightseg.metrics.confusion import add_up, confusion_matrix, scores
 from nightseg.recipe.types import Evaluation
@@ -151,6 +152,7 @@ def evaluate_folders(
 
     `pairs`: absolute places of predictions (train ids; 255 counts as wrong) and labels, by the columns prediction_uri
     and label_uri. `label_encoding` None: what the names and the ids of all labels say together (`data/encodings.py`).
+    Up to `max_bad_fraction` of them may have a damaged file; these are not scored, and `quarantined` of scores.json.
     Raises UserError: sizes that differ, files that are no labels, unknown ids, labels that may mean several things.
     """
     classes = load_taxonomy(taxonomy)
@@ -159,7 +161,18 @@ def evaluate_folders(
         classes.lut(encoding)
     threads = 1 if work["compute"].actors else len(os.sched_getaffinity(0))
     arguments = {"classes": classes, "encodings": encodings, "evaluation": evaluation, "threads": threads}
+    arguments["skips_bad"] = work.get("max_bad_fraction", 1.0) > 0
     shards = map_shards(pairs, PairCounter, arguments, title="evaluate", on_cpus=True, **work)
+    bad, num_pairs = shards.table("quarantine"), pairs.num_rows
+    finish = partial(
+        shards.attempt.finish, rows_in=num_pairs, rows_out=num_pairs - bad.num_rows, quarantined=bad.num_rows,
+        max_bad_fraction=shards.max_bad_fraction, num_shards=len(shards.records),
+    )  # fmt: skip
+    if bad.num_rows > shards.max_bad_fraction * num_pairs or bad.num_rows == num_pairs:
+        finish(max_bad_fraction=min(shards.max_bad_fraction, 1 - 1 / num_pairs))  # refuses
+    if bad.num_rows:
+        shown = first_of(bad[frame.DETAIL].to_pylist())
+        work["progress"].say(f"warning: {bad.num_rows} of {num_pairs} frames are bad and not scored: {shown}")
     counted = shards.table("counts")
     check_palettes("the predictions", label_files(shards.table("predictions")), classes)
     of_files = counted.filter(pc.equal(counted[frame.LABEL_ENCODING], encodings[0]))
@@ -170,6 +183,7 @@ def evaluate_folders(
     places = zip(counted[frame.LABEL_URI].to_pylist(), counted[frame.LABEL_ENCODING].to_pylist(), strict=True)
     found = _record(counted.filter([place in wanted for place in places]), "the folders", classes, evaluation)
     found |= {"taxonomy": classes.name, "label_encoding": reading.encoding, "labels": reading.facts()}
+    found |= {"quarantined": bad.num_rows}
     matrix = np.array(found["confusion"])
     other = _other_meaning(matrix, reading, classes)
     if other is not None and label_encoding is None:
@@ -178,9 +192,7 @@ def evaluate_folders(
         work["progress"].say(f"warning: {warning}")
         found["warning"] = warning
     (shards.attempt.folder / "scores.json").write_json(found)
-    return shards.attempt.finish(
-        rows_in=pairs.num_rows, rows_out=pairs.num_rows, outputs=["scores.json"], num_shards=len(shards.records)
-    )
+    return finish(outputs=["scores.json"])
 
 
 @dataclass
@@ -191,25 +203,35 @@ class PairCounter:
     encodings: list[str]
     evaluation: Evaluation
     threads: int
+    skips_bad: bool  # else a damaged file is an error like any other
 
     def __call__(self, rows: pa.Table, folder: Location) -> Mapping[str, pa.Table]:
         with ThreadPoolExecutor(self.threads, thread_name_prefix="nightseg-read") as pool:
             of_pairs = list(prefetch(pool, self._counted, rows.to_pylist(), ahead=2 * self.threads))
         if problems := [of_pair for of_pair in of_pairs if isinstance(of_pair, UserError)]:
             raise together(problems)
-        sound = [of_pair for of_pair in of_pairs if not isinstance(of_pair, UserError)]
+        sound = [of_pair for of_pair in of_pairs if isinstance(of_pair, tuple)]
         columns = [*LABEL_FILES_SCHEMA, *(pa.field(name, kind) for name, kind in COUNTS.items())]
         return {
             "counts": pa.Table.from_pylist([row for found, _ in sound for row in found], pa.schema(columns)),
             "predictions": pa.Table.from_pylist([one for _, one in sound if one is not None], LABEL_FILES_SCHEMA),
+            "quarantine": frame.quarantine_table(of_pair for of_pair in of_pairs if isinstance(of_pair, dict)),
         }
 
-    def _counted(self, pair: Mapping[str, str]) -> tuple[list[dict[str, Any]], dict[str, Any] | None] | UserError:
-        """What is wrong is told for a shard at once: all of it for some frames, and not after the last of a million."""
+    def _counted(
+        self, pair: Mapping[str, str]
+    ) -> tuple[list[dict[str, Any]], dict[str, Any] | None] | dict[str, Any] | UserError:
+        """What is wrong is told for a shard at once: all of it for some frames, and not after the last of a million.
+
+        Of a damaged file that may be left out the row of the quarantine table.
+        """
         try:
             return self._count(pair)
         except UserError as error:
-            return error
+            if not self.skips_bad or not isinstance(error.__cause__, BadFrame):
+                return error
+            row = {frame.FRAME_ID: pair[PREDICTION_URI], frame.URI: pair[frame.LABEL_URI]}
+            return frame.quarantined(row, error.__cause__) | {frame.DETAIL: error.what}
 
     def _count(self, pair: Mapping[str, str]) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
         """The rows, and what the prediction's file says of its ids if it has a palette."""
@@ -322,7 +344,10 @@ def _read(uri: str) -> StoredLabel:
     try:
         return decode_stored_label(read_bytes(Location.of(uri), missing="label_missing"))
     except BadFrame as fault:
-        raise UserError(f"{uri}: {fault}", cure="give a folder of PNG files of one byte a pixel") from fault
+        cure = "write it again, or allow a share of bad frames by max_bad_fraction"
+        if fault.reason in ("wrong_mode", "not_an_image"):
+            cure = "give a folder of PNG files of one byte a pixel"
+        raise UserError(f"{uri}: {fault}", cure=cure) from fault
 
 
 def _by(array: Labels) -> str:

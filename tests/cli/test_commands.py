@@ -250,6 +250,7 @@ def test_export_shows_the_check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
                 "2": "camvid11",
                 "label_encoding": "camvid12",
                 "evaluation": Evaluation(boundary=0.1, absent_class="detectron2"),
+                "max_bad_fraction": 0.0,
                 "compute": MapCompute(actors=2),
                 "work": Location.of("w"),
             },

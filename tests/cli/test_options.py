@@ -82,6 +82,7 @@ VERBS: Final = {
             "--label-encoding": "camvid12",
             "--absent-class": "detectron2",
             "--boundary": None,
+            "--max-bad-fraction": "0.5",
             "--actors": "2",
             "--work": "w",
         },

@@ -79,8 +79,35 @@ def test_folders_are_paired_by_name_and_scored(tmp_path: Path) -> None:
             "taxonomy",
             "label_encoding",
             "labels",
+            "quarantined",
         )
     }
+
+
+@pytest.mark.parametrize("actors", [0, pytest.param(1, marks=pytest.mark.ray)])
+def test_a_share_of_damaged_files_may_be_left_out_and_is_told(
+    actors: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
+    """A cut prediction and a label without pixels, of six frames; the others have the scores that they have alone."""
+    if actors:
+        request.getfixturevalue("ray_cluster")
+    names = [f"{name}.png" for name in "abcdef"]
+    where = folders(tmp_path, dict.fromkeys(names, GUESS), dict.fromkeys(names, LABEL))
+    (where[0] / "b.png").write_bytes((where[0] / "b.png").read_bytes()[:50])
+    (where[1] / "e.png").write_bytes(b"")
+    for too_few, match in ((0.0, r"b\.png: truncated"), (0.3, r"(?s)2 of 6 frames.*b\.png.*e\.png")):
+        with pytest.raises(UserError, match=match) as caught:
+            evaluate_folders(*where, actors=actors, max_bad_fraction=too_few)
+        assert "max_bad_fraction" in str(caught.value)
+    found = evaluate_folders(*where, actors=actors, max_bad_fraction=0.34, progress=LineProgress(sys.stderr))
+    assert (found["frames"], found["quarantined"], found["miou"]) == (4, 2, 0.625)
+    told = capsys.readouterr().err
+    assert "warning: 2 of 6 frames are bad and not scored: " in told and "b.png: truncated" in told
+    assert found["labels"]["files"] == 4
+    for name in names:
+        (where[0] / name).write_bytes(b"")
+    with pytest.raises(UserError, match="6 of 6 frames"):
+        evaluate_folders(*where, actors=actors, max_bad_fraction=1.0)
 
 
 def test_train_ids_are_preferred_and_an_encoding_can_be_asked_for(tmp_path: Path) -> None:

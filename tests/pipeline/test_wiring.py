@@ -552,6 +552,7 @@ predict predict/images frames=a table save=mask inference=inference max_bad_frac
 predict predict/video-0 save=mask inference=inference overlay_video=True name=drive; unhashed: model=m out=o
     device=cpu video=/v.mp4; facts: model=of the model batch=2 source=of the files
 evaluate evaluate/folders pairs=a table taxonomy=camvid11 label_encoding=camvid12 evaluation=evaluation
+    max_bad_fraction=0.5
 """
 
 
@@ -576,7 +577,7 @@ def test_the_graphs_of_verbs(tmp_path: Path) -> None:
             "of the model",
             compute,
         ),
-        "evaluate": build.evaluation_graph(table, "camvid11", "camvid12", evaluation, compute),
+        "evaluate": build.evaluation_graph(table, "camvid11", "camvid12", evaluation, compute, 0.5),
     }
     known = {id(selection): "selection", id(selection.extractor): "extraction"}
     known |= {id(inference): "inference", id(evaluation): "evaluation"}
