@@ -90,9 +90,8 @@ def headline(run: Run) -> Headline | None:
         if len(run.scored(test)) > 1:
             note += ", and no other model of this run is better there"
     else:
-        note = (
-            f"no control of equal steps: what of it is longer training is not known; add {_missing(run, facts, test)}"
-        )
+        cure = _without_domain(run, best, test) or f"add {_missing(run, facts, test)}"
+        note = f"no control of equal steps: what of it is longer training is not known; {cure}"
     return Headline(
         test,
         best,
@@ -103,6 +102,18 @@ def headline(run: Run) -> Headline | None:
         None if control is None else gain(run, best, control, test),
         note,
     )
+
+
+def _without_domain(run: Run, best: str, test: str) -> str:
+    """A model that would be the control if its frames were known to be of day, and what to say in the recipe."""
+    for name in run.scored(test):
+        facts = run.results["models"][name]
+        learned = facts.get("learned", {})
+        domains = set(learned.get("domains", []))
+        is_plain = "unknown" in domains <= {"day", "unknown"} and not learned["translated"] and not learned["pool"]
+        if name != best and is_plain and _is_as_long(facts, run.results["models"][best]):
+            return f"if {name} learned from day frames alone, give its datasets `domain: day`"
+    return ""
 
 
 def _missing(run: Run, facts: Mapping[str, Any], test: str) -> str:

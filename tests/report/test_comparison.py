@@ -86,6 +86,14 @@ def test_without_a_control_the_figure_stands_alone_with_what_is_missing() -> Non
     assert "points" not in alone and "add a model day_only_longer that learns from the labelled day frames" in alone
 
 
+def test_a_control_whose_frames_have_no_domain_is_pointed_at() -> None:
+    unknown = DAY | {"day_only": False, "domains": ["day", "unknown"]}
+    text = str(headline(run_of(plain=model(480, unknown, 0.25), adapted=model(480, NIGHT, 0.5))))
+    assert text.endswith("not known; if plain learned from day frames alone, give its datasets `domain: day`")
+    short = str(headline(run_of(plain=model(240, unknown, 0.25), adapted=model(480, NIGHT, 0.5))))
+    assert "add a model day_only_longer" in short
+
+
 def test_a_model_of_day_alone_that_is_best_claims_nothing() -> None:
     longer = run_of(day_only=model(240, DAY, 0.25), longer=model(480, DAY, 0.5), adapted=model(480, NIGHT, 0.3))
     assert str(headline(longer)) == (
