@@ -155,6 +155,7 @@ The report
 Runs
     pipeline/graph.py    node, view, inputs: the words of the graph
     pipeline/build.py    the recipe as a graph of stages: the only place that knows the order
+    pipeline/classes.py  which classes whole train, validation and test sets have
     pipeline/leaks.py    frames that a model has seen and is measured on
     pipeline/results.py  results.json
     pipeline/verify.py   is every file of a run what was written

@@ -12,8 +12,9 @@ from typing import Any, Literal, NamedTuple
 
 from nightseg.cluster import ray as cluster
 from nightseg.cluster.settings import MapCompute, TrainCompute
+from nightseg.data.class_list import taxonomy
 from nightseg.errors import together
-from nightseg.pipeline import build, leaks
+from nightseg.pipeline import build, classes, leaks
 from nightseg.pipeline.graph import FRAME_STAGES, Graph, Node, NodeId
 from nightseg.pipeline.results import gather, sealed
 from nightseg.progress import Progress
@@ -104,7 +105,12 @@ def run(
 
         def examine(read: Mapping[NodeId, Commit | Shards]) -> None:
             found.extend(leaks.find(graph, read))
-            leaks.tell(found, recipe.leaks, progress)
+            with _kept(problems := list[UserError]()):
+                leaks.tell(found, recipe.leaks, progress)
+            with _kept(problems):
+                classes.check(graph, read, taxonomy(recipe.taxonomy), progress)
+            if problems:
+                raise together(problems)
             for start, models in leaks.unknown(graph).items():
                 progress.say(f"what {start} learned from is not known, so neither is what {', '.join(models)} shares")
 

@@ -22,8 +22,9 @@ from pydantic import Field, model_validator
 
 from nightseg.cluster import ray as cluster
 from nightseg.cluster.ray import wants_logs
+from nightseg.data.class_list import taxonomy
 from nightseg.errors import UserError, closest
-from nightseg.pipeline import build, leaks, run
+from nightseg.pipeline import build, classes, leaks, run
 from nightseg.pipeline.graph import Graph, NodeId
 from nightseg.progress import Progress, SilentProgress, Task
 from nightseg.recipe import RecipeError, load_recipe, load_settings, save_recipe
@@ -121,6 +122,7 @@ def _examine(trials: Trials, progress: Progress) -> None:
     graph = build.build_graph(recipe, model)
     commits = run.prepare(recipe, trials.folder / "shared", leaks.needed(graph), only=model, progress=progress)
     leaks.tell(leaks.find(graph, commits, validation=True), recipe.leaks, progress)
+    classes.check(graph, commits, taxonomy(recipe.taxonomy), progress)
 
 
 def _founded(trials: Trials, progress: Progress) -> Trials:

@@ -114,7 +114,7 @@ def put_together(
         if name in fresh:
             render = partial(render_night, optics=fresh[name], lit=LitIds.of(fresh[name].classes, classes.classes))
         parts.append(Part(rows, None if weights is None else weights[name], render))
-    return together.take(kept), tuple(parts)
+    return together.take(pa.array(kept, pa.int64())), tuple(parts)  # also of no frame: it is refused later
 
 
 def _card(initial: SemanticFPN, plan: Plan, start: str | Commit, attempt: Attempt) -> dict[str, Any]:
