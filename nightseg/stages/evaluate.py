@@ -48,6 +48,11 @@ TEST_SETS = "test_sets"  # names of those that the frame is in
 CONFUSION = "confusion"  # pixels by label and prediction, K rows of K or K + 1 values
 BOUNDARY = "boundary"  # pixels in the bands of label, prediction and both, K x 3 values, if they are asked for
 
+AGREEING = "agreeing"  # of a sample of pixels, those that agree as they lie, and if the prediction lay in _WAYS
+
+_WAYS = ("mirrored", "upside down", "turned by 180 degrees", "transposed", "turned left", "turned right")
+_MOST_BETTER = 0.05  # of the sample: what another way may gain by chance
+
 COUNTS = {CONFUSION: pa.list_(pa.int64()), BOUNDARY: pa.list_(pa.int64())}
 Labels = npt.NDArray[np.uint8]
 
@@ -181,14 +186,16 @@ def evaluate_folders(
         work["progress"].say(sentence)
     wanted = set(zip(of_files[frame.LABEL_URI].to_pylist(), reading.encodings, strict=True))
     places = zip(counted[frame.LABEL_URI].to_pylist(), counted[frame.LABEL_ENCODING].to_pylist(), strict=True)
-    found = _record(counted.filter([place in wanted for place in places]), "the folders", classes, evaluation)
+    counted = counted.filter([place in wanted for place in places])
+    found = _record(counted, "the folders", classes, evaluation)
     found |= {"taxonomy": classes.name, "label_encoding": reading.encoding, "labels": reading.facts()}
     found |= {"quarantined": bad.num_rows}
     matrix = np.array(found["confusion"])
     other = _other_meaning(matrix, reading, classes)
     if other is not None and label_encoding is None:
         raise other
-    if warning := other.what if other is not None else _mix_up(matrix, classes):
+    warnings = [other.what if other is not None else _mix_up(matrix, classes), _lies_otherwise(counted)]
+    if warning := "; ".join(filter(None, warnings)):
         work["progress"].say(f"warning: {warning}")
         found["warning"] = warning
     (shards.attempt.folder / "scores.json").write_json(found)
@@ -212,6 +219,7 @@ class PairCounter:
             raise together(problems)
         sound = [of_pair for of_pair in of_pairs if isinstance(of_pair, tuple)]
         columns = [*LABEL_FILES_SCHEMA, *(pa.field(name, kind) for name, kind in COUNTS.items())]
+        columns.append(pa.field(AGREEING, pa.list_(pa.int64())))
         return {
             "counts": pa.Table.from_pylist([row for found, _ in sound for row in found], pa.schema(columns)),
             "predictions": pa.Table.from_pylist([one for _, one in sound if one is not None], LABEL_FILES_SCHEMA),
@@ -263,6 +271,7 @@ class PairCounter:
             if self.classes.encodings[encoding].keys() >= set(facts["ids"]):
                 label_HW = self.classes.to_train_ids(label.ids, encoding)
                 row |= _counts(label_HW, prediction_HW, self.classes, self.evaluation)
+                row[AGREEING] = _agreeing(label_HW, prediction_HW)
             found.append(row)
         if not any(CONFUSION in row for row in found):  # now, and not after the last of a million
             raise unknown_ids(
@@ -337,6 +346,30 @@ def _mix_up(matrix: npt.NDArray[np.int64], classes: Taxonomy) -> str:
     return (
         f"{len(moved)} classes of the labels are others in the predictions ({shown}): the ids of one of the two do not "
         "mean what they were taken for"
+    )
+
+
+def _agreeing(label_HW: Labels, prediction_HW: Labels) -> list[int]:
+    """The column AGREEING, behind it the number of labelled pixels in the sample. Ways that change the size have 0."""
+    step = max(1, min(label_HW.shape) // 64)
+    label, prediction = label_HW[::step, ::step], prediction_HW[::step, ::step]
+    lies = [prediction, prediction[:, ::-1], prediction[::-1], prediction[::-1, ::-1]]
+    lies += [prediction.T, prediction.T[::-1], prediction.T[:, ::-1]]
+    is_labelled = label != IGNORE
+    agree = [int(np.count_nonzero((one == label) & is_labelled)) if one.shape == label.shape else 0 for one in lies]
+    return [*agree, int(np.count_nonzero(is_labelled))]
+
+
+def _lies_otherwise(counted: pa.Table) -> str:
+    """What to say if labels lie another way than predictions: no model is right more often upside down."""
+    as_is, *turned, sample = np.sum(counted[AGREEING].to_pylist(), axis=0)
+    best = max(turned)
+    if 2 * best < sample or best - as_is < _MOST_BETTER * sample:
+        return ""
+    way = _WAYS[turned.index(best)]
+    return (
+        f"the predictions agree with the labels at {as_is / sample:.0%} of the pixels, but at {best / sample:.0%} if "
+        f"they are {way}: one of the two does not lie like the images"
     )
 
 

@@ -422,6 +422,27 @@ def test_palettes_that_a_program_made_up_are_no_train_ids(tmp_path: Path, colour
     assert evaluate_folders(*where)["miou"] == 1.0
 
 
+@pytest.mark.parametrize(
+    ("turn", "way"),
+    [
+        (lambda label: label[:, ::-1], "mirrored"),
+        (lambda label: label[::-1], "upside down"),
+        (lambda label: label[::-1, ::-1], "turned by 180 degrees"),
+        (lambda label: label.T, "transposed"),
+        (lambda label: np.rot90(label), "turned left"),
+        (lambda label: np.rot90(label, -1), "turned right"),
+    ],
+)
+def test_labels_that_lie_otherwise_than_predictions_are_told(tmp_path: Path, turn: Any, way: str) -> None:
+    """Of the right size, so that nothing else notices; the score is what the files say."""
+    good = {f"{index}.png": areas(index, 11, 60, 60) for index in range(2)}
+    guess = {name: np.where(areas(8, 9, 60, 60) < 2, 3, label).astype(np.uint8) for name, label in good.items()}
+    where = folders(tmp_path, guess, {name: np.ascontiguousarray(turn(label)) for name, label in good.items()})
+    found = evaluate_folders(*where)
+    assert f"if they are {way}: one of the two does not lie like the images" in found["warning"]
+    assert found["pa"] < 0.3 and "warning" not in evaluate_folders(*folders(tmp_path / "good", guess, good))
+
+
 def test_labels_of_other_types_are_scored(tmp_path: Path) -> None:
     where = folders(tmp_path, {f"{index}.png": GUESS for index in range(3)}, {"0.png": LABEL})
     for name in ("1.tif", "2.bmp"):
