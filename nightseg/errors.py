@@ -4,7 +4,8 @@ import difflib
 from collections.abc import Iterable, Sequence
 
 MOST_NAMED = 5
-_MOST_TOGETHER = 10
+_MOST_ALIKE = 3
+_MOST_KINDS = 10
 
 
 class UserError(ValueError):
@@ -34,17 +35,25 @@ def first_of(names: Sequence[str]) -> str:
 def together(problems: Sequence[UserError]) -> UserError:
     """Several as one, each once, so that all can be mended before the next try.
 
-    Of many the first of each kind, which is known by its cure, and some more.
+    Those of one kind, which is known by its cure, stand together: the first of them, how many more, and the cure once.
     """
     single = [one for problem in problems for one in problem.problems or [problem]]
     single = list({str(one): one for one in single}.values())
     if len(single) == 1:
         return single[0]
-    kinds = {one.cure: one for one in reversed(single)}
-    chosen = {id(one) for one in [*kinds.values(), *single[:_MOST_TOGETHER]]}
-    shown = [str(one) for one in single if id(one) in chosen]
-    shown += [f"and {len(single) - len(shown)} more like these"] if len(shown) < len(single) else []
+    kinds: dict[str, list[UserError]] = {}
+    for one in single:
+        kinds.setdefault(one.cure, []).append(one)
+    shown = [_of_kind(cure, alike) for cure, alike in kinds.items()]
+    rest = sum(len(alike) for alike in list(kinds.values())[_MOST_KINDS:])
+    shown = [*shown[:_MOST_KINDS], *([f"and {rest} more"] if rest else [])]
     what = "\n- ".join([f"{len(single)} problems:", *shown])
     error = UserError(what, cure="all of these, then the same command")
     error.problems = single
     return error
+
+
+def _of_kind(cure: str, alike: Sequence[UserError]) -> str:
+    more = f"and {len(alike) - _MOST_ALIKE} more like these" if len(alike) > _MOST_ALIKE else ""
+    told = [one.what.rstrip(".") for one in alike[:_MOST_ALIKE]] + [more] * bool(more)
+    return str(UserError("\n- ".join(told), cure=cure))

@@ -206,8 +206,8 @@ def _counted(
         raise UserError(
             f"{where}: none of the {len(files)} labels has a pixel with a class, only ignored ones: the ids "
             f"{_listed(found)} are void in {one} of the taxonomy {classes.name}",
-            cure="check that these are the finished labels, and what their ids mean (label_encoding: one of "
-            f"{', '.join(sorted(classes.encodings))})",
+            cure="check that these are the finished labels, and which encoding their ids are in: "
+            f"{', '.join(sorted(classes.encodings))}",
         )
     absent = tuple(name for name, pixels in zip(classes.classes, by_class, strict=False) if not pixels)
     blended = sum(file.blended for file in files) / max(sum(file.edges for file in files), 1)

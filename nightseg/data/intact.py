@@ -169,7 +169,7 @@ def _check_raw(image: ImageFile.ImageFile, data: bytes, is_label: bool) -> None:
     def is_inside(place: int) -> bool:
         return edge <= (place - first.offset) % row <= row - edge
 
-    for start, end in _runs(data[first.offset :], least=min(_PAGE, 2 * row)):
+    for start, end in _runs(memoryview(data)[first.offset :], least=min(_PAGE, 2 * row)):
         start, end = start + first.offset, end + first.offset
         is_page = start % _PAGE == 0 and (end % _PAGE == 0 or end == len(data))
         around = [data[max(first.offset, start - row) : start], data[end : end + row]]
@@ -179,7 +179,7 @@ def _check_raw(image: ImageFile.ImageFile, data: bytes, is_label: bool) -> None:
             raise DamagedFile(f"its pixels have a hole of {end - start} bytes")
 
 
-def _runs(data: bytes, but: int = -1, least: int = _PAGE // 2) -> list[tuple[int, int]]:
+def _runs(data: bytes | memoryview, but: int = -1, least: int = _PAGE // 2) -> list[tuple[int, int]]:
     """Start and end of the runs of at least so many equal bytes, but for one value.
 
     A window every half of that length is looked at, so that data without such runs costs next to nothing.

@@ -178,6 +178,9 @@ def scene_domains(mix: Mapping[str, float], first: int, count: int) -> list[str]
 
 def _folders(dataset: FolderDataset) -> _Folders:
     root, split, labelled = Location.of(dataset.root), dataset.split, dataset.labelled
+    if dataset.layout == "images" and not split and not root.is_folder():  # also the folder of a single command
+        wrong = "a file, and no folder of images" if root.exists() else "no such folder"
+        raise UserError(f"{wrong}: {root.uri}", cure="check the path")
     _need_folder(root, f"layout {dataset.layout}: root")
     match dataset.layout:
         case "camvid":
@@ -202,14 +205,17 @@ def _folders(dataset: FolderDataset) -> _Folders:
 
 def _list(dataset: FolderDataset, say: Callable[[str], None] = _nobody) -> _Listing:
     found = _folders(dataset)
-    images = files_below(found.images, SUFFIXES, depth=found.depth, say=say)
+    notes: list[str] = []
+    images = files_below(found.images, SUFFIXES, depth=found.depth, say=notes.append)
     labels = [] if found.labels is None else files_below(found.labels, LABEL_SUFFIXES, depth=2, predictions=True)
     listing = _Listing(found.images, images, found.labels, labels)
     if not listing.image_entries:
-        raise UserError(
-            f"layout {dataset.layout}: no image in {listing.images.uri}; looked for {', '.join(SUFFIXES)}",
-            cure=_CHECK_DATASET,
-        )
+        where = "" if dataset.layout == "images" and not dataset.split else f"layout {dataset.layout}: "
+        what = f"{where}no image in {listing.images.uri}; looked for {', '.join(SUFFIXES)}"
+        cure = _CHECK_DATASET if where else "check the folder, or convert what is in it"
+        raise UserError("; ".join([what, *notes]), cure=cure)
+    for note in notes:
+        say(note)
     return listing
 
 

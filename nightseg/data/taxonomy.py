@@ -50,8 +50,8 @@ class Taxonomy:
             hint, listed = closest(encoding, self.encodings), ", ".join(sorted(self.encodings))
             raise UserError(
                 f"the taxonomy {self.name} has no label encoding {encoding!r}{hint}; known: {listed}",
-                cure="set label_encoding of the dataset to what the raw ids of its label files mean, or add that"
-                " encoding to the taxonomy's YAML file",
+                cure="choose the one that says what the raw ids of the label files mean, or add it to the taxonomy's "
+                "YAML file",
             )
         train_ids = np.full(256, IGNORE, dtype=np.uint8)
         known = np.zeros(256, dtype=np.bool_)

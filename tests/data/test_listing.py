@@ -252,5 +252,5 @@ def test_lists_are_refused_with_what_to_do(tmp_path: Path) -> None:
     touch(tmp_path, "train.txt", "a.png")
     with pytest.raises(UserError, match=r"train.txt: a list of names, and lists are not read. Cure: .*frame table"):
         find_source(str(tmp_path / "train.txt"))
-    with pytest.raises(UserError, match=r"root: a file, and no folder: .*a\.png"):
+    with pytest.raises(UserError, match=r"a file, and no folder of images: .*a\.png"):
         list_frames(FolderDataset(layout="images", root=str(tmp_path / "a.png")), "d")
