@@ -26,8 +26,9 @@ network: {encoder: resnet18, pyramid_channels: 8, head_channels: 8}
 training: {optimizer: adamw, batch: 2, epochs: 1, steps_per_epoch: 1, warmup_steps: 0, crop: [32, 64]}
 models:
   first: {train: [day], start: scratch}
-  second: {train: [day], start: first, self_training: {pool: pool, threshold: {kind: none}}}
+  second: {train: [day], start: first, seeds: [0, 1], self_training: {pool: pool, threshold: {kind: none}}}
 test_sets: {night: test}
+consistency: {dataset: pool, count: 2}
 predictions: {pool: {dataset: pool, model: second}}
 """
 
@@ -64,6 +65,11 @@ def test_a_recipe_becomes_results_and_a_report_and_is_not_done_twice(tmp_path: P
     results = json_of("run", tmp_path / "tiny.yaml", "--run-dir", run)
     assert set(results["models"]) == {"first", "second"}
     assert 0 <= results["models"]["second"]["tests"]["night"]["miou"] <= 1
+    second = results["models"]["second"]
+    assert second["trainings"].keys() == {"second", "second.seed1"} and second["steps_in_all"] == 2
+    assert second["trainings"]["second.seed1"]["start"] == "first" and second["tests"]["night"]["std"]["miou"] >= 0
+    assert results["models"]["first"]["learned"]["day_only"] and not second["learned"]["day_only"]
+    assert second["consistency"].keys() == {"confidence", "mirrored", "brightened", "diversity"}
     assert [row["reason"] for row in results["quarantine"]] == ["zero_bytes"]
     assert json.loads((run / "results.json").read_text()) == results
     report = (run / "report.html").read_text()
@@ -73,6 +79,7 @@ def test_a_recipe_becomes_results_and_a_report_and_is_not_done_twice(tmp_path: P
     assert again.returncode == 0, again.stderr
     assert f"0 stages done, {len(results['commits'])} already committed" in again.stdout
     assert again.stderr == ""
+    assert "% mIoU on night" in again.stdout and "points over" not in again.stdout
 
     status = json_of("status", run)
     assert status["holder"] is None and len(status["commits"]) == len(results["commits"])
@@ -82,5 +89,5 @@ def test_a_recipe_becomes_results_and_a_report_and_is_not_done_twice(tmp_path: P
     assert states["train_segmenter/first"] == ("runs", ["recipe.training.epochs"])
     assert states["train_segmenter/second"][0] == "waits"
 
-    masks = json_of("predict", f"{run}:second", pool, "--out", tmp_path / "masks")
+    masks = json_of("predict", f"{run}:second.seed1", pool, "--out", tmp_path / "masks")
     assert (masks["written"], masks["quarantined"]) == (3, 1)
