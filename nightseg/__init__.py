@@ -82,6 +82,7 @@ The segmenter
     segmenter/optimizer.py      parameter groups, learning rate of a step
     segmenter/train.py          the training loop: step, learner, checkpoints, validation
     segmenter/watching.py       what a validation shows: scores and pictures as curves
+    segmenter/norms.py          batch norm statistics of another domain
     segmenter/predict.py        a model folder as a callable segmenter: tiles, test-time augmentation, pictures
     segmenter/self_training.py  which pixels of a pseudo-label are kept
 
@@ -133,6 +134,7 @@ Stages: explicit inputs, their part of the recipe, an attempt; each returns its 
     stages/translate.py             frames through a translator
     stages/evaluate_translation.py  how good a translation is
     stages/train_segmenter.py       Semantic FPN
+    stages/adapt_norms.py           batch norm statistics of other frames
     stages/score.py                 features of frames; FID of two sets
     stages/select.py                the frames to learn from
     stages/pseudo_label.py          labels of a teacher

@@ -41,9 +41,11 @@ from nightseg.recipe.types import (
     expand_seeds,
     is_ready,
 )
+from nightseg.segmenter.settings import AdaptNorms
 from nightseg.segmenter.start import start_identity, weights_identity
 from nightseg.selection.settings import Extraction, Selection
 from nightseg.stages import (
+    adapt_norms,
     collect,
     consistency,
     evaluate,
@@ -303,6 +305,8 @@ class Builder:
         (model, of, seed), recipe = self.trained[name], self.recipe
         ready = is_ready(model.start)
         start = None if ready else self.model(model.start)
+        if model.adapt_norms is not None:
+            return self._adapt_norms(name, model, model.adapt_norms, start)
         validate = self.datasets(model.validate_on)
         train = {dataset: Frames(self._trained_on(dataset)) for dataset in model.train_sets}
         weights = dict(model.train) if isinstance(model.train, dict) else None
@@ -339,19 +343,38 @@ class Builder:
             counted=("train", "validate"),
             seed=recipe.seed + seed,
         )
-        shown = {
-            "about": model.about,
-            "start": model.start,
-            "parents": [] if ready else [model.start],
-            "train": model.train_sets,
-            "weights": weights,
-            "network": network.model_dump(mode="json"),
-            "loss": loss.model_dump(mode="json"),
-            "training": training.model_dump(mode="json"),
-            "self_training": model.self_training.model_dump(mode="json") if model.self_training else None,
-        }
+        shown = self._shown(model) | {"train": model.train_sets, "weights": weights}
         self.graph.models[name] = ModelNodes(node, chosen, pseudo, shown, of, seed)
         return node
+
+    def _adapt_norms(self, name: str, model: Model, norms: AdaptNorms, start: NodeId | None) -> NodeId:
+        _, of, seed = self.trained[name]
+        node = self._add(
+            adapt_norms,
+            name,
+            {"frames": Frames(self.dataset(norms.pool)), "start": start},
+            {"norms": norms},
+            unhashed={"name": name} | ({"start": model.start} if start is None else {}),
+            facts={"start": start_identity(model.start) if start is None else str(start)},
+            seed=self.recipe.seed + seed,
+        )
+        shown = self._shown(model) | {"train": [], "weights": None}
+        self.graph.models[name] = ModelNodes(node, None, None, shown, of, seed)
+        return node
+
+    def _shown(self, model: Model) -> dict[str, Any]:
+        """What the results say of a model."""
+        recipe = self.recipe
+        return {
+            "about": model.about,
+            "start": model.start,
+            "parents": [] if is_ready(model.start) else [model.start],
+            "network": recipe.network_of(model).model_dump(mode="json"),
+            "loss": recipe.loss_of(model).model_dump(mode="json"),
+            "training": recipe.training_of(model).model_dump(mode="json"),
+            "self_training": model.self_training.model_dump(mode="json") if model.self_training else None,
+            "adapt_norms": model.adapt_norms.model_dump(mode="json") if model.adapt_norms else None,
+        }
 
     def _trained_on(self, name: str) -> Views:
         """The frames that a training reads: of a dataset that it translates itself, those to translate."""
@@ -470,6 +493,8 @@ class Builder:
         model = self.models[name]
         for dataset in model.train_sets:
             yield from self._uses(dataset, "trained on", is_training=True)
+        if model.adapt_norms is not None:
+            yield from self._uses(model.adapt_norms.pool, "the pool that its batch norms were adapted to")
         if model.self_training is not None:
             yield from self._uses(model.self_training.pool, "trained on as a pool")
             if model.self_training.select is not None and model.self_training.select.reference:

@@ -15,7 +15,7 @@ from nightseg.cluster.settings import MapCompute, TrainCompute
 from nightseg.data import table as frame
 from nightseg.progress import Progress
 from nightseg.recipe.types import Prediction, TestRow
-from nightseg.segmenter.settings import Network, Training
+from nightseg.segmenter.settings import AdaptNorms, Network, Training
 from nightseg.storage import Attempt, Commit
 from nightseg.translators.settings import ColourTranslator, CommandTranslator, FourierTranslator
 from nightseg.unit.settings import Translator
@@ -110,6 +110,7 @@ WITHOUT_EFFECT: Final[Mapping[type[BaseModel], set[str]]] = {
     Network: {"encoder_weights"},
     Training: {"preset", "checkpoint_every"},
     Translator: {"kind", "preset", "day", "night", "start", "tile", "collapse_after"},
+    AdaptNorms: {"pool"},
     FourierTranslator: {"day", "night"},
     ColourTranslator: {"day", "night"},
     CommandTranslator: {"to", "timeout_seconds"},

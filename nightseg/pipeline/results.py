@@ -207,7 +207,7 @@ class _Light:
         names = {dataset: None for nodes in line for dataset in nodes.facts["train"]}
         domains = sorted(set().union(*map(self._domains_of, names)))
         is_translated = any(_is_translated(self.recipe, name) for name in names)
-        has_pool = any(nodes.facts["self_training"] for nodes in line)
+        has_pool = any(nodes.facts["self_training"] or nodes.facts["adapt_norms"] for nodes in line)
         is_day = domains == ["day"] and not is_translated and not has_pool
         return {"domains": domains, "translated": is_translated, "pool": has_pool, "day_only": is_day}
 

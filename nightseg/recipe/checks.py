@@ -99,6 +99,7 @@ def _references(sections: _Sections) -> Iterator[Reference]:
         if isinstance(entry.get("start"), str) and not is_ready(entry["start"]):
             yield Reference(owner, (*owner, "start"), "models", entry["start"])
         inside = (*owner, "self_training")
+        yield from _named(owner, (*owner, "adapt_norms"), _mapping(entry, "adapt_norms"), {"pool": "datasets"})
         yield from _named(owner, inside, learning, {"pool": "datasets", "teacher": "models"})
         yield from _named(owner, (*inside, "select"), _mapping(learning, "select"), {"reference": "datasets"})
         for test in _mapping(entry, "test"):

@@ -6,11 +6,11 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import AfterValidator, Discriminator, Field, Tag
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from nightseg.cluster.settings import MapCompute, TrainCompute
 from nightseg.data.settings import Dataset
-from nightseg.segmenter.settings import Inference, Loss, Network, Threshold, Training
+from nightseg.segmenter.settings import AdaptNorms, Inference, Loss, Network, Threshold, Training
 from nightseg.selection.settings import Extraction, Selection
 from nightseg.settings import NAME_PATTERN, Fraction, Name, Positive, Strict
 from nightseg.translators.settings import (
@@ -77,8 +77,12 @@ class Model(Strict):
     """One segmenter: its data, its start, its teacher and selection, its loss."""
 
     about: str = Field(default="", description="one line on what is tried here, shown in the report")
-    train: Annotated[list[Name] | dict[Name, Weight], Field(min_length=1)] = Field(
-        description="datasets to learn from: a list = every frame alike; dataset -> weight = shares of the samples"
+    train: list[Name] | dict[Name, Weight] = Field(
+        default=[],
+        description="datasets to learn from: a list = every frame alike; dataset -> weight = shares of the samples",
+    )
+    adapt_norms: AdaptNorms | None = Field(
+        default=None, description="instead of `train`: the model it starts from, its batch norms adapted to a pool"
     )
     validate_on: list[Name] = Field(default=[], description="datasets for the curve of mIoU in training")
     start: str = Field(
@@ -91,6 +95,14 @@ class Model(Strict):
     loss: Loss | None = Field(default=None, description="null = the recipe's")
     training: Training | None = Field(default=None, description="null = the recipe's")
     test: dict[Name, TestRow] | None = Field(default=None, description="test sets; null = all of the recipe")
+
+    @model_validator(mode="after")
+    def _learns_somehow(self) -> Model:
+        if bool(self.train) == (self.adapt_norms is not None):
+            raise ValueError("give train (datasets to learn from), or adapt_norms, and not both")
+        if self.adapt_norms is not None and (self.self_training is not None or self.start in STARTS):
+            raise ValueError("adapt_norms changes a finished model: give its start, and no self_training")
+        return self
 
     @property
     def train_sets(self) -> list[str]:

@@ -39,7 +39,7 @@ class Run:
     @cached_property
     def models(self) -> list[str]:
         """Names of the models in the order in which they were trained: results.json sorts its keys."""
-        return self._by_age(self.results["models"], lambda name: [f"train_segmenter/{name}"])
+        return self._by_age(self.results["models"], lambda name: [self.results["models"][name]["model"]])
 
     @cached_property
     def tests(self) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from nightseg.errors import closest
-from nightseg.settings import Fraction, Positive, Size, Strict
+from nightseg.settings import Fraction, Name, Positive, Size, Strict
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 BOTTLENECK_RESNETS = RESNETS[2:]
@@ -215,6 +215,16 @@ class Training(Strict):
         if self.batch % self.accumulate:
             raise ValueError(f"batch {self.batch} cannot be taken in {self.accumulate} equal parts (accumulate)")
         return self
+
+
+class AdaptNorms(Strict):
+    """AdaBN (arXiv 1603.04779): batch norms take their statistics from unlabelled frames; no weight learns."""
+
+    pool: Name = Field(description="dataset of frames, labelled or not")
+    frames: Positive = Field(default=200, description="so many of them, drawn by the seed")
+    share: Fraction = Field(
+        default=1.0, description="of the pool's statistics; the rest are the model's own (arXiv 2006.16971)"
+    )
 
 
 class Threshold(Strict):

@@ -72,6 +72,7 @@ models:
       inference: {flip: true}
     test: {night: {row: "1", published_miou: 30.0}}
   third: {train: [test]}
+  adapted: {start: first, adapt_norms: {pool: night}}
 test_sets: {night: test, other: scenes}
 predictions: {shown: {dataset: pool, model: second}}
 consistency: {dataset: night, count: 3}
@@ -92,6 +93,7 @@ OTHER_NAMES: Final[Mapping[str, Any]] = {
     "models.first.train": ["test"], "models.first.validate_on": ["scenes"], "models.first.start": "scratch",
     "models.second.train": ["scenes"], "models.second.validate_on": ["scenes"], "models.second.start": "scratch",
     "datasets.by_fresh.translate": "test", "datasets.by_fresh.fresh": False,
+    "models.adapted.start": "second", "models.adapted.adapt_norms.pool": "pool2",
     "models.second.rounds": 2, "models.second.self_training.pool": "pool2",
     "models.second.self_training.teacher": None, "models.second.self_training.select.reference": "test",
     "models.second.self_training.select.method": "pooled", "models.first.test": {},
@@ -128,6 +130,22 @@ NOT_PASSED: Final = {
         )
     },
     **{f"models.{model}.about": "of the results" for model in ("first", "second", "third")},
+    **{f"models.{model}.adapt_norms": "shown by adapted" for model in ("first", "second", "third")},
+    **{
+        f"models.adapted.{key}": "nothing is trained"
+        for key in (
+            "train",
+            "validate_on",
+            "rounds",
+            "self_training",
+            "network",
+            "loss",
+            "training",
+            "test",
+            "about",
+            "seeds",
+        )
+    },
     "models.second.test.night.row": "of the results",
     "models.second.test.night.published_miou": "of the results",
     "translators.fourier.day": "there is no dataset translated to day",
@@ -192,6 +210,7 @@ def shown(value: Any) -> Any:
 
 
 STAGES: Final = (
+    "adapt_norms",
     *("collect", "split", "train_translator", "translate", "train_segmenter", "score", "select", "pseudo_label"),
     *("evaluate", "consistency", "predict", "evaluate_translation"),
 )
@@ -393,6 +412,8 @@ train_segmenter/second train={scenes: collect/scenes, by_unit: translate/by_unit
     loss=models.second.loss training=models.second.training weights={scenes: 1.0, by_unit: 2.0, by_fresh: 0.5,
     (pseudo-labels): 1.0} fresh={by_fresh: translators.optics}; facts: taxonomy
     start=train_segmenter/first encoder_weights workers=1
+adapt_norms/adapted frames=split/pool:night start=train_segmenter/first norms=models.adapted.adapt_norms; facts:
+    start=train_segmenter/first
 score/by_colour.efficientnet_lite0.positions frames=translate/by_colour positions=True; unhashed:
     extraction=models.fourth.self_training.select.extractor; facts: name weights resize mode weights_sha256
 score/night.efficientnet_lite0.near-by_colour.efficientnet_lite0.positions frames=split/pool:night
@@ -425,6 +446,9 @@ consistency/second frames=split/pool:night model=train_segmenter/second count=3 
 evaluate/third tests={night: collect/test, other: collect/scenes} model=train_segmenter/third evaluation=evaluation
     inference=inference; facts: taxonomy
 consistency/third frames=split/pool:night model=train_segmenter/third count=3 inference=inference; at most 3
+evaluate/adapted tests={night: collect/test, other: collect/scenes} model=adapt_norms/adapted evaluation=evaluation
+    inference=inference; facts: taxonomy
+consistency/adapted frames=split/pool:night model=adapt_norms/adapted count=3 inference=inference; at most 3
 evaluate/fourth tests={night: collect/test, other: collect/scenes} model=train_segmenter/fourth evaluation=evaluation
     inference=inference; facts: taxonomy
 consistency/fourth frames=split/pool:night model=train_segmenter/fourth count=3 inference=inference; at most 3
@@ -518,7 +542,7 @@ def test_the_graph_of_a_recipe(tmp_path: Path) -> None:
             common |= {"compute": resources, "max_bad_fraction": recipe.max_bad_fraction}
             common |= {"shard_rows": resources.shard_rows}
             assert {"max_bad_fraction", "shard_rows"} <= node.recipe.keys()
-        if isinstance(node.settings.get("translator"), BaseModel):  # these draw random numbers
+        if {"translator", "norms"} & {name for name, value in node.settings.items() if isinstance(value, BaseModel)}:
             seed = recipe.seed
         assert node.resources is resources and node.version == getattr(build, node.id.stage).VERSION
         assert (node.seed, node.counted) == (seed, counted), node.id
