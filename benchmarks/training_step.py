@@ -124,7 +124,7 @@ def _peer(size: Size, batches: list[Batch], start: dict[str, Tensor]) -> Callabl
     stream, rates = itertools.cycle(batches), _rates()
 
     def step() -> float:
-        images, labels = next(stream)
+        images, labels, _ = next(stream)
         for group in optimizer.param_groups:
             group["lr"] = next(rates)
         inputs: Tensor = network.normalise(images).contiguous()

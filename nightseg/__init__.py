@@ -3,8 +3,9 @@
 Frames come in at the bottom, evidence leaves at the top. Folders of frames become frame tables (collect), a pool is
 split into day and night (split), UNIT learns the way from day to night (train_translator), the labelled day frames
 take it (translate), a Semantic FPN learns from both (train_segmenter), unlabelled night frames are measured and some
-of them chosen (score, select), the model labels them (pseudo_label) and learns again, in rounds; test sets and a
-report say what it was worth (evaluate, predict). Stages never import each other: they meet through committed tables.
+of them chosen (score, select), the model labels them (pseudo_label) and learns again, in rounds, or labels them while
+it learns; test sets and a report say what it was worth (evaluate, predict). Stages never import each other: they meet
+through committed tables.
 
 A key of a recipe is a field of its room's settings.py and is used in that room, by the module that the map names; no
 stage between has to be touched. docs/recipe.md is made again by the command that its test shows. A new field changes
@@ -84,7 +85,8 @@ The segmenter
     segmenter/watching.py       what a validation shows: scores and pictures as curves
     segmenter/norms.py          batch norm statistics of another domain
     segmenter/predict.py        a model folder as a callable segmenter: tiles, test-time augmentation, pictures
-    segmenter/self_training.py  which pixels of a pseudo-label are kept
+    segmenter/self_training.py  which pixels of a pseudo-label are kept, and what no label can be
+    segmenter/teacher.py        online self-training: the EMA labels a pool in every step; its guards
 
 The translator that is trained
     unit/settings.py    what a recipe may say about UNIT

@@ -28,5 +28,8 @@ class Session(Protocol):
     def report(self, metrics: Mapping[str, float], state: Mapping[str, Any] | None) -> None:
         """A barrier. Notes the metrics, and keeps rank 0's state as a checkpoint if it is given."""
 
+    def say(self, message: str) -> None:
+        """Something that the user should know, once, whichever workers say it. Cheap; never waits."""
+
     def progress(self, done: int, **metrics: float) -> None:
         """`done` units of work are finished in all, not since the last call. Cheap; never waits."""

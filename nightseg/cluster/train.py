@@ -63,7 +63,6 @@ class LocalSession:
         self.done = 0
         self.metrics: dict[str, float] = {}
         self._checkpoints = Checkpoints(folder)
-        self._warn: Callable[[str], None] = _LOG.warning
 
     def wrap(self, module: nn.Module) -> nn.Module:
         return module.to(self.device)
@@ -72,7 +71,7 @@ class LocalSession:
         return tensor
 
     def restore(self) -> dict[str, Any] | None:
-        snapshot = self._checkpoints.newest(self._warn)
+        snapshot = self._checkpoints.newest(self.say)
         if snapshot is None:
             return None
         self.history = snapshot.history
@@ -82,6 +81,9 @@ class LocalSession:
         self.history.append(dict(metrics))
         if self.rank == 0 and state is not None:
             self._checkpoints.save(len(self.history), state, self.history)
+
+    def say(self, message: str) -> None:
+        _LOG.warning(message)
 
     def progress(self, done: int, **metrics: float) -> None:
         self.done = done
@@ -103,7 +105,6 @@ class _WorkerSession(LocalSession):
         super().__init__(folder, ray.train.torch.get_device())
         self.rank = ray.train.get_context().get_world_rank()
         self.world_size = ray.train.get_context().get_world_size()
-        self._warn = self._say
         self._actor = actor
         self._key = key
         self._told = 0.0
@@ -133,7 +134,7 @@ class _WorkerSession(LocalSession):
             if time.monotonic() - self._told >= SECONDS_BETWEEN_UPDATES:
                 self.tell()
 
-    def _say(self, message: str) -> None:
+    def say(self, message: str) -> None:
         if self.rank == 0:
             self._actor.say.remote(self._key, message)
 

@@ -41,7 +41,7 @@ from nightseg.recipe.types import (
     expand_seeds,
     is_ready,
 )
-from nightseg.segmenter.settings import AdaptNorms
+from nightseg.segmenter.settings import AdaptNorms, Online, Teaching
 from nightseg.segmenter.start import start_identity, weights_identity
 from nightseg.selection.settings import Extraction, Selection
 from nightseg.stages import (
@@ -310,16 +310,23 @@ class Builder:
         validate = self.datasets(model.validate_on)
         train = {dataset: Frames(self._trained_on(dataset)) for dataset in model.train_sets}
         weights = dict(model.train) if isinstance(model.train, dict) else None
-        chosen, pseudo = None, None
-        if model.self_training is not None:
-            chosen, pseudo = self._pseudo_label(name, of, model, model.self_training)
-            train[PSEUDO_LABELS] = Frames((View(pseudo),))
-            if weights is not None:
-                weights[PSEUDO_LABELS] = model.self_training.weight
+        chosen, pseudo, learning = None, None, model.self_training
         network, loss, training = recipe.network_of(model), recipe.loss_of(model), recipe.training_of(model)
         train_segmenter.check_network(network, name)
-        workers = recipe.compute.train.workers
+        workers, fresh = recipe.compute.train.workers, self._fresh(model) or None
         inputs: dict[str, Source] = {"train": train, "validate": Frames(validate) if validate else None}
+        online: dict[str, Any] = {}
+        told = self._named(name) | ({"start": model.start} if ready else {})
+        if learning is not None and learning.mode == "online":
+            chosen, pool = self._pool(of, model, learning)
+            inputs["pool"], online["teaching"] = Frames(pool), _teaching(learning)
+            train_segmenter.check_online(name, online["teaching"].online, training, workers)
+            told["warnings"] = self._warnings_of_teacher(name)
+        elif learning is not None:
+            chosen, pseudo = self._pseudo_label(name, of, model, learning)
+            train[PSEUDO_LABELS] = Frames((View(pseudo),))
+            if weights is not None:
+                weights[PSEUDO_LABELS] = learning.weight
         facts = {
             **self.classes,
             "start": start_identity(model.start) if ready else str(start),
@@ -331,16 +338,10 @@ class Builder:
             train_segmenter,
             name,
             inputs if start is None else {**inputs, "start": start},
-            {
-                "network": network,
-                "loss": loss,
-                "training": training,
-                "weights": weights,
-                "fresh": self._fresh(model) or None,
-            },
-            unhashed=self._named(name) | ({"start": model.start} if ready else {}),
+            {"network": network, "loss": loss, "training": training, "weights": weights, "fresh": fresh, **online},
+            unhashed=told,
             facts=facts,
-            counted=("train", "validate"),
+            counted=("train", "validate", "pool") if online else ("train", "validate"),
             seed=recipe.seed + seed,
         )
         shown = self._shown(model) | {"train": model.train_sets, "weights": weights}
@@ -394,26 +395,62 @@ class Builder:
                 found[name] = translator
         return found
 
+    def _pool(self, of: str, model: Model, learning: SelfTraining) -> tuple[NodeId | None, Views]:
+        """The unlabelled frames to learn from, and the node that chose them, once for all seeds."""
+        if learning.select is None:
+            return None, self.dataset(learning.pool)
+        translated = [name for name in model.train_sets if isinstance(self.recipe.datasets[name], TranslatedDataset)]
+        near = [learning.select.reference] if learning.select.reference else translated
+        chosen = self.select(of, learning.select, learning.pool, near)
+        return chosen, (View(chosen),)
+
+    def _warnings_of_teacher(self, name: str) -> tuple[str, ...]:
+        """Nothing is learned of dark skies from a teacher that takes them for something else."""
+        line = list(self._line(name, {}))
+        if any(self._is_night(dataset) for model in line for dataset in self.models[model].train_sets):
+            return ()
+        if folders := [start for model in line if "/" in (start := self.models[model].start)]:
+            return (f"whether its teacher ever saw a labelled frame under night light is not known: {folders[0]}",)
+        return (
+            f"no train set of {' or '.join(line)} has labelled frames under night light: the teacher may take a dark "
+            "sky for a road or a building, and teach it; train on day frames that are translated to night first, or "
+            "say the domain of the datasets",
+        )
+
+    def _is_night(self, name: str) -> bool:
+        """Whether a dataset of labelled frames has some under night light, as far as the recipe tells."""
+        match self.recipe.datasets[name]:
+            case TranslatedDataset(to=domain) | SplitDataset(keep=domain):
+                return domain in ("night", "twilight")
+            case FolderDataset(domain=domain, layout=layout):
+                return domain in ("night", "twilight") or layout == "nighttime_driving"
+            case ScenesDataset(mix=mix):
+                return mix.get("night", 0) + mix.get("twilight", 0) > 0
+            case JoinedDataset(join=names):
+                return any(map(self._is_night, names))
+        raise AssertionError(name)
+
     def _pseudo_label(self, name: str, of: str, model: Model, learning: SelfTraining) -> tuple[NodeId | None, NodeId]:
         """The frames are chosen once for all seeds; those with one teacher share its labels, too."""
-        by, chosen = learning.teacher or model.start, None
+        by = learning.teacher or model.start
         teacher, first = self.model(by), self.models[of]
         assert first.self_training is not None, of
-        if learning.select is not None:
-            translated = [
-                name for name in model.train_sets if isinstance(self.recipe.datasets[name], TranslatedDataset)
-            ]
-            near = [learning.select.reference] if learning.select.reference else translated
-            chosen = self.select(of, learning.select, learning.pool, near)
-        frames = self.dataset(learning.pool) if chosen is None else (View(chosen),)
-        settings = {"threshold": learning.threshold, "inference": learning.inference or self.recipe.inference}
+        chosen, frames = self._pool(of, model, learning)
+        settings = {
+            "threshold": learning.threshold,
+            "inference": learning.inference or self.recipe.inference,
+            "never_below": learning.never_below,
+        }
+        inputs: dict[str, Source] = {"frames": Frames(frames), "teacher": teacher}
+        if learning.never_below:
+            inputs["labelled"] = Frames(tuple(view for name in model.train_sets for view in self._trained_on(name)))
         labelled = of if by == (first.self_training.teacher or first.start) else name
         return chosen, self._add(
             pseudo_label,
             labelled,
-            {"frames": Frames(frames), "teacher": teacher},
+            inputs,
             settings,
-            unhashed=self._named(labelled),
+            unhashed={**self._named(labelled), "known_warnings": self._warnings_of_teacher(by)},
             facts=self.classes,
         )
 
@@ -636,6 +673,11 @@ class Builder:
             node, stage.VERSION, call, resources, inputs, settings, unhashed, facts, counted=counted, **more
         )
         return node
+
+
+def _teaching(learning: SelfTraining) -> Teaching:
+    online = learning.online or Online()
+    return Teaching(online=online, threshold=learning.threshold, never_below=learning.never_below)
 
 
 def _style_images(settings: Any, to: str) -> str:

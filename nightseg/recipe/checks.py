@@ -162,7 +162,8 @@ def _contradictions(sections: _Sections) -> Iterator[Problem]:
                 yield Problem((*path, "rounds"), "rounds repeat a self-training, and this model has none")
             continue
         start, select = entry.get("start", "imagenet"), _mapping(learning, "select")
-        if isinstance(start, str) and is_ready(start) and not learning.get("teacher"):
+        is_offline = learning.get("mode", "offline") == "offline"
+        if is_offline and isinstance(start, str) and is_ready(start) and not learning.get("teacher"):
             message = f"starting from {start} needs a teacher: the model that labels the pool"
             yield Problem((*path, "self_training"), message)
         method = METHODS.get(str(select.get("method", "fid-subset")))
@@ -321,6 +322,16 @@ def _taxonomy_problems(data: Mapping[str, Any], sections: _Sections) -> Iterator
             hint, known = closest(encoding, classes.encodings), ", ".join(classes.encodings)
             message = f"the taxonomy {classes.name} has no label encoding {encoding!r}{hint}; known: {known}"
             yield Problem(("datasets", dataset, "label_encoding"), message)
+    for model, entry in sections.models.items():
+        where: Key = ("models", model, "self_training", "never_below")
+        for name, others in _mapping(_mapping(entry, "self_training"), "never_below").items():
+            for wrong in (one for one in (name, *_list(others)) if one not in classes.classes):
+                hint, known = closest(str(wrong), classes.classes), ", ".join(classes.classes)
+                yield Problem((*where, name), f"{classes.name} has no class {wrong!r}{hint}; known: {known}")
+            if name in _list(others):
+                yield Problem(
+                    (*where, name), f"{name} has pixels of itself above it everywhere: leave it out of its own"
+                )
     owners: list[tuple[Key, Mapping[str, Any]]] = [((), data)]
     owners += [(("models", name), entry) for name, entry in sections.models.items()]
     for path, owner in owners:

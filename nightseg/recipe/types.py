@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from nightseg.cluster.settings import MapCompute, TrainCompute
 from nightseg.data.settings import Dataset
-from nightseg.segmenter.settings import AdaptNorms, Inference, Loss, Network, Threshold, Training
+from nightseg.segmenter.settings import AdaptNorms, Inference, Loss, Network, Online, Threshold, Training
 from nightseg.selection.settings import Extraction, Selection
 from nightseg.settings import NAME_PATTERN, Fraction, Name, Positive, Strict
 from nightseg.translators.settings import (
@@ -54,16 +54,38 @@ Weight = Annotated[float, Field(gt=0)]
 
 
 class SelfTraining(Strict):
-    """Pseudo-labels of a teacher on a pool of unlabelled frames, added to the train sets."""
+    """Pseudo-labels of a teacher on a pool of unlabelled frames, learned beside the train sets."""
 
+    mode: Literal["offline", "online"] = Field(
+        default="offline",
+        description="a finished model labels the pool first, or the EMA of this one labels it while it learns",
+    )
     pool: Name = Field(description="dataset of unlabelled frames")
-    teacher: Name | None = Field(default=None, description="null = the model this one starts from")
+    teacher: Name | None = Field(default=None, description="offline: null = the model this one starts from")
     select: Selection | None = Field(default=None, description="null = every frame of the pool")
     threshold: Threshold = Threshold()
-    inference: Inference | None = Field(default=None, description="how the teacher predicts; null = the recipe's")
-    weight: Weight = Field(
-        default=1.0, description="of the pseudo-labelled frames, where the model's train sets have weights"
+    never_below: dict[str, Annotated[list[str], Field(min_length=1)]] = Field(
+        default={}, description="class -> classes that it is never below in the image; checked on the labelled frames"
     )
+    inference: Inference | None = Field(
+        default=None, description="offline: how the teacher predicts; null = the recipe's"
+    )
+    weight: Weight = Field(
+        default=1.0, description="offline: of the pseudo-labelled frames, where the model's train sets have weights"
+    )
+    online: Online | None = Field(default=None, description="mode online; null = its defaults")
+
+    @model_validator(mode="after")
+    def _keys_of_its_mode(self) -> SelfTraining:
+        if self.mode == "offline" and self.online is not None:
+            raise ValueError("online is for mode: online, and the mode is offline")
+        if self.mode == "online" and self.teacher is not None:
+            raise ValueError("mode online: the model teaches itself, leave teacher out")
+        if self.mode == "online" and self.weight != 1:
+            raise ValueError("mode online: the weight of the pool is online.weight, of a pixel")
+        if self.mode == "online" and self.inference is not None:
+            raise ValueError("mode online: the teacher predicts as online.flip and online.scales say, not as inference")
+        return self
 
 
 class TestRow(Strict):
@@ -221,7 +243,7 @@ def expand_rounds(models: Mapping[str, Model]) -> dict[str, Model]:
             last = number == model.rounds
             step = model.model_copy(update={"rounds": 1} if last else {"rounds": 1, "test": model.test})
             if previous:
-                taught = learning.model_copy(update={"teacher": previous})
+                taught = learning.model_copy(update={"teacher": previous} if learning.mode == "offline" else {})
                 step = step.model_copy(update={"start": previous, "self_training": taught})
             previous = name if last else f"{name}.{number}"
             chain[previous] = step

@@ -30,9 +30,9 @@ from torch import Tensor
 from nightseg.data import table as frame
 from nightseg.data.images import BadFrame, decode_image, decode_label
 from nightseg.data.prefetch import prefetch
-from nightseg.data.taxonomy import Taxonomy
+from nightseg.data.taxonomy import IGNORE, Taxonomy
 from nightseg.segmenter.augment import Wanted, augment, resize_image, resize_label, sample_rng
-from nightseg.segmenter.settings import ClassSampling, Training
+from nightseg.segmenter.settings import Augmentation, ClassSampling, Training
 from nightseg.storage import Location, UserError, hash_of, sha256_of
 from nightseg.storage.scratch import Scratch
 
@@ -62,6 +62,7 @@ class LabelledFrames:
 
     Images are resized to `size` = (height, width), None keeps them native; labels too when `resize_labels`. A frame
     that is not in the `cache` is decoded, and put there. The tensors may be views of it: change nothing in them.
+    A row without label has zeros for one: in a view of it 0 is a pixel of the frame, and 255 padding.
     Raises UserError for a frame that is missing, damaged, or not the file that was collected: the stage's key stands
     for these very frames, so training on fewer would be a different result under the same name.
     """
@@ -95,6 +96,8 @@ class LabelledFrames:
     def _decode(self, row: dict[str, Any]) -> Decoded:
         try:
             pixels = decode_image(_read(row, frame.URI, frame.SHA256))
+            if row[frame.LABEL_URI] is None:
+                return self._resized(pixels, np.zeros(pixels.shape[:2], np.uint8))
             raw_label = decode_label(_read(row, frame.LABEL_URI, frame.LABEL_SHA256))
             if raw_label.shape != pixels.shape[:2]:
                 raise BadFrame("label_size", f"label {raw_label.shape}, image {pixels.shape[:2]} (height, width)")
@@ -105,6 +108,9 @@ class LabelledFrames:
                 "  The frame was good when it was collected",
                 cure="restore the files, or start a new run folder to collect what is there now",
             ) from bad
+        return self._resized(pixels, train_ids)
+
+    def _resized(self, pixels: Bytes, train_ids: Bytes) -> Decoded:
         image_3HW = resize_image(torch.from_numpy(pixels).permute(2, 0, 1), self._size)
         label_HW = torch.from_numpy(train_ids)
         if self._resize_labels:
@@ -155,10 +161,29 @@ class Sample(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """images uint8 B x 3 x H x W in channels-last memory, labels uint8 B x H x W of train ids and 255."""
+    """images uint8 B x 3 x H x W in channels-last memory, labels uint8 B x H x W of train ids and 255, and how much
+    each pixel counts, float32 B x H x W; None = all alike."""
 
     images: Tensor
     labels: Tensor
+    weights: Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        images, labels, weights = (None if part is None else part.to(device, non_blocking=True) for part in self)
+        assert images is not None and labels is not None
+        return Batch(images, labels, weights)
+
+
+class PoolBatch(NamedTuple):
+    """Two views of the same pixels of P unlabelled frames, uint8 P x 3 x H x W: the teacher's, and the student's in
+    other light; and where they are padding, bool P x H x W."""
+
+    weak: Tensor
+    strong: Tensor
+    padding: Tensor
+
+    def to(self, device: torch.device) -> PoolBatch:
+        return PoolBatch(*(part.to(device, non_blocking=True) for part in self))
 
 
 class Sampler:
@@ -315,6 +340,42 @@ def training_batches(
             yield [next(loaded) for _ in samples][-1]
 
 
+def pool_batches(
+    frames: LabelledFrames,
+    order: Sequence[Sample],
+    augmentation: Augmentation,
+    *,
+    batch: int,
+    crop: tuple[int, int],
+    rank: int,
+    world_size: int,
+    seed: int,
+    epoch: int,
+    fill: tuple[int, int, int],
+    threads: int,
+    pin_memory: bool,
+) -> Iterator[PoolBatch]:
+    """`training_batches` of unlabelled frames: this rank's part of every `batch` samples. Both views have the scale,
+    place and flip that `augmentation` draws, only the strong one its light and noise."""
+    mine = [order[start : start + batch][rank::world_size] for start in range(0, len(order), batch)]
+    geometry = Augmentation(scale=augmentation.scale, flip=augmentation.flip)
+    light = augmentation.model_copy(update={"scale": (1.0, 1.0), "flip": 0.0})
+
+    def load(sample: Sample) -> tuple[Tensor, ...]:
+        rng = sample_rng(seed, epoch, sample.repeat, sample.entry)
+        weak, label = augment(*frames[sample.row], rng, crop=crop, settings=geometry, fill=fill)
+        strong, _ = augment(weak, label, rng, crop=crop, settings=light, fill=fill)
+        return weak, strong, label == IGNORE
+
+    with _single_core_threads(threads) as pool:
+        samples = (sample for one in mine for sample in one)
+        loaded = prefetch(pool, load, samples, ahead=BATCHES_AHEAD * -(-batch // world_size))
+        for one in mine:
+            parts = zip(*(next(loaded) for _ in one), strict=True)
+            stacked = PoolBatch(*(torch.stack(part) for part in parts))
+            yield PoolBatch(*(part.pin_memory() for part in stacked)) if pin_memory else stacked
+
+
 def reading_threads(cpus: int, device_type: str) -> int:
     """Threads that read ahead of a training that has `cpus` cores.
 
@@ -424,10 +485,11 @@ def cache_for(
     needed = decoded_bytes(rows, size=size, resize_labels=resize_labels)
     if workers == 1 and needed is not None and needed <= room:
         return InMemory(room)
-    hashes = rows.select([frame.SHA256, frame.LABEL_SHA256, frame.LABEL_ENCODING])
+    labelled = rows[frame.LABEL_URI].null_count < rows.num_rows
+    hashes = rows.select([frame.SHA256, *((frame.LABEL_SHA256, frame.LABEL_ENCODING) if labelled else ())])
     if any(column.null_count for column in hashes.columns):
         return InMemory(room)
-    encodings = sorted(set(hashes[frame.LABEL_ENCODING].to_pylist()))
+    encodings = sorted(set(hashes[frame.LABEL_ENCODING].to_pylist())) if labelled else []
     key = {
         "frames": hash_of(hashes.to_pylist()),
         "ids": {name: classes.lut(name)[0].tolist() for name in encodings},

@@ -38,7 +38,7 @@ _LEAST_ERROR: Final = 1e-12
 class LossSum(NamedTuple):
     """The loss over some pixels: `total` (float32, with gradient), and `weight`, what a mean has to divide it by.
 
-    The weight is the sum of the class weights of the pixels that count: without class weights their number.
+    The weight is the sum of the weights of the pixels that count: without weights of classes or pixels their number.
     """
 
     total: Tensor
@@ -50,13 +50,19 @@ class LossSum(NamedTuple):
 
 
 def segmentation_loss(
-    logits_BKhw: Tensor, target_BHW: Tensor, loss: Loss, class_weights: Sequence[float] | None = None, ignore: int = 255
+    logits_BKhw: Tensor,
+    target_BHW: Tensor,
+    loss: Loss,
+    class_weights: Sequence[float] | None = None,
+    ignore: int = 255,
+    pixel_weights_BHW: Tensor | None = None,
 ) -> LossSum:
     """The loss of logits at a quarter of the target's size, summed over the pixels that count, and their weight.
 
     `logits_BKhw` any floating type, computed in float32 also under autocast; `target_BHW` integers, 0 .. K-1 or
-    `ignore`; `class_weights` those of `loss`, one a class, None = 1 each. With and without chunks the loss and the
-    gradient are the same but for the order of additions. Under DDP, which averages gradients over W processes, the
+    `ignore`; `class_weights` those of `loss`, one a class, None = 1 each; `pixel_weights_BHW` float32, at least 0,
+    times those of the classes, None = 1 each. With and without chunks the loss and the gradient are the same but for
+    the order of additions. Under DDP, which averages gradients over W processes, the
     mean over all valid pixels of all processes is `total * W / (weight summed over the processes)`.
     """
     rows = loss.loss_chunk_rows
@@ -64,6 +70,9 @@ def segmentation_loss(
     logits_BKhw = logits_BKhw.contiguous()
     with torch.autocast(logits_BKhw.device.type, enabled=False):
         weight_BHW = _class_weights(target_BHW, class_weights, ignore)
+        if pixel_weights_BHW is not None:
+            counts_BHW = target_BHW != ignore if weight_BHW is None else weight_BHW
+            weight_BHW = pixel_weights_BHW * counts_BHW
         nll_BHW = None
         if rows is None:
             nll_BHW = negative_log_likelihood(upsample_logits(logits_BKhw, *target_BHW.shape[-2:]), target_BHW, ignore)

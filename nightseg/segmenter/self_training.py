@@ -1,4 +1,4 @@
-"""Which pixels of a pseudo-label are kept, and the signs that a teacher has collapsed.
+"""Which pixels of a pseudo-label are kept, what no label can be, and the signs that a teacher has collapsed.
 
 Thresholds are a function of per-class confidence histograms alone, so they can be recomputed from committed tables
 without looking at a pixel. Confidence is the softmax probability of the chosen class, in [0, 1]; its bin is
@@ -10,13 +10,20 @@ HW = height, width; K = number of classes; B = 256 bins.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch import Tensor
 
-from nightseg.data.taxonomy import IGNORE
+from nightseg.data import table as frame
+from nightseg.data.images import BadFrame
+from nightseg.data.labels import train_ids_of
+from nightseg.data.taxonomy import IGNORE, Taxonomy
 from nightseg.segmenter.settings import Threshold
 from nightseg.storage import UserError
 
@@ -27,6 +34,9 @@ CONFIDENCE_STRIDE = 4  # the segmenter's logits have stride 4: a finer map holds
 DOMINANT_SHARE = 0.9
 SMALL_KEPT_SHARE = 0.05
 RARE_SHARE = 1e-4  # the rarest of the 19 Cityscapes classes has ten times as many pixels
+
+# Of a class's labelled pixels, that may break a rule of geometry: reflections, slips at borders.
+BROKEN_SHARE = 1e-3
 
 Labels = npt.NDArray[np.uint8]
 Counts = npt.NDArray[np.int64]
@@ -75,9 +85,9 @@ def class_thresholds(threshold: Threshold, histograms_KB: Counts) -> npt.NDArray
     """Least confidence kept for each class, float64 (K,) in [0, 1].
 
     `none` keeps every pixel, `fixed` those with at least `confidence`. `class_balanced` lowers the bar of each class
-    to the largest bin edge that still keeps `share` of its pixels, and never raises it above `confidence`
-    (class-balanced self-training, arXiv 1810.07911, with an upper limit): hard classes are not starved by easy ones.
-    A class without a pixel gets the limit.
+    to the largest bin edge that still keeps `share` of its pixels, but not below `floor`, and never raises it above
+    `confidence` (class-balanced self-training, arXiv 1810.07911, with limits): hard classes are not starved by easy
+    ones, and a class that is hardly ever right is not learned as it is. A class without a pixel gets the upper limit.
     """
     num_classes = histograms_KB.shape[0]
     match threshold.kind:
@@ -87,8 +97,9 @@ def class_thresholds(threshold: Threshold, histograms_KB: Counts) -> npt.NDArray
             return np.full(num_classes, threshold.confidence)
         case "class_balanced":
             limit = min(int(threshold.confidence * NUM_BINS), NUM_BINS - 1)
+            least = math.ceil(threshold.floor * NUM_BINS - 1e-6)
             quantiles = [_share_bin(histogram_B, threshold.share) for histogram_B in histograms_KB]
-            return np.array([min(limit, NUM_BINS - 1 if q is None else q) / NUM_BINS for q in quantiles])
+            return np.array([min(limit, NUM_BINS - 1 if q is None else max(q, least)) / NUM_BINS for q in quantiles])
 
 
 def _share_bin(histogram_B: Counts, share: float) -> int | None:
@@ -106,6 +117,80 @@ def apply_thresholds(labels_HW: Labels, confidence_HW: Confidence, thresholds_K:
     # The comparison is in float64: a float32 threshold of 0.9 would also keep pixels just below 0.9.
     keep_HW = confidence_HW >= thresholds_K[labels_HW]
     return np.where(keep_HW, labels_HW, np.uint8(IGNORE))
+
+
+# -- rules of geometry ------------------------------------------------------------------------------------------------
+
+Rules = Mapping[int, Sequence[int]]
+"""Train id of a class -> those of the classes that it is never below, in a column of the image."""
+
+
+def rules_of(never_below: Mapping[str, Sequence[str]], classes: Taxonomy) -> Rules:
+    ids = {name: index for index, name in enumerate(classes.classes)}
+    return {ids[name]: tuple(ids[above] for above in others) for name, others in never_below.items()}
+
+
+def impossible(labels_BHW: Tensor, rules: Rules) -> Tensor:
+    """bool BHW: pixels of a class that have, above them in their column, one that it is never below."""
+    found_BHW = torch.zeros(labels_BHW.shape, dtype=torch.bool, device=labels_BHW.device)
+    for low, others in rules.items():
+        is_above_BHW = torch.isin(labels_BHW, torch.tensor(others, device=labels_BHW.device, dtype=labels_BHW.dtype))
+        found_BHW |= (labels_BHW == low) & (is_above_BHW.cumsum(dim=-2, dtype=torch.int32) > 0)
+    return found_BHW
+
+
+def drop_impossible(labels_HW: Labels, rules: Rules) -> Labels:
+    """The label with 255 where a rule says that it cannot be."""
+    if not rules:
+        return labels_HW
+    wrong_HW = impossible(torch.from_numpy(labels_HW)[None], rules)[0].numpy()
+    return np.where(wrong_HW, np.uint8(IGNORE), labels_HW)
+
+
+def check_never_below(
+    never_below: Mapping[str, Sequence[str]], labelled: pa.Table, classes: Taxonomy, where: str
+) -> None:
+    """Refuse rules that labels break, on more than BROKEN_SHARE of a class's pixels. Every label file is read once.
+
+    Raises UserError with the figures.
+    """
+    if not never_below:
+        return
+    rules = rules_of(never_below, classes)
+    files = {(row[frame.LABEL_URI], row[frame.LABEL_ENCODING]): row for row in _label_rows(labelled)}
+
+    def count(row: Mapping[str, object]) -> list[tuple[int, int]]:
+        try:
+            label_HW = train_ids_of(row, classes)
+        except BadFrame:
+            return []  # it was good when it was collected: reading the frames says what has happened to it
+        if label_HW is None:
+            return []
+        label_1HW = torch.from_numpy(label_HW)[None]
+        return [
+            (int((label_1HW == low).sum()), int(impossible(label_1HW, {low: others}).sum()))
+            for low, others in rules.items()
+        ]
+
+    with ThreadPoolExecutor(max_workers=2) as readers:
+        counted = [counts for counts in readers.map(count, files.values()) if counts]
+    for number, (name, others) in enumerate(never_below.items()):
+        pixels, broken = (sum(counts[number][part] for counts in counted) for part in (0, 1))
+        if broken > BROKEN_SHARE * pixels:
+            raise UserError(
+                f"{where}: self_training.never_below: in the labels {name} is below {_names(others, 'or')} in its "
+                f"column: {broken:,} of its {pixels:,} pixels ({broken / pixels:.2%}), in "
+                f"{sum(counts[number][1] > 0 for counts in counted)} of {len(counted)} labels",
+                cure=f"take {name} out of never_below, or name only classes that it is really never below",
+            )
+
+
+def _label_rows(labelled: pa.Table) -> list[dict[str, object]]:
+    columns = [frame.LABEL_URI, frame.LABEL_ENCODING, frame.LABEL_SHA256]
+    return [row for row in labelled.select(columns).to_pylist() if row[frame.LABEL_URI] is not None]
+
+
+# -- evidence ---------------------------------------------------------------------------------------------------------
 
 
 def confidence_preview(confidence_HW: Confidence) -> Labels:
@@ -160,5 +245,5 @@ def guard(pixels: KeptPixels, classes: Sequence[str]) -> list[str]:
     return warnings
 
 
-def _names(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+def _names(names: Sequence[str], word: str = "and") -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {word} {names[-1]}"

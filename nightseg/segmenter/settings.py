@@ -236,3 +236,85 @@ class Threshold(Strict):
     )
     confidence: Fraction = Field(default=0.9, description="fixed: least confidence kept; class_balanced: upper limit")
     share: Fraction = Field(default=0.6, description="class_balanced: share of each class's pixels that is kept")
+    floor: Fraction = Field(default=0.0, description="class_balanced: lower limit of the confidence, for every class")
+
+    @model_validator(mode="after")
+    def _limits_in_order(self) -> Threshold:
+        if self.floor and self.kind != "class_balanced":
+            raise ValueError(f"floor is the lower limit of class_balanced thresholds, {self.kind} has none")
+        if self.floor > self.confidence:
+            raise ValueError(f"floor {self.floor} is above confidence {self.confidence}, the upper limit")
+        return self
+
+
+class Masked(Strict):
+    """Masked image consistency (arXiv 2212.01322): the student sees a frame of the pool with squares left out, and
+    learns the teacher's labels of the whole frame."""
+
+    patch: Positive = Field(default=32, description="side of a square, in pixels of the crop")
+    ratio: Fraction = Field(default=0.7, description="share of the squares that is left out")
+    weight: Annotated[float, Field(gt=0)] = Field(default=1.0, description="of its pixels, times online.weight")
+
+
+class Guard(Strict):
+    """Sees a teacher that gives a class away or lets it swallow others, by the share of the pool that it predicts."""
+
+    act: Literal["ignore", "warn", "stop"] = Field(
+        default="ignore",
+        description="a class out of range: its pixels are not learned, only told, or the teacher teaches no more",
+    )
+    range: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(gt=0)]] = Field(
+        default=(0.5, 1.5), description="of a class's share of the pool, as a multiple of its share at the start"
+    )
+    start_steps: Positive = Field(default=25, description="steps whose mean is the share at the start")
+
+    @model_validator(mode="after")
+    def _range_around_one(self) -> Guard:
+        if not self.range[0] < 1 < self.range[1]:
+            raise ValueError(f"range {self.range}: a share that has not changed, 1, must lie in it")
+        return self
+
+
+class Online(Strict):
+    """Self-training while the model learns: its EMA labels the pool in every step (arXiv 1703.01780, 2007.08702)."""
+
+    batch: Positive | None = Field(
+        default=None, description="frames of the pool in a step, over all workers; null = half of training.batch"
+    )
+    weight: Annotated[float, Field(gt=0)] = Field(
+        default=1.0, description="of a pixel of the pool, as a multiple of a labelled one"
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(default=0, description="steps before the teacher teaches")
+    mix: Literal["classmix", "cutmix", "none"] = Field(
+        default="classmix",
+        description="pasted on a frame of the pool: half of the classes of a labelled frame, a box of it, or nothing",
+    )
+    masked: Masked | None = Field(default=None, description="masked image consistency; null = none")
+    flip: bool = Field(default=False, description="the teacher sees the mirrored frame as well; averaged")
+    scales: Annotated[tuple[Annotated[float, Field(gt=0, le=4)], ...], Field(min_length=1)] = Field(
+        default=(1.0,), description="the teacher sees frames at these factors of their size; averaged"
+    )
+    precision: Literal["float32", "bfloat16"] | None = Field(
+        default=None, description="of the teacher's forward pass; null = training.precision"
+    )
+    memory: Positive = Field(
+        default=100, description="steps that the running counts of classes and confidences reach back"
+    )
+    guard: Guard = Guard()
+    augmentation: Augmentation = Field(
+        default=Augmentation(brightness=0.5, contrast=0.5, saturation=0.5, noise=0.05),
+        description="of the pool: scale and flip for teacher and student, all else for the student alone; default: "
+        "brightness, contrast and saturation 0.5, noise 0.05",
+    )
+
+    def frames(self, training: Training) -> int:
+        """Frames of the pool in a step, over all workers."""
+        return self.batch or max(1, training.batch // 2)
+
+
+class Teaching(Strict):
+    """What a model that teaches itself is told of its pool."""
+
+    online: Online = Online()
+    threshold: Threshold = Threshold()
+    never_below: dict[str, list[str]] = Field(default={}, description="class -> classes that it is never below")

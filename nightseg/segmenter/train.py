@@ -8,6 +8,7 @@ The learning rate is a function of the step, order and augmentation of the frame
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 import time
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -31,10 +32,12 @@ from nightseg.segmenter.data import (
     Batch,
     LabelledFrames,
     Part,
+    PoolBatch,
     Sample,
     Sampler,
     cache_for,
     label_pixels,
+    pool_batches,
     reading_threads,
     training_batches,
 )
@@ -43,13 +46,17 @@ from nightseg.segmenter.loss import divisor, segmentation_loss
 from nightseg.segmenter.network import SemanticFPN, load_semantic_fpn, upsample_logits
 from nightseg.segmenter.optimizer import build_optimizer, learning_rate_of, set_learning_rate
 from nightseg.segmenter.settings import Loss, Network, Training
+from nightseg.segmenter.teacher import Pool, Teacher
 from nightseg.segmenter.watching import draw_validation
 from nightseg.storage import Location, UserError
 from nightseg.storage.events import Curves
 
 STEPS_BETWEEN_READS: Final = 10  # reading the loss waits for the device, so it is read this seldom
 SECONDS_BETWEEN_CHECKPOINTS: Final = 600.0  # in an epoch, unless the recipe says after how many steps
+POOL_STREAM: Final = 2**31  # in the place of a worker's number: random numbers that no worker draws
 NORM_GUARD: Final = 1e-6  # torch.nn.utils.clip_grad_norm_ has the same
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,7 @@ class Plan:
     training: Training
     seed: int
     curves: Location | None = None  # where TensorBoard finds them
+    pool: Pool | None = None  # of online self-training
 
     @cached_property
     def sampler(self) -> Sampler:
@@ -95,7 +103,7 @@ def learn(session: Session, settings: dict[str, Any]) -> None:
     """
     plan: Plan = settings["plan"]
     training = plan.training
-    frames, watched = _frames(plan, session)
+    frames, watched, pool = _frames(plan, session)
     learner = start_learner(plan, session)
     state = session.restore()
     if state is not None:
@@ -104,11 +112,13 @@ def learn(session: Session, settings: dict[str, Any]) -> None:
     curves = Curves(plan.curves if session.rank == 0 else None, learner.step)
 
     while learner.step < plan.total_steps:
-        _train_epoch(model, learner, frames, plan, session, curves)
+        _train_epoch(model, learner, frames, pool, plan, session, curves)
         loss, gradient_norm = learner.metrics.mean(dim=0).tolist()
         epoch, rate = learner.step // plan.steps_per_epoch, plan.learning_rate(learner.step - 1)
         record = {"epoch": epoch, "steps": plan.steps_per_epoch, "loss": loss, "gradient_norm": gradient_norm}
         record |= {"learning_rate": rate}
+        if learner.teacher is not None:
+            record["teacher"] = learner.teacher.record()
         if watched is not None and (epoch % training.validate_every == 0 or epoch == training.epochs):
             record["validation"] = validate(learner.evaluated, watched, plan, session)
             with _autocast(session.device, training):
@@ -122,7 +132,13 @@ def learn(session: Session, settings: dict[str, Any]) -> None:
 
 
 def _train_epoch(
-    model: nn.Module, learner: Learner, frames: LabelledFrames, plan: Plan, session: Session, curves: Curves
+    model: nn.Module,
+    learner: Learner,
+    frames: LabelledFrames,
+    pool: LabelledFrames | None,
+    plan: Plan,
+    session: Session,
+    curves: Curves,
 ) -> None:
     """The rest of the epoch that is under way. `model` is the learner's network as the cluster wraps it."""
     training, network = plan.training, learner.network
@@ -132,7 +148,6 @@ def _train_epoch(
     epoch, begun = divmod(learner.step, plan.steps_per_epoch)
     order = plan.sampler.epoch(plan.steps_per_epoch * training.batch, plan.seed, epoch)
     batches = _batches(frames, order[begun * training.batch :], epoch, learner, plan, session)
-    class_weights = plan.class_weights
     read, saved = learner.step, (time.monotonic(), learner.step)
     learner.pace.restart()
 
@@ -140,21 +155,23 @@ def _train_epoch(
         samples = order[index * training.batch : (index + 1) * training.batch]
         return [frames.frame_id(sample.row) for sample in samples]
 
-    for batch in learner.pace.timed(batches):
-        rate = plan.learning_rate(learner.step)
-        set_learning_rate(learner.optimizer, rate)
+    unlabelled = _pool_batches(pool, learner, plan, session)
+    for batch, pool_batch in learner.pace.timed(zip(batches, unlabelled, strict=False)):
+        set_learning_rate(learner.optimizer, rate := plan.learning_rate(learner.step))
         torch.manual_seed(step_seed(plan.seed, learner.step, session.rank))
         metrics = training_step(
             model,
             learner.optimizer,
             network.normalise,
-            Batch(*(part.to(session.device, non_blocking=True) for part in batch)),
+            _with_pool(batch.to(session.device), pool_batch, learner, session),
             plan.loss,
             training,
-            class_weights=class_weights,
+            class_weights=plan.class_weights,
             world_size=session.world_size,
             sum_over_workers=session.sum,
         )
+        if learner.teacher is not None:
+            average_statistics(network, session)  # or every worker would have another teacher
         if learner.ema is not None:
             update_ema(learner.ema, network, warmed_up_decay(training.ema_decay, learner.step))
         learner.note(metrics)
@@ -167,7 +184,7 @@ def _train_epoch(
         pace = learner.pace.lap((learner.step - read) * training.batch)
         read = learner.step
         session.progress(read, loss=recent["train/loss"], learning_rate=rate)
-        curves.scalars(read, {**recent, "train/learning_rate": rate, **pace})
+        curves.scalars(read, {**recent, "train/learning_rate": rate, **pace, **learner.teacher_points()})
         curves.flush_if_due()
         if not is_end and (is_planned or (not training.checkpoint_every and _is_overdue(session, saved[0]))):
             reported = {"epoch": float(epoch), "step": float(read), "loss": recent["train/loss"]}
@@ -179,20 +196,49 @@ def _train_epoch(
 def _batches(
     frames: LabelledFrames, order: list[Sample], epoch: int, learner: Learner, plan: Plan, session: Session
 ) -> Iterator[Batch]:
-    red, green, blue = (round(255 * mean) for mean in learner.network.body.mean)  # normalises to zero
-    return training_batches(
-        frames,
-        plan.parts,
-        order,
-        plan.training,
-        rank=session.rank,
-        world_size=session.world_size,
-        seed=plan.seed,
-        epoch=epoch,
-        fill=(red, green, blue),
-        threads=reading_threads(torch.get_num_threads(), session.device.type),
-        pin_memory=session.device.type == "cuda",
+    reading = _reading(learner, session)
+    return training_batches(frames, plan.parts, order, plan.training, seed=plan.seed, epoch=epoch, **reading)
+
+
+def _pool_batches(
+    frames: LabelledFrames | None, learner: Learner, plan: Plan, session: Session
+) -> Iterator[PoolBatch | None]:
+    """Of the steps of this epoch that are to come; None before the teacher teaches, and where there is no pool."""
+    epoch, begun = divmod(learner.step, plan.steps_per_epoch)
+    if frames is None or plan.pool is None:
+        yield from itertools.repeat(None, plan.steps_per_epoch)
+        return
+    online = plan.pool.teaching.online
+    waiting = min(max(online.warmup_steps - learner.step, 0), plan.steps_per_epoch - begun)
+    yield from itertools.repeat(None, waiting)
+    batch, seed = online.frames(plan.training), step_seed(plan.seed, 0, POOL_STREAM)
+    order = Sampler([Part.whole(len(frames))]).epoch(plan.steps_per_epoch * batch, seed, epoch)[
+        (begun + waiting) * batch :
+    ]
+    reading = _reading(learner, session)
+    yield from pool_batches(
+        frames, order, online.augmentation, batch=batch, crop=plan.training.crop, seed=seed, epoch=epoch, **reading
     )
+
+
+def _with_pool(batch: Batch, pool_batch: PoolBatch | None, learner: Learner, session: Session) -> Batch:
+    """The batch with what the teacher makes of the pool, while it teaches."""
+    teacher = learner.teacher
+    if teacher is None or pool_batch is None or not teacher.teaches(learner.step):
+        return batch
+    return teacher.extend(batch, pool_batch.to(session.device), learner.step, session)
+
+
+def _reading(learner: Learner, session: Session) -> dict[str, Any]:
+    """How this worker reads frames."""
+    red, green, blue = (round(255 * mean) for mean in learner.network.body.mean)  # normalises to zero
+    return {
+        "rank": session.rank,
+        "world_size": session.world_size,
+        "fill": (red, green, blue),
+        "threads": reading_threads(torch.get_num_threads(), session.device.type),
+        "pin_memory": session.device.type == "cuda",
+    }
 
 
 def _is_overdue(session: Session, saved: float) -> bool:
@@ -237,13 +283,15 @@ def training_step(
     """
     optimizer.zero_grad(set_to_none=True)
     sums = []
-    parts = [part.chunk(training.accumulate) for part in batch]
-    for number, (images_B3HW, labels_BHW) in enumerate(zip(*parts, strict=True), 1):
+    parts = [part.chunk(training.accumulate) for part in batch if part is not None]
+    for number, (images_B3HW, labels_BHW, *weights) in enumerate(zip(*parts, strict=True), 1):
         # Of several parts only the last one exchanges gradients: all that were added up by then.
         with nullcontext() if number == training.accumulate else _without_exchange(model):
             with _autocast(images_B3HW.device, training):
                 logits_BKhw = model(normalise(images_B3HW))
-            total, weight = segmentation_loss(logits_BKhw, labels_BHW, loss, class_weights)
+            total, weight = segmentation_loss(
+                logits_BKhw, labels_BHW, loss, class_weights, pixel_weights_BHW=weights[0] if weights else None
+            )
             torch.autograd.backward(total)
         sums.append(torch.stack([total.detach(), weight]))
     all_total, all_weight = sum_over_workers(torch.stack(sums).sum(dim=0))
@@ -302,7 +350,7 @@ class Pace:
         least = max(seconds, 1e-9)
         return {"pace/images_per_second": frames / least, "pace/data_wait_share": waiting / least}
 
-    def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+    def timed(self, batches: Iterable[T]) -> Iterator[T]:
         """The same batches; time spent waiting for them is counted."""
         stream = iter(batches)
         while True:
@@ -318,14 +366,16 @@ class Pace:
 class Learner:
     """A network and its optimiser after `step` steps.
 
-    `ema`: of the network, if one is kept. `metrics`: steps_per_epoch x 2, loss and gradient norm of the steps of the
-    epoch that is under way or has just ended. `history`: one entry for each finished epoch.
+    `ema`: of the network, if one is kept; `teacher`: what labels a pool with it. `metrics`: steps_per_epoch x 2, loss
+    and gradient norm of the steps of the epoch that is under way or has just ended. `history`: one entry for each
+    finished epoch.
     """
 
     network: SemanticFPN
     optimizer: torch.optim.Optimizer
     ema: SemanticFPN | None
     metrics: Tensor
+    teacher: Teacher | None = None
     step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     pace: Pace = field(default_factory=Pace)
@@ -369,6 +419,10 @@ class Learner:
         mean = metrics.mean(dim=0).tolist()
         return {"train/loss": mean[0], "train/gradient_norm": mean[1]}
 
+    def teacher_points(self) -> dict[str, float]:
+        """Its curves; none before it has taught."""
+        return self.teacher.points() if self.teacher is not None and self.teacher.taught else {}
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds: tensors, numbers, lists and dictionaries."""
         return {
@@ -377,6 +431,7 @@ class Learner:
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "metrics": self.metrics[: self.steps_of_epoch].cpu().clone(),
+            "teacher": None if self.teacher is None else self.teacher.state(),
             "history": self.history,
             "pace": asdict(self.pace),
         }
@@ -387,6 +442,8 @@ class Learner:
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.teacher is not None:
+            self.teacher.restore(state["teacher"])
         self.step = int(state["step"])
         self.metrics[: len(state["metrics"])] = state["metrics"].to(self.metrics.device)
         self.history, self.pace = list(state["history"]), Pace(**state["pace"])
@@ -400,7 +457,11 @@ def start_learner(plan: Plan, session: Session) -> Learner:
         freeze_batch_norm(network.body)  # before wrapping: DDP waits for every parameter that may have a gradient
     optimizer = build_optimizer(network, plan.training, encoder=network.body)
     ema = ema_of(network) if plan.training.ema_decay else None
-    return Learner(network, optimizer, ema, torch.zeros(plan.steps_per_epoch, 2, device=session.device))
+    teacher = None
+    if plan.pool is not None:
+        assert ema is not None, "online self-training without ema_decay"
+        teacher = Teacher(ema, plan.pool.teaching, plan.training, plan.seed, plan.classes, plan.pool.warnings)
+    return Learner(network, optimizer, ema, torch.zeros(plan.steps_per_epoch, 2, device=session.device), teacher)
 
 
 def _model(learner: Learner, plan: Plan, session: Session) -> nn.Module:
@@ -415,15 +476,20 @@ def _model(learner: Learner, plan: Plan, session: Session) -> nn.Module:
     return session.wrap(compiled)
 
 
-def _frames(plan: Plan, session: Session) -> tuple[LabelledFrames, LabelledFrames | None]:
-    """Training frames (labels at the input size) and validation frames (labels at their own size)."""
+def _frames(plan: Plan, session: Session) -> tuple[LabelledFrames, LabelledFrames | None, LabelledFrames | None]:
+    """Training frames (labels at the input size), validation frames (labels at their own size), the pool."""
+    tables = 2 if plan.pool is None else 3
 
     def decoded(rows: pa.Table, resize_labels: bool) -> LabelledFrames:
         where: dict[str, Any] = {"size": plan.network.input_size, "resize_labels": resize_labels}
-        cache = cache_for(rows, plan.classes, **where, sharers=2 * session.world_size, workers=session.world_size)
+        cache = cache_for(rows, plan.classes, **where, sharers=tables * session.world_size, workers=session.world_size)
         return LabelledFrames(rows, plan.classes, **where, cache=cache)
 
-    return decoded(plan.train, True), None if plan.validate is None else decoded(plan.validate, False)
+    return (
+        decoded(plan.train, True),
+        None if plan.validate is None else decoded(plan.validate, False),
+        None if plan.pool is None else decoded(plan.pool.rows, True),
+    )
 
 
 # -- validation -------------------------------------------------------------------------------------------------------
@@ -473,6 +539,18 @@ def _share_statistics(network: SemanticFPN, session: Session) -> None:
     mine = torch.cat([buffer.flatten() for buffer in buffers])
     shared = session.sum(mine if session.rank == 0 else torch.zeros_like(mine))
     for buffer, values in zip(buffers, torch.split(shared, [buffer.numel() for buffer in buffers]), strict=True):
+        buffer.copy_(values.view_as(buffer))
+
+
+@torch.no_grad()
+def average_statistics(network: SemanticFPN, session: Session) -> None:
+    """Means over the workers in place of each one's batch norm statistics."""
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d) and module.training]
+    buffers = [buffer for norm in norms for buffer in norm.buffers() if buffer.is_floating_point()]
+    if not buffers or session.world_size == 1:
+        return
+    mean = session.sum(torch.cat([buffer.flatten() for buffer in buffers])) / session.world_size
+    for buffer, values in zip(buffers, torch.split(mean, [buffer.numel() for buffer in buffers]), strict=True):
         buffer.copy_(values.view_as(buffer))
 
 

@@ -8,8 +8,8 @@ crash at any time loses only the open ones; the drafts go when the labels are co
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Unpack
 
 import numpy as np
@@ -24,7 +24,7 @@ from nightseg.data.images import encode_png
 from nightseg.data.taxonomy import TRAIN_IDS, Taxonomy
 from nightseg.segmenter import self_training
 from nightseg.segmenter.predict import WHOLE_FRAME, RowSegmenter, check_classes
-from nightseg.segmenter.self_training import NUM_BINS, KeptPixels
+from nightseg.segmenter.self_training import NUM_BINS, KeptPixels, Rules
 from nightseg.segmenter.settings import Inference, Threshold
 from nightseg.storage import Attempt, Commit, Location, Shards, UserError, sha256_of
 
@@ -65,15 +65,23 @@ def pseudo_label(
     threshold: Threshold,
     taxonomy: str,
     inference: Inference = WHOLE_FRAME,
+    never_below: Mapping[str, Sequence[str]] | None = None,
+    labelled: pa.Table | None = None,
+    known_warnings: Sequence[str] = (),
     **work: Unpack[Work],
 ) -> Commit:
     """Commit `frames` (label_uri: palette PNG of train ids and 255), `labels` (LABELS_SCHEMA), `quarantine`,
     `histograms` (one row a class: pixels by confidence bin over all frames) and `evidence.json` (`_evidence`).
 
-    `frames` has absolute uris. Raises UserError: no frame, a teacher with other classes, no pixel kept, more bad
-    frames than `max_bad_fraction`.
+    `frames` has absolute uris. `never_below`: pixels of a class below others are not kept; `labelled` are the frames
+    whose labels this is checked on. `known_warnings` join those that the labels give.
+    Raises UserError: no frame, a teacher with other classes, no pixel kept, more bad frames than `max_bad_fraction`,
+    labels that break `never_below`.
     """
     classes = load_taxonomy(taxonomy)
+    rules = self_training.rules_of(never_below or {}, classes)
+    if labelled is not None:
+        self_training.check_never_below(never_below or {}, labelled, classes, f"pseudo-labels for {name}")
     if frames.num_rows == 0:
         raise UserError(
             f"pseudo-labels for {name}: there is no frame to label", cure="look at the pool and at its selection"
@@ -85,11 +93,11 @@ def pseudo_label(
     attempt = work["attempt"]
     drafts = replace(attempt, folder=attempt.folder / "drafts")
     if threshold.kind == "class_balanced":
-        done = _label_drafts(rows, threshold, classes, by, drafts, name, work)
+        done = _label_drafts(rows, threshold, rules, classes, by, drafts, name, work)
     else:
-        done = _label_directly(rows, threshold, classes, by, name, work)
+        done = _label_directly(rows, threshold, rules, classes, by, name, work)
     histograms_KB, pixels = _totals(done.shards, classes.num_classes)
-    warnings = self_training.guard(pixels, classes.classes)
+    warnings = [*known_warnings, *self_training.guard(pixels, classes.classes)]
     for warning in warnings:
         work["progress"].say(f"pseudo-labels for {name}: {warning}")
     num_frames = rows.num_rows - done.quarantine.num_rows
@@ -112,18 +120,25 @@ def pseudo_label(
 
 
 def _label_directly(
-    rows: pa.Table, threshold: Threshold, classes: Taxonomy, by: RowSegmenter, name: str, work: Work
+    rows: pa.Table, threshold: Threshold, rules: Rules, classes: Taxonomy, by: RowSegmenter, name: str, work: Work
 ) -> _Labelled:
     """One pass, for thresholds that do not depend on the frames."""
     nothing_yet = np.zeros((classes.num_classes, NUM_BINS), dtype=np.int64)
     thresholds_K = self_training.class_thresholds(threshold, nothing_yet)
-    arguments = {"by": by, "thresholds_K": thresholds_K, "classes": classes}
+    arguments = {"by": by, "thresholds_K": thresholds_K, "rules": rules, "classes": classes}
     shards = map_shards(rows, DirectLabeller, arguments, title=f"pseudo-labels of {name}", **work)
     return _Labelled(thresholds_K, shards, shards.table("quarantine"), [])
 
 
 def _label_drafts(
-    rows: pa.Table, threshold: Threshold, classes: Taxonomy, by: RowSegmenter, drafts: Attempt, name: str, work: Work
+    rows: pa.Table,
+    threshold: Threshold,
+    rules: Rules,
+    classes: Taxonomy,
+    by: RowSegmenter,
+    drafts: Attempt,
+    name: str,
+    work: Work,
 ) -> _Labelled:
     """Two passes, for thresholds that follow from the confidence of all frames."""
     of_drafts: Work = {**work, "attempt": drafts}
@@ -139,7 +154,7 @@ def _label_drafts(
     readable = rows.filter(pc.is_in(rows[frame.FRAME_ID], value_set=drafted[frame.FRAME_ID].combine_chunks()))
     for column in (frame.HEIGHT, frame.WIDTH):
         readable = readable.set_column(readable.schema.get_field_index(column), column, drafted[column])
-    arguments = {"drafts": drafts.folder, "thresholds_K": thresholds_K, "classes": classes}
+    arguments = {"drafts": drafts.folder, "thresholds_K": thresholds_K, "rules": rules, "classes": classes}
     labelled = map_shards(readable, DraftLabeller, arguments, title=f"pseudo-labels of {name}", **work)
     return _Labelled(thresholds_K, labelled, quarantine, ["quarantine.parquet"])
 
@@ -180,6 +195,7 @@ class DraftLabeller:
     drafts: Location
     thresholds_K: Thresholds
     classes: Taxonomy
+    rules: Rules = field(default_factory=dict)
 
     def __call__(self, rows: pa.Table, folder: Location) -> Mapping[str, pa.Table]:
         made = []
@@ -189,7 +205,7 @@ class DraftLabeller:
             raw = pa.decompress(data, decompressed_size=int(np.prod(size)), codec="zstd", asbytes=True)
             labels_HW, bins_HW = np.frombuffer(raw, dtype=np.uint8).reshape(size)
             confidence_HW = self_training.bins_to_confidence(bins_HW)
-            made.append(_write(row, labels_HW, confidence_HW, self.thresholds_K, self.classes, folder))
+            made.append(_write(row, labels_HW, confidence_HW, self.thresholds_K, self.rules, self.classes, folder))
         return _tables(made)
 
 
@@ -200,11 +216,14 @@ class DirectLabeller:
     by: RowSegmenter
     thresholds_K: Thresholds
     classes: Taxonomy
+    rules: Rules = field(default_factory=dict)
 
     def __call__(self, rows: pa.Table, folder: Location) -> Mapping[str, pa.Table]:
         bad: list[dict[str, Any]] = []
         segmented = self.by.segment(rows, bad)
-        made = [_write(one.row, *one.segmented, self.thresholds_K, self.classes, folder) for one in segmented]
+        made = [
+            _write(one.row, *one.segmented, self.thresholds_K, self.rules, self.classes, folder) for one in segmented
+        ]
         return {**_tables(made), "quarantine": frame.quarantine_table(bad)}
 
 
@@ -217,11 +236,13 @@ def _write(
     labels_HW: npt.NDArray[np.uint8],
     confidence_HW: npt.NDArray[np.float32],
     thresholds_K: Thresholds,
+    rules: Rules,
     classes: Taxonomy,
     folder: Location,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Write the label and the confidence of one frame; its rows of `frames` and `labels`."""
-    kept_HW = self_training.apply_thresholds(labels_HW, confidence_HW, thresholds_K)
+    sure_HW = self_training.apply_thresholds(labels_HW, confidence_HW, thresholds_K)
+    kept_HW = self_training.drop_impossible(sure_HW, rules)
     histogram_KB = self_training.confidence_histogram(labels_HW, confidence_HW, classes.num_classes)
     kept_K = np.bincount(kept_HW.reshape(-1), minlength=256)[: classes.num_classes]
     name = frame.file_name(row[frame.FRAME_ID], ".png")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,8 +19,10 @@ from nightseg.networks.model_folder import save_model
 from nightseg.progress import Progress
 from nightseg.segmenter.data import Part
 from nightseg.segmenter.network import SemanticFPN, check_architecture, model_card
-from nightseg.segmenter.settings import Loss, Network, Training
+from nightseg.segmenter.self_training import check_never_below
+from nightseg.segmenter.settings import Loss, Network, Online, Teaching, Training
 from nightseg.segmenter.start import starting_network
+from nightseg.segmenter.teacher import Pool
 from nightseg.segmenter.train import Plan, learn
 from nightseg.storage import Attempt, Commit, UserError
 from nightseg.translators.photometric import LitIds, render_night
@@ -45,6 +47,9 @@ def train_segmenter(
     attempt: Attempt,
     compute: TrainCompute,
     progress: Progress,
+    pool: pa.Table | None = None,
+    teaching: Teaching = Teaching(),  # noqa: B008 frozen
+    warnings: Sequence[str] = (),
 ) -> Commit:
     """Commit `model/` (the last weights, or their EMA: its card says which) and `history.json` (one entry an epoch).
     `tensorboard/` beside them has the curves and some validation frames; it is no part of the result.
@@ -53,37 +58,31 @@ def train_segmenter(
     labelled; each row's label is mapped by its own encoding. `weights`: shares of the samples that the parts have,
     None = as many as they have frames. `fresh`: parts whose frames are rendered at night anew with every sample.
     `start`: "imagenet" (encoder only), "scratch", or the commit of another model, whose predictor is
-    re-initialised when its class list differs. Validation is only watched: no epoch is chosen by it.
-    Raises UserError: a frame without label or that has changed, settings that cannot train, a loss that is not finite.
+    re-initialised when its class list differs. Validation is only watched: no epoch is chosen by it. `pool`: frames for
+    online self-training, whose labels are not read; `warnings`: what is known of it beforehand, said and kept.
+    Raises UserError: a frame without label or that has changed, settings that cannot train, a loss that is not finite,
+    labels that break `never_below`.
     """
     begin, curves = attempt.folder / "start", attempt.folder / "tensorboard"
     classes = load_taxonomy(taxonomy)
     rows, parts = put_together(train, weights, fresh or {}, classes)
-    plan = Plan(rows, parts, validate, begin, classes, network, loss, training, seed, curves)
+    unlabelled = None if pool is None else Pool.of(pool, teaching, warnings)
+    plan = Plan(rows, parts, validate, begin, classes, network, loss, training, seed, curves, unlabelled)
     check_training(name, plan, compute)
-    weights_from = start if isinstance(start, str) else start.folder / "model"
-    initial = starting_network(weights_from, network, classes, seed=seed, say=partial(_say, progress, name))
-    card = _card(initial, plan, start, attempt)
-    save_model(plan.start, initial.state_dict(), card)
-    result = fit(
-        learn,
-        {"plan": plan},
-        folder=attempt.folder / "trainer",
-        name=name,
-        compute=compute,
-        progress=progress,
-        title=f"train {name}",
-        total=plan.total_steps,
-        unit="steps",
-    )
-    state = result.load()
+    for warning in warnings:
+        _say(progress, name, warning)
+    card = _save_start(name, plan, start, attempt, progress)
+    folder, title = attempt.folder / "trainer", f"train {name}"
+    told: dict[str, Any] = {"title": title, "total": plan.total_steps, "unit": "steps", "progress": progress}
+    state = fit(learn, {"plan": plan}, folder=folder, name=name, compute=compute, **told).load()
     save_model(attempt.folder / "model", state["network"] if state["ema"] is None else state["ema"], card)
     (attempt.folder / "history.json").write_json(state["history"])
+    warned = {} if state["teacher"] is None else {"warnings": [*warnings, *state["teacher"]["warned"].values()]}
     commit = attempt.finish(
         rows_in=plan.sampler.num_frames,
         rows_out=plan.sampler.num_frames,
         outputs=["model/model.safetensors", "model/model.json", "history.json"],
-        summary={"steps": plan.total_steps, "pace": state["pace"], "last": state["history"][-1]},
+        summary={"steps": plan.total_steps, "pace": state["pace"], "last": state["history"][-1]} | warned,
     )
     for scratch in ("trainer", "start"):
         (attempt.folder / scratch).delete()
@@ -117,6 +116,20 @@ def put_together(
     return together.take(pa.array(kept, pa.int64())), tuple(parts)  # also of no frame: it is refused later
 
 
+def _save_start(name: str, plan: Plan, start: str | Commit, attempt: Attempt, progress: Progress) -> dict[str, Any]:
+    """Write the network before its first step; the card that the trained one has, too."""
+    initial = starting_network(
+        start if isinstance(start, str) else start.folder / "model",
+        plan.network,
+        plan.classes,
+        seed=plan.seed,
+        say=partial(_say, progress, name),
+    )
+    card = _card(initial, plan, start, attempt)
+    save_model(plan.start, initial.state_dict(), card)
+    return card
+
+
 def _card(initial: SemanticFPN, plan: Plan, start: str | Commit, attempt: Attempt) -> dict[str, Any]:
     return {
         **model_card(plan.network, plan.classes, initial.body.mean, initial.body.std),
@@ -139,6 +152,30 @@ def check_network(network: Network, name: str) -> None:
         raise UserError(f"model {name}: {error.what}", cure=error.cure) from error
 
 
+def check_online(model: str, online: Online, training: Training, workers: int) -> None:
+    """Refuse an online self-training that cannot be; called before any stage of the run, too."""
+    where = f"model {model}: self_training"
+    if not training.ema_decay:
+        raise UserError(
+            f"{where}: mode online needs the EMA of the weights, which is the teacher, and training.ema_decay is 0",
+            cure="set training.ema_decay of this model, to 0.99 for some hundred steps, to 0.999 for many thousand",
+        )
+    total = training.epochs * training.steps_per_epoch if training.steps_per_epoch else None
+    if total is not None and online.warmup_steps >= total:
+        raise UserError(
+            f"{where}.online.warmup_steps is {online.warmup_steps}, and the training has {total} steps: the teacher "
+            "would never teach",
+            cure=f"set it to {total // 4} or so",
+        )
+    shares = workers * training.accumulate
+    if online.frames(training) % shares:
+        raise UserError(
+            f"{where}.online.batch: {online.frames(training)} frames of the pool cannot be shared evenly by "
+            f"compute.train.workers {workers} in {training.accumulate} parts each (training.accumulate)",
+            cure=f"set it to a multiple of {shares}",
+        )
+
+
 def check_training(model: str, plan: Plan, compute: TrainCompute) -> None:
     """Raise UserError with the cure if these frames and settings cannot train."""
     network, training, where = plan.network, plan.training, f"model {model}"
@@ -157,6 +194,13 @@ def check_training(model: str, plan: Plan, compute: TrainCompute) -> None:
             f"steps ({training.epochs} epochs of {plan.steps_per_epoch}), so the learning rate would never be reached",
             cure=f"set training.warmup_steps to {plan.total_steps // 10} or so",
         )
+    if plan.pool is not None:
+        if plan.pool.rows.num_rows == 0:
+            raise UserError(
+                f"{where}: the pool holds no frame to learn from", cure="look at self_training.pool and its selection"
+            )
+        check_online(model, plan.pool.teaching.online, training, compute.workers)
+        check_never_below(plan.pool.teaching.never_below, plan.train, plan.classes, where)
     shares = compute.workers * training.accumulate
     if training.batch % shares:
         parts = f" in {training.accumulate} parts each (training.accumulate)" if training.accumulate > 1 else ""

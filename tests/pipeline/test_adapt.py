@@ -27,6 +27,16 @@ training: {optimizer: adamw, batch: 2, epochs: 1, steps_per_epoch: 1, warmup_ste
 models:
   first: {train: [day], start: scratch}
   second: {train: [day], start: first, seeds: [0, 1], self_training: {pool: pool, threshold: {kind: none}}}
+  taught:
+    train: [day]
+    start: first
+    training: {batch: 2, epochs: 2, steps_per_epoch: 1, warmup_steps: 0, crop: [32, 64], ema_decay: 0.5}
+    self_training:
+      mode: online
+      pool: pool
+      select: {method: random, count: 2, extractor: efficientnet_lite0}
+      never_below: {sky: [road, pavement]}
+      online: {masked: {patch: 8}}
 test_sets: {night: test}
 consistency: {dataset: pool, count: 2}
 predictions: {pool: {dataset: pool, model: second}}
@@ -63,7 +73,7 @@ def test_a_recipe_becomes_results_and_a_report_and_is_not_done_twice(tmp_path: P
     (tmp_path / "tiny.yaml").write_text(RECIPE.replace("POOL", str(pool)))
 
     results = json_of("run", tmp_path / "tiny.yaml", "--run-dir", run)
-    assert set(results["models"]) == {"first", "second"}
+    assert set(results["models"]) == {"first", "second", "taught"}
     assert 0 <= results["models"]["second"]["tests"]["night"]["miou"] <= 1
     second = results["models"]["second"]
     assert second["trainings"].keys() == {"second", "second.seed1"} and second["steps_in_all"] == 2
@@ -72,6 +82,13 @@ def test_a_recipe_becomes_results_and_a_report_and_is_not_done_twice(tmp_path: P
     assert second["consistency"].keys() == {"confidence", "mirrored", "brightened", "diversity"}
     assert [row["reason"] for row in results["quarantine"]] == ["zero_bytes"]
     assert json.loads((run / "results.json").read_text()) == results
+    assert "taught" not in results["pseudo_labels"]  # a model that teaches itself leaves none
+    taught = results["commits"]["train_segmenter/taught"]
+    history = json.loads((Path(taught["folder"].removeprefix("file://")) / "history.json").read_text())
+    for record in history:
+        assert sum(record["teacher"]["shares"].values()) == pytest.approx(1.0)
+    (warning, *_) = taught["summary"]["warnings"]
+    assert warning == history[0]["teacher"]["warnings"][0] and "frames under night light" in warning
     report = (run / "report.html").read_text()
     assert "second" in report and "http://" not in report.replace("http://www.w3.org", "")
 

@@ -198,26 +198,6 @@ def test_scenes_of_other_numbers_share_nothing(tmp_path: Path) -> None:
     assert found(recipe, tmp_path / "run") == []
 
 
-def test_scenes_of_the_same_numbers_are_a_leak(tmp_path: Path) -> None:
-    """Of one light: by night the same street is another picture."""
-    day = {"layout": "scenes", "size": [32, 64], "mix": {"day": 1.0}}
-    (data := tmp_path / "data").mkdir()
-    recipe = recipe_of(
-        data,
-        datasets={
-            "train": {**day, "count": 6},
-            "day": {**day, "count": 6, "first": 4},
-            "night": {**day, "count": 6, "mix": {"night": 1.0}},
-        },
-        translators={},
-        models={"second": {"train": ["train"]}},
-        test_sets={"day": "day", "night": "night"},
-    )
-    (leak,) = found(recipe, tmp_path / "run")
-    assert (leak.measured, leak.frames, leak.of) == ("the test set day", 2, 6)
-    assert leak.pairs == [[f"day/{number:06d}", f"train/{number:06d}"] for number in (4, 5)]
-
-
 def test_a_run_refuses_before_it_trains(data: Path, tmp_path: Path) -> None:
     write(data, "train", ("again.png", encode_png(picture(20))), ("more.png", encode_png(picture(10))))
     place = Location.of(tmp_path / "run")

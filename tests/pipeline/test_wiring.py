@@ -73,6 +73,17 @@ models:
     test: {night: {row: "1", published_miou: 30.0}}
   third: {train: [test]}
   adapted: {start: first, adapt_norms: {pool: night}}
+  taught:
+    train: [scenes]
+    start: first
+    training: {ema_decay: 0.5}
+    self_training:
+      mode: online
+      pool: pool
+      select: {count: 2, reference: by_optics, extractor: {name: efficientnet_lite0}}
+      threshold: {kind: class_balanced}
+      never_below: {sky: [road]}
+      online: {masked: {}, batch: 4}
 test_sets: {night: test, other: scenes}
 predictions: {shown: {dataset: pool, model: second}}
 consistency: {dataset: night, count: 3}
@@ -97,6 +108,12 @@ OTHER_NAMES: Final[Mapping[str, Any]] = {
     "models.second.rounds": 2, "models.second.self_training.pool": "pool2",
     "models.second.self_training.teacher": None, "models.second.self_training.select.reference": "test",
     "models.second.self_training.select.method": "pooled", "models.first.test": {},
+    "models.taught.train": ["test"], "models.taught.validate_on": ["scenes"], "models.taught.start": "third",
+    "models.taught.rounds": 2, "models.taught.test": {}, "models.taught.self_training.pool": "pool2",
+    "models.taught.self_training.select.reference": "test", "models.taught.self_training.select.method": "pooled",
+    "models.second.self_training.never_below": {"sky": ["road"]},
+    "models.taught.self_training.never_below": {"sky": ["road", "car"]},
+    "models.taught.self_training.online.guard.range": (0.6, 1.6),
     "test_sets": {"night": "scenes", "other": "scenes"},
     "consistency.dataset": "pool", "predictions.shown.dataset": "night", "predictions.shown.model": "first",
     "translations.by_unit.segmenter": "second", "translations.by_unit.real": "day", "taxonomy": "cityscapes19",
@@ -129,8 +146,8 @@ NOT_PASSED: Final = {
             ),
         )
     },
-    **{f"models.{model}.about": "of the results" for model in ("first", "second", "third")},
-    **{f"models.{model}.adapt_norms": "shown by adapted" for model in ("first", "second", "third")},
+    **{f"models.{model}.about": "of the results" for model in ("first", "second", "third", "taught")},
+    **{f"models.{model}.adapt_norms": "shown by adapted" for model in ("first", "second", "third", "taught")},
     **{
         f"models.adapted.{key}": "nothing is trained"
         for key in (
@@ -146,6 +163,12 @@ NOT_PASSED: Final = {
             "seeds",
         )
     },
+    "models.taught.network": "shown by `network`",
+    "models.taught.loss": "shown by `loss`",
+    "models.taught.self_training.teacher": "mode online has none but itself",
+    "models.taught.self_training.weight": "mode online says it in `online`",
+    "models.taught.self_training.inference": "mode online says it in `online`",
+    "models.second.self_training.online": "of the mode online, shown by the model taught",
     "models.second.test.night.row": "of the results",
     "models.second.test.night.published_miou": "of the results",
     "translators.fourier.day": "there is no dataset translated to day",
@@ -227,7 +250,8 @@ def recorders(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build.layouts, "fingerprint", repr)
     monkeypatch.setattr(build.layouts, "count", lambda dataset: 1)
     monkeypatch.setattr(build, "start_sha256", lambda start: start)
-    monkeypatch.setattr(build.train_segmenter, "check_network", lambda network, name: None)
+    for check in ("check_network", "check_online"):
+        monkeypatch.setattr(build.train_segmenter, check, lambda *settings: None)
 
 
 def given_and_keys(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -406,7 +430,7 @@ score/pool.efficientnet_lite0 frames=collect/pool positions=False; unhashed:
 select/second pool_frames=collect/pool pool_scores=score/pool.efficientnet_lite0
     reference_scores=score/by_optics.efficientnet_lite0 selection=models.second.self_training.select; at most 2
 pseudo_label/second frames=select/second teacher=train_segmenter/third threshold=models.second.self_training.threshold
-    inference=models.second.self_training.inference; facts: taxonomy
+    inference=models.second.self_training.inference never_below={}; unhashed: known_warnings=1; facts: taxonomy
 train_segmenter/second train={scenes: collect/scenes, by_unit: translate/by_unit, by_fresh: collect/scenes,
     (pseudo-labels): pseudo_label/second} start=train_segmenter/first network=models.second.network
     loss=models.second.loss training=models.second.training weights={scenes: 1.0, by_unit: 2.0, by_fresh: 0.5,
@@ -414,6 +438,12 @@ train_segmenter/second train={scenes: collect/scenes, by_unit: translate/by_unit
     start=train_segmenter/first encoder_weights workers=1
 adapt_norms/adapted frames=split/pool:night start=train_segmenter/first norms=models.adapted.adapt_norms; facts:
     start=train_segmenter/first
+select/taught pool_frames=collect/pool pool_scores=score/pool.efficientnet_lite0
+    reference_scores=score/by_optics.efficientnet_lite0 selection=models.taught.self_training.select; at most 2
+train_segmenter/taught train={scenes: collect/scenes} pool=select/taught start=train_segmenter/first network=network
+    loss=loss training=models.taught.training teaching={online: models.taught.self_training.online, threshold:
+    models.taught.self_training.threshold, never_below: {sky: ['road']}}; unhashed: warnings=1; facts: taxonomy
+    start=train_segmenter/first encoder_weights workers=1
 score/by_colour.efficientnet_lite0.positions frames=translate/by_colour positions=True; unhashed:
     extraction=models.fourth.self_training.select.extractor; facts: name weights resize mode weights_sha256
 score/night.efficientnet_lite0.near-by_colour.efficientnet_lite0.positions frames=split/pool:night
@@ -424,7 +454,7 @@ select/fourth pool_frames=split/pool:night
     reference_scores=score/by_colour.efficientnet_lite0.positions selection=models.fourth.self_training.select; at
     most 3
 pseudo_label/fourth frames=select/fourth teacher=train_segmenter/third threshold=models.fifth.self_training.threshold
-    inference=inference; facts: taxonomy
+    inference=inference never_below={}; unhashed: known_warnings=1; facts: taxonomy
 train_segmenter/fourth train={by_colour: translate/by_colour, (pseudo-labels): pseudo_label/fourth}
     start=train_segmenter/third network=network loss=loss training=training; facts: taxonomy
     start=train_segmenter/third encoder_weights workers=1
@@ -433,7 +463,7 @@ score/both.efficientnet_lite0 frames=collect/scenes+collect/test positions=False
 select/fifth pool_frames=collect/scenes+collect/test pool_scores=score/both.efficientnet_lite0
     selection=models.fifth.self_training.select; at most 1
 pseudo_label/fifth frames=select/fifth teacher=train_segmenter/third threshold=models.fifth.self_training.threshold
-    inference=inference; facts: taxonomy
+    inference=inference never_below={}; unhashed: known_warnings=1; facts: taxonomy
 train_segmenter/fifth train={test: collect/test, (pseudo-labels): pseudo_label/fifth}
     start=train_segmenter/third network=network loss=loss training=training; facts: taxonomy
     start=train_segmenter/third encoder_weights workers=1
@@ -449,6 +479,9 @@ consistency/third frames=split/pool:night model=train_segmenter/third count=3 in
 evaluate/adapted tests={night: collect/test, other: collect/scenes} model=adapt_norms/adapted evaluation=evaluation
     inference=inference; facts: taxonomy
 consistency/adapted frames=split/pool:night model=adapt_norms/adapted count=3 inference=inference; at most 3
+evaluate/taught tests={night: collect/test, other: collect/scenes} model=train_segmenter/taught evaluation=evaluation
+    inference=inference; facts: taxonomy
+consistency/taught frames=split/pool:night model=train_segmenter/taught count=3 inference=inference; at most 3
 evaluate/fourth tests={night: collect/test, other: collect/scenes} model=train_segmenter/fourth evaluation=evaluation
     inference=inference; facts: taxonomy
 consistency/fourth frames=split/pool:night model=train_segmenter/fourth count=3 inference=inference; at most 3
@@ -489,13 +522,15 @@ def places(value: Any, path: str = "") -> Iterator[tuple[int, str]]:
 def written(value: Any, known: Mapping[int, str]) -> str:
     match value:
         case BaseModel():
-            return known[id(value)]
+            return known[id(value)] if id(value) in known else written(dict(value), known)
         case NodeId():
             return str(value)
         case Frames(views):
             return "+".join(map(str, views))
         case Mapping():
             return "{" + ", ".join(f"{key}: {written(part, known)}" for key, part in value.items()) + "}"
+        case tuple() if all(isinstance(part, str) and " " in part for part in value):
+            return str(len(value))  # messages
         case tuple():
             return ",".join(map(str, value))
         case _:
@@ -534,7 +569,8 @@ def test_the_graph_of_a_recipe(tmp_path: Path) -> None:
         resources: Any = recipe.compute.map
         seed, counted = 0, tuple(node.inputs)[:1]
         if node.id.stage.startswith("train_"):
-            resources, seed, counted = recipe.compute.train, recipe.seed, tuple(node.inputs)[:2]
+            resources, seed = recipe.compute.train, recipe.seed
+            counted = tuple(name for name in ("train", "validate", "pool", "day", "night") if name in node.inputs)
             common |= {"seed": seed, "compute": resources}
         elif node.id.stage == "select":
             common["seed"] = seed = recipe.seed

@@ -332,3 +332,37 @@ def test_a_frame_does_not_depend_on_its_neighbours() -> None:
     ohem = Ohem(share=0.25)
     alone = [hard_pixels(NLL[n : n + 1], VALID[n : n + 1], ohem) for n in range(2)]
     assert torch.equal(torch.cat(alone), hard_pixels(NLL, VALID, ohem))
+
+
+# -- weights of pixels ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [None, 16])
+@pytest.mark.parametrize("class_weights", [None, (1.0, 0.5, 2.0)])
+def test_weights_of_pixels_multiply_those_of_classes(rows: int | None, class_weights: tuple[float, ...] | None) -> None:
+    """Against F.cross_entropy without reduction, weighted and divided by hand; ignored pixels weigh nothing."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 8, 8, generator=generator, requires_grad=True)
+    target = torch.randint(0, 3, (2, 32, 32), generator=generator).to(torch.uint8)
+    target[0, :5] = 255
+    weights = torch.rand(2, 32, 32, generator=generator)
+    weights[1, :, :7] = 0
+    found = segmentation_loss(
+        logits, target, Loss(loss_chunk_rows=rows), class_weights, pixel_weights_BHW=weights
+    ).mean()
+    (gradient,) = torch.autograd.grad(found, logits)
+
+    each = F.cross_entropy(upsample_logits(logits, 32, 32), target.long(), ignore_index=255, reduction="none")
+    by_class = torch.tensor(class_weights or (1.0, 1.0, 1.0))[target.masked_fill(target == 255, 0).long()]
+    combined = weights * by_class * (target != 255)
+    expected = (each * combined).sum() / combined.sum()
+    assert_near(found, expected.detach(), terms=target.numel())
+    assert_near(gradient, torch.autograd.grad(expected, logits)[0], terms=target.numel())
+
+
+def test_pixels_that_weigh_nothing_give_no_gradient() -> None:
+    logits = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    target = torch.ones(1, 32, 32, dtype=torch.uint8)
+    found = segmentation_loss(logits, target, Loss(), pixel_weights_BHW=torch.zeros(1, 32, 32))
+    assert found.weight == 0 and found.mean() == 0
+    assert torch.count_nonzero(torch.autograd.grad(found.mean(), logits)[0]) == 0

@@ -1,23 +1,33 @@
 """Thresholds and guards on histograms small enough to count by hand."""
 
+from pathlib import Path
+
 import numpy as np
+import pyarrow as pa
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nightseg.data.class_list import taxonomy
+from nightseg.data.images import encode_png
+from nightseg.data.table import frame_table
 from nightseg.segmenter.self_training import (
     NUM_BINS,
     KeptPixels,
     apply_thresholds,
     bins_to_confidence,
+    check_never_below,
     class_thresholds,
     confidence_bins,
     confidence_histogram,
     confidence_preview,
+    drop_impossible,
     guard,
+    impossible,
 )
 from nightseg.segmenter.settings import Threshold
-from nightseg.storage import UserError
+from nightseg.storage import Location, UserError
 
 
 def histogram(*bins: tuple[int, int]) -> np.ndarray:
@@ -140,3 +150,71 @@ def test_guards_name_the_class_and_the_cure() -> None:
 def test_no_pixel_kept_is_an_error() -> None:
     with pytest.raises(UserError, match="keep none of 100 pixels"):
         guard(pixels([60, 40], [0, 0]), ("road", "sky"))
+
+
+# -- limits and rules -------------------------------------------------------------------------------------------------
+
+
+def test_a_floor_holds_and_the_upper_limit_counts_more() -> None:
+    histograms = np.zeros((3, NUM_BINS), dtype=np.int64)
+    histograms[0, 90], histograms[1, 250] = 10, 10  # unsure; sure; never predicted
+    threshold = Threshold(kind="class_balanced", share=0.5, confidence=0.9)
+    assert (class_thresholds(threshold, histograms) * 256).tolist() == [90, 230, 230]
+    floor = threshold.model_copy(update={"floor": 0.6})
+    assert (class_thresholds(floor, histograms) * 256).tolist() == [154, 230, 230]  # 153.6 is no edge of a bin
+    same = threshold.model_copy(update={"floor": 0.9})
+    assert (class_thresholds(same, histograms) * 256).tolist() == [230, 230, 230]
+
+
+def test_a_floor_above_the_limit_or_without_class_balance_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"floor 0\.95 is above confidence 0\.9"):
+        Threshold(floor=0.95)
+    with pytest.raises(ValueError, match="fixed has none"):
+        Threshold(kind="fixed", floor=0.5)
+
+
+SKY, ROAD, PAVEMENT = 0, 3, 4
+
+
+def test_a_class_below_one_that_it_is_never_below() -> None:
+    """A column each: sky above, sky between two roads, sky below an unsure pixel and a pavement, nothing but sky."""
+    label = torch.tensor(
+        [
+            [SKY, ROAD, 255, SKY],
+            [SKY, SKY, SKY, SKY],
+            [ROAD, ROAD, PAVEMENT, SKY],
+            [ROAD, SKY, SKY, SKY],
+        ],
+        dtype=torch.uint8,
+    )  # fmt: skip
+    wrong = impossible(label[None], {SKY: (ROAD, PAVEMENT)})[0]
+    assert wrong.nonzero().tolist() == [[1, 1], [3, 1], [3, 2]]
+    assert impossible(label[None], {SKY: (ROAD,)})[0].nonzero().tolist() == [[1, 1], [3, 1]]
+    dropped = drop_impossible(label.numpy(), {SKY: (ROAD, PAVEMENT)})
+    assert (dropped[wrong.numpy()] == 255).all() and (dropped == label.numpy())[~wrong.numpy()].all()
+    assert drop_impossible(label.numpy(), {}) is not None
+
+
+def labelled(folder: Path, *labels: np.ndarray) -> pa.Table:
+    rows = []
+    for number, label in enumerate(labels):
+        file = Location.of(folder) / f"{number}.png"
+        file.write_bytes(encode_png(label.astype(np.uint8)))
+        rows += [{"frame_id": f"{number}", "label_uri": file.uri, "label_encoding": "camvid12"}] * 2  # and translated
+    return frame_table(rows)
+
+
+def test_rules_are_checked_on_the_labels(tmp_path: Path) -> None:
+    """2 of 2,048 sky pixels are below road, less than 0.1 %; with 3 more it is refused, with the figures."""
+    classes, right = taxonomy("camvid11"), np.full((64, 32), ROAD)
+    right[:32] = SKY
+    few = right.copy()
+    few[40, :2] = SKY
+    check_never_below({"sky": ["road"]}, labelled(tmp_path, right, few), classes, "model m")
+    few[40, 2:5] = SKY
+    rows = labelled(tmp_path, right, few)
+    expected = r"model m: self_training.never_below: in the labels sky is below road or pavement in its column: 5 of "
+    with pytest.raises(UserError, match=expected + r"its 2,053 pixels \(0\.24%\), in 1 of 2 labels"):
+        check_never_below({"sky": ["road", "pavement"]}, rows, classes, "model m")
+    check_never_below({"road": ["car"], "car": ["pole"]}, rows, classes, "model m")
+    check_never_below({}, rows, classes, "model m")

@@ -118,7 +118,7 @@ def test_a_long_gradient_is_shortened_as_pytorch_does_it(batch: Batch) -> None:
 
 def test_two_workers_divide_by_the_weight_of_both(batch: Batch) -> None:
     """As DDP does it: each worker has half of the batch, gradients of sums are averaged. Here: by hand."""
-    images, labels = batch
+    images, labels, _ = batch
     halves = [Batch(images[rank::2], labels[rank::2]) for rank in range(2)]
     sums = []
     for half in halves:

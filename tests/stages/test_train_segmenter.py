@@ -246,9 +246,9 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_frames(
 ) -> None:
     calls: list[int] = []
 
-    def poisoned(*arguments: Any) -> Any:
+    def poisoned(*arguments: Any, **named: Any) -> Any:
         calls.append(1)
-        found = segmentation_loss(*arguments)
+        found = segmentation_loss(*arguments, **named)
         return found._replace(total=found.total * float("nan")) if len(calls) == 5 else found
 
     monkeypatch.setattr(training_loop, "segmentation_loss", poisoned)
