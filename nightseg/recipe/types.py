@@ -79,6 +79,8 @@ class SelfTraining(Strict):
     def _keys_of_its_mode(self) -> SelfTraining:
         if self.mode == "offline" and self.online is not None:
             raise ValueError("online is for mode: online, and the mode is offline")
+        if self.mode == "offline" and self.threshold.precision is not None:
+            raise ValueError("threshold.precision is measured while a model learns: it is for mode: online")
         if self.mode == "online" and self.teacher is not None:
             raise ValueError("mode online: the model teaches itself, leave teacher out")
         if self.mode == "online" and self.weight != 1:

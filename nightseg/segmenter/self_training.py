@@ -35,6 +35,9 @@ DOMINANT_SHARE = 0.9
 SMALL_KEPT_SHARE = 0.05
 RARE_SHARE = 1e-4  # the rarest of the 19 Cityscapes classes has ten times as many pixels
 
+NOTHING_KEPT = 2.0  # a threshold above every confidence
+LEAST_JUDGED = 1000  # pixels of a class, before its precision says something
+
 # Of a class's labelled pixels, that may break a rule of geometry: reflections, slips at borders.
 BROKEN_SHARE = 1e-3
 
@@ -110,6 +113,15 @@ def _share_bin(histogram_B: Counts, share: float) -> int | None:
     needed = math.ceil(share * total - 1e-6)  # 0.7 * 10 must ask for 7 pixels, whatever the last bit says
     tail_B = np.cumsum(histogram_B[::-1])[::-1]  # pixels in bin b or above, falls with b
     return int(np.flatnonzero(tail_B >= needed)[-1])
+
+
+def precise_thresholds(right_KB: Counts, all_KB: Counts, precision: float) -> npt.NDArray[np.float64]:
+    """Smallest bin edge of each class, float64 (K,), such that at least `precision` of its pixels in that bin and above
+    are right; above 1 where there is none, 0 for a class with fewer than LEAST_JUDGED pixels."""
+    tails = [np.cumsum(counts_KB[:, ::-1], axis=1)[:, ::-1] for counts_KB in (right_KB, all_KB)]
+    is_right_KB = (tails[0] >= precision * tails[1] - 1e-6) & (tails[1] > 0)
+    edges_K = np.where(is_right_KB.any(axis=1), is_right_KB.argmax(axis=1) / NUM_BINS, NOTHING_KEPT)
+    return np.where(tails[1][:, 0] >= LEAST_JUDGED, edges_K, 0.0)
 
 
 def apply_thresholds(labels_HW: Labels, confidence_HW: Confidence, thresholds_K: npt.NDArray[np.float64]) -> Labels:

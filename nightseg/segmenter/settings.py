@@ -238,10 +238,18 @@ class Threshold(Strict):
     share: Fraction = Field(default=0.6, description="class_balanced: share of each class's pixels that is kept")
     floor: Fraction = Field(default=0.0, description="class_balanced: lower limit of the confidence, for every class")
 
+    precision: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None,
+        description="online, class_balanced: of the kept pixels of a class so many must be right on labelled frames "
+        "under night light; null = not looked at",
+    )
+
     @model_validator(mode="after")
     def _limits_in_order(self) -> Threshold:
         if self.floor and self.kind != "class_balanced":
             raise ValueError(f"floor is the lower limit of class_balanced thresholds, {self.kind} has none")
+        if self.precision and self.kind != "class_balanced":
+            raise ValueError(f"precision raises class_balanced thresholds, {self.kind} has none")
         if self.floor > self.confidence:
             raise ValueError(f"floor {self.floor} is above confidence {self.confidence}, the upper limit")
         return self

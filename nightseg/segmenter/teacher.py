@@ -29,11 +29,19 @@ from nightseg.data import table as frame
 from nightseg.data.taxonomy import IGNORE, Taxonomy
 from nightseg.segmenter.data import Batch, PoolBatch
 from nightseg.segmenter.network import SemanticFPN, upsample_logits
-from nightseg.segmenter.self_training import NUM_BINS, RARE_SHARE, class_thresholds, impossible, rules_of
+from nightseg.segmenter.self_training import (
+    NOTHING_KEPT,
+    NUM_BINS,
+    RARE_SHARE,
+    class_thresholds,
+    impossible,
+    precise_thresholds,
+    rules_of,
+)
 from nightseg.segmenter.settings import Masked, Teaching, Training
 
 STEPS_BETWEEN_BARS: Final = 10  # setting them waits for the device; in as many first steps they are set every time
-NOTHING_KEPT: Final = 2.0  # a bar above every confidence
+STEPS_BETWEEN_CHECKS: Final = 5  # of its precision on labelled frames
 BOX_SHARES: Final = (0.1, 0.5)  # of the crop, that CutMix pastes
 OUT_OF_RANGE: Final = {
     "ignore": "its pixels are not learned while it is so",
@@ -91,6 +99,7 @@ class Teacher:
         # float64: they are exact where nothing is forgotten, and sums over workers do not depend on their order.
         self._counts_KN = self._zeros(len(self.classes), NUM_BINS)  # running, older steps count less
         self._start_K = self._zeros(len(self.classes))  # of the first steps
+        self._judged_2KN = self._zeros(2, *self._counts_KN.shape)  # right and all, on labelled frames under night light
         self._epoch_2K = self._zeros(2, len(self.classes))  # predicted and kept, since the epoch began
         self._bars_256 = torch.full((256,), NOTHING_KEPT, device=self._device)
         self.taught = 0
@@ -104,8 +113,13 @@ class Teacher:
         return step >= self.online.warmup_steps and not self._is_stopped
 
     @torch.no_grad()
-    def extend(self, batch: Batch, unlabelled: PoolBatch, step: int, session: Session) -> Batch:
-        """The labelled batch, and beside it frames of the pool as the student shall learn them."""
+    def extend(
+        self, batch: Batch, unlabelled: PoolBatch, step: int, session: Session, night: Sequence[int] = ()
+    ) -> Batch:
+        """The labelled batch, and beside it frames of the pool as the student shall learn them. `night`: places of
+        the batch's frames under night light."""
+        if self.threshold.precision is not None and self.taught % STEPS_BETWEEN_CHECKS == 0:
+            self._judge(batch.images[list(night)], batch.labels[list(night)], session)
         labels_PHW, confidence_PHW = self.label(unlabelled.weak)
         seen_PHW = ~unlabelled.padding
         self._count(labels_PHW, confidence_PHW, seen_PHW, session)
@@ -159,11 +173,7 @@ class Teacher:
     # -- counts, bars, guard -----------------------------------------------------------------------------------------
 
     def _count(self, labels_PHW: Tensor, confidence_PHW: Tensor, seen_PHW: Tensor, session: Session) -> None:
-        bins_PHW = (confidence_PHW * NUM_BINS).long().clamp_max_(NUM_BINS - 1)
-        num_classes = len(self.classes)
-        # What is padding is counted behind the last class, and cut off.
-        index_PHW = torch.where(seen_PHW, labels_PHW * NUM_BINS + bins_PHW, num_classes * NUM_BINS)
-        counts_KN = session.sum(_histogram(index_PHW, num_classes * NUM_BINS + 1))[:-1].view(num_classes, NUM_BINS)
+        counts_KN = session.sum(self._confidences(labels_PHW, confidence_PHW, seen_PHW))
         self._counts_KN.mul_(1 - 1 / self.online.memory).add_(counts_KN)
         counts_K = counts_KN.sum(dim=1)
         if self.taught < self.online.guard.start_steps:
@@ -171,11 +181,31 @@ class Teacher:
         self._epoch_2K[0] += counts_K
         self.taught += 1
 
+    def _confidences(self, labels_PHW: Tensor, confidence_PHW: Tensor, counted_PHW: Tensor) -> Tensor:
+        """Counted pixels by class and bin of confidence, KN."""
+        size = self._counts_KN.numel()
+        bins_PHW = (confidence_PHW * NUM_BINS).long().clamp_max_(NUM_BINS - 1)
+        index_PHW = torch.where(counted_PHW, labels_PHW * NUM_BINS + bins_PHW, size)  # the others behind the last one
+        return _histogram(index_PHW, size + 1)[:-1].view_as(self._counts_KN)
+
+    def _judge(self, images_B3HW: Tensor, truth_BHW: Tensor, session: Session) -> None:
+        """How often the teacher is right, by class and confidence, where it is known. Every worker must call it."""
+        judged_2KN = torch.zeros_like(self._judged_2KN)
+        if len(images_B3HW):
+            labels_BHW, confidence_BHW = self.label(images_B3HW)
+            for place, counted_BHW in enumerate((labels_BHW == truth_BHW, truth_BHW != IGNORE)):
+                judged_2KN[place] = self._confidences(labels_BHW, confidence_BHW, counted_BHW)
+        kept = (1 - 1 / self.online.memory) ** STEPS_BETWEEN_CHECKS
+        self._judged_2KN.mul_(kept).add_(session.sum(judged_2KN))
+
     def _set_bars(self, step: int, session: Session) -> None:
         if self.taught > STEPS_BETWEEN_BARS and self.taught % STEPS_BETWEEN_BARS:
             return
         counts_KN, start_K = self._counts_KN.cpu().numpy(), self._start_K.cpu().numpy()
         bars_K = class_thresholds(self.threshold, counts_KN.round().astype(np.int64))
+        if self.threshold.precision is not None:
+            right_KN, all_KN = self._judged_2KN.cpu().numpy()
+            bars_K = np.maximum(bars_K, precise_thresholds(right_KN, all_KN, self.threshold.precision))
         shares_K = counts_KN.sum(axis=1) / max(counts_KN.sum(), 1.0)
         bars_K[shares_K < RARE_SHARE] = NOTHING_KEPT
         guard = self.online.guard
@@ -274,17 +304,24 @@ class Teacher:
             "warnings": self.warnings,
         }
 
+    def _tensors(self) -> dict[str, Tensor]:
+        return {
+            "counts": self._counts_KN,
+            "start": self._start_K,
+            "judged": self._judged_2KN,
+            "epoch": self._epoch_2K,
+            "bars": self._bars_256,
+        }
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds beside the network, which is the learner's."""
-        tensors = {"counts": self._counts_KN, "start": self._start_K, "epoch": self._epoch_2K, "bars": self._bars_256}
-        return {name: tensor.cpu().clone() for name, tensor in tensors.items()} | {
+        return {name: tensor.cpu().clone() for name, tensor in self._tensors().items()} | {
             "taught": self.taught, "is_stopped": self._is_stopped, "warned": dict(self._warned)
         }  # fmt: skip
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        for name, tensor in (("counts", self._counts_KN), ("start", self._start_K), ("epoch", self._epoch_2K)):
+        for name, tensor in self._tensors().items():
             tensor.copy_(state[name])
-        self._bars_256.copy_(state["bars"])
         self.taught, self._is_stopped = int(state["taught"]), bool(state["is_stopped"])
         self._warned = dict(state["warned"])
 

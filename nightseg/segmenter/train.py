@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nightseg.cluster.session import Session
+from nightseg.data import table as frame
 from nightseg.data.taxonomy import Taxonomy
 from nightseg.metrics.confusion import Counts, confusion_matrix, scores
 from nightseg.networks.ema import ema_of, update_ema, warmed_up_decay
@@ -86,6 +87,15 @@ class Plan:
     @property
     def total_steps(self) -> int:
         return self.training.epochs * self.steps_per_epoch
+
+    @cached_property
+    def _domains(self) -> list[str]:
+        return [str(domain) for domain in self.train[frame.DOMAIN].to_pylist()]
+
+    def is_night(self, sample: Sample) -> bool:
+        """Whether a labelled frame is seen under night light: taken so, or translated."""
+        rendered = self.parts[sample.part].render is not None
+        return rendered or self._domains[sample.row] in ("night", "twilight")
 
     @property
     def class_weights(self) -> tuple[float, ...] | None:
@@ -163,7 +173,7 @@ def _train_epoch(
             model,
             learner.optimizer,
             network.normalise,
-            _with_pool(batch.to(session.device), pool_batch, learner, session),
+            _with_pool(batch.to(session.device), pool_batch, order, learner, plan, session),
             plan.loss,
             training,
             class_weights=plan.class_weights,
@@ -221,12 +231,17 @@ def _pool_batches(
     )
 
 
-def _with_pool(batch: Batch, pool_batch: PoolBatch | None, learner: Learner, session: Session) -> Batch:
+def _with_pool(
+    batch: Batch, pool_batch: PoolBatch | None, order: list[Sample], learner: Learner, plan: Plan, session: Session
+) -> Batch:
     """The batch with what the teacher makes of the pool, while it teaches."""
     teacher = learner.teacher
     if teacher is None or pool_batch is None or not teacher.teaches(learner.step):
         return batch
-    return teacher.extend(batch, pool_batch.to(session.device), learner.step, session)
+    begun = learner.steps_of_epoch * plan.training.batch
+    mine = order[begun : begun + plan.training.batch][session.rank :: session.world_size]
+    night = [place for place, sample in enumerate(mine) if plan.is_night(sample)]
+    return teacher.extend(batch, pool_batch.to(session.device), learner.step, session, night)
 
 
 def _reading(learner: Learner, session: Session) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from nightseg.data.labels import check_labelled, train_ids_of
 from nightseg.data.taxonomy import IGNORE, Taxonomy
 from nightseg.networks.model_folder import save_model
 from nightseg.progress import Progress
-from nightseg.segmenter.data import Part
+from nightseg.segmenter.data import Part, Sample
 from nightseg.segmenter.network import SemanticFPN, check_architecture, model_card
 from nightseg.segmenter.self_training import check_never_below
 from nightseg.segmenter.settings import Loss, Network, Online, Teaching, Training
@@ -200,7 +200,15 @@ def check_training(model: str, plan: Plan, compute: TrainCompute) -> None:
                 f"{where}: the pool holds no frame to learn from", cure="look at self_training.pool and its selection"
             )
         check_online(model, plan.pool.teaching.online, training, compute.workers)
-        check_never_below(plan.pool.teaching.never_below, plan.train, plan.classes, where)
+        teaching = plan.pool.teaching
+        samples = (Sample(row, 0, 0, number) for number, part in enumerate(plan.parts) for row in part.rows)
+        if teaching.threshold.precision is not None and not any(map(plan.is_night, samples)):
+            raise UserError(
+                f"{where}: self_training.threshold.precision is measured on labelled frames under night light, and its "
+                "train sets have none (domain night or twilight)",
+                cure="add day frames that are translated to night to its train sets, or leave precision out",
+            )
+        check_never_below(teaching.never_below, plan.train, plan.classes, where)
     shares = compute.workers * training.accumulate
     if training.batch % shares:
         parts = f" in {training.accumulate} parts each (training.accumulate)" if training.accumulate > 1 else ""

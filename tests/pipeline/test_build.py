@@ -7,7 +7,7 @@ import pytest
 
 from nightseg.data.images import encode_png
 from nightseg.pipeline.build import build_graph
-from nightseg.pipeline.graph import Graph, NodeId, View
+from nightseg.pipeline.graph import Frames, Graph, NodeId, View
 from nightseg.pipeline.run import plan
 from nightseg.recipe import load_recipe
 from nightseg.recipe.types import Recipe, expand_rounds, expand_seeds
@@ -175,6 +175,70 @@ def test_rounds_are_a_chain_of_models(tmp_path: Path) -> None:
     assert learning is not None and learning.teacher == "b.2"
     graph = build_graph(scenes_recipe(tmp_path, models))
     assert NodeId("train_segmenter", "b.2") in graph.nodes[NodeId("pseudo_label", "b")].needs
+
+
+ONLINE = """
+  a: {train: [day], start: START}
+  b: {train: [day], start: a, rounds: 2, training: {ema_decay: 0.9},
+      self_training: {mode: online, pool: night, never_below: {sky: [road]}}}
+  c: {train: [day], start: a, self_training: {pool: night, never_below: {sky: [road]}}}
+"""
+
+
+def online_graph(folder: Path, *overrides: str, start: str = "scratch") -> Graph:
+    scenes_recipe(folder, ONLINE.replace("START", start))
+    return build_graph(load_recipe(folder / "recipe.yaml", overrides))
+
+
+def test_a_model_that_teaches_itself_has_a_pool_and_no_pseudo_labels(tmp_path: Path) -> None:
+    graph = online_graph(tmp_path)
+    node = graph.nodes[NodeId("train_segmenter", "b")]
+    assert node.inputs["pool"] == Frames(graph.datasets["night"]) and "pool" in node.counted
+    assert NodeId("train_segmenter", "b.1") in node.needs  # its second round
+    assert {name.name for name in graph.nodes if name.stage == "pseudo_label"} == {"c"}
+    assert graph.models["b"].pseudo_label is None
+    assert {use.dataset for use in graph.watched["b"].learned} >= {"day", "night"}  # leaks of the pool are found
+    labelled = graph.nodes[NodeId("pseudo_label", "c")].inputs["labelled"]
+    assert labelled == Frames(graph.datasets["day"])  # what the rule is checked on
+
+
+@pytest.mark.parametrize(
+    ("change", "warning"),
+    [
+        ("", "no train set of a has labelled frames under night light"),
+        ("datasets.day.mix={day: 0.5, night: 0.5}", None),
+        ("start", "ever saw a labelled frame under night light is not known"),
+    ],
+)
+def test_a_teacher_that_never_saw_night_light_is_warned_of(tmp_path: Path, change: str, warning: str | None) -> None:
+    for file in ("model.json", "model.safetensors"):
+        (Location.of(tmp_path) / "m" / file).write_bytes(b"{}")
+    start = str(tmp_path / "m") if change == "start" else "scratch"
+    graph = online_graph(tmp_path, *([change] if "=" in change else []), start=start)
+    said = {
+        "online": graph.nodes[NodeId("train_segmenter", "b")].unhashed["warnings"],
+        "offline": graph.nodes[NodeId("pseudo_label", "c")].unhashed["known_warnings"],
+    }
+    for mode, warnings in said.items():
+        expected = warning.replace("of a ", "of b or b.1 or a ") if warning and mode == "online" else warning
+        assert warnings == () if expected is None else expected in warnings[0], mode
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("ema_decay: 0.9", "ema_decay: 0.0", "needs the EMA of the weights"),
+        (", training: {", ", training: {batch: 4, accumulate: 4, ", "2 frames of the pool cannot be shared evenly"),
+        ("pool: night, never", "online: {warmup_steps: 60}, pool: night, never", "the teacher would never teach"),
+    ],
+)
+def test_a_model_that_cannot_teach_itself_is_refused_before_anything_runs(
+    tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    models = ONLINE.replace("START", "scratch").replace(old, new, 1)
+    models = models.replace(", training: {", ", training: {epochs: 2, steps_per_epoch: 30, ")
+    with pytest.raises(UserError, match=message):
+        graph_of(tmp_path, models)
 
 
 SEEDED = """

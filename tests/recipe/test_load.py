@@ -125,6 +125,22 @@ def test_class_weights_name_classes_of_the_taxonomy(tmp_path: Path) -> None:
     assert "models.first.loss.class_weights: 2 values for the 19 classes of cityscapes19" in wrong
 
 
+def test_keys_of_the_other_mode_of_self_training_are_refused(tmp_path: Path) -> None:
+    at = "models.second.self_training"
+    recipe = load_recipe(write(tmp_path, GOOD), [f"{at}={{mode: online, pool: night, never_below: {{sky: [road]}}}}"])
+    assert recipe.models["second"].self_training.mode == "online"  # type: ignore[union-attr]
+    for key, message in {
+        "online: {batch: 2}": "online is for mode: online",
+        "threshold: {precision: 0.8}": "threshold.precision is measured while a model learns",
+        "mode: online, teacher: first": "mode online: the model teaches itself, leave teacher out",
+        "mode: online, inference: {flip: true}": "as online.flip and online.scales say",
+        "mode: online, weight: 2.0": "the weight of the pool is online.weight",
+        "never_below: {sky: [raod], sky_: [road]}": "cityscapes19 has no class 'raod', did you mean 'road'?",
+        "never_below: {sky: [sky]}": "leave it out of its own",
+    }.items():
+        assert message in errors_of(tmp_path, GOOD, f"{at}={{pool: night, {key}}}"), key
+
+
 def test_a_model_that_teaches_itself_is_a_cycle(tmp_path: Path) -> None:
     message = errors_of(tmp_path, GOOD, "models.second.self_training.teacher=second")
     assert "model second needs model second" in message

@@ -25,6 +25,7 @@ from nightseg.segmenter.self_training import (
     drop_impossible,
     guard,
     impossible,
+    precise_thresholds,
 )
 from nightseg.segmenter.settings import Threshold
 from nightseg.storage import Location, UserError
@@ -164,6 +165,19 @@ def test_a_floor_holds_and_the_upper_limit_counts_more() -> None:
     assert (class_thresholds(floor, histograms) * 256).tolist() == [154, 230, 230]  # 153.6 is no edge of a bin
     same = threshold.model_copy(update={"floor": 0.9})
     assert (class_thresholds(same, histograms) * 256).tolist() == [230, 230, 230]
+
+
+def test_the_least_confidence_at_which_enough_pixels_are_right() -> None:
+    """Class 0: of 3,000 pixels 2,000 are right, of the 1,000 surest ones 800. Class 1: seldom right. Class 2: too few
+    to tell. Class 3: always right."""
+    right, judged = np.zeros((4, NUM_BINS)), np.zeros((4, NUM_BINS))
+    judged[0, 100], right[0, 100] = 2000, 1200
+    judged[0, 200], right[0, 200] = 1000, 800
+    judged[1, 240], right[1, 240] = 1000, 700
+    judged[2, 240] = 999
+    judged[3, 50] = right[3, 50] = 1000
+    assert (precise_thresholds(right, judged, 0.8) * 256).tolist() == [101, 512, 0, 0]
+    assert (precise_thresholds(right, judged, 0.66) * 256).tolist() == [0, 0, 0, 0]  # bin 0 and above: all of them
 
 
 def test_a_floor_above_the_limit_or_without_class_balance_is_refused() -> None:

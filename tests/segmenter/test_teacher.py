@@ -178,6 +178,21 @@ def test_thresholds_follow_the_running_counts(session: LocalSession, batch: Batc
     assert bar < 100 / 256
 
 
+def test_a_class_that_is_often_wrong_on_labelled_night_frames_is_not_kept(session: LocalSession) -> None:
+    """On the labelled frame what the teacher calls road is road, what it calls car is something else."""
+    threshold = Threshold(kind="class_balanced", confidence=0.9, share=1.0, precision=0.8)
+    picture_of = torch.stack([picture(street()), picture(torch.full((SIZE, SIZE), CAR))])
+    truth = torch.stack([street(), torch.full((SIZE, SIZE), 5)]).to(torch.uint8)
+    labelled = Batch(picture_of, truth)
+    trusting = teacher_of(session, threshold=threshold)
+    found = trusting.extend(labelled, pool_of(street()), 0, session).labels[2]  # no frame of the batch is of the night
+    assert (found == CAR).any() and (found == SKY).any()
+    judging = teacher_of(session, threshold=threshold)
+    judging._judged_2KN[:, ROAD, 250] = 5000
+    found = judging.extend(labelled, pool_of(street()), 0, session, night=[0, 1]).labels[2]
+    assert not (found == CAR).any() and (found == ROAD).any()
+
+
 def test_a_share_out_of_range_by_hand() -> None:
     start = np.array([0.4, 0.4, 0.2, 0.0, 0.00005])
     assert out_of_range(start, start, (0.5, 1.5)).tolist() == [False] * 5

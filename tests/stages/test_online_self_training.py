@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 
@@ -37,7 +38,7 @@ ONLINE = Online(
     memory=4,
     augmentation=Augmentation(scale=(0.75, 1.5), brightness=0.3, noise=0.05),
 )
-THRESHOLD = Threshold(share=0.5, floor=0.1)
+THRESHOLD = Threshold(share=0.5, floor=0.1, precision=0.05)
 LEARNING: dict[str, Any] = {
     "epochs": 3,
     "steps_per_epoch": 4,
@@ -54,7 +55,8 @@ def plan_of(folder: Path, training: Training, online: Online = ONLINE) -> Plan:
     rows = write_frames(Location.of(folder) / "frames", 8)
     teaching = Teaching(online=online, threshold=THRESHOLD, never_below={"sky": ["road"]})
     pool = Pool.of(rows.slice(4), teaching)
-    return dataclasses.replace(plan_for(rows.slice(0, 4), folder, training), pool=pool)
+    labelled = [row | {"domain": "night" if number % 2 else "day"} for number, row in enumerate(rows.to_pylist()[:4])]
+    return dataclasses.replace(plan_for(pa.Table.from_pylist(labelled, rows.schema), folder, training), pool=pool)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +77,9 @@ def test_the_history_tells_what_the_teacher_saw(undisturbed: tuple[Plan, Session
         assert 0 < record["kept_share"] <= 1
         for name, bar in record["thresholds"].items():
             # The classes that are hardly predicted by now are not learned.
-            assert bar is None or 26 / 256 <= bar <= 230 / 256, name  # the limits, on edges of bins
+            assert bar is None or 26 / 256 <= bar < 1, name  # the floor, on an edge of a bin
+    right, judged = session.state["teacher"]["judged"].sum(dim=2)
+    assert (right <= judged).all() and 0 < right.sum() < judged.sum()  # on the labelled frames of the night
 
 
 @pytest.mark.parametrize("number", range(3))

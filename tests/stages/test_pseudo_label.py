@@ -110,7 +110,7 @@ class TestRules:
         assert "hardly ever predicts building" in evidence.pop("warnings")[0]
         assert evidence == {
             "teacher": {"name": teacher.name, "key": teacher.key},
-            "threshold": {"kind": "class_balanced", "confidence": 0.9, "share": 0.6, "floor": 0.0},
+            "threshold": {"kind": "class_balanced", "confidence": 0.9, "share": 0.6, "floor": 0.0, "precision": None},
             "frames": 5,
             "pixels": 480,
             "kept_share": 392 / 480,
