@@ -351,9 +351,9 @@ def predict(
     continues, if model, settings and files are still the same; a finished one makes everything anew.
 
     \b
-    nightseg predict runs/demo:self_trained /data/night --out masks --save mask,overlay
-    nightseg predict runs/demo:self_trained 'drives/**/*.jpg' --out masks --flip --scales 0.75,1,1.25
-    nightseg predict runs/demo:self_trained drive.mp4 --out drive --window 512x1024 --overlay-video
+    nightseg predict runs/demo:adapted /data/night --out masks --save mask,overlay
+    nightseg predict runs/demo:adapted 'drives/**/*.jpg' --out masks --flip --scales 0.75,1,1.25
+    nightseg predict runs/demo:adapted drive.mp4 --out drive --window 512x1024 --overlay-video
     """
     from nightseg.pipeline.results import model_folder
     from nightseg.pipeline.single import predict_frames
@@ -399,7 +399,7 @@ def convert() -> None:
 
     \b
     nightseg convert detectron2 model_final.pth models/panoptic --config config.yaml
-    nightseg convert to-detectron2 runs/demo:self_trained night.pth
+    nightseg convert to-detectron2 runs/demo:adapted night.pth
     """
 
 
@@ -505,7 +505,7 @@ def export(
     and std stand in its metadata. Before it is written it runs in onnxruntime, at several sizes, beside PyTorch.
 
     \b
-    nightseg export runs/demo:self_trained --out night.onnx
+    nightseg export runs/demo:adapted --out night.onnx
     """
     from nightseg.interop.onnx import export_onnx
     from nightseg.pipeline.results import model_folder

@@ -29,7 +29,7 @@ def main(debug: bool) -> None:
     \b
     nightseg run configs/demo.yaml              the whole chain on made-up scenes, in minutes
     nightseg run configs/camvid.yaml --dry-run  what a recipe would do
-    nightseg predict runs/demo:self_trained IMAGES --out masks
+    nightseg predict runs/demo:adapted IMAGES --out masks
 
     Exit code 0: done, 1: the work failed, 2: the request was wrong. Every verb has --help.
     """

@@ -106,7 +106,7 @@ def model_folder(place: str | Path | Location) -> Location:
     if not (run / RESULTS_NAME).exists():
         raise UserError(
             f"{place}: neither a model folder (no model.json) nor a finished run (no results.json)",
-            cure="give RUN_DIR:MODEL, for example runs/demo:self_trained",
+            cure="give RUN_DIR:MODEL, for example runs/demo:adapted",
         )
     content = read_results(run)
     nodes = {of: facts["model"] for of, facts in content["models"].items()}

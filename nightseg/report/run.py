@@ -39,7 +39,9 @@ class Run:
     @cached_property
     def models(self) -> list[str]:
         """Names of the models in the order in which they were trained: results.json sorts its keys."""
-        return self._by_age(self.results["models"], lambda name: [self.results["models"][name]["model"]])
+        return self._by_age(
+            self.results["models"], lambda name: [self.results["models"][name].get("model", f"train_segmenter/{name}")]
+        )
 
     @cached_property
     def tests(self) -> list[str]:

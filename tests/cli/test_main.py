@@ -164,7 +164,7 @@ def test_an_encoding_that_the_taxonomy_lacks_is_named(tmp_path: Path) -> None:
 
 def test_an_unknown_model_is_refused_before_the_run_folder_is_made(tmp_path: Path) -> None:
     message = refused("run", CONFIGS / "demo.yaml", "--only", "nobody", "--run-dir", tmp_path / "run")
-    assert "no such model" in message and "self_trained" in message
+    assert "no such model" in message and "adapted" in message
     assert not (tmp_path / "run").exists()
 
 
@@ -174,8 +174,8 @@ def test_a_dry_run_shows_the_graph_and_leaves_nothing(tmp_path: Path) -> None:
     stages = {stage["node"]: stage for stage in answer["stages"]}
     assert answer["run_dir"] == f"{tmp_path}/run"
     assert stages["collect/day"]["state"] == "runs" and stages["collect/day"]["rows"] > 0
-    assert stages["evaluate/self_trained"]["state"] == "waits"
-    assert "evaluate/self_trained" in good(*words).stdout
+    assert stages["evaluate/adapted"]["state"] == "waits"
+    assert "evaluate/adapted" in good(*words).stdout
     assert not (tmp_path / "run").exists()
 
 

@@ -16,7 +16,14 @@ from nightseg.storage import Commit, Location, UserError, Workspace
 DAY, SPLIT, SELECT = NodeId("collect", "day"), NodeId("split", "pool"), NodeId("select", "m")
 LABEL, TRAIN, TEST = NodeId("pseudo_label", "m"), NodeId("train_segmenter", "m"), NodeId("evaluate", "m")
 DUSK = NodeId("predict", "dusk")
-FACTS = {"start": "imagenet", "parents": [], "train": [], "training": {"batch": 8}, "self_training": None}
+FACTS = {
+    "start": "imagenet",
+    "parents": [],
+    "train": [],
+    "training": {"batch": 8},
+    "self_training": None,
+    "adapt_norms": None,
+}
 SCORES = {"miou": 0.25, "pa": 0.5, "iou": {"sky": 0.5, "car": None}, "confusion": [[3, 1], [0, 4]], "frames": 4}
 
 
@@ -210,7 +217,7 @@ translators: {optics: {kind: photometric}}
         node = NodeId("train_segmenter", name)
         commits[node] = commit(run, node)
         facts = {"parents": [parent] if parent else [], "start": parent or "imagenet", "train": train}
-        facts |= {"training": {"batch": batch}, "self_training": pool}
+        facts |= {"training": {"batch": batch}, "self_training": pool, "adapt_norms": None}
         graph.models[name] = ModelNodes(node, None, None, facts, name)
     models = gather(load_recipe(tmp_path / "recipe.yaml"), graph, commits, set())["models"]
     keys = ("steps", "steps_in_all", "frames_in_all")
@@ -279,7 +286,7 @@ def test_a_model_that_was_borrowed_is_found_where_it_lies(run: Location, tmp_pat
         ("{run}:n", "the run has no model 'n'; known: m. Cure: give RUN_DIR:MODEL"),
         ("{run}:mm", "no model 'mm', did you mean 'm'"),
         ("{run}:", "say which model"),
-        ("{run}/nowhere", "neither a model folder .* nor a finished run .*runs/demo:self_trained"),
+        ("{run}/nowhere", "neither a model folder .* nor a finished run .*runs/demo:adapted"),
         ("{run}/nowhere:m", "neither a model folder"),
         (":m", "neither a model folder"),
     ],

@@ -28,8 +28,8 @@ from nightseg.storage import Location, UserError, Workspace
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
-ALPHA, COUNT = "models.self_trained.loss.alpha", "models.self_trained.self_training.select.count"
-VALUES = {ALPHA: 0.5, "models.self_trained.loss.gamma": 1.0, COUNT: 60}
+ALPHA, COUNT = "models.adapted.loss.alpha", "models.adapted.self_training.select.count"
+VALUES = {ALPHA: 0.5, "models.adapted.loss.gamma": 1.0, COUNT: 60}
 
 
 def refused(folder: Path, *overrides: str, file: Path = CONFIGS / "search.yaml") -> str:
@@ -78,18 +78,18 @@ def test_ray_is_started_with_the_dashboard_that_frees_stopped_trials(
 def test_everything_that_is_wrong_is_in_one_message(tmp_path: Path) -> None:
     message = refused(
         tmp_path,
-        "model=self_traned",
-        "space={models.self_trained.loss.alhpa: {uniform: [0, 1]}, "
-        "models.self_trained.loss.gamma: {uniform: [-1, 4]}, "
+        "model=adaptd",
+        "space={models.adapted.loss.alhpa: {uniform: [0, 1]}, "
+        "models.adapted.loss.gamma: {uniform: [-1, 4]}, "
         f"{COUNT}: {{choice: [60, 120, many]}}}}",
     )
     for expected in (
         "4 errors",
         "nothing was started",
-        "model: the recipe has no model 'self_traned', did you mean 'self_trained'?",
-        "space.models.self_trained.loss.alhpa: ",
+        "model: the recipe has no model 'adaptd', did you mean 'adapted'?",
+        "space.models.adapted.loss.alhpa: ",
         "unknown key, did you mean 'alpha'?",
-        "space.models.self_trained.loss.gamma: ",
+        "space.models.adapted.loss.gamma: ",
         f'space.{COUNT}: set {COUNT}="many": ',
     ):
         assert expected in message, f"{expected}\nis missing in\n{message}"
@@ -97,7 +97,7 @@ def test_everything_that_is_wrong_is_in_one_message(tmp_path: Path) -> None:
 
 def test_a_score_is_needed_and_it_must_not_be_a_test(tmp_path: Path) -> None:
     assert "has no validate_on, so there is no score" in refused(tmp_path, "set=[]")
-    on_test = '["models.self_trained.validate_on=[night_test]", "models.self_trained.loss={kind: combined}"]'
+    on_test = '["models.adapted.validate_on=[night_test]", "models.adapted.loss={kind: combined}"]'
     assert "night_test, which is the test set night" in refused(tmp_path, f"set={on_test}")
 
 
@@ -126,7 +126,7 @@ def test_the_recipe_lies_beside_the_search(tmp_path: Path) -> None:
 def trials_of(folder: Path, *overrides: str) -> Trials:
     settings = load_settings(Search, CONFIGS / "search.yaml", overrides)
     trials = Trials(settings, Location.of(folder), foundation="shared")
-    recipe = load_recipe(CONFIGS / "demo.yaml", [*settings.set, "models.self_trained.training.epochs=3"])
+    recipe = load_recipe(CONFIGS / "demo.yaml", [*settings.set, "models.adapted.training.epochs=3"])
     save_recipe(recipe, trials.recipe_file)
     return trials
 
@@ -183,21 +183,21 @@ def test_the_searched_loss_and_selection_leave_the_base_model_and_the_features_a
         "train_segmenter/day_and_night", "score/pool_night.efficientnet_lite0",
         "score/day_at_night+day_by_optics.efficientnet_lite0",
     } <= shared  # fmt: skip
-    own = {"select/self_trained", "pseudo_label/self_trained", "train_segmenter/self_trained"}
+    own = {"select/adapted", "pseudo_label/adapted", "train_segmenter/adapted"}
     graph = {str(node) for node in trials_of(tmp_path).graph(VALUES).nodes}
     assert graph - shared == own
 
 
 def test_a_loss_alone_shares_the_pseudo_labels_too(tmp_path: Path) -> None:
     shared = {str(node) for node in shared_of(trials_of(tmp_path, f"space={{{ALPHA}: {{uniform: [0, 1]}}}}"))}
-    assert {"select/self_trained", "pseudo_label/self_trained"} <= shared
-    assert "train_segmenter/self_trained" not in shared
+    assert {"select/adapted", "pseudo_label/adapted"} <= shared
+    assert "train_segmenter/adapted" not in shared
 
 
 def test_a_key_that_only_the_last_choice_moves_is_seen(tmp_path: Path) -> None:
-    space = "space={models.self_trained.start: {choice: [day_and_night, day_and_night, day_only]}}"
+    space = "space={models.adapted.start: {choice: [day_and_night, day_and_night, day_only]}}"
     shared = {str(node) for node in shared_of(trials_of(tmp_path, space))}
-    assert "pseudo_label/self_trained" not in shared  # the model it starts from is its teacher
+    assert "pseudo_label/adapted" not in shared  # the model it starts from is its teacher
     assert {"train_segmenter/day_and_night", "train_segmenter/day_only"} <= shared  # both are done once
 
 
@@ -211,12 +211,12 @@ def test_trials_touch_no_test_set_and_predict_nothing(tmp_path: Path) -> None:
 def test_a_trial_trains_one_seed(tmp_path: Path) -> None:
     trials = changed(trials_of(tmp_path), "seeds=[0, 1, 2]")
     trained = {node.name for node in trials.graph(VALUES).nodes if node.stage == "train_segmenter"}
-    assert trained == {"day_only", "day_and_night", "self_trained"}
+    assert trained == {"day_only", "day_and_night", "adapted"}
     assert trials.recipe(VALUES).seeds == [0, 1, 2]  # the best recipe keeps them
 
 
 def test_values_reach_the_recipe_as_they_are(tmp_path: Path) -> None:
-    model = trials_of(tmp_path).recipe(VALUES | {ALPHA: 1e-5}).models["self_trained"]
+    model = trials_of(tmp_path).recipe(VALUES | {ALPHA: 1e-5}).models["adapted"]
     assert model.loss is not None and model.loss.alpha == 1e-5
     assert model.self_training is not None and model.self_training.select is not None
     assert model.self_training.select.count == 60
@@ -252,7 +252,7 @@ class MadeUpRun:
         self.asked = {"recipe": recipe, "folder": folder, **more}
         with progress.task("train day_and_night", 10, "steps") as other:
             other.advance(1, epoch=1.0, miou=0.99)
-        with progress.task("train self_trained", 10, "steps") as task:
+        with progress.task("train adapted", 10, "steps") as task:
             for figures in self.figures:
                 task.advance(1, **figures)
         records = [
@@ -261,9 +261,9 @@ class MadeUpRun:
         ]
         (folder / "attempt/history.json").write_json(records)
         self.is_committed = True
-        node = "train_segmenter/self_trained"
+        node = "train_segmenter/adapted"
         commits = {node: {"folder": (folder / "attempt").uri}}
-        return Outcome({"models": {"self_trained": {"model": node}}, "commits": commits}, 1, 0, 1.0)
+        return Outcome({"models": {"adapted": {"model": node}}, "commits": commits}, 1, 0, 1.0)
 
 
 def told(monkeypatch: pytest.MonkeyPatch, trials: Trials, made: MadeUpRun) -> list[tuple[int, float, bool]]:
@@ -288,7 +288,7 @@ def test_each_epoch_is_reported_once_and_the_last_after_its_commit(
     trials = trials_of(tmp_path)
     assert told(monkeypatch, trials, made) == [(1, 0.1, False), (2, 0.2, False), (3, 0.3, True)]
     assert made.asked["folder"] == trials.folder / "trials" / trials.name(VALUES)
-    assert made.asked["borrow"] == [trials.folder / "shared"] and made.asked["only"] == "self_trained"
+    assert made.asked["borrow"] == [trials.folder / "shared"] and made.asked["only"] == "adapted"
 
 
 def test_epochs_that_nobody_watched_are_reported_from_the_history(
@@ -301,8 +301,8 @@ def test_epochs_that_nobody_watched_are_reported_from_the_history(
 def test_epochs_without_validation_are_not_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     trials = changed(
         trials_of(tmp_path),
-        "models.self_trained.training.validate_every=2",
-        "models.self_trained.training.epochs=5",
+        "models.adapted.training.validate_every=2",
+        "models.adapted.training.epochs=5",
     )
     figures = [
         {"epoch": 1.0},
@@ -522,16 +522,16 @@ def test_a_search_prepares_what_is_shared_and_writes_what_it_found(
     assert asked["connected"] == [{"dashboard": True}] * 2  # before the shared stages, and for the trials
     (prepared,) = asked["prepared"].items()
     trials = trials_of(tmp_path / "trials")
-    needed = leaks.needed(build_graph(load_recipe(folder / "recipe.yaml"), "self_trained"))
+    needed = leaks.needed(build_graph(load_recipe(folder / "recipe.yaml"), "adapted"))
     assert prepared == (str(folder / "shared"), shared_of(trials) | needed) and asked["compared"]
     assert found.folder.uri == str(folder) and found.best == found.trials[1]
     assert found.best["values"] == {ALPHA: 0.75, COUNT: 120}
     written = json.loads((folder / "trials.json").read_text())
     assert (written["best"], written["trials"]) == (found.best, found.trials)
     assert [written["identity"]] == asked["identities"] and written["search"]["space"].keys() == {ALPHA, COUNT}
-    best = load_recipe(found.best_recipe).models["self_trained"]
+    best = load_recipe(found.best_recipe).models["adapted"]
     assert best.loss is not None and best.loss.alpha == 0.75
-    assert load_recipe(folder / "recipe.yaml").models["self_trained"].validate_on  # as the search sets it
+    assert load_recipe(folder / "recipe.yaml").models["adapted"].validate_on  # as the search sets it
 
 
 def test_a_search_that_is_finished_is_not_done_again_but_one_that_asks_for_more_is(
@@ -567,9 +567,9 @@ TINY = [
     "training.batch=2",
     "training.crop=[64, 128]",
     "models.day_and_night.training=null",
-    "models.self_trained.training=null",
-    "models.self_trained.validate_on=[night_val]",
-    "models.self_trained.loss={kind: combined}",
+    "models.adapted.training=null",
+    "models.adapted.validate_on=[night_val]",
+    "models.adapted.loss={kind: combined}",
 ]
 
 
@@ -604,14 +604,14 @@ def test_a_search_shares_its_base_compares_its_trials_and_continues(tmp_path: Pa
     for trial, end in ends.items():
         own = {f"{commit.stage}/{commit.name}" for commit in Workspace(folder / "trials" / trial).commits()}
         assert not own & shared
-        assert ("train_segmenter/self_trained" in own) == (end == "done")
+        assert ("train_segmenter/adapted" in own) == (end == "done")
         assert (folder / "trials" / trial / "results.json").exists() == (end == "done")
 
     events = list((folder / "tune").rglob("events.out.tfevents.*"))
     assert len(events) == 2 and all(file.stat().st_size > 0 for file in events)
 
     best = load_recipe(folder / "best.yaml")
-    loss = best.models["self_trained"].loss
+    loss = best.models["adapted"].loss
     assert loss is not None and loss.alpha == answer["best"]["values"][ALPHA]
     assert best.test_sets == {"night": "night_test", "day": "day_test"}
 
