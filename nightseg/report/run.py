@@ -40,7 +40,8 @@ class Run:
     def models(self) -> list[str]:
         """Names of the models in the order in which they were trained: results.json sorts its keys."""
         return self._by_age(
-            self.results["models"], lambda name: [self.results["models"][name].get("model", f"train_segmenter/{name}")]
+            self.results["models"],
+            lambda name: [self.results["models"][name].get("model") or f"train_segmenter/{name}"],
         )
 
     @cached_property
