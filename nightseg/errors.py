@@ -1,7 +1,8 @@
 """The one error that is the user's to solve, and the words that often solve it."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 MOST_NAMED = 5
 _MOST_ALIKE = 3
@@ -51,6 +52,19 @@ def together(problems: Sequence[UserError]) -> UserError:
     error = UserError(what, cure="all of these, then the same command")
     error.problems = single
     return error
+
+
+def all_of(*steps: Callable[[], Any]) -> list[Any]:
+    """What each step returns; if any raises UserError, the others are tried still, and all problems are one."""
+    found, problems = [], []
+    for step in steps:
+        try:
+            found.append(step())
+        except UserError as error:
+            problems.append(error)
+    if problems:
+        raise together(problems)
+    return found
 
 
 def _of_kind(cure: str, alike: Sequence[UserError]) -> str:

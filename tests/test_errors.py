@@ -2,7 +2,9 @@
 
 import pickle
 
-from nightseg.errors import UserError, closest, first_of, together
+import pytest
+
+from nightseg.errors import UserError, all_of, closest, first_of, together
 
 
 def test_the_closest_known_word_is_offered_and_only_if_it_is_close() -> None:
@@ -36,3 +38,13 @@ def test_several_errors_are_one_each_once_and_the_first_of_each_kind() -> None:
         "\n- and 15 more. Cure: all of these" in str(kinds) and "mend 9." in str(kinds) and "mend 10." not in str(kinds)
     )
     assert str(pickle.loads(pickle.dumps(many))) == str(many)  # it comes from an actor
+
+
+def test_all_steps_are_tried_and_all_that_fail_are_told() -> None:
+    def fails(where: str) -> None:
+        raise UserError(f"{where}: wrong", cure="mend it")
+
+    assert all_of(lambda: 1, lambda: "two") == [1, "two"]
+    with pytest.raises(UserError) as refused:
+        all_of(lambda: fails("a"), lambda: 1, lambda: fails("b"), lambda: fails("a"))
+    assert [problem.what for problem in refused.value.problems] == ["a: wrong", "b: wrong"]

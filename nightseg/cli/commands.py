@@ -355,18 +355,15 @@ def predict(
     nightseg predict runs/demo:adapted 'drives/**/*.jpg' --out masks --flip --scales 0.75,1,1.25
     nightseg predict runs/demo:adapted drive.mp4 --out drive --window 512x1024 --overlay-video
     """
-    from nightseg.pipeline.results import model_folder
     from nightseg.pipeline.single import predict_frames
-    from nightseg.stages.predict import check_pictures
 
-    pictures = check_pictures([word.strip() for word in save.split(",") if word.strip()])
     inference = valid(Inference, **modes)
     gpus = 1.0 if device is not None and device.startswith("cuda") else 0.0
     return predict_frames(
-        model_folder(model),
+        model,
         source,
         Location.of(out),
-        save=pictures,
+        save=tuple(word.strip() for word in save.split(",") if word.strip()),
         inference=inference,
         device=device,
         overlay_video=overlay_video,

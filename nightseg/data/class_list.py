@@ -47,7 +47,7 @@ def taxonomy(name_or_yaml_path: str) -> Taxonomy:
     if not re.search(r"\.ya?ml$", name_or_yaml_path, re.IGNORECASE):
         raise UserError(
             f"unknown taxonomy {name_or_yaml_path!r}{closest(name_or_yaml_path, known)}; known: {', '.join(known)}",
-            cure="set taxonomy to one of these, or to the path of a .yaml file with name and classes",
+            cure="use one of these, or the path of a .yaml file with name and classes",
         )
     location = Location.of(name_or_yaml_path)
     return _read(location, f"taxonomy file {location.uri}")

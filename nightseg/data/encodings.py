@@ -286,12 +286,15 @@ class _Group:
         return self.name
 
     def _check_ignored(self, chosen: str) -> None:
-        """Refuse what looks like train ids whose ignored pixels are K, the number of classes, or like ids from 1."""
-        num_classes = self.classes.num_classes
-        ids = {i: number for i, number in self.pixels.items() if i < num_classes}
-        highest = max((i for i in self.pixels if i != IGNORE), default=0)
+        """Refuse what looks like train ids whose ignored pixels have one id from K on, or like ids from 1."""
+        above = [i for i in self.pixels if self.classes.num_classes <= i != IGNORE]
+        if len(above) != 1:
+            return
+        highest, is_next = above[0], above[0] == self.classes.num_classes
+        ids = {i: number for i, number in self.pixels.items() if i < self.classes.num_classes}
         is_last = max(i for i in self.classes.encodings[chosen] if i != IGNORE) == highest  # CamVid's void is 11 = K
-        if highest != num_classes or is_last or not self._is_void(chosen, [chosen, TRAIN_IDS], ids, MOST_VOID_OF_NAMED):
+        most = MOST_VOID_OF_NAMED if is_next else MOST_VOID
+        if (is_next and is_last) or not self._is_void(chosen, [chosen, TRAIN_IDS], ids, most):
             return
         ones = self._from_one(with_zero=True)
         ignored = f"{TRAIN_IDS} with {highest} for ignored pixels"
@@ -311,11 +314,11 @@ class _Group:
         return [FROM_ONE] if may_be else []
 
     def _rewritten(self) -> str:
-        """The cure where K, the number of classes, stands for ignored pixels."""
-        number = self.classes.num_classes
-        if number not in self.pixels or any(number < i < IGNORE for i in self.pixels):
+        """The cure where one id from K on, the number of classes, stands for ignored pixels."""
+        above = [i for i in self.pixels if self.classes.num_classes <= i != IGNORE]
+        if len(above) != 1:
             return ""
-        return f"write 255 for {number}, or add an encoding with `ignore: [{number}]` to the taxonomy's YAML file"
+        return f"write 255 for {above[0]}, or add an encoding with `ignore: [{above[0]}]` to the taxonomy's YAML file"
 
     def _check_palettes(self, found: Sequence[str]) -> None:
         if several := _several_ids(self.files):
@@ -419,19 +422,26 @@ def unknown_ids(
     where: str, files: Sequence[LabelFile], classes: Taxonomy, encodings: Iterable[str] | None = None
 ) -> UserError:
     """For every encoding (None: of the taxonomy) the first label that it does not know all ids of."""
-    found = []
+    found: dict[str, list[str]] = {}  # the first file, and its unknown ids -> of which encodings
     for name in classes.tried if encodings is None else encodings:
         for file in files:
             unknown = [i for i in sorted(file.pixels) if i not in classes.encodings[name]]
             if unknown:
                 shown = _listed([f"{raw_id} ({file.pixels[raw_id]} pixels)" for raw_id in unknown])
-                found.append(f"{file.uri}: ids {shown} are not in the encoding {name} of the taxonomy {classes.name}")
+                found.setdefault(f"{file.uri}: ids {shown}", []).append(name)
                 break
-    several = f"{where}: no encoding of {classes.name} knows all ids: " if len(found) > 1 else ""
+    told = "; ".join(
+        f"{ids} are not in the encoding {' or '.join(names)} of the taxonomy {classes.name}"
+        for ids, names in found.items()
+    )
+    several = f"{where}: no encoding of {classes.name} knows all ids: " if sum(map(len, found.values())) > 1 else ""
     shifted = all(file.pixels.keys() <= classes.encodings.get(FROM_ONE, {}).keys() for file in files)
     hint = f", {FROM_ONE} if 0 is void and the classes begin with 1" if shifted else ""
+    no_train_ids = {i for file in files for i in file.pixels} - classes.encodings[TRAIN_IDS].keys()
     cure = f"another taxonomy, another encoding of the labels{hint}, or one added to the taxonomy's YAML file"
-    return UserError(several + "; ".join(found), cure=cure)
+    if len(no_train_ids) == 1:
+        cure += f"; if these are {TRAIN_IDS} and {(void := no_train_ids.pop())} is void, write 255 for {void}"
+    return UserError(several + told, cure=cure)
 
 
 def _classes_of_palette(file: LabelFile, classes: Taxonomy) -> dict[tuple[int, int], int]:

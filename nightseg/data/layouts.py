@@ -389,9 +389,11 @@ def pair_up(
     if broken or missing:
         hints = [f"{labels[key].name}{_hint(key, labels, predictions)}" for key in missing[:MOST_NAMED]]
         shown = broken + hints + missing[MOST_NAMED:]
+        free = sorted(predictions[key].name for key in predictions.keys() - set(found.values()))
+        have = f"; predictions without label: {first_of(free)}" if free and missing else ""
         raise Unpaired(
             f"{len(shown)} of {len(labels)} labels in {labels_folder.uri} have no prediction in "
-            f"{predictions_folder.uri}: {first_of(shown)}",
+            f"{predictions_folder.uri}: {first_of(shown)}{have}",
             cure="name predictions, and the folders that they lie in like their labels (without "
             "endings such as _leftImg8bit); `nightseg predict` does so",
             pairs=[pair for pair in pairs if not pair.label.problem],

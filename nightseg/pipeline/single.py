@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -20,15 +21,16 @@ from nightseg.cluster.settings import MapCompute
 from nightseg.data import layouts
 from nightseg.data import table as frame
 from nightseg.data.class_list import taxonomy as load_taxonomy
-from nightseg.data.layouts import Unpaired, pair_up
+from nightseg.data.layouts import Pair, Unpaired, pair_up
 from nightseg.data.listing import PREDICTION_CARD, predicted_taxonomy
 from nightseg.data.settings import FolderDataset
 from nightseg.data.sources import Source, find_source
 from nightseg.data.video import need_av
-from nightseg.errors import first_of, together
+from nightseg.errors import all_of, first_of, together
 from nightseg.networks.model_folder import TENSORS, load_card
 from nightseg.pipeline import build, run
 from nightseg.pipeline.graph import Given, NodeId, part_of_key
+from nightseg.pipeline.results import model_folder
 from nightseg.progress import Progress
 from nightseg.recipe.types import Evaluation, Recipe
 from nightseg.segmenter.network import check_kind
@@ -57,8 +59,7 @@ def split_folder(
     Beside `out` lie the evidence (histograms, thresholds, borderline frames) and, if there are bad frames, why.
     """
     table = Location.of(out)
-    if not table.name.endswith(".parquet"):
-        raise UserError(f"{out}: the frame table is a Parquet file", cure="a name that ends in .parquet")
+    all_of(partial(_check_table_name, table, out), partial(layouts.check_folders, FolderDataset.of_images(images)))
     graph = build.split_graph(images, margin, compute, max_bad_fraction)
     with run.finished(graph, table.parent / f".{table.name}.work", progress) as commits:
         collected, done = commits.values()
@@ -69,6 +70,11 @@ def split_folder(
         if bad:
             (table.parent / f"{stem}.quarantine.parquet").write_table(pa.concat_tables(bad))
     return dict(done.summary) | {"frames": table.uri, "quarantined": sum(part.num_rows for part in bad)}
+
+
+def _check_table_name(table: Location, out: str) -> None:
+    if not table.name.endswith(".parquet"):
+        raise UserError(f"{out}: the frame table is a Parquet file", cure="a name that ends in .parquet")
 
 
 def select_frames(
@@ -88,23 +94,40 @@ def select_frames(
     an extractor whose weights are not at hand.
     """
     folder = Location.of(out)
-    if reference is None and selection.needs_reference:
-        raise UserError(
-            f"method {selection.method} needs a reference that the chosen frames should be close to",
-            cure="name a folder or a frame table as the reference, or the method random",
-        )
-    places = {build.POOL: _frames(pool)} | ({} if reference is None else {build.REFERENCE: _frames(reference)})
-    found = places[build.POOL]
-    num_frames = found.table.num_rows if isinstance(found, Given) else layouts.count(FolderDataset.of_images(found))
-    if selection.count > num_frames:
-        raise UserError(f"count {selection.count}: the pool {pool} has {num_frames} frames", cure="a smaller count")
-    identify(selection.extractor)
+    found, other, _ = all_of(
+        partial(_pool, pool, selection.count),
+        partial(_reference, reference, selection),
+        partial(identify, selection.extractor),
+    )
+    places = {build.POOL: found} | ({} if other is None else {build.REFERENCE: other})
     graph = build.selection_graph(places, selection, seed, compute, max_bad_fraction)
     with run.finished(graph, folder / ".work", progress) as commits:
         done = commits[NodeId("select", build.POOL)]
         for name in ("frames.parquet", "scores.parquet", "evidence.json"):
             (folder / name).write_bytes(done.file(name).read_bytes())
     return dict(done.summary) | {"out": folder.uri}
+
+
+def _pool(pool: str, count: int) -> str | Given:
+    found = _frames(pool)
+    num_frames = found.table.num_rows if isinstance(found, Given) else layouts.count(FolderDataset.of_images(found))
+    if count > num_frames:
+        raise UserError(f"count {count}: the pool {pool} has {num_frames} frames", cure="a smaller count")
+    return found
+
+
+def _reference(reference: str | None, selection: Selection) -> str | Given | None:
+    if reference is not None:
+        found = _frames(reference)
+        if isinstance(found, str):
+            layouts.check_folders(FolderDataset.of_images(found))
+        return found
+    if selection.needs_reference:
+        raise UserError(
+            f"method {selection.method} needs a reference that the chosen frames should be close to",
+            cure="name a folder or a frame table as the reference, or the method random",
+        )
+    return None
 
 
 def _frames(source: str) -> str | Given:
@@ -146,7 +169,7 @@ def distance(
 
     Raises UserError: a set does not exist, has fewer than 2 good frames, or was measured in another way than the other.
     """
-    read = [_set_of_frames(place, progress) for place in (a, b)]  # both, before the first is measured
+    read = all_of(*(partial(_set_of_frames, place, progress) for place in (a, b)))  # before the first is measured
     found, origin = _settled(read, (a, b), extraction, insist)
     for name, one, how in zip((a, b), found, origin, strict=True):
         if isinstance(one, Statistics) and how != "file":
@@ -243,7 +266,7 @@ def _coming(extraction: Extraction) -> Statistics:
 
 
 def predict_frames(
-    model: Location,
+    model: str | Location,
     source: str,
     out: Location,
     *,
@@ -265,16 +288,17 @@ def predict_frames(
     would be written to one file.
     """
     started = time.monotonic()
-    pictures = check_pictures(save)
-    card = load_card(model)
-    check_kind(model, card)
+    pictures, weights, found = all_of(
+        partial(check_pictures, save), partial(model_folder, model), partial(find_source, source, progress.say)
+    )
+    card = load_card(weights)
+    check_kind(weights, card)
     device = device or "cpu" if compute.actors else str(usable_device(device))
-    found = find_source(source, progress.say)
     _check_source(found, pictures, overlay_video, compute.actors, source, out)
-    sha256 = {"model": hash_of([card, sha256_of((model / TENSORS).read_bytes())]), "source": found.identity}
+    sha256 = {"model": hash_of([card, sha256_of((weights / TENSORS).read_bytes())]), "source": found.identity}
     images = Given(frame.frame_table(found.images), found.identity) if found.images else None
     settings = {"save": pictures, "inference": inference}
-    unhashed = {"model": model, "out": out, "device": device}
+    unhashed = {"model": weights, "out": out, "device": device}
     graph = build.prediction_graph(
         images, found.videos, found.identity, settings, overlay_video, unhashed, sha256["model"], compute
     )
@@ -284,7 +308,7 @@ def predict_frames(
         written = sum(commit.rows_out for commit in commits.values())
     _check_written(source, bad, written, max_bad_fraction, out)
     answer = {
-        "model": str(model),
+        "model": str(weights),
         "source": source,
         "images": written + len(bad),
         "written": written,
@@ -378,28 +402,26 @@ def evaluate_folders(
     folder, no label, masks of another taxonomy, a label without prediction, sizes that differ, unknown ids, and more
     than `max_bad_fraction` of the frames with a damaged file; the others are scored then.
     """
-    classes = load_taxonomy(taxonomy)
-    predicted = predicted_taxonomy(predictions)
-    if predicted not in (None, classes.name):
-        raise UserError(
-            f"{predictions}: its masks are train ids of the taxonomy {predicted}, and not of {classes.name}",
-            cure=f"evaluate against labels of {predicted}, with that taxonomy",
-        )
     problems: list[UserError] = []
+
+    def paired() -> list[Pair]:
+        try:
+            return pair_up(predictions, labels, progress.say, label_encoding)
+        except Unpaired as error:
+            if not error.pairs:
+                raise
+            problems.append(error)
+            return error.pairs[: compute.shard_rows]  # what else is wrong shows at once
+
     try:
-        pairs = pair_up(predictions, labels, progress.say, label_encoding)
-    except Unpaired as error:
-        problems.append(error)
-        pairs = error.pairs[: compute.shard_rows]  # what else is wrong shows at once
-        if not pairs:
-            raise
+        _, pairs = all_of(partial(_check_classes, predictions, taxonomy, label_encoding), paired)
+    except UserError as error:
+        raise together([*problems, error]) from error
     places = {
         "prediction_uri": [(predictions / pair.prediction.name).uri for pair in pairs],
         frame.LABEL_URI: [(labels / pair.label.name).uri for pair in pairs],
     }
     listing = [places, [[entry.size, entry.modified_ns] for pair in pairs for entry in pair]]
-    if label_encoding is not None:
-        classes.lut(label_encoding)
     kept = work or (predictions if compute.actors else None)  # all actors see it; minutes in this process need no place
     folder = kept and kept / ".evaluate.work"
     given = Given(pa.table(places), hash_of(listing))
@@ -412,4 +434,20 @@ def evaluate_folders(
         problems.append(error)
     if problems:
         raise together(problems)
+    if own := [pair.label.name for pair in pairs if pair.prediction.same and pair.prediction.same == pair.label.same]:
+        warning = f"{len(own)} of {len(pairs)} predictions are the files of their labels themselves: {first_of(own)}"
+        progress.say(f"warning: {warning}")
+        found["warning"] = "; ".join(filter(None, [warning, found.get("warning")]))
     return found
+
+
+def _check_classes(predictions: Location, taxonomy: str, label_encoding: str | None) -> None:
+    classes = load_taxonomy(taxonomy)
+    if label_encoding is not None:
+        classes.lut(label_encoding)
+    predicted = predicted_taxonomy(predictions)
+    if predicted not in (None, classes.name):
+        raise UserError(
+            f"{predictions}: its masks are train ids of the taxonomy {predicted}, and not of {classes.name}",
+            cure=f"evaluate against labels of {predicted}, with that taxonomy",
+        )

@@ -216,7 +216,9 @@ def identify(extraction: Extraction) -> Identity:
     name, weights = extraction.name, extraction.weights
     usual_resize = "clean"
     if name in INCEPTION_DIMS:
-        cure = "name a local copy with `extractor.weights`, or use efficientnet_lite0, whose weights are installed"
+        cure = (
+            "name a local copy as the weights of the extractor, or use efficientnet_lite0, whose weights are installed"
+        )
         file = Location.of(weights or cached_download(INCEPTION_URL, _INCEPTION_SHA256_PREFIX, name=name, cure=cure))
         dims, usual_resize = DIMS[name], "pytorch-fid"
     elif name == "efficientnet_lite0":
@@ -228,7 +230,7 @@ def identify(extraction: Extraction) -> Identity:
     else:
         file, dims = Location.of(weights or cached_resnet_file(name)), DIMS[name]
     prefix = _INCEPTION_SHA256_PREFIX if name in INCEPTION_DIMS else ""
-    digest = sha256_of(read_weights_file(file, name, key="extractor.weights", sha256_prefix=prefix))
+    digest = sha256_of(read_weights_file(file, name, key="the weights of the extractor", sha256_prefix=prefix))
     return Identity(name, dims, extraction.resize or usual_resize, digest, file)
 
 
@@ -292,7 +294,7 @@ def _timm_file_and_dims(name: str, weights: str | None) -> tuple[Location, int]:
     if weights is None:
         raise UserError(
             f"{name}: it needs its weights in a file",
-            cure="set `extractor.weights` to a state dict, .pth or .safetensors",
+            cure="name a state dict, .pth or .safetensors, as the weights of the extractor",
         )
     with torch.device("meta"):
         return Location.of(weights), int(timm.create_model(model, pretrained=False).num_features)

@@ -75,7 +75,7 @@ def check_count(count: int, pool: int) -> None:
     if count > pool:
         raise UserError(
             f"count: the pool has {pool} frames, {count} were asked for",
-            cure="lower `count`, add frames to the pool, or leave `select` out to learn from every frame",
+            cure="a smaller count, or more frames in the pool",
         )
 
 

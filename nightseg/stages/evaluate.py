@@ -194,8 +194,8 @@ def evaluate_folders(
     other = _other_meaning(matrix, reading, classes)
     if other is not None and label_encoding is None:
         raise other
-    warnings = [other.what if other is not None else _mix_up(matrix, classes), _lies_otherwise(counted)]
-    if warning := "; ".join(filter(None, warnings)):
+    lies = _lies_otherwise(counted)  # which mixes up classes, too
+    if warning := other.what if other is not None else lies or _mix_up(matrix, classes):
         work["progress"].say(f"warning: {warning}")
         found["warning"] = warning
     (shards.attempt.folder / "scores.json").write_json(found)

@@ -141,6 +141,13 @@ def test_a_file_that_says_nothing_is_not_taken_for_another_resize_rule(tmp_path:
     assert (got["resize"], got["origin"]) == ("clean", {"a": "file", "b": "assumed"})  # the extractor is assumed
 
 
+def test_both_sets_are_looked_for_before_one_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"(?s)2 problems:.*no such folder: .*/x.*y\.npz: there is no such file"):
+        measured(tmp_path / "x", tmp_path / "y.npz", tmp_path)
+    with pytest.raises(UserError, match=r"^no such folder"):
+        measured(tmp_path / "x", tmp_path / "x", tmp_path)
+
+
 def test_fid_refuses_what_does_not_compare(tmp_path: Path) -> None:
     folder_of(tmp_path / "a", range(2))
     np.savez(tmp_path / "pytorch_fid.npz", mu=np.zeros(2048), sigma=np.eye(2048))

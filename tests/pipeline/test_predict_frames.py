@@ -229,7 +229,7 @@ class TestImages:
             predict(model, images, out, device="gpu")
         with pytest.raises(UserError, match=r"device 'cuda:99': PyTorch sees \d+ CUDA GPUs here"):
             predict(model, images, out, device="cuda:99")
-        with pytest.raises(UserError, match="not a model folder"):
+        with pytest.raises(UserError, match="neither a model folder"):
             predict(Location.of(tmp_path / "no"), images, out)
         assert not out.exists()
 
@@ -321,6 +321,15 @@ class TestGoingOn:
         seen.clear()
         predict(other, images, out, **changes)
         assert seen == [9 if what == "files" else 0, 2, 3, 4, 5]
+
+
+def test_model_source_and_pictures_are_looked_for_before_one_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as refused:
+        predict(Location.of(tmp_path / "m"), tmp_path / "x", tmp_path / "o", save=["maks"])
+    assert [problem.what.partition(":")[0] for problem in refused.value.problems] == [
+        "save", str(tmp_path / "m"), str(tmp_path / "x"),
+    ]  # fmt: skip
+    assert not (tmp_path / "o").exists()
 
 
 def film(file: Location, num_frames: int) -> Location:

@@ -300,7 +300,9 @@ def test_through_ray_data(ray_cluster: None, many: tuple[Location, Location], tm
     assert found == evaluate_folders(*many, boundary=0.02)
     assert [entry.name for entry in work.list()] == ["keep.txt"]
     (many[1] / "03.png").write_bytes(encode_png(np.full((40, 60), 99, np.uint8)))
-    with pytest.raises(UserError, match=r"03\.png: ids 99 \(2400 pixels\) are not in the encoding camvid12"):
+    with pytest.raises(
+        UserError, match=r"03\.png: ids 99 \(2400 pixels\) are not in the encoding train_ids or camvid12"
+    ):
         evaluate_folders(*many, actors=1, work=work)
 
 
@@ -440,7 +442,37 @@ def test_labels_that_lie_otherwise_than_predictions_are_told(tmp_path: Path, tur
     where = folders(tmp_path, guess, {name: np.ascontiguousarray(turn(label)) for name, label in good.items()})
     found = evaluate_folders(*where)
     assert f"if they are {way}: one of the two does not lie like the images" in found["warning"]
+    assert "classes of the labels are others" not in found["warning"], "told once, by its cause"
     assert found["pa"] < 0.3 and "warning" not in evaluate_folders(*folders(tmp_path / "good", guess, good))
+
+
+def test_labels_as_predictions_of_themselves_are_told(tmp_path: Path) -> None:
+    """By the files: a folder named twice, or linked; copies of the values are perfect predictions."""
+    where = folders(tmp_path, {"a.png": LABEL % 11}, {"a.png": LABEL, "b.png": LABEL % 11})
+    (tmp_path / "predictions/b.png").symlink_to(tmp_path / "labels/b.png")
+    found = evaluate_folders(*where)
+    assert (found["pa"], found["warning"]) == (
+        1.0,
+        "1 of 2 predictions are the files of their labels themselves: b.png",
+    )
+    (tmp_path / "predictions/b.png").unlink()
+    folders(tmp_path, {"b.png": LABEL % 11}, {})
+    assert "warning" not in evaluate_folders(*where)
+
+
+def test_all_that_is_wrong_with_the_request_is_one_message(tmp_path: Path) -> None:
+    nowhere = (Location.of(tmp_path / "x"), Location.of(tmp_path / "y"))
+    with pytest.raises(UserError) as refused:
+        evaluate_folders(*nowhere, taxonomy="camvid1")
+    assert [problem.what.partition(" ")[0] for problem in refused.value.problems] == [
+        "unknown", "predictions:", "labels:",
+    ]  # fmt: skip
+    where = folders(tmp_path, {"000.png": GUESS, "c.png": GUESS}, {"00.png": LABEL, "c.png": LABEL})
+    with pytest.raises(UserError) as refused:
+        evaluate_folders(*where, label_encoding="camvid")
+    missing, encoding = (problem.what for problem in refused.value.problems)
+    assert missing.endswith(": 00.png; predictions without label: 000.png")
+    assert "no label encoding 'camvid', did you mean 'camvid12'" in encoding
 
 
 def test_labels_of_other_types_are_scored(tmp_path: Path) -> None:

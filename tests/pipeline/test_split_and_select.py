@@ -117,6 +117,13 @@ def test_wrong_requests_leave_nothing_behind(pool: Path, tmp_path: Path) -> None
     ):
         with pytest.raises(UserError, match=message):
             choose(frames, out, method, reference)
+    with pytest.raises(UserError) as refused:
+        choose(tmp_path / "nowhere", out, "pooled", tmp_path / "no.parquet")
+    assert [str(problem).partition(": ")[2] for problem in refused.value.problems] == [
+        f"{tmp_path}/nowhere. Cure: check the path.", "there is no such frame table. Cure: check the path.",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match=r"(?s)2 problems:.*ends in \.parquet.*no such folder"):
+        single.split_folder(str(tmp_path / "nowhere"), "a.csv", margin=0.1, compute=COMPUTE, progress=SilentProgress())
     for images, table, message in ((tmp_path / "nowhere", "a.parquet", "no such folder"), (pool, "a.csv", "ends in")):
         with pytest.raises(UserError, match=message):
             single.split_folder(str(images), str(out / table), margin=0.1, compute=COMPUTE, progress=SilentProgress())
