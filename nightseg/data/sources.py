@@ -89,7 +89,7 @@ def _found(root: Location, entries: Sequence[Entry]) -> Source:
 
 def _of_table(file: Location) -> Source:
     rows = frame.resolve(file.read_table(), file.parent)
-    frame.check_frames(rows)
+    frame.check_frames(rows, f"frame table {file}")
     if rows.num_rows == 0:
         raise UserError(f"{file}: the frame table has no row", cure="name a table with frames")
     columns = [name for name in (frame.FRAME_ID, frame.URI, frame.SHA256) if name in rows.column_names]

@@ -81,37 +81,37 @@ def sort_out(rows: pa.Table, work: Callable[[dict[str, Any]], Any]) -> tuple[lis
     return good, bad
 
 
-def check_frames(table: pa.Table) -> None:
+def check_frames(table: pa.Table, where: str = "frame table") -> None:
     """Raise UserError unless `table` is a frame table: ids and uris there, ids unique, domains known, plain types."""
     missing = [name for name in (FRAME_ID, URI) if name not in table.column_names]
     if missing:
         raise UserError(
-            f"not a frame table: the column {missing[0]} is missing; it has {', '.join(table.column_names)}",
+            f"{where}: not a frame table, the column {missing[0]} is missing; it has {', '.join(table.column_names)}",
             cure=f"a frame table has at least the text columns {FRAME_ID} and {URI}",
         )
     for field in table.schema:
-        _check_type(field)
+        _check_type(field, where)
     for name in (FRAME_ID, URI):
         blank = pc.sum(pc.fill_null(pc.equal(pc.utf8_length(table[name]), 0), True)).as_py() or 0
         if blank:
-            raise UserError(f"frame table: {blank} of {table.num_rows} rows have an empty {name}", cure="fill it in")
+            raise UserError(f"{where}: {blank} of {table.num_rows} rows have an empty {name}", cure="fill it in")
     counts = pc.value_counts(table[FRAME_ID].combine_chunks())
     repeated = [(row["values"], row["counts"]) for row in counts.to_pylist() if row["counts"] > 1]
     if repeated:
         name, count = repeated[0]
         raise UserError(
-            f"frame table: {len(repeated)} frame ids are not unique; '{name}' occurs {count} times",
+            f"{where}: {len(repeated)} frame ids are not unique; '{name}' occurs {count} times",
             cure="list a frame once; give data sets that are joined different names",
         )
     if DOMAIN in table.column_names:
         unknown = sorted({str(value) for value in pc.unique(table[DOMAIN]).to_pylist()} - set(DOMAINS))
         if unknown:
-            raise UserError(f"frame table: unknown domain '{unknown[0]}'", cure=f"use one of {', '.join(DOMAINS)}")
+            raise UserError(f"{where}: unknown domain '{unknown[0]}'", cure=f"use one of {', '.join(DOMAINS)}")
     if LABEL_URI in table.column_names and LABEL_ENCODING in table.column_names:
         undeclared = pc.and_(pc.is_valid(table[LABEL_URI]), pc.is_null(table[LABEL_ENCODING]))
         if pc.any(undeclared).as_py():
             first = table.filter(undeclared)[FRAME_ID][0].as_py()
-            what = f"frame table: '{first}' has a label but no {LABEL_ENCODING}, so its ids mean nothing"
+            what = f"{where}: '{first}' has a label but no {LABEL_ENCODING}, so its ids mean nothing"
             raise UserError(what, cure=f"say what its ids mean, such as {LABEL_ENCODING} = train_ids")
 
 
@@ -200,7 +200,7 @@ def _map_column(table: pa.Table, name: str, change: Callable[[str | None], str |
     return table.set_column(table.schema.get_field_index(name), pa.field(name, pa.string()), values)
 
 
-def _check_type(field: pa.Field) -> None:
+def _check_type(field: pa.Field, where: str) -> None:
     """Text columns are text, numbers are integers; extra columns are plain: text, numbers, or lists of numbers."""
     kind = field.type
     is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
@@ -215,4 +215,4 @@ def _check_type(field: pa.Field) -> None:
         wanted = "text, a number or a list of numbers"
     # An all-null column has no type of its own yet.
     if not fits and not pa.types.is_null(kind):
-        raise UserError(f"frame table: the column {field.name} has the type {kind}", cure=f"make it {wanted}")
+        raise UserError(f"{where}: the column {field.name} has the type {kind}", cure=f"make it {wanted}")

@@ -138,7 +138,7 @@ def _frames(source: str) -> str | Given:
     if not place.exists():
         raise UserError(f"{source}: there is no such frame table", cure="check the path")
     rows = frame.resolve(place.read_table(), place.parent)
-    frame.check_frames(rows)
+    frame.check_frames(rows, f"frame table {source}")
     whole = frame.frame_table(rows.to_pylist())  # a table made by hand may hold only frame_id and uri
     return Given(whole, hash_of(whole.to_pylist()))
 
@@ -199,13 +199,20 @@ def _set_of_frames(source: str, progress: Progress) -> Statistics | Given:
         return read_statistics(place)
     frames = _frames(source)
     if isinstance(frames, Given):
-        return frames
+        return _at_least_two(source, frames)
     folder = FolderDataset.of_images(source)
     candidates = layouts.list_frames(folder, place.name, progress.say)
     if broken := [one for one in candidates if one.problem]:
         progress.say(f"{source}: {first_of([f'{one.uri} ({one.problem})' for one in broken])}: bad frames")
     listed = ({frame.FRAME_ID: one.frame_id, frame.URI: one.uri} for one in candidates)
-    return Given(frame.frame_table(listed), layouts.fingerprint(folder))
+    return _at_least_two(source, Given(frame.frame_table(listed), layouts.fingerprint(folder)))
+
+
+def _at_least_two(source: str, frames: Given) -> Given:
+    if frames.table.num_rows < 2:
+        what = f"{source}: it holds {frames.table.num_rows} frames, and a distance needs at least 2"
+        raise UserError(what, cure="a set of more frames")
+    return frames
 
 
 def _settled(

@@ -410,7 +410,7 @@ class FrameSet(NamedTuple):
             raise UserError(
                 f"{scored.name}: {scored.rows_out} of its {scored.rows_in} frames could be read, and a distance needs"
                 " at least 2",
-                cure="see the reasons in its quarantine table",
+                cure="a set of more frames; bad ones have their reasons in its quarantine table",
             )
         vectors_Nd = sampled_vectors(scored, FEATURES, FEATURES, _MOST_ROWS)
         return cls(read_statistics(scored.file(STATISTICS_NAME)), vectors_Nd)

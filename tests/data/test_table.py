@@ -68,6 +68,8 @@ def test_foreign_tables_are_refused() -> None:
         check_frames(pa.table({"frame_id": ["a"], "uri": ["a"], "blob": [b"x"]}))
     with pytest.raises(UserError, match="width has the type string"):
         check_frames(pa.table({"frame_id": ["a"], "uri": ["a"], "width": ["640"]}))
+    with pytest.raises(UserError, match=r"^two: the column width has"):
+        check_frames(pa.table({"frame_id": ["a"], "uri": ["a"], "width": ["640"]}), "two")
 
 
 def test_relative_uris_are_below_the_folder() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -154,8 +155,12 @@ def test_fid_refuses_what_does_not_compare(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"extractor of .*a is efficientnet_lite0"):
         measured(tmp_path / "a", tmp_path / "pytorch_fid.npz", tmp_path)
     folder_of(tmp_path / "one", range(1))
-    with pytest.raises(UserError, match="at least 2"):
+    with pytest.raises(UserError, match="one: it holds 1 frames, and a distance needs at least 2"):
         measured(tmp_path / "one", tmp_path / "a", tmp_path)
+    for name in ("first", "second"):  # of two tables the wrong ones are named
+        Location.of(tmp_path / f"{name}.parquet").write_table(pa.table({"frame_id": ["1", "1"], "uri": ["a", "b"]}))
+    with pytest.raises(UserError, match=r"(?s)2 problems:.*first\.parquet: 1 frame ids .*second\.parquet: 1 frame"):
+        measured(tmp_path / "first.parquet", tmp_path / "second.parquet", tmp_path)
     for missing in ("absent", "absent.parquet", "absent.npz"):
         with pytest.raises(UserError, match="absent"):
             measured(tmp_path / missing, tmp_path / "a", tmp_path)
