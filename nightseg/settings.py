@@ -17,4 +17,4 @@ Domain = Literal["day", "night", "twilight", "unknown"]
 class Strict(BaseModel):
     """The one base of all recipe types: frozen, no unknown keys, no type coercion beyond int to float."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)

@@ -329,6 +329,7 @@ class Builder:
                 weights[PSEUDO_LABELS] = learning.weight
         facts = {
             **self.classes,
+            "parts": list(train),  # in this order frames are drawn
             "start": start_identity(model.start) if ready else str(start),
             "encoder_weights": weights_identity(network.encoder_weights, model.start),
             # Each batch norm sees a worker's share of the batch only.
@@ -359,7 +360,9 @@ class Builder:
             facts={"start": start_identity(model.start) if start is None else str(start)},
             seed=self.recipe.seed + seed,
         )
-        shown = self._shown(model) | {"train": [], "weights": None}
+        of_start = {} if start is None else self.graph.models[model.start].facts
+        kept = {key: of_start[key] for key in ("network", "loss", "training") if key in of_start}
+        shown = {**self._shown(model), **kept, "train": [], "weights": None}
         self.graph.models[name] = ModelNodes(node, None, None, shown, of, seed)
         return node
 

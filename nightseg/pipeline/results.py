@@ -203,13 +203,21 @@ class _Light:
         self._domains: dict[str, set[str]] = {}
 
     def of(self, line: Sequence[ModelNodes]) -> dict[str, Any]:
-        """Domains of all train sets, whether one is translated, whether there was a pool, and if it was day alone."""
+        """Domains of all train sets, whether one is translated, whether one has real night frames with labels, whether
+        there was a pool, and if it was day alone."""
         names = {dataset: None for nodes in line for dataset in nodes.facts["train"]}
         domains = sorted(set().union(*map(self._domains_of, names)))
         is_translated = any(_is_translated(self.recipe, name) for name in names)
-        has_pool = any(nodes.facts["self_training"] or nodes.facts["adapt_norms"] for nodes in line)
+        has_pool = any(nodes.facts["self_training"] or nodes.facts.get("adapt_norms") for nodes in line)
+        has_night_labels = any("night" in self._domains_of(n) and not _is_translated(self.recipe, n) for n in names)
         is_day = domains == ["day"] and not is_translated and not has_pool
-        return {"domains": domains, "translated": is_translated, "pool": has_pool, "day_only": is_day}
+        return {
+            "domains": domains,
+            "translated": is_translated,
+            "night_labels": has_night_labels,
+            "pool": has_pool,
+            "day_only": is_day,
+        }
 
     def _domains_of(self, name: str) -> set[str]:
         match self.recipe.datasets[name]:

@@ -77,6 +77,7 @@ def recipe_problems(data: Mapping[str, Any]) -> list[Problem]:
         *_missing_seeds(data, sections),
         *_missing_directions(sections),
         *_not_fresh(sections),
+        *_twice(sections),
         *_unfit_translations(sections),
         *_unlabelled(sections),
         *_taxonomy_problems(data, sections),
@@ -220,6 +221,20 @@ def _not_fresh(sections: _Sections) -> Iterator[Problem]:
             if part in fresh:
                 message = f"{part} is translated anew where a model trains on it: name it in `train` beside {name}"
                 yield Problem(("datasets", name, "join", str(index)), message)
+        if "layout" not in entry and isinstance(entry.get("split"), str) and entry["split"] in fresh:
+            message = f"{entry['split']} is translated anew where a model trains on it: it has no frames to split"
+            yield Problem(("datasets", name, "split"), message)
+
+
+def _twice(sections: _Sections) -> Iterator[Problem]:
+    """A dataset named twice would be one part of the training set, not two."""
+    for name, entry in sections.models.items():
+        listed = _list(entry.get("train"))
+        for dataset in dict.fromkeys(part for part in listed if isinstance(part, str) and listed.count(part) > 1):
+            message = (
+                f"{dataset} is named {listed.count(dataset)} times; give weights instead: {{{dataset}: 2, ...: 1}}"
+            )
+            yield Problem(("models", name, "train"), message)
 
 
 def way_missing(settings: Mapping[str, Any], to: str) -> str:
@@ -270,7 +285,7 @@ def _translated_teacher(sections: _Sections, model: Any, trail: tuple[str, ...])
 def _unlabelled(sections: _Sections) -> Iterator[Problem]:
     """Learning and testing need labels. Found here, it costs nothing; in the stage, all that runs before it."""
     uses: list[tuple[Key, Any]] = [
-        (("models", model, key, str(index)), dataset)
+        (("models", model, key, str(dataset) if isinstance(entry.get(key), Mapping) else str(index)), dataset)
         for model, entry in sections.models.items()
         for key in ("train", "validate_on")
         for index, dataset in enumerate(_names(entry.get(key)))

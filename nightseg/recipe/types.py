@@ -126,6 +126,9 @@ class Model(Strict):
             raise ValueError("give train (datasets to learn from), or adapt_norms, and not both")
         if self.adapt_norms is not None and (self.self_training is not None or self.start in STARTS):
             raise ValueError("adapt_norms changes a finished model: give its start, and no self_training")
+        unused = [key for key in ("network", "loss", "training") if getattr(self, key) is not None]
+        if self.adapt_norms is not None and (unused or self.validate_on):
+            raise ValueError(f"adapt_norms trains nothing: leave out {', '.join(unused or ['validate_on'])}")
         return self
 
     @property

@@ -129,8 +129,9 @@ def augment(
         image = transform.adjust_saturation(image, 1 + settings.saturation * (2 * saturation - 1))
     if settings.hue:
         image = transform.adjust_hue(image, settings.hue * (hue - 0.5))
-    if settings.blur * blur > LEAST_BLUR:
-        image = transform.gaussian_blur(image, 2 * math.ceil(2 * settings.blur * blur) + 1, settings.blur * blur)
+    reach = min(math.ceil(2 * settings.blur * blur), rows.scaled - 1, columns.scaled - 1)  # edges are reflected
+    if settings.blur * blur > LEAST_BLUR and reach > 0:
+        image = transform.gaussian_blur(image, 2 * reach + 1, settings.blur * blur)
     if flip < settings.flip:
         image, label = image.flip(-1), label.flip(-1)
     if settings.noise:

@@ -194,7 +194,7 @@ class Sampler:
     whose labels are counted, a class is drawn first, the rarer the likelier, and then one of the frames that show it
     (rare class sampling, arXiv 2111.14887).
 
-    `pixels_NK`: pixels of the label of each row by class, a row of zeros where they are not counted.
+    `pixels_NK`: pixels of the label of each row by class, a row of -1 where they are not counted.
     """
 
     def __init__(
@@ -209,8 +209,18 @@ class Sampler:
         if classes is not None and pixels_NK is not None:
             self._likely_K = likely_classes(pixels_NK[self._rows], classes.temperature)
             shares_NK = pixels_NK / np.maximum(pixels_NK.sum(axis=1, keepdims=True), 1)
-            shows_NK = shares_NK >= classes.min_share
-            self._showing = [[np.flatnonzero(column) for column in shows_NK[list(part.rows)].T] for part in parts]
+            shows_NK = (pixels_NK > 0) & (shares_NK >= classes.min_share)
+            self._showing = [
+                [np.flatnonzero(column) for column in shows_NK[list(part.rows)].T]
+                if (pixels_NK[list(part.rows)] >= 0).all()
+                else []  # frames without counts would never be drawn
+                for part in parts
+            ]
+
+    @property
+    def knows_classes(self) -> bool:
+        """Whether there is a part that samples by class can be drawn from."""
+        return any(self._showing)
 
     @property
     def num_frames(self) -> int:
@@ -245,7 +255,7 @@ class Sampler:
     def _of_part(self, part: int, count: int, rng: np.random.Generator) -> list[tuple[int, int | None]]:
         """(place in the part, class shown) of `count` samples of a part."""
         showing = self._showing[part]
-        likely_K = self._likely_K * [bool(len(places)) for places in showing]
+        likely_K = self._likely_K * [bool(len(places)) for places in showing] if showing else np.zeros(0)
         if not likely_K.any():
             return [(int(place), None) for place in _permutations(len(self.parts[part].rows), count, rng)]
         wanted = rng.choice(len(likely_K), size=count, p=likely_K / likely_K.sum())
@@ -253,21 +263,22 @@ class Sampler:
 
 
 def label_pixels(rows: pa.Table, num_classes: int) -> Counts:
-    """Pixels of the labels by class, int64 N x K, as they were counted; a row of zeros where they were not."""
+    """Pixels of the labels by class, int64 N x K, as they were counted; a row of -1 where they were not."""
     known = frame.LABEL_PIXELS in rows.column_names
     counted = rows[frame.LABEL_PIXELS].to_pylist() if known else [None] * rows.num_rows
-    return np.array([pixels or [0] * num_classes for pixels in counted], dtype=np.int64).reshape(-1, num_classes)
+    return np.array([pixels or [-1] * num_classes for pixels in counted], dtype=np.int64).reshape(-1, num_classes)
 
 
 def likely_classes(pixels_NK: Counts, temperature: float) -> npt.NDArray[np.float64]:
     """How likely each class is drawn, K numbers that add up to 1: softmax of (1 - share of the pixels) / temperature
     (arXiv 2111.14887, equation 12). A class without a pixel is never drawn; all zeros without any pixel."""
-    counts_K = pixels_NK.sum(axis=0)
+    counts_K = pixels_NK.clip(min=0).sum(axis=0)
     if not counts_K.any():
         return np.zeros(len(counts_K))
-    frequency_K = counts_K / counts_K.sum()
-    grown_K = np.exp((frequency_K[counts_K > 0].min() - frequency_K) / temperature) * (counts_K > 0)
-    likely_K: npt.NDArray[np.float64] = grown_K / grown_K.sum()
+    frequency_K, present_K = counts_K / counts_K.sum(), counts_K > 0
+    likely_K: npt.NDArray[np.float64] = np.zeros(len(counts_K))
+    likely_K[present_K] = np.exp((frequency_K[present_K].min() - frequency_K[present_K]) / temperature)
+    likely_K /= likely_K.sum()
     return likely_K
 
 
@@ -281,7 +292,7 @@ def shares_of(count: int, weights: Sequence[float]) -> npt.NDArray[np.intp]:
 
 
 def _permutations(num_frames: int, count: int, rng: np.random.Generator) -> npt.NDArray[np.intp]:
-    rounds = [rng.permutation(num_frames) for _ in range(-(-count // num_frames))]
+    rounds = [rng.permutation(num_frames) for _ in range(-(-count // num_frames) if count else 0)]
     return np.concatenate([np.empty(0, dtype=np.intp), *rounds])[:count].astype(np.intp)
 
 

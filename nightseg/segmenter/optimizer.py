@@ -11,6 +11,10 @@ import torch
 from torch import nn
 
 from nightseg.segmenter.settings import Training
+from nightseg.storage import UserError
+
+_STAGE: Final = re.compile(r".*?(?:layers?|blocks|stages?|levels?|denseblock|\.s)[._]?\d+")
+_NEVER_DECAYED: Final = ("cls_token", "pos_embed", "reg_token", "dist_token")  # of transformers, as timm has it
 
 WARMUP_START: Final = 1e-3  # detectron2's WARMUP_FACTOR
 
@@ -42,15 +46,25 @@ def build_optimizer(network: nn.Module, training: Training, encoder: nn.Module |
 
 
 def stage_rates(encoder: nn.Module, decay: float) -> dict[int, float]:
-    """Rate of each parameter (by its `id`) of an encoder: 1 in its last stage or block and what follows them, `decay`
-    times the next one's in each before, and in the stem, which comes first (as in BEiT, arXiv 2106.08254)."""
-    parts: dict[int, str] = {}
+    """Rate of each parameter (by its `id`) of an encoder: 1 in its last stage or block, `decay` times the next one's in
+    each before, and in the stem, which comes before the first (as in BEiT, arXiv 2106.08254). What has no number of its
+    own belongs to the stage before it; a transformer's rescaled maps to the last one.
+
+    Raises UserError: a decay, and no stages are known of this encoder.
+    """
+    stage, order, depth = "", [""], {}
     for name, parameter in encoder.named_parameters():
-        stage = re.match(r".*?(?:layer|blocks|stages)[._]?\d+", name)
-        parts[id(parameter)] = stage.group() if stage else "" if "rescale" not in name else "rescale"
-    order = [part for part in dict.fromkeys(parts.values()) if part not in ("", "rescale")]
-    depth = {"": 0, "rescale": len(order)} | {part: number for number, part in enumerate(order, 1)}
-    return {key: decay ** (len(order) - depth[part]) for key, part in parts.items()}
+        found = _STAGE.match(name)
+        if found is not None and found.group() not in order:
+            order.append(found.group())
+        stage = found.group() if found is not None else stage
+        depth[id(parameter)] = order.index(stage)
+    if decay < 1 and len(order) == 1:
+        raise UserError(
+            "training.layer_decay: the stages of this encoder are not known by the names of its parameters",
+            cure="leave it at 1, or use encoder_rate",
+        )
+    return {key: decay ** (len(order) - 1 - place) for key, place in depth.items()}
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
@@ -92,4 +106,7 @@ def _decayed(network: nn.Module, decay_biases: bool) -> Iterator[tuple[nn.Parame
         for name, parameter in own.items():
             if id(parameter) not in seen:
                 seen.add(id(parameter))
-                yield parameter, parameter.ndim > 1 or (name == "bias" and is_bias_decayed)
+                yield (
+                    parameter,
+                    name not in _NEVER_DECAYED and (parameter.ndim > 1 or (name == "bias" and is_bias_decayed)),
+                )

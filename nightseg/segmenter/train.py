@@ -78,7 +78,9 @@ class Plan:
 
     @cached_property
     def sampler(self) -> Sampler:
-        return Sampler(self.parts, self.training.class_sampling, label_pixels(self.train, self.classes.num_classes))
+        classes = self.training.class_sampling
+        counted = None if classes is None else label_pixels(self.train, self.classes.num_classes)
+        return Sampler(self.parts, classes, counted)
 
     @property
     def steps_per_epoch(self) -> int:

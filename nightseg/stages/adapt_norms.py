@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 import numpy as np
@@ -49,7 +49,8 @@ def adapt_norms(
         )
     chosen = np.sort(np.random.default_rng(attempt.seed).permutation(frames.num_rows)[: norms.frames])
     bad: list[dict[str, Any]] = []
-    tensors = statistics_of(segmenter, _batches(frames.take(chosen), BATCH, bad, progress, name), norms.share)
+    groups = [frames.take(part) for part in np.array_split(chosen, -(-len(chosen) // BATCH))]  # none of one frame
+    tensors = statistics_of(segmenter, _batches(groups, bad, name), norms.share)
     num_good = len(chosen) - len(bad)
     told = f"{norms.share:g} of the batch norm statistics from {num_good} frames of {norms.pool}"
     parents = [] if isinstance(start, str) else [{"stage": start.stage, "name": start.name, "key": start.key}]
@@ -67,20 +68,18 @@ def adapt_norms(
     )
 
 
-def _batches(
-    rows: pa.Table, batch: int, bad: list[dict[str, Any]], progress: Progress, name: str
-) -> Iterator[list[UInt8]]:
-    """Images `batch` at a time; rows of those that cannot be read are added to `bad`."""
-    images: list[UInt8] = []
-    for row in rows.to_pylist():
-        try:
-            images.append(read_image(Location.of(row[frame.URI])))
-        except BadFrame as fault:
-            bad.append(frame.quarantined(row, fault))
-        if len(images) == batch:
+def _batches(groups: Iterable[pa.Table], bad: list[dict[str, Any]], name: str) -> Iterator[list[UInt8]]:
+    """Images of each group; rows of those that cannot be read are added to `bad`."""
+    found = 0
+    for rows in groups:
+        images: list[UInt8] = []
+        for row in rows.to_pylist():
+            try:
+                images.append(read_image(Location.of(row[frame.URI])))
+            except BadFrame as fault:
+                bad.append(frame.quarantined(row, fault))
+        found += len(images)
+        if images:
             yield images
-            images = []
-    if images:
-        yield images
-    if rows.num_rows == len(bad):
+    if not found:
         raise UserError(f"model {name}: none of the frames of adapt_norms.pool can be read", cure="look at the files")

@@ -101,14 +101,21 @@ def put_together(
 ) -> tuple[pa.Table, tuple[Part, ...]]:
     """One table that has each file once, so that it is decoded once, and the parts as rows of it."""
     together = pa.concat_tables(tables.values(), promote_options="default")
-    files = zip(*(together[column].to_pylist() for column in (frame.URI, frame.LABEL_URI)), strict=True)
-    first: dict[tuple[str, str | None], int] = {}
+    files = zip(
+        *(together[column].to_pylist() for column in (frame.URI, frame.LABEL_URI, frame.LABEL_ENCODING)), strict=True
+    )
+    first: dict[tuple[str | None, ...], int] = {}
     places = [first.setdefault(file, len(first)) for file in files]
     kept = sorted({place: index for index, place in reversed(list(enumerate(places)))}.values())
     parts, begun = [], 0
     for name, table in tables.items():
         rows = tuple(places[begun : begun + table.num_rows])
         begun += table.num_rows
+        if weights is not None and not rows:
+            raise UserError(
+                f"train: {name} has no frame, and a weight of {weights[name]:g}",
+                cure="look at the counts and the quarantine of that dataset, or leave it out",
+            )
         render = None
         if name in fresh:
             render = partial(render_night, optics=fresh[name], lit=LitIds.of(fresh[name].classes, classes.classes))
@@ -188,6 +195,7 @@ def check_training(model: str, plan: Plan, compute: TrainCompute) -> None:
         if rows is not None:
             check_labelled(rows, f"{where}, {key}", cure)
             _check_valid(rows, plan.classes, f"{where}, {key}")
+    _check_sampling(plan, where)
     if training.warmup_steps >= plan.total_steps:
         raise UserError(
             f"{where}: training.warmup_steps is {training.warmup_steps}, but the whole training has {plan.total_steps} "
@@ -231,6 +239,15 @@ def check_training(model: str, plan: Plan, compute: TrainCompute) -> None:
                 "padding",
                 cure=f"set training.crop to {network.input_size}",
             )
+
+
+def _check_sampling(plan: Plan, where: str) -> None:
+    if plan.training.class_sampling is not None and not plan.sampler.knows_classes:
+        raise UserError(
+            f"{where}: training.class_sampling needs a train set whose labels were all counted when they were "
+            "collected, and this model has none",
+            cure="start a new run folder to collect them again, or set it to null",
+        )
 
 
 def _check_valid(rows: pa.Table, classes: Taxonomy, where: str) -> None:

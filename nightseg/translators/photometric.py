@@ -4,7 +4,8 @@
     image  = lens(scene) + noise,   noise variance = image / electrons + read_noise^2
 
 All in linear light, 1 = the white of the day frame, whose pixels stand for what the street reflects. Then 8-bit sRGB
-again. Where there is no label nothing shines and no pixel grows brighter; black stays black but for the noise.
+again. Where there is no label nothing shines; without haze and tint no pixel grows brighter there, and black stays
+black but for the noise.
 HW: height, width; HW3 with red, green, blue.
 """
 

@@ -217,7 +217,7 @@ translators: {optics: {kind: photometric}}
         node = NodeId("train_segmenter", name)
         commits[node] = commit(run, node)
         facts = {"parents": [parent] if parent else [], "start": parent or "imagenet", "train": train}
-        facts |= {"training": {"batch": batch}, "self_training": pool, "adapt_norms": None}
+        facts |= {"training": {"batch": batch}, "self_training": pool}
         graph.models[name] = ModelNodes(node, None, None, facts, name)
     models = gather(load_recipe(tmp_path / "recipe.yaml"), graph, commits, set())["models"]
     keys = ("steps", "steps_in_all", "frames_in_all")
@@ -225,12 +225,18 @@ translators: {optics: {kind: photometric}}
     assert [models["longer"][key] for key in keys] == [40, 80, 320 + 640]
     assert [models["taught"][key] for key in keys] == [40, 120, 320 + 640 + 320]
     assert models["taught"]["line"] == ["first", "longer", "taught"]
-    assert models["longer"]["learned"] == {"domains": ["day"], "translated": False, "pool": False, "day_only": True}
+    assert models["longer"]["learned"] == {
+        "domains": ["day"],
+        "translated": False,
+        "night_labels": False,
+        "pool": False,
+        "day_only": True,
+    }
     assert models["both"]["learned"] == {
-        "domains": ["day", "night"], "translated": True, "pool": False, "day_only": False
+        "domains": ["day", "night"], "translated": True, "night_labels": False, "pool": False, "day_only": False
     }  # fmt: skip
     assert models["fresh"]["learned"] == models["both"]["learned"]  # no stage translates these frames
-    assert models["dark"]["learned"]["domains"] == ["day", "night"]
+    assert models["dark"]["learned"]["domains"] == ["day", "night"] and models["dark"]["learned"]["night_labels"]
     assert [name for name, facts in models.items() if facts["learned"]["day_only"]] == ["first", "longer"]
 
 

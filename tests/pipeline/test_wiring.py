@@ -420,9 +420,9 @@ translate/by_colour source=collect/scenes style_images=split/pool:night to=night
 translate/by_program source=collect/scenes to=night translator=translators.program; unhashed: style_dataset=; facts:
     taxonomy
 train_segmenter/first train={both: collect/scenes+collect/test} validate=collect/test network=network loss=loss
-    training=training; unhashed: start=imagenet; facts: taxonomy start=imagenet encoder_weights workers=1
+    training=training; unhashed: start=imagenet; facts: taxonomy parts start=imagenet encoder_weights workers=1
 train_segmenter/third train={test: collect/test} network=network loss=loss training=training; unhashed: start=imagenet;
-    facts: taxonomy start=imagenet encoder_weights workers=1
+    facts: taxonomy parts start=imagenet encoder_weights workers=1
 score/by_optics.efficientnet_lite0 frames=translate/by_optics positions=False; unhashed:
     extraction=models.second.self_training.select.extractor; facts: name weights resize mode weights_sha256
 score/pool.efficientnet_lite0 frames=collect/pool positions=False; unhashed:
@@ -434,7 +434,7 @@ pseudo_label/second frames=select/second teacher=train_segmenter/third threshold
 train_segmenter/second train={scenes: collect/scenes, by_unit: translate/by_unit, by_fresh: collect/scenes,
     (pseudo-labels): pseudo_label/second} start=train_segmenter/first network=models.second.network
     loss=models.second.loss training=models.second.training weights={scenes: 1.0, by_unit: 2.0, by_fresh: 0.5,
-    (pseudo-labels): 1.0} fresh={by_fresh: translators.optics}; facts: taxonomy
+    (pseudo-labels): 1.0} fresh={by_fresh: translators.optics}; facts: taxonomy parts
     start=train_segmenter/first encoder_weights workers=1
 adapt_norms/adapted frames=split/pool:night start=train_segmenter/first norms=models.adapted.adapt_norms; facts:
     start=train_segmenter/first
@@ -442,7 +442,7 @@ select/taught pool_frames=collect/pool pool_scores=score/pool.efficientnet_lite0
     reference_scores=score/by_optics.efficientnet_lite0 selection=models.taught.self_training.select; at most 2
 train_segmenter/taught train={scenes: collect/scenes} pool=select/taught start=train_segmenter/first network=network
     loss=loss training=models.taught.training teaching={online: models.taught.self_training.online, threshold:
-    models.taught.self_training.threshold, never_below: {sky: ['road']}}; unhashed: warnings=1; facts: taxonomy
+    models.taught.self_training.threshold, never_below: {sky: ['road']}}; unhashed: warnings=1; facts: taxonomy parts
     start=train_segmenter/first encoder_weights workers=1
 score/by_colour.efficientnet_lite0.positions frames=translate/by_colour positions=True; unhashed:
     extraction=models.fourth.self_training.select.extractor; facts: name weights resize mode weights_sha256
@@ -456,7 +456,7 @@ select/fourth pool_frames=split/pool:night
 pseudo_label/fourth frames=select/fourth teacher=train_segmenter/third threshold=models.fifth.self_training.threshold
     inference=inference never_below={}; unhashed: known_warnings=1; facts: taxonomy
 train_segmenter/fourth train={by_colour: translate/by_colour, (pseudo-labels): pseudo_label/fourth}
-    start=train_segmenter/third network=network loss=loss training=training; facts: taxonomy
+    start=train_segmenter/third network=network loss=loss training=training; facts: taxonomy parts
     start=train_segmenter/third encoder_weights workers=1
 score/both.efficientnet_lite0 frames=collect/scenes+collect/test positions=False; unhashed:
     extraction=models.fifth.self_training.select.extractor; facts: name weights resize mode weights_sha256
@@ -465,7 +465,7 @@ select/fifth pool_frames=collect/scenes+collect/test pool_scores=score/both.effi
 pseudo_label/fifth frames=select/fifth teacher=train_segmenter/third threshold=models.fifth.self_training.threshold
     inference=inference never_below={}; unhashed: known_warnings=1; facts: taxonomy
 train_segmenter/fifth train={test: collect/test, (pseudo-labels): pseudo_label/fifth}
-    start=train_segmenter/third network=network loss=loss training=training; facts: taxonomy
+    start=train_segmenter/third network=network loss=loss training=training; facts: taxonomy parts
     start=train_segmenter/third encoder_weights workers=1
 evaluate/first tests={night: collect/test, other: collect/scenes} model=train_segmenter/first evaluation=evaluation
     inference=inference; facts: taxonomy

@@ -46,10 +46,10 @@ def test_kinds_of_datasets_and_numbers(tmp_path: Path) -> None:
 def test_overrides_reach_every_depth_and_create_sections(tmp_path: Path) -> None:
     recipe = load_recipe(
         write(tmp_path, GOOD),
-        ["seed=7", "models.first.train.0=made", "models.first.loss.kind=focal", "compute.map.actors=3"],
+        ["seed=7", "models.first.train.0=night", "models.first.loss.kind=focal", "compute.map.actors=3"],
     )
     assert recipe.seed == 7
-    assert recipe.models["first"].train == ["made", "made"]
+    assert recipe.models["first"].train == ["night", "made"]
     assert recipe.loss_of(recipe.models["first"]).kind == "focal"
     assert recipe.compute.map.actors == 3
 

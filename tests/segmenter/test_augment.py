@@ -247,3 +247,12 @@ def test_a_blur_keeps_the_mean_and_spreads_an_edge() -> None:
     between = [int(((view > 0) & (view < 200)).sum()) for view in views]
     assert max(between) > 500
     assert all(abs(float(view.float().mean()) - 100) < 1 for view in views)  # rounding is half a grey level at most
+
+
+@pytest.mark.parametrize("size", [(1, 40), (2, 40), (6, 6), (40, 1)])
+def test_a_blur_wider_than_the_frame_reaches_as_far_as_there_are_pixels(size: tuple[int, int]) -> None:
+    image, label = torch.full((3, *size), 7, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
+    settings = Augmentation(scale=(1.0, 1.0), flip=0.0, blur=16.0)
+    for index in range(5):
+        view, _ = augment(image, label, sample_rng(0, 0, 0, index), crop=(40, 40), settings=settings, fill=(7, 7, 7))
+        assert bool((view == 7).all())

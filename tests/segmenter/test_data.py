@@ -295,3 +295,21 @@ def test_a_rendered_part_is_rendered_anew_with_every_sample_and_cropped_alike(ro
     assert torch.equal(one.labels, two.labels)  # the same crops
     assert len(set(seeds)) == 12
     assert two.images[:, 0, 0, 0].tolist() == [seed % 251 for seed in seeds]
+
+
+def test_half_counted_parts_are_drawn_frame_by_frame_and_absent_classes_never() -> None:
+    counted = np.array([[10, 0, 0], [-1, -1, -1], [0, 10, 0]])
+    half = Sampler([Part((0, 1))], ClassSampling(), counted).epoch(6, 0, 0)
+    assert Counter(sample.row for sample in half) == {0: 3, 1: 3} and all(sample.shows is None for sample in half)
+    every = Sampler([Part((0, 2))], ClassSampling(min_share=0.0), counted).epoch(20, 0, 0)
+    assert {(sample.row, sample.shows) for sample in every} == {(0, 0), (2, 1)}
+
+
+def test_a_tiny_temperature_draws_the_rarest_class_alone() -> None:
+    assert module.likely_classes(np.array([[97, 3, 0]]), temperature=1e-6).tolist() == [0.0, 1.0, 0.0]
+
+
+def test_parts_without_a_frame_give_no_sample() -> None:
+    for classes in (None, ClassSampling()):
+        sampler = Sampler([Part((0, 1)), Part(())], classes, np.array([[5, 5], [5, 5]]))
+        assert {sample.part for sample in sampler.epoch(6, 0, 0)} == {0}

@@ -18,6 +18,7 @@ from nightseg.segmenter.optimizer import (
     stage_rates,
 )
 from nightseg.segmenter.settings import Training
+from nightseg.storage import UserError
 from tests.rounding import assert_near
 
 KINDS: list[dict[str, Any]] = [{"decay": "poly"}, {"decay": "cosine"}, {"decay": "step", "decay_at": [0.5, 0.9]}]
@@ -140,8 +141,33 @@ def test_early_stages_learn_slower_by_the_layer_decay() -> None:
 
 @pytest.mark.parametrize(
     ("name", "stages"),
-    [("resnet18", 4), ("efficientnet_lite0", 7), ("timm/convnext_atto", 4), ("timm/vit_tiny_patch16_224", 12)],
+    [
+        ("resnet18", 4),
+        ("efficientnet_lite0", 7),
+        ("timm/convnext_atto", 4),
+        ("timm/vit_tiny_patch16_224", 12),
+        ("timm/regnetx_002", 4),
+        ("timm/densenet121", 4),
+        ("timm/dla46_c", 7),
+    ],
 )
 def test_stages_of_every_kind_of_encoder_are_found(name: str, stages: int) -> None:
     rates = sorted(set(stage_rates(build_encoder(name), 0.5).values()))
     assert rates == [0.5**depth for depth in range(stages, -1, -1)]
+
+
+def test_an_encoder_without_known_stages_has_no_layer_decay() -> None:
+    plain = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    assert set(stage_rates(plain, 1.0).values()) == {1.0}
+    with pytest.raises(UserError, match="layer_decay"):
+        stage_rates(plain, 0.9)
+
+
+def test_tokens_and_positions_of_transformers_are_not_decayed() -> None:
+    body = build_encoder("timm/vit_tiny_patch16_224")
+    free = {
+        id(p) for g in build_optimizer(body, rules("adamw")).param_groups if not g["weight_decay"] for p in g["params"]
+    }
+    assert {name for name, p in body.named_parameters() if id(p) in free and p.ndim > 1} == {
+        "features.model.cls_token", "features.model.pos_embed",
+    }  # fmt: skip

@@ -51,6 +51,7 @@ def test_a_run_adapts_the_norms_of_a_model_and_tests_it(tmp_path: Path, ray_clus
         ("{start: plain}", "give train"),
         ("{start: plain, train: [day], adapt_norms: {pool: night}}", "not both"),
         ("{adapt_norms: {pool: night}}", "give its start"),
+        ("{start: plain, adapt_norms: {pool: night}, training: {epochs: 2}}", "trains nothing: leave out training"),
         ("{start: plain, adapt_norms: {pool: nigt}}", "no dataset 'nigt', did you mean 'night'"),
     ],
 )

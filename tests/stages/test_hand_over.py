@@ -114,7 +114,7 @@ def passes(model_commit: Callable[..., Commit]) -> Callable[[MapCompute], dict[s
                 (FRAMES, model),
                 {**named, "threshold": Threshold(kind="fixed", confidence=0.5), "inference": INFERENCE},
                 "DirectLabeller",
-                {**segmenter, "classes": CLASSES, "thresholds_K": [0.5] * 11},
+                {**segmenter, "classes": CLASSES, "thresholds_K": [0.5] * 11, "rules": {}},
                 "pseudo-labels of x",
             ),
             "class_balanced": Pass(

@@ -9,10 +9,11 @@ import pytest
 
 from nightseg.data.class_list import taxonomy
 from nightseg.data.table import frame_table
+from nightseg.pipeline.build import build_graph
 from nightseg.recipe import load_recipe
 from nightseg.segmenter.data import Sampler
 from nightseg.stages.train_segmenter import put_together
-from nightseg.storage import UserError
+from nightseg.storage import UserError, hash_of
 from nightseg.translators.photometric import LitIds, night_of
 from nightseg.translators.settings import PhotometricTranslator
 
@@ -55,6 +56,7 @@ def test_a_fresh_part_is_rendered_by_its_optics() -> None:
     [
         ("n: {translate: day, by: colours, fresh: true}", "translates beforehand"),
         ("n: {translate: dark, by: optics, fresh: true}", "starts from frames"),
+        ("n: {translate: day, by: optics, fresh: true}\n  s: {split: n, keep: day}", "no frames to split"),
         ("n: {translate: day, by: optics, fresh: true}\n  both: {join: [day, n]}", "name it in `train`"),
     ],
 )
@@ -74,3 +76,34 @@ models: {{m: {{train: {{day: 1.0, n: 2.0}}}}}}
     (tmp_path / "r.yaml").write_text(recipe)
     with pytest.raises(UserError, match=message):
         load_recipe(tmp_path / "r.yaml")
+
+
+def test_a_part_with_a_weight_and_no_frame_is_refused_and_one_without_weight_is_nothing() -> None:
+    tables = {"day": rows("a"), "night": rows()}
+    with pytest.raises(UserError, match="night has no frame, and a weight of 2"):
+        put_together(tables, {"day": 1.0, "night": 2.0}, {}, CLASSES)
+    assert [part.rows for part in put_together(tables, None, {}, CLASSES)[1]] == [(0,), ()]
+
+
+def test_a_dataset_that_is_named_twice_is_refused(tmp_path: Any) -> None:
+    text = (
+        "name: x\ndatasets: {day: {layout: scenes, count: 2}}\ntaxonomy: camvid11\nmodels: {m: {train: [day, day]}}\n"
+    )
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UserError, match="day is named 2 times"):
+        load_recipe(tmp_path / "r.yaml")
+
+
+def test_the_order_of_parts_is_part_of_the_key(tmp_path: Any) -> None:
+    text = """
+name: x
+taxonomy: camvid11
+datasets: {day: {layout: scenes, count: 2}, more: {layout: scenes, count: 2, first: 5}}
+models: {m: {train: TRAIN}}
+"""
+    keys = []
+    for train in ("[day, more]", "[more, day]", "{day: 1, more: 2}", "{more: 2, day: 1}"):
+        (tmp_path / "r.yaml").write_text(text.replace("TRAIN", train))
+        graph = build_graph(load_recipe(tmp_path / "r.yaml"))
+        keys.append(hash_of(graph.nodes[graph.models["m"].train].recipe))
+    assert len(set(keys)) == 4  # frames are drawn in another order
