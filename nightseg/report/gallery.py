@@ -60,7 +60,31 @@ def translations(run: Run, samples: int) -> list[dict[str, Any]]:
             before = photo(source[frame.URI], "source", str(source[frame.FRAME_ID])) if source else None
             pairs.append(there(before, photo(row[frame.URI], row[frame.DOMAIN])))
         found.append({"name": node.partition("/")[2], "pairs": [pair for pair in pairs if pair]})
-    return found
+    return [*found, *_rendered_anew(run)]
+
+
+def _rendered_anew(run: Run) -> list[dict[str, Any]]:
+    """Frames of train sets that are translated anew with every sample: some of what trainings saw of them."""
+    found: dict[str, dict[str, list[Row]]] = {}
+    for node in run.nodes("train_segmenter"):
+        rows = run.rows(node, "rendered")
+        for part in dict.fromkeys(row["part"] for row in rows):
+            if part not in found:  # models that share a train set see it alike
+                mine = [row for row in rows if row["part"] == part]
+                found[part] = {name: [row for row in mine if row["frame_id"] == name] for name in
+                               dict.fromkeys(row["frame_id"] for row in mine)}  # fmt: skip
+    return [
+        {
+            "name": f"{part}, anew with every sample",
+            "pairs": [
+                there(
+                    photo(rows[0][frame.URI], "source", name), *(photo(row["rendering_uri"], "night") for row in rows)
+                )
+                for name, rows in frames.items()
+            ],
+        }
+        for part, frames in found.items()
+    ]
 
 
 def selections(run: Run, samples: int) -> list[dict[str, Any]]:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
+import numpy as np
 import pyarrow as pa
+import torch
 
 from nightseg.cluster.settings import TrainCompute
 from nightseg.cluster.train import fit
 from nightseg.data import table as frame
 from nightseg.data.class_list import taxonomy as load_taxonomy
-from nightseg.data.images import BadFrame
+from nightseg.data.images import BadFrame, encode_jpeg, read_image
 from nightseg.data.labels import check_labelled, train_ids_of
 from nightseg.data.taxonomy import IGNORE, Taxonomy
 from nightseg.networks.model_folder import save_model
 from nightseg.progress import Progress
+from nightseg.segmenter.augment import resize_image, resize_label
 from nightseg.segmenter.data import Part, Sample
 from nightseg.segmenter.network import SemanticFPN, check_architecture, model_card
 from nightseg.segmenter.self_training import check_never_below
@@ -24,11 +27,16 @@ from nightseg.segmenter.settings import Loss, Network, Online, Teaching, Trainin
 from nightseg.segmenter.start import starting_network
 from nightseg.segmenter.teacher import Pool
 from nightseg.segmenter.train import Plan, learn
-from nightseg.storage import Attempt, Commit, UserError
+from nightseg.storage import Attempt, Commit, Location, UserError
 from nightseg.translators.photometric import LitIds, render_night
 from nightseg.translators.settings import PhotometricTranslator
 
-VERSION = 4
+VERSION = 5
+
+RENDERED: Final = "rendered"  # table and folder: frames that were rendered anew, as samples saw them
+PART: Final = "part"
+RENDERING_URI: Final = "rendering_uri"
+FRAMES_SHOWN, NIGHTS_SHOWN = 3, 3
 
 
 def train_segmenter(
@@ -81,7 +89,7 @@ def train_segmenter(
     commit = attempt.finish(
         rows_in=plan.sampler.num_frames,
         rows_out=plan.sampler.num_frames,
-        outputs=["model/model.safetensors", "model/model.json", "history.json"],
+        outputs=["model/model.safetensors", "model/model.json", "history.json", *_rendered(plan, list(train), attempt)],
         summary={"steps": plan.total_steps, "pace": state["pace"], "last": state["history"][-1]} | warned,
     )
     for scratch in ("trainer", "start"):
@@ -91,6 +99,34 @@ def train_segmenter(
 
 def _say(progress: Progress, name: str, message: str) -> None:
     progress.say(f"model {name}: {message}")
+
+
+def _rendered(plan: Plan, names: Sequence[str], attempt: Attempt) -> list[str]:
+    """Write some frames of the parts that are rendered anew, as samples saw them; the outputs, none without such parts.
+
+    Table `rendered`: frame_id and uri of the source, the part, the uri of a rendering.
+    """
+    shown = []
+    for name, part in zip(names, plan.parts, strict=True):
+        if part.render is None or not part.rows:
+            continue
+        for place in np.unique(np.linspace(0, len(part.rows) - 1, FRAMES_SHOWN).astype(int)):
+            row = plan.train.slice(part.rows[place], 1).to_pylist()[0]
+            image = torch.from_numpy(read_image(Location.of(row[frame.URI]))).permute(2, 0, 1)
+            label = torch.from_numpy(train_ids_of(row, plan.classes))
+            small, ids = resize_image(image, plan.network.input_size), resize_label(label, plan.network.input_size)
+            for seed in range(NIGHTS_SHOWN):
+                uri, source = (
+                    f"{RENDERED}/{name}-{place}-{seed}.jpg",
+                    {key: row[key] for key in (frame.FRAME_ID, frame.URI)},
+                )
+                night_HW3 = part.render(small.permute(1, 2, 0).numpy(), ids.numpy(), seed)
+                (attempt.folder / uri).write_bytes(encode_jpeg(night_HW3))
+                shown.append({**source, PART: name, RENDERING_URI: uri})
+    if not shown:
+        return []
+    (attempt.folder / f"{RENDERED}.parquet").write_table(pa.Table.from_pylist(shown))
+    return [RENDERED, f"{RENDERED}.parquet"]
 
 
 def put_together(

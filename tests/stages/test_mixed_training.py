@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from nightseg.data.class_list import taxonomy
+from nightseg.data.images import encode_png, read_image
 from nightseg.data.table import frame_table
 from nightseg.pipeline.build import build_graph
 from nightseg.recipe import load_recipe
+from nightseg.report import gallery
 from nightseg.segmenter.data import Sampler
+from nightseg.segmenter.settings import Network
+from nightseg.stages import train_segmenter as stage
 from nightseg.stages.train_segmenter import put_together
-from nightseg.storage import UserError, hash_of
+from nightseg.storage import Location, UserError, hash_of
 from nightseg.translators.photometric import LitIds, night_of
 from nightseg.translators.settings import PhotometricTranslator
 
@@ -107,3 +112,36 @@ models: {m: {train: TRAIN}}
         graph = build_graph(load_recipe(tmp_path / "r.yaml"))
         keys.append(hash_of(graph.nodes[graph.models["m"].train].recipe))
     assert len(set(keys)) == 4  # frames are drawn in another order
+
+
+def test_a_training_leaves_some_of_the_nights_that_it_saw_and_the_report_shows_them(tmp_path: Any) -> None:
+    rng, found = np.random.default_rng(0), []
+    for name in "abcd":
+        for ending, pixels in (("", rng.integers(0, 256, (24, 32, 3))), ("-label", rng.integers(0, 11, (24, 32)))):
+            (tmp_path / f"{name}{ending}.png").write_bytes(encode_png(pixels.astype(np.uint8)))
+        uris = {"uri": f"{tmp_path}/{name}.png", "label_uri": f"{tmp_path}/{name}-label.png"}
+        found.append({"frame_id": f"toy/{name}", **uris, "label_encoding": "camvid12"})
+    table, parts = put_together(
+        {"day": frame_table(found), "night": frame_table(found)}, None, {"night": OPTICS}, CLASSES
+    )
+    plan = SimpleNamespace(train=table, parts=parts, classes=CLASSES, network=Network(input_size=(12, 16)))
+    attempt = SimpleNamespace(folder=Location.of(tmp_path) / "attempt")
+    assert stage._rendered(plan, ["day", "night"], attempt) == ["rendered", "rendered.parquet"]  # type: ignore[arg-type]
+    rows = (attempt.folder / "rendered.parquet").read_table().to_pylist()
+    assert [row["frame_id"] for row in rows] == [f"toy/{name}" for name in "abd" for _ in range(3)]
+    assert {row["part"] for row in rows} == {"night"}
+    pictures = [read_image(attempt.folder / row["rendering_uri"]) for row in rows]
+    assert all(picture.shape == (12, 16, 3) and picture.mean() < 100 for picture in pictures)
+    assert not np.array_equal(pictures[0], pictures[1])  # another night of the same frame
+
+    whole = [row | {"rendering_uri": (attempt.folder / row["rendering_uri"]).uri} for row in rows]
+    run = SimpleNamespace(nodes=lambda kind: ["train_segmenter/m", "train_segmenter/n"], rows=lambda node, table: whole)
+    (shown,) = gallery._rendered_anew(run)  # type: ignore[arg-type]
+    assert shown["name"] == "night, anew with every sample"
+    assert [[picture.caption for picture in pair] for pair in shown["pairs"]] == [["source", *["night"] * 3]] * 3
+
+
+def test_without_such_parts_nothing_is_left(tmp_path: Any) -> None:
+    table, parts = put_together({"day": rows("a")}, None, {}, CLASSES)
+    plan = SimpleNamespace(train=table, parts=parts, classes=CLASSES, network=Network())
+    assert stage._rendered(plan, ["day"], SimpleNamespace(folder=Location.of(tmp_path) / "none")) == []  # type: ignore[arg-type]
