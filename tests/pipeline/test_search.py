@@ -181,7 +181,7 @@ def test_the_searched_loss_and_selection_leave_the_base_model_and_the_features_a
     assert {
         "collect/night_val", "split/pool", "train_translator/unit", "translate/day_at_night",
         "train_segmenter/day_and_night", "score/pool_night.efficientnet_lite0",
-        "score/day_at_night+day_by_optics.efficientnet_lite0",
+        "score/day_at_night.efficientnet_lite0",
     } <= shared  # fmt: skip
     own = {"select/adapted", "pseudo_label/adapted", "train_segmenter/adapted"}
     graph = {str(node) for node in trials_of(tmp_path).graph(VALUES).nodes}
