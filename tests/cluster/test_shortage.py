@@ -169,7 +169,7 @@ from nightseg.storage import Location, Workspace
 
 def eat():
     kept = []
-    for _ in range(100):
+    for _ in range(220):
         kept.append(np.ones(5_000_000))
         time.sleep(0.02)
     time.sleep(30)
@@ -201,13 +201,13 @@ else:
     ("what", "less"), [("map", "Lower compute.map.batch or compute.map.actors"), ("train", "Lower training.batch")]
 )
 def test_the_memory_monitor_of_a_real_ray(what: str, less: str, tmp_path: Path) -> None:
-    """It allows 1.2 GB more than is in use: a worker takes 4 GB. In a process of its own, whose Ray it is."""
+    """It allows 2.5 GB more than is in use, for Ray itself takes 1.5: a worker takes up to 8 GB. In a process of its own, whose Ray it is."""
     (tmp_path / "greedy.py").write_text(GREEDY)
     sizes = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     whole, free = (int(sizes[name].split()[0]) / 2**20 for name in ("MemTotal", "MemAvailable"))
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {
         "PYTHONPATH": str(ROOT),
-        "RAY_memory_usage_threshold": f"{min(0.95, (whole - free + 1.2) / whole):.3f}",
+        "RAY_memory_usage_threshold": f"{min(0.95, (whole - free + 2.5) / whole):.3f}",
         "RAY_memory_monitor_refresh_ms": "100",
     }
     command = [sys.executable, str(tmp_path / "greedy.py"), what, str(tmp_path / "run")]
