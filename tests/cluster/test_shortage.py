@@ -201,7 +201,10 @@ else:
     ("what", "less"), [("map", "Lower compute.map.batch or compute.map.actors"), ("train", "Lower training.batch")]
 )
 def test_the_memory_monitor_of_a_real_ray(what: str, less: str, tmp_path: Path) -> None:
-    """It allows 2.5 GB more than is in use, for Ray itself takes 1.5: a worker takes up to 8 GB. In a process of its own, whose Ray it is."""
+    """It allows 2.5 GB more than is in use, for Ray itself takes 1.5; a worker takes up to 8 GB.
+
+    In a process of its own, whose Ray it is.
+    """
     (tmp_path / "greedy.py").write_text(GREEDY)
     sizes = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     whole, free = (int(sizes[name].split()[0]) / 2**20 for name in ("MemTotal", "MemAvailable"))
