@@ -8,26 +8,24 @@ from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from nightseg.cluster.settings import TrainCompute
 from nightseg.cluster.train import fit
 from nightseg.data import table as frame
 from nightseg.data.class_list import taxonomy as load_taxonomy
-from nightseg.data.images import BadFrame, encode_jpeg, read_image
+from nightseg.data.images import BadFrame, encode_jpeg
 from nightseg.data.labels import check_labelled, train_ids_of
 from nightseg.data.taxonomy import IGNORE, Taxonomy
 from nightseg.networks.model_folder import save_model
 from nightseg.progress import Progress
-from nightseg.segmenter.augment import resize_image, resize_label
-from nightseg.segmenter.data import Part, Sample
+from nightseg.segmenter.data import InMemory, LabelledFrames, Part, Sample
 from nightseg.segmenter.network import SemanticFPN, check_architecture, model_card
 from nightseg.segmenter.self_training import check_never_below
 from nightseg.segmenter.settings import Loss, Network, Online, Teaching, Training
 from nightseg.segmenter.start import starting_network
 from nightseg.segmenter.teacher import Pool
 from nightseg.segmenter.train import Plan, learn
-from nightseg.storage import Attempt, Commit, Location, UserError
+from nightseg.storage import Attempt, Commit, UserError
 from nightseg.translators.photometric import LitIds, render_night
 from nightseg.translators.settings import PhotometricTranslator
 
@@ -80,6 +78,7 @@ def train_segmenter(
     for warning in warnings:
         _say(progress, name, warning)
     card = _save_start(name, plan, start, attempt, progress)
+    rendered = _rendered(plan, list(train), attempt)  # before the training: what cannot be read ends it now
     folder, title = attempt.folder / "trainer", f"train {name}"
     told: dict[str, Any] = {"title": title, "total": plan.total_steps, "unit": "steps", "progress": progress}
     state = fit(learn, {"plan": plan}, folder=folder, name=name, compute=compute, **told).load()
@@ -89,7 +88,7 @@ def train_segmenter(
     commit = attempt.finish(
         rows_in=plan.sampler.num_frames,
         rows_out=plan.sampler.num_frames,
-        outputs=["model/model.safetensors", "model/model.json", "history.json", *_rendered(plan, list(train), attempt)],
+        outputs=["model/model.safetensors", "model/model.json", "history.json", *rendered],
         summary={"steps": plan.total_steps, "pace": state["pace"], "last": state["history"][-1]} | warned,
     )
     for scratch in ("trainer", "start"):
@@ -106,21 +105,18 @@ def _rendered(plan: Plan, names: Sequence[str], attempt: Attempt) -> list[str]:
 
     Table `rendered`: frame_id and uri of the source, the part, the uri of a rendering.
     """
-    shown = []
+    shown, size = [], plan.network.input_size
+    frames = LabelledFrames(plan.train, plan.classes, size=size, resize_labels=True, cache=InMemory(0))
     for name, part in zip(names, plan.parts, strict=True):
         if part.render is None or not part.rows:
             continue
         for place in np.unique(np.linspace(0, len(part.rows) - 1, FRAMES_SHOWN).astype(int)):
-            row = plan.train.slice(part.rows[place], 1).to_pylist()[0]
-            image = torch.from_numpy(read_image(Location.of(row[frame.URI]))).permute(2, 0, 1)
-            label = torch.from_numpy(train_ids_of(row, plan.classes))
-            small, ids = resize_image(image, plan.network.input_size), resize_label(label, plan.network.input_size)
+            row = part.rows[place]
+            image_3HW, label_HW = frames[row]
+            source = {frame.FRAME_ID: frames.frame_id(row), frame.URI: plan.train[frame.URI][row].as_py()}
             for seed in range(NIGHTS_SHOWN):
-                uri, source = (
-                    f"{RENDERED}/{name}-{place}-{seed}.jpg",
-                    {key: row[key] for key in (frame.FRAME_ID, frame.URI)},
-                )
-                night_HW3 = part.render(small.permute(1, 2, 0).numpy(), ids.numpy(), seed)
+                uri = f"{RENDERED}/{name}-{place}-{seed}.jpg"
+                night_HW3 = part.render(image_3HW.permute(1, 2, 0).numpy(), label_HW.numpy(), seed)
                 (attempt.folder / uri).write_bytes(encode_jpeg(night_HW3))
                 shown.append({**source, PART: name, RENDERING_URI: uri})
     if not shown:

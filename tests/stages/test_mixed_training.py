@@ -141,6 +141,13 @@ def test_a_training_leaves_some_of_the_nights_that_it_saw_and_the_report_shows_t
     assert [[picture.caption for picture in pair] for pair in shown["pairs"]] == [["source", *["night"] * 3]] * 3
 
 
+def test_a_frame_to_render_that_is_gone_ends_the_training_before_its_first_step(tmp_path: Any) -> None:
+    table, parts = put_together({"night": rows("gone")}, None, {"night": OPTICS}, CLASSES)
+    plan = SimpleNamespace(train=table, parts=parts, classes=CLASSES, network=Network())
+    with pytest.raises(UserError, match=r"toy/gone: missing"):
+        stage._rendered(plan, ["night"], SimpleNamespace(folder=Location.of(tmp_path)))  # type: ignore[arg-type]
+
+
 def test_without_such_parts_nothing_is_left(tmp_path: Any) -> None:
     table, parts = put_together({"day": rows("a")}, None, {}, CLASSES)
     plan = SimpleNamespace(train=table, parts=parts, classes=CLASSES, network=Network())
