@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 
 
@@ -11,12 +10,8 @@ def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
 
     None where it is not defined: fewer than two pairs, or all values of one side are equal.
     """
-    ranks = [_ranks(first), _ranks(second)]
-    if len(first) < 2 or any(len(set(part)) < 2 for part in ranks):
+    from scipy import stats  # as slow to import as a whole run without changes
+
+    if len(first) < 2 or any(len(set(part)) < 2 for part in (first, second)):
         return None
-    return statistics.correlation(*ranks)
-
-
-def _ranks(values: Sequence[float]) -> list[float]:
-    ordered = sorted(values)
-    return [ordered.index(value) + (ordered.count(value) + 1) / 2 for value in values]
+    return float(stats.spearmanr(first, second).statistic)
