@@ -73,13 +73,13 @@ Shared by networks
 
 The segmenter
     segmenter/settings.py       network, loss, training, inference, thresholds: what a recipe may say
-    segmenter/encoders.py       ResNets, EfficientNet-Lite0, timm's networks as four feature maps; their norms
+    segmenter/encoders.py       ResNets, EfficientNet-Lites, timm's networks as four feature maps; their norms
     segmenter/network.py        the network; its model folders
     segmenter/start.py          what a training starts from: ImageNet weights, nothing, another model
     segmenter/detectron2.py     detectron2's modules and names behind ours
     segmenter/loss.py           segmentation_loss: cross-entropy, focal, combined; class weights, OHEM, chunks of rows
     segmenter/augment.py        joint transforms of image and label
-    segmenter/data.py           labelled frames as batches; caches of decoded frames
+    segmenter/data.py           parts of a training set, what an epoch draws of them, batches; caches of frames
     segmenter/optimizer.py      parameter groups, learning rate of a step
     segmenter/train.py          the training loop: step, learner, checkpoints, validation
     segmenter/watching.py       what a validation shows: scores and pictures as curves
