@@ -31,7 +31,7 @@ from nightseg.data.images import encode_png
 from nightseg.data.scenes import scene
 from nightseg.data.table import frame_table
 from nightseg.segmenter.augment import sample_rng
-from nightseg.segmenter.data import Batch, LabelledFrames, OnDisk, Part, Sample, Sampler, training_batches
+from nightseg.segmenter.data import Batch, LabelledFrames, OnDisk, Part, Reading, Sample, Sampler, training_batches
 from nightseg.segmenter.settings import Augmentation, Training
 from nightseg.storage import sha256_of
 from nightseg.storage.scratch import Scratch
@@ -135,13 +135,7 @@ def _our_batches(frames: LabelledFrames, order: list[Sample], crop: tuple[int, i
         [Part.whole(len(frames))],
         order,
         Training(batch=BATCH, crop=crop, augmentation=AUGMENTATION),
-        rank=0,
-        world_size=1,
-        seed=SEED,
-        epoch=EPOCH,
-        fill=(0, 0, 0),
-        threads=threads,
-        pin_memory=False,
+        Reading(0, 1, SEED, EPOCH, fill=(0, 0, 0), threads=threads, pin_memory=False),
     )
 
 

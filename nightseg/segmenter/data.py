@@ -296,39 +296,52 @@ def _permutations(num_frames: int, count: int, rng: np.random.Generator) -> npt.
     return np.concatenate([np.empty(0, dtype=np.intp), *rounds])[:count].astype(np.intp)
 
 
+class Reading(NamedTuple):
+    """How a worker reads its part of every global batch: of B samples those at `rank`, `rank` + `world_size`, ...
+
+    `threads` decode and augment up to two batches ahead of the training. `fill` is the colour of what lies outside of a
+    frame. `seed` and `epoch` are those of the order: augmentation follows from them, too.
+    """
+
+    rank: int
+    world_size: int
+    seed: int
+    epoch: int
+    fill: tuple[int, int, int]
+    threads: int
+    pin_memory: bool
+
+    def mine(self, order: Sequence[Sample], batch: int) -> list[Sequence[Sample]]:
+        """This worker's samples, batch by batch."""
+        return [order[start : start + batch][self.rank :: self.world_size] for start in range(0, len(order), batch)]
+
+    def ahead(self, batch: int) -> int:
+        """Samples that are read ahead."""
+        return BATCHES_AHEAD * -(-batch // self.world_size)
+
+
 def training_batches(
     frames: LabelledFrames,
     parts: Sequence[Part],
     order: Sequence[Sample],
     training: Training,
-    *,
-    rank: int,
-    world_size: int,
-    seed: int,
-    epoch: int,
-    fill: tuple[int, int, int],
-    threads: int,
-    pin_memory: bool,
+    reading: Reading,
 ) -> Iterator[Batch]:
-    """This rank's part of every global batch of `training.batch` samples (rows rank, rank + world_size, ... of it).
-
-    `threads` decode and augment up to two batches ahead of the training, straight into the batch. `fill` is the colour
-    of what lies outside of a frame.
-    """
-    mine = [order[start : start + training.batch][rank::world_size] for start in range(0, len(order), training.batch)]
+    """This worker's part of every global batch of `training.batch` samples, decoded straight into the batch."""
+    mine, fill = reading.mine(order, training.batch), reading.fill
 
     def places() -> Iterator[tuple[Batch, Sample, Tensor, Tensor]]:
         for samples in mine:
             shape = (len(samples), *training.crop)
-            images_BHW3 = torch.empty((*shape, 3), dtype=torch.uint8, pin_memory=pin_memory)
-            labels_BHW = torch.empty(shape, dtype=torch.uint8, pin_memory=pin_memory)
+            images_BHW3 = torch.empty((*shape, 3), dtype=torch.uint8, pin_memory=reading.pin_memory)
+            labels_BHW = torch.empty(shape, dtype=torch.uint8, pin_memory=reading.pin_memory)
             batch = Batch(images_BHW3.permute(0, 3, 1, 2), labels_BHW)
             for place in zip(samples, images_BHW3, labels_BHW, strict=True):
                 yield batch, *place
 
     def load(place: tuple[Batch, Sample, Tensor, Tensor]) -> Batch:
         batch, sample, image_HW3, label_HW = place
-        draw = (seed, epoch, sample.repeat, sample.entry)
+        draw = (reading.seed, reading.epoch, sample.repeat, sample.entry)
         image, label = frames[sample.row]
         render = parts[sample.part].render
         if render is not None:
@@ -345,8 +358,8 @@ def training_batches(
         label_HW.copy_(view[1])
         return batch
 
-    with _single_core_threads(threads) as pool:
-        loaded = prefetch(pool, load, places(), ahead=BATCHES_AHEAD * -(-training.batch // world_size))
+    with _single_core_threads(reading.threads) as pool:
+        loaded = prefetch(pool, load, places(), ahead=reading.ahead(training.batch))
         for samples in mine:
             yield [next(loaded) for _ in samples][-1]
 
@@ -355,36 +368,30 @@ def pool_batches(
     frames: LabelledFrames,
     order: Sequence[Sample],
     augmentation: Augmentation,
+    reading: Reading,
     *,
     batch: int,
     crop: tuple[int, int],
-    rank: int,
-    world_size: int,
-    seed: int,
-    epoch: int,
-    fill: tuple[int, int, int],
-    threads: int,
-    pin_memory: bool,
 ) -> Iterator[PoolBatch]:
     """`training_batches` of unlabelled frames: this rank's part of every `batch` samples. Both views have the scale,
     place and flip that `augmentation` draws, only the strong one its light and noise."""
-    mine = [order[start : start + batch][rank::world_size] for start in range(0, len(order), batch)]
+    mine, fill = reading.mine(order, batch), reading.fill
     geometry = Augmentation(scale=augmentation.scale, flip=augmentation.flip)
     light = augmentation.model_copy(update={"scale": (1.0, 1.0), "flip": 0.0})
 
     def load(sample: Sample) -> tuple[Tensor, ...]:
-        rng = sample_rng(seed, epoch, sample.repeat, sample.entry)
+        rng = sample_rng(reading.seed, reading.epoch, sample.repeat, sample.entry)
         weak, label = augment(*frames[sample.row], rng, crop=crop, settings=geometry, fill=fill)
         strong, _ = augment(weak, label, rng, crop=crop, settings=light, fill=fill)
         return weak, strong, label == IGNORE
 
-    with _single_core_threads(threads) as pool:
+    with _single_core_threads(reading.threads) as pool:
         samples = (sample for one in mine for sample in one)
-        loaded = prefetch(pool, load, samples, ahead=BATCHES_AHEAD * -(-batch // world_size))
+        loaded = prefetch(pool, load, samples, ahead=reading.ahead(batch))
         for one in mine:
             parts = zip(*(next(loaded) for _ in one), strict=True)
             stacked = PoolBatch(*(torch.stack(part) for part in parts))
-            yield PoolBatch(*(part.pin_memory() for part in stacked)) if pin_memory else stacked
+            yield PoolBatch(*(part.pin_memory() for part in stacked)) if reading.pin_memory else stacked
 
 
 def reading_threads(cpus: int, device_type: str) -> int:

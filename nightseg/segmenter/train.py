@@ -34,6 +34,7 @@ from nightseg.segmenter.data import (
     LabelledFrames,
     Part,
     PoolBatch,
+    Reading,
     Sample,
     Sampler,
     cache_for,
@@ -208,8 +209,8 @@ def _train_epoch(
 def _batches(
     frames: LabelledFrames, order: list[Sample], epoch: int, learner: Learner, plan: Plan, session: Session
 ) -> Iterator[Batch]:
-    reading = _reading(learner, session)
-    return training_batches(frames, plan.parts, order, plan.training, seed=plan.seed, epoch=epoch, **reading)
+    reading = _reading(learner, session, plan.seed, epoch)
+    return training_batches(frames, plan.parts, order, plan.training, reading)
 
 
 def _pool_batches(
@@ -227,10 +228,8 @@ def _pool_batches(
     order = Sampler([Part.whole(len(frames))]).epoch(plan.steps_per_epoch * batch, seed, epoch)[
         (begun + waiting) * batch :
     ]
-    reading = _reading(learner, session)
-    yield from pool_batches(
-        frames, order, online.augmentation, batch=batch, crop=plan.training.crop, seed=seed, epoch=epoch, **reading
-    )
+    reading = _reading(learner, session, seed, epoch)
+    yield from pool_batches(frames, order, online.augmentation, reading, batch=batch, crop=plan.training.crop)
 
 
 def _with_pool(
@@ -246,16 +245,17 @@ def _with_pool(
     return teacher.extend(batch, pool_batch.to(session.device), learner.step, session, night)
 
 
-def _reading(learner: Learner, session: Session) -> dict[str, Any]:
-    """How this worker reads frames."""
+def _reading(learner: Learner, session: Session, seed: int, epoch: int) -> Reading:
     red, green, blue = (round(255 * mean) for mean in learner.network.body.mean)  # normalises to zero
-    return {
-        "rank": session.rank,
-        "world_size": session.world_size,
-        "fill": (red, green, blue),
-        "threads": reading_threads(torch.get_num_threads(), session.device.type),
-        "pin_memory": session.device.type == "cuda",
-    }
+    return Reading(
+        session.rank,
+        session.world_size,
+        seed,
+        epoch,
+        fill=(red, green, blue),
+        threads=reading_threads(torch.get_num_threads(), session.device.type),
+        pin_memory=session.device.type == "cuda",
+    )
 
 
 def _is_overdue(session: Session, saved: float) -> bool:

@@ -18,7 +18,16 @@ from nightseg.data.table import frame_table
 from nightseg.data.taxonomy import Taxonomy
 from nightseg.segmenter import data as module
 from nightseg.segmenter.augment import augment, sample_rng
-from nightseg.segmenter.data import Batch, InMemory, LabelledFrames, Part, Sampler, reading_threads, training_batches
+from nightseg.segmenter.data import (
+    Batch,
+    InMemory,
+    LabelledFrames,
+    Part,
+    Reading,
+    Sampler,
+    reading_threads,
+    training_batches,
+)
 from nightseg.segmenter.settings import Augmentation, ClassSampling, Training
 from nightseg.storage import Location, UserError, sha256_of
 
@@ -69,11 +78,7 @@ def batches(
             parts,
             order,
             Training(batch=4, crop=(16, 16), augmentation=Augmentation(scale=(0.5, 2.0), flip=0.5)),
-            rank=rank,
-            world_size=world_size,
-            threads=threads,
-            pin_memory=False,
-            **settings,
+            Reading(rank, world_size, threads=threads, pin_memory=False, **settings),
         )
     )
 
@@ -178,7 +183,7 @@ def test_readers_work_on_one_core_each_and_the_training_keeps_its_threads(
         order = Sampler(parts).epoch(12, 0, 0)
         settings: dict[str, Any] = {"rank": 0, "world_size": 1, "seed": 0, "epoch": 0}
         settings |= {"fill": (0, 0, 0), "threads": 2, "pin_memory": False}
-        for _ in training_batches(frames, parts, order, Training(batch=4, crop=(8, 8)), **settings):
+        for _ in training_batches(frames, parts, order, Training(batch=4, crop=(8, 8)), Reading(**settings)):
             seen["training"].add(torch.get_num_threads())
             late = ThreadPoolExecutor(1)
             seen["training"].add(late.submit(torch.get_num_threads).result())
@@ -290,8 +295,8 @@ def test_a_rendered_part_is_rendered_anew_with_every_sample_and_cropped_alike(ro
     plain, rendered = [Part.whole(6)], [Part(tuple(range(6)), None, render)]
     order = Sampler(plain).epoch(12, 5, 2)
     settings = Training(batch=12, crop=(16, 16), augmentation=Augmentation(scale=(1.0, 2.0), flip=0.5))
-    more: dict[str, Any] = {"rank": 0, "world_size": 1, "seed": 5, "epoch": 2, "fill": (0, 0, 0), "threads": 1}
-    one, two = (next(training_batches(frames, p, order, settings, **more, pin_memory=False)) for p in (plain, rendered))
+    reading = Reading(0, 1, seed=5, epoch=2, fill=(0, 0, 0), threads=1, pin_memory=False)
+    one, two = (next(training_batches(frames, parts, order, settings, reading)) for parts in (plain, rendered))
     assert torch.equal(one.labels, two.labels)  # the same crops
     assert len(set(seeds)) == 12
     assert two.images[:, 0, 0, 0].tolist() == [seed % 251 for seed in seeds]

@@ -28,6 +28,7 @@ from nightseg.segmenter.data import (
     LabelledFrames,
     OnDisk,
     Part,
+    Reading,
     Sampler,
     cache_for,
     decoded_bytes,
@@ -96,13 +97,7 @@ def views(rows: pa.Table, kept: FrameCache, epochs: int = 2) -> list[Batch]:
             parts,
             Sampler(parts).epoch(7, 3, epoch),
             Training(batch=3, crop=(20, 24), augmentation=AUGMENTATION),
-            rank=0,
-            world_size=1,
-            seed=3,
-            epoch=epoch,
-            fill=(9, 8, 7),
-            threads=2,
-            pin_memory=False,
+            Reading(0, 1, seed=3, epoch=epoch, fill=(9, 8, 7), threads=2, pin_memory=False),
         )
     ]
 
