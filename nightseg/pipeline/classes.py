@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from nightseg.data import table as frame
@@ -18,8 +18,15 @@ from nightseg.data.taxonomy import Taxonomy
 from nightseg.errors import UserError, together
 from nightseg.pipeline.graph import Graph, NodeId, Use, View
 from nightseg.progress import Progress
-from nightseg.stages.collect import LABEL_FILES
 from nightseg.storage import Commit, Shards
+
+
+class _Labels(NamedTuple):
+    """Labels of a set: how many, their pixels by class (K), all pixels."""
+
+    num: int
+    by_class: npt.NDArray[np.int64]
+    pixels: int
 
 
 def check(graph: Graph, commits: Mapping[NodeId, Commit | Shards], classes: Taxonomy, progress: Progress) -> None:
@@ -37,24 +44,23 @@ def check(graph: Graph, commits: Mapping[NodeId, Commit | Shards], classes: Taxo
     problems = []
     for (what, uses), models in sets.items():
         where = f"{what} (model {', '.join(models)})" if models else what
-        counted = _pixels(uses, commits, classes)
-        if counted is None:
+        labels = _counted(uses, commits)
+        if labels is None:
             continue
-        num_labels, by_class = counted
-        if not num_labels:
+        if not labels.num:
             cure = "another side of the split, or another dataset; the quarantine tables say which frames were bad"
             problems.append(UserError(f"{where}: it holds no frame", cure=cure))
             continue
-        valid = by_class[: classes.num_classes].sum() / by_class.sum()
+        valid = labels.by_class.sum() / labels.pixels
         if not valid:
             problems.append(
                 UserError(
-                    f"{where}: none of the {num_labels} labels has a pixel with a class, only ignored ones",
+                    f"{where}: none of the {labels.num} labels has a pixel with a class, only ignored ones",
                     cure="frames with finished labels; a split of a dataset that has them in both domains",
                 )
             )
         elif len(uses) > 1 or any(view.domain for use in uses for view in use.views if isinstance(view, View)):
-            absent = [name for name, pixels in zip(classes.classes, by_class, strict=False) if not pixels]
+            absent = [name for name, pixels in zip(classes.classes, labels.by_class, strict=True) if not pixels]
             if models and absent:
                 progress.say(f"{where}: no pixel has {', '.join(absent)}")
             if valid < FEW_VALID:
@@ -63,28 +69,23 @@ def check(graph: Graph, commits: Mapping[NodeId, Commit | Shards], classes: Taxo
         raise together(problems)
 
 
-def _pixels(
-    uses: Iterable[Use], commits: Mapping[NodeId, Commit | Shards], classes: Taxonomy
-) -> tuple[int, npt.NDArray[np.float64]] | None:
-    """Number of labels, and pixels by train id, float64[256]; None unless all labels of the frames were counted."""
-    views = [view for use in uses for view in use.views]
-    uris = []
-    for view in views:
-        if not isinstance(view, View) or not isinstance(commits.get(view.node), Commit):
+def _counted(uses: Iterable[Use], commits: Mapping[NodeId, Commit | Shards]) -> _Labels | None:
+    """None unless all labels of the frames were counted when they were collected."""
+    found: dict[str, tuple[list[int], int]] = {}  # label file, which several parts may share -> by class, all pixels
+    num_frames = 0
+    for view in (view for use in uses for view in use.views):
+        commit = commits.get(view.node) if isinstance(view, View) else None
+        if not isinstance(view, View) or not isinstance(commit, Commit):
             return None  # what is wrong with a set that could not be committed is said there
-        rows = commits[view.node].table("frames")
+        rows = frame.resolve(commit.table("frames"), commit.folder)
         rows = rows if view.domain is None else rows.filter(pc.equal(rows[frame.DOMAIN], view.domain))
-        uris.append(rows[frame.LABEL_URI].combine_chunks())
-    wanted = pc.unique(pa.concat_arrays([pa.array([], pa.string()), *uris]).drop_null())
-    tables = [commit.table(LABEL_FILES) for commit in commits.values() if commit.has_table(LABEL_FILES)]
-    found = [table.filter(pc.is_in(table[frame.LABEL_URI], wanted)) for table in tables]
-    known = {uri for table in found for uri in pc.unique(table[frame.LABEL_URI]).to_pylist()}
-    if len(known) < len(wanted) or (not known and any(map(len, uris))):
+        num_frames += rows.num_rows
+        for row in rows.select([frame.LABEL_URI, frame.LABEL_PIXELS, frame.WIDTH, frame.HEIGHT]).to_pylist():
+            if row[frame.LABEL_URI] is not None:
+                if row[frame.LABEL_PIXELS] is None:
+                    return None
+                found[row[frame.LABEL_URI]] = row[frame.LABEL_PIXELS], row[frame.WIDTH] * row[frame.HEIGHT]
+    if num_frames and not found:
         return None
-    by_class = np.zeros(256)
-    for table in found:
-        for encoding in pc.unique(table[frame.LABEL_ENCODING]).to_pylist():
-            rows = table.filter(pc.equal(table[frame.LABEL_ENCODING], encoding))
-            ids, pixels = (pc.list_flatten(rows[name]).to_numpy() for name in ("ids", "pixels"))
-            np.add.at(by_class, classes.lut(encoding)[0][ids], pixels)
-    return len(wanted), by_class
+    by_class: npt.NDArray[np.int64] = np.array([pixels for pixels, _ in found.values()], dtype=np.int64).sum(axis=0)
+    return _Labels(len(found), by_class, sum(total for _, total in found.values()))

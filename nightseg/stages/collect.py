@@ -37,7 +37,7 @@ SCENES_TAXONOMY = "camvid11"
 THUMBNAILS = "thumbnails"  # table of the commit, by which near duplicates are found
 THUMBNAIL = "thumbnail"
 
-LABEL_FILES = "label_files"  # what each label file holds, of LABEL_FILES_SCHEMA
+_LABEL_FILES = "label_files"  # what each label file holds, of LABEL_FILES_SCHEMA
 _PROBLEM = "problem"
 _INDEX = "index"
 
@@ -128,7 +128,7 @@ def _folder(dataset: FolderDataset, name: str, classes: str, say: Callable[[str]
 
 def _read_labels(shards: Shards, dataset: FolderDataset, name: str, classes: str) -> Reading | None:
     """What the label files of the set mean together. Raises UserError if that is not what their layout says of them."""
-    known, table = taxonomy(classes), shards.table(LABEL_FILES)
+    known, table = taxonomy(classes), shards.table(_LABEL_FILES)
     files = list(zip(label_files(table), table[columns.LABEL_ENCODING].to_pylist(), strict=True))
     fitting = [(file, told) for file, told in files if file.pixels.keys() <= known.encodings[told].keys()]
     if not files:
@@ -165,7 +165,7 @@ class FolderReader:
             "frames": frame_table(good),
             "quarantine": quarantine_table(bad),
             THUMBNAILS: thumbnail_table(looks),
-            LABEL_FILES: pa.Table.from_pylist(labels, LABEL_FILES_SCHEMA),
+            _LABEL_FILES: pa.Table.from_pylist(labels, LABEL_FILES_SCHEMA),
         }
 
     def _read(self, row: dict[str, Any], looks: dict[str, UInt8], labels: list[dict[str, Any]]) -> dict[str, Any]:
