@@ -41,7 +41,7 @@ from nightseg.recipe.types import (
     expand_seeds,
     is_ready,
 )
-from nightseg.segmenter.settings import AdaptNorms, Online, Teaching
+from nightseg.segmenter.settings import AdaptNorms, Guard, Online, Teaching
 from nightseg.segmenter.start import start_identity, weights_identity
 from nightseg.selection.settings import Extraction, Selection
 from nightseg.stages import (
@@ -447,6 +447,8 @@ class Builder:
         inputs: dict[str, Source] = {"frames": Frames(frames), "teacher": teacher}
         if learning.never_below:
             inputs["labelled"] = Frames(tuple(view for name in model.train_sets for view in self._trained_on(name)))
+        if (round_before := self._first_round(by, learning.pool)) is not None:
+            inputs["first_round"], settings["guard"] = round_before, learning.guard or Guard(act="warn")
         labelled = of if by == (first.self_training.teacher or first.start) else name
         return chosen, self._add(
             pseudo_label,
@@ -456,6 +458,15 @@ class Builder:
             unhashed={**self._named(labelled), "known_warnings": self._warnings_of_teacher(by)},
             facts=self.classes,
         )
+
+    def _first_round(self, teacher: str, pool: str) -> NodeId | None:
+        """The first pseudo-labels of this pool that led to the teacher."""
+        found = None
+        for name in self._line(teacher, {}):  # the last one first
+            learning, nodes = self.models[name].self_training, self.graph.models[name]
+            if learning is not None and learning.pool == pool and nodes.pseudo_label is not None:
+                found = nodes.pseudo_label
+        return found
 
     # -- selections --------------------------------------------------------------------------------------------------
 

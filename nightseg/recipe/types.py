@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from nightseg.cluster.settings import MapCompute, TrainCompute
 from nightseg.data.settings import Dataset
-from nightseg.segmenter.settings import AdaptNorms, Inference, Loss, Network, Online, Threshold, Training
+from nightseg.segmenter.settings import AdaptNorms, Guard, Inference, Loss, Network, Online, Threshold, Training
 from nightseg.selection.settings import Extraction, Selection
 from nightseg.settings import NAME_PATTERN, Fraction, Name, Positive, Strict
 from nightseg.translators.settings import (
@@ -73,6 +73,11 @@ class SelfTraining(Strict):
     weight: Weight = Field(
         default=1.0, description="offline: of the pseudo-labelled frames, where the model's train sets have weights"
     )
+    guard: Guard | None = Field(
+        default=None,
+        description="offline: what the teacher sees of the pool, against the teacher of the first round; stop ends the "
+        "run; null = act: warn",
+    )
     online: Online | None = Field(default=None, description="mode online; null = its defaults")
 
     @model_validator(mode="after")
@@ -83,6 +88,8 @@ class SelfTraining(Strict):
             raise ValueError("threshold.precision is measured while a model learns: it is for mode: online")
         if self.mode == "online" and self.teacher is not None:
             raise ValueError("mode online: the model teaches itself, leave teacher out")
+        if self.mode == "online" and self.guard is not None:
+            raise ValueError("mode online: its guard is online.guard")
         if self.mode == "online" and self.weight != 1:
             raise ValueError("mode online: the weight of the pool is online.weight, of a pixel")
         if self.mode == "online" and self.inference is not None:

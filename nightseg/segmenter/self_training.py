@@ -216,6 +216,16 @@ def confidence_preview(confidence_HW: Confidence) -> Labels:
     return preview
 
 
+def out_of_range(
+    shares_K: npt.NDArray[np.float64], start_K: npt.NDArray[np.float64], allowed: tuple[float, float]
+) -> npt.NDArray[np.bool_]:
+    """Classes whose share has left the range around its start. One that is hardly ever predicted has none to lose, and
+    may grow up to the range of the least share that counts."""
+    is_lost_K = (start_K >= RARE_SHARE) & (shares_K < allowed[0] * start_K)
+    has_swallowed_K: npt.NDArray[np.bool_] = shares_K > allowed[1] * np.maximum(start_K, RARE_SHARE)
+    return is_lost_K | has_swallowed_K
+
+
 def guard(pixels: KeptPixels, classes: Sequence[str]) -> list[str]:
     """Warnings about pseudo-labels that would teach the student to forget; empty when all is well.
 

@@ -274,13 +274,18 @@ class Guard(Strict):
     range: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(gt=0)]] = Field(
         default=(0.5, 1.5), description="of a class's share of the pool, as a multiple of its share at the start"
     )
-    start_steps: Positive = Field(default=25, description="steps whose mean is the share at the start")
 
     @model_validator(mode="after")
     def _range_around_one(self) -> Guard:
         if not self.range[0] < 1 < self.range[1]:
             raise ValueError(f"range {self.range}: a share that has not changed, 1, must lie in it")
         return self
+
+
+class OnlineGuard(Guard):
+    """Of a teacher that changes while it teaches: the start is in the same training."""
+
+    start_steps: Positive = Field(default=25, description="steps whose mean is the share at the start")
 
 
 class Online(Strict):
@@ -308,7 +313,7 @@ class Online(Strict):
     memory: Positive = Field(
         default=100, description="steps that the running counts of classes and confidences reach back"
     )
-    guard: Guard = Guard()
+    guard: OnlineGuard = OnlineGuard()
     augmentation: Augmentation = Field(
         default=Augmentation(brightness=0.5, contrast=0.5, saturation=0.5, noise=0.05),
         description="of the pool: scale and flip for teacher and student, all else for the student alone; default: "

@@ -35,6 +35,7 @@ from nightseg.segmenter.self_training import (
     RARE_SHARE,
     class_thresholds,
     impossible,
+    out_of_range,
     precise_thresholds,
     rules_of,
 )
@@ -327,16 +328,6 @@ class Teacher:
 
 
 # -- the rules as functions ------------------------------------------------------------------------------------------
-
-
-def out_of_range(
-    shares_K: npt.NDArray[np.float64], start_K: npt.NDArray[np.float64], allowed: tuple[float, float]
-) -> npt.NDArray[np.bool_]:
-    """Classes whose share has left the range around its start. One that is hardly ever predicted has none to lose, and
-    may grow up to the range of the least share that counts."""
-    is_lost_K = (start_K >= RARE_SHARE) & (shares_K < allowed[0] * start_K)
-    has_swallowed_K: npt.NDArray[np.bool_] = shares_K > allowed[1] * np.maximum(start_K, RARE_SHARE)
-    return is_lost_K | has_swallowed_K
 
 
 def half_of_the_classes(labels_PHW: Tensor, draws_PK: Tensor) -> Tensor:

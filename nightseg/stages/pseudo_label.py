@@ -25,7 +25,7 @@ from nightseg.data.taxonomy import TRAIN_IDS, Taxonomy
 from nightseg.segmenter import self_training
 from nightseg.segmenter.predict import WHOLE_FRAME, RowSegmenter, check_classes
 from nightseg.segmenter.self_training import NUM_BINS, KeptPixels, Rules
-from nightseg.segmenter.settings import Inference, Threshold
+from nightseg.segmenter.settings import Guard, Inference, Threshold
 from nightseg.storage import Attempt, Commit, Location, Shards, UserError, sha256_of
 
 VERSION = 3
@@ -55,6 +55,42 @@ class _Labelled(NamedTuple):
     shards: Shards
     quarantine: pa.Table
     outputs: list[str]
+    warnings: Sequence[str] = ()
+
+
+class _Watch(NamedTuple):
+    """What the teacher of the first round saw on the pool, and what is done where this one sees something else."""
+
+    guard: Guard
+    first_K: Thresholds  # shares of the pixels
+    classes: Sequence[str]
+    name: str
+
+    @classmethod
+    def of(cls, guard: Guard, first_round: Commit, classes: Taxonomy, name: str) -> _Watch:
+        counts_K = np.array([sum(counts) for counts in first_round.table("histograms")[HISTOGRAM].to_pylist()])
+        return cls(guard, counts_K / max(counts_K.sum(), 1), classes.classes, name)
+
+    def look(self, histograms_KB: Counts, thresholds_K: Thresholds) -> list[str]:
+        """What is told of classes out of range; with `ignore` their thresholds are raised, with `stop` it is an
+        error."""
+        shares_K = histograms_KB.sum(axis=1) / max(histograms_KB.sum(), 1)
+        outside_K = self_training.out_of_range(shares_K, self.first_K, self.guard.range)
+        found = [
+            f"the teacher sees {self.classes[k]} on {shares_K[k]:.2%} of the pool, that of the first round on "
+            f"{self.first_K[k]:.2%}"
+            for k in np.flatnonzero(outside_K)
+        ]
+        if found and self.guard.act == "stop":
+            raise UserError(
+                f"pseudo-labels for {self.name}: {'; '.join(found)}",
+                cure="end with the round before, give the teacher more labelled frames under night light, or set "
+                "self_training.guard.act: ignore, which does not learn these classes",
+            )
+        if self.guard.act == "ignore":
+            thresholds_K[outside_K] = self_training.NOTHING_KEPT
+        done = "its pixels are not learned" if self.guard.act == "ignore" else "it is learned all the same"
+        return [f"{text}; {done} (guard.act)" for text in found]
 
 
 def pseudo_label(
@@ -67,6 +103,8 @@ def pseudo_label(
     inference: Inference = WHOLE_FRAME,
     never_below: Mapping[str, Sequence[str]] | None = None,
     labelled: pa.Table | None = None,
+    guard: Guard | None = None,
+    first_round: Commit | None = None,
     known_warnings: Sequence[str] = (),
     **work: Unpack[Work],
 ) -> Commit:
@@ -74,9 +112,10 @@ def pseudo_label(
     `histograms` (one row a class: pixels by confidence bin over all frames) and `evidence.json` (`_evidence`).
 
     `frames` has absolute uris. `never_below`: pixels of a class below others are not kept; `labelled` are the frames
-    whose labels this is checked on. `known_warnings` join those that the labels give.
+    whose labels this is checked on. `guard` compares what the teacher sees with what that of `first_round`, whose pool
+    was the same, saw. `known_warnings` join those that the labels give.
     Raises UserError: no frame, a teacher with other classes, no pixel kept, more bad frames than `max_bad_fraction`,
-    labels that break `never_below`.
+    labels that break `never_below`, a class out of the guard's range where it says `stop`.
     """
     classes = load_taxonomy(taxonomy)
     rules = self_training.rules_of(never_below or {}, classes)
@@ -92,12 +131,13 @@ def pseudo_label(
     by = RowSegmenter(teacher.folder / "model", work["compute"], inference)
     attempt = work["attempt"]
     drafts = replace(attempt, folder=attempt.folder / "drafts")
-    if threshold.kind == "class_balanced":
-        done = _label_drafts(rows, threshold, rules, classes, by, drafts, name, work)
+    watch = None if guard is None or first_round is None else _Watch.of(guard, first_round, classes, name)
+    if threshold.kind == "class_balanced" or (watch is not None and watch.guard.act != "warn"):
+        done = _label_drafts(rows, threshold, rules, classes, by, drafts, name, work, watch)
     else:
-        done = _label_directly(rows, threshold, rules, classes, by, name, work)
+        done = _label_directly(rows, threshold, rules, classes, by, name, work, watch)
     histograms_KB, pixels = _totals(done.shards, classes.num_classes)
-    warnings = [*known_warnings, *self_training.guard(pixels, classes.classes)]
+    warnings = [*known_warnings, *done.warnings, *self_training.guard(pixels, classes.classes)]
     for warning in warnings:
         work["progress"].say(f"pseudo-labels for {name}: {warning}")
     num_frames = rows.num_rows - done.quarantine.num_rows
@@ -120,14 +160,22 @@ def pseudo_label(
 
 
 def _label_directly(
-    rows: pa.Table, threshold: Threshold, rules: Rules, classes: Taxonomy, by: RowSegmenter, name: str, work: Work
+    rows: pa.Table,
+    threshold: Threshold,
+    rules: Rules,
+    classes: Taxonomy,
+    by: RowSegmenter,
+    name: str,
+    work: Work,
+    watch: _Watch | None,
 ) -> _Labelled:
     """One pass, for thresholds that do not depend on the frames."""
     nothing_yet = np.zeros((classes.num_classes, NUM_BINS), dtype=np.int64)
     thresholds_K = self_training.class_thresholds(threshold, nothing_yet)
     arguments = {"by": by, "thresholds_K": thresholds_K, "rules": rules, "classes": classes}
     shards = map_shards(rows, DirectLabeller, arguments, title=f"pseudo-labels of {name}", **work)
-    return _Labelled(thresholds_K, shards, shards.table("quarantine"), [])
+    warnings = [] if watch is None else watch.look(_totals(shards, classes.num_classes)[0], thresholds_K)
+    return _Labelled(thresholds_K, shards, shards.table("quarantine"), [], warnings)
 
 
 def _label_drafts(
@@ -139,8 +187,9 @@ def _label_drafts(
     drafts: Attempt,
     name: str,
     work: Work,
+    watch: _Watch | None,
 ) -> _Labelled:
-    """Two passes, for thresholds that follow from the confidence of all frames."""
+    """Two passes, for thresholds that follow from what the teacher says of all frames."""
     of_drafts: Work = {**work, "attempt": drafts}
     shards = map_shards(rows, Drafter, {"by": by}, title=f"teacher of {name}", **of_drafts)
     quarantine, drafted = shards.table("quarantine"), shards.table("drafts")
@@ -149,14 +198,16 @@ def _label_drafts(
         # Refused now, with the first pass's shards: labels made with thresholds of too few frames must not exist.
         shards.finish("drafts", is_whole=drafted.num_rows > 0)
     (work["attempt"].folder / "quarantine.parquet").write_table(quarantine)
-    histograms_KB = sum(_arrays(shards, "histograms", HISTOGRAM), start=np.zeros(1, dtype=np.int64))
-    thresholds_K = self_training.class_thresholds(threshold, histograms_KB.reshape(classes.num_classes, NUM_BINS))
+    histograms_KB = sum(_arrays(shards, "histograms", HISTOGRAM), start=np.zeros((1, 1), dtype=np.int64))
+    histograms_KB = histograms_KB.reshape(classes.num_classes, NUM_BINS)
+    thresholds_K = self_training.class_thresholds(threshold, histograms_KB)
+    warnings = [] if watch is None else watch.look(histograms_KB, thresholds_K)
     readable = rows.filter(pc.is_in(rows[frame.FRAME_ID], value_set=drafted[frame.FRAME_ID].combine_chunks()))
     for column in (frame.HEIGHT, frame.WIDTH):
         readable = readable.set_column(readable.schema.get_field_index(column), column, drafted[column])
     arguments = {"drafts": drafts.folder, "thresholds_K": thresholds_K, "rules": rules, "classes": classes}
     labelled = map_shards(readable, DraftLabeller, arguments, title=f"pseudo-labels of {name}", **work)
-    return _Labelled(thresholds_K, labelled, quarantine, ["quarantine.parquet"])
+    return _Labelled(thresholds_K, labelled, quarantine, ["quarantine.parquet"], warnings)
 
 
 # -- workers ---------------------------------------------------------------------------------------------------------
@@ -288,7 +339,8 @@ def _evidence(
     pixels: KeptPixels,
     warnings: list[str],
 ) -> dict[str, Any]:
-    """Shares are fractions; `kept_share` of a class is null where the teacher never predicts it."""
+    """Shares are fractions; `kept_share` of a class is null where the teacher never predicts it, `threshold` where the
+    guard lets nothing of it be learned."""
     facts = zip(classes.classes, pixels.predicted, pixels.kept, pixels.share_by_class, thresholds_K, strict=True)
     return {
         "teacher": {"name": teacher.name, "key": teacher.key},
@@ -297,7 +349,12 @@ def _evidence(
         "pixels": int(pixels.predicted.sum()),
         "kept_share": pixels.share,
         "by_class": {
-            name: {"predicted": int(predicted), "kept": int(kept), "kept_share": share, "threshold": float(limit)}
+            name: {
+                "predicted": int(predicted),
+                "kept": int(kept),
+                "kept_share": share,
+                "threshold": float(limit) if limit <= 1 else None,
+            }
             for name, predicted, kept, share, limit in facts
         },
         "warnings": warnings,

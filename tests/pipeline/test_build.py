@@ -12,6 +12,7 @@ from nightseg.pipeline.run import plan
 from nightseg.recipe import load_recipe
 from nightseg.recipe.types import Recipe, expand_rounds, expand_seeds
 from nightseg.segmenter import detectron2
+from nightseg.segmenter.settings import Guard
 from nightseg.storage import Location, UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -175,6 +176,22 @@ def test_rounds_are_a_chain_of_models(tmp_path: Path) -> None:
     assert learning is not None and learning.teacher == "b.2"
     graph = build_graph(scenes_recipe(tmp_path, models))
     assert NodeId("train_segmenter", "b.2") in graph.nodes[NodeId("pseudo_label", "b")].needs
+
+
+def test_rounds_are_watched_against_the_first_one_on_their_pool(tmp_path: Path) -> None:
+    models = """
+  a: {train: [day]}
+  b: {train: [day], start: a, rounds: 3, self_training: {pool: night}}
+  c: {train: [day], start: b, self_training: {pool: night, guard: {act: stop, range: [0.9, 1.1]}}}
+  d: {train: [day], start: b, self_training: {pool: pool, guard: {act: stop}}}
+"""
+    graph = build_graph(scenes_recipe(tmp_path, models))
+    labels = {name: graph.nodes[NodeId("pseudo_label", name)] for name in ("b.1", "b.2", "b", "c", "d")}
+    first = {name: node.inputs.get("first_round") for name, node in labels.items()}
+    assert first == {"b.1": None, "d": None} | dict.fromkeys(("b.2", "b", "c"), NodeId("pseudo_label", "b.1"))
+    guards = {name: node.settings.get("guard") for name, node in labels.items()}
+    assert guards["b"] == Guard(act="warn") and guards["c"] == Guard(act="stop", range=(0.9, 1.1))
+    assert guards["b.1"] is guards["d"] is None
 
 
 ONLINE = """

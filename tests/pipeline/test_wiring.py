@@ -126,6 +126,8 @@ NOT_PASSED: Final = {
     "roots": "they stand in the roots of datasets when the recipe is loaded",
     "models.first.rounds": "repeats a self-training, and there is none",
     "models.first.self_training": "shown by the second model",
+    "models.second.self_training.guard": "there is no round before it: tests/pipeline/test_build.py",
+    "models.taught.self_training.guard": "its guard is online.guard",
     "models.first.network": "the recipe's, shown by `network`",
     "models.first.loss": "the recipe's",
     "models.first.training": "the recipe's",

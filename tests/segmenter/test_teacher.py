@@ -15,7 +15,7 @@ from nightseg.data.class_list import taxonomy
 from nightseg.networks.normaliser import Normaliser
 from nightseg.segmenter.data import Batch, PoolBatch
 from nightseg.segmenter.loss import segmentation_loss
-from nightseg.segmenter.settings import Augmentation, Guard, Loss, Masked, Online, Teaching, Threshold, Training
+from nightseg.segmenter.settings import Augmentation, Loss, Masked, Online, OnlineGuard, Teaching, Threshold, Training
 from nightseg.segmenter.teacher import Teacher, boxes, half_of_the_classes, out_of_range
 from nightseg.storage import Location
 
@@ -204,7 +204,7 @@ def test_a_share_out_of_range_by_hand() -> None:
 
 def run_with_vanishing_cars(session: LocalSession, batch: Batch, act: str) -> tuple[Teacher, list[Batch]]:
     """25 steps with cars, then without; the counts forget them within some steps."""
-    teacher = teacher_of(session, memory=4, guard=Guard(act=act, start_steps=4))  # type: ignore[arg-type]
+    teacher = teacher_of(session, memory=4, guard=OnlineGuard(act=act, start_steps=4))  # type: ignore[arg-type]
     empty = street()
     empty[16:24, 8:24] = ROAD
     found = []
@@ -267,7 +267,7 @@ def test_parts_have_labelled_frames_and_pool_alike(session: LocalSession, batch:
 
 def test_state_comes_back(session: LocalSession, batch: Batch) -> None:
     first, _ = run_with_vanishing_cars(session, batch, "ignore")
-    second = teacher_of(session, memory=4, guard=Guard(start_steps=4))
+    second = teacher_of(session, memory=4, guard=OnlineGuard(start_steps=4))
     second.restore(first.state())
     assert second.record() == first.record() is not None
     pool = pool_of(street())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,10 @@ import pytest
 
 from nightseg.cluster.settings import MapCompute
 from nightseg.data.class_list import taxonomy
-from nightseg.data.images import decode_label, encode_png
+from nightseg.data.images import decode_label, encode_png, read_image
 from nightseg.data.table import frame_table, resolve
 from nightseg.progress import SilentProgress
-from nightseg.segmenter.settings import Threshold
+from nightseg.segmenter.settings import Guard, Threshold
 from nightseg.stages.pseudo_label import LABELS_SCHEMA, Drafter, DraftLabeller, pseudo_label
 from nightseg.storage import Attempt, Commit, Location, UserError
 
@@ -190,6 +191,37 @@ class TestRules:
             assert len(shards_done) == num_shards  # no shard was done twice
             files = {output.path: output.sha256 for output in commit.outputs}
             assert files == {output.path: output.sha256 for output in whole.outputs}
+
+    @pytest.mark.parametrize(
+        "threshold", [Threshold(kind="none"), Threshold(kind="class_balanced", share=1.0)], ids=lambda t: str(t.kind)
+    )
+    @pytest.mark.parametrize("act", ["warn", "ignore", "stop"])
+    def test_a_later_round_is_watched(
+        self, act: Any, threshold: Threshold, frames: pa.Table, teacher: Commit, work: Any
+    ) -> None:
+        """The first round sees sky on 48 of 96 pixels of its two frames, this one on none; cars stay as they were."""
+        first = run(frames.slice(0, 2), teacher, work("pseudo_label", "first"), Threshold(kind="none"))
+        rows = []
+        for row in frames.to_pylist():
+            image = read_image(Location.of(row["uri"]))
+            image[..., 0][image[..., 0] == SKY] = ROAD
+            Location.of(row["uri"]).write_bytes(encode_png(image))
+            rows.append(row | {"sha256": None})
+        guard, attempt = Guard(act=act), work("pseudo_label")
+        label = partial(run, frame_table(rows), teacher, attempt, threshold, guard=guard, first_round=first)
+        if act == "stop":
+            with pytest.raises(UserError, match=r"sees sky on 0.00% of the pool, that of the first round on 50.00%"):
+                label()
+            return
+        commit = label()
+        warnings = [text for text in commit.json("evidence.json")["warnings"] if "first round" in text]
+        assert [text.split(" on ")[0] for text in warnings] == ["the teacher sees sky", "the teacher sees road"]
+        assert all(("not learned" in text) == (act == "ignore") for text in warnings)
+        thresholds = {name: one["threshold"] for name, one in commit.json("evidence.json")["by_class"].items()}
+        assert (thresholds["road"] is None) == (act == "ignore") and thresholds["car"] is not None
+        assert {tuple(np.unique(found)) for found in labels_of(commit)} == {
+            (ROAD, CAR) if act == "warn" else (CAR, 255)
+        }
 
     def test_nothing_kept_is_an_error(self, frames: pa.Table, teacher: Commit, work: Any) -> None:
         with pytest.raises(UserError, match="keep none of 480 pixels"):
