@@ -58,6 +58,17 @@ class _Labelled(NamedTuple):
     warnings: Sequence[str] = ()
 
 
+class _Asked(NamedTuple):
+    """What the passes are told."""
+
+    name: str
+    by: RowSegmenter
+    threshold: Threshold
+    rules: Rules
+    classes: Taxonomy
+    watch: _Watch | None
+
+
 class _Watch(NamedTuple):
     """What the teacher of the first round saw on the pool, and what is done where this one sees something else."""
 
@@ -77,9 +88,9 @@ class _Watch(NamedTuple):
         shares_K = histograms_KB.sum(axis=1) / max(histograms_KB.sum(), 1)
         outside_K = self_training.out_of_range(shares_K, self.first_K, self.guard.range)
         found = [
-            f"the teacher sees {self.classes[k]} on {shares_K[k]:.2%} of the pool, that of the first round on "
-            f"{self.first_K[k]:.2%}"
-            for k in np.flatnonzero(outside_K)
+            f"the teacher sees {name} on {share:.2%} of the pool, that of the first round on {first:.2%}"
+            for name, share, first, is_outside in zip(self.classes, shares_K, self.first_K, outside_K, strict=True)
+            if is_outside
         ]
         if found and self.guard.act == "stop":
             raise UserError(
@@ -121,31 +132,26 @@ def pseudo_label(
     rules = self_training.rules_of(never_below or {}, classes)
     if labelled is not None:
         self_training.check_never_below(never_below or {}, labelled, classes, f"pseudo-labels for {name}")
-    if frames.num_rows == 0:
-        raise UserError(
-            f"pseudo-labels for {name}: there is no frame to label", cure="look at the pool and at its selection"
-        )
     check_classes(teacher.folder / "model", classes)
-    columns = [column for column in frames.column_names if column in frame.FRAME_SCHEMA.names]
-    rows = frame.frame_table(frames.select(columns).to_pylist())
+    rows = _to_label(frames, name)
     by = RowSegmenter(teacher.folder / "model", work["compute"], inference)
     attempt = work["attempt"]
     drafts = replace(attempt, folder=attempt.folder / "drafts")
     watch = None if guard is None or first_round is None else _Watch.of(guard, first_round, classes, name)
+    asked = _Asked(name, by, threshold, rules, classes, watch)
     if threshold.kind == "class_balanced" or (watch is not None and watch.guard.act != "warn"):
-        done = _label_drafts(rows, threshold, rules, classes, by, drafts, name, work, watch)
+        done = _label_drafts(rows, asked, drafts, work)
     else:
-        done = _label_directly(rows, threshold, rules, classes, by, name, work, watch)
+        done = _label_directly(rows, asked, work)
     histograms_KB, pixels = _totals(done.shards, classes.num_classes)
+    bins_by_class = pa.table({"class": list(classes.classes), HISTOGRAM: histograms_KB.tolist()})
     warnings = [*known_warnings, *done.warnings, *self_training.guard(pixels, classes.classes)]
     for warning in warnings:
         work["progress"].say(f"pseudo-labels for {name}: {warning}")
     num_frames = rows.num_rows - done.quarantine.num_rows
     evidence = _evidence(teacher, threshold, classes, num_frames, done.thresholds, pixels, warnings)
     (attempt.folder / "evidence.json").write_json(evidence)
-    (attempt.folder / "histograms.parquet").write_table(
-        pa.table({"class": list(classes.classes), HISTOGRAM: histograms_KB.tolist()})
-    )
+    (attempt.folder / "histograms.parquet").write_table(bins_by_class)
     commit = attempt.finish(
         rows_in=rows.num_rows,
         rows_out=num_frames,
@@ -159,54 +165,49 @@ def pseudo_label(
     return commit
 
 
-def _label_directly(
-    rows: pa.Table,
-    threshold: Threshold,
-    rules: Rules,
-    classes: Taxonomy,
-    by: RowSegmenter,
-    name: str,
-    work: Work,
-    watch: _Watch | None,
-) -> _Labelled:
+def _to_label(frames: pa.Table, name: str) -> pa.Table:
+    """The frames without the columns of the selection that chose them."""
+    if frames.num_rows == 0:
+        raise UserError(
+            f"pseudo-labels for {name}: there is no frame to label", cure="look at the pool and at its selection"
+        )
+    columns = [column for column in frames.column_names if column in frame.FRAME_SCHEMA.names]
+    return frame.frame_table(frames.select(columns).to_pylist())
+
+
+def _label_directly(rows: pa.Table, asked: _Asked, work: Work) -> _Labelled:
     """One pass, for thresholds that do not depend on the frames."""
+    classes, watch = asked.classes, asked.watch
     nothing_yet = np.zeros((classes.num_classes, NUM_BINS), dtype=np.int64)
-    thresholds_K = self_training.class_thresholds(threshold, nothing_yet)
-    arguments = {"by": by, "thresholds_K": thresholds_K, "rules": rules, "classes": classes}
-    shards = map_shards(rows, DirectLabeller, arguments, title=f"pseudo-labels of {name}", **work)
+    thresholds_K = self_training.class_thresholds(asked.threshold, nothing_yet)
+    arguments = {"by": asked.by, "thresholds_K": thresholds_K, "rules": asked.rules, "classes": classes}
+    shards = map_shards(rows, DirectLabeller, arguments, title=f"pseudo-labels of {asked.name}", **work)
     warnings = [] if watch is None else watch.look(_totals(shards, classes.num_classes)[0], thresholds_K)
     return _Labelled(thresholds_K, shards, shards.table("quarantine"), [], warnings)
 
 
-def _label_drafts(
-    rows: pa.Table,
-    threshold: Threshold,
-    rules: Rules,
-    classes: Taxonomy,
-    by: RowSegmenter,
-    drafts: Attempt,
-    name: str,
-    work: Work,
-    watch: _Watch | None,
-) -> _Labelled:
+def _label_drafts(rows: pa.Table, asked: _Asked, drafts: Attempt, work: Work) -> _Labelled:
     """Two passes, for thresholds that follow from what the teacher says of all frames."""
     of_drafts: Work = {**work, "attempt": drafts}
-    shards = map_shards(rows, Drafter, {"by": by}, title=f"teacher of {name}", **of_drafts)
+    shards = map_shards(rows, Drafter, {"by": asked.by}, title=f"teacher of {asked.name}", **of_drafts)
     quarantine, drafted = shards.table("quarantine"), shards.table("drafts")
     limit = shards.max_bad_fraction if drafted.num_rows else 0.0
     if quarantine.num_rows > limit * rows.num_rows:
         # Refused now, with the first pass's shards: labels made with thresholds of too few frames must not exist.
         shards.finish("drafts", is_whole=drafted.num_rows > 0)
     (work["attempt"].folder / "quarantine.parquet").write_table(quarantine)
-    histograms_KB = sum(_arrays(shards, "histograms", HISTOGRAM), start=np.zeros((1, 1), dtype=np.int64))
-    histograms_KB = histograms_KB.reshape(classes.num_classes, NUM_BINS)
-    thresholds_K = self_training.class_thresholds(threshold, histograms_KB)
+    num_classes, watch = asked.classes.num_classes, asked.watch
+    histograms = sum(_arrays(shards, "histograms", HISTOGRAM), start=np.zeros(num_classes * NUM_BINS, dtype=np.int64))
+    histograms_KB = histograms.reshape(num_classes, NUM_BINS)
+    thresholds_K = self_training.class_thresholds(asked.threshold, histograms_KB)
     warnings = [] if watch is None else watch.look(histograms_KB, thresholds_K)
     readable = rows.filter(pc.is_in(rows[frame.FRAME_ID], value_set=drafted[frame.FRAME_ID].combine_chunks()))
     for column in (frame.HEIGHT, frame.WIDTH):
         readable = readable.set_column(readable.schema.get_field_index(column), column, drafted[column])
-    arguments = {"drafts": drafts.folder, "thresholds_K": thresholds_K, "rules": rules, "classes": classes}
-    labelled = map_shards(readable, DraftLabeller, arguments, title=f"pseudo-labels of {name}", **work)
+    arguments = {
+        "drafts": drafts.folder, "thresholds_K": thresholds_K, "rules": asked.rules, "classes": asked.classes
+    }  # fmt: skip
+    labelled = map_shards(readable, DraftLabeller, arguments, title=f"pseudo-labels of {asked.name}", **work)
     return _Labelled(thresholds_K, labelled, quarantine, ["quarantine.parquet"], warnings)
 
 
