@@ -372,6 +372,7 @@ class Builder:
         return {
             "about": model.about,
             "start": model.start,
+            "validate_on": model.validate_on,
             "parents": [] if is_ready(model.start) else [model.start],
             "network": recipe.network_of(model).model_dump(mode="json"),
             "loss": recipe.loss_of(model).model_dump(mode="json"),
@@ -550,6 +551,9 @@ class Builder:
             yield from self._uses(model.self_training.pool, "trained on as a pool")
             if model.self_training.select is not None and model.self_training.select.reference:
                 yield from self._uses(model.self_training.select.reference, "the reference of a selection")
+        if self.recipe.training_of(model).keep == "best":
+            for dataset in model.validate_on:
+                yield from self._uses(dataset, "its best weights were chosen on", with_translators=False)
 
     def _uses(self, name: str, what: str, is_training: bool = False, with_translators: bool = True) -> Iterator[Use]:
         """The frames of a dataset, or those that its translations were made from and the translator's own."""

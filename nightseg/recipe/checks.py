@@ -74,6 +74,7 @@ def recipe_problems(data: Mapping[str, Any]) -> list[Problem]:
         *_unknown(sections, references),
         *_cycles(references),
         *_contradictions(sections),
+        *_nothing_to_choose_by(data, sections),
         *_missing_seeds(data, sections),
         *_missing_directions(sections),
         *_not_fresh(sections),
@@ -175,6 +176,17 @@ def _contradictions(sections: _Sections) -> Iterator[Problem]:
                 "no train set of this model is translated, so say which dataset the chosen frames should be close to"
             )
             yield Problem((*path, "self_training", "select", "reference"), message)
+
+
+def _nothing_to_choose_by(data: Mapping[str, Any], sections: _Sections) -> Iterator[Problem]:
+    """Models that shall keep their best weights, and have no frames to tell which these are."""
+    for name, entry in sections.models.items():
+        own = _mapping(entry, "training")
+        keep = own.get("keep", _mapping(data, "training").get("keep"))
+        if keep == "best" and not entry.get("validate_on") and not entry.get("adapt_norms"):
+            path: Key = ("models", name, "training", "keep") if "keep" in own else ("training", "keep")
+            message = f"{name} shall keep the weights of its best validation, and validates on nothing"
+            yield Problem(path, f"{message}; set models.{name}.validate_on, or keep: last")
 
 
 def _missing_seeds(data: Mapping[str, Any], sections: _Sections) -> Iterator[Problem]:

@@ -200,6 +200,11 @@ class Training(Strict):
     )
     compile: bool = Field(default=False, description="torch.compile the network: slow first steps, then faster ones")
     validate_every: Positive = Field(default=1, description="epochs between validations")
+    keep: Literal["last", "best"] = Field(
+        default="last",
+        description="which weights become the model: the last ones, or those of the validation with the best mIoU on "
+        "`validate_on`, which must then not be a test set",
+    )
     checkpoint_every: Positive | None = Field(
         default=None, description="steps between checkpoints; null = after each epoch, and every ten minutes in one"
     )

@@ -134,6 +134,8 @@ def learn(session: Session, settings: dict[str, Any]) -> None:
             record["teacher"] = learner.teacher.record()
         if watched is not None and (epoch % training.validate_every == 0 or epoch == training.epochs):
             record["validation"] = validate(learner.evaluated, watched, plan, session)
+            if training.keep == "best":
+                learner.keep_if_best(epoch, record["validation"]["miou"])
             with _autocast(session.device, training):
                 draw_validation(curves, learner.step, record["validation"], learner.evaluated, watched)
         learner.history.append(record)
@@ -385,7 +387,7 @@ class Learner:
 
     `ema`: of the network, if one is kept; `teacher`: what labels a pool with it. `metrics`: steps_per_epoch x 2, loss
     and gradient norm of the steps of the epoch that is under way or has just ended. `history`: one entry for each
-    finished epoch.
+    finished epoch. `best`: epoch, miou and weights (on the CPU) of the best validation so far, if it is asked for.
     """
 
     network: SemanticFPN
@@ -396,6 +398,7 @@ class Learner:
     step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     pace: Pace = field(default_factory=Pace)
+    best: dict[str, Any] | None = None
 
     @property
     def evaluated(self) -> SemanticFPN:
@@ -411,6 +414,15 @@ class Learner:
         """One more step is done. Nothing is read back from the device."""
         self.metrics[self.steps_of_epoch] = torch.stack(metrics)
         self.step += 1
+
+    def keep_if_best(self, epoch: int, miou: float | None) -> None:
+        """Remember the validated weights if none before were as good: of equal epochs the earliest stays.
+
+        All workers call it with the same score; the statistics of batch norms are rank 0's by then, as in checkpoints.
+        """
+        if miou is not None and (self.best is None or miou > self.best["miou"]):
+            weights = {name: value.detach().cpu().clone() for name, value in self.evaluated.state_dict().items()}
+            self.best = {"epoch": epoch, "miou": miou, "weights": weights}
 
     def recent(self, steps: int, frames_of: Callable[[int], Sequence[str]], saved_step: int) -> dict[str, float]:
         """Means over the last `steps` steps, which lie in one epoch, as points of curves. Waits for the device.
@@ -451,6 +463,7 @@ class Learner:
             "teacher": None if self.teacher is None else self.teacher.state(),
             "history": self.history,
             "pace": asdict(self.pace),
+            "best": self.best,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -464,6 +477,7 @@ class Learner:
         self.step = int(state["step"])
         self.metrics[: len(state["metrics"])] = state["metrics"].to(self.metrics.device)
         self.history, self.pace = list(state["history"]), Pace(**state["pace"])
+        self.best = state["best"]
 
 
 def start_learner(plan: Plan, session: Session) -> Learner:

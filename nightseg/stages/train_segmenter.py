@@ -57,15 +57,17 @@ def train_segmenter(
     teaching: Teaching = Teaching(),  # noqa: B008 frozen
     warnings: Sequence[str] = (),
 ) -> Commit:
-    """Commit `model/` (the last weights, or their EMA: its card says which) and `history.json` (one entry an epoch).
+    """Commit `model/` (the last weights, or those of the best validation, or their EMA: its card says which) and
+    `history.json` (one entry an epoch).
     `tensorboard/` beside them has the curves and some validation frames; it is no part of the result.
 
     `validate` and the tables of `train`, by the name of their part, are frame tables with absolute uris, every frame
     labelled; each row's label is mapped by its own encoding. `weights`: shares of the samples that the parts have,
     None = as many as they have frames. `fresh`: parts whose frames are rendered at night anew with every sample.
     `start`: "imagenet" (encoder only), "scratch", or the commit of another model, whose predictor is
-    re-initialised when its class list differs. Validation is only watched: no epoch is chosen by it. `pool`: frames for
-    online self-training, whose labels are not read; `warnings`: what is known of it beforehand, said and kept.
+    re-initialised when its class list differs. Validation is only watched, unless `training.keep` is best. `pool`:
+    frames for online self-training, whose labels are not read; `warnings`: what is known of it beforehand, said and
+    kept.
     Raises UserError: a frame without label or that has changed, settings that cannot train, a loss that is not finite,
     labels that break `never_below`.
     """
@@ -82,18 +84,31 @@ def train_segmenter(
     folder, title = attempt.folder / "trainer", f"train {name}"
     told: dict[str, Any] = {"title": title, "total": plan.total_steps, "unit": "steps", "progress": progress}
     state = fit(learn, {"plan": plan}, folder=folder, name=name, compute=compute, **told).load()
-    save_model(attempt.folder / "model", state["network"] if state["ema"] is None else state["ema"], card)
+    kept = _save_kept(state, card, training, attempt)
     (attempt.folder / "history.json").write_json(state["history"])
     warned = {} if state["teacher"] is None else {"warnings": [*warnings, *state["teacher"]["warned"].values()]}
     commit = attempt.finish(
         rows_in=plan.sampler.num_frames,
         rows_out=plan.sampler.num_frames,
         outputs=["model/model.safetensors", "model/model.json", "history.json", *rendered],
-        summary={"steps": plan.total_steps, "pace": state["pace"], "last": state["history"][-1]} | warned,
+        summary={"steps": plan.total_steps, "pace": state["pace"], "last": state["history"][-1]} | kept | warned,
     )
     for scratch in ("trainer", "start"):
         (attempt.folder / scratch).delete()
     return commit
+
+
+def _save_kept(
+    state: Mapping[str, Any], card: Mapping[str, Any], training: Training, attempt: Attempt
+) -> dict[str, Any]:
+    """Write the model; what the summary says of weights that validation chose."""
+    weights, best = state["network"] if state["ema"] is None else state["ema"], state["best"]
+    if best is None:
+        save_model(attempt.folder / "model", weights, card)
+        return {}
+    which = f"best validation, epoch {best['epoch']} of {training.epochs}; {card['weights']}"
+    save_model(attempt.folder / "model", best["weights"], {**card, "weights": which})
+    return {"kept": {"epoch": best["epoch"], "miou": best["miou"]}}
 
 
 def _say(progress: Progress, name: str, message: str) -> None:
@@ -227,6 +242,7 @@ def check_training(model: str, plan: Plan, compute: TrainCompute) -> None:
         if rows is not None:
             check_labelled(rows, f"{where}, {key}", cure)
             _check_valid(rows, plan.classes, f"{where}, {key}")
+    _check_keep(plan, where)
     _check_sampling(plan, where)
     if training.warmup_steps >= plan.total_steps:
         raise UserError(
@@ -271,6 +287,14 @@ def check_training(model: str, plan: Plan, compute: TrainCompute) -> None:
                 "padding",
                 cure=f"set training.crop to {network.input_size}",
             )
+
+
+def _check_keep(plan: Plan, where: str) -> None:
+    if plan.training.keep == "best" and not (plan.validate is not None and plan.validate.num_rows):
+        raise UserError(
+            f"{where}: training.keep is best, and it has no validation frames to tell which weights are",
+            cure="give it validate_on, labelled frames that it is not tested on, or set training.keep to last",
+        )
 
 
 def _check_sampling(plan: Plan, where: str) -> None:

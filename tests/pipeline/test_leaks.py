@@ -146,6 +146,15 @@ def test_style_images_validation_and_translated_tests(data: Path, tmp_path: Path
     assert searched == {trained, ("val", "the test set night", 1, 0, "first")}
 
 
+def test_frames_that_the_best_weights_were_chosen_on_are_no_test_frames(data: Path, tmp_path: Path) -> None:
+    write(data, "val", ("x.png", encode_png(picture(20))))
+    first = {"train": ["train"], "validate_on": ["val"], "training": {"keep": "best"}}
+    recipe = recipe_of(data, models={"first": first, "second": {"train": ["train"], "start": "first"}})
+    (leak,) = found(recipe, tmp_path / "run", only="second")
+    assert (leak.seen, leak.measured) == ("val", "the test set night")
+    assert leak.how == {"its best weights were chosen on": ["second"]}
+
+
 def test_a_model_folder_to_start_from_is_named_as_unknown(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "start_identity", lambda start: start)
     for file in ("model.json", "model.safetensors"):

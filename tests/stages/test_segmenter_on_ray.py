@@ -21,7 +21,8 @@ from nightseg.cluster.settings import TrainCompute
 from nightseg.cluster.train import FitResult, LocalSession, fit
 from nightseg.networks.model_folder import TENSORS, save_model
 from nightseg.progress import SilentProgress
-from nightseg.segmenter.train import Plan, learn
+from nightseg.segmenter import train as training_loop
+from nightseg.segmenter.train import Plan, learn, start_learner, validate
 from nightseg.storage import Location, sha256_of
 from tests.stages.test_train_segmenter import TRAINING, plan_for, write_frames
 
@@ -141,6 +142,20 @@ def test_worker_and_driver_killed_within_epochs_leave_the_same_weights(tmp_path:
     assert weights_hash(found, tmp_path, "found") == weights_hash(expected, tmp_path, "expected")
     assert found["history"] == expected["history"]
     assert states.history == alone.history
+
+
+@pytest.mark.ray
+def test_what_two_workers_keep_as_best_is_what_was_validated(ray_cluster: None, tmp_path: Path) -> None:
+    """Their batch norms have statistics of their own after a step; a single process finds the same score again."""
+    plan = prepare(tmp_path, keep="best", ema_decay=0.0, checkpoint_every=None)
+    state = run(tmp_path, learn, count=2).load()
+    best, session = state["best"], LocalSession(Location.of(tmp_path / "alone"))
+    learner = start_learner(plan, session)
+    learner.network.load_state_dict(best["weights"])
+    watched = training_loop._frames(plan, session)[1]
+    assert watched is not None
+    record = state["history"][best["epoch"] - 1]["validation"]
+    assert validate(learner.network, watched, plan, session) == record and record["miou"] == best["miou"]
 
 
 @pytest.mark.ray

@@ -35,7 +35,7 @@ def test_resumed_training_is_bit_for_bit_the_uninterrupted_one(tmp_path: Path) -
 
 EVERYTHING = TRAINING.model_copy(
     update={"steps_per_epoch": 5, "checkpoint_every": 2, "ema_decay": 0.9, "clip_norm": 1.0, "encoder_rate": 0.3}
-    | {"decay": "step", "decay_at": [0.5], "accumulate": 2, "freeze_batch_norm": False}
+    | {"decay": "step", "decay_at": [0.5], "accumulate": 2, "freeze_batch_norm": False, "keep": "best"}
 )
 ALL_LOSSES = Loss.model_validate(
     {"kind": "combined", "class_weights": {"car": 3.0}, "ohem": {"share": 0.5}, "loss_chunk_rows": 16}

@@ -181,6 +181,25 @@ def test_the_ema_is_what_is_validated_and_kept(rows: pa.Table, tmp_path: Path) -
     assert card["weights"] == "EMA, decay 0.5"
 
 
+def test_the_weights_of_the_best_validation_are_kept(
+    rows: pa.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of equal scores the earliest; a validation without a score is no best. Their EMA, if there is one."""
+    told = iter([None, 0.25, 0.5, 0.5, 0.375])
+    nothing = {"iou": {}, "pa": None, "ca": None, "fwiou": None}
+    monkeypatch.setattr(training_loop, "validate", lambda *_: nothing | {"miou": next(told)})
+    training = TRAINING.model_copy(update={"epochs": 5, "keep": "best", "ema_decay": 0.5})
+    session = Session(tmp_path / "trainer")
+    state = train(session, plan_for(rows, tmp_path, training, rows.slice(0, 3)))
+    assert (state["best"]["epoch"], state["best"]["miou"]) == (3, 0.5)
+
+    short = Session(tmp_path / "short", die_after=3)
+    monkeypatch.setattr(training_loop, "validate", lambda *_: nothing | {"miou": 0.0})
+    with pytest.raises(Killed):
+        train(short, plan_for(rows, tmp_path, training, rows.slice(0, 3)))
+    assert_same(state["best"]["weights"], dict(short.state["ema"]))
+
+
 def test_a_step_is_slower_in_the_encoder_if_the_recipe_says_so(rows: pa.Table, tmp_path: Path) -> None:
     training = TRAINING.model_copy(update={"encoder_rate": 1e-12, "epochs": 1, "weight_decay": 0.0})
     plan = plan_for(rows, tmp_path, training)
@@ -288,11 +307,15 @@ def test_the_stage_commits_a_model_and_another_starts_from_it(
             progress=SilentProgress(),
         )
 
-    teacher = run("teacher", "scratch", 1, TRAINING)
+    teacher = run("teacher", "scratch", 1, TRAINING.model_copy(update={"keep": "best"}))
     tensors, card = load_tensors(teacher.folder / "model")
     assert card["kind"] == "semantic_fpn"
     assert (card["num_classes"], card["input_size"], card["parents"]) == (11, [64, 64], [])
-    assert [record["epoch"] for record in teacher.json("history.json")] == [1, 2]
+    history = teacher.json("history.json")
+    assert [record["epoch"] for record in history] == [1, 2]
+    best = max(history, key=lambda record: record["validation"]["miou"])
+    assert teacher.summary["kept"] == {"epoch": best["epoch"], "miou": best["validation"]["miou"]}
+    assert card["weights"] == f"best validation, epoch {best['epoch']} of 2; last"
     assert teacher.rows_in == teacher.rows_out == 6
     assert teacher.verify() == []
     assert not (teacher.folder / "trainer").exists()

@@ -96,6 +96,9 @@ def test_settings_that_contradict_each_other() -> None:
     assert "set training.crop to (64, 64)" in refusal(good, crop=(64, 160))
     assert "norm sync is computed by GPUs only" in refusal(good, workers=2, norm="sync")
     accept(good, warmup_steps=5)  # of 6 steps
+    assert "keep is best, and it has no validation frames" in refusal(good, keep="best")
+    assert "keep is best, and it has no validation frames" in refusal(good, good.slice(0, 0), keep="best")
+    accept(good, good, keep="best")
     accept(good, crop=(96, 96))  # 1.5 times 64: as large as a frame becomes
     accept(good, workers=1, norm="sync")
     accept(good, workers=2, gpus=1.0, norm="sync")
