@@ -128,7 +128,9 @@ def test_class_weights_name_classes_of_the_taxonomy(tmp_path: Path) -> None:
 def test_keeping_the_best_weights_needs_frames_to_tell_them_by(tmp_path: Path) -> None:
     message = errors_of(tmp_path, GOOD, "training.keep=best")
     assert "training.keep: first shall keep the weights of its best validation, and validates on nothing" in message
-    load_recipe(write(tmp_path, GOOD), ["training.keep=best", *(f"models.{n}.validate_on=[day]" for n in ("first", "second"))])
+    load_recipe(
+        write(tmp_path, GOOD), ["training.keep=best", *(f"models.{n}.validate_on=[day]" for n in ("first", "second"))]
+    )
 
 
 def test_keys_of_the_other_mode_of_self_training_are_refused(tmp_path: Path) -> None:
