@@ -66,7 +66,8 @@ Metrics
     metrics/seeds.py      mean and spread over seeds, differences of models
 
 Shared by networks
-    networks/weights.py       files of weights: downloaded once, read safely
+    networks/downloads.py     whether anything may be fetched
+    networks/weights.py       files of weights: found, or downloaded once where that is allowed; read safely
     networks/model_folder.py  model folders
     networks/normaliser.py    bytes to an encoder's numbers, as a module
     networks/ema.py           EMA of weights

@@ -31,7 +31,7 @@ from nightseg.storage import Location
 from tests.command_line import good, json_of, nightseg
 
 PROJECT = Path(__file__).resolve().parents[1]
-PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
+PAGES = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "docs").glob("*.md"))]
 CONFIGS = PROJECT / "configs"
 MOST_README_LINES = 120
 NO_DATA = ("demo", "translators", "unit_scenes")  # recipes that draw their frames
@@ -259,7 +259,7 @@ def test_links_lead_to_files_and_no_key_has_its_old_name(page: Path) -> None:
 def test_readme_is_short_and_links_every_page() -> None:
     readme = PAGES[0].read_text()
     assert len(readme.splitlines()) <= MOST_README_LINES
-    assert not [page.name for page in PAGES[1:] if f"](docs/{page.name})" not in readme]
+    assert not [page.name for page in PAGES[1:] if f"]({page.relative_to(PROJECT)})" not in readme]
     assert not [config.name for config in CONFIGS.glob("*.yaml") if f"](configs/{config.name})" not in readme]
 
 

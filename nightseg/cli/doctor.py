@@ -69,7 +69,11 @@ def _weights() -> Finding:
     here = [name for name, start in WEIGHTS.items() if any(home.glob(f"{start}*"))]
     missing = [name for name in WEIGHTS if name not in here]
     found = f"efficientnet_lite0 (installed){''.join(f', {name}' for name in here)}"
-    cure = f"; not in {home}: {', '.join(missing)}, fetched when a recipe first asks for them" if missing else ""
+    cure = (
+        f"; not in {home}: {', '.join(missing)}, fetched only with --allow-download or allow_download: true in a recipe"
+        if missing
+        else ""
+    )
     return Finding("weights", True, found + cure)
 
 

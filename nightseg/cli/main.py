@@ -23,7 +23,8 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "sho
 @click.group(cls=Failures, context_settings=CONTEXT)
 @click.version_option(package_name="nightseg")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def main(debug: bool) -> None:
+@click.option("--allow-download", is_flag=True, help="Fetch weights that are not on this machine; else it is an error.")
+def main(debug: bool, allow_download: bool) -> None:
     """Semantic segmentation that learns to see at night without night labels.
 
     \b

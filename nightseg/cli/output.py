@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from nightseg.networks.downloads import allow_downloads
 from nightseg.progress import printable
 from nightseg.storage import Location, UserError
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 METRICS = {"miou": "mIoU", "pa": "PA", "ca": "CA", "fwiou": "FWIoU"}
 STATES = {"committed": "green", "runs": "yellow", "continues": "cyan", "waits": ""}
+EVERYWHERE = ("--debug", "--allow-download")  # options that are understood wherever they stand
 PIPE_WIDTH = 160  # of a table that no terminal limits
 
 
@@ -30,9 +32,12 @@ class Failures(click.Group):
 
     def main(self, args: Sequence[str] | None = None, **extra: Any) -> Any:  # type: ignore[override]
         words = list(sys.argv[1:] if args is None else args)
-        debug = "--debug" in words  # understood wherever it stands
+        debug = "--debug" in words
+        if "--allow-download" in words:
+            allow_downloads()
+        words = [word for word in words if word not in EVERYWHERE]
         try:
-            return super().main([word for word in words if word != "--debug"], **(extra | {"standalone_mode": False}))
+            return super().main(words, **(extra | {"standalone_mode": False}))
         except click.ClickException as error:
             error.show()
             sys.exit(2)

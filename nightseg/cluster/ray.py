@@ -7,6 +7,7 @@ it), and token authentication with a token that never touches the disk.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -53,6 +54,8 @@ LOCAL_ENVIRONMENT = WORKER_ENVIRONMENT | {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away, and it costs a process
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # reports and the end wait for the next check; Ray's 2 s are long here
 }
+HANDED_ON = ("NIGHTSEG_ALLOW_DOWNLOAD",)  # what was decided here holds for workers on other machines
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # where Ray says what a submitted job asked for
 CLUSTER_ENVIRONMENT = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1800",  # a GPU node needs minutes to come up
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1.0",
@@ -197,6 +200,8 @@ def _join(address: str) -> None:
     # A cluster that others started does not pass our environment on. A job that sets a variable itself keeps it, and
     # Ray refuses one that is set in both places.
     variables = {name: value for name, value in WORKER_ENVIRONMENT.items() if name not in os.environ}
+    of_job = json.loads(os.environ.get(JOB_CONFIG) or "{}").get("runtime_env", {}).get("env_vars", {})
+    variables |= {name: os.environ[name] for name in HANDED_ON if name in os.environ and name not in of_job}
     environment = {"env_vars": variables} if variables else None
     try:
         ray.init(address=address, log_to_driver=wants_logs(), logging_level="ERROR", runtime_env=environment)

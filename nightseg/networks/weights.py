@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from nightseg.networks.downloads import HOW_TO_ALLOW, may_download
 from nightseg.storage import Location, UserError, sha256_of
 
 _DOWNLOAD_TIMEOUT_SECONDS: Final = 30.0
@@ -32,13 +33,18 @@ _ONE_NETWORK: Final = 'save the one that is meant alone: torch.save(checkpoint["
 
 
 def cached_download(url: str, sha256_prefix: str, *, name: str, cure: str) -> Path:
-    """The file of `url` in torch's cache ($TORCH_HOME/hub/checkpoints), downloaded there if it is not.
+    """The file of `url` in torch's cache ($TORCH_HOME/hub/checkpoints), downloaded there if it is not, and may be.
 
     Only a download whose sha256 begins with `sha256_prefix` is kept. `name`: of the network, for messages. Raises
-    UserError with `cure` if there is no such download.
+    UserError with `cure` if there is no such file.
     """
     file = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
     if not file.is_file():
+        if not may_download():
+            raise UserError(
+                f"{name}: the weights {file} are not there, and nothing is downloaded unasked",
+                cure=f"put {file.name} there (it is {url}), allow downloads ({HOW_TO_ALLOW}), or {cure}",
+            )
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             with download_timeout():

@@ -14,6 +14,7 @@ from nightseg.cluster import ray as cluster
 from nightseg.cluster.settings import MapCompute, TrainCompute
 from nightseg.data.class_list import taxonomy
 from nightseg.errors import together
+from nightseg.networks.downloads import allow_downloads
 from nightseg.pipeline import build, classes, leaks
 from nightseg.pipeline.graph import FRAME_STAGES, Graph, Node, NodeId
 from nightseg.pipeline.results import gather, sealed
@@ -97,6 +98,7 @@ def run(
     Raises UserError before the run folder is touched if the recipe cannot be a graph: no such model, no image.
     """
     began = time.monotonic()
+    _allow_downloads(recipe)
     graph = build.build_graph(recipe, only)
     workspace = Workspace(folder, borrow)
     with workspace.lock(), cluster.left_as_found():
@@ -120,6 +122,11 @@ def run(
     return Outcome(results, len(done), len(commits) - len(done), time.monotonic() - began)
 
 
+def _allow_downloads(recipe: Recipe) -> None:
+    if recipe.allow_download:
+        allow_downloads()
+
+
 def prepare(
     recipe: Recipe, folder: Location, nodes: Collection[NodeId], *, only: str, progress: Progress
 ) -> dict[NodeId, Commit]:
@@ -127,6 +134,7 @@ def prepare(
 
     If there was something to do, the cluster stays connected for what comes next.
     """
+    _allow_downloads(recipe)
     graph = build.build_graph(recipe, only)
     workspace = Workspace(folder)
     with workspace.lock():

