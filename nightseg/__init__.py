@@ -126,6 +126,7 @@ Models of other programs
 Recipes
     recipe/types.py      the recipe as frozen, strict types, made of the rooms' settings
     recipe/load.py       YAML and overrides in, a recipe or every error at once out
+    recipe/inherit.py    what a recipe leaves to its base, to presets and, of models, to the whole recipe
     recipe/checks.py     unknown names, cycles, missing folders, contradictions
     recipe/reference.py  which keys and words are allowed where; docs/recipe.md
     recipe/renamed.py    old names of keys

@@ -210,9 +210,7 @@ def check_yaml(file: Path) -> None:
     elif "classes" in keys:
         assert taxonomy(str(file)).num_classes > 1
     else:
-        source = load.read_source(file, (), "recipe")
-        load._fill_roots(source)
-        load._fill_presets(source)
+        source = load._whole(file, ())
         source.data.setdefault("name", "part")
         source.data.setdefault("datasets", {"frames": {"layout": "scenes", "count": 1}})
         load._typed(Recipe, source, [])

@@ -53,7 +53,8 @@ def run(recipe: str, overrides: tuple[str, ...], run_dir: str | None, only: str 
 
     \b
     nightseg run configs/demo.yaml
-    nightseg run configs/camvid.yaml --set roots.camvid=/data/camvid --set training.epochs=3 --dry-run
+    nightseg run configs/camvid.yaml --set roots.camvid=/data/camvid --dry-run
+    nightseg run configs/demo.yaml --set training.batch=4      of every model that does not say its own
     nightseg run configs/translators.yaml     ways from day to night, measured side by side
     """
     from nightseg.pipeline.run import adapt, plan, run_folder

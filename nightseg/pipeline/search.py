@@ -91,7 +91,7 @@ def search(file: str, overrides: Sequence[str] = (), *, run_dir: str | None = No
     Raises UserError before anything starts when the search or its recipe is wrong; RuntimeError if no trial finished.
     """
     settings = load_settings(Search, file, overrides)
-    recipe_file = _beside(Location.of(file), settings.recipe)
+    recipe_file = Location.of(file).beside(settings.recipe)
     _check(file, settings, recipe_file)
     folder = run.run_folder(settings.name, run_dir)
     with Workspace(folder).lock(), cluster.left_as_found():
@@ -199,13 +199,6 @@ def _check(file: str, settings: Search, recipe_file: Location) -> None:
         )
 
 
-def _beside(file: Location, relative: str) -> Location:
-    """The recipe of a search, which is written relative to the search's own file."""
-    if "://" in relative or relative.startswith("~"):
-        return Location.of(relative)
-    return Location.of(os.path.join(file.parent.uri, relative))
-
-
 # -- trials ------------------------------------------------------------------------------------------------------------
 
 
@@ -250,7 +243,7 @@ class Trials(NamedTuple):
 
     def name(self, values: Mapping[str, Any]) -> str:
         """The same trial has the same name, whenever it is proposed."""
-        content = self.recipe(values).model_dump(mode="json", exclude={"compute", "name"})
+        content = self.recipe(values).model_dump(mode="json", exclude={"base", "compute", "name"})
         return hash_of([self.foundation, content])[:12]
 
 

@@ -1,23 +1,25 @@
 """From YAML text and overrides `a.b=c` to a checked `Recipe`, or to one message that names every error.
 
 The graph and the folders are checked on the raw mapping: a misspelt key does not hide an unknown name or a cycle.
+What a recipe leaves to its base, to presets and, of a model, to the whole recipe is filled in there, too: inherit.py.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from nightseg.errors import closest
 from nightseg.recipe.checks import Problem, recipe_problems
+from nightseg.recipe.inherit import differences, inherit, over, preset_kind, presets, unmerge
 from nightseg.recipe.reference import allowed_keys, allowed_values, dotted
 from nightseg.recipe.renamed import new_name
 from nightseg.recipe.types import Recipe, is_name
@@ -26,6 +28,7 @@ from nightseg.storage.yaml import Loader, kind_of, read_yaml
 
 Settings = TypeVar("Settings", bound=BaseModel)
 Lines = dict[tuple[str, ...], str]
+NOTHING: Final[Mapping[str, str]] = {}
 
 
 class RecipeError(UserError):
@@ -39,19 +42,32 @@ class Source(NamedTuple):
     places: Lines
     file: str
     problems: list[Problem]
+    origins: dict[tuple[str, ...], tuple[str, ...]]  # what a model was given -> the recipe's key that it is from
 
 
 def load_recipe(file: str | Path | Location, overrides: Sequence[str] = ()) -> Recipe:
     """Read, override and check a recipe; raises `RecipeError` with all errors at once."""
-    source = read_source(file, overrides, "recipe")
-    _fill_roots(source)
-    _fill_presets(source)
+    source = _whole(file, overrides)
     return _typed(Recipe, source, recipe_problems(source.data))
+
+
+def _whole(file: str | Path | Location, overrides: Sequence[str]) -> Source:
+    """The recipe with all that it does not say, unchecked."""
+    source = _read_recipe(Location.of(file), str(file))
+    _override(source, overrides)
+    _fill_roots(source)
+    models = _entries(source, "models")
+    _fill_presets(source, [("training",), *(("translators", name) for name in _entries(source, "translators"))])
+    source.origins.update(inherit(source.data))
+    _fill_presets(source, [("models", name, "training") for name in models])
+    return source
 
 
 def load_settings(kind: type[Settings], file: str | Path | Location, overrides: Sequence[str] = ()) -> Settings:
     """Read another YAML file of strict settings (a search) with the same care and the same messages."""
-    return _typed(kind, read_source(file, overrides, kind.__name__.lower()), [])
+    source = _read(Location.of(file), str(file), kind.__name__.lower())
+    _override(source, overrides)
+    return _typed(kind, source, [])
 
 
 def _typed(kind: type[Settings], source: Source, more_problems: list[Problem]) -> Settings:
@@ -66,33 +82,96 @@ def _typed(kind: type[Settings], source: Source, more_problems: list[Problem]) -
         problems.append(Problem((), f"a value is not a number, text, list or mapping: {error}"))
     problems += more_problems
     if problems or settings is None:
-        raise RecipeError(_message(source, problems))
+        raise RecipeError(_message(source, _where_written(source, problems)))
     return settings
 
 
+def _where_written(source: Source, problems: Sequence[Problem]) -> Iterator[Problem]:
+    """What a model has from the recipe is told of the recipe, once; of what it changed, where the rest is from."""
+    known = {(problem.path, problem.message) for problem in problems}
+    for problem in problems:
+        for length in range(len(problem.path), 0, -1):
+            if origin := source.origins.get(problem.path[:length]):
+                yield problem._replace(path=(*origin, *problem.path[length:]))
+                break
+        else:
+            depth = len(problem.path)
+            inside = [(path[depth:], of) for path, of in source.origins.items() if path[:depth] == problem.path]
+            section = next((of[: -len(rest)] for rest, of in inside if len(rest) < len(of)), None)
+            if section is None:
+                yield problem
+            elif (section, problem.message) not in known:
+                rest = f"what it does not say is that of {'.'.join(section)}: null takes a key of it away"
+                yield problem._replace(message=f"{problem.message}; {rest}")
+
+
 def save_recipe(recipe: Recipe, file: Location) -> None:
-    """Write the resolved recipe (defaults included) as YAML that `load_recipe` reads back."""
-    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
-    file.write_bytes(text.encode())
+    """Write the whole recipe (defaults and bases included) as YAML that `load_recipe` reads back.
+
+    Of models it says what differs from the recipe, so that overrides of the recipe reach them again.
+    """
+    content = recipe.model_dump(mode="json")
+    differences(content)
+    file.write_bytes(as_yaml(content).encode())
 
 
-def read_source(file: str | Path | Location, overrides: Sequence[str], what: str) -> Source:
-    """Parse the file, keeping the line of every key, and override. `what` it is stands in the messages."""
-    parsed = read_yaml(Location.of(file), str(file), what, RecipeError)
+def as_yaml(content: dict[str, Any]) -> str:
+    return str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120))
+
+
+def _read(file: Location, shown: str, what: str, is_base: bool = False) -> Source:
+    """Parse the file, keeping the line of every key. `what` it is stands in the messages."""
+    parsed = read_yaml(file, shown, what, RecipeError)
+    within = f"{shown}: " if is_base else ""
     message = "this key stands twice in the same mapping"
-    problems = [Problem(path, message, line=f"line {line}") for path, line in parsed.twice]
-    source = Source(parsed.data, {path: f"line {line}" for path, line in parsed.lines.items()}, str(file), problems)
-    for text in overrides:
-        _override(source, text)
+    problems = [Problem(path, message, line=f"{within}line {line}") for path, line in parsed.twice]
+    unmerge(parsed.data, parsed.marks)
+    places = {path: f"{within}line {line}" for path, line in parsed.lines.items()}
+    return Source(parsed.data, places, shown, problems, {})
+
+
+def _read_recipe(file: Location, shown: str, above: Mapping[str, str] = NOTHING) -> Source:
+    """The file over its base, if it has one. `above`: the files that it is the base of -> how they are shown."""
+    source = _read(file, shown, "recipe", bool(above))
+    base = source.data.pop("base", None)
+    if base is None:
+        return source
+    above = {**above, _identity(file): shown}
+    below = file.beside(base) if isinstance(base, str) and base else None
+    if below is None:
+        wrong = f"give the recipe file that this one changes, relative to it, not {kind_of(base)}"
+    elif (identity := _identity(below)) in above:
+        names = list(above.values())[list(above).index(identity) :]
+        wrong = f"a circle, so none of them can be read first: {' has the base '.join([*names, names[0]])}"
+    elif not below.exists() or below.is_folder():
+        wrong = f"there is no recipe file {base!r}; the path is relative to the file that it stands in: {below}"
+    else:
+        name = str(below) if str(below) == base else os.path.join(os.path.dirname(shown), base)
+        found = _read_recipe(below, name, above)
+        places, problems = found.places | source.places, found.problems + source.problems
+        return Source(over(found.data, source.data), places, shown, problems, {})
+    source.problems.append(Problem(("base",), wrong, source.places[("base",)]))
     return source
 
 
-def _override(source: Source, text: str) -> None:
+def _identity(file: Location) -> str:
+    return os.path.realpath(file.uri) if file.is_local else file.uri
+
+
+def _override(source: Source, overrides: Sequence[str]) -> None:
+    for text in overrides:
+        _set(source, text)
+
+
+def _set(source: Source, text: str) -> None:
     """Apply one `a.b=c`; the value is read as YAML."""
     key, equals, value = text.partition("=")
     path = tuple(key.strip().split("."))
     if not equals or not all(path):
         source.problems.append(Problem((), f"set {text}: write it as key.key=value"))
+        return
+    if path == ("base",):
+        source.problems.append(Problem((), f"set {text}: a base is read before anything is set: write it in a recipe"))
         return
     try:
         parsed = yaml.load(value, Loader=Loader)  # noqa: S506 - Loader is a SafeLoader
@@ -147,41 +226,27 @@ def _fill_roots(source: Source) -> None:
                 source.problems.append(Problem(("datasets", str(name), "root"), message))
 
 
-def presets(kind: str) -> dict[str, dict[str, Any]]:
-    """The settings known by a name of a kind of section (training, unit): the files in presets/KIND."""
-    files = (resources.files("nightseg.recipe") / "presets" / kind).iterdir()
-    texts = {file.name.removesuffix(".yaml"): file.read_text("utf-8") for file in files}
-    return {name: yaml.load(texts[name], Loader=Loader) for name in sorted(texts)}  # noqa: S506 - a SafeLoader
+def _entries(source: Source, section: str) -> list[str]:
+    entries = source.data.get(section)
+    return [str(name) for name in entries] if isinstance(entries, dict) else []
 
 
-def _fill_presets(source: Source) -> None:
+def _fill_presets(source: Source, places: Sequence[tuple[str, ...]]) -> None:
     """Replace `preset` of a training or of a UNIT translator by the settings it names; what stands beside it wins."""
-    models, translators = (source.data.get(section) for section in ("models", "translators"))
-    places: list[tuple[tuple[str, ...], Any, str, str]] = [(("training",), source.data, "training", "training")]
-    for name, model in models.items() if isinstance(models, dict) else ():
-        places.append((("models", str(name), "training"), model, "training", "training"))
-    for name, settings in translators.items() if isinstance(translators, dict) else ():
-        if isinstance(settings, dict) and settings.get("kind", "unit") == "unit":
-            places.append((("translators", str(name)), translators, name, "unit"))
-    for path, owner, key, kind in places:
-        written = owner.get(key) if isinstance(owner, dict) else None
-        if not isinstance(written, dict) or written.get("preset") is None:
+    for path in places:
+        owner: Any = source.data
+        for key in path[:-1]:
+            owner = owner.get(key) if isinstance(owner, dict) else None
+        written = owner.get(path[-1]) if isinstance(owner, dict) else None
+        kind = preset_kind(path)
+        if not isinstance(written, dict) or written.get("preset") is None or written.get("kind", kind) != kind:
             continue
         name, known = written.pop("preset"), presets(kind)
         if isinstance(name, str) and name in known:
-            owner[key] = _over(known[name], written)
+            owner[path[-1]] = over(known[name], written)
         else:
             message = f"{name!r} is not allowed{closest(str(name), known)}; allowed: {', '.join(known)}"
             source.problems.append(Problem((*path, "preset"), message))
-
-
-def _over(values: Mapping[str, Any], written: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with what was written over them, mapping by mapping."""
-    merged = dict(values)
-    for key, value in written.items():
-        below = merged.get(key)
-        merged[key] = _over(below, value) if isinstance(below, Mapping) and isinstance(value, dict) else value
-    return merged
 
 
 def _typed_problems(kind: type[BaseModel], error: ValidationError, source: Source) -> Iterator[Problem]:
@@ -210,7 +275,7 @@ def _typed_problems(kind: type[BaseModel], error: ValidationError, source: Sourc
             yield Problem(path, f"{item['msg'][0].lower()}{item['msg'][1:]}, got {kind_of(got)}{number}")
 
 
-def _message(source: Source, problems: Sequence[Problem]) -> str:
+def _message(source: Source, problems: Iterator[Problem]) -> str:
     unique = list(dict.fromkeys(problems))
     head = f"{source.file}: {len(unique)} error{'s' if len(unique) > 1 else ''}; nothing was started."
     return "\n".join([head, *(f"  {_where(source, problem)}{problem.message}" for problem in unique)])

@@ -83,6 +83,23 @@ _HEAD = """# The recipe, key by key
 
 Made from the types that check a recipe (`nightseg.recipe.reference.render_reference`); a test compares the two. A key
 without default is required. NAME is a name that you choose: letters, digits, `_` and `-`, beginning with a letter.
+`nightseg recipe` prints the same, `nightseg recipe RECIPE` a recipe with all that it does not say.
+
+## What need not be said
+
+- A **model** says of `network`, `loss`, `training` and `self_training.inference` what is different for it; all else is
+  the recipe's. So the override `training.epochs=3` reaches every model that does not say its epochs.
+- A recipe with a **base** (`base: other.yaml`, relative to it; that one may have a base, too) says what it changes.
+  A dataset or translator of another kind than that of the base replaces it. Errors name the file that they are in.
+- A **preset** says all that the presets of its kind say; nothing of that is taken from the recipe or the base.
+
+This goes for mappings of settings and of named things, at every depth. Lists are replaced, and so are mappings that
+are one value: `train`, `test`, `mix`, `class_weights`, `never_below`. `null` is a value like any other (`ohem: null` =
+none); in a recipe with a base, `models: {NAME: null}` takes that model away, and so with all that has a name. `null`
+for the whole `training` of a model means: as the recipe says.
+
+YAML's own merges keep their meaning: `training: {<<: *training, augmentation: {flip: 0}}` replaces the augmentation.
+What is merged or repeated (`*training`) from the recipe's own section counts as not said.
 """
 
 

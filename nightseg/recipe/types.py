@@ -68,7 +68,7 @@ class SelfTraining(Strict):
         default={}, description="class -> classes that it is never below in the image; checked on the labelled frames"
     )
     inference: Inference | None = Field(
-        default=None, description="offline: how the teacher predicts; null = the recipe's"
+        default=None, description="offline: how the teacher predicts; what it does not say is the recipe's"
     )
     weight: Weight = Field(
         default=1.0, description="offline: of the pseudo-labelled frames, where the model's train sets have weights"
@@ -122,9 +122,9 @@ class Model(Strict):
     self_training: SelfTraining | None = Field(default=None, description="null = no pseudo-labels")
     rounds: Positive = Field(default=1, description="repeat the self-training this many times, each from the last")
     seeds: Seeds | None = Field(default=None, description="null = the recipe's")
-    network: Network | None = Field(default=None, description="null = the recipe's")
-    loss: Loss | None = Field(default=None, description="null = the recipe's")
-    training: Training | None = Field(default=None, description="null = the recipe's")
+    network: Network | None = Field(default=None, description="what it does not say is the recipe's")
+    loss: Loss | None = Field(default=None, description="what it does not say is the recipe's")
+    training: Training | None = Field(default=None, description="what it does not say is the recipe's")
     test: dict[Name, TestRow] | None = Field(default=None, description="test sets; null = all of the recipe")
 
     @model_validator(mode="after")
@@ -187,6 +187,10 @@ class TranslationEvaluation(Strict):
 class Recipe(Strict):
     """Everything a run does. Sections name things; `nightseg run --dry-run` prints the graph they make."""
 
+    base: str | None = Field(
+        default=None,
+        description="recipe file, relative to this one: what it says holds where this one does not say otherwise",
+    )
     name: Name = Field(description="of the run")
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = Field(default=0, description="everything random follows from it")
     seeds: Seeds = Field(
@@ -222,6 +226,12 @@ class Recipe(Strict):
     translations: dict[Name, TranslationEvaluation] = Field(
         default={}, description="translated dataset -> how to measure the quality of its translations"
     )
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Recipe:
+        if self.base is not None:
+            raise ValueError("a base is filled in when a recipe file is read: use nightseg.recipe.load_recipe")
+        return self
 
     def network_of(self, model: Model) -> Network:
         return model.network or self.network

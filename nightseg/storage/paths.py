@@ -118,6 +118,12 @@ class Location:
         scheme, slashes, path = before.partition("://")
         return Location(scheme + slashes + path.rpartition("/")[0] + mark + query)
 
+    def beside(self, path: str) -> Location:
+        """What this file refers to: a path relative to its folder, or an absolute path or URI."""
+        if "://" in path or path.startswith("~"):
+            return Location.of(path)
+        return Location.of(os.path.join(self.parent.uri, path))
+
     @property
     def is_local(self) -> bool:
         return not _SCHEME.match(self.uri)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import yaml
@@ -17,11 +17,22 @@ Path = tuple[str, ...]
 
 
 class Parsed(NamedTuple):
-    """The mapping of a file, the line of each of its keys, and the keys that stand twice in one mapping."""
+    """The mapping of a file, the line of each of its keys, and the keys that stand twice in one mapping.
+
+    `marks`: where in the file each key is written. What aliases and merges (`<<`) repeat has the mark of the original.
+    """
 
     data: dict[str, Any]
     lines: dict[Path, int]
     twice: list[tuple[Path, int]]
+    marks: dict[Path, int]
+
+
+class _Key(NamedTuple):
+    path: Path
+    line: int
+    mark: int
+    is_twice: bool  # it repeats an earlier one of its mapping
 
 
 class Loader(yaml.SafeLoader):
@@ -52,16 +63,18 @@ def read_yaml(file: Location, shown: str, what: str, error: type[UserError] = Us
         raise error(found, cure="save it as UTF-8") from None
     lines: dict[Path, int] = {}
     twice: list[tuple[Path, int]] = []
+    marks: dict[Path, int] = {}
     try:
         loader = Loader(text)
         node = loader.get_single_node()
-        for count, (path, line, duplicate) in enumerate(_walk(node, ())):
+        for count, key in enumerate(_walk(node, ())):
             if count > MAX_NODES:
                 many = f"{shown}: more than {MAX_NODES} entries once aliases are followed"
                 raise error(many, cure="use fewer aliases")
-            if duplicate:
-                twice.append((path, line))
-            lines.setdefault(path, line)
+            if key.is_twice:
+                twice.append((key.path, key.line))
+            lines.setdefault(key.path, key.line)
+            marks.setdefault(key.path, key.mark)
         data = loader.construct_document(node) if node is not None else {}
     except (yaml.YAMLError, RecursionError) as fault:
         mark = getattr(fault, "problem_mark", None)
@@ -70,7 +83,7 @@ def read_yaml(file: Location, shown: str, what: str, error: type[UserError] = Us
         raise error(found, cure="mend the file there") from None
     if not isinstance(data, dict):
         raise error(f"{shown}: a {what} is a mapping, not {kind_of(data)}", cure="write keys (name: ...) and values")
-    return Parsed(_unshared(data), lines, twice)
+    return Parsed(_unshared(data), lines, twice, marks)
 
 
 def _unshared(value: Any) -> Any:
@@ -80,21 +93,24 @@ def _unshared(value: Any) -> Any:
     return [_unshared(item) for item in value] if isinstance(value, list) else value
 
 
-def _walk(node: yaml.Node | None, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], int, bool]]:
-    """Every key with its line, and whether it repeats an earlier one of its mapping."""
+def _walk(node: yaml.Node | None, path: Path, known: Collection[str] = ()) -> Iterator[_Key]:
+    """Every key below a node, what is written before what is merged; without those that are `known` of its mapping."""
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
+        merged: list[yaml.Node] = []
         for key, value in node.value:
             name = str(key.value)
             if key.tag == "tag:yaml.org,2002:merge":
-                yield from _walk(value, path)
-                continue
-            yield (*path, name), key.start_mark.line + 1, name in seen
+                merged += value.value if isinstance(value, yaml.SequenceNode) else [value]
+            elif name not in known:
+                yield _Key((*path, name), key.start_mark.line + 1, key.start_mark.index, name in seen)
+                yield from _walk(value, (*path, name))
             seen.add(name)
-            yield from _walk(value, (*path, name))
+        for source in merged:
+            yield from _walk(source, path, {*seen, *known})
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
-            yield (*path, str(index)), value.start_mark.line + 1, False
+            yield _Key((*path, str(index)), value.start_mark.line + 1, value.start_mark.index, False)
             yield from _walk(value, (*path, str(index)))
 
 

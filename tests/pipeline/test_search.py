@@ -117,10 +117,10 @@ def test_wrong_settings_name_their_key(tmp_path: Path, override: str, message: s
 
 
 def test_the_recipe_lies_beside_the_search(tmp_path: Path) -> None:
-    assert module._beside(Location.of("/a/b/search.yaml"), "demo.yaml").uri == "/a/b/demo.yaml"
-    assert module._beside(Location.of("/a/b/search.yaml"), "../demo.yaml").uri == "/a/demo.yaml"
-    assert module._beside(Location.of("/a/b/search.yaml"), "/c/demo.yaml").uri == "/c/demo.yaml"
-    assert module._beside(Location.of("s3://bucket/search.yaml"), "s3://other/demo.yaml").uri == "s3://other/demo.yaml"
+    assert Location.of("/a/b/search.yaml").beside("demo.yaml").uri == "/a/b/demo.yaml"
+    assert Location.of("/a/b/search.yaml").beside("../demo.yaml").uri == "/a/demo.yaml"
+    assert Location.of("/a/b/search.yaml").beside("/c/demo.yaml").uri == "/c/demo.yaml"
+    assert Location.of("s3://bucket/search.yaml").beside("s3://other/demo.yaml").uri == "s3://other/demo.yaml"
 
 
 def trials_of(folder: Path, *overrides: str) -> Trials:

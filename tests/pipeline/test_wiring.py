@@ -124,6 +124,7 @@ NOT_PASSED: Final = {
     "leaks": "read by the run itself, before anything is trained",
     "allow_download": "read by the run itself: tests/networks/test_downloads.py",
     "name": "the run folder is called so",
+    "base": "filled in when the recipe is loaded",
     "roots": "they stand in the roots of datasets when the recipe is loaded",
     "models.first.rounds": "repeats a self-training, and there is none",
     "models.first.self_training": "shown by the second model",
