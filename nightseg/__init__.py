@@ -36,17 +36,19 @@ Cluster: ray, no words of the domain
     cluster/launch.py          what is wrong with a cluster.yaml
 
 Frames: no torch, no ray
-    data/settings.py        where frames come from
+    data/settings.py        where frames come from; class lists of labels
     data/table.py           the frame row and its table; quarantine rows; columns of vectors
     data/images.py          decode and encode; the reasons a frame is bad
     data/jpeg.py            JPEG with the damage that libjpeg only warns of
     data/intact.py          damage of PNG, TIFF, WebP and raw pixels that decoders show
     data/taxonomy.py        class lists, palettes, raw-id maps
-    data/class_list.py      class lists as YAML files
+    data/class_list.py      class lists by name, from files, from a recipe; one mapped onto another
     data/label_names.py     what names of labels say: frame, ids, which of several files
     data/encodings.py       what the ids of label files mean: by names, values and palettes of a set
     data/labels.py          the label of a row as train ids
     data/listing.py         the files that a folder means: links followed, nothing hidden, nothing that nightseg wrote
+    data/patterns.py        folders, globs and templates of paths
+    data/split_list.py      frames of a set by name, in text or CSV files
     data/layouts.py         folder layouts; predictions and labels of two folders, by name
     data/sources.py         a file, folder, pattern, table or video as frames to read
     data/video.py           videos as frames, frames as a video

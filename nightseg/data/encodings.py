@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from nightseg.data.images import StoredLabel, UInt8
 from nightseg.data.label_names import named_encoding
-from nightseg.data.taxonomy import FROM_ONE, IGNORE, TRAIN_IDS, Taxonomy
+from nightseg.data.taxonomy import COLORS, FROM_ONE, IGNORE, TRAIN_IDS, Taxonomy, in_words
 from nightseg.errors import UserError
 
 LABEL_FILES_SCHEMA: Final = pa.schema(
@@ -126,7 +126,14 @@ class Reading(NamedTuple):
 
 def facts_of(uri: str, label: StoredLabel, encoding: str | None = None) -> dict[str, Any]:
     """The row of LABEL_FILES_SCHEMA of a label."""
-    counts = _pixels_by_id(label.ids)
+    if label.ids.dtype == np.uint32:
+        found, pixels = np.unique(label.ids, return_counts=True)
+        return {
+            "label_uri": uri, "label_encoding": encoding, "ids": found.tolist(), "pixels": pixels.tolist(),
+            "colours": None, "edges": 0, "blended": 0,
+        }  # fmt: skip
+    ids_HW = label.ids.astype(np.uint8, copy=False)
+    counts = _pixels_by_id(ids_HW)
     ids = np.flatnonzero(counts)
     colours = None if label.palette is None else [red << 16 | green << 8 | blue for red, green, blue in
                                                   (label.palette[raw_id].tolist() for raw_id in ids)]  # fmt: skip
@@ -136,7 +143,7 @@ def facts_of(uri: str, label: StoredLabel, encoding: str | None = None) -> dict[
         "ids": ids.tolist(),
         "pixels": counts[ids].tolist(),
         "colours": colours,
-        **_edges(label.ids),
+        **_edges(ids_HW),
     }
 
 
@@ -421,27 +428,69 @@ def _several_ids(files: Sequence[LabelFile]) -> str:
 def unknown_ids(
     where: str, files: Sequence[LabelFile], classes: Taxonomy, encodings: Iterable[str] | None = None
 ) -> UserError:
-    """For every encoding (None: of the taxonomy) the first label that it does not know all ids of."""
+    """For every encoding (None: of the taxonomy) the first label that it does not know all ids of; what the labels hold
+    together, and what the class list would have to say, in the numbers of both."""
+    names_tried = list(classes.tried if encodings is None else encodings)
     found: dict[str, list[str]] = {}  # the first file, and its unknown ids -> of which encodings
-    for name in classes.tried if encodings is None else encodings:
+    for name in names_tried:
         for file in files:
             unknown = [i for i in sorted(file.pixels) if i not in classes.encodings[name]]
             if unknown:
-                shown = _listed([f"{raw_id} ({file.pixels[raw_id]} pixels)" for raw_id in unknown])
-                found.setdefault(f"{file.uri}: ids {shown}", []).append(name)
+                shown = _listed([f"{in_words(raw_id, name)} ({file.pixels[raw_id]} pixels)" for raw_id in unknown])
+                found.setdefault(f"{file.uri}: {'colours' if name == COLORS else 'ids'} {shown}", []).append(name)
                 break
     told = "; ".join(
         f"{ids} are not in the encoding {' or '.join(names)} of the taxonomy {classes.name}"
         for ids, names in found.items()
     )
-    several = f"{where}: no encoding of {classes.name} knows all ids: " if sum(map(len, found.values())) > 1 else ""
-    shifted = all(file.pixels.keys() <= classes.encodings.get(FROM_ONE, {}).keys() for file in files)
-    hint = f", {FROM_ONE} if 0 is void and the classes begin with 1" if shifted else ""
-    no_train_ids = {i for file in files for i in file.pixels} - classes.encodings[TRAIN_IDS].keys()
-    cure = f"another taxonomy, another encoding of the labels{hint}, or one added to the taxonomy's YAML file"
-    if len(no_train_ids) == 1:
-        cure += f"; if these are {TRAIN_IDS} and {(void := no_train_ids.pop())} is void, write 255 for {void}"
-    return UserError(several + told, cure=cure)
+    several = f"{where}: no encoding of {classes.name} knows all ids: " if len(names_tried) > 1 else f"{where}: "
+    pixels = Counter[int]()
+    for file in files:
+        pixels.update(file.pixels)
+    if names_tried == [COLORS]:
+        strange = [colour for colour, _ in pixels.most_common() if colour not in classes.encodings[COLORS]]
+        shown = ", ".join(in_words(colour, COLORS) for colour in strange[:4])
+        return UserError(
+            several + told + f"; {len(strange)} of {len(pixels)} colours are in no class",
+            cure=f"give the classes these colours (`color:` of the class list; of a class with several `ids: "
+            f"{{{COLORS}: [{shown}]}}`), or ignore them: `ignore: {{{COLORS}: [{shown}]}}`, or all that are not "
+            f"listed: `ignore: {{{COLORS}: rest}}`",
+        )
+    known = " or ".join(f"{_ranges(classes.encodings[name])} ({name})" for name in names_tried)
+    told += (
+        f"; the labels hold {_ranges(pixels)}, and {classes.name} has {classes.num_classes} classes and knows {known}"
+    )
+    return UserError(several + told, cure=_cure_of_unknown(pixels, files, classes))
+
+
+def _cure_of_unknown(pixels: Mapping[int, int], files: Sequence[LabelFile], classes: Taxonomy) -> str:
+    strange = sorted(pixels.keys() - classes.encodings[TRAIN_IDS].keys())
+    names = classes.classes
+    cures = []
+    if all(file.pixels.keys() <= classes.encodings.get(FROM_ONE, {}).keys() for file in files):
+        cures.append(f"label_encoding: {FROM_ONE} if 0 is void and 1 is {names[0]}")
+    if len(strange) == 1:
+        cures.append(
+            f"if these are {TRAIN_IDS} (0 is {names[0]}) and {strange[0]} is void, write 255 for {strange[0]}, or say "
+            f"`ignore: [{strange[0]}]` in a class list of your own"
+        )
+    own = sorted(pixels.keys() - {IGNORE})
+    cures.append(
+        f"give classes their `ids:` in the class list, as in `{{name: {names[0]}, ids: {own[min(1, len(own) - 1)]}}}`, "
+        f"and `ignore:` those of {_ranges(own)} that are none; or take the class list or encoding of these labels"
+    )
+    return "; ".join(cures)
+
+
+def _ranges(ids: Iterable[int]) -> str:
+    """0, 2, 3, 4, 255 as `0, 2..4, 255`."""
+    parts: list[list[int]] = []
+    for raw_id in sorted(ids):
+        if parts and raw_id == parts[-1][1] + 1:
+            parts[-1][1] = raw_id
+        else:
+            parts.append([raw_id, raw_id])
+    return _listed([str(low) if low == high else f"{low}..{high}" for low, high in parts])
 
 
 def _classes_of_palette(file: LabelFile, classes: Taxonomy) -> dict[tuple[int, int], int]:
@@ -449,6 +498,10 @@ def _classes_of_palette(file: LabelFile, classes: Taxonomy) -> dict[tuple[int, i
     if not file.colours or all(colour == _voc_colour(raw_id) for raw_id, colour in file.colours.items()):
         return {}
     by_colour = {colour: index for index, colour in enumerate(classes.palette)}
+    if classes.colors:  # those of another class list, whose labels these are
+        by_colour = {
+            (c >> 16, c >> 8 & 255, c & 255): to for c, to in classes.colors.items() if to != IGNORE and c >= 0
+        }
     said = {(i, by_colour[colour]): file.pixels[i] for i, colour in file.colours.items() if colour in by_colour}
     meant = {index for _, index in said}
     return said if len(meant) > 1 and 2 * sum(said.values()) >= sum(file.pixels.values()) else {}

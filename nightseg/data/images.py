@@ -13,7 +13,7 @@ import struct
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,8 @@ from nightseg.data.jpeg import Colours, DamagedFile, decode_jpeg
 from nightseg.storage import Location, UserError
 
 UInt8 = NDArray[np.uint8]
+Ids = UInt8 | NDArray[np.uint32]
+Pixels = TypeVar("Pixels", UInt8, Ids)
 
 REASONS = (
     "missing",  # the table names a file that is not there
@@ -42,6 +44,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")  # the nine of pytorch-fid
 LABEL_SUFFIXES = (".bmp", ".pgm", ".png", ".tif", ".tiff")  # of formats that keep every id
 MAX_PIXELS = 64_000_000
+MOST_COLORS = 1024  # of a label in colours
 
 _FOREIGN = (  # (place, bytes there, what such a file is)
     (0, b"GIF8", "a GIF"),
@@ -89,9 +92,12 @@ _HEADER_LOCK = threading.Lock()
 
 
 class StoredLabel(NamedTuple):
-    """A label file: raw ids, uint8 HW, upright by its own EXIF `orientation` (1 to 8); its palette, uint8 (256, 3)."""
+    """A label file: raw ids, HW, upright by its own EXIF `orientation` (1 to 8); its palette, uint8 (256, 3).
 
-    ids: UInt8
+    Raw ids are uint8; of a label in colours uint32, 65536 red + 256 green + blue.
+    """
+
+    ids: Ids
     palette: UInt8 | None
     orientation: int
 
@@ -191,18 +197,46 @@ def decode_label(data: bytes, max_pixels: int = MAX_PIXELS) -> UInt8:
 
     Raises BadFrame as `decode_image`; wrong_mode also for more than one channel and for lossy formats.
     """
-    return decode_stored_label(data, max_pixels).ids
+    return decode_stored_label(data, max_pixels).ids.astype(np.uint8, copy=False)
 
 
-def decode_stored_label(data: bytes, max_pixels: int = MAX_PIXELS) -> StoredLabel:
-    """`decode_label`, with what else the file says of its ids and of how they lie."""
+def decode_stored_label(data: bytes, max_pixels: int = MAX_PIXELS, colors: bool = False) -> StoredLabel:
+    """`decode_label`, with what else the file says of its ids and of how they lie.
+
+    `colors`: the colours are what is meant, of RGB, RGBA (alpha is dropped) and palette files.
+    """
     image = _open(data, max_pixels)
+    if colors:
+        return _colors(image, data)
     rawmode = _label_rawmode(image, data)
     upright, orientation = _load_upright(image, data, is_label=True)
     colours = np.array(image.getpalette("RGB") or [], dtype=np.uint8).reshape(-1, 3) if image.mode == "P" else None
     palette = None if colours is None else np.vstack([colours, np.zeros((256 - len(colours), 3), np.uint8)])
     ids = np.array(upright, dtype=np.uint8) // np.uint8(_LABEL_STRETCH[rawmode])
     return StoredLabel(ids, palette, orientation)
+
+
+def _colors(image: ImageFile.ImageFile, data: bytes) -> StoredLabel:
+    if image.format not in _LABEL_FORMATS or image.info.get("compression") in _LOSSY_TIFF:
+        raise BadFrame("wrong_mode", f"a label as {image.format}, which changes its colours: save it as PNG")
+    if image.mode not in ("RGB", "RGBA", "P", "L", "1") or ";16" in _rawmode(image):
+        raise BadFrame("wrong_mode", f"a label in colours is RGB of 8 bits, this is {image.format} mode {image.mode}")
+    upright, orientation = _load_upright(image, data, is_label=True)
+    ids = np.zeros((upright.height, upright.width), np.uint32)
+    for channel in np.moveaxis(_rgb(upright), 2, 0):
+        ids = ids << np.uint32(8) | channel
+    if len(found := np.unique(ids)) > MOST_COLORS:
+        what = f"{len(found)} different colours, which no class list has"
+        raise BadFrame("wrong_mode", f"{what}: a photograph, or a label that was scaled with interpolation or blended")
+    return StoredLabel(ids, None, orientation)
+
+
+def holds_colors(data: bytes) -> bool:
+    """Whether a file has several channels, by its header."""
+    try:
+        return _open(data, MAX_PIXELS).mode in ("RGB", "RGBA")
+    except BadFrame:
+        return False
 
 
 def may_be_label(data: bytes) -> bool:
@@ -231,7 +265,7 @@ def _label_rawmode(image: ImageFile.ImageFile, data: bytes) -> str:
     return rawmode
 
 
-def turned(array: UInt8, orientation: int) -> UInt8:
+def turned(array: Pixels, orientation: int) -> Pixels:
     """An array HW or HWC as it is shown if its file has this EXIF orientation, 1 to 8."""
     across = np.swapaxes(array, 0, 1) if orientation >= 5 else array  # 5 is the transposition alone
     return across[:: -1 if orientation in (3, 4, 7, 8) else 1, :: -1 if orientation in (2, 3, 6, 7) else 1]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import PurePosixPath
 from typing import Final, NamedTuple
 
-from nightseg.data.taxonomy import TRAIN_IDS
+from nightseg.data.taxonomy import COLORS, TRAIN_IDS
 from nightseg.errors import UserError, first_of
 from nightseg.storage import Entry
 
@@ -35,6 +35,7 @@ _NO_ID_FOLDERS: Final = frozenset(
     {"color", "colors", "colormap", "colormaps", "color_labels", "semantic_rgb", "instance", "instances", "panoptic"}
     | {"polygons", "rles", "bitmasks", "pan_seg", "ins_seg", "pan_mask"}
 )
+_COLORS: Final = frozenset({"_color", "_colors", "_labelColor", "_labelColors", "_train_color", "_L"})
 _BY_LENGTH: Final = sorted([*IDS, *FRAME, *NO_IDS], key=len, reverse=True)
 _WEATHER: Final = re.compile(r"_(foggy_beta|rain_alpha)_[0-9][0-9a-z._]*$", re.IGNORECASE)
 """Endings of frames of Foggy and Rain Cityscapes: x_leftImg8bit_foggy_beta_0.02.png."""
@@ -100,7 +101,7 @@ def labels_of_frames(
         is_own |= stem in known
         if is_own and (name.holds_ids or may_hold_ids is None or may_hold_ids(entry)):
             groups.setdefault(stem, []).append((_OWN_NAME, entry))
-        elif name.holds_ids:
+        elif name.holds_ids or (prefer == COLORS and _COLORS & set(name.endings)):
             groups.setdefault(name.frame, []).append((_rank(name, prefer), entry))
         else:
             pictures.append(entry)
@@ -126,7 +127,8 @@ def _only_pictures(pictures: list[Entry], where: str, may_hold_ids: Callable[[En
         raise UserError(
             f"{where}: all {len(pictures)} files are pictures (colours, instances, ...) and hold no ids of classes: "
             f"{first_of([picture.name for picture in pictures])}",
-            cure="name the folder of the ids (such as *_labelIds.png, *_trainIds.png), or make ids of the colours",
+            cure="name the folder of the ids (such as *_labelIds.png, *_trainIds.png); or, if the colours are the "
+            "classes, set label_encoding: colors",
         )
     return {str(PurePosixPath(entry.name).with_suffix("")): entry for entry in held}
 

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from nightseg.data import table as frame
 from nightseg.data.images import BadFrame, StoredLabel, UInt8, decode_stored_label, read_bytes, turned
-from nightseg.data.taxonomy import Taxonomy
+from nightseg.data.taxonomy import COLORS, Taxonomy
 from nightseg.errors import UserError
 from nightseg.storage.paths import Location, sha256_of
 
@@ -38,7 +38,7 @@ def stored_label(
         sha256 = sha256_of(data)
         if row.get(frame.LABEL_SHA256) not in (None, sha256):
             raise BadFrame("unreadable", "it has changed since it was collected (sha256)")
-        label = decode_stored_label(data)
+        label = decode_stored_label(data, colors=row.get(frame.LABEL_ENCODING) == COLORS)
         if size is not None and label.ids.shape != tuple(size):
             found, wanted = (f"{width} x {height}" for height, width in (label.ids.shape, size))
             raise BadFrame("label_size", f"{found} pixels, but the upright image is {wanted}")

@@ -15,6 +15,7 @@ from nightseg.data import layouts
 from nightseg.data.class_list import taxonomy
 from nightseg.data.settings import FolderDataset, JoinedDataset, ScenesDataset, SplitDataset, TranslatedDataset
 from nightseg.data.sources import Video
+from nightseg.data.taxonomy import Taxonomy
 from nightseg.errors import UserError, closest
 from nightseg.pipeline.graph import (
     Frames,
@@ -223,9 +224,7 @@ class Builder:
         self.trained = expand_seeds(recipe)
         self.models = {name: trained.model for name, trained in self.trained.items()}
         self.graph = Graph()
-        classes = taxonomy(recipe.taxonomy)
-        encodings = {name: {str(raw): ids[raw] for raw in sorted(ids)} for name, ids in classes.encodings.items()}
-        self.classes = {"taxonomy": {"classes": list(classes.classes), "encodings": encodings}}
+        self.classes = {"taxonomy": _told(taxonomy(recipe.taxonomy))}
 
     def _named(self, name: str) -> dict[str, Any]:
         """What stages that read or write labels are given, and their results do not follow from: `classes` says it."""
@@ -254,11 +253,14 @@ class Builder:
         raise AssertionError(name)
 
     def collect(self, name: str, dataset: FolderDataset | ScenesDataset) -> NodeId:
-        facts: dict[str, Any] = {"taxonomy": hash_of(self.classes)}
+        facts: dict[str, Any] = {"taxonomy": hash_of(self.classes | _colors(taxonomy(self.recipe.taxonomy)))}
         if isinstance(dataset, ScenesDataset):
             expected = dataset.count
         else:
             facts |= {"listing": layouts.fingerprint(dataset)}
+            if dataset.taxonomy is not None:
+                theirs = taxonomy(dataset.taxonomy)
+                facts["own taxonomy"] = hash_of(_told(theirs) | _colors(theirs))
             expected = layouts.count(dataset)
         settings = {"dataset": dataset}
         return self._add(collect, name, {}, settings, unhashed=self._named(name), facts=facts, expected_rows=expected)
@@ -691,6 +693,17 @@ class Builder:
             node, stage.VERSION, call, resources, inputs, settings, unhashed, facts, counted=counted, **more
         )
         return node
+
+
+def _told(classes: Taxonomy) -> dict[str, Any]:
+    """What a class list says of ids, as JSON."""
+    encodings = {name: {str(raw): ids[raw] for raw in sorted(ids)} for name, ids in classes.encodings.items()}
+    return {"classes": list(classes.classes), "encodings": encodings}
+
+
+def _colors(classes: Taxonomy) -> dict[str, Any]:
+    """What it says of labels in colours, which are read once."""
+    return {"colors": {str(raw): classes.colors[raw] for raw in sorted(classes.colors)}}
 
 
 def _teaching(learning: SelfTraining) -> Teaching:

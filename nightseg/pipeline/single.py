@@ -451,7 +451,7 @@ def evaluate_folders(
 def _check_classes(predictions: Location, taxonomy: str, label_encoding: str | None) -> None:
     classes = load_taxonomy(taxonomy)
     if label_encoding is not None:
-        classes.lut(label_encoding)
+        classes.need(label_encoding)
     predicted = predicted_taxonomy(predictions)
     if predicted not in (None, classes.name):
         raise UserError(

@@ -6,16 +6,17 @@ does not hide an unknown name or a cycle.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from nightseg.data.class_list import taxonomy
+from nightseg.data.class_list import mapped, taxonomy
 from nightseg.data.layouts import check_folders
-from nightseg.data.settings import FolderDataset
-from nightseg.data.taxonomy import Taxonomy
+from nightseg.data.settings import ClassList, FolderDataset
+from nightseg.data.taxonomy import COLORS, Taxonomy
 from nightseg.errors import UserError, closest
 from nightseg.recipe.types import STARTS, Recipe, is_ready
 from nightseg.selection.settings import METHODS
@@ -311,7 +312,7 @@ def _unlabelled(sections: _Sections) -> Iterator[Problem]:
 
 
 def _has_no_labels(dataset: Mapping[str, Any]) -> bool:
-    return "layout" in dataset and (dataset.get("labelled") is False or dataset["layout"] == "images")
+    return "layout" in dataset and (dataset.get("labelled") is False or dataset["layout"] in ("images", "nexet"))
 
 
 def _first(
@@ -334,21 +335,38 @@ def _first(
 
 
 def _taxonomy_problems(data: Mapping[str, Any], sections: _Sections) -> Iterator[Problem]:
-    name = data.get("taxonomy", Recipe.model_fields["taxonomy"].default)
-    if not isinstance(name, str):
-        return
+    classes = None
+    given = data.get("taxonomy", Recipe.model_fields["taxonomy"].default)
     try:
-        classes = taxonomy(name)
+        classes = _class_list(given)
     except (UserError, OSError) as error:
         yield Problem(("taxonomy",), str(error))
+    for dataset, entry in sections.datasets.items():
+        path: Key = ("datasets", dataset)
+        try:
+            own = _class_list(entry.get("taxonomy"))
+        except (UserError, OSError) as error:
+            yield Problem((*path, "taxonomy"), str(error))
+            continue
+        if own is not None and classes is not None:
+            names = {str(key): name for key, name in _mapping(entry, "map").items() if isinstance(name, str | None)}
+            try:
+                mapped(
+                    entry["taxonomy"] if isinstance(entry["taxonomy"], str) else _listed(entry["taxonomy"]),
+                    names,
+                    classes,
+                )
+            except UserError as error:
+                yield Problem((*path, "map"), str(error))
+        read_by, encoding = (own if "taxonomy" in entry else classes), entry.get("label_encoding")
+        if read_by is not None and isinstance(encoding, str) and encoding not in (*read_by.encodings, COLORS):
+            words = [*read_by.encodings, COLORS]
+            hint = closest(encoding, words)
+            message = f"the taxonomy {read_by.name} has no label encoding {encoding!r}{hint}; known: {', '.join(words)}"
+            yield Problem((*path, "label_encoding"), message)
+    if classes is None:
         return
     yield from _unknown_classes(sections, classes)
-    for dataset, entry in sections.datasets.items():
-        encoding = entry.get("label_encoding")
-        if isinstance(encoding, str) and encoding not in classes.encodings:
-            hint, known = closest(encoding, classes.encodings), ", ".join(classes.encodings)
-            message = f"the taxonomy {classes.name} has no label encoding {encoding!r}{hint}; known: {known}"
-            yield Problem(("datasets", dataset, "label_encoding"), message)
     for model, entry in sections.models.items():
         where: Key = ("models", model, "self_training", "never_below")
         for name, others in _mapping(_mapping(entry, "self_training"), "never_below").items():
@@ -370,6 +388,20 @@ def _taxonomy_problems(data: Mapping[str, Any], sections: _Sections) -> Iterator
                 classes.per_class([1.0 for _ in weights], 1.0)
         except UserError as error:
             yield Problem((*path, "loss", "class_weights"), str(error))
+
+
+def _listed(value: Any) -> ClassList:
+    return ClassList.model_validate_json(json.dumps(value))
+
+
+def _class_list(value: Any) -> Taxonomy | None:
+    """The class list that is meant; None for what has the wrong shape. Raises UserError: it contradicts itself."""
+    if isinstance(value, str):
+        return taxonomy(value)
+    try:
+        return taxonomy(_listed(value)) if isinstance(value, dict) else None
+    except (ValidationError, TypeError):
+        return None  # the types say so
 
 
 def _unknown_classes(sections: _Sections, classes: Taxonomy) -> Iterator[Problem]:
@@ -413,7 +445,8 @@ def _missing_folders(sections: _Sections) -> Iterator[Problem]:
                     path, f"there is no folder {root!r}; set {'.'.join(path)}, or the name in roots it refers to"
                 )
                 continue
-            known = {key: value for key, value in entry.items() if key in ("layout", "split", "labelled")}
+            keys = ("layout", "split", "labelled", "images", "labels", "split_list")
+            known = {key: value for key, value in entry.items() if key in keys}
             check_folders(FolderDataset(root=root, **known))
         except UserError as error:
             yield Problem(path, str(error))

@@ -124,7 +124,7 @@ def _sections(schema: Schema, definitions: Schema, path: tuple[str, ...]) -> Ite
         inner.append(("NAME", value, (*path, "NAME")))
     for _, value, place in inner:
         yield from _sections(value, definitions, place) if "patternProperties" in value else ()
-        for member in (value, *value.get("anyOf", ()), *value.get("oneOf", ())):
+        for member in (value, value.get("items", {}), *value.get("anyOf", ()), *value.get("oneOf", ())):
             if "$ref" in member:
                 name = member["$ref"].rpartition("/")[2]
                 yield ".".join(place), name

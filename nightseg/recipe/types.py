@@ -9,7 +9,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from nightseg.cluster.settings import MapCompute, TrainCompute
-from nightseg.data.settings import Dataset
+from nightseg.data.settings import AnyTaxonomy, Dataset
 from nightseg.segmenter.settings import AdaptNorms, Guard, Inference, Loss, Network, Online, Threshold, Training
 from nightseg.selection.settings import Extraction, Selection
 from nightseg.settings import NAME_PATTERN, Fraction, Name, Positive, Strict
@@ -196,7 +196,10 @@ class Recipe(Strict):
     seeds: Seeds = Field(
         default=[0], description="each model is trained once with each: only its training draws by seed + this"
     )
-    taxonomy: str = Field(default="cityscapes19", description="class list: cityscapes19, camvid11, or a YAML file")
+    taxonomy: AnyTaxonomy = Field(
+        default="cityscapes19",
+        description="class list: cityscapes19, camvid11, idd_lite7, a file (YAML, CSV, JSON, text), or a list here",
+    )
     max_bad_fraction: Fraction = Field(
         default=0.01, description="share of quarantined frames above which a stage fails"
     )

@@ -8,7 +8,7 @@ with the reason; later stages can rely on the rest.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Unpack
 
@@ -17,19 +17,27 @@ import pyarrow.compute as pc
 
 from nightseg.cluster.map import ShardWorker, Work, map_shards
 from nightseg.data import table as columns
-from nightseg.data.class_list import taxonomy
-from nightseg.data.encodings import LABEL_FILES_SCHEMA, Reading, UnclearLabels, facts_of, label_files, read_as
-from nightseg.data.images import BadFrame, UInt8, decode_turned, encode_png, read_bytes
+from nightseg.data.class_list import mapped, taxonomy
+from nightseg.data.encodings import (
+    LABEL_FILES_SCHEMA,
+    Reading,
+    UnclearLabels,
+    facts_of,
+    label_files,
+    read_as,
+    unknown_ids,
+)
+from nightseg.data.images import BadFrame, UInt8, decode_turned, encode_png, holds_colors, read_bytes
 from nightseg.data.labels import pixels_by_class, stored_label, to_train_ids
-from nightseg.data.layouts import list_frames, scene_domains
+from nightseg.data.layouts import Candidate, list_frames, scene_domains
 from nightseg.data.scenes import scene
-from nightseg.data.settings import FolderDataset, ScenesDataset
+from nightseg.data.settings import AnyTaxonomy, FolderDataset, ScenesDataset
 from nightseg.data.table import check_frames, frame_table, quarantine_table
-from nightseg.data.taxonomy import TRAIN_IDS, Taxonomy
+from nightseg.data.taxonomy import COLORS, IDS, TRAIN_IDS, Taxonomy
 from nightseg.data.thumbnails import NUM_VALUES, thumbnail
 from nightseg.storage import Commit, Location, Shards, UserError, sha256_of
 
-VERSION = 4
+VERSION = 5
 
 TRUE_DOMAIN = "true_domain"  # of a scene, kept beside `domain`, which an unlabelled pool does not reveal
 SCENES_TAXONOMY = "camvid11"
@@ -38,6 +46,7 @@ THUMBNAILS = "thumbnails"  # table of the commit, by which near duplicates are f
 THUMBNAIL = "thumbnail"
 
 _LABEL_FILES = "label_files"  # what each label file holds, of LABEL_FILES_SCHEMA
+_LOOKED_AT = 4  # label files of a set, by which colours are told from ids
 _PROBLEM = "problem"
 _INDEX = "index"
 
@@ -54,7 +63,7 @@ def collect(
     dataset: FolderDataset | ScenesDataset,
     *,
     name: str,
-    taxonomy: str,
+    taxonomy: AnyTaxonomy,
     **work: Unpack[Work],
 ) -> Commit:
     """Tables `frames`, `quarantine`, `thumbnails` (by sha256). Scenes are drawn first: PNG files below the attempt.
@@ -101,11 +110,28 @@ def _summary(frames: pa.Table, quarantine: pa.Table) -> dict[str, Any]:
 # -- folders ---------------------------------------------------------------------------------------------------------
 
 
-def _folder(dataset: FolderDataset, name: str, classes: str, say: Callable[[str], None] = lambda note: None) -> _Pass:
+def _classes(dataset: FolderDataset, name: str, classes: AnyTaxonomy, say: Callable[[str], None]) -> Taxonomy:
+    """What the labels of a folder are read by: the classes of the run, in the ids of the dataset's own class list."""
+    if dataset.taxonomy is None:
+        return taxonomy(classes)
+    known, dropped, missing = mapped(dataset.taxonomy, dataset.map, taxonomy(classes))
+    if dropped:
+        say(f"classes of its labels that the run does not have are ignored: {', '.join(dropped)}")
+    if missing:
+        say(f"classes of the run that its labels do not have: {', '.join(missing)}")
+    return known
+
+
+def _nobody(note: str) -> None:
+    """Takes what another call has said already."""
+
+
+def _folder(dataset: FolderDataset, name: str, classes: AnyTaxonomy, say: Callable[[str], None] = _nobody) -> _Pass:
     candidates = list_frames(dataset, name, say)
-    known = taxonomy(classes)
-    for encoding in {candidate.label_encoding for candidate in candidates} - {None}:
-        known.lut(encoding or "")  # an encoding the taxonomy does not know is an error now, not one bad frame each
+    known = _classes(dataset, name, classes, say)
+    encodings = _encodings(candidates, dataset, known)
+    for encoding in set(encodings) - {None}:
+        known.need(encoding or "")  # an error now, not one bad frame each
     rows = frame_table(
         (
             {
@@ -116,32 +142,60 @@ def _folder(dataset: FolderDataset, name: str, classes: str, say: Callable[[str]
                 columns.SPLIT: dataset.split,
                 columns.DOMAIN: candidate.domain,
                 columns.SEQUENCE: candidate.sequence,
-                columns.LABEL_ENCODING: candidate.label_encoding,
+                columns.LABEL_ENCODING: encoding,
                 _PROBLEM: candidate.problem,
             }
-            for candidate in candidates
+            for candidate, encoding in zip(candidates, encodings, strict=True)
         ),
         extra={_PROBLEM: pa.string()},
     )
-    return _Pass(rows, FolderReader, {"classes": known})
+    rewritten = None if dataset.taxonomy is None else known.palette
+    return _Pass(rows, FolderReader, {"classes": known, "rewritten": rewritten})
 
 
-def _read_labels(shards: Shards, dataset: FolderDataset, name: str, classes: str) -> Reading | None:
+def _encodings(candidates: Sequence[Candidate], dataset: FolderDataset, known: Taxonomy) -> list[str | None]:
+    """Of each label: as asked; else colours where files look so; else what its name and its layout say."""
+    told = [candidate.label_encoding for candidate in candidates]
+    if dataset.label_encoding is not None:
+        return list(told)
+    labels = [one.label_uri for one in candidates if one.label_uri is not None and not one.problem]
+    some = labels[:: max(1, len(labels) // _LOOKED_AT)][:_LOOKED_AT]
+    in_colours = bool(some) and all(_holds_colors(uri) for uri in some)
+    return [one if one is None else COLORS if in_colours else known.usual(one) for one in told]
+
+
+def _holds_colors(uri: str) -> bool:
+    try:
+        return holds_colors(read_bytes(Location.of(uri)))
+    except BadFrame:
+        return False
+
+
+def _read_labels(shards: Shards, dataset: FolderDataset, name: str, classes: AnyTaxonomy) -> Reading | None:
     """What the label files of the set mean together. Raises UserError if that is not what their layout says of them."""
-    known, table = taxonomy(classes), shards.table(_LABEL_FILES)
+    known, table = _classes(dataset, name, classes, _nobody), shards.table(_LABEL_FILES)
     files = list(zip(label_files(table), table[columns.LABEL_ENCODING].to_pylist(), strict=True))
-    fitting = [(file, told) for file, told in files if file.pixels.keys() <= known.encodings[told].keys()]
     if not files:
         return None
-    where = f"dataset {name}"
+    where, asked = f"dataset {name}", dataset.label_encoding
+    if is_colours := {told == COLORS for _, told in files} == {True}:
+        known, asked = known.of_colors({raw_id for file, _ in files for raw_id in file.pixels}), COLORS
+    elif asked is None and {told for _, told in files} == {IDS}:
+        asked = IDS  # the class list says what its ids mean
+    fitting = [(file, told) for file, told in files if file.pixels.keys() <= known.encodings[told].keys()]
     ids = {raw_id for file, _ in files for raw_id in file.pixels}
     is_known = any(ids <= known.encodings[encoding].keys() for encoding in known.tried)
     allowed = shards.max_bad_fraction * len(files)
-    if dataset.label_encoding is None and is_known and len(files) - len(fitting) > allowed:
-        fitting = files  # as many are no accident, and another encoding knows them all
+    if len(files) - len(fitting) > allowed:  # as many are no accident
+        odd = Counter(i for file, told in files for i in file.pixels if i not in known.encodings[told])
+        if (asked is not None or not is_known) and max(odd.values()) > 1:  # not damage of single files
+            raise unknown_ids(where, [file for file, _ in files], known, [files[0][1]] if asked else None)
+        fitting = files if asked is None and is_known else fitting  # another encoding knows them all
     if not fitting:
         return None
-    reading = read_as(where, [file for file, _ in fitting], known, asked=dataset.label_encoding, usual=fitting[0][1])
+    reading = read_as(where, [file for file, _ in fitting], known, asked=asked, usual=fitting[0][1])
+    if is_colours:
+        return reading
     for encoding, (file, told) in zip(reading.encodings, fitting, strict=True):
         if encoding != told:
             raise UnclearLabels(
@@ -153,14 +207,18 @@ def _read_labels(shards: Shards, dataset: FolderDataset, name: str, classes: str
 
 @dataclass
 class FolderReader:
-    """Reads, hashes, decodes and checks the frames of a shard."""
+    """Reads, hashes, decodes and checks the frames of a shard.
+
+    Labels in colours, and with `rewritten` (a palette) those of another class list, are written as train ids.
+    """
 
     classes: Taxonomy
+    rewritten: tuple[tuple[int, int, int], ...] | None
 
     def __call__(self, rows: pa.Table, folder: Location) -> Mapping[str, pa.Table]:
         looks: dict[str, UInt8] = {}
         labels: list[dict[str, Any]] = []
-        good, bad = columns.sort_out(rows, lambda row: self._read(row, looks, labels))
+        good, bad = columns.sort_out(rows, lambda row: self._read(row, folder, looks, labels))
         return {
             "frames": frame_table(good),
             "quarantine": quarantine_table(bad),
@@ -168,7 +226,9 @@ class FolderReader:
             _LABEL_FILES: pa.Table.from_pylist(labels, LABEL_FILES_SCHEMA),
         }
 
-    def _read(self, row: dict[str, Any], looks: dict[str, UInt8], labels: list[dict[str, Any]]) -> dict[str, Any]:
+    def _read(
+        self, row: dict[str, Any], folder: Location, looks: dict[str, UInt8], labels: list[dict[str, Any]]
+    ) -> dict[str, Any]:
         """The row of a good frame; what its label's file holds is added to `labels`, known ids or not."""
         problem = row.pop(_PROBLEM)
         if problem:
@@ -183,8 +243,16 @@ class FolderReader:
             train_ids = to_train_ids(row, label.stored, self.classes)  # raises for unknown ids
             row[columns.LABEL_PIXELS] = pixels_by_class(train_ids, self.classes.num_classes)
             row[columns.LABEL_SHA256] = label.sha256
+            if self.rewritten is not None or row[columns.LABEL_ENCODING] == COLORS:
+                self._rewrite(row, train_ids, folder)
         looks[row[columns.SHA256]] = thumbnail(image_HWC)
         return row
+
+    def _rewrite(self, row: dict[str, Any], train_ids: UInt8, folder: Location) -> None:
+        data = encode_png(train_ids, self.classes.palette)
+        uri = f"labels/{columns.file_name(row[columns.FRAME_ID], '.png')}"
+        (folder / uri).write_bytes(data)
+        row |= {columns.LABEL_URI: uri, columns.LABEL_SHA256: sha256_of(data), columns.LABEL_ENCODING: TRAIN_IDS}
 
 
 def thumbnail_table(looks: Mapping[str, UInt8]) -> pa.Table:
@@ -196,7 +264,7 @@ def thumbnail_table(looks: Mapping[str, UInt8]) -> pa.Table:
 # -- scenes ----------------------------------------------------------------------------------------------------------
 
 
-def _scenes(dataset: ScenesDataset, name: str, classes: str) -> _Pass:
+def _scenes(dataset: ScenesDataset, name: str, classes: AnyTaxonomy) -> _Pass:
     known = taxonomy(classes)
     if dataset.labelled and known.name != SCENES_TAXONOMY:
         raise UserError(

@@ -28,10 +28,11 @@ from nightseg.data.encodings import (
     read_as,
     unknown_ids,
 )
-from nightseg.data.images import BadFrame, StoredLabel, decode_stored_label, encode_png, read_bytes
+from nightseg.data.images import BadFrame, Ids, StoredLabel, decode_stored_label, encode_png, read_bytes
 from nightseg.data.labels import check_labelled, check_orientation, train_ids_of
 from nightseg.data.prefetch import prefetch
-from nightseg.data.taxonomy import FROM_ONE, IGNORE, TRAIN_IDS, Taxonomy
+from nightseg.data.settings import AnyTaxonomy
+from nightseg.data.taxonomy import COLORS, FROM_ONE, IGNORE, TRAIN_IDS, Taxonomy
 from nightseg.errors import first_of, together
 from nightseg.metrics.boundary import boundary_counts, boundary_scores
 from nightseg.metrics.confusion import add_up, confusion_matrix, scores
@@ -62,7 +63,7 @@ def evaluate(
     model: Commit,
     *,
     name: str,
-    taxonomy: str,
+    taxonomy: AnyTaxonomy,
     evaluation: Evaluation,
     inference: Inference,
     **work: Unpack[Work],
@@ -148,7 +149,7 @@ class Evaluator:
 def evaluate_folders(
     pairs: pa.Table,
     *,
-    taxonomy: str,
+    taxonomy: AnyTaxonomy,
     label_encoding: str | None,
     evaluation: Evaluation,
     **work: Unpack[Work],
@@ -163,7 +164,7 @@ def evaluate_folders(
     classes = load_taxonomy(taxonomy)
     encodings = [label_encoding] if label_encoding else classes.tried
     for encoding in encodings:
-        classes.lut(encoding)
+        classes.need(encoding)
     threads = 1 if work["compute"].actors else len(os.sched_getaffinity(0))
     arguments = {"classes": classes, "encodings": encodings, "evaluation": evaluation, "threads": threads}
     arguments["skips_bad"] = work.get("max_bad_fraction", 1.0) > 0
@@ -181,7 +182,9 @@ def evaluate_folders(
     counted = shards.table("counts")
     check_palettes("the predictions", label_files(shards.table("predictions")), classes)
     of_files = counted.filter(pc.equal(counted[frame.LABEL_ENCODING], encodings[0]))
-    reading = read_as("the labels", label_files(of_files), classes, asked=label_encoding)
+    files = label_files(of_files)
+    known = classes.of_colors({i for file in files for i in file.pixels}) if label_encoding == COLORS else classes
+    reading = read_as("the labels", files, known, asked=label_encoding)
     for sentence in reading.sentences():
         work["progress"].say(sentence)
     wanted = set(zip(of_files[frame.LABEL_URI].to_pylist(), reading.encodings, strict=True))
@@ -244,8 +247,8 @@ class PairCounter:
     def _count(self, pair: Mapping[str, str]) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
         """The rows, and what the prediction's file says of its ids if it has a palette."""
         prediction_uri, label_uri = pair[PREDICTION_URI], pair[frame.LABEL_URI]
-        label, prediction = _read(label_uri), _read(prediction_uri)
-        prediction_HW = prediction.ids
+        label, prediction = _read(label_uri, COLORS in self.encodings), _read(prediction_uri)
+        prediction_HW = prediction.ids.astype(np.uint8, copy=False)
         if label.ids.shape != prediction_HW.shape:
             raise UserError(
                 f"{prediction_uri}: it is {_by(prediction_HW)}, its label {label_uri} is {_by(label.ids)} pixels "
@@ -268,18 +271,15 @@ class PairCounter:
         found: list[dict[str, Any]] = []
         for encoding in self.encodings:
             row = facts | {frame.LABEL_ENCODING: encoding}
-            if self.classes.encodings[encoding].keys() >= set(facts["ids"]):
+            if self.classes.knows(facts["ids"], encoding):
                 label_HW = self.classes.to_train_ids(label.ids, encoding)
                 row |= _counts(label_HW, prediction_HW, self.classes, self.evaluation)
                 row[AGREEING] = _agreeing(label_HW, prediction_HW)
             found.append(row)
         if not any(CONFUSION in row for row in found):  # now, and not after the last of a million
-            raise unknown_ids(
-                "the labels",
-                label_files(pa.Table.from_pylist([facts], LABEL_FILES_SCHEMA)),
-                self.classes,
-                self.encodings,
-            )
+            classes = self.classes.of_colors([]) if COLORS in self.encodings else self.classes
+            files = label_files(pa.Table.from_pylist([facts], LABEL_FILES_SCHEMA))
+            raise unknown_ids("the labels", files, classes, self.encodings)
         return found, None if prediction.palette is None else facts_of(prediction_uri, prediction)
 
     def _known(self, prediction_HW: Labels) -> str:
@@ -373,17 +373,17 @@ def _lies_otherwise(counted: pa.Table) -> str:
     )
 
 
-def _read(uri: str) -> StoredLabel:
+def _read(uri: str, colors: bool = False) -> StoredLabel:
     try:
-        return decode_stored_label(read_bytes(Location.of(uri), missing="label_missing"))
+        return decode_stored_label(read_bytes(Location.of(uri), missing="label_missing"), colors=colors)
     except BadFrame as fault:
         cure = "write it again, or allow a share of bad frames by max_bad_fraction"
         if fault.reason in ("wrong_mode", "not_an_image"):
-            cure = "give a folder of PNG files of one byte a pixel"
+            cure = f"give a folder of PNG files of one byte a pixel, or say that the encoding of the labels is {COLORS}"
         raise UserError(f"{uri}: {fault}", cure=cure) from fault
 
 
-def _by(array: Labels) -> str:
+def _by(array: Ids) -> str:
     return f"{array.shape[1]} x {array.shape[0]}"
 
 

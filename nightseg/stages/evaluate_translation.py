@@ -31,6 +31,7 @@ from nightseg.data import table as frame
 from nightseg.data.class_list import taxonomy as load_taxonomy
 from nightseg.data.images import BadFrame, read_image, read_label
 from nightseg.data.labels import train_ids_of
+from nightseg.data.settings import AnyTaxonomy
 from nightseg.data.taxonomy import Taxonomy
 from nightseg.metrics.confusion import add_up, confusion_matrix, scores
 from nightseg.metrics.edges import edge_agreement
@@ -73,7 +74,7 @@ def evaluate_translation(
     name: str,
     masks: Mapping[str, Commit],
     features: Mapping[str, Commit],
-    taxonomy: str,
+    taxonomy: AnyTaxonomy,
     **work: Unpack[Work],
 ) -> Commit:
     """Commit the table `frame_scores` (frame_id, source_id, measures of each frame), `quarantine` and scores.json.

@@ -21,6 +21,7 @@ from nightseg.cluster.map import Work, map_shards
 from nightseg.data import table as frame
 from nightseg.data.class_list import taxonomy as load_taxonomy
 from nightseg.data.images import encode_png
+from nightseg.data.settings import AnyTaxonomy
 from nightseg.data.taxonomy import TRAIN_IDS, Taxonomy
 from nightseg.segmenter import self_training
 from nightseg.segmenter.predict import WHOLE_FRAME, RowSegmenter, check_classes
@@ -110,7 +111,7 @@ def pseudo_label(
     *,
     name: str,
     threshold: Threshold,
-    taxonomy: str,
+    taxonomy: AnyTaxonomy,
     inference: Inference = WHOLE_FRAME,
     never_below: Mapping[str, Sequence[str]] | None = None,
     labelled: pa.Table | None = None,

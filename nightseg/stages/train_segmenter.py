@@ -15,6 +15,7 @@ from nightseg.data import table as frame
 from nightseg.data.class_list import taxonomy as load_taxonomy
 from nightseg.data.images import BadFrame, encode_jpeg
 from nightseg.data.labels import check_labelled, train_ids_of
+from nightseg.data.settings import AnyTaxonomy
 from nightseg.data.taxonomy import IGNORE, Taxonomy
 from nightseg.networks.model_folder import save_model
 from nightseg.progress import Progress
@@ -48,7 +49,7 @@ def train_segmenter(
     loss: Loss,
     training: Training,
     start: str | Commit,
-    taxonomy: str,
+    taxonomy: AnyTaxonomy,
     seed: int,
     attempt: Attempt,
     compute: TrainCompute,

@@ -21,6 +21,7 @@ from nightseg.cluster.map import ShardWorker, Work, map_shards
 from nightseg.data import table as frame
 from nightseg.data.class_list import taxonomy as load_taxonomy
 from nightseg.data.images import BadFrame, read_image
+from nightseg.data.settings import AnyTaxonomy
 from nightseg.data.taxonomy import Taxonomy
 from nightseg.networks.model_folder import load_card
 from nightseg.progress import Progress
@@ -66,7 +67,7 @@ def translate(
     tile: tuple[int, int] | None = None,
     style_images: pa.Table | None = None,
     style_dataset: str = "",
-    taxonomy: str,
+    taxonomy: AnyTaxonomy,
     **work: Unpack[Work],
 ) -> Commit:
     """Commit `frames` (PNGs under `images/`, domain `to`, dataset and id prefix `name`) and `quarantine`; of kinds

@@ -174,7 +174,7 @@ def test_ids_that_no_encoding_knows_name_a_file_each() -> None:
     ):
         read(files(STREET, {200: 7}))
     with pytest.raises(
-        UserError, match=r"^/data/0.png: ids 26 .* not in the encoding train_ids of the taxonomy cityscapes"
+        UserError, match=r"^labels: /data/0.png: ids 26 .* not in the encoding train_ids of the taxonomy cityscapes"
     ):
         read(files({26: 1}), asked="train_ids")
     with pytest.raises(UserError, match="ids_from_one if 0 is void"):

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nightseg.data.class_list import taxonomy
+from nightseg.data.class_list import mapped, taxonomy
 from nightseg.data.images import BadFrame, StoredLabel, encode_png
 from nightseg.data.labels import check_orientation, train_ids_of
+from nightseg.data.settings import ClassList, ListedClass
 from nightseg.data.taxonomy import IGNORE
 from nightseg.storage import UserError, sha256_of
 
@@ -98,7 +99,7 @@ def test_yaml(tmp_path: Path) -> None:
         (("ids: {mine: 8}", "ids: {mine: true}"), "got true"),
         (('name: "no"', "name: no"), "got false .*quote words"),
         (('name: "no"', "name: road"), "'road' is given twice"),
-        (("name: two\n", ""), "name: this key is missing"),
+        (('  - {name: "no", c', "  - {c"), "classes.1.name: this key is missing"),
         (("name: two\n", "name: two\nname: three\n"), "name: this key stands twice"),
         (("name: two", "name: !!python/object/apply:os.getcwd []"), "not valid YAML"),
         (("name: two", "name: [" + "[" * 1500), "not valid YAML"),
@@ -170,3 +171,122 @@ def test_a_label_that_is_the_same_in_all_ways_is_fine() -> None:
     check_orientation(StoredLabel(half, None, 1), (4, 6), 2)  # left and right are the same
     with pytest.raises(BadFrame, match="label_orientation"):
         check_orientation(StoredLabel(half, None, 1), (4, 6), 3)
+
+
+# -- lists of one's own ----------------------------------------------------------------------------------------------
+
+
+def test_a_list_of_names_alone() -> None:
+    classes = taxonomy(ClassList(classes=[ListedClass(name="road"), ListedClass(name="sky", color=(0, 0, 255))]))
+    assert classes.name == "own" and classes.encodings["train_ids"] == {0: 0, 1: 1, 255: 255}
+    assert len({*classes.palette, (0, 0, 0)}) == 3 and classes.palette[1] == (0, 0, 255)
+    assert "ids" not in classes.encodings and classes.usual("ids") == "train_ids" == classes.usual("camvid12")
+    many = taxonomy(ClassList(classes=[ListedClass(name=str(index)) for index in range(255)]))
+    assert len({*many.palette, (0, 0, 0)}) == 256, "made-up colours differ"
+
+
+def test_ids_without_an_encoding() -> None:
+    listed = ClassList.model_validate_json(
+        '{"classes": [{"name": "road", "ids": [1, 2]}, {"name": "sky", "ids": 7}], "ignore": [0]}'
+    )
+    classes = taxonomy(listed)
+    assert classes.encodings["ids"] == {0: 255, 1: 0, 2: 0, 7: 1, 255: 255}
+    assert classes.usual("label_ids") == "ids"
+    rest = taxonomy(listed.model_copy(update={"ignore": "rest"}))
+    assert rest.lut("ids")[1].all()
+    void = taxonomy(ClassList(classes=[ListedClass(name="a"), ListedClass(name="b")], ignore=[2]))
+    assert void.encodings["ids"] == {0: 0, 1: 1, 2: 255, 255: 255}, "the ids of classes are train ids then"
+    with pytest.raises(UserError, match="ignore: 1 is the train id of b"):
+        taxonomy(ClassList(classes=[ListedClass(name="a"), ListedClass(name="b")], ignore=[1]))
+
+
+def rgb(*colours: tuple[int, int, int]) -> np.ndarray:
+    return np.array([[red << 16 | green << 8 | blue for red, green, blue in colours]], np.uint32)
+
+
+def test_labels_in_colours() -> None:
+    road, grass, sky = (128, 64, 128), (9, 9, 9), (70, 130, 180)
+    listed = ClassList(
+        classes=[ListedClass(name="r", color=road, ids={"colors": [grass]}), ListedClass(name="s", color=sky)]
+    )
+    classes = taxonomy(listed)
+    found = classes.to_train_ids(rgb(sky, grass, road, (0, 0, 0)), "colors")
+    assert found.dtype == np.uint8 and found.tolist() == [[1, 0, 0, 255]], "black is no class"
+    with pytest.raises(
+        BadFrame, match=r"label_value: colours \[1, 2, 3\] \(2 pixels\), \[1, 2, 4\] \(1 pixels\) are not"
+    ):
+        classes.to_train_ids(rgb((1, 2, 3), (1, 2, 4), (1, 2, 3)), "colors")
+    rest = taxonomy(listed.model_copy(update={"ignore": {"colors": "rest"}}))
+    assert rest.to_train_ids(rgb((1, 2, 3), sky), "colors").tolist() == [[255, 1]]
+    black = taxonomy(ClassList(classes=[ListedClass(name="r", color=(0, 0, 0)), ListedClass(name="s", color=sky)]))
+    assert black.to_train_ids(rgb((0, 0, 0)), "colors").tolist() == [[0]], "unless it is the colour of one"
+
+
+def test_published_colours() -> None:
+    """Cityscapes' *_color.png and the 32 colours of CamVid's original labels."""
+    found = taxonomy("cityscapes19").to_train_ids(
+        rgb((128, 64, 128), (111, 74, 0), (119, 11, 32), (0, 0, 110)), "colors"
+    )
+    assert found.tolist() == [[0, 255, 18, 255]]
+    camvid = taxonomy("camvid11")
+    found = camvid.to_train_ids(rgb((0, 0, 192), (64, 128, 192), (128, 0, 192), (0, 0, 0), (192, 192, 0)), "colors")
+    assert [camvid.classes[i] if i < 255 else None for i in found[0]] == ["pavement", "car", "road", None, "tree"]
+    assert len(camvid.colors) == 33, "the 32 and the pavement of the palette"
+
+
+FOREIGN = {
+    "class_dict.csv": "name,r,g,b\nroad,128,64,128\nVoid,0,0,0\nsky,1,2,3\n",
+    "classes.csv": "id;name\n3;road\n0;void\n9;sky\n",
+    "classes.txt": "road\nvoid\nsky\n",
+    "labelmap.txt": "# label:color_rgb:parts:actions\nroad:128,64,128::\nvoid:0,0,0::\nsky:1,2,3::\n",
+    "config.json": '{"labels": [{"readable": "road", "color": [128, 64, 128], "evaluate": true}, '
+    '{"readable": "Ego", "color": [0, 0, 0], "evaluate": false}, {"readable": "sky", "color": [1, 2, 3], '
+    '"evaluate": true}]}',
+    "ids.json": '{"3": "road", "0": "void", "9": "sky"}',
+    "names.json": '["road", "void", "sky"]',
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_lists_of_other_programs(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(FOREIGN[name])
+    classes = taxonomy(str(tmp_path / name))
+    assert classes.classes == ("road", "sky")
+    by_hand = name in ("classes.csv", "ids.json")
+    assert classes.encodings["ids"] == ({3: 0, 0: 255, 9: 1, 255: 255} if by_hand else {0: 0, 1: 255, 2: 1, 255: 255})
+    if name in ("class_dict.csv", "labelmap.txt", "config.json"):
+        assert classes.palette == ((128, 64, 128), (1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("x.csv", "colour,r,g,b\n1,2,3,4\n", "none of the columns colour, r, g, b is `name`"),
+        ("x.json", "{", "no class list"),
+        ("x.txt", "road\nroad\n", "names stand there twice"),
+        ("x.txt", "road\n", "at least 2 items"),
+    ],
+)
+def test_files_that_are_no_lists(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        taxonomy(str(tmp_path / name))
+
+
+def test_one_list_mapped_onto_another() -> None:
+    classes = taxonomy("camvid11")
+    read_by, dropped, missing = mapped(
+        "idd_lite7", {"drivable": "road", "vehicles": "car", "far objects": None}, classes
+    )
+    assert read_by.encodings["train_ids"] == {0: 3, 1: 255, 2: 255, 3: 8, 4: 255, 5: 255, 6: 0, 255: 255}
+    assert dropped == ["non-drivable", "living things", "roadside objects"]
+    assert "sky" not in missing and "pole" in missing and read_by.classes == classes.classes
+    read_by, dropped, _ = mapped("cityscapes19", {}, classes)  # those of the same name
+    assert read_by.encodings["label_ids"][7] == 3 and read_by.colors[128 << 16 | 64 << 8 | 128] == 3
+    with pytest.raises(UserError, match=r"map: idd_lite7 has no class 'drivabel', did you mean 'drivable'"):
+        mapped("idd_lite7", {"drivabel": "road"}, classes)
+    with pytest.raises(UserError, match=r"map.drivable: camvid11 has no class 'rode', did you mean 'road'"):
+        mapped("idd_lite7", {"drivable": "rode"}, classes)
+    own = ClassList(classes=[ListedClass(name="x"), ListedClass(name="y")])
+    with pytest.raises(UserError, match=r"no class of own is one of camvid11. Cure: say which is which: map: {x: sky"):
+        mapped(own, {}, classes)

@@ -94,6 +94,8 @@ SPLITS: Final = ("day", "night", "twilight", "unknown")
 
 # Names of other parts of the recipe: another one of the same kind.
 OTHER_NAMES: Final[Mapping[str, Any]] = {
+    "datasets.folder.layout": "nexet", "datasets.folder.split_list": "list.txt",
+    "datasets.folder.taxonomy": "cityscapes19",
     "datasets.day.split": "pool2", "datasets.night.split": "pool2", "datasets.both.join": ["scenes"],
     "datasets.by_unit.translate": "test", "datasets.by_optics.translate": "test",
     "datasets.by_fourier.translate": "test", "datasets.by_colour.translate": "test",
@@ -329,6 +331,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 
 def loaded(folder: Path, text: str) -> Recipe:
     (folder / "a.png").write_bytes(b"")
+    (folder / "list.txt").write_text("a")
     (folder / "recipe.yaml").write_text(text.replace("ROOT", str(folder)))
     return load_recipe(folder / "recipe.yaml")
 
