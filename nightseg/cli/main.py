@@ -6,6 +6,7 @@ look is `output.py`. Everything heavy is imported by the verb that needs it.
 
 from __future__ import annotations
 
+import json
 import webbrowser
 from functools import partial
 from pathlib import Path
@@ -68,6 +69,49 @@ def run(recipe: str, overrides: tuple[str, ...], run_dir: str | None, only: str 
         return Answer({"run_dir": folder.uri, "stages": stages}, partial(print_plan, folder, lines))
     adapted = adapt(recipe, overrides, run_dir=run_dir, only=only, progress=progress_for())
     return Answer(adapted.outcome.results, partial(print_outcome, adapted))
+
+
+@main.command(name="recipe")
+@click.argument("recipe_file", metavar="[RECIPE]", required=False)
+@_set_option
+@click.option("--schema", is_flag=True, help="Print the JSON schema of recipes instead, for editors.")
+@answers
+def show_recipe(recipe_file: str | None, overrides: tuple[str, ...], schema: bool) -> Answer:
+    """Print a recipe with all that it does not say.
+
+    It is shown as it is after base, presets, --set, what models inherit, and defaults.
+
+    Without RECIPE: every key, with its type, default, unit and meaning.
+
+    \b
+    nightseg recipe configs/demo.yaml --set training.epochs=3
+    nightseg recipe | grep epochs
+    nightseg recipe --schema > recipe.schema.json
+
+    An editor with a YAML language server checks a recipe beside that file which begins with the line
+    "# yaml-language-server: $schema=recipe.schema.json".
+    """
+    from nightseg.recipe import load_recipe, reference
+    from nightseg.recipe.load import as_it_is, as_yaml
+
+    if (recipe_file or overrides) and (schema or not recipe_file):
+        raise UserError(
+            "recipe: --schema and the list of keys are of all recipes", cure="give RECIPE and --set, or none"
+        )
+    if schema:
+        content = reference.editor_schema()
+        return Answer(content, lambda: click.echo(json.dumps(content, indent=1)))
+    if recipe_file:
+        content = as_it_is(load_recipe(recipe_file, overrides))
+        return Answer(content, lambda: click.echo(as_yaml(content), nl=False))
+    keys = reference.all_keys()
+
+    def show() -> None:
+        for key in keys:
+            type_and_default = f" ({key.type}; default {key.default})" if key.default else ""
+            click.echo(f"{key.key}{type_and_default.replace('default required', 'required')}: {key.description}")
+
+    return Answer({"keys": [key._asdict() for key in keys]}, show)
 
 
 def _existing_run(run_dir: str) -> Location:

@@ -26,7 +26,15 @@ OF_MODELS: Final[Mapping[Path, str]] = {
 """Keys of a model, and the section of the recipe that holds where they say nothing."""
 
 _NAMED: Final = ("roots", "datasets", "translators", "models", "test_sets", "predictions", "translations")
-_VALUES: Final = ("train", "test", "mix", "class_weights", "never_below")  # mappings that are one value
+_VALUES: Final = (
+    "taxonomy",
+    "map",
+    "train",
+    "test",
+    "mix",
+    "class_weights",
+    "never_below",
+)  # mappings that are one value
 
 
 class Whole(dict[str, Any]):
@@ -56,6 +64,8 @@ def over(below: Mapping[str, Any], written: Mapping[str, Any], path: Path = ()) 
     merged = Whole(below) if isinstance(below, Whole) else dict(below)
     for key, value in written.items():
         place, other = (*path, str(key)), merged.get(key)
+        if key == "extractor" and isinstance(other, str):  # the one mapping of settings that may be written as a word
+            other = {"name": other}
         if value is None and key in merged and len(place) == 2 and place[0] in _NAMED:
             del merged[key]
         elif isinstance(value, dict) and isinstance(other, dict) and not _is_instead(place, value, other):

@@ -11,6 +11,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -113,6 +114,17 @@ def save_recipe(recipe: Recipe, file: Location) -> None:
     content = recipe.model_dump(mode="json")
     differences(content)
     file.write_bytes(as_yaml(content).encode())
+
+
+def as_it_is(recipe: Recipe) -> dict[str, Any]:
+    """All that holds, defaults included, as JSON: of each model also what it has from the recipe."""
+    content = recipe.model_dump(mode="json", exclude={"base"})
+    for model in content["models"].values():
+        for key in () if model["adapt_norms"] else ("network", "loss", "training"):
+            model[key] = model[key] or deepcopy(content[key])
+        if model["self_training"] and model["self_training"]["mode"] == "offline":
+            model["self_training"]["inference"] = model["self_training"]["inference"] or deepcopy(content["inference"])
+    return content
 
 
 def as_yaml(content: dict[str, Any]) -> str:

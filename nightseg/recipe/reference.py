@@ -1,18 +1,19 @@
-"""The recipe's types as people read them: which keys and words are allowed at a place, and docs/recipe.md.
+"""The recipe's types as people and editors read them: keys and words allowed at a place, all keys, a schema.
 
-Both walk the JSON schema that pydantic makes of the types.
+All of them walk the JSON schema that pydantic makes of the types.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from typing import Any, get_args
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, get_args
 
 from pydantic import BaseModel
 
 from nightseg.data.settings import Dataset
 from nightseg.recipe.types import AnyTranslator, Recipe
+from nightseg.selection.settings import Extraction
 
 Schema = dict[str, Any]
 Path = Sequence[int | str]
@@ -77,6 +78,85 @@ def _words(schema: Schema) -> list[Any]:
     return [schema["const"]] if "const" in schema else list(schema.get("enum", []))
 
 
+# -- editors -----------------------------------------------------------------------------------------------------------
+
+_HOW_TO = (
+    "Editors that know the YAML language server check a recipe that begins with the line "
+    "`# yaml-language-server: $schema=recipe.schema.json`, where this file lies under that name beside it."
+)
+
+
+def editor_schema() -> Schema:
+    """The JSON schema (draft 2020-12) of a recipe file. Where there is a base, nothing is required, and what has a name
+    may be null."""
+    whole = Recipe.model_json_schema()
+    definitions = whole.pop("$defs")
+    name = Extraction.__name__  # the one mapping of settings that may be written as a word
+    definitions[name] = {"anyOf": [{"type": "string"}, definitions[name]]}
+    changes = {f"{name}Changes": _as_changes(definition) for name, definition in definitions.items()}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$comment": _HOW_TO,
+        "title": "A recipe of nightseg",
+        "type": "object",
+        "if": {"required": ["base"]},
+        "then": {"$ref": "#/$defs/RecipeChanges"},
+        "else": {"$ref": "#/$defs/Recipe"},
+        "$defs": {"Recipe": whole, **definitions, "RecipeChanges": _as_changes(whole), **changes},
+    }
+
+
+def _as_changes(schema: Any) -> Any:
+    """A schema without what is required: of a mapping that only says what it changes."""
+    if isinstance(schema, list):
+        return [_as_changes(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    changed = {key: _as_changes(part) for key, part in schema.items() if key not in ("required", "minProperties")}
+    if isinstance(changed.get("$ref"), str):
+        changed["$ref"] += "Changes"
+    if "oneOf" in changed:  # without what they require, kinds of one thing are not told apart
+        changed["anyOf"] = changed.pop("oneOf")
+    if isinstance(names := changed.get("patternProperties"), dict):
+        changed["patternProperties"] = {key: {"anyOf": [part, {"type": "null"}]} for key, part in names.items()}
+    return changed
+
+
+# -- all keys ----------------------------------------------------------------------------------------------------------
+
+
+class Key(NamedTuple):
+    """A key of a recipe in words; NAME in its place stands for a name that the user chooses."""
+
+    key: str
+    type: str
+    default: str
+    description: str
+
+
+def all_keys() -> list[Key]:
+    """Every key of a recipe, settings that stand at several places with the first of them."""
+    whole = Recipe.model_json_schema()
+    definitions = whole["$defs"]
+    known: dict[str, str] = {}
+    found = _keys(whole, "")
+    for place, name in _sections(whole, definitions, ()):
+        if name not in known:
+            known[name] = place
+            found += _keys(definitions[name], f"{place}.")
+        elif place != known[name]:
+            found.append(Key(f"{place}.*", "", "", f"as {known[name]}.*"))
+    return list(dict.fromkeys(found))
+
+
+def _keys(schema: Schema, place: str) -> list[Key]:
+    return [
+        Key(place + key, _kind(value, str).replace("`", ""), _default(schema, key), value.get("description", ""))
+        for key, value in schema["properties"].items()
+        if "$ref" not in value
+    ]
+
+
 # -- docs/recipe.md --------------------------------------------------------------------------------------------------
 
 _HEAD = """# The recipe, key by key
@@ -94,7 +174,7 @@ without default is required. NAME is a name that you choose: letters, digits, `_
 - A **preset** says all that the presets of its kind say; nothing of that is taken from the recipe or the base.
 
 This goes for mappings of settings and of named things, at every depth. Lists are replaced, and so are mappings that
-are one value: `train`, `test`, `mix`, `class_weights`, `never_below`. `null` is a value like any other (`ohem: null` =
+are one value: `taxonomy`, `map`, `train`, `test`, `mix`, `class_weights`, `never_below`. `null` is a value like any other (`ohem: null` =
 none); in a recipe with a base, `models: {NAME: null}` takes that model away, and so with all that has a name. `null`
 for the whole `training` of a model means: as the recipe says.
 
@@ -135,39 +215,48 @@ def _sections(schema: Schema, definitions: Schema, path: tuple[str, ...]) -> Ite
 
 def _table(schema: Schema) -> str:
     rows = ["| key | type | default | what it is |", "|---|---|---|---|"]
-    required = schema.get("required", [])
     for key, value in schema["properties"].items():
-        default = "required" if key in required else f"`{_shown(value.get('default'))}`"
-        if "$ref" in value:
-            default = ""
+        default = _default(schema, key)
+        default = default if default in ("", "required") else f"`{default}`"
         cells = (f"`{key}`", _kind(value), default, value.get("description", ""))
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows) + "\n"
+
+
+def _default(schema: Schema, key: str) -> str:
+    """ "" of a mapping of settings, which have defaults of their own."""
+    if "$ref" in (value := schema["properties"][key]):
+        return ""
+    return "required" if key in schema.get("required", []) else _shown(value.get("default"))
 
 
 def _shown(value: Any) -> str:
     return json.dumps(value).replace('"', "") if isinstance(value, dict | list) else str(json.dumps(value)).strip('"')
 
 
-def _kind(schema: Schema) -> str:
-    """The type of a value in words."""
+def _linked(name: str) -> str:
+    return f"[{name}](#{name.lower()})"
+
+
+def _kind(schema: Schema, link: Callable[[str], str] = _linked) -> str:
+    """The type of a value in words; `link` shows the name of other settings."""
     if "$ref" in schema:
-        name = schema["$ref"].rpartition("/")[2]
-        return f"[{name}](#{name.lower()})"
+        return link(schema["$ref"].rpartition("/")[2])
     if members := schema.get("anyOf") or schema.get("oneOf"):
-        return " or ".join(dict.fromkeys(_kind(member) for member in members))
+        return " or ".join(dict.fromkeys(_kind(member, link) for member in members))
     if words := _words(schema):
         return ", ".join(f"`{word}`" for word in words)
     match schema.get("type"):
         case "array":
             items = schema.get("prefixItems")
-            return f"[{', '.join(_kind(item) for item in items)}]" if items else f"list of {_kind(schema['items'])}"
+            one = "" if items else _kind(schema["items"], link)
+            return f"[{', '.join(_kind(item, link) for item in items)}]" if items else f"list of {one}"
         case "object":
             named = schema.get("patternProperties")
             inner = next(iter(named.values())) if named else schema["additionalProperties"]
             words = _words(schema.get("propertyNames", {}))
             key = ", ".join(words) if words else "NAME" if named else "text"
-            return f"mapping of {key} to {_kind(inner)}"
+            return f"mapping of {key} to {_kind(inner, link)}"
         case "integer" | "number" as name:
             return f"{name}{_bounds(schema)}"
         case "string":

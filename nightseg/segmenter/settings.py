@@ -179,7 +179,9 @@ class Training(Strict):
         default=1, description="parts in which a worker takes its frames of a step: less memory"
     )
     epochs: Positive = Field(default=60, description="number of epochs")
-    steps_per_epoch: Positive | None = Field(default=None, description="null = one pass over the frames")
+    steps_per_epoch: Positive | None = Field(
+        default=None, description="steps of an epoch; null = one pass over the frames"
+    )
     warmup_steps: Annotated[int, Field(ge=0)] = Field(
         default=200, description="steps in which the learning rate rises linearly"
     )

@@ -35,7 +35,9 @@ class PhotometricTranslator(Strict):
     """Night by optics, from the day frame and its label: no training, no night frame; never to day."""
 
     kind: Literal["photometric"]
-    stops: Range = Field(default=(-4.0, -2.0), description="exposure of a frame, drawn from this range; at most 0")
+    stops: Range = Field(
+        default=(-4.0, -2.0), description="exposure of a frame in stops, drawn from this range; at most 0"
+    )
     temperature: Range = Field(default=(2400.0, 4500.0), description="kelvin of the street light, drawn likewise")
     vignette: Fraction = Field(default=0.4, description="share of the light that the lens loses in the corners")
     electrons: Annotated[float, Field(gt=0)] = Field(

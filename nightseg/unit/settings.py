@@ -75,7 +75,9 @@ class Translator(Strict):
     )
     iterations: Positive = Field(default=330_000, description="steps of the training")
     batch: Positive = Field(default=1, description="crops of each domain in a step")
-    short_side: Positive | None = Field(default=512, description="resize the shorter side to this before cropping")
+    short_side: Positive | None = Field(
+        default=512, description="resize the shorter side to so many pixels before cropping"
+    )
     crop: Size = (256, 256)
     learning_rate: Annotated[float, Field(gt=0)] = Field(default=1e-4, description="of Adam")
     weight_decay: Annotated[float, Field(ge=0)] = Field(default=1e-4, description="of Adam")
@@ -95,7 +97,7 @@ class Translator(Strict):
         default=1_000, description="stop when a discriminator teaches nothing for this many iterations; null = never"
     )
     tile: Size | None = Field(
-        default=None, description="translate frames larger than this in tiles with blended seams; null = whole"
+        default=None, description="(height, width): translate larger frames in tiles with blended seams; null = whole"
     )
 
     @model_validator(mode="after")

@@ -17,6 +17,7 @@ from nightseg.pipeline import search as search_module
 from nightseg.pipeline import single
 from nightseg.pipeline.run import Outcome
 from nightseg.pipeline.search import Found
+from nightseg.recipe import load_recipe
 from nightseg.storage import Location, Workspace
 from tests.command_line import forbid_ray, good, json_of, nightseg, refused
 
@@ -295,3 +296,20 @@ def test_doctor_answers_in_one_object_and_by_its_exit_code(
         "good": is_good, "findings": [{"what": "torch", "good": is_good, "detail": "2.10"}]
     }  # fmt: skip
     assert nightseg("doctor").stdout == f"{'ok  ' if is_good else 'FIX '} torch: 2.10\n"
+
+
+def test_recipe_shows_what_holds(tmp_path: Path) -> None:
+    shown = good("recipe", CONFIGS / "demo.yaml", "--set", "training.crop=[64, 64]").stdout
+    (tmp_path / "whole.yaml").write_text(shown)
+    found, whole = load_recipe(CONFIGS / "demo.yaml", ["training.crop=[64, 64]"]), load_recipe(tmp_path / "whole.yaml")
+    for name, model in found.models.items():  # what they have from the recipe is written there
+        assert whole.models[name].training == found.training_of(model)
+        assert whole.models[name].network == found.network_of(model)
+    assert json_of("recipe", CONFIGS / "demo.yaml")["models"]["day_only"]["training"]["batch"] == 8
+
+
+def test_recipe_lists_all_keys_or_their_schema() -> None:
+    assert "\ntraining.epochs (integer >= 1; default 60): number of epochs\n" in good("recipe").stdout
+    assert json.loads(good("recipe", "--schema").stdout)["$defs"]["Training"]["properties"]["epochs"]["default"] == 60
+    assert "give RECIPE" in refused("recipe", CONFIGS / "demo.yaml", "--schema")
+    assert "give RECIPE" in refused("recipe", "--set", "seed=3")

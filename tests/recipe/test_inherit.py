@@ -226,6 +226,10 @@ training: &training {epochs: 5, batch: 8}
 models:
   a: {train: {day: 1, pool: 2}, training: {<<: *training, learning_rate: 0.5}}
   b: {train: [day], start: a}
+  c:
+    train: [day]
+    start: a
+    self_training: {pool: pool, select: {count: 2, method: random, extractor: efficientnet_lite0}}
 test_sets: {one: day, two: day}
 """
 ).replace("labelled: false", "labelled: true")
@@ -241,7 +245,7 @@ name: top
 datasets: {pool: {count: 5}, day: {layout: images, root: ROOT, labelled: true}}
 translators: {unit: {iterations: 8}, optics: {kind: fourier, night: pool}}
 training: {crop: [64, 64]}
-models: {a: {train: {pool: 1}}, c: {train: [pool]}}
+models: {a: {train: {pool: 1}}, c: {train: [pool], self_training: {select: {extractor: {mode: fast}}}}}
 test_sets: {one: null}
 """
     (tmp_path / "images").mkdir()
@@ -255,6 +259,8 @@ test_sets: {one: null}
     assert found.datasets["pool"].model_dump()["first"] == 9 and found.datasets["pool"].model_dump()["count"] == 5
     assert found.datasets["day"].model_dump()["layout"] == "images"  # of another kind: nothing is left of the scenes
     assert (found.translators["unit"].model_dump()["iterations"], found.translators["optics"].kind) == (8, "fourier")
+    extractor = found.models["c"].self_training.select.extractor  # type: ignore[union-attr]
+    assert (extractor.name, extractor.mode) == ("efficientnet_lite0", "fast")
     assert found.test_sets == {"two": "pool"}  # null took the other one away
     save_recipe(found, Location.of(tmp_path / "elsewhere.yaml"))
     for file in ("base.yaml", "sub/middle.yaml"):
