@@ -65,6 +65,7 @@ Metrics
     metrics/boundary.py   boundary IoU
     metrics/edges.py      do the edges of two frames agree
     metrics/ranks.py      rank correlation
+    metrics/bootstrap.py  how far mIoU would move with other frames
     metrics/seeds.py      mean and spread over seeds, differences of models
 
 Shared by networks
@@ -152,6 +153,9 @@ The report
     report/page.py          report.html
     report/run.py           a finished run as the report sees it
     report/comparison.py    what a gain is worth: a model beside its control; the headline
+    report/frame_spread.py  that of the scores and gains of a run
+    report/model_card.py    README.md beside the weights of a model
+    report/templates.py     the templates, and how they write numbers
     report/ablation.py      what helped: models beside their controls, by seed and by class; what teachers saw
     report/gallery.py       which frames are shown
     report/charts.py        charts as SVG
@@ -166,6 +170,7 @@ Runs
     pipeline/classes.py  which classes whole train, validation and test sets have
     pipeline/leaks.py    frames that a model has seen and is measured on
     pipeline/results.py  results.json
+    pipeline/folder.py   what people find in a run folder: models, masks, chosen frames, tables, earlier results
     pipeline/verify.py   is every file of a run what was written
     pipeline/run.py      do what is not committed, gather, report; or say what would be done
     pipeline/search.py   Ray Tune over the rounds: what a search tries, its trials

@@ -129,21 +129,34 @@ def _existing_run(run_dir: str) -> Location:
 def status(run_dir: str) -> Answer:
     """Show what a run has committed, and who works on it.
 
+    The last column says which results a stage is part of: those of the last recipe (results.json), or earlier ones.
+
     \b
     nightseg status runs/demo
     """
+    from nightseg.pipeline.folder import owners
+
     folder = _existing_run(run_dir)
-    commits, holder = Workspace(folder).commits(), Workspace(folder).holder()
+    commits, holder, known = Workspace(folder).commits(), Workspace(folder).holder(), owners(folder)
     keys = ("stage", "name", "key", "created", "seconds", "rows_in", "rows_out", "quarantined")
-    rows = [{key: getattr(commit, key) for key in keys} for commit in commits]
+    parts = [known.get((f"{commit.stage}/{commit.name}", commit.key), []) for commit in commits]
+    rows = [{key: getattr(c, key) for key in keys} | {"results": of} for c, of in zip(commits, parts, strict=True)]
 
     def show() -> None:
         print_table(
             f"{folder}: {'being worked on by ' + holder if holder else 'no driver at work'}",
-            ["stage", "committed", "frames in", "out", "quarantined", "seconds"],
+            ["stage", "committed", "frames in", "out", "quarantined", "seconds", "part of"],
             [
-                [f"{c.stage}/{c.name}", c.created, c.rows_in, c.rows_out, c.quarantined, f"{c.seconds:.1f}"]
-                for c in commits
+                [
+                    f"{c.stage}/{c.name}",
+                    c.created[:19],
+                    c.rows_in,
+                    c.rows_out,
+                    c.quarantined,
+                    f"{c.seconds:.1f}",
+                    ", ".join(of) or "nothing finished",
+                ]
+                for c, of in zip(commits, parts, strict=True)
             ],
         )
 

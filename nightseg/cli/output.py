@@ -151,6 +151,21 @@ def print_outcome(adapted: Adapted) -> None:
         f"{outcome.done} stages done, {outcome.skipped} already committed, {outcome.seconds:.0f} s. "
         f"Report: {adapted.report}"
     )
+    if outcome.results["models"]:
+        _print_use(adapted, found.best if found else list(outcome.results["models"])[-1])
+
+
+def _print_use(adapted: Adapted, model: str) -> None:
+    """Commands as they can be given, from here."""
+    run = adapted.folder.uri.removeprefix(f"{os.getcwd()}/")
+    click.echo(
+        printable(
+            f"Segment your frames:  nightseg predict {run}:{model} IMAGES --out masks --save mask,overlay\n"
+            f'In Python:            nightseg.load_model("{run}:{model}")\n'
+            f"Its weights and card: {run}/models/{model}   masks, chosen frames and tables beside it\n"
+            f"Curves:               tensorboard --logdir {run}/{'tensorboard' if adapted.folder.is_local else 'stages'}"
+        )
+    )
 
 
 def print_scores(results: Mapping[str, Any]) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Final, NamedTuple
 
@@ -215,6 +215,29 @@ class Graph:
     # evaluated translations, with how the results name what took part: translator, its kind, segmenter, real, source
     translations: dict[str, tuple[NodeId, Mapping[str, Any]]] = field(default_factory=dict)
     watched: dict[str, Watched] = field(default_factory=dict)  # model -> its sets
+
+    def done(self, commits: Collection[NodeId]) -> Graph:
+        """What of it is there when only these nodes are committed: trained models, with the scores they have."""
+
+        def is_done(*nodes: NodeId | None) -> bool:
+            return all(node is None or node in commits for node in nodes)
+
+        models = {}
+        for name, nodes in self.models.items():
+            if is_done(nodes.train, nodes.select, nodes.pseudo_label):
+                models[name] = known = replace(nodes)
+                if not is_done(nodes.evaluate):
+                    known.evaluate, known.tests = None, {}
+                if not is_done(nodes.consistency):
+                    known.consistency = None
+        return replace(
+            self,
+            models=models,
+            datasets={n: views for n, views in self.datasets.items() if is_done(*_nodes_of([Frames(views)]))},
+            predictions={name: entry for name, entry in self.predictions.items() if is_done(entry[0])},
+            translations={name: entry for name, entry in self.translations.items() if is_done(entry[0])},
+            watched={name: watched for name, watched in self.watched.items() if name in models},
+        )
 
     def order(self) -> None:
         """What only reads and sorts frames comes first: it is quick, and shows what is wrong with them."""

@@ -10,15 +10,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
+
 from nightseg.data import table as frame
 from nightseg.data.class_list import taxonomy
-from nightseg.data.settings import JoinedDataset, SplitDataset, TranslatedDataset
+from nightseg.data.settings import Dataset, JoinedDataset, ScenesDataset, SplitDataset, TranslatedDataset
 from nightseg.errors import UserError, closest
 from nightseg.metrics.ranks import spearman
 from nightseg.metrics.seeds import mean, over_seeds
 from nightseg.pipeline.graph import Graph, ModelNodes, NodeId, View
 from nightseg.pipeline.leaks import Leak
 from nightseg.recipe.types import Recipe
+from nightseg.report.run import Run
 from nightseg.storage import Commit, Location, hash_of, sha256_of
 
 RESULTS_NAME = "results.json"
@@ -48,6 +51,7 @@ def gather(
         "hardware": _hardware(),
         "models": models,
         "datasets": {name: [str(view) for view in views] for name, views in graph.datasets.items()},
+        "frames": _frames(recipe, graph, commits),
         "labels": {n.name: c.summary["labels"] for n, c in commits.items() if "labels" in c.summary},
         "splits": {n.name: commits[n].json("evidence.json") for n in commits if n.stage == "split"},
         "selections": _evidence(commits, {m: nodes.select for m, nodes in first.items()}),
@@ -118,7 +122,8 @@ def model_folder(place: str | Path | Location) -> Location:
         raise UserError(f"{place}: {wrong}; known: {known}", cure="give RUN_DIR:MODEL")
     node = nodes[name]
     attempt = Location.of(content["commits"][node]["folder"])
-    moved = run / f"stages/{node}/{attempt.parent.name}/{attempt.name}/model"  # a run folder may be moved
+    root = Run(run, content).root
+    moved = root / f"stages/{node}/{attempt.parent.name}/{attempt.name}/model"  # a run folder may be moved
     return moved if (moved / "model.json").exists() else attempt / "model"
 
 
@@ -140,7 +145,8 @@ def _models(recipe: Recipe, graph: Graph, commits: Mapping[NodeId, Commit]) -> d
     for of, found in trainings.items():
         name, first = next(iter(found.items()))
         tests = {
-            test: scores | over_seeds({one["seed"]: one["tests"][test] for one in found.values()})
+            test: scores
+            | over_seeds({one["seed"]: one["tests"][test] for one in found.values() if test in one["tests"]})
             for test, scores in first["tests"].items()
         }
         line = list(_line(graph, name))
@@ -156,6 +162,43 @@ def _models(recipe: Recipe, graph: Graph, commits: Mapping[NodeId, Commit]) -> d
             "learned": light.of(line),
         }
     return models
+
+
+def _frames(recipe: Recipe, graph: Graph, commits: Mapping[NodeId, Commit]) -> dict[str, Any]:
+    """Of each dataset: how many frames, what they are, and the labelled pixels of each class, where all were counted.
+    Of a dataset that trainings translate as they go, those of its source."""
+    found: dict[str, Any] = {}
+    for name, dataset in recipe.datasets.items():
+        seen = dataset.translate if isinstance(dataset, TranslatedDataset) and dataset.fresh else name
+        views = graph.datasets.get(seen)
+        if views is None:
+            continue
+        number, counted = 0, list[list[int] | None]()
+        for view in views:
+            assert isinstance(view, View), name
+            rows = commits[view.node].table("frames")
+            rows = rows if view.domain is None else rows.filter(pc.equal(rows[frame.DOMAIN], view.domain))
+            number += rows.num_rows
+            counted += rows[frame.LABEL_PIXELS].to_pylist() if frame.LABEL_PIXELS in rows.column_names else [None]
+        known = [row for row in counted if row is not None]
+        is_whole = known and len(known) == len(counted)
+        pixels = [sum(of_class) for of_class in zip(*known, strict=True)] if is_whole else None
+        shares = None if pixels is None or not sum(pixels) else [count / sum(pixels) for count in pixels]
+        found[name] = {"what": _in_words(dataset), "frames": number, "class_pixels": pixels, "shares": shares}
+    return found
+
+
+def _in_words(dataset: Dataset) -> str:
+    match dataset:
+        case ScenesDataset():
+            return "procedural scenes of nightseg"
+        case SplitDataset():
+            return f"{dataset.keep} frames of {dataset.split}"
+        case TranslatedDataset():
+            return f"{dataset.translate} translated to {dataset.to} by {dataset.by}"
+        case JoinedDataset():
+            return f"{' and '.join(dataset.join)} together"
+    return f"{dataset.layout} frames, {dataset.split}" if dataset.split else f"{dataset.layout} frames"
 
 
 def _mean_of(scores: Sequence[Mapping[str, float] | None]) -> dict[str, float | None] | None:

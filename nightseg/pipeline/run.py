@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import takewhile
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
@@ -16,12 +16,13 @@ from nightseg.data.class_list import taxonomy
 from nightseg.errors import together
 from nightseg.networks.downloads import allow_downloads
 from nightseg.pipeline import build, classes, leaks
+from nightseg.pipeline.folder import keep_earlier, lay_out, show_curves
 from nightseg.pipeline.graph import FRAME_STAGES, Graph, Node, NodeId
-from nightseg.pipeline.results import gather, sealed
+from nightseg.pipeline.results import RECIPE_NAME, RESULTS_NAME, gather, sealed
 from nightseg.progress import Progress
 from nightseg.recipe import load_recipe, save_recipe
 from nightseg.recipe.types import Recipe
-from nightseg.report import write_report
+from nightseg.report import Run, write_report
 from nightseg.storage import (
     Commit,
     DamagedCommit,
@@ -102,7 +103,8 @@ def run(
     graph = build.build_graph(recipe, only)
     workspace = Workspace(folder, borrow)
     with workspace.lock(), cluster.left_as_found():
-        save_recipe(recipe, folder / "recipe.yaml")
+        if not (folder / RESULTS_NAME).exists():  # else it is the recipe of what is finished, until more is
+            save_recipe(recipe, folder / RECIPE_NAME)
         found: list[leaks.Leak] = []
 
         def examine(read: Mapping[NodeId, Commit | Shards]) -> None:
@@ -117,9 +119,35 @@ def run(
                 progress.say(f"what {start} learned from is not known, so neither is what {', '.join(models)} shares")
 
         commits, done = _work(workspace, list(graph.nodes.values()), progress, examine)
-        results = sealed(gather(recipe, graph, commits, done, found), folder)
-        (folder / "results.json").write_json(results)
-    return Outcome(results, len(done), len(commits) - len(done), time.monotonic() - began)
+        num_skipped = len(commits) - len(done)
+        if only is not None and not borrow:
+            graph = _with_finished(recipe, graph, workspace, commits, progress)
+            found = leaks.find(graph, commits)
+        gathered = gather(recipe, graph, commits, done, found)
+        keep_earlier(folder, gathered)
+        save_recipe(recipe, folder / RECIPE_NAME)
+        results = sealed(gathered, folder)
+        (folder / RESULTS_NAME).write_json(results)
+        lay_out(Run(folder, results), folder)
+    return Outcome(results, len(done), num_skipped, time.monotonic() - began)
+
+
+def _with_finished(
+    recipe: Recipe, graph: Graph, workspace: Workspace, commits: dict[NodeId, Commit], progress: Progress
+) -> Graph:
+    """The graph of the whole recipe as far as it is committed, and its commits: results of one model take none away."""
+    try:
+        whole = build.build_graph(recipe)
+    except UserError as error:
+        progress.say(f"the results are of these models alone, the others cannot be looked up: {error.what}")
+        return graph
+    for node in whole.nodes.values():
+        if node.id not in commits and all(need in commits for need in node.needs):
+            with suppress(DamagedCommit):  # it is made again when it is asked for
+                commit = _stage(workspace, node, commits).commit(check=check_contents)
+                if commit is not None:
+                    commits[node.id] = commit
+    return whole.done(commits)
 
 
 def _allow_downloads(recipe: Recipe) -> None:
@@ -184,7 +212,10 @@ def _work(
         if commit is None:
             progress.say(f"[{number}/{len(nodes)}] {node.id}")
             try:
-                commit = node.work(commits, stage.open(), progress)
+                attempt = stage.open()
+                if node.id.stage.startswith("train_"):
+                    show_curves(workspace.root, node.id, attempt.folder)
+                commit = node.work(commits, attempt, progress)
             except UserError as error:
                 if damage is None:
                     raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from nightseg.pipeline.folder import earlier
 from nightseg.pipeline.results import RECIPE_NAME, RESULTS_NAME, seal_of
 from nightseg.progress import Progress
 from nightseg.storage import Commit, Location, Workspace, sha256_of
@@ -31,6 +32,8 @@ def verify(run: Location, progress: Progress) -> Verified:
     for folder in _runs(run):
         results, faults = _results(folder)
         damaged += [_named(run, folder, fault) for fault in faults]
+        for place in earlier(folder):  # their commits lie in this folder
+            damaged += [_named(run, place, fault) for fault in _results(place)[1]]
         recorded = {node: Location.of(facts["folder"]).parent for node, facts in results.items()}
         # a run folder may have been moved: its own commits come first, borrowed ones stay where they were
         places = {place.uri: place for place in Workspace(folder).stage_folders()}

@@ -4,8 +4,9 @@ It reads results.json and committed outputs, and nothing else: no stage, no torc
 """
 
 from nightseg.report.comparison import headline
+from nightseg.report.model_card import model_card
 from nightseg.report.page import write_report
 from nightseg.report.run import Run
-from nightseg.report.sheets import strip_image, translation_sheet
+from nightseg.report.sheets import contact_sheet, strip_image, translation_sheet
 
-__all__ = ["Run", "headline", "strip_image", "translation_sheet", "write_report"]
+__all__ = ["Run", "contact_sheet", "headline", "model_card", "strip_image", "translation_sheet", "write_report"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from nightseg.metrics.bootstrap import LEVEL, FrameSpread
 from nightseg.metrics.seeds import Difference
 
 _THIN = "\N{NARROW NO-BREAK SPACE}"
@@ -44,6 +45,12 @@ def with_spread(fraction: float, std: float | None) -> str:
 def gain(found: Difference) -> str:
     """A difference of fractions in points, with its sign and spread: +8.1 +- 0.6."""
     return points(100 * found.mean) + ("" if found.std is None else f" \N{PLUS-MINUS SIGN} {percent(found.std)}")
+
+
+def interval(found: FrameSpread, signed: bool = False) -> str:
+    """95 % interval over 80 frames: 44.1 to 50.3."""
+    low, high = (points(100 * end) if signed else percent(end) for end in found.interval)
+    return f"{LEVEL:.0%} interval over {plural(found.units, found.of)}: {low} to {high}".replace("%", " %", 1)
 
 
 def count(number: int) -> str:

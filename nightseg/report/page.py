@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
-
-import jinja2
-from markupsafe import Markup
 
 from nightseg.report import formatting, gallery, translations
 from nightseg.report.ablation import ablation
 from nightseg.report.comparison import control_of, headline
 from nightseg.report.run import Run
+from nightseg.report.templates import template
 from nightseg.storage import Location
 
 REPORT_NAME = "report.html"
@@ -30,7 +27,7 @@ def write_report(run_folder: Location, results: Mapping[str, Any], samples: int 
     What a run does not have (no translator, no labels, frames that were deleted) is left out of the page.
     """
     run = Run(run_folder, results)
-    page = _environment().get_template("report.html.j2").render(
+    page = template("report.html.j2").render(
         run=run,
         results=results,
         headline=headline(run),
@@ -55,25 +52,6 @@ def write_report(run_folder: Location, results: Mapping[str, Any], samples: int 
     place = run_folder / REPORT_NAME
     place.write_bytes(page.encode())
     return place
-
-
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("nightseg.report", ""),
-        autoescape=True,  # frame names and recipe texts are data of the user, never markup
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    for name in ("percent", "points", "with_spread", "gain", "decimals", "count", "duration", "short", "sentence"):
-        environment.filters[name] = getattr(formatting, name)
-    environment.filters["breakable"] = breakable
-    return environment
-
-
-def breakable(name: str) -> Markup:
-    """A name that may be broken after its joints, so that long ones do not widen a table."""
-    return Markup("<wbr>").join(re.split(r"(?<=[_./-])", name))  # join escapes the parts
 
 
 # -- numbers ---------------------------------------------------------------------------------------------------------

@@ -15,6 +15,8 @@ from nightseg.data.taxonomy import IGNORE, TRAIN_IDS, Taxonomy
 from nightseg.storage import Location
 from nightseg.storage.commits import Commit, check_contents, read_commit, table_paths
 
+EARLIER = "earlier"  # folder of a run folder: results of other recipes that were run there before
+
 Row = dict[str, Any]
 
 
@@ -23,6 +25,7 @@ class Run:
 
     def __init__(self, folder: Location, results: Mapping[str, Any]) -> None:
         self.folder = folder
+        self.root = folder.parent.parent if folder.parent.name == EARLIER else folder  # where `stages` lies
         self.results = results
         self._commits: dict[str, Commit | None] = {}
 
@@ -99,6 +102,21 @@ class Run:
         order = sorted(found, key=lambda name: (name != model, found[name].get("seed", 0)))
         return {name: found[name][stage] for name in order if found[name].get(stage)}
 
+    def evaluations(self, model: str) -> dict[str, str]:
+        """Training -> the node of its evaluation, of those that have one."""
+        facts = self.results["models"][model]
+        found = facts.get("trainings") or {model: facts}
+        nodes = {name: next((s.get("node", "") for s in one["tests"].values()), "") for name, one in found.items()}
+        return {name: node for name, node in nodes.items() if node}
+
+    def history(self, node: str) -> list[dict[str, Any]]:
+        """One record an epoch of a training; none where it is not there."""
+        commit = self.commit(node)
+        found: list[dict[str, Any]] = []
+        if commit is not None and commit.has("history.json"):
+            found = commit.json("history.json")
+        return found
+
     def class_by_seed(self, model: str, test: str, name: str) -> dict[str, float]:
         """IoU of a class by seed, without seeds where it has none."""
         facts = self.results["models"][model]
@@ -140,7 +158,7 @@ class Run:
         if node not in self._commits and node in self.results["commits"]:
             facts = self.results["commits"][node]
             recorded = Location.of(facts["folder"]).parent
-            found = map(read_commit, (self.folder / f"stages/{node}/{recorded.name}", recorded))
+            found = map(read_commit, (self.root / f"stages/{node}/{recorded.name}", recorded))
             fitting = next((commit for commit in found if commit is not None and commit.key == facts["key"]), None)
             if fitting is not None:
                 check_contents(fitting)

@@ -9,17 +9,18 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from nightseg.data import table as frame
-from nightseg.data.images import encode_png
+from nightseg.data.images import encode_jpeg, encode_png
 from nightseg.data.taxonomy import TRAIN_IDS
 from nightseg.report.pictures import UInt8, frame_pixels, label_pixels, tinted
-from nightseg.report.run import Row, Run, by_accuracy, source_id, source_of
-from nightseg.storage import Location, UserError
+from nightseg.report.run import Row, Run, by_accuracy, source_id, source_of, spread
+from nightseg.storage import Commit, Location, UserError
 
 _CANDIDATES = 64  # frames among which the ones to show are chosen
 
 _GAP = 10  # pixels of the README's strip
 _CAPTION = 34
 _SHEET_GAP, _SHEET_HEAD = 6, 26  # pixels
+_CONTACTS, _ABREAST, _CONTACT = 60, 6, 190  # frames, frames in a line, pixels of one
 _INK, _PAPER = (87, 96, 106), (255, 255, 255)
 
 
@@ -157,6 +158,30 @@ def translation_sheet(
         )
     file.write_bytes(encode_png(_tiled(lines, ["source", *columns], width)))
     return file
+
+
+def contact_sheet(run: Run, selection: Commit) -> bytes:
+    """A JPEG of at most 60 of the chosen frames, evenly over their ranks, with rank and name.
+
+    Raises UserError: none of them can be read.
+    """
+    rows = spread(frame.resolve(selection.table("frames"), selection.folder).to_pylist(), _CONTACTS)
+    font, cells = ImageFont.load_default(11), []
+    for row in rows:
+        pixels = frame_pixels(row[frame.URI])
+        if pixels is None:
+            continue
+        picture = _fitted(pixels, _CONTACT)
+        cell = Image.new("RGB", (_CONTACT, picture.height + 18), _PAPER)
+        cell.paste(picture, (0, 0))
+        ImageDraw.Draw(cell).text(
+            (1, picture.height + 9), f"{row['rank']}  {row[frame.FRAME_ID]}"[-28:], _INK, font, "lm"
+        )
+        cells.append(cell)
+    if not cells:
+        raise UserError(f"{run.folder.uri}: none of the chosen frames can be read", cure="look at their files")
+    lines = [cells[start : start + _ABREAST] for start in range(0, len(cells), _ABREAST)]
+    return encode_jpeg(_tiled(lines, [""] * min(_ABREAST, len(cells)), _CONTACT))
 
 
 def _fitted(pixels: Any, width: int) -> Image.Image:

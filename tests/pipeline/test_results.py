@@ -101,8 +101,7 @@ def test_results_hold_the_scores_and_where_every_number_comes_from(run: Location
     assert results.keys() == {
         *("nightseg", "recipe", "seed", "taxonomy", "versions", "hardware", "models", "datasets", "splits"),
         *("labels", "selections", "pseudo_labels", "predictions", "translations", "leaks", "quarantine"),
-        "consistency",
-        *("commits", "seconds"),
+        *("consistency", "frames", "commits", "seconds"),
     }
     assert results["taxonomy"].keys() == {"name", "classes", "palette", "encodings"}
     assert (results["taxonomy"]["name"], len(results["taxonomy"]["palette"])) == ("camvid11", 11)

@@ -13,7 +13,9 @@ from nightseg.cluster import ray as cluster
 from nightseg.cluster.settings import MapCompute, TrainCompute
 from nightseg.pipeline import build
 from nightseg.pipeline import run as runner
+from nightseg.pipeline.folder import earlier, owners
 from nightseg.pipeline.graph import Graph, ModelNodes, Node, NodeId
+from nightseg.pipeline.results import read_results
 from nightseg.progress import SilentProgress
 from nightseg.recipe import load_recipe, types
 from nightseg.recipe.types import Recipe
@@ -62,7 +64,8 @@ class MadeUpGraph:
                 most_rows=self.most_rows if node is DAY else None,
             )
         facts: Mapping[str, Any] = {
-            "parents": [], "start": "imagenet", "train": [], "training": {"batch": 8}, "self_training": None
+            "parents": [], "start": "imagenet", "train": [], "training": {"batch": 8}, "self_training": None,
+            "loss": {"kind": "cross_entropy"}, "network": {"encoder": "resnet18"},
         }  # fmt: skip
         tests = {"night": types.TestRow(row="2.1", published_miou=31.5)}
         graph.models["m"] = ModelNodes(TRAIN, None, None, facts, "m", 0, TEST, tests)
@@ -311,3 +314,50 @@ def test_a_plan_knows_what_can_be_borrowed(made: MadeUpGraph, recipe: Recipe, fo
     run(recipe, folder)
     lines = runner.plan(recipe, Location.of(tmp_path / "other"), borrow=[folder])
     assert [line.state for line in lines] == ["committed"] * 3
+
+
+# -- what a person finds in the run folder ----------------------------------------------------------------------------
+
+
+def test_results_of_another_recipe_are_kept_with_what_belongs_to_them(
+    made: MadeUpGraph, recipe: Recipe, folder: Location
+) -> None:
+    """A changed setting adds results; given back, the first ones are the last again, and the others are kept."""
+    first = run(recipe, folder)
+    assert not earlier(folder)
+    made.settings[TRAIN], made.text[TRAIN] = {"epochs": {"last": 3}}, "better weights"
+    second = run(recipe.model_copy(update={"max_bad_fraction": 0.02}), folder)
+    (place,) = earlier(folder)
+    assert read_results(place) == first.results and load_recipe(place / "recipe.yaml") == recipe
+    assert (place / "models/m/README.md").exists() and read_results(folder) == second.results
+    old, new = (one.results["commits"]["train_segmenter/m"]["key"] for one in (first, second))
+    known = owners(folder)
+    assert known["train_segmenter/m", old] == [f"earlier/{place.name}"]
+    assert known["train_segmenter/m", new] == ["results.json"]
+    assert known["collect/day", first.results["commits"]["collect/day"]["key"]] == [
+        "results.json", f"earlier/{place.name}"
+    ]  # fmt: skip
+
+    made.settings[TRAIN], made.text[TRAIN] = {"epochs": {"last": 2}}, "weights"
+    run(recipe, folder)
+    (place,) = earlier(folder)
+    assert read_results(place)["commits"]["train_segmenter/m"]["key"] == new
+
+
+def test_a_run_that_fails_leaves_finished_results_as_they_are(
+    made: MadeUpGraph, recipe: Recipe, folder: Location
+) -> None:
+    first = run(recipe, folder)
+    made.settings[TRAIN], made.fails = {"epochs": {"last": 3}}, TRAIN
+    with pytest.raises(RuntimeError, match="the power went"):
+        run(recipe.model_copy(update={"max_bad_fraction": 0.02}), folder)
+    assert read_results(folder) == first.results and load_recipe(folder / "recipe.yaml") == recipe
+    assert not earlier(folder)
+
+
+def test_other_settings_of_the_same_results_keep_nothing_twice(
+    made: MadeUpGraph, recipe: Recipe, folder: Location
+) -> None:
+    run(recipe, folder)
+    run(recipe.model_copy(update={"max_bad_fraction": 0.02}), folder)  # in no key of these stages
+    assert not earlier(folder) and load_recipe(folder / "recipe.yaml").max_bad_fraction == 0.02

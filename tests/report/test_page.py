@@ -18,9 +18,10 @@ from PIL import Image
 from nightseg.data.class_list import taxonomy
 from nightseg.report import strip_image, write_report
 from nightseg.report.comparison import headline
-from nightseg.report.page import breakable, confusions, quarantine, score_table, tiles
+from nightseg.report.page import confusions, quarantine, score_table, tiles
 from nightseg.report.pictures import label_map_uri, photo_uri, tinted
 from nightseg.report.run import Run
+from nightseg.report.templates import breakable
 from nightseg.storage import Location, UserError
 
 
