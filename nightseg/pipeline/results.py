@@ -170,12 +170,9 @@ def _frames(recipe: Recipe, graph: Graph, commits: Mapping[NodeId, Commit]) -> d
     found: dict[str, Any] = {}
     for name, dataset in recipe.datasets.items():
         seen = dataset.translate if isinstance(dataset, TranslatedDataset) and dataset.fresh else name
-        views = graph.datasets.get(seen)
-        if views is None:
-            continue
+        views = [view for view in graph.datasets.get(seen, ()) if isinstance(view, View) and view.node in commits]
         number, counted = 0, list[list[int] | None]()
         for view in views:
-            assert isinstance(view, View), name
             rows = commits[view.node].table("frames")
             rows = rows if view.domain is None else rows.filter(pc.equal(rows[frame.DOMAIN], view.domain))
             number += rows.num_rows
@@ -184,7 +181,8 @@ def _frames(recipe: Recipe, graph: Graph, commits: Mapping[NodeId, Commit]) -> d
         is_whole = known and len(known) == len(counted)
         pixels = [sum(of_class) for of_class in zip(*known, strict=True)] if is_whole else None
         shares = None if pixels is None or not sum(pixels) else [count / sum(pixels) for count in pixels]
-        found[name] = {"what": _in_words(dataset), "frames": number, "class_pixels": pixels, "shares": shares}
+        if views:
+            found[name] = {"what": _in_words(dataset), "frames": number, "class_pixels": pixels, "shares": shares}
     return found
 
 

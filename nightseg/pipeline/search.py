@@ -301,8 +301,8 @@ def run_trial(trials: Trials, values: Mapping[str, Any], report: Callable[[int, 
     for record in (attempt / "history.json").read_json():
         if record.get("validation"):  # also those of a training that was too quick to be watched
             on_epoch(record["epoch"], record["validation"][METRIC] or 0.0)
-    kept = done["commits"][done["models"][name]["model"]]["summary"].get("kept", record["validation"])
-    report(training.epochs, kept[METRIC] or 0.0)
+    kept = done["commits"][done["models"][name]["model"]].get("summary", {}).get("kept")
+    report(training.epochs, (kept or record["validation"])[METRIC] or 0.0)
 
 
 class _TrialProgress(SilentProgress):
