@@ -1,6 +1,6 @@
 """An example of a `command` translator: every frame of a folder through a diffusers image-to-image pipeline.
 
-    pip install 'nightseg[diffusers]'
+    pip install '.[diffusers]'    (in the checkout of nightseg)
     python docs/night_by_diffusers.py INPUT OUTPUT --model MODEL [--seed 0] [--strength 0.35] [--prompt TEXT]
 
 MODEL is a folder with a pipeline, or a name that diffusers can fetch. In a recipe:

@@ -154,6 +154,31 @@ def test_overrides_of_a_command_fit_the_recipe(words: list[str]) -> None:
         assert given["only"] is None or given["only"] in models
 
 
+@pytest.mark.parametrize("words", [found for found in of("nightseg") if found.values[0][0] in ("fid", "select")])
+def test_a_command_says_where_weights_come_from(words: list[str]) -> None:
+    """The default extractor needs a file: as printed, a command without one would be refused."""
+    given = parsed(main, words).params
+    needs_none = given["extractor"] == "efficientnet_lite0" or given.get("method") == "random"
+    assert needs_none or given["weights"] or "--allow-download" in words
+
+
+@pytest.mark.parametrize("words", of("nightseg"))
+def test_a_command_uses_models_that_can_do_it(words: list[str]) -> None:
+    """Models of the demo are EfficientNet-Lite0, which detectron2 does not have; and they have their names."""
+    for word in words:
+        run, _, name = word.partition(":")
+        if run.startswith("runs/") and name:
+            file = CONFIGS / f"{run.removeprefix('runs/')}.yaml"
+            assert name in yaml.safe_load(file.read_text())["models"], f"{file.name} has no model {name}"
+            assert words[:2] != ["convert", "to-detectron2"]
+
+
+def test_extras_are_installed_from_the_checkout() -> None:
+    """There is no package of that name in a registry."""
+    texts = {page: page.read_text() for page in [*PAGES, *(PROJECT / "docs").glob("*.py")]}
+    assert not [page.name for page, text in texts.items() if "nightseg[" in text]
+
+
 @pytest.mark.parametrize("words", of("make"))
 def test_a_target_of_make_exists(words: list[str]) -> None:
     targets = re.findall(r"^([\w-]+):", (PROJECT / "Makefile").read_text(), re.MULTILINE)
@@ -196,7 +221,7 @@ def test_what_pip_installs_is_there(words: list[str]) -> None:
 
 def test_there_is_no_command_that_nothing_checks() -> None:
     checked = {"nightseg", "make", "ray", "pip"}
-    plain = {"git", "cd", "export", "tensorboard"}  # tensorboard --logdir FOLDER
+    plain = {"git", "cd", "source", "export", "tensorboard"}  # tensorboard --logdir FOLDER
     unchecked = [(where, words) for where, words in COMMANDS if words[0].removeprefix(".venv/bin/") not in checked]
     assert not [found for found in unchecked if found[1][0] not in plain]
     assert all(words[1] == "--logdir" and len(words) == 3 for _, words in unchecked if words[0] == "tensorboard")

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 import click
 from pydantic import BaseModel, ValidationError
 
-from nightseg.cli.output import Answer, answers, print_export, print_folder_scores
+from nightseg.cli.output import Answer, Verbs, answers, print_export, print_folder_scores, print_selection, print_split
 from nightseg.cluster.settings import MapCompute
 from nightseg.progress import progress_for
 from nightseg.segmenter.settings import Inference
@@ -98,7 +98,7 @@ def _extractor_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @_bad_option(1.0)
 @_actors_option
 @answers
-def split(images: str, out: str, margin: float, max_bad_fraction: float, compute: MapCompute) -> dict[str, Any]:
+def split(images: str, out: str, margin: float, max_bad_fraction: float, compute: MapCompute) -> Answer:
     """Separate a folder of images into day, night, twilight.
 
     By their luminance histograms; the evidence and the list of bad frames are written beside the table.
@@ -108,9 +108,10 @@ def split(images: str, out: str, margin: float, max_bad_fraction: float, compute
     """
     from nightseg.pipeline.single import split_folder
 
-    return split_folder(
+    done = split_folder(
         images, out, margin=margin, max_bad_fraction=max_bad_fraction, compute=compute, progress=progress_for()
     )
+    return Answer(done, functools.partial(print_split, done, margin))
 
 
 @click.command()
@@ -186,7 +187,7 @@ def select(
     max_bad_fraction: float,
     compute: MapCompute,
     **rules: Any,
-) -> dict[str, Any]:
+) -> Answer:
     """Choose the frames of a pool that are closest to others.
 
     POOL and REF are image folders or frame tables (.parquet).
@@ -197,7 +198,7 @@ def select(
     from nightseg.pipeline.single import select_frames
 
     selection = valid(Selection, extractor=extraction, **rules)
-    return select_frames(
+    done = select_frames(
         pool,
         reference,
         out,
@@ -207,6 +208,7 @@ def select(
         compute=compute,
         progress=progress_for(),
     )
+    return Answer(done, functools.partial(print_selection, done))
 
 
 @click.command()
@@ -390,13 +392,13 @@ def _three_numbers(
     return (numbers[0], numbers[1], numbers[2])
 
 
-@click.group()
+@click.group(cls=Verbs)
 def convert() -> None:
     """Convert models from and to detectron2.
 
     \b
     nightseg convert detectron2 model_final.pth models/panoptic --config config.yaml
-    nightseg convert to-detectron2 runs/demo:adapted night.pth
+    nightseg convert to-detectron2 models/panoptic night.pth
     """
 
 

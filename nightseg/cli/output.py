@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from nightseg.errors import closest
 from nightseg.networks.downloads import allow_downloads
 from nightseg.progress import printable
 from nightseg.storage import Location, UserError
@@ -24,10 +26,38 @@ if TYPE_CHECKING:
 METRICS = {"miou": "mIoU", "pa": "PA", "ca": "CA", "fwiou": "FWIoU"}
 STATES = {"committed": "green", "runs": "yellow", "continues": "cyan", "waits": ""}
 EVERYWHERE = ("--debug", "--allow-download")  # options that are understood wherever they stand
+OTHER_NAMES = {  # what other programs call it -> the verb here
+    "train": "run", "trian": "run", "fit": "run", "start": "run", "demo": "run", "val": "evaluate", "eval": "evaluate",
+    "test": "evaluate", "score": "evaluate", "infer": "predict", "inference": "predict", "segment": "predict",
+    "tune": "search", "sort": "split", "ls": "status", "info": "status", "onnx": "export", "new": "init",
+    "create": "init", "validate": "check", "lint": "check", "config": "recipe", "install": "doctor",
+}  # fmt: skip
 PIPE_WIDTH = 160  # of a table that no terminal limits
 
 
-class Failures(click.Group):
+class Verbs(click.Group):
+    """A word that is no verb is answered with the verb that was probably meant."""
+
+    def resolve_command(self, context: click.Context, words: list[str]) -> Any:
+        name = words[0]
+        if self.get_command(context, name) is None and not name.startswith("-"):
+            hint = closest(name.lower(), self.list_commands(context)) or _meant_by(self, name)
+            known = ", ".join(self.list_commands(context))
+            context.fail(f"No such command {name!r}{hint or f'; known: {known}'}")
+        return super().resolve_command(context, words)
+
+
+def _meant_by(group: click.Group, name: str) -> str:
+    """What somebody wants who names a recipe, or what other programs call a verb of this one."""
+    if name.lower().endswith((".yaml", ".yml")):
+        verb = "run"
+        name = f"run {name}"
+    else:
+        verb = name = OTHER_NAMES.get(name.lower(), "")
+    return f", did you mean {name!r}?" if verb in group.commands else ""
+
+
+class Failures(Verbs):
     """Turns exceptions into one readable message and an exit code; --debug adds the traceback."""
 
     def main(self, args: Sequence[str] | None = None, **extra: Any) -> Any:  # type: ignore[override]
@@ -42,6 +72,8 @@ class Failures(click.Group):
             error.show()
             sys.exit(2)
         except (click.Abort, KeyboardInterrupt):
+            if args is None:  # called from Python, the process goes on
+                _end_at_once_when_asked_again()
             say("nightseg: stopped; the same command continues where this one ended.")
             sys.exit(1)
         except BrokenPipeError:  # `nightseg status ... | head`: nobody is left to tell
@@ -53,6 +85,14 @@ class Failures(click.Group):
             code, message = explained(error)
             say(f"nightseg: {message}" + ("" if code == 2 or debug else "\n(--debug shows where)"))
             sys.exit(code)
+
+
+def _end_at_once_when_asked_again() -> None:
+    """The work has stopped, what is left is to clear up: another Ctrl-C ends that, too, and prints nothing.
+
+    Python would show a traceback of wherever it is by then: a thread that is waited for, a function of `atexit`.
+    """
+    signal.signal(signal.SIGINT, lambda *_: os._exit(1))
 
 
 def explained(error: Exception) -> tuple[int, str]:
@@ -195,6 +235,46 @@ def _score(scores: Mapping[str, Any], key: str) -> str:
     """The mean over the seeds, with its deviation where there are several."""
     std = scores.get("std", {}).get(key)
     return percent(scores.get("mean", scores)[key]) + ("" if std is None else f" \N{PLUS-MINUS SIGN} {percent(std)}")
+
+
+def print_split(done: Mapping[str, Any], margin: float) -> None:
+    counts = done["domains"]
+    total = sum(counts.values())
+    for name, count in counts.items():
+        click.echo(f"{name}: {count} frames, {100 * count / total:.1f} % of {total}")
+    lines = [
+        "score (-1 to 1): how light is spread over the frame, sky and street; 1 as by day, -1 as by night",
+        "margin (0 to 1): how clear that is; 0 = as near to day as to night, or twilight",
+        f"twilight: nearest to dusk, or a margin below {margin:g}; unknown: without colour, as of an infrared camera",
+    ]
+    click.echo("\n".join(lines))
+    if done["quarantined"]:
+        click.echo(f"{done['quarantined']} frames could not be read: they stand in the .quarantine.parquet beside it")
+    click.echo(printable(f"frame table: {done['frames']} (look at borderline frames in its .evidence.json)"))
+
+
+def print_selection(done: Mapping[str, Any]) -> None:
+    fid = done["fid"]
+    click.echo(f"{done['chosen']} of {done['pool']} frames, by the method {done['method']}")
+    if fid["selection"] is not None:
+        click.echo("distances (FID) to the reference; smaller = more alike, 0 = the same:")
+        click.echo(f"  {fid['selection']:.4g}  the chosen frames")
+        spread = f"{fid['random_mean']:.4g} \N{PLUS-MINUS SIGN} {fid['random_sd']:.2g}"
+        click.echo(f"  {spread}  as many frames at random, {fid['random_draws']} times: what a choice has to beat")
+        if fid["random_sd"] > 0:
+            ahead = (fid["random_mean"] - fid["selection"]) / fid["random_sd"]
+            click.echo(f"  so the choice is {abs(ahead):.1f} standard deviations {'better' if ahead > 0 else 'worse'}")
+    if fid["pool"] is not None:
+        why = "" if fid["selection"] is None else "; few frames have a larger FID than many, so it is no yardstick"
+        click.echo(f"  {fid['pool']:.4g}  the whole pool{why}")
+    if fid["lower_bound"] is not None:
+        click.echo(
+            f"  no choice of this size can have less than {fid['lower_bound']:.4g}, and this one has "
+            f"{fid['selection_biased']:.4g} (both with the covariance divided by the number of frames)"
+        )
+    if fid["selection"] is None and fid["pool"] is None:
+        click.echo("no distances: there was no reference")
+    click.echo(printable(f"{done['out']}: frames.parquet (best first), scores.parquet (the whole pool), evidence.json"))
 
 
 def print_folder_scores(scores: Mapping[str, Any]) -> None:

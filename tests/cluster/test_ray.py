@@ -239,3 +239,47 @@ def test_work_inside_other_work_leaves_the_connection_that_it_found(
     with pytest.raises(KeyError), cluster.left_as_found():
         raise KeyError
     assert calls == ([] if was_connected else ["disconnect"])
+
+
+@pytest.mark.parametrize(("num_slow", "num_tries"), [(0, 1), (1, 2), (2, 2)])
+def test_a_ray_that_is_slow_to_start_is_tried_once_more(
+    not_connected: None, monkeypatch: pytest.MonkeyPatch, num_slow: int, num_tries: int
+) -> None:
+    calls: list[str] = []
+
+    def init(**settings: Any) -> None:
+        calls.append("init")
+        if calls.count("init") <= num_slow:
+            raise Exception("The current node timed out during startup. This could happen because some of the raylet")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(cluster, "_prepare_token", lambda may_create: None)
+    monkeypatch.setattr(cluster, "hide_daemons", lambda: None)
+    monkeypatch.setattr(cluster, "_started_here", False)
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr("ray.shutdown", lambda: calls.append("shutdown"))
+    if num_slow == 2:
+        with pytest.raises(
+            UserError, match=r"did not come up in time on this machine, twice \(load .*Cure: wait until"
+        ):
+            cluster.connect()
+        assert not cluster.is_local()
+    else:
+        cluster.connect()
+        assert cluster.is_local()
+    assert calls.count("init") == num_tries and calls.count("shutdown") == num_slow
+
+
+def test_another_failure_of_ray_is_not_tried_again(not_connected: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def init(**settings: Any) -> None:
+        calls.append("init")
+        raise ValueError("no such port")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(cluster, "_prepare_token", lambda may_create: None)
+    monkeypatch.setattr("ray.init", init)
+    with pytest.raises(ValueError, match="no such port"):
+        cluster.connect()
+    assert calls == ["init"]
