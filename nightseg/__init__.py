@@ -132,6 +132,7 @@ Recipes
     recipe/inherit.py    what a recipe leaves to its base, to presets and, of models, to the whole recipe
     recipe/checks.py     unknown names, cycles, missing folders, contradictions
     recipe/reference.py  which keys and words are allowed where; docs/recipe.md
+    recipe/unions.py     which errors of pydantic are about what was written, where several types are allowed
     recipe/renamed.py    old names of keys
 
 Stages: explicit inputs, their part of the recipe, an attempt; each returns its commit

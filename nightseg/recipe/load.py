@@ -21,9 +21,10 @@ from pydantic import BaseModel, ValidationError
 from nightseg.errors import closest
 from nightseg.recipe.checks import Problem, recipe_problems
 from nightseg.recipe.inherit import differences, inherit, over, preset_kind, presets, unmerge
-from nightseg.recipe.reference import allowed_keys, allowed_values, dotted
+from nightseg.recipe.reference import allowed_keys, allowed_values
 from nightseg.recipe.renamed import new_name
 from nightseg.recipe.types import Recipe, is_name
+from nightseg.recipe.unions import fitting, in_words
 from nightseg.storage import Location, UserError
 from nightseg.storage.yaml import Loader, kind_of, read_yaml
 
@@ -262,8 +263,7 @@ def _fill_presets(source: Source, places: Sequence[tuple[str, ...]]) -> None:
 
 
 def _typed_problems(kind: type[BaseModel], error: ValidationError, source: Source) -> Iterator[Problem]:
-    for item in error.errors():
-        path = dotted(item["loc"])
+    for item, path in fitting(error.errors(), source.data):
         fault, got = item["type"], item.get("input")
         if fault == "extra_forbidden":
             allowed, renamed = allowed_keys(kind, item["loc"][:-1]), new_name(path)
@@ -284,7 +284,7 @@ def _typed_problems(kind: type[BaseModel], error: ValidationError, source: Sourc
             yield Problem(path, str(item["ctx"]["error"]))
         else:
             number = " (not a finite number)" if isinstance(got, float) and not math.isfinite(got) else ""
-            yield Problem(path, f"{item['msg'][0].lower()}{item['msg'][1:]}, got {kind_of(got)}{number}")
+            yield Problem(path, f"{in_words(item)}, got {kind_of(got)}{number}")
 
 
 def _message(source: Source, problems: Iterator[Problem]) -> str:

@@ -26,14 +26,6 @@ _TAGS: dict[str | int, str] = {
 }
 
 
-def dotted(path: Path) -> tuple[str, ...]:
-    """The place of an error as the user wrote it: without the tags that pydantic adds for kinds of things."""
-    words = [str(part) for part in path if part != "[key]"]
-    if len(words) > 2 and words[0] in ("datasets", "translators") and words[2] in _TAGS:
-        del words[2]
-    return tuple(words)
-
-
 def allowed_keys(kind: type[BaseModel], path: Path) -> list[str]:
     """The keys of the mapping at `path` (pydantic's own path, tags included), in the order of the types."""
     return list(dict.fromkeys(key for schema in _at(kind, path) for key in schema.get("properties", {})))

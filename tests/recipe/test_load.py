@@ -83,6 +83,20 @@ def test_recipes_are_frozen(tmp_path: Path) -> None:
         recipe.seed = 3  # type: ignore[misc]
 
 
+def test_the_key_that_moves_a_missing_folder_is_named(tmp_path: Path) -> None:
+    text = """name: bad
+roots: {own: /does/not/exist}
+datasets:
+  day: {layout: camvid, root: "{own}", split: train}
+  night: {layout: images, root: "{own}/night"}
+  pool: {layout: images, root: /nowhere}
+"""
+    message = errors_of(tmp_path, text)
+    assert "datasets.day.root: there is no folder '/does/not/exist'; set roots.own" in message
+    assert "datasets.night.root: there is no folder '/does/not/exist/night'; set roots.own" in message
+    assert "datasets.pool.root: there is no folder '/nowhere'; set datasets.pool.root" in message
+
+
 def test_all_errors_in_one_message_with_line_key_and_hint(tmp_path: Path) -> None:
     text = """name: bad
 seed: one
