@@ -50,6 +50,7 @@ Frames: no torch, no ray
     data/patterns.py        folders, globs and templates of paths
     data/split_list.py      frames of a set by name, in text or CSV files
     data/layouts.py         folder layouts; predictions and labels of two folders, by name
+    data/discover.py        what two folders hold: layout, labels, classes, sizes, light
     data/sources.py         a file, folder, pattern, table or video as frames to read
     data/video.py           videos as frames, frames as a video
     data/day_night.py       day, night and twilight by luminance histograms
@@ -131,6 +132,7 @@ Recipes
     recipe/load.py       YAML and overrides in, a recipe or every error at once out
     recipe/inherit.py    what a recipe leaves to its base, to presets and, of models, to the whole recipe
     recipe/checks.py     unknown names, cycles, missing folders, contradictions
+    recipe/starter.py    a first recipe for two folders
     recipe/reference.py  which keys and words are allowed where; docs/recipe.md
     recipe/unions.py     which errors of pydantic are about what was written, where several types are allowed
     recipe/renamed.py    old names of keys
@@ -181,7 +183,7 @@ The command line
     cli/doctor.py    is this machine fit
     cli/output.py    how answers and errors look
     cli/main.py      `nightseg run`, `status`, `verify`, `report`, `search`, `doctor`
-    cli/commands.py  `nightseg split`, `fid`, `select`, `evaluate`, `predict`, `convert`, `export`
+    cli/commands.py  `nightseg init`, `split`, `fid`, `select`, `evaluate`, `predict`, `convert`, `export`
 """
 
 from __future__ import annotations

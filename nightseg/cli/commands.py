@@ -10,7 +10,16 @@ from typing import Any, Literal, TypeVar
 import click
 from pydantic import BaseModel, ValidationError
 
-from nightseg.cli.output import Answer, Verbs, answers, print_export, print_folder_scores, print_selection, print_split
+from nightseg.cli.output import (
+    Answer,
+    Verbs,
+    answers,
+    print_export,
+    print_folder_scores,
+    print_selection,
+    print_split,
+    print_starter,
+)
 from nightseg.cluster.settings import MapCompute
 from nightseg.progress import progress_for
 from nightseg.segmenter.settings import Inference
@@ -86,6 +95,42 @@ def _extractor_options(command: Callable[..., Any]) -> Callable[..., Any]:
         return command(extraction=Extraction(name=extractor, weights=weights, resize=resize, mode=mode), **rest)
 
     return with_extraction
+
+
+# -- a first recipe ---------------------------------------------------------------------------------------------------
+
+
+@click.command()
+@click.argument("day")
+@click.argument("night")
+@click.option("--labels", metavar="DIR", help="Where the labels of the day frames lie; default: below DAY.")
+@click.option("--taxonomy", metavar="NAME_OR_FILE", help="The classes; default: what names and labels tell.")
+@click.option("--out", default="recipe.yaml", metavar="RECIPE.yaml", help="The recipe to write.")
+@click.option("--overwrite", is_flag=True, help="Also if it is there already.")
+@answers
+def init(day: str, night: str, labels: str | None, taxonomy: str | None, out: str, overwrite: bool) -> Answer:
+    """Write a recipe for labelled DAY frames and NIGHT frames without labels.
+
+    Looks at both folders and finds out what it can: where images and labels are (train and val folders, or split lists
+    that it writes beside the recipe), which names belong together, ids or colours, known class lists, sizes, whether
+    the night folder holds nights only. Says what it assumed, and what you should check; both stand in the recipe, too.
+
+    \b
+    DAY     Cityscapes, BDD100K, Mapillary Vistas, ACDC as they are published, or any folder of images with labels
+            beside them: images/ and labels/, train/rgb/ and train/masks/, a.jpg and a_mask.png, ...
+    labels  PNG, TIFF, BMP or PGM: an id a pixel, or a colour a class (RGB)
+    classes from classes.txt, .csv, .json or .yaml, label_colors.txt, labelmap.txt in DAY, by --taxonomy, or one for
+            each id: then give them their names in the recipe
+
+    \b
+    nightseg init /data/mine /data/night --out mine.yaml
+    nightseg run mine.yaml --dry-run
+    nightseg run mine.yaml
+    """
+    from nightseg.recipe.starter import write_starter
+
+    starter = write_starter(day, night, out, labels=labels, classes=taxonomy, overwrite=overwrite)
+    return Answer(starter._asdict(), functools.partial(print_starter, starter))
 
 
 # -- frames -----------------------------------------------------------------------------------------------------------

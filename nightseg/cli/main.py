@@ -29,6 +29,7 @@ def main(debug: bool, allow_download: bool) -> None:
     """Semantic segmentation that learns to see at night without night labels.
 
     \b
+    nightseg init DAY NIGHT --out mine.yaml     a recipe for your own frames, with what it assumed
     nightseg run configs/demo.yaml              the whole chain on made-up scenes, in minutes
     nightseg run configs/camvid.yaml --dry-run  what a recipe would do
     nightseg predict runs/demo:adapted IMAGES --out masks
@@ -257,7 +258,7 @@ def doctor(cluster: str | None) -> Answer:
     return Answer(content, show, code=0 if good else 1)
 
 
-for verb in ("split", "fid", "select", "evaluate", "predict", "convert", "export"):
+for verb in ("init", "split", "fid", "select", "evaluate", "predict", "convert", "export"):
     main.add_command(getattr(commands, verb))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -22,6 +23,7 @@ from nightseg.storage import Location, UserError
 if TYPE_CHECKING:
     from nightseg.pipeline.run import Adapted, Planned
     from nightseg.pipeline.search import Found
+    from nightseg.recipe.starter import Starter
 
 METRICS = {"miou": "mIoU", "pa": "PA", "ca": "CA", "fwiou": "FWIoU"}
 STATES = {"committed": "green", "runs": "yellow", "continues": "cyan", "waits": ""}
@@ -156,6 +158,15 @@ def _words(value: Any) -> str:
             return ", ".join(map(_words, value)) or "-"
         case _:
             return str(value)
+
+
+def print_starter(starter: Starter) -> None:
+    click.echo(f"wrote {', '.join(map(printable, starter.files))}")
+    for title, lines in (("assumed", starter.assumed), ("to check", starter.to_check)):
+        if lines:
+            click.echo(f"{title}:")
+            click.echo("\n".join(printable(f"  - {line}") for line in lines))
+    click.echo(f"next: nightseg run {printable(shlex.quote(starter.recipe))} --dry-run")
 
 
 def percent(fraction: float | None) -> str:

@@ -37,7 +37,8 @@ def taxonomy(name_file_or_list: str | ClassList) -> Taxonomy:
     """A class list by name (`known_taxonomies`), from a file, or as it stands in a recipe. Raises UserError.
 
     Files: YAML as in `ClassList`; what other programs write, in the order of their ids: CSV with a column `name` (and
-    r, g, b, id), JSON (Mapillary's config_*.json, a list of names, id -> name), text (a name a line, CVAT's labelmap).
+    r, g, b, id), JSON (Mapillary's config_*.json, a list of names, id -> name), text (a name a line, CVAT's labelmap,
+    `r g b name`).
     The encodings `train_ids` (0..K-1 and 255) and `ids_from_one` (0 is void, 1..K, 255) are always there, and so are
     the colours of the palette, with black for no class unless it is the colour of one.
     """
@@ -190,7 +191,7 @@ def _read(file: Location, where: str) -> ClassList:
         raise UserError(f"{where}: there is no such taxonomy file", cure="give the path of a file") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         kind = {".json": "names, or mappings with name, color and id", ".csv": "a column `name`, and r, g, b, id"}
-        wanted = kind.get(suffix, "a name a line, or CVAT's name:r,g,b::")
+        wanted = kind.get(suffix, "a name a line, CVAT's name:r,g,b::, or `r g b name`")
         raise UserError(f"{where}: no class list: {error}", cure=f"a {suffix[1:]} file holds {wanted}") from error
     classes, ignored = [], []
     for place, (name, colour, raw_id) in enumerate(rows):
@@ -264,7 +265,10 @@ def _text_rows(text: str) -> list[_Row]:
     rows: list[_Row] = []
     for line in lines:
         cvat = re.fullmatch(r"([^:]+):(\d+),(\d+),(\d+):[^:]*:.*", line)
-        if cvat:
+        camvid = re.fullmatch(r"(\d+)[\s,]+(\d+)[\s,]+(\d+)[\s,]+(\S.*)", line)
+        if camvid:
+            rows.append((camvid[4], [int(camvid[1]), int(camvid[2]), int(camvid[3])], None))
+        elif cvat:
             rows.append((cvat[1], [int(cvat[2]), int(cvat[3]), int(cvat[4])], None))
         else:
             rows.append((line, None, None))

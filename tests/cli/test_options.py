@@ -41,6 +41,11 @@ VERBS: Final = {
     "status": Verb("nightseg.cli.main:Workspace", ("run1",), {}),
     "verify": Verb("nightseg.pipeline.verify:verify", ("run1",), {}),
     "doctor": Verb("nightseg.cli.doctor:examine", (), {"--cluster": "c.yaml"}),
+    "init": Verb(
+        "nightseg.recipe.starter:write_starter",
+        ("d", "n"),
+        {"--labels": "l", "--taxonomy": "camvid11", "--out": "o.yaml", "--overwrite": None},
+    ),
     "split": Verb(
         SINGLE + "split_folder",
         ("i", "--out", "f.parquet"),

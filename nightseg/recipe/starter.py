@@ -1,0 +1,248 @@
+"""A first recipe for a folder of labelled day frames and one of night frames, with comments: `nightseg init`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import PurePosixPath
+from typing import Any, Final, NamedTuple
+
+from nightseg.data.class_list import taxonomy
+from nightseg.data.discover import Found, discover
+from nightseg.data.settings import ClassList
+from nightseg.data.taxonomy import COLORS, in_words, packed
+from nightseg.errors import UserError
+from nightseg.recipe.load import load_recipe
+from nightseg.storage import Location
+from nightseg.translators.settings import LitClasses
+
+_SHORT_SIDE: Final = {False: 240, True: 512}  # pixels that frames are resized to, without and with a GPU
+_WORDS: Final[Mapping[str, tuple[str, ...]]] = {  # parts of names by which classes are known to the translator
+    "sky": ("sky", "heaven", "himmel", "ciel"),
+    "vehicle": ("car", "truck", "bus", "van", "motorcycle", "motorbike", "vehicle", "auto", "lorry"),
+    "signal": ("traffic light", "trafficlight", "traffic_light", "signal"),
+    "facade": ("building", "window", "house", "facade"),
+    "lamp": ("pole", "lamp", "street light", "streetlight", "street_light", "polegroup"),
+}
+
+
+class Starter(NamedTuple):
+    """What was written, what was assumed, and what a person should look at."""
+
+    recipe: str
+    files: list[str]
+    found: dict[str, Any]
+    assumed: list[str]
+    to_check: list[str]
+
+
+def write_starter(
+    day: str, night: str, out: str, *, labels: str | None = None, classes: str | None = None, overwrite: bool = False
+) -> Starter:
+    """Look at two folders and write a recipe that fits them, and split lists beside it, if there is no split.
+
+    Raises UserError: what `discover` raises; the recipe is there already.
+    """
+    place = Location.of(out)
+    if not place.uri.lower().endswith((".yaml", ".yml")):
+        raise UserError(f"--out {out}: a recipe is a YAML file", cure="give it a name that ends in .yaml")
+    if place.exists() and not overwrite:
+        raise UserError(f"--out {out}: it is there already", cure="give another name, or --overwrite")
+    roots = {"day": Location.of(day), "night": Location.of(night)}
+    found = discover(roots["day"], roots["night"], None if labels is None else Location.of(labels), classes)
+    stem, files = place.uri.rpartition(".")[0], [place.uri]
+    for name, names in found.lists.items():
+        file = Location.of(f"{stem}_{name}.txt")
+        file.write_bytes("".join(f"{one}\n" for one in names).encode())
+        files.append(file.uri)
+        (found.day if name == "day" else found.test)["split_list"] = file.uri
+    place.write_bytes(_text(found, roots, PurePosixPath(place.uri)).encode())
+    load_recipe(place)
+    facts = {"num": found.num, "size": list(found.size), "encoding": found.encoding, "layout": found.day["layout"]}
+    return Starter(place.uri, files, facts, found.assumed, found.to_check)
+
+
+def _text(found: Found, roots: Mapping[str, Location], place: PurePosixPath) -> str:
+    name = re.sub(r"[^A-Za-z0-9_-]", "_", place.stem)
+    name = name if re.match("[A-Za-z]", name) else f"run_{name}"
+    cores, has_gpu = len(os.sched_getaffinity(0)), shutil.which("nvidia-smi") is not None
+    night = dict(found.night) | {"root": "{night}"}
+    if found.is_sorted:
+        nights = f"  night: {_flow(night | {'domain': 'night'})} # {found.num['night']} frames, no labels\n"
+    else:
+        nights = f"  pool: {_flow(night)} # {found.num['night']} frames, day and night\n"
+        nights += "  night: {split: pool, keep: night} # by luminance histograms: look with `nightseg split`\n"
+    height, width = _input_size(found.size, _SHORT_SIDE[has_gpu])
+    crop = [max(32, int(0.8 * side) // 32 * 32) for side in (height, width)]
+    batch = min(8, found.num["day"])
+    compute = (
+        f"  train: {{workers: 1, cpus_per_worker: {max(1, cores - 1)}, gpus_per_worker: 1}}\n"
+        f"  map: {{actors: 1, cpus_per_actor: {max(1, cores - 1)}, gpus_per_actor: 1, batch: 8, shard_rows: 64}}\n"
+        if has_gpu
+        else f"  train: {{workers: {max(1, min(cores, 4))}, cpus_per_worker: 1}} # of {cores} cores; "
+        "with a GPU: {workers: 1, cpus_per_worker: 8, gpus_per_worker: 1}\n"
+        "  map: {actors: 0, batch: 8, shard_rows: 64} # with a GPU: {actors: 1, gpus_per_actor: 1, cpus_per_actor: 8}\n"
+    )
+    workers = 1 if has_gpu else max(1, min(cores, 4))
+    batch = max(workers, batch // workers * workers)
+    assumed = "\n".join(f"#   - {line}" for line in found.assumed)
+    checks = "\n".join(f"#   - {line}" for line in found.to_check) or "#   - nothing that was noticed"
+    day, test = ({"layout": one["layout"], "root": "{day}", **one, "domain": "day"} for one in (found.day, found.test))
+    return f"""# Written by `nightseg init` from {roots["day"]} and {roots["night"]}. Assumed:
+{assumed}
+# To check:
+{checks}
+# Then:
+#   nightseg run {place.name} --dry-run
+#   nightseg run {place.name}
+name: {name}
+
+{_taxonomy(found)}
+roots:
+  day: {json.dumps(roots["day"].uri)}
+  night: {json.dumps(roots["night"].uri)}
+
+compute:
+{compute}
+datasets:
+  day: {_flow(day)} # {found.num["day"]} frames
+  day_test: {_flow(test)} # {found.num["test"]} frames
+{nights}  # labelled nights to be tested on, if you have some: a dataset night_test, and test_sets.night: night_test
+  day_by_optics: {{translate: day, by: optics, fresh: true}} # another night with every sample
+
+translators:
+  optics: # nights from black skies to skies that lamps in haze turn grey or orange; learns nothing
+    kind: photometric
+    stops: [-4.5, -1.0]
+    temperature: [2200.0, 8000.0]
+    sky: [0.02, 0.5]
+    glow: [0.0, 0.25]
+    tint: 0.15
+{_lit(found)}
+# frames are resized to input_size (height, width), here from {found.size[0]} x {found.size[1]}; {_of_encoder(has_gpu)}
+network: {{encoder: efficientnet_lite0, input_size: [{height}, {width}], pyramid_channels: 64, head_channels: 64}}
+
+training: # {"short: more epochs are worth it" if has_gpu else "of a few cores; more epochs are worth it"}
+  optimizer: adamw
+  learning_rate: 3.0e-3
+  weight_decay: 0.01
+  batch: {batch}
+  epochs: 6
+  steps_per_epoch: {200 if has_gpu else 50}
+  warmup_steps: 20
+  crop: {crop}
+  augmentation: {{scale: [0.6, 1.6], brightness: 0.4, contrast: 0.3, saturation: 0.4}}
+
+loss: {{kind: combined, alpha: 0.5, gamma: 2.0}}
+
+models:
+  day_only: {{train: [day]}}
+  day_only_longer: # the control of equal steps: what more training alone is worth
+    train: [day]
+    start: day_only
+    training: {{learning_rate: 1.5e-3, epochs: 12, ema_decay: 0.99}}
+  adapted: # two of three samples by night
+    train: {{day: 1, day_by_optics: 2}}
+    start: day_only
+    training: {{learning_rate: 1.5e-3, epochs: 12, ema_decay: 0.99}}
+
+test_sets: {{day: day_test}}
+
+predictions: # the report shows them
+  night: {{dataset: night, model: adapted}}
+
+consistency: {{dataset: night, count: 50}} # how sure and consistent each model is by night, where no label tells
+"""
+
+
+def _of_encoder(has_gpu: bool) -> str:
+    return "resnet50 is better and needs its weights" if has_gpu else "more pixels are better and slower"
+
+
+def _flow(settings: Mapping[str, Any]) -> str:
+    """A mapping in one line of YAML."""
+    return "{" + ", ".join(f"{key}: {_scalar(value)}" for key, value in settings.items()) + "}"
+
+
+def _scalar(value: Any) -> str:
+    """A value as YAML reads it back; quoted where it needs to be, as no and 1 do."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_scalar, value))}]"
+    if isinstance(value, str) and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*(/[A-Za-z0-9_]+)*", value):
+        return json.dumps(value)
+    return (
+        value
+        if isinstance(value, str) and value.lower() not in ("yes", "no", "on", "off", "null")
+        else json.dumps(value)
+    )
+
+
+def _taxonomy(found: Found) -> str:
+    if isinstance(found.taxonomy, str):
+        return f"taxonomy: {_scalar(found.taxonomy)}\n"
+    listed, classes = found.taxonomy, taxonomy(found.taxonomy)
+    lines = ["taxonomy: # in the order of the train ids: names, colours of pictures, and what the label files hold"]
+    if listed.name != ClassList.model_fields["name"].default:
+        lines.append(f"  name: {_scalar(listed.name)}")
+    lines.append("  classes:")
+    by_class: dict[int, list[int]] = {}
+    ids = classes.colors if found.encoding == COLORS else classes.encodings.get(found.encoding, {})
+    for raw_id in found.seen:
+        by_class.setdefault(ids.get(raw_id, -1), []).append(raw_id)
+    for train_id, one in enumerate(listed.classes):
+        colour = list(classes.palette[train_id])
+        told = "" if found.encoding == COLORS or (not one.ids and one.ids != 0) else f", ids: {_ids(one.ids)}"
+        lines.append(
+            f"    - {{name: {_scalar(one.name)}, color: {colour}{told}}}{_comment(found, by_class.get(train_id, []))}"
+        )
+    ignored = [raw_id for raw_id, train_id in ids.items() if train_id == 255 and raw_id >= 0]
+    if found.encoding == COLORS:
+        shown = [json.loads(in_words(raw_id, COLORS)) for raw_id in ignored if raw_id != packed((0, 0, 0))]
+        lines.append(
+            f"  ignore: {{colors: {shown}}} # and black, unless it is the colour of a class; `rest`: all others"
+        )
+    else:
+        shown = [raw_id for raw_id in ignored if raw_id != 255]
+        lines.append(f"  ignore: {shown} # ids without a class, beside 255; `rest`: all that no class has")
+    return "\n".join(lines) + "\n"
+
+
+def _ids(ids: Any) -> str:
+    return str(ids.get("ids", ids)) if isinstance(ids, dict) else str(ids)
+
+
+def _comment(found: Found, raw_ids: list[int]) -> str:
+    """Where the pixels of a class lie, by which a person knows what it is."""
+    if not raw_ids:
+        return " # not seen in the labels looked at"
+    seen = [found.seen[raw_id] for raw_id in raw_ids]
+    share = sum(one.share for one in seen)
+    height = sum(one.height * one.share for one in seen) / share
+    where = "high in the image" if height < 0.35 else "low in the image" if height > 0.65 else "in the middle"
+    return (
+        f" # {100 * share:.2g} % of the pixels, {where}, in {100 * max(one.files for one in seen):.0f} % of the frames"
+    )
+
+
+def _lit(found: Found) -> str:
+    """Classes of one's own by their usual words, where the translator would not know them by name."""
+    names = taxonomy(found.taxonomy).classes
+    roles = {
+        role: [
+            name for name in names if any(re.search(rf"(^|[^a-z]){word}s?($|[^a-z])", name.lower()) for word in words)
+        ]
+        for role, words in _WORDS.items()
+    }
+    usual = {role: LitClasses.model_fields[role].default for role in roles}
+    told = {role: found_ for role, found_ in roles.items() if set(found_) - set(usual[role])}
+    return f"    classes: {_flow({role: names for role, names in told.items()})}\n" if told else ""
+
+
+def _input_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
+    """Of the shape of the frames, not larger than they are, in steps of 16."""
+    factor = min(1.0, short_side / min(size))
+    height, width = (max(64, round(side * factor / 16) * 16) for side in size)
+    return height, width

@@ -1,0 +1,233 @@
+"""What two folders are seen to hold, on trees whose layout, labels and classes are known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nightseg.data.discover import Found, discover
+from nightseg.data.images import encode_jpeg, encode_png
+from nightseg.data.settings import ClassList
+from nightseg.storage import Location, UserError
+
+HEIGHT, WIDTH = 24, 32
+ROAD, SKY, CAR = (128, 64, 128), (70, 130, 180), (0, 0, 142)  # of Cityscapes
+
+
+def photograph(number: int, dark: bool = False) -> np.ndarray:
+    """A bright sky over a street, or a dark one over a lit street."""
+    rng = np.random.default_rng(number)
+    rows = np.linspace(0, 1, HEIGHT)[:, None, None]
+    light = 20 + 120 * (rows > 0.5) if dark else 250 - 160 * (rows > 0.4)
+    return (light + rng.integers(-20, 5, (HEIGHT, WIDTH, 3))).clip(0, 255).astype(np.uint8)
+
+
+def label(number: int, ids: tuple[int, ...] = (6, 1, 7)) -> np.ndarray:
+    """Bands of ids from the top down, with an edge that moves."""
+    rows = (np.arange(HEIGHT) * len(ids) // HEIGHT + number % 2).clip(max=len(ids) - 1)
+    return np.repeat(np.array(ids, np.uint8)[rows][:, None], WIDTH, axis=1)
+
+
+def in_colours(number: int, colours: tuple[tuple[int, int, int], ...] = (SKY, ROAD, CAR)) -> np.ndarray:
+    return np.array(colours, np.uint8)[label(number, tuple(range(len(colours))))]
+
+
+def put(file: Path, pixels: np.ndarray) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(encode_jpeg(pixels) if file.suffix == ".jpg" else encode_png(pixels))
+
+
+def frames(
+    root: Path, image: str, mask: str, make: Any = label, names: tuple[str, ...] = ("a1", "a2", "a3", "a4", "a5")
+) -> Path:
+    for number, name in enumerate(names):
+        put(root / image.format(name), photograph(number))
+        put(root / mask.format(name), make(number))
+    return root
+
+
+@pytest.fixture
+def night(tmp_path: Path) -> Path:
+    for number in range(6):
+        put(tmp_path / "night" / f"{number}.jpg", photograph(number, dark=True))
+    return tmp_path / "night"
+
+
+def found(day: Path, night: Path, **more: Any) -> Found:
+    return discover(Location.of(day), Location.of(night), **more)
+
+
+@pytest.mark.parametrize(
+    ("image", "mask", "images", "labels"),
+    [
+        ("images/{}.jpg", "labels/{}.png", "images", "labels"),
+        ("rgb/{}.jpg", "masks/{}_mask.png", "rgb", "masks/{name}_mask.png"),
+        ("rgb/{}_left.jpg", "gt/{}_gt.png", "rgb/{name}_left.jpg", "gt/{name}_gt.png"),
+        ("rgb/{}_rgb.png", "gt/{}_label.png", "rgb", "gt"),
+        ("{}.jpg", "{}.png", "**/*.jpg", "**/*.png"),
+        ("d/{}.png", "d/{}_seg.png", "d", "d/{name}_seg.png"),
+        ("imgs/{}.jpg", "gt/mask_{}.png", "imgs", "gt/mask_{name}.png"),
+        ("rgb/drive/{}.jpg", "masks/drive/{}.png", "rgb/drive", "masks/drive"),
+    ],
+)
+def test_pairs_without_a_split(tmp_path: Path, night: Path, image: str, mask: str, images: str, labels: str) -> None:
+    seen = found(frames(tmp_path / "day", image, mask), night)
+    assert seen.day == {"layout": "pairs", "images": images, "labels": labels} == seen.test
+    assert {name: len(names) for name, names in seen.lists.items()} == {"day": 4, "test": 1}
+    assert seen.lists["test"] == [image.format("a5")], "neighbours look alike, so it is the last one"
+    assert seen.num == {"day": 4, "test": 1, "night": 6} and seen.size == (HEIGHT, WIDTH)
+    assert seen.is_sorted and "6 of 6 frames" in seen.assumed[-1]
+
+
+@pytest.mark.parametrize(
+    ("image", "mask", "splits"),
+    [
+        ("{split}/images/{{}}.jpg", "{split}/labels/{{}}.png", ("train", "val")),
+        ("images/{split}/{{}}.jpg", "labels/{split}/{{}}.png", ("training", "validation")),
+        ("{split}/rgb/cam/{{}}.jpg", "{split}/gt/cam/{{}}.png", ("Train", "Test")),
+        ("images/{split}/{{}}.jpg", "labels/{split}/{{}}_labelIds.png", ("train", "test")),
+    ],
+)
+def test_splits_by_folders(tmp_path: Path, night: Path, image: str, mask: str, splits: tuple[str, str]) -> None:
+    for split in splits:
+        frames(tmp_path / "day", image.format(split=split), mask.format(split=split))
+    seen = found(tmp_path / "day", night)
+    assert (seen.day["split"], seen.test["split"]) == splits and not seen.lists
+    assert "{split}" in seen.day["images"] and "{split}" in seen.day["labels"] and seen.num["test"] == 5
+
+
+def test_whole_drives_are_kept_for_the_test(tmp_path: Path, night: Path) -> None:
+    names = tuple(f"drive{drive}_{number:03d}" for drive in "abcde" for number in range(4))
+    seen = found(frames(tmp_path / "day", "images/{}.jpg", "labels/{}.png", names=names), night)
+    assert seen.lists["test"] == [f"images/drivea_{number:03d}.jpg" for number in range(4)]
+    assert "whole drives (5 by the names)" in " ".join(seen.assumed)
+
+
+def test_labels_elsewhere_and_the_night_below_the_day(tmp_path: Path) -> None:
+    frames(tmp_path / "day", "images/{}.jpg", "../annotations/{}.png")
+    for number in range(6):
+        put(tmp_path / "day" / "night" / f"{number}.jpg", photograph(number, dark=True))
+    seen = found(tmp_path / "day", tmp_path / "day" / "night", labels=Location.of(tmp_path / "annotations"))
+    assert seen.day == {"layout": "pairs", "images": "images", "labels": str(tmp_path / "annotations")}
+
+
+# -- classes -----------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_ids_become_classes_without_names(tmp_path: Path, night: Path) -> None:
+    seen = found(frames(tmp_path / "day", "images/{}.jpg", "labels/{}.png", lambda n: label(n, (6, 1, 255))), night)
+    assert isinstance(seen.taxonomy, ClassList) and not seen.is_named and seen.encoding == "ids"
+    assert [(one.name, one.ids) for one in seen.taxonomy.classes] == [("class_1", 1), ("class_6", 6)]
+    assert seen.seen[6].height < 0.35 < 0.65 < seen.seen[255].height and seen.seen[6].files == 0.6
+    assert any("give the classes their names" in line for line in seen.to_check)
+
+
+def test_unknown_colours_become_classes_without_names(tmp_path: Path, night: Path) -> None:
+    own = ((1, 2, 3), (0, 0, 0), (9, 9, 9))
+    day = frames(tmp_path / "day", "images/{}.jpg", "labels/{}.png", lambda n: in_colours(n, own))
+    seen = found(day, night)
+    assert isinstance(seen.taxonomy, ClassList) and seen.encoding == "colors"
+    assert [one.color for one in seen.taxonomy.classes] == [(1, 2, 3), (9, 9, 9)]
+
+
+def test_colours_of_a_published_list_are_known(tmp_path: Path, night: Path) -> None:
+    seen = found(frames(tmp_path / "day", "images/{}.jpg", "labels/{}_color.png", in_colours), night)
+    assert (seen.taxonomy, seen.encoding, seen.day["label_encoding"]) == ("cityscapes19", "colors", "colors")
+
+
+def test_palettes_of_a_published_list_are_known(tmp_path: Path, night: Path) -> None:
+    day = frames(tmp_path / "day", "images/{}.jpg", "labels/{}.png")
+    palette = np.zeros((256, 3), np.uint8)
+    palette[[0, 10, 13]] = ROAD, SKY, CAR
+    for number, file in enumerate(sorted((day / "labels").iterdir())):
+        image = Image.fromarray(label(number, (10, 0, 13)))
+        image.putpalette(palette.tobytes())
+        image.save(file)
+    seen = found(day, night)
+    assert (seen.taxonomy, seen.encoding) == ("cityscapes19", "train_ids")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("classes.txt", "".join(f"c{index}\n" for index in range(8))),
+        ("class_dict.csv", "name,r,g,b\n" + "".join(f"c{index},{index},1,1\n" for index in range(8))),
+        ("label_colors.txt", "".join(f"{index} 1 1\tc{index}\n" for index in range(8))),
+        ("classes.yaml", "classes: [{name: c1, ids: 1}, {name: c6, ids: 6}, {name: c7, ids: 7}]\n"),
+    ],
+)
+def test_a_class_list_in_the_folder_is_used(tmp_path: Path, night: Path, name: str, text: str) -> None:
+    day = frames(tmp_path / "day", "images/{}.jpg", "labels/{}.png")
+    (day / name).write_text(text)
+    seen = found(day, night)
+    assert seen.is_named and seen.encoding == "ids" and any(name in line for line in seen.assumed)
+    assert seen.taxonomy == str(day / name) if name.endswith("yaml") else isinstance(seen.taxonomy, ClassList)
+
+
+def test_other_label_files_are_left_out_and_said(tmp_path: Path, night: Path) -> None:
+    day = frames(tmp_path / "day", "images/{}.jpg", "labels/{}_gt.png")
+    frames(tmp_path / "day", "images/{}.jpg", "color/{}_color.png", in_colours)
+    seen = found(day, night)
+    assert (seen.day["labels"], seen.encoding) == ("labels", "ids")
+
+
+def test_cityscapes(tmp_path: Path, night: Path) -> None:
+    for split in ("train", "val"):
+        for number in range(2):
+            stem = f"{split}/ulm/ulm_{number}"
+            put(tmp_path / "cs" / f"leftImg8bit/{stem}_leftImg8bit.png", photograph(number))
+            put(tmp_path / "cs" / f"gtFine/{stem}_gtFine_labelIds.png", label(number, (23, 7, 26)))
+    seen = found(tmp_path / "cs", night)
+    assert seen.day == {"layout": "cityscapes", "split": "train"} and seen.test == {
+        "layout": "cityscapes",
+        "split": "val",
+    }
+    assert (seen.taxonomy, seen.encoding) == ("cityscapes19", "label_ids")
+
+
+# -- the night, and what is refused ------------------------------------------------------------------------------------
+
+
+def test_a_pool_that_is_not_sorted(tmp_path: Path, night: Path) -> None:
+    for number in range(6):
+        put(night / f"day{number}.jpg", photograph(number))
+    seen = found(frames(tmp_path / "day", "images/{}.jpg", "labels/{}.png"), night)
+    assert not seen.is_sorted and "taken for unsorted" in " ".join(seen.assumed)
+
+
+def test_nights_that_do_not_look_like_it_are_taken_and_said(tmp_path: Path) -> None:
+    for number in range(6):
+        put(tmp_path / "bright" / f"{number}.jpg", photograph(number))
+    seen = found(frames(tmp_path / "day", "images/{}.jpg", "labels/{}.png"), tmp_path / "bright")
+    assert seen.is_sorted and any("does not look like night" in line for line in seen.to_check)
+
+
+def test_what_cannot_be_found_out_is_refused(tmp_path: Path, night: Path) -> None:
+    day = tmp_path / "day"
+    with pytest.raises(UserError, match=r"DAY: no such folder: .*day"):
+        found(day, night)
+    put(day / "labels" / "x1.png", label(1))
+    with pytest.raises(UserError, match="DAY: no image in"):
+        found(day, night)
+    put(day / "images" / "a1.jpg", photograph(1))
+    put(day / "images" / "b2.jpg", photograph(2))
+    with pytest.raises(UserError, match=r"2 images and 1 labels do not pair by their names: images are images/a1.jpg"):
+        found(day, night)
+    (day / "labels" / "x1.png").unlink()
+    with pytest.raises(UserError, match=r"no label files in .*; there are images/\*.jpg \(2\).*give --labels DIR"):
+        found(day, night)
+    with pytest.raises(UserError, match="DAY and NIGHT are one folder"):
+        found(day, day)
+
+
+def test_a_class_list_that_does_not_fit_is_refused_in_its_numbers(tmp_path: Path, night: Path) -> None:
+    day = frames(tmp_path / "day", "images/{}.jpg", "labels/{}.png", lambda n: label(n, (0, 1, 3)))
+    (tmp_path / "mine.txt").write_text("road\nsky\ncar\n")
+    with pytest.raises(
+        UserError, match=r"DAY: .*ids 3 \(\d+ pixels\).*the labels hold 0..1, 3, and mine has 3 classes"
+    ):
+        found(day, night, classes=str(tmp_path / "mine.txt"))
