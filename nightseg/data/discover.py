@@ -88,7 +88,7 @@ def discover(day: Location, night: Location, labels: Location | None = None, cla
     `classes`: a class list by name or file, where the folder does not tell. Raises UserError: no images, no labels,
     images and labels that do not pair, labels that the class list does not fit.
     """
-    for what, place in (("DAY", day), ("NIGHT", night), *((("--labels", labels),) if labels is not None else ())):
+    for what, place in (("DAY", day), ("NIGHT", night), *((("the labels", labels),) if labels is not None else ())):
         if not place.is_folder():
             wrong = "a file, and no folder" if place.exists() else "no such folder"
             raise UserError(f"{what}: {wrong}: {place.uri}", cure="check the path")
@@ -159,7 +159,7 @@ def _pairs(root: Location, night: Location, labels: Location | None) -> Found:
         raise UserError(
             f"DAY: no label files in {place.uri}; there are {others}",
             cure="labels are PNG, TIFF, BMP or PGM files of one id or one colour a class, never JPEG; if they lie "
-            "elsewhere, give --labels DIR",
+            "elsewhere, say where the labels are",
         )
     best = next((what for what in ("ids", "colors") if any(kind.what == what for kind in masks)), "")
     masks = [kind for kind in masks if kind.what == best]
@@ -322,7 +322,7 @@ def _templates(
             f"DAY: {num_images} images and {len(label_files)} labels do not pair by their names: images are {names}; "
             f"labels {first_of(sorted(label_files))}",
             cure="name labels like their images, or write a recipe with templates such as images: 'rgb/{name}_left', "
-            "labels: 'masks/{name}_gt' (docs/own-data.md); if the labels lie elsewhere, give --labels DIR",
+            "labels: 'masks/{name}_gt' (docs/own-data.md); if the labels lie elsewhere, say where",
         )
     return settings
 
@@ -545,7 +545,7 @@ def _made_up(found: Found, in_colours: bool) -> None:
         raise UserError(
             f"DAY: the labels hold {len(classes)} {what}: more than there are classes, as after scaling with "
             "interpolation, or in files of instances",
-            cure="scale labels by nearest neighbour; or give the class list with --taxonomy",
+            cure="scale labels by nearest neighbour; or give the class list",
         )
     if len(classes) < 2:
         shown = ", ".join(in_words(raw_id, COLORS if in_colours else IDS) for raw_id in found.seen)

@@ -6,8 +6,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
+from string import Template
 from typing import Any, Final, NamedTuple
 
 from nightseg.data.class_list import taxonomy
@@ -29,6 +30,72 @@ _WORDS: Final[Mapping[str, tuple[str, ...]]] = {  # parts of names by which clas
 }
 
 
+_TEXT: Final = Template("""# Written by `nightseg init` from $day_folder and $night_folder. Assumed:
+$assumed
+# To check:
+$checks
+# Then:
+#   nightseg run $file
+name: $name
+
+$taxonomy
+roots:
+  day: $day_root
+  night: $night_root
+
+compute:
+$compute
+datasets:
+  day: $day_set # $num_day frames
+  day_test: $test_set # $num_test frames
+$nights  # labelled nights to be tested on, if you have some: a dataset night_test, and test_sets.night: night_test
+  day_by_optics: {translate: day, by: optics, fresh: true} # another night with every sample
+
+translators:
+  optics: # nights from black skies to skies that lamps in haze turn grey or orange; learns nothing
+    kind: photometric
+    stops: [-4.5, -1.0]
+    temperature: [2200.0, 8000.0]
+    sky: [0.02, 0.5]
+    glow: [0.0, 0.25]
+    tint: 0.15
+$lit
+# frames are resized to input_size (height, width), here from $frame_height x $frame_width; $encoder_hint
+network: {encoder: efficientnet_lite0, input_size: [$height, $width], pyramid_channels: 64, head_channels: 64}
+
+training: # $training_hint
+  optimizer: adamw
+  learning_rate: 3.0e-3
+  weight_decay: 0.01
+  batch: $batch
+  epochs: 6
+  steps_per_epoch: $steps
+  warmup_steps: 20
+  crop: $crop
+  augmentation: {scale: [0.6, 1.6], brightness: 0.4, contrast: 0.3, saturation: 0.4}
+
+loss: {kind: combined, alpha: 0.5, gamma: 2.0}
+
+models:
+  day_only: {train: [day]}
+  day_only_longer: # the control of equal steps: what more training alone is worth
+    train: [day]
+    start: day_only
+    training: {learning_rate: 1.5e-3, epochs: 12, ema_decay: 0.99}
+  adapted: # two of three samples by night
+    train: {day: 1, day_by_optics: 2}
+    start: day_only
+    training: {learning_rate: 1.5e-3, epochs: 12, ema_decay: 0.99}
+
+test_sets: {day: day_test}
+
+predictions: # the report shows them
+  night: {dataset: night, model: adapted}
+
+consistency: {dataset: night, count: 50} # how sure and consistent each model is by night, where no label tells
+""")
+
+
 class Starter(NamedTuple):
     """What was written, what was assumed, and what a person should look at."""
 
@@ -48,9 +115,9 @@ def write_starter(
     """
     place = Location.of(out)
     if not place.uri.lower().endswith((".yaml", ".yml")):
-        raise UserError(f"--out {out}: a recipe is a YAML file", cure="give it a name that ends in .yaml")
+        raise UserError(f"{out}: a recipe is a YAML file", cure="give it a name that ends in .yaml")
     if place.exists() and not overwrite:
-        raise UserError(f"--out {out}: it is there already", cure="give another name, or --overwrite")
+        raise UserError(f"{out}: it is there already", cure="give another name, or allow to overwrite it")
     roots = {"day": Location.of(day), "night": Location.of(night)}
     found = discover(roots["day"], roots["night"], None if labels is None else Location.of(labels), classes)
     stem, files = place.uri.rpartition(".")[0], [place.uri]
@@ -76,8 +143,6 @@ def _text(found: Found, roots: Mapping[str, Location], place: PurePosixPath) -> 
         nights = f"  pool: {_flow(night)} # {found.num['night']} frames, day and night\n"
         nights += "  night: {split: pool, keep: night} # by luminance histograms: look with `nightseg split`\n"
     height, width = _input_size(found.size, _SHORT_SIDE[has_gpu])
-    crop = [max(32, int(0.8 * side) // 32 * 32) for side in (height, width)]
-    batch = min(8, found.num["day"])
     compute = (
         f"  train: {{workers: 1, cpus_per_worker: {max(1, cores - 1)}, gpus_per_worker: 1}}\n"
         f"  map: {{actors: 1, cpus_per_actor: {max(1, cores - 1)}, gpus_per_actor: 1, batch: 8, shard_rows: 64}}\n"
@@ -87,79 +152,38 @@ def _text(found: Found, roots: Mapping[str, Location], place: PurePosixPath) -> 
         "  map: {actors: 0, batch: 8, shard_rows: 64} # with a GPU: {actors: 1, gpus_per_actor: 1, cpus_per_actor: 8}\n"
     )
     workers = 1 if has_gpu else max(1, min(cores, 4))
-    batch = max(workers, batch // workers * workers)
-    assumed = "\n".join(f"#   - {line}" for line in found.assumed)
-    checks = "\n".join(f"#   - {line}" for line in found.to_check) or "#   - nothing that was noticed"
     day, test = ({"layout": one["layout"], "root": "{day}", **one, "domain": "day"} for one in (found.day, found.test))
-    return f"""# Written by `nightseg init` from {roots["day"]} and {roots["night"]}. Assumed:
-{assumed}
-# To check:
-{checks}
-# Then:
-#   nightseg run {place.name} --dry-run
-#   nightseg run {place.name}
-name: {name}
-
-{_taxonomy(found)}
-roots:
-  day: {json.dumps(roots["day"].uri)}
-  night: {json.dumps(roots["night"].uri)}
-
-compute:
-{compute}
-datasets:
-  day: {_flow(day)} # {found.num["day"]} frames
-  day_test: {_flow(test)} # {found.num["test"]} frames
-{nights}  # labelled nights to be tested on, if you have some: a dataset night_test, and test_sets.night: night_test
-  day_by_optics: {{translate: day, by: optics, fresh: true}} # another night with every sample
-
-translators:
-  optics: # nights from black skies to skies that lamps in haze turn grey or orange; learns nothing
-    kind: photometric
-    stops: [-4.5, -1.0]
-    temperature: [2200.0, 8000.0]
-    sky: [0.02, 0.5]
-    glow: [0.0, 0.25]
-    tint: 0.15
-{_lit(found)}
-# frames are resized to input_size (height, width), here from {found.size[0]} x {found.size[1]}; {_of_encoder(has_gpu)}
-network: {{encoder: efficientnet_lite0, input_size: [{height}, {width}], pyramid_channels: 64, head_channels: 64}}
-
-training: # {"short: more epochs are worth it" if has_gpu else "of a few cores; more epochs are worth it"}
-  optimizer: adamw
-  learning_rate: 3.0e-3
-  weight_decay: 0.01
-  batch: {batch}
-  epochs: 6
-  steps_per_epoch: {200 if has_gpu else 50}
-  warmup_steps: 20
-  crop: {crop}
-  augmentation: {{scale: [0.6, 1.6], brightness: 0.4, contrast: 0.3, saturation: 0.4}}
-
-loss: {{kind: combined, alpha: 0.5, gamma: 2.0}}
-
-models:
-  day_only: {{train: [day]}}
-  day_only_longer: # the control of equal steps: what more training alone is worth
-    train: [day]
-    start: day_only
-    training: {{learning_rate: 1.5e-3, epochs: 12, ema_decay: 0.99}}
-  adapted: # two of three samples by night
-    train: {{day: 1, day_by_optics: 2}}
-    start: day_only
-    training: {{learning_rate: 1.5e-3, epochs: 12, ema_decay: 0.99}}
-
-test_sets: {{day: day_test}}
-
-predictions: # the report shows them
-  night: {{dataset: night, model: adapted}}
-
-consistency: {{dataset: night, count: 50}} # how sure and consistent each model is by night, where no label tells
-"""
+    return _TEXT.substitute(
+        day_folder=roots["day"],
+        night_folder=roots["night"],
+        assumed=_lines(found.assumed),
+        checks=_lines(found.to_check or ["nothing that was noticed"]),
+        file=place.name,
+        name=name,
+        taxonomy=_taxonomy(found),
+        day_root=json.dumps(roots["day"].uri),
+        night_root=json.dumps(roots["night"].uri),
+        compute=compute,
+        day_set=_flow(day),
+        num_day=found.num["day"],
+        test_set=_flow(test),
+        num_test=found.num["test"],
+        nights=nights,
+        lit=_lit(found),
+        frame_height=found.size[0],
+        frame_width=found.size[1],
+        height=height,
+        width=width,
+        encoder_hint="resnet50 is better and needs its weights" if has_gpu else "more pixels are better and slower",
+        training_hint="short: more epochs are worth it" if has_gpu else "of a few cores; more epochs are worth it",
+        batch=max(workers, min(8, found.num["day"]) // workers * workers),
+        steps=200 if has_gpu else 50,
+        crop=[max(32, int(0.8 * side) // 32 * 32) for side in (height, width)],
+    )
 
 
-def _of_encoder(has_gpu: bool) -> str:
-    return "resnet50 is better and needs its weights" if has_gpu else "more pixels are better and slower"
+def _lines(sentences: Sequence[str]) -> str:
+    return "\n".join(f"#   - {line}" for line in sentences)
 
 
 def _flow(settings: Mapping[str, Any]) -> str:

@@ -218,7 +218,9 @@ def test_what_cannot_be_found_out_is_refused(tmp_path: Path, night: Path) -> Non
     with pytest.raises(UserError, match=r"2 images and 1 labels do not pair by their names: images are images/a1.jpg"):
         found(day, night)
     (day / "labels" / "x1.png").unlink()
-    with pytest.raises(UserError, match=r"no label files in .*; there are images/\*.jpg \(2\).*give --labels DIR"):
+    with pytest.raises(
+        UserError, match=r"no label files in .*; there are images/\*.jpg \(2\).*say where the labels are"
+    ):
         found(day, night)
     with pytest.raises(UserError, match="DAY and NIGHT are one folder"):
         found(day, day)

@@ -76,7 +76,7 @@ def test_the_command(tmp_path: Path, folders: tuple[str, str], monkeypatch: pyte
     said = nightseg("init", *folders).stdout
     assert said.startswith("wrote ") and "assumed:" in said and "to check:" in said
     assert said.splitlines()[-1] == f"next: nightseg run {tmp_path}/recipe.yaml --dry-run"
-    assert "it is there already. Cure: give another name, or --overwrite" in refused("init", *folders)
+    assert "it is there already. Cure: give another name, or allow to overwrite it" in refused("init", *folders)
     answer = json_of("init", *folders, "--overwrite", "--labels", Path(folders[0]) / "labels")
     assert answer["found"]["num"] == {"day": 4, "test": 1, "night": 3}
     assert "a recipe is a YAML file" in refused("init", *folders, "--out", "mine.txt")
