@@ -109,9 +109,9 @@ def _extractor_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--overwrite", is_flag=True, help="Also if it is there already.")
 @answers
 def init(day: str, night: str, labels: str | None, taxonomy: str | None, out: str, overwrite: bool) -> Answer:
-    """Write a recipe for labelled DAY frames and NIGHT frames without labels.
+    """Write a first recipe for your frames.
 
-    Looks at both folders and finds out what it can: where images and labels are (train and val folders, or split lists
+    For labelled DAY frames and NIGHT frames without labels. Looks at both folders and finds out what it can: where images and labels are (train and val folders, or split lists
     that it writes beside the recipe), which names belong together, ids or colours, known class lists, sizes, whether
     the night folder holds nights only. Says what it assumed, and what you should check; both stand in the recipe, too.
 
