@@ -161,6 +161,8 @@ The report
     report/templates.py     the templates, and how they write numbers
     report/ablation.py      what helped: models beside their controls, by seed and by class; what teachers saw
     report/gallery.py       which frames are shown
+    report/selections.py    which frames were chosen, and what that was worth
+    report/trainings.py     what each model learned from, for how long, and how it went
     report/charts.py        charts as SVG
     report/pictures.py      thumbnails as data URIs
     report/sheets.py        pictures for a README: the strip, the sheet of translations

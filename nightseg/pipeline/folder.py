@@ -22,6 +22,7 @@ from nightseg.pipeline.results import RECIPE_NAME, RESULTS_NAME, read_results
 from nightseg.report import Run, contact_sheet, model_card
 from nightseg.report.page import REPORT_NAME
 from nightseg.report.run import EARLIER
+from nightseg.report.selections import is_ranking
 from nightseg.storage import Commit, Location, UserError, hash_of
 from nightseg.storage.paths import TEMPORARY_PREFIX
 
@@ -157,10 +158,10 @@ def _names(commit: Commit) -> str:
 
 def _chosen(run: Run, commit: Commit, evidence: Mapping[str, Any]) -> Iterator[Sequence[Any]]:
     """Best first. Where the choice is no ranking by score, a score beside the rank would only mislead."""
-    is_ranking = evidence.get("cut") is not None
-    yield ("rank", "frame", "file", *(["score"] if is_ranking else []))
+    has_score = is_ranking(evidence)
+    yield ("rank", "frame", "file", *(["score"] if has_score else []))
     for row in frame.resolve(commit.table("frames"), commit.folder).to_pylist():
-        score = [row["score"]] if is_ranking else []
+        score = [row["score"]] if has_score else []
         yield (row["rank"], row[frame.FRAME_ID], row[frame.URI].removeprefix(f"{run.root.uri}/"), *score)
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from nightseg.metrics.bootstrap import FrameSpread
 from nightseg.metrics.seeds import Difference, difference
 from nightseg.report import formatting, gallery
 from nightseg.report.charts import Chart, DotAxis, Dots, share_curve
 from nightseg.report.comparison import control_of, gain, headline
+from nightseg.report.frame_spread import gain_spread
 from nightseg.report.run import Run
 
 GROUPS = (
@@ -43,6 +45,7 @@ class Row(NamedTuple):
     std: float | None
     control: str | None
     gain: Difference | None
+    spread: FrameSpread | None  # of the gain, over the test frames
     is_best: bool
     dots: Dots
     classes: list[tuple[str, float | None]]  # change over the control
@@ -90,6 +93,7 @@ def _row(run: Run, name: str, test: str, axis: DotAxis, before: str | None, chan
         run.std(name, test),
         control,
         None if control is None else gain(run, name, control, test),
+        None if control is None else gain_spread(run, name, control, test),
         name == run.best(test),
         axis.row([100 * v for v in by_seed.values()], None if control is None else 100 * run.miou(control, test)),
         [(label, _minus(ours.get(label), theirs.get(label))) for label in run.classes.classes],

@@ -137,6 +137,18 @@ def line(x: Sequence[float], y: Sequence[float], *, kind: str, description: str,
     return chart
 
 
+def progress(lines: Sequence[Sequence[tuple[float, float]]], *, description: str) -> Chart:
+    """A small chart of several lines of points, from zero on the x axis, a little room around the values."""
+    points = [point for one in lines for point in one]
+    low, high = min(y for _, y in points), max(y for _, y in points)
+    room = 0.1 * (high - low) or 0.1 * abs(high) or 1.0
+    chart = Chart((0, max(x for x, _ in points)), (max(0, low - room), high + room), [], description, size=SMALL)
+    for one in lines:
+        chart.add_line([x for x, _ in one], [y for _, y in one], "chosen")
+        chart.dots += [Dot(chart.x(x), chart.y(y), "chosen") for x, y in one]
+    return chart
+
+
 def scatter(sets: Mapping[str, Sequence[Sequence[float]]], *, description: str) -> Chart | None:
     """Dots of several kinds, the later kinds on top; None where there is no dot. The axes have no unit and no ticks."""
     dots = [(kind, x, y) for kind, some in sets.items() for x, y in some]

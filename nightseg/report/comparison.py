@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from nightseg.metrics.bootstrap import FrameSpread
 from nightseg.metrics.seeds import Difference, difference
 from nightseg.report import formatting
+from nightseg.report.frame_spread import gain_spread, miou_spread
 from nightseg.report.run import Run
 
 TOLERANCE = 0.02  # a control may have so much fewer steps, a share of the model's
@@ -65,13 +67,17 @@ class Headline(NamedTuple):
     control: str | None
     gain: Difference | None
     note: str
+    spread: FrameSpread | None = None  # over the test frames, of mIoU
+    gain_spread: FrameSpread | None = None
 
     def __str__(self) -> str:
-        seeds = f" ({formatting.plural(self.num_seeds, 'seed')})"
+        spread = f"; {formatting.interval(self.spread)}" if self.spread else ""
+        seeds = f" ({formatting.plural(self.num_seeds, 'seed')}{spread})"
         reached = f"{self.best} reaches {formatting.with_spread(self.miou, self.std)} % mIoU on {self.test}{seeds}"
         if self.gain is None:
             return f"{reached}; {self.note}"
-        return f"{reached}, {formatting.gain(self.gain)} points over {self.control}, {self.note}"
+        of_gain = f" ({formatting.interval(self.gain_spread, signed=True)})" if self.gain_spread else ""
+        return f"{reached}, {formatting.gain(self.gain)} points{of_gain} over {self.control}, {self.note}"
 
 
 def headline(run: Run) -> Headline | None:
@@ -101,6 +107,8 @@ def headline(run: Run) -> Headline | None:
         control,
         None if control is None else gain(run, best, control, test),
         note,
+        miou_spread(run, best, test),
+        None if control is None else gain_spread(run, best, control, test),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,6 +47,7 @@ def _spread(run: Run, signs: Mapping[str, float], test: str) -> FrameSpread | No
     return FrameSpread(interval(np.sum(means, axis=0)), units, "drive" if by_drive else "frame")
 
 
+@functools.lru_cache(maxsize=64)
 def _counts(run: Run, node: str, test: str) -> dict[str, tuple[str | None, Counts]] | None:
     """Frame -> its drive and confusion matrix (K, K + 1)."""
     commit = run.commit(node)

@@ -7,7 +7,7 @@ from typing import Any
 
 from nightseg.data import table as frame
 from nightseg.report import formatting
-from nightseg.report.charts import Chart, curves, line, scatter, stacked_histogram
+from nightseg.report.charts import curves, stacked_histogram
 from nightseg.report.pictures import (
     THUMBNAIL,
     Picture,
@@ -43,7 +43,7 @@ def splits(run: Run) -> list[dict[str, Any]]:
         )
         description = f"Mean luminance histogram of each domain of {name}"
         luminance = curves(evidence["histograms"], x_range=(0, 255), description=description)
-        borderline = _scored(evidence["borderline"], lambda row: f"{row['domain']}, margin {row['margin']:.2f}")
+        borderline = scored(evidence["borderline"], lambda row: f"{row['domain']}, margin {row['margin']:.2f}")
         found.append({**evidence, "name": name, "scores": by_score, "luminance": luminance, "borderline": borderline})
     return found
 
@@ -85,82 +85,6 @@ def _rendered_anew(run: Run) -> list[dict[str, Any]]:
         }
         for part, frames in found.items()
     ]
-
-
-def selections(run: Run, samples: int) -> list[dict[str, Any]]:
-    """Which frames of the pool were chosen, by what score, and how the choice compares with chance."""
-    groups = {"closest": "best", "last chosen": "last_chosen", "first left out": "first_left_out", "farthest": "worst"}
-    return [
-        {
-            "model": model,
-            "evidence": evidence,
-            "chart": _by_score(evidence),
-            "curve": _distances_by_count(evidence),
-            "plane": _plane(evidence),
-            "better": _share_of_gap(evidence["fid"]),
-            "bound": _certificate(evidence["fid"]),
-            "groups": [
-                (title, _scored(evidence[key][:samples], lambda row: f"score {row['score']:.4g}"))
-                for title, key in groups.items()
-            ],
-        }
-        for model, evidence in ((model, entry["evidence"]) for model, entry in run.of_models("selections"))
-    ]
-
-
-def _by_score(evidence: Mapping[str, Any]) -> Chart:
-    """The pool's histogram; the chosen frames fill each bar from below."""
-    scores = evidence["scores"]
-    rest = [total - chosen for total, chosen in zip(scores["pool"], scores["chosen"], strict=True)]
-    return stacked_histogram(
-        scores["edges"],
-        {"chosen": scores["chosen"], "pool": rest},
-        marks={} if evidence["cut"] is None else {"cut": evidence["cut"]},
-        description=f"Frames of the pool by {evidence['method']} score, the chosen ones marked",
-    )
-
-
-def _share_of_gap(fid: Mapping[str, float | None]) -> str:
-    """The choice against random choices, in words."""
-    chosen, mean, spread = fid["selection"], fid["random_mean"], fid["random_sd"]
-    if chosen is None or mean is None:
-        return ""
-    gap = mean - chosen
-    sigmas = f", {abs(gap) / spread:.1f} standard deviations" if spread else ""
-    return f"{abs(gap):.2f} {'below' if gap > 0 else 'above'} the mean of random choices of the same size{sigmas}"
-
-
-def _distances_by_count(evidence: Mapping[str, Any]) -> Chart | None:
-    """FID against the number of frames, the chosen number marked."""
-    curve = evidence["curve"]
-    if len(curve["counts"]) < 2:
-        return None
-    return line(
-        curve["counts"],
-        curve["fid"],
-        kind="chosen",
-        marks={f"{evidence['count']} chosen": evidence["count"]},
-        description=f"FID to the reference of the first frames by {evidence['method']}, against their number",
-    )
-
-
-def _plane(evidence: Mapping[str, Any]) -> Chart | None:
-    """Pool, choice and reference on their first two principal components."""
-    points = evidence["plane"]["points"]
-    shown = {kind: points[kind] for kind in ("pool", "reference", "chosen") if points.get(kind)}
-    return scatter(shown, description="Features of the frames on their first two principal components")
-
-
-def _certificate(fid: Mapping[str, float | None]) -> str:
-    """How far the choice can be from the best one, in words."""
-    found, bound = fid.get("selection_biased"), fid.get("lower_bound")
-    if found is None or bound is None:
-        return ""
-    ratio = f", {found / bound:.3f} times that" if bound > 0 else ""
-    return (
-        f"No choice of as many frames has an FID below {bound:.4g}; this one has {found:.4g}{ratio}"
-        " (covariance divided by the number of frames)"
-    )
 
 
 def pseudo_labels(run: Run, samples: int) -> list[dict[str, Any]]:
@@ -257,5 +181,6 @@ def predictions(run: Run, samples: int) -> list[dict[str, Any]]:
     return found
 
 
-def _scored(rows: list[Row], detail: Callable[[Row], str]) -> list[Picture]:
+def scored(rows: list[Row], detail: Callable[[Row], str]) -> list[Picture]:
+    """Some frames with what is known of each."""
     return there(*(photo(row[frame.URI], str(row[frame.FRAME_ID]), detail(row)) for row in rows[:_MAX_THUMBNAILS]))

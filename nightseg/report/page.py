@@ -6,11 +6,15 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from nightseg.metrics.bootstrap import FrameSpread
 from nightseg.report import formatting, gallery, translations
 from nightseg.report.ablation import ablation
 from nightseg.report.comparison import control_of, headline
+from nightseg.report.frame_spread import miou_spread
 from nightseg.report.run import Run
+from nightseg.report.selections import selections
 from nightseg.report.templates import template
+from nightseg.report.trainings import trainings
 from nightseg.storage import Location
 
 REPORT_NAME = "report.html"
@@ -41,7 +45,8 @@ def write_report(run_folder: Location, results: Mapping[str, Any], samples: int 
         evaluated=translations.translation_table(run),
         extremes=translations.extremes(run, samples),
         translations=gallery.translations(run, samples),
-        selections=gallery.selections(run, samples),
+        selections=selections(run, samples),
+        trainings=trainings(run),
         pseudo_labels=gallery.pseudo_labels(run, samples),
         tests=[gallery.test_samples(run, test, samples) for test in run.tests],
         predictions=gallery.predictions(run, samples),
@@ -90,6 +95,7 @@ class Cell(NamedTuple):
     row: str
     published: float | None
     difference: float | None  # points, ours minus published
+    spread: FrameSpread | None  # of mIoU, over the frames
 
 
 def score_table(run: Run) -> dict[str, Any]:
@@ -114,7 +120,8 @@ def _cell(run: Run, model: str, test: str) -> Cell | None:
     mean, std, is_best = run.mean(model, test), run.std(model, test), model == run.best(test)
     difference = None if published is None else 100 * mean["miou"] - published
     row = scores.get("row") or ""
-    return Cell({key: mean[key] for key in METRICS}, std, is_best, row, published, difference)
+    spread = miou_spread(run, model, test)
+    return Cell({key: mean[key] for key in METRICS}, std, is_best, row, published, difference, spread)
 
 
 def heat(run: Run, test: str) -> dict[str, Any]:
@@ -136,7 +143,18 @@ def heat(run: Run, test: str) -> dict[str, Any]:
         "compared": None if control is None else (control, best),
         "best": best,
         "confusions": confusions(run, best, test),
+        "matrices": [(model, matrix(run, model, test)) for model in filter(None, (best, control))],
     }
+
+
+def matrix(run: Run, model: str, test: str) -> list[tuple[str, Any, list[float | None], int]]:
+    """A row for each class of the labels: its name, colour, shares of its pixels by predicted class, and their number.
+    The last column, where there is one, is of pixels that are predicted as no class."""
+    counts = (run.score(model, test) or {})["confusion"]
+    return [
+        (name, colour, [count / sum(row) if sum(row) else None for count in row], sum(row))
+        for name, colour, row in zip(run.classes.classes, run.classes.palette, counts, strict=True)
+    ]
 
 
 def confusions(run: Run, model: str, test: str) -> list[tuple[str, str, float]]:

@@ -24,16 +24,19 @@ class Method(NamedTuple):
     what: str
     needs_reference: bool = True
     needs_positions: bool = False  # of feature maps: the stage `score` then compares each frame with the reference
+    is_ranking: bool = (
+        True  # by a score of each frame, so that ranks follow from scores; else a set is chosen, or chance
+    )
 
 
 METHODS: Final[Mapping[str, Method]] = {
-    "fid-subset": Method("the set with the smallest FID, with a bound that no other set can beat"),
+    "fid-subset": Method("the set with the smallest FID, with a bound that no other set can beat", is_ranking=False),
     "pooled": Method("frame by frame, by the distance to the mean, as the thesis"),
     "spatial": Method("frame by frame, by the Frechet distance over positions", needs_positions=True),
     "mahalanobis": Method("frame by frame, by density"),
     "histogram": Method("frame by frame, by brightness"),
-    "herding": Method("by kernel herding"),
-    "random": Method("the control", needs_reference=False),
+    "herding": Method("by kernel herding", is_ranking=False),
+    "random": Method("the control", needs_reference=False, is_ranking=False),
 }
 """All methods there are, and the only list of them: recipes, command line and tests read it. The function of each lies
 in selection/methods.py under its name (fid-subset: fid_subset)."""

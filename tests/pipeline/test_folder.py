@@ -65,7 +65,12 @@ def run_in(folder: Location, recipe_folder: Path) -> Run:
 
     commits = {
         DAY: day,
-        SELECT: commit(folder, SELECT, {"evidence.json": json_of({"cut": None})}, tables={"frames.parquet": ranked}),
+        SELECT: commit(
+            folder,
+            SELECT,
+            {"evidence.json": json_of({"cut": None, "method": "pooled"})},
+            tables={"frames.parquet": ranked},
+        ),
         TRAIN: commit(
             folder,
             TRAIN,
