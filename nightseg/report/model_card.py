@@ -69,7 +69,7 @@ def _spread(run: Run, model: str, test: str, training: str) -> dict[str, Any]:
     """The interval over frames and the gain over the control, of a model with one training; of several the report
     tells."""
     if len(run.results["models"][model].get("trainings", {training: None})) > 1:
-        return {}
+        return dict.fromkeys(("interval", "control", "gain", "gain_interval"))
     control = control_of(run, model, test)
     return {
         "interval": miou_spread(run, model, test),

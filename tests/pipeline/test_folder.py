@@ -163,3 +163,13 @@ def test_curves_have_the_name_of_their_model_while_it_trains(tmp_path: Path) -> 
     (attempt / "tensorboard/events").write_bytes(b"x")
     assert (tmp_path / "run/tensorboard/m/events").exists()
     assert (tmp_path / "run/tensorboard/translator unit/events").exists()
+
+
+def test_models_of_several_seeds_have_a_card_each(tmp_path: Path) -> None:
+    run = run_in(Location.of(tmp_path / "run"), tmp_path)
+    one = run.results["models"]["m"]["trainings"]["m"]
+    trainings = {"m": one, "m.seed1": one | {"seed": 1}}
+    models = {"m": run.results["models"]["m"] | {"trainings": trainings}}
+    lay_out(Run(run.folder, run.results | {"models": models}), run.folder)
+    for name, seed in (("m", 0), ("m.seed1", 1)):
+        assert f"seed {seed})" in (run.folder / f"models/{name}/README.md").read_bytes().decode()
