@@ -111,9 +111,10 @@ def _extractor_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def init(day: str, night: str, labels: str | None, taxonomy: str | None, out: str, overwrite: bool) -> Answer:
     """Write a first recipe for your frames.
 
-    For labelled DAY frames and NIGHT frames without labels. Looks at both folders and finds out what it can: where images and labels are (train and val folders, or split lists
-    that it writes beside the recipe), which names belong together, ids or colours, known class lists, sizes, whether
-    the night folder holds nights only. Says what it assumed, and what you should check; both stand in the recipe, too.
+    For labelled DAY frames and NIGHT frames without labels. Looks at both folders and finds out what it can: where
+    images and labels are (train and val folders, or split lists that it writes beside the recipe), which names belong
+    together, ids or colours, known class lists, sizes, whether the night folder holds nights only. Says what it assumed
+    and what you should check; both stand in the recipe, too.
 
     \b
     DAY     Cityscapes, BDD100K, Mapillary Vistas, ACDC as they are published, or any folder of images with labels

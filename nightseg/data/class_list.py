@@ -109,7 +109,8 @@ def _taxonomy(listed: ClassList, where: str) -> Taxonomy:
         encodings.setdefault(FROM_ONE, {0: IGNORE, **{index + 1: index for index in range(len(names))}, IGNORE: IGNORE})
     palette = _palette(listed)
     for train_id, colour in enumerate(palette):
-        colors.setdefault(packed(colour), train_id)
+        if palette.count(colour) == 1:  # else nobody can tell which of them a pixel is
+            colors.setdefault(packed(colour), train_id)
     colors.setdefault(packed((0, 0, 0)), IGNORE)
     return Taxonomy(listed.name, names, palette, encodings, colors)
 

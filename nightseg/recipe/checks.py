@@ -7,6 +7,7 @@ does not hide an unknown name or a cycle.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, NamedTuple
@@ -448,7 +449,7 @@ def _missing_folders(sections: _Sections) -> Iterator[Problem]:
             known = {key: value for key, value in entry.items() if key in keys}
             check_folders(FolderDataset(root=root, **known))
         except UserError as error:
-            yield Problem(path, str(error))
+            yield Problem((*path[:-1], _key_at_fault(error)), str(error))
         except ValidationError:
             continue  # the types say so
         except OSError as error:
@@ -459,6 +460,12 @@ def _key_of(root: str, roots: Mapping[str, Any], path: tuple[str, ...]) -> str:
     """The key that moves the folder: that of `roots` which it was made of, if one was."""
     used = [name for name, part in roots.items() if isinstance(part, str) and part and part in root]
     return f"roots.{used[0]}" if used else ".".join(path)
+
+
+def _key_at_fault(error: UserError) -> str:
+    """Of a dataset in folders, by what the layout says of it."""
+    found = re.match(r"(?:layout pairs: )?(images|labels|split_list)\b", error.what)
+    return found[1] if found else "split" if " split " in error.what.partition(";")[0] else "root"
 
 
 # -- raw mappings ----------------------------------------------------------------------------------------------------

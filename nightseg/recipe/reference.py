@@ -42,7 +42,7 @@ def _at(kind: type[BaseModel], path: Path) -> list[Schema]:
     whole = kind.model_json_schema()
     found = _alternatives(whole, whole.get("$defs", {}))
     for part in path:
-        tagged = [schema for schema in found if schema.get("title") == _TAGS.get(part)] if len(found) > 1 else []
+        tagged = [one for one in found if part in _TAGS and one.get("title") == _TAGS[part]] if len(found) > 1 else []
         below = [inner for schema in found if (inner := _below(schema, str(part))) is not None]
         found = tagged or [one for schema in below for one in _alternatives(schema, whole.get("$defs", {}))] or found
     return found

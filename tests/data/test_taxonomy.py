@@ -220,6 +220,9 @@ def test_labels_in_colours() -> None:
     assert rest.to_train_ids(rgb((1, 2, 3), sky), "colors").tolist() == [[255, 1]]
     black = taxonomy(ClassList(classes=[ListedClass(name="r", color=(0, 0, 0)), ListedClass(name="s", color=sky)]))
     assert black.to_train_ids(rgb((0, 0, 0)), "colors").tolist() == [[0]], "unless it is the colour of one"
+    alike = taxonomy(ClassList(classes=[ListedClass(name="r", color=road), ListedClass(name="s", color=road)]))
+    with pytest.raises(BadFrame, match=r"colours \[128, 64, 128\] \(1 pixels\) are not in"):
+        alike.to_train_ids(rgb(road), "colors")
 
 
 def test_published_colours() -> None:
