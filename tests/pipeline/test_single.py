@@ -502,3 +502,22 @@ def test_all_that_is_wrong_with_two_folders_is_one_message(tmp_path: Path) -> No
     for name in (*names[:-1], "alone", "gone"):
         assert sum(f"{name}.png" in problem for problem in problems) == 1, name
     assert not any("sound.png" in problem for problem in problems)
+
+
+# -- labels in colours -------------------------------------------------------------------------------------------------
+
+
+def test_labels_in_colours_are_scored_where_one_says_so(tmp_path: Path) -> None:
+    ids = np.array([[3, 3, 0, 255], [3, 8, 8, 0]], np.uint8)
+    colours = np.zeros((256, 3), np.uint8)
+    colours[[0, 3, 8]] = (128, 128, 128), (128, 64, 128), (64, 0, 128)  # of camvid11
+    where = folders(tmp_path, {"a.png": ids}, {"a.png": colours[ids]})
+    found = evaluate_folders(*where, label_encoding="colors")
+    assert (found["miou"], found["label_encoding"], found["labels"]["valid"]) == (1.0, "colors", 7 / 8)
+    with pytest.raises(UserError, match="say that the encoding of the labels is colors"):
+        evaluate_folders(*where)
+    (tmp_path / "labels" / "a.png").write_bytes(
+        encode_png(np.where(colours[ids] == 0, 9, colours[ids]).astype(np.uint8))
+    )
+    with pytest.raises(UserError, match=r"colours \[9, 9, 9\] \(1 pixels\).* are not in"):
+        evaluate_folders(*where, label_encoding="colors")
