@@ -47,6 +47,7 @@ TEST_SHARE: Final = 0.2  # of the frames, where the data set says nothing
 MOST_TWILIGHT: Final = 0.2  # of the night frames that are none, above which the folder counts as unsorted
 _SAMPLED: Final = 3  # files of a kind that are opened to see what they are
 _LABELS_READ: Final = 60
+_LABELS_READ_FOR_IDS: Final = 600  # where their ids are all that is known of the classes
 _NIGHTS_READ: Final = 48
 _CLASS_LISTS: Final = (
     "classes.yaml", "classes.yml", "class_dict.csv", "classes.csv", "labelmap.txt", "label_colors.txt", "classes.txt",
@@ -428,6 +429,10 @@ def _classes(found: Found, frames: Sequence[Candidate], root: Location, given: s
             f"the classes are those of {found.taxonomy} ({why}), the labels are read as {found.encoding}"
         )
         return
+    if len(labelled) > _LABELS_READ:
+        more = [label for uri in _spread(labelled, _LABELS_READ_FOR_IDS) if (label := _label(uri, found)) is not None]
+        found.seen = _seen([label for label in more if (label.ids.dtype == np.uint32) == in_colours])
+        found.assumed.append(f"for the classes {len(more)} of {len(labelled)} labels were read")
     _made_up(found, in_colours)
 
 

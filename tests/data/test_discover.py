@@ -126,6 +126,14 @@ def test_unknown_ids_become_classes_without_names(tmp_path: Path, night: Path) -
     assert any("give the classes their names" in line for line in seen.to_check)
 
 
+def test_ids_of_few_frames_are_found(tmp_path: Path, night: Path) -> None:
+    names = tuple(f"{index:03d}" for index in range(80))
+    day = frames(tmp_path / "day", "images/{}.jpg", "labels/{}.png", names=names)
+    put(day / "labels" / "001.png", label(1, (6, 1, 9)))
+    seen = found(day, night)
+    assert isinstance(seen.taxonomy, ClassList) and [one.ids for one in seen.taxonomy.classes] == [1, 6, 7, 9]
+
+
 def test_unknown_colours_become_classes_without_names(tmp_path: Path, night: Path) -> None:
     own = ((1, 2, 3), (0, 0, 0), (9, 9, 9))
     day = frames(tmp_path / "day", "images/{}.jpg", "labels/{}.png", lambda n: in_colours(n, own))
