@@ -52,6 +52,7 @@ Frames: no torch, no ray
     data/layouts.py         folder layouts; predictions and labels of two folders, by name
     data/discover.py        what two folders hold: layout, labels, classes, sizes, light
     data/sources.py         a file, folder, pattern, table or video as frames to read
+    data/overlay.py         classes in their colours over a frame, and their legend
     data/video.py           videos as frames, frames as a video
     data/day_night.py       day, night and twilight by luminance histograms
     data/thumbnails.py      near duplicates by mean brightness
@@ -190,18 +191,55 @@ The command line
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from PIL import Image
+
+    from nightseg.pipeline.run import Adapted
+    from nightseg.pipeline.single import FolderScores
     from nightseg.segmenter.predict import Segmenter
+
+__all__ = ["evaluate", "load_model", "overlay", "run"]
+
+
+def run(
+    recipe: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    *,
+    run_dir: str | Path | None = None,
+    only: str | None = None,
+    progress: bool = True,
+) -> Adapted:
+    """Run a recipe to its report, as `nightseg run` does: what is committed is skipped, what was interrupted continues.
+
+    recipe: a YAML file, or what one would hold as a mapping. overrides: `["training.epochs=3"]` or
+    `{"training.epochs": 3}`. run_dir: where the run lies, by default runs/NAME. only: this model and what it needs.
+    progress: lines on standard error.
+    Returns the run: `.scores` (model -> test set -> mIoU in [0, 1]), `.results` (results.json), `.report`, `.models`
+    and `.load(model)`. Raises UserError, before anything starts, with all that is wrong with the recipe.
+    """
+    from nightseg.pipeline.run import adapt
+    from nightseg.progress import progress_for
+
+    if isinstance(overrides, Mapping):
+        overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()]
+    elif isinstance(overrides, str):
+        overrides = [overrides]
+    place = None if run_dir is None else str(run_dir)
+    return adapt(recipe, overrides, run_dir=place, only=only, progress=progress_for(quiet=not progress))
 
 
 def load_model(path: str | Path, device: str | None = None) -> Segmenter:
     """Open a model folder, or `RUN_DIR:MODEL` of a finished run.
 
     Returns a callable: uint8 RGB image (H, W, 3) -> (uint8 train ids (H, W), float32 confidence (H, W) in (0, 1]).
-    Images of Pillow and tensors are taken, too; what may mean several things is refused with its shape.
+    Images of Pillow, tensors and paths of image files are taken, too; what may mean several things is refused with its
+    shape. Many frames (a list, an iterator, a folder, a pattern, a video) give an iterator: only a few of them are in
+    memory at a time.
     `device` is "cpu" or "cuda"; by default CUDA where there is one. A tiled and test-time augmented prediction with the
     same weights: `segment.using(window=(512, 1024), flip=True, scales=(0.75, 1.0, 1.25))`.
     Raises UserError if there is no such model.
@@ -210,3 +248,51 @@ def load_model(path: str | Path, device: str | None = None) -> Segmenter:
     from nightseg.segmenter.predict import Segmenter
 
     return Segmenter(model_folder(path), device)
+
+
+def evaluate(
+    predicted: Segmenter | str | Path,
+    labels: str | Path,
+    *,
+    images: str | Path | None = None,
+    taxonomy: str | None = None,
+    label_encoding: str | None = None,
+    absent_class: Literal["cityscapes", "detectron2"] = "cityscapes",
+    boundary: float | None = None,
+    device: str | None = None,
+    progress: bool = False,
+) -> FolderScores:
+    """Score a model, or predictions that it made, against a folder of labels, paired by name.
+
+    predicted: what `load_model` returned or takes, with the folder of `images`; or a folder of masks of train ids, as
+    `nightseg predict` writes them. taxonomy: a name (camvid11) or a file; by default the classes of the model.
+    label_encoding: what the ids of the labels mean; by default what their names and ids tell. absent_class: a class
+    that is predicted but not in the labels counts as IoU 0, or is left out. boundary: boundary IoU, too, within this
+    share of the diagonal. device: of a model that is named.
+    Returns `.miou`, `.pa`, `.ca`, `.fwiou`, `.iou` (by class), fractions in [0, 1]; `.frames`; `.details`.
+    Raises UserError: no such folder or model, a label without prediction, other sizes, unknown ids, damaged files.
+    """
+    from nightseg.pipeline.single import evaluate as score
+    from nightseg.progress import progress_for
+
+    return score(
+        predicted, labels, images=images, taxonomy=taxonomy, label_encoding=label_encoding, absent_class=absent_class,
+        boundary=boundary, device=device, progress=progress_for(quiet=not progress),
+    )  # fmt: skip
+
+
+def overlay(
+    image: Any, labels: Any = None, taxonomy: str | None = None, *, legend: bool = False, opacity: float = 0.5
+) -> Image.Image:
+    """A frame with its classes in colour, as an image of Pillow: notebooks show it, `.save(FILE)` keeps it.
+
+    image: as `load_model` takes it, or what a model returned, which has both image and labels. labels: what a model
+    returned, uint8 train ids (H, W), or a mask file. taxonomy: whose train ids they are (a name or a file); known where
+    a model returned them. legend: colours and names of all classes below. opacity: of the colours, 0 to 1.
+    Raises UserError: sizes that differ, labels whose classes nobody says, no image.
+    """
+    from nightseg.data.class_list import taxonomy as class_list
+    from nightseg.segmenter.predict import overlay as drawn
+
+    classes = None if taxonomy is None else class_list(taxonomy)
+    return drawn(image, labels, classes, legend=legend, opacity=opacity)

@@ -371,6 +371,9 @@ def _factors(context: click.Context, parameter: click.Parameter, text: str) -> t
 @click.option("--out", required=True, metavar="DIR", help="Gets the masks, and a folder for each other picture.")
 @click.option("--save", default="mask", metavar="LIST", help="Any of mask,color,overlay,confidence.")
 @click.option("--overlay-video", is_flag=True, help="Of a video: the overlays as NAME.overlay.mp4, too.")
+@click.option(
+    "--legend", is_flag=True, help="The classes below pictures in colours, and in legend.jpg: masks are data."
+)
 @_inference_options
 @click.option("--device", help="cpu, cuda or cuda:N. Default: CUDA where there is one; with --actors, cpu.")
 @click.option("--batch", default=8, type=click.IntRange(1), help="Frames, or windows, at a time.")
@@ -383,6 +386,7 @@ def predict(
     out: str,
     save: str,
     overlay_video: bool,
+    legend: bool,
     device: str | None,
     batch: int,
     max_bad_fraction: float,
@@ -415,6 +419,7 @@ def predict(
         inference=inference,
         device=device,
         overlay_video=overlay_video,
+        legend=legend,
         max_bad_fraction=max_bad_fraction,
         compute=MapCompute(actors=compute.actors, gpus_per_actor=gpus, batch=batch),
         progress=progress_for(),

@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from itertools import takewhile
+from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from nightseg.cluster import ray as cluster
 from nightseg.cluster.settings import MapCompute, TrainCompute
@@ -18,7 +19,7 @@ from nightseg.networks.downloads import allow_downloads
 from nightseg.pipeline import build, classes, leaks
 from nightseg.pipeline.folder import keep_earlier, lay_out, show_curves
 from nightseg.pipeline.graph import FRAME_STAGES, Graph, Node, NodeId
-from nightseg.pipeline.results import RECIPE_NAME, RESULTS_NAME, gather, sealed
+from nightseg.pipeline.results import RECIPE_NAME, RESULTS_NAME, gather, model_folder, sealed
 from nightseg.progress import Progress
 from nightseg.recipe import load_recipe, save_recipe
 from nightseg.recipe.types import Recipe
@@ -34,6 +35,9 @@ from nightseg.storage import (
     Workspace,
     check_contents,
 )
+
+if TYPE_CHECKING:
+    from nightseg.segmenter.predict import Segmenter
 
 
 class Outcome(NamedTuple):
@@ -52,6 +56,42 @@ class Adapted(NamedTuple):
     outcome: Outcome
     report: Location
 
+    @property
+    def results(self) -> dict[str, Any]:
+        """The content of results.json."""
+        return self.outcome.results
+
+    @property
+    def models(self) -> list[str]:
+        """What `load` opens, in the order of the recipe."""
+        return list(self.results["models"])
+
+    @property
+    def scores(self) -> dict[str, dict[str, float | None]]:
+        """Model -> test set -> mIoU in [0, 1], the mean over the seeds."""
+        return {
+            model: {test: scores.get("mean", scores)["miou"] for test, scores in facts["tests"].items()}
+            for model, facts in self.results["models"].items()
+        }
+
+    def load(self, model: str, device: str | None = None) -> Segmenter:
+        """A model of the run as a callable: see `nightseg.load_model`. Raises UserError if there is no such model."""
+        from nightseg.segmenter.predict import Segmenter
+
+        return Segmenter(model_folder(f"{self.folder}:{model}"), device)
+
+    def __repr__(self) -> str:
+        tests = list(dict.fromkeys(test for found in self.scores.values() for test in found))
+        rows = [["mIoU in percent", *tests]]
+        for model, found in self.scores.items():
+            rows.append([model, *(f"{100 * v:.1f}" if (v := found.get(test)) is not None else "-" for test in tests)])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        table = [
+            "  ".join(w.ljust(n) if not k else w.rjust(n) for k, (w, n) in enumerate(zip(row, widths, strict=True)))
+            for row in rows
+        ]
+        return "\n".join([f"run {self.folder}", *table, f"report: {self.report}"])
+
 
 class Planned(NamedTuple):
     """One line of the dry run."""
@@ -64,14 +104,14 @@ class Planned(NamedTuple):
 
 
 def adapt(
-    recipe_file: str,
+    recipe_file: str | Path | Mapping[str, Any],
     overrides: Sequence[str] = (),
     *,
     run_dir: str | None = None,
     only: str | None = None,
     progress: Progress,
 ) -> Adapted:
-    """The whole way: a recipe file in; a night model, results.json and report.html out.
+    """The whole way: a recipe (file or mapping) in; a night model, results.json and report.html out.
 
     Raises UserError before anything starts when the recipe is wrong.
     """

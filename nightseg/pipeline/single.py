@@ -11,18 +11,24 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import PurePosixPath
-from typing import Any
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import yaml
+from pydantic import ValidationError
 
 from nightseg.cluster.settings import MapCompute
 from nightseg.data import layouts
 from nightseg.data import table as frame
+from nightseg.data.class_list import known_taxonomies
 from nightseg.data.class_list import taxonomy as load_taxonomy
+from nightseg.data.images import encode_jpeg
 from nightseg.data.layouts import Pair, Unpaired, pair_up
 from nightseg.data.listing import PREDICTION_CARD, predicted_taxonomy
+from nightseg.data.overlay import legend as drawn_legend
 from nightseg.data.settings import FolderDataset
 from nightseg.data.sources import Source, find_source
 from nightseg.data.video import need_av
@@ -30,11 +36,11 @@ from nightseg.errors import all_of, first_of, together
 from nightseg.networks.model_folder import TENSORS, load_card
 from nightseg.pipeline import build, run
 from nightseg.pipeline.graph import Given, NodeId, part_of_key
-from nightseg.pipeline.results import model_folder
+from nightseg.pipeline.results import RESULTS_NAME, model_folder
 from nightseg.progress import Progress
 from nightseg.recipe.types import Evaluation, Recipe
 from nightseg.segmenter.network import check_kind
-from nightseg.segmenter.predict import Picture, usable_device
+from nightseg.segmenter.predict import Picture, Segmenter, card_taxonomy, usable_device
 from nightseg.segmenter.settings import Inference
 from nightseg.selection.features import DIMS, identify
 from nightseg.selection.frechet import (
@@ -49,6 +55,10 @@ from nightseg.selection.frechet import (
 from nightseg.selection.settings import Extraction, Selection
 from nightseg.stages.predict import check_pictures, picture_files
 from nightseg.storage import Location, UserError, hash_of, sha256_of
+
+LEGEND = "legend.jpg"  # no PNG: those of the folder are masks
+_LEGEND_WIDTH: Final = 640
+_BATCH: Final = 8  # frames at a time
 
 
 def split_folder(
@@ -281,6 +291,7 @@ def predict_frames(
     inference: Inference,
     device: str | None = None,
     overlay_video: bool = False,
+    legend: bool = False,
     max_bad_fraction: float = 1.0,
     compute: MapCompute,
     progress: Progress,
@@ -289,7 +300,8 @@ def predict_frames(
 
     The mask of `a/b.jpg` is `<out>/a/b.png`, its other pictures `<out>/<picture>/a/b.*`; frame 7 of the video `a/c.mp4`
     is `a/c/000007` in the same way. Frames that cannot be used do not stop the rest: `<out>/quarantine.json` lists
-    them with their reasons. `device` None: CUDA where there is one; with actors, the CPU. Videos need no actors.
+    them with their reasons. With `legend` the classes stand below the pictures in their colours, and in `LEGEND`:
+    masks are data. `device` None: CUDA where there is one; with actors, the CPU. Videos need no actors.
 
     Raises UserError: no model, nothing to read, none of it usable or more than `max_bad_fraction` bad, two frames that
     would be written to one file.
@@ -304,7 +316,7 @@ def predict_frames(
     _check_source(found, pictures, overlay_video, compute.actors, source, out)
     sha256 = {"model": hash_of([card, sha256_of((weights / TENSORS).read_bytes())]), "source": found.identity}
     images = Given(frame.frame_table(found.images), found.identity) if found.images else None
-    settings = {"save": pictures, "inference": inference}
+    settings = {"save": pictures, "inference": inference, "legend": legend}
     unhashed = {"model": weights, "out": out, "device": device}
     graph = build.prediction_graph(
         images, found.videos, found.identity, settings, overlay_video, unhashed, sha256["model"], compute
@@ -325,6 +337,8 @@ def predict_frames(
         "taxonomy": card["taxonomy"]["name"],
         "seconds": round(time.monotonic() - started, 3),
     }
+    if legend:
+        (out / LEGEND).write_bytes(encode_jpeg(drawn_legend(card_taxonomy(card), _LEGEND_WIDTH)))
     (out / PREDICTION_CARD).write_json(answer | {"inference": part_of_key(inference), "sha256": sha256})
     return answer
 
@@ -458,3 +472,98 @@ def _check_classes(predictions: Location, taxonomy: str, label_encoding: str | N
             f"{predictions}: its masks are train ids of the taxonomy {predicted}, and not of {classes.name}",
             cure=f"evaluate against labels of {predicted}, with that taxonomy",
         )
+
+
+class FolderScores(NamedTuple):
+    """Scores on a labelled folder, fractions in [0, 1]; None: a class that is neither there nor found."""
+
+    miou: float | None
+    pa: float | None
+    ca: float | None
+    fwiou: float | None
+    iou: dict[str, float | None]
+    frames: int
+    details: dict[str, Any]  # what `nightseg evaluate` answers in JSON, confusion matrix and label encoding included
+
+    def __repr__(self) -> str:
+        names = {"mIoU": self.miou, "PA": self.pa, "CA": self.ca, "FWIoU": self.fwiou}
+        of_all = ", ".join(f"{name} {_percent(value)}" for name, value in names.items())
+        by_class = ", ".join(f"{name} {_percent(value)}" for name, value in self.iou.items())
+        return f"FolderScores({self.frames} frames, percent: {of_all}; IoU: {by_class})"
+
+
+def _percent(fraction: float | None) -> str:
+    return "-" if fraction is None else f"{100 * fraction:.1f}"
+
+
+def evaluate(
+    predicted: Any,
+    labels: str | Path,
+    *,
+    images: str | Path | None = None,
+    taxonomy: str | None = None,
+    label_encoding: str | None = None,
+    absent_class: Literal["cityscapes", "detectron2"] = "cityscapes",
+    boundary: float | None = None,
+    device: str | None = None,
+    progress: Progress,
+) -> FolderScores:
+    """See `nightseg.evaluate`."""
+    try:
+        evaluation = Evaluation(absent_class=absent_class, boundary=boundary)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(
+            f"{first['loc'][0]}: {first['msg']}, not {first['input']!r}", cure="see the docstring"
+        ) from None
+
+    def scored(predictions: Location, classes: str) -> FolderScores:
+        found = evaluate_folders(
+            predictions, Location.of(labels), classes, label_encoding=label_encoding, evaluation=evaluation,
+            compute=MapCompute(actors=0), progress=progress,
+        )  # fmt: skip
+        return FolderScores(**{key: found[key] for key in FolderScores._fields if key in found}, details=found)
+
+    segmenter = _as_segmenter(predicted, device)
+    if segmenter is None:
+        place = Location.of(predicted)
+        known = taxonomy or predicted_taxonomy(place)
+        if known is None:
+            raise UserError(
+                f"{place}: nothing says whose classes these predictions are", cure="give `taxonomy`: a name or a file"
+            )
+        return scored(place, known)
+    if images is None:
+        raise UserError(
+            f"{segmenter.folder}: a model needs the frames that the labels belong to",
+            cure="give `images`: their folder",
+        )
+    with TemporaryDirectory(prefix="nightseg-") as work:
+        masks = Location.of(work) / "masks"
+        predict_frames(
+            segmenter.folder, str(images), masks, save=("mask",), inference=segmenter.inference,
+            device=str(segmenter.device), max_bad_fraction=0.0, compute=MapCompute(actors=0, batch=_BATCH),
+            progress=progress,
+        )  # fmt: skip
+        return scored(masks, taxonomy or _class_list_of(segmenter, Location.of(work)))
+
+
+def _as_segmenter(predicted: Any, device: str | None) -> Segmenter | None:
+    """The model that somebody names; None for a folder of predictions."""
+    if isinstance(predicted, Segmenter):
+        return predicted
+    place = Location.of(predicted)
+    if place.is_folder() and not any((place / name).exists() for name in ("model.json", RESULTS_NAME)):
+        return None
+    return Segmenter(model_folder(predicted), device)
+
+
+def _class_list_of(segmenter: Segmenter, work: Location) -> str:
+    """The model's classes by their name, where it is a known one with these classes, else as a file."""
+    classes = segmenter.taxonomy
+    if classes.name in known_taxonomies() and load_taxonomy(classes.name).classes == classes.classes:
+        return classes.name
+    listed = [{"name": name, "color": list(c)} for name, c in zip(classes.classes, classes.palette, strict=True)]
+    file = work / "classes.yaml"
+    file.write_bytes(yaml.safe_dump({"name": classes.name, "classes": listed}, allow_unicode=True).encode())
+    return file.uri

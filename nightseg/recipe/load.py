@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Final, NamedTuple, TypeVar
 
 import yaml
@@ -47,15 +47,15 @@ class Source(NamedTuple):
     origins: dict[tuple[str, ...], tuple[str, ...]]  # what a model was given -> the recipe's key that it is from
 
 
-def load_recipe(file: str | Path | Location, overrides: Sequence[str] = ()) -> Recipe:
-    """Read, override and check a recipe; raises `RecipeError` with all errors at once."""
+def load_recipe(file: str | Path | Location | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override and check a recipe, a file or its content; raises `RecipeError` with all errors at once."""
     source = _whole(file, overrides)
     return _typed(Recipe, source, recipe_problems(source.data))
 
 
-def _whole(file: str | Path | Location, overrides: Sequence[str]) -> Source:
+def _whole(file: str | Path | Location | Mapping[str, Any], overrides: Sequence[str]) -> Source:
     """The recipe with all that it does not say, unchecked."""
-    source = _read_recipe(Location.of(file), str(file))
+    source = _given(file) if isinstance(file, Mapping) else _read_recipe(Location.of(file), str(file))
     _override(source, overrides)
     _fill_roots(source)
     models = _entries(source, "models")
@@ -141,6 +141,25 @@ def _read(file: Location, shown: str, what: str, is_base: bool = False) -> Sourc
     unmerge(parsed.data, parsed.marks)
     places = {path: f"{within}line {line}" for path, line in parsed.lines.items()}
     return Source(parsed.data, places, shown, problems, {})
+
+
+def _given(content: Mapping[str, Any]) -> Source:
+    """A recipe that is no file: what Python has for YAML's values is taken, and a base is relative to where we are."""
+    data = _plain(content)
+    if (base := data.pop("base", None)) is not None:
+        data = over(_read_recipe(Location.of(str(base)), str(base), {"": "recipe"}).data, data)
+    return Source(data, {}, "recipe", [], {})
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case Mapping():
+            return {str(key): _plain(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_plain(item) for item in value]
+        case PurePath() | Location():
+            return str(value)
+    return value
 
 
 def _read_recipe(file: Location, shown: str, above: Mapping[str, str] = NOTHING) -> Source:

@@ -16,11 +16,13 @@ B = batch, C = colours, K = classes, H W = height and width of a frame or of the
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
+from pathlib import PurePath
 from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
@@ -34,9 +36,12 @@ from torch import Tensor
 
 from nightseg.cluster.settings import MapCompute
 from nightseg.data import table as frame
-from nightseg.data.images import BadFrame, decode_image, encode_jpeg, encode_png, read_bytes, rgb_pixels
+from nightseg.data.images import BadFrame, decode_image, decode_label, encode_jpeg, encode_png, read_bytes, rgb_pixels
+from nightseg.data.overlay import mixed, with_legend
 from nightseg.data.prefetch import prefetch
+from nightseg.data.sources import Source, find_source
 from nightseg.data.taxonomy import Taxonomy
+from nightseg.data.video import need_av, open_video
 from nightseg.networks.model_folder import load_card, load_tensors
 from nightseg.networks.normaliser import Normaliser
 from nightseg.segmenter.augment import resize_image
@@ -53,7 +58,9 @@ from nightseg.storage import Location, UserError, sha256_of
 
 CHUNK_VALUES = 2**23  # logits of a chunk at full size: 32 MiB; below about 2 MiB chunks cost speed
 WHOLE_FRAME: Final = Inference()
+_BATCH: Final = 8  # frames of many that are in memory at a time
 SHORTEST_EDGE: Final = "shortest_edge"  # of a model card: see `input_size`
+_MOST_SHOWN: Final = 4  # classes of a frame
 _READERS: Final = 2  # threads that decode ahead; Pillow's decoders release the interpreter's lock
 
 Image = npt.NDArray[np.uint8]
@@ -63,11 +70,36 @@ PICTURES: tuple[Picture, ...] = ("mask", "color", "overlay", "confidence")
 PICTURE_SUFFIX: Mapping[Picture, str] = {"mask": ".png", "color": ".png", "overlay": ".jpg", "confidence": ".png"}
 
 
-class Segmented(NamedTuple):
-    """The prediction for one frame."""
+@dataclass(frozen=True, eq=False)
+class Segmented:
+    """The prediction for one frame; `labels, confidence = segmented`."""
 
     labels: npt.NDArray[np.uint8]  # (H, W) train ids
     confidence: npt.NDArray[np.float32]  # (H, W) softmax probability of that id, in (0, 1]
+    image: Image | None = None  # the frame, uint8 RGB (H, W, 3)
+    classes: Taxonomy | None = None  # whose train ids these are
+    name: str = ""  # of a frame that was read: its place below the folder, `<video>/000007`, or its path
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.labels, self.confidence))
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The share of the pixels of each class that is there, the largest first."""
+        if self.classes is None:
+            return {}
+        counts = np.bincount(self.labels.reshape(-1), minlength=self.classes.num_classes)
+        order = np.argsort(-counts[: self.classes.num_classes], kind="stable")
+        return {self.classes.classes[k]: float(counts[k] / self.labels.size) for k in order if counts[k]}
+
+    def __repr__(self) -> str:
+        found = list(self.shares.items())
+        shown = ", ".join(f"{name} {100 * share:.0f} %" for name, share in found[:_MOST_SHOWN])
+        more = f", {len(found) - _MOST_SHOWN} more" if len(found) > _MOST_SHOWN else ""
+        height, width = self.labels.shape
+        what = f"{self.name or 'a frame'}, {height} x {width}"
+        sure = f"mean confidence {float(self.confidence.mean(dtype=np.float64)):.2f}"
+        return f"Segmented({what}{': ' if shown else ''}{shown}{more}; {sure})"
 
 
 def inference_settings(**changes: Any) -> Inference:
@@ -94,6 +126,7 @@ class Segmenter:
     def __init__(self, folder: Location, device: str | None = None, inference: Inference = WHOLE_FRAME) -> None:
         tensors, card = load_tensors(folder)
         check_kind(folder, card)
+        self.folder = folder
         self.card: Mapping[str, Any] = card
         self.device = usable_device(device)
         self.inference = inference
@@ -118,17 +151,60 @@ class Segmenter:
     @property
     def taxonomy(self) -> Taxonomy:
         """The class list the model was trained with; it has names and colours, and no label encodings."""
-        part = self.card["taxonomy"]
-        palette = tuple((red, green, blue) for red, green, blue in part["palette"])
-        return Taxonomy(part["name"], tuple(part["classes"]), palette, {})
+        return card_taxonomy(self.card)
 
-    def __call__(self, image: object) -> Segmented:
-        """uint8 RGB (H, W, 3) -> (labels uint8 (H, W), confidence float32 (H, W)), at the image's size.
+    def __repr__(self) -> str:
+        name, classes = self.card["taxonomy"]["name"], self.card["taxonomy"]["classes"]
+        size = self.card["input_size"]
+        seen = f"frames resized to {size[0]} x {size[1]}" if size else "frames at their own size"
+        if not size and self.card.get(SHORTEST_EDGE):
+            seen = f"frames with the shorter side {self.card[SHORTEST_EDGE][0]}"
+        told = [f"{key}={value}" for key, value in self.inference if value != getattr(WHOLE_FRAME, key)]
+        parts = [self.card["encoder"], f"{len(classes)} classes of {name}", seen, *told, str(self.device)]
+        return f"Segmenter({self.folder}: {', '.join(parts)})"
 
-        Also Pillow's images and tensors (`data.images.rgb_pixels`); UserError names the shape of anything else. Nobody
-        can see the order of colours: OpenCV reads BGR, so give `image[..., ::-1]`.
+    def __call__(self, given: Any) -> Any:
+        """One frame -> `Segmented`: labels uint8 (H, W) and confidence float32 (H, W) at its size. Many -> `frames`.
+
+        A frame is uint8 RGB (H, W, 3), an image of Pillow, a tensor (`data.images.rgb_pixels`), or the path of an image
+        file. UserError names the shape of anything else. Nobody can see the order of colours: OpenCV reads BGR, so give
+        `image[..., ::-1]`. Many frames are a list, a tuple, an iterator, a folder, a pattern, a frame table, a video.
         """
-        return self.batch([image])[0]
+        if isinstance(given, str | PurePath | Location):
+            source = find_source(str(given), _warn)
+            if Location.of(str(given)).exists() and [row[frame.URI] for row in source.images] == [_uri(given)]:
+                return self.batch([_opened(given)])[0]
+            return self._of_source(source, _BATCH)
+        return self.frames(given) if _is_many(given) else self.batch([given])[0]
+
+    def frames(self, given: Any, batch: int = _BATCH) -> Iterator[Segmented]:
+        """Segments many frames one after the other, `batch` at a time; never more of them are in memory.
+
+        given: a folder, a quoted pattern, a frame table or a video (`data.sources.find_source`), or a list or iterator
+            of frames as a call takes them. A frame that a listing found and that cannot be used is left out with a
+            warning, as in `nightseg predict`; one that was named is an error. Raises UserError.
+        """
+        if batch < 1:
+            raise UserError(f"batch: {batch} frames at a time", cure="at least 1")
+        if isinstance(given, str | PurePath | Location):
+            return self._of_source(find_source(str(given), _warn), batch)
+        if not _is_many(given):
+            raise UserError(
+                f"frames: it is {type(given).__name__}, not many frames", cure="give a list of frames, or call with one"
+            )
+        named = ((str(one) if isinstance(one, str | PurePath) else "", one) for one in given)
+        opened = ((name, _opened(one, f"image {number}")) for number, (name, one) in enumerate(named))
+        return self._in_batches(opened, batch)
+
+    def _of_source(self, source: Source, batch: int) -> Iterator[Segmented]:
+        if source.videos:
+            need_av()
+        return self._in_batches(_images_of(source, batch), batch)
+
+    def _in_batches(self, images: Iterator[tuple[str, Image]], batch: int) -> Iterator[Segmented]:
+        while some := list(islice(images, batch)):
+            for (name, _), segmented in zip(some, self.batch([image for _, image in some]), strict=True):
+                yield replace(segmented, name=name)
 
     @torch.inference_mode()
     def batch(self, given: Sequence[object]) -> list[Segmented]:
@@ -150,7 +226,12 @@ class Segmenter:
                     for index, logits in zip(members, found, strict=True):
                         passes[index].append(logits)
         sizes = [(image.shape[0], image.shape[1]) for image in images]
-        return self._on_host([classify(seen, size) for seen, size in zip(passes, sizes, strict=True)])
+        parts = self._on_host([classify(seen, size) for seen, size in zip(passes, sizes, strict=True)])
+        classes = self.taxonomy
+        return [
+            Segmented(labels_HW, sure_HW, image, classes)
+            for (labels_HW, sure_HW), image in zip(parts, images, strict=True)
+        ]
 
     def _logits(self, inputs_BCHW: Tensor) -> Tensor:
         logits_BKhw: Tensor = self._network(self._normalise(inputs_BCHW))
@@ -169,16 +250,64 @@ class Segmenter:
             self.device, non_blocking=True
         )
 
-    def _on_host(self, found: Sequence[tuple[Tensor, Tensor]]) -> list[Segmented]:
+    def _on_host(self, found: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Any, Any]]:
         if self.device.type != "cuda":
-            return [Segmented(labels_HW.cpu().numpy(), sure_HW.cpu().numpy()) for labels_HW, sure_HW in found]
+            return [(labels_HW.cpu().numpy(), sure_HW.cpu().numpy()) for labels_HW, sure_HW in found]
         pinned = [tuple(torch.empty_like(part, device="cpu", pin_memory=True) for part in pair) for pair in found]
         for pair, there in zip(found, pinned, strict=True):
             for part, copied in zip(pair, there, strict=True):
                 copied.copy_(part, non_blocking=True)
         torch.cuda.current_stream(self.device).synchronize()
         # Copied once more: results that somebody keeps must not keep pinned memory, which the whole machine shares.
-        return [Segmented(labels_HW.numpy().copy(), sure_HW.numpy().copy()) for labels_HW, sure_HW in pinned]
+        return [(labels_HW.numpy().copy(), sure_HW.numpy().copy()) for labels_HW, sure_HW in pinned]
+
+
+# -- what a caller gives ----------------------------------------------------------------------------------------------
+
+
+def _is_many(given: object) -> bool:
+    """Lists and what yields one after the other; arrays, tensors and images are one frame, or refused as such."""
+    return isinstance(given, list | tuple | Iterator) or (
+        isinstance(given, Iterable) and not hasattr(given, "__array__") and not isinstance(given, bytes | Mapping | Set)
+    )
+
+
+def _uri(given: str | PurePath | Location) -> str:
+    return Location.of(str(given)).uri
+
+
+def _opened(given: Any, what: str = "image") -> Image:
+    """The pixels of one frame. Raises UserError that says which of several it is about."""
+    try:
+        if isinstance(given, str | PurePath | Location):
+            return decode_image(read_bytes(Location.of(str(given))))
+        return rgb_pixels(given)
+    except BadFrame as fault:
+        raise UserError(f"{given}: {fault.reason} ({fault.detail})", cure="give an intact image file") from fault
+    except UserError as error:
+        raise UserError(error.what.replace("image:", f"{what}:", 1), cure=error.cure) from error
+
+
+def _images_of(source: Source, batch: int) -> Iterator[tuple[str, Image]]:
+    for row in source.bad:
+        _warn(f"{row[frame.URI]}: {row[frame.DETAIL]}; left out")
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="nightseg-read") as readers:
+        for row, image in prefetch(readers, _read, source.images, ahead=batch):
+            if isinstance(image, BadFrame):
+                _warn(f"{row[frame.URI]}: {image.reason} ({image.detail}); left out")
+            else:
+                yield row[frame.FRAME_ID], image
+    for video in source.videos:
+        try:
+            with open_video(video.file) as clip:
+                for number, image in enumerate(clip.frames):
+                    yield f"{video.name}/{number:06d}", image
+        except BadFrame as fault:
+            _warn(f"{video.file}: {fault.reason} ({fault.detail}); the rest of it is left out")
+
+
+def _warn(note: str) -> None:
+    warnings.warn(note, stacklevel=3)
 
 
 def input_size(card: Mapping[str, Any], size: Sequence[int]) -> Size:
@@ -197,6 +326,13 @@ def input_size(card: Mapping[str, Any], size: Sequence[int]) -> Size:
         scale = most * 1.0 / max(high, wide)
         high, wide = high * scale, wide * scale
     return max(1, int(high + 0.5)), max(1, int(wide + 0.5))
+
+
+def card_taxonomy(card: Mapping[str, Any]) -> Taxonomy:
+    """The class list of a model card: names and colours, no label encodings."""
+    part = card["taxonomy"]
+    palette = tuple((red, green, blue) for red, green, blue in part["palette"])
+    return Taxonomy(part["name"], tuple(part["classes"]), palette, {})
 
 
 def usable_device(name: str | None) -> torch.device:
@@ -426,20 +562,60 @@ def _read(row: dict[str, Any]) -> tuple[dict[str, Any], Image | BadFrame]:
 # -- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def picture(kind: Picture, image_HWC: Image, segmented: Segmented, classes: Taxonomy) -> bytes:
+def picture(kind: Picture, image_HWC: Image, segmented: Segmented, classes: Taxonomy, legend: bool = False) -> bytes:
     """A prediction as a file at the frame's size: `mask` is a palette PNG of train ids, `color` an RGB PNG in the
-    classes' colours, `overlay` a JPEG of image and colours mixed evenly, `confidence` a grey PNG (255 = certain)."""
-    match kind:
-        case "mask":
-            return encode_png(segmented.labels, classes.palette)
-        case "color":
-            return encode_png(classes.colourize(segmented.labels))
-        case "overlay":
-            return encode_jpeg(overlay(image_HWC, classes.colourize(segmented.labels)))
-        case "confidence":
-            return encode_png(np.rint(segmented.confidence * 255).astype(np.uint8))
+    classes' colours, `overlay` a JPEG of image and colours mixed evenly, `confidence` a grey PNG (255 = certain).
+    With `legend`, `color` and `overlay` are higher: the classes stand below."""
+    if kind == "mask":
+        return encode_png(segmented.labels, classes.palette)
+    if kind == "confidence":
+        return encode_png(np.rint(segmented.confidence * 255).astype(np.uint8))
+    colours = classes.colourize(segmented.labels)
+    shown = mixed(image_HWC, colours) if kind == "overlay" else colours
+    shown = with_legend(shown, classes) if legend else shown
+    return encode_jpeg(shown) if kind == "overlay" else encode_png(shown)
 
 
-def overlay(image_HWC: Image, colours_HWC: Image) -> Image:
-    """Half image, half colours, rounded to nearest: uint8 (H, W, 3)."""
-    return ((image_HWC.astype(np.uint16) + colours_HWC + 1) // 2).astype(np.uint8)
+def overlay(
+    image: Any,
+    labels: Any = None,
+    classes: Taxonomy | None = None,
+    *,
+    legend: bool = False,
+    opacity: float = 0.5,
+) -> Pixels.Image:
+    """See `nightseg.overlay`."""
+    if isinstance(image, Segmented) and labels is None:
+        image, labels = image.image, image
+    if isinstance(labels, Segmented):
+        labels, classes = labels.labels, classes or labels.classes
+    if image is None or labels is None:
+        raise UserError("overlay: a frame and its labels are needed", cure="overlay(image, segment(image))")
+    if classes is None:
+        raise UserError("overlay: labels are numbers; whose classes are they?", cure="name their taxonomy")
+    if not 0 <= opacity <= 1:
+        raise UserError(f"overlay: opacity {opacity} of the colours", cure="a number from 0 to 1")
+    image_HWC, label_HW = _opened(image), _label(labels)
+    if label_HW.shape != image_HWC.shape[:2]:
+        raise UserError(
+            f"overlay: the labels have the shape {label_HW.shape}, the image {image_HWC.shape[:2]}",
+            cure="give labels of the image's size",
+        )
+    shown = mixed(image_HWC, classes.colourize(label_HW), opacity)
+    return Pixels.fromarray(with_legend(shown, classes) if legend else shown)
+
+
+def _label(given: Any) -> npt.NDArray[np.uint8]:
+    """Train ids (H, W), also from a mask file that `predict` wrote."""
+    if isinstance(given, str | PurePath | Location):
+        try:
+            return decode_label(read_bytes(Location.of(str(given))))
+        except BadFrame as fault:
+            raise UserError(f"{given}: {fault.reason} ({fault.detail})", cure="give a mask of train ids") from fault
+    label_HW = np.asarray(given.detach().cpu() if hasattr(given, "detach") else given)
+    if label_HW.ndim != 2 or label_HW.dtype.kind not in "iu" or (label_HW.size and not 0 <= label_HW.min() <= 255):
+        raise UserError(
+            f"labels: they are {label_HW.dtype} of shape {label_HW.shape}, not train ids (height, width)",
+            cure="give uint8 train ids, 255 where there is no class",
+        )
+    return label_HW.astype(np.uint8)

@@ -17,6 +17,7 @@ from nightseg.cluster.map import Work, map_shards
 from nightseg.cluster.settings import MapCompute
 from nightseg.data import table as frame
 from nightseg.data.images import BadFrame
+from nightseg.data.overlay import mixed, with_legend
 from nightseg.data.taxonomy import Taxonomy
 from nightseg.data.video import new_video, open_video
 from nightseg.progress import Progress
@@ -29,7 +30,6 @@ from nightseg.segmenter.predict import (
     RowSegmenter,
     Segmented,
     Segmenter,
-    overlay,
     picture,
 )
 from nightseg.segmenter.settings import Inference
@@ -53,12 +53,14 @@ def predict(
     inference: Inference = WHOLE_FRAME,
     device: str | None = None,
     out: Location | None = None,
+    legend: bool = False,
     **work: Unpack[Work],
 ) -> Commit:
     """Commit `predictions` (the frame's columns, mean_confidence, `<picture>_uri` and `_sha256` a picture) and
     `quarantine`; the mask's columns are `prediction_uri` and `prediction_sha256`. `frames` has absolute uris.
 
     `out`: a folder for the pictures, which are named by `picture_files`; None = they lie below the attempt.
+    `legend`: the classes stand below the pictures that show their colours.
     Raises UserError: no frame, no model, an unknown picture, more bad frames than `max_bad_fraction`.
     """
     wanted = check_pictures(save)
@@ -69,7 +71,7 @@ def predict(
     columns = [column for column in frames.column_names if column in frame.FRAME_SCHEMA.names]
     folder = model if isinstance(model, Location) else model.folder / "model"
     by = RowSegmenter(folder, work["compute"], inference, device)
-    arguments = {"by": by, "save": wanted, "out": out}
+    arguments = {"by": by, "save": wanted, "out": out, "legend": legend}
     shards = map_shards(frames.select(columns), Predictor, arguments, title=f"predict {name}", **work)
     return shards.finish("predictions", summary={"save": list(wanted)})
 
@@ -81,12 +83,13 @@ class Predictor:
     by: RowSegmenter
     save: Sequence[Picture]
     out: Location | None = None
+    legend: bool = False
     advance: Callable[[int], None] = lambda count: None
 
     def __call__(self, rows: pa.Table, folder: Location) -> Mapping[str, pa.Table]:
         made: list[tuple[dict[str, Any], Future[dict[str, str]]]] = []
         bad: list[dict[str, Any]] = []
-        with PictureWriter(self.by.segmenter.taxonomy, folder, self.save, self.out) as writer:
+        with PictureWriter(self.by.segmenter.taxonomy, folder, self.save, self.out, self.legend) as writer:
             for result in self.by.segment(rows, bad):
                 sure = float(result.segmented.confidence.mean(dtype=np.float64))
                 written = writer.write(result.row[frame.FRAME_ID], result.image, result.segmented)
@@ -102,9 +105,15 @@ class PictureWriter:
     """Encodes and writes pictures beside the network's work. All are on disk when the `with` is left."""
 
     def __init__(
-        self, classes: Taxonomy, folder: Location, save: Sequence[Picture], out: Location | None = None
+        self,
+        classes: Taxonomy,
+        folder: Location,
+        save: Sequence[Picture],
+        out: Location | None = None,
+        legend: bool = False,
     ) -> None:
         self.classes = classes
+        self.legend = legend
         self.folder = folder if out is None else out
         self.is_outside = out is not None
         self.save = save
@@ -132,7 +141,7 @@ class PictureWriter:
     def _write(self, frame_id: str, image: Image, segmented: Segmented) -> dict[str, str]:
         columns: dict[str, str] = {}
         for kind, file in picture_files(frame_id, self.save, self.is_outside).items():
-            data = picture(kind, image, segmented, self.classes)
+            data = picture(kind, image, segmented, self.classes, self.legend)
             (self.folder / file).write_bytes(data)
             uri = (self.folder / file).uri if self.is_outside else file
             columns |= {_column(kind): uri, _column(kind, "sha256"): sha256_of(data)}
@@ -171,6 +180,7 @@ def predict_video(
     save: Sequence[Picture],
     inference: Inference,
     overlay_video: bool,
+    legend: bool = False,
     device: str | None,
     attempt: Attempt,
     compute: MapCompute,
@@ -200,7 +210,7 @@ def predict_video(
                     num_of_shard = sum(1 for _ in shard)
                     task.advance(num_of_shard)
                 else:
-                    with PictureWriter(segmenter.taxonomy, attempt.folder, save, out) as writer:
+                    with PictureWriter(segmenter.taxonomy, attempt.folder, save, out, legend) as writer:
                         num_of_shard = _segment(shard, segmenter, writer, f"{name}/", num_frames, compute.batch, add)
                         # Advanced a shard at a time: it is done when its pictures are written.
                     attempt.write_shard(index, {}, rows_in=num_of_shard, seconds=0.0)
@@ -237,7 +247,8 @@ def _segment(
         for image, segmented in zip(batch, segmenter.batch(batch), strict=True):
             writer.write(f"{prefix}{number:06d}", image, segmented)
             if add is not None:
-                add(overlay(image, segmenter.taxonomy.colourize(segmented.labels)))
+                shown = mixed(image, writer.classes.colourize(segmented.labels))
+                add(with_legend(shown, writer.classes) if writer.legend else shown)
             number += 1
     return number - first
 

@@ -275,7 +275,16 @@ class DirectLabeller:
         bad: list[dict[str, Any]] = []
         segmented = self.by.segment(rows, bad)
         made = [
-            _write(one.row, *one.segmented, self.thresholds_K, self.rules, self.classes, folder) for one in segmented
+            _write(
+                one.row,
+                one.segmented.labels,
+                one.segmented.confidence,
+                self.thresholds_K,
+                self.rules,
+                self.classes,
+                folder,
+            )
+            for one in segmented
         ]
         return {**_tables(made), "quarantine": frame.quarantine_table(bad)}
 

@@ -103,6 +103,7 @@ VERBS: Final = {
             "--out": "o2",
             "--save": "color",
             "--overlay-video": None,
+            "--legend": None,
             "--device": "cpu",
             "--batch": "3",
             "--actors": "2",

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
@@ -233,11 +234,6 @@ def test_pictures_show_what_they_say() -> None:
     assert decode_image(made["overlay"]).shape == (2, 3, 3)
 
 
-def test_overlay_is_the_rounded_mean() -> None:
-    mixed = overlay(np.full((1, 1, 3), 255, np.uint8), np.array([[[255, 0, 128]]], dtype=np.uint8))
-    assert mixed.tolist() == [[[255, 128, 192]]]
-
-
 def test_an_image_of_pillow_gives_what_its_pixels_give(tmp_path: Path) -> None:
     segment = Segmenter(save(tmp_path / "model"), "cpu")
     image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
@@ -259,3 +255,131 @@ def test_frames_smaller_than_a_stride_of_the_network_are_segmented(
         assert found.labels.shape == size and (found.labels == 1).all()
         # logits 0, log 3, 0: the softmax of the second is 3 / 5; 1e-6 is several steps of float32 there
         np.testing.assert_allclose(found.confidence, 0.6, atol=1e-6)
+
+
+# -- many frames, pictures, what stands in a notebook ------------------------------------------------------------------
+
+
+@pytest.fixture
+def frames(tmp_path: Path) -> Path:
+    """Three frames: a.png, deep/b.png, deep/c.png, of two sizes."""
+    (tmp_path / "frames/deep").mkdir(parents=True)
+    for number, name in enumerate(("a", "deep/b", "deep/c")):
+        (tmp_path / f"frames/{name}.png").write_bytes(encode_png(image(20 + number, 30, number)))
+    return tmp_path / "frames"
+
+
+def same(found: Segmented, wanted: Segmented) -> bool:
+    return np.array_equal(found.labels, wanted.labels) and np.array_equal(found.confidence, wanted.confidence)
+
+
+def test_paths_folders_patterns_and_lists_give_what_their_frames_give(model: Location, frames: Path) -> None:
+    segment = Segmenter(model, "cpu")
+    pixels = [image(20 + number, 30, number) for number in range(3)]
+    wanted = dict(zip(("a", "deep/b", "deep/c"), segment.batch(pixels), strict=True))
+    for one in (frames / "a.png", str(frames / "a.png")):
+        assert same(segment(one), segment(pixels[0]))
+    for many in (frames, str(frames / "**/*.png")):
+        found = list(segment(many))
+        assert [one.name for one in found] == list(wanted) and all(same(one, wanted[one.name]) for one in found)
+    mixture = [frames / "a.png", image(21, 30, 1), Image.fromarray(image(22, 30, 2))]
+    for many in (mixture, tuple(mixture), iter(mixture), segment.frames(mixture, batch=3)):
+        found = list(many if hasattr(many, "gi_frame") else segment(many))
+        assert len(found) == 3 and all(map(same, found, wanted.values()))
+    assert [one.name for one in segment(mixture)] == [str(frames / "a.png"), "", ""]
+    assert list(segment([])) == []
+    Location.of(frames / "t.parquet").write_table(pa.table({"frame_id": ["x"], "uri": [str(frames / "a.png")]}))
+    (found_in_table,) = segment(frames / "t.parquet")
+    assert found_in_table.name == "x" and same(found_in_table, segment(pixels[0]))
+
+
+def test_many_frames_are_never_all_in_memory(model: Location) -> None:
+    taken: list[int] = []
+
+    def given() -> Any:
+        for number in range(100):
+            taken.append(number)
+            yield image(8, 8, number)
+
+    found = Segmenter(model, "cpu").frames(given(), batch=3)
+    assert taken == [], "nothing is read before it is asked for"
+    next(found)
+    assert taken == [0, 1, 2]
+
+
+def test_what_cannot_be_used_is_said(model: Location, frames: Path) -> None:
+    segment = Segmenter(model, "cpu")
+    (frames / "deep/b.png").write_bytes(b"no image")
+    with pytest.warns(UserWarning, match=r"deep/b.png: not_an_image .*; left out"):
+        assert [one.name for one in segment(frames)] == ["a", "deep/c"]
+    with pytest.raises(UserError, match=r"b.png: not_an_image"):
+        segment(frames / "deep/b.png")
+    with pytest.raises(UserError, match=r"b.png: not_an_image"):
+        list(segment([frames / "a.png", frames / "deep/b.png"]))
+    with pytest.raises(UserError, match="image 1: it is uint8 of shape \\(5, 5\\)"):
+        list(segment([image(5, 5), image(5, 5)[..., 0]]))
+    for wrong, why in (
+        (frames / "gone.png", "there is no such file"),
+        (image(5, 5)[None], "a batch"),
+        (b"bytes", "not pixels"),
+        (None, "not pixels"),
+        ({"a": 1}, "not pixels"),
+    ):
+        with pytest.raises(UserError, match=why):
+            segment(wrong)
+    with pytest.raises(UserError, match="not many frames"):
+        segment.frames(image(5, 5))
+    with pytest.raises(UserError, match="batch: 0"):
+        segment.frames([], batch=0)
+
+
+def test_models_and_frames_say_what_they_are(tmp_path: Path) -> None:
+    segment = Segmenter(save(tmp_path / "model", constant=True), "cpu")
+    told = repr(segment.using(flip=True))
+    for part in (str(tmp_path / "model"), "resnet18", "3 classes of three", "resized to 32 x 64", "flip=True", "cpu"):
+        assert part in told, told
+    assert "flip" not in repr(segment) and len(repr(segment).splitlines()) == 1
+    found = segment(image(50, 70))
+    assert repr(found) == "Segmented(a frame, 50 x 70: sky 100 %; mean confidence 0.60)"  # 3 / (3 + 1 + 1)
+    assert found.shares == {"sky": 1.0} and found.image is not None and found.image.shape == (50, 70, 3)
+    labels, confidence = found
+    assert labels is found.labels and confidence is found.confidence
+    assert repr(Segmented(labels, confidence)) == "Segmented(a frame, 50 x 70; mean confidence 0.60)"
+
+
+def test_an_overlay_is_of_what_it_is_given(tmp_path: Path) -> None:
+    segment = Segmenter(save(tmp_path / "model", constant=True), "cpu")
+    pixels = image(50, 70)
+    found = segment(pixels)
+    wanted = (pixels.astype(int) + CLASSES.palette[1] + 1) // 2
+    file, mask = tmp_path / "a.png", tmp_path / "mask.png"
+    file.write_bytes(encode_png(pixels))
+    mask.write_bytes(picture("mask", pixels, found, CLASSES))
+    for given in ((found,), (pixels, found), (str(file), found), (Image.fromarray(pixels), found)):
+        assert np.array_equal(np.asarray(overlay(*given)), wanted)
+    for labels in (found.labels, mask, torch.from_numpy(found.labels), found.labels.astype(np.int64)):
+        assert np.array_equal(np.asarray(overlay(pixels, labels, CLASSES)), wanted)
+    assert np.array_equal(np.asarray(overlay(found, opacity=0)), pixels)
+    longer = np.asarray(overlay(found, legend=True))
+    assert longer.shape[0] > 50 and np.array_equal(longer[:50], wanted)
+    for words, why in (
+        ((pixels,), "a frame and its labels"),
+        ((pixels, found.labels), "whose classes"),
+        ((pixels[:20], found), "the labels have the shape"),
+        ((pixels, pixels, CLASSES), "not train ids"),
+        ((pixels, found.confidence, CLASSES), "not train ids"),
+    ):
+        with pytest.raises(UserError, match=why):
+            overlay(*words)
+    with pytest.raises(UserError, match="opacity 2"):
+        overlay(found, opacity=2)
+
+
+def test_pictures_with_a_legend_are_higher_and_masks_are_not() -> None:
+    pixels, labels = np.full((40, 80, 3), 101, np.uint8), np.zeros((40, 80), np.uint8)
+    segmented = Segmented(labels, np.ones((40, 80), np.float32))
+    plain = {kind: decode_image(picture(kind, pixels, segmented, CLASSES)) for kind in PICTURES}
+    longer = {kind: decode_image(picture(kind, pixels, segmented, CLASSES, True)) for kind in PICTURES}
+    for kind in PICTURES:
+        assert (len(longer[kind]) > 40) == (kind in ("color", "overlay"))
+    assert np.array_equal(longer["color"][:40], plain["color"])
