@@ -323,6 +323,8 @@ def _list(dataset: FolderDataset, say: Callable[[str], None] = _nobody) -> _List
         found.labels, LABEL_SUFFIXES, depth=found.label_depth, predictions=True
     )  # fmt: skip
     labels = _fitting(labels, found.label_pattern)
+    if found.labels is not None and not labels:
+        _need_labels(dataset, found.labels, found.label_pattern)
     if found.labels == found.images:  # frames and labels side by side: a label is no frame
         images = _without_labels(images, found)
         frames = {entry.name for entry in images}
@@ -342,6 +344,19 @@ def _list(dataset: FolderDataset, say: Callable[[str], None] = _nobody) -> _List
     for note in notes:
         say(note)
     return listing
+
+
+def _need_labels(dataset: FolderDataset, folder: Location, pattern: Pattern) -> None:
+    """Raise UserError if there are files where the labels should be, and none can be one."""
+    others = [one.name for one in files_below(folder, ("",), predictions=True) if not one.name.endswith(LABEL_SUFFIXES)]
+    those = f" that fits {pattern.text!r}" if pattern.rest else ""
+    if others or those:
+        seen = f"; there are {first_of(others)}" if others else ""
+        raise UserError(
+            f"layout {dataset.layout}: labels: no label in {folder.uri}{those}; looked for "
+            f"{', '.join(LABEL_SUFFIXES)}{seen}",
+            cure="labels are files that keep every id, never JPEG; set labelled: false if these frames have none",
+        )
 
 
 def _fitting(entries: list[Entry], pattern: Pattern) -> list[Entry]:

@@ -47,6 +47,7 @@ SHARDS_NAME = "_shards"
 QUARANTINE = "quarantine"
 SCHEMA = 1
 _KEY_LETTERS = 12  # of the key in the folder's name; the whole key is compared when reading
+_MOST_ACCIDENTS = 0.3  # of the rows of a pass that are bad: more share one cause, and are not to be left out
 _CHUNK = 1 << 23  # bytes read at a time when hashing
 _LOG = logging.getLogger("nightseg.storage")
 
@@ -515,8 +516,7 @@ class Attempt:
         raise TooManyBad(
             f"{stage}/{name}: {quarantined} of {rows_in} frames ({share:.1%}) are bad, "
             f"max_bad_fraction allows {limit:.1%} ({by_reason or 'no reasons were noted'}){first}",
-            cure=f"repair or remove these files, or set max_bad_fraction to {math.ceil(share * 1000) / 1000} or more; "
-            "then run the same command again",
+            cure=f"{_cure_of_bad(share)}; then run the same command again",
             shards=Shards(self, tuple(shards)),
         )
 
@@ -581,6 +581,12 @@ class Shards:
             num_shards=len(self.records),
             summary=summary,
         )
+
+
+def _cure_of_bad(share: float) -> str:
+    if share > _MOST_ACCIDENTS:
+        return "mend what these lines say, so many are no accident"
+    return f"repair or remove these files, or set max_bad_fraction to {math.ceil(share * 1000) / 1000} or more"
 
 
 class TooManyBad(UserError):  # noqa: N818 (a state of the data)

@@ -165,7 +165,7 @@ def test_pairs(tmp_path: Path, image: str, label: str, settings: dict[str, Any])
 
 
 def test_a_label_that_is_not_there_is_named(tmp_path: Path) -> None:
-    root = tree(tmp_path, "images/a.jpg", "images/b.jpg", "labels/a_gt.png")
+    root = tree(tmp_path, "images/a.jpg", "images/b.jpg", "labels/a_gt.png", "labels/b.png")
     frames = list_frames(at("pairs", root, labels="labels/{name}_gt.png"), "p")
     assert [one.label_uri for one in frames] == [f"{tmp_path}/labels/{one}_gt.png" for one in "ab"]
 
@@ -188,6 +188,11 @@ def test_labels_elsewhere_and_sequences_by_template(tmp_path: Path) -> None:
         ({"labels": "labels/{city}/{name}.png"}, r"labels: \{city\} is in .*, and not in images"),
         ({"labels": "labels/{name"}, "labels: .*a brace without a placeholder"),
         ({"images": "images/*.bmp"}, "layout pairs: no image in"),
+        (
+            {"labels": "images"},
+            r"labels: no label in .*/images; looked for .bmp, .*; there are a.jpg. .*never JPEG",
+        ),
+        ({"labels": "labels/{name}_gt.png"}, r"labels: no label in .*/labels that fits 'labels/\{name\}_gt.png'"),
     ],
 )
 def test_pairs_that_are_none(tmp_path: Path, settings: dict[str, Any], message: str) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from nightseg.cluster.settings import MapCompute
 from nightseg.data.class_list import taxonomy
@@ -72,10 +73,16 @@ def test_labels_in_colours_become_train_ids(tmp_path: Path, asked: str | None) -
     assert (labels["encoding"], labels["valid"], labels["absent"]) == ("colors", 0.75, [])
 
 
+def test_colours_with_an_alpha_channel(tmp_path: Path) -> None:
+    """As Cityscapes' and BDD100K's coloured labels are."""
+    root = with_labels(tmp_path / "data", TRAIN_IDS)
+    alpha = np.full((*TRAIN_IDS.shape, 1), 255, np.uint8)
+    Image.fromarray(np.concatenate([in_colours(TRAIN_IDS), alpha], axis=2)).save(Path(root) / "labels" / "0.png")
+    assert read_back(collected(tmp_path, FolderDataset(layout="pairs", root=root))) == [TRAIN_IDS.tolist()]
+
+
 def test_colours_of_a_palette_file(tmp_path: Path) -> None:
     """Indices that mean nothing, colours that do."""
-    from PIL import Image
-
     root = Path(with_labels(tmp_path / "data", TRAIN_IDS))
     image = Image.fromarray(np.where(TRAIN_IDS == 255, 9, TRAIN_IDS + 4).astype(np.uint8))
     palette = np.zeros((256, 3), np.uint8)

@@ -192,6 +192,14 @@ def test_too_many_bad_frames_stop_the_stage(stage: Stage) -> None:
     stage.open().finish(rows_in=8, rows_out=8, max_bad_fraction=0.0, num_shards=2)
 
 
+def test_a_limit_that_would_leave_out_most_is_not_proposed(stage: Stage) -> None:
+    attempt = stage.open()
+    attempt.write_shard(0, shard_tables(0, bad=3), rows_in=4, seconds=0)
+    with pytest.raises(UserError) as caught:
+        attempt.finish(rows_in=4, rows_out=1, quarantined=3, max_bad_fraction=0.2, num_shards=1)
+    assert caught.value.cure == "mend what these lines say, so many are no accident; then run the same command again"
+
+
 def test_the_limit_itself_is_allowed(stage: Stage) -> None:
     """0.29 * 100 is 28.999999999999996 in floating point."""
     assert stage.open().finish(rows_in=100, rows_out=71, quarantined=29, max_bad_fraction=0.29).quarantined == 29
