@@ -167,7 +167,7 @@ def test_predict_passes_on_what_it_was_given(monkeypatch: pytest.MonkeyPatch, tm
         "inference": Inference(
             window=(512, 1024), overlap=0.5, flip=True, scales=(0.75, 1.0, 1.25), precision="bfloat16"
         ),
-        "overlay_video": True, "compute": MapCompute(actors=2, batch=3), "max_bad_fraction": 1.0,
+        "overlay_video": True, "legend": False, "compute": MapCompute(actors=2, batch=3), "max_bad_fraction": 1.0,
     }  # fmt: skip
 
 
