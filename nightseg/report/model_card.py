@@ -14,6 +14,7 @@ from nightseg.report.run import Run
 from nightseg.report.templates import template
 
 METRICS = {"miou": "mean_iou", "pa": "accuracy", "ca": "mean_accuracy", "fwiou": "frequency_weighted_iou"}
+NAMES = {"miou": "mIoU", "pa": "PA", "ca": "CA", "fwiou": "FWIoU"}
 
 
 def model_card(run: Run, model: str, training: str) -> str:
@@ -32,6 +33,7 @@ def model_card(run: Run, model: str, training: str) -> str:
         card=card,
         kept=commit.summary.get("kept") if commit is not None else None,
         about=formatting.describe(facts),
+        before=facts.get("line", [])[:-1],
         data=[(name, run.results.get("frames", {}).get(name)) for name in facts["train"]],
         tests=[(test, scores, _spread(run, model, test, training)) for test, scores in one["tests"].items()],
         level=round(100 * LEVEL),
@@ -46,7 +48,7 @@ def _front(run: Run, facts: dict[str, Any], one: dict[str, Any], name: str) -> d
             "task": {"type": "image-segmentation", "name": "Semantic segmentation"},
             "dataset": {"type": test, "name": test},
             "metrics": [
-                {"type": kind, "name": key.upper().replace("MIOU", "mIoU"), "value": round(100 * scores[key], 2)}
+                {"type": kind, "name": NAMES[key], "value": round(100 * scores[key], 2)}
                 for key, kind in METRICS.items()
                 if scores.get(key) is not None
             ],

@@ -143,7 +143,9 @@ def heat(run: Run, test: str) -> dict[str, Any]:
         "compared": None if control is None else (control, best),
         "best": best,
         "confusions": confusions(run, best, test),
-        "matrices": [(model, matrix(run, model, test)) for model in filter(None, (best, control))],
+        "matrices": [
+            (model, matrix(run, model, test), len(run.by_seed(model, test))) for model in filter(None, (best, control))
+        ],
     }
 
 

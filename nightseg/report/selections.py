@@ -103,8 +103,8 @@ def _worth(run: Run, model: str) -> Iterator[Worth]:
         chosen, select = ours["self_training"]["select"], learning["select"]
         if min(steps) < (1 - TOLERANCE) * max(steps) or select == chosen:
             continue
-        if select is not None and select["count"] != chosen["count"]:
-            continue
+        if select is not None and (select["count"] != chosen["count"] or chosen["method"] == "random"):
+            continue  # chance is what others are compared with
         kind = "the whole pool" if select is None else select["method"]
         yield Worth(kind, other, gain(run, model, other, test), gain_spread(run, model, other, test))
 

@@ -76,7 +76,7 @@ def _shares(run: Run) -> dict[str, Any] | None:
             columns.append((name, known[name]["shares"]))
     num_train = len(columns)
     for model, entry in run.of_models("pseudo_labels"):
-        kept = [facts["kept"] for facts in entry["evidence"]["by_class"].values()]
+        kept = [entry["evidence"]["by_class"][name]["kept"] for name in run.classes.classes]
         columns.append((f"pseudo-labels of {model}", [count / max(sum(kept), 1) for count in kept]))
     for test in run.tests:
         labelled = [sum(row) for row in (run.score(run.scored(test)[0], test) or {})["confusion"]]

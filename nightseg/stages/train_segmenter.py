@@ -107,7 +107,8 @@ def _save_kept(
     if best is None:
         save_model(attempt.folder / "model", weights, card)
         return {}
-    which = f"best validation, epoch {best['epoch']} of {training.epochs}; {card['weights']}"
+    of = "" if card["weights"] == "last" else f" of the {card['weights']}"
+    which = f"best validation{of}, epoch {best['epoch']} of {training.epochs}"
     save_model(attempt.folder / "model", best["weights"], {**card, "weights": which})
     return {"kept": {"epoch": best["epoch"], "miou": best["miou"]}}
 

@@ -315,7 +315,7 @@ def test_the_stage_commits_a_model_and_another_starts_from_it(
     assert [record["epoch"] for record in history] == [1, 2]
     best = max(history, key=lambda record: record["validation"]["miou"])
     assert teacher.summary["kept"] == {"epoch": best["epoch"], "miou": best["validation"]["miou"]}
-    assert card["weights"] == f"best validation, epoch {best['epoch']} of 2; last"
+    assert card["weights"] == f"best validation, epoch {best['epoch']} of 2"
     assert teacher.rows_in == teacher.rows_out == 6
     assert teacher.verify() == []
     assert not (teacher.folder / "trainer").exists()
