@@ -208,15 +208,15 @@ def print_outcome(adapted: Adapted) -> None:
 
 def _print_use(adapted: Adapted, model: str) -> None:
     """Commands as they can be given, from here."""
-    run = adapted.folder.uri.removeprefix(f"{os.getcwd()}/")
-    click.echo(
-        printable(
-            f"Segment your frames:  nightseg predict {run}:{model} IMAGES --out masks --save mask,overlay\n"
-            f'In Python:            nightseg.load_model("{run}:{model}")\n'
-            f"Its weights and card: {run}/models/{model}   masks, chosen frames and tables beside it\n"
-            f"Curves:               tensorboard --logdir {run}/{'tensorboard' if adapted.folder.is_local else 'stages'}"
-        )
-    )
+    run = str(adapted.folder).removeprefix(f"{os.getcwd()}/")
+    place, curves = f"{run}:{model}", f"{run}/{'tensorboard' if adapted.folder.is_local else 'stages'}"
+    for what, how in {
+        "Segment your frames": f"nightseg predict {shlex.quote(place)} IMAGES --out masks --save mask,overlay",
+        "In Python": f'nightseg.load_model("{place}")',
+        "Weights and card": f"{run}/models/{model}, beside masks, chosen frames and tables",
+        "Curves": f"tensorboard --logdir {shlex.quote(curves)}",
+    }.items():
+        click.echo(printable(f"{what + ':':21}{how}"))
 
 
 def print_scores(results: Mapping[str, Any]) -> None:

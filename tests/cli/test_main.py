@@ -207,6 +207,10 @@ def test_run_passes_on_what_it_was_given(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert "50.0" in out and f"3 stages done, 2 already committed, 61 s. Report: {tmp_path}/report.html" in out
     assert "m reaches 50.0 % mIoU on night (1 seed); no control of equal steps" in out
     assert "a library prints" not in out
+    *_, segment, python, card, curves = out.splitlines()  # how to go on, one line each
+    assert segment.endswith(f"nightseg predict {tmp_path}:m IMAGES --out masks --save mask,overlay")
+    assert python.endswith(f'nightseg.load_model("{tmp_path}:m")') and f"{tmp_path}/models/m" in card
+    assert curves.endswith(f"tensorboard --logdir {tmp_path}/tensorboard")
 
 
 def test_work_that_fails_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
