@@ -23,7 +23,19 @@ from nightseg.translators.settings import LitClasses
 _SHORT_SIDE: Final = {False: 240, True: 512}  # pixels that frames are resized to, without and with a GPU
 _WORDS: Final[Mapping[str, tuple[str, ...]]] = {  # parts of names by which classes are known to the translator
     "sky": ("sky", "heaven", "himmel", "ciel"),
-    "vehicle": ("car", "truck", "bus", "van", "motorcycle", "motorbike", "vehicle", "auto", "lorry"),
+    "vehicle": (
+        "car",
+        "truck",
+        "bus",
+        "van",
+        "motorcycle",
+        "motorbike",
+        "vehicle",
+        "automobile",
+        "lorry",
+        "trailer",
+        "rickshaw",
+    ),
     "signal": ("traffic light", "trafficlight", "traffic_light", "signal"),
     "facade": ("building", "window", "house", "facade"),
     "lamp": ("pole", "lamp", "street light", "streetlight", "street_light", "polegroup"),
@@ -76,6 +88,7 @@ training: # $training_hint
 
 loss: {kind: combined, alpha: 0.5, gamma: 2.0}
 
+# To learn from the night frames themselves, too, add self_training to `adapted`: configs/street.yaml does.
 models:
   day_only: {train: [day]}
   day_only_longer: # the control of equal steps: what more training alone is worth
@@ -120,6 +133,8 @@ def write_starter(
         raise UserError(f"{out}: it is there already", cure="give another name, or allow to overwrite it")
     roots = {"day": Location.of(day), "night": Location.of(night)}
     found = discover(roots["day"], roots["night"], None if labels is None else Location.of(labels), classes)
+    if found.is_named and not _roles(found)["sky"]:
+        found.to_check.append("no class is called sky: if there is one, name it in translators.optics.classes.sky")
     stem, files = place.uri.rpartition(".")[0], [place.uri]
     for name, names in found.lists.items():
         file = Location.of(f"{stem}_{name}.txt")
@@ -251,18 +266,24 @@ def _comment(found: Found, raw_ids: list[int]) -> str:
     )
 
 
-def _lit(found: Found) -> str:
-    """Classes of one's own by their usual words, where the translator would not know them by name."""
+def _roles(found: Found) -> dict[str, list[str]]:
+    """Which classes are the sky, vehicles, ..., by words in their names."""
     names = taxonomy(found.taxonomy).classes
-    roles = {
+    return {
         role: [
-            name for name in names if any(re.search(rf"(^|[^a-z]){word}s?($|[^a-z])", name.lower()) for word in words)
+            name
+            for name in names
+            if any(re.search(rf"(^|[^a-z]){word}(e?s)?($|[^a-z])", name.lower()) for word in words)
         ]
         for role, words in _WORDS.items()
     }
-    usual = {role: LitClasses.model_fields[role].default for role in roles}
-    told = {role: found_ for role, found_ in roles.items() if set(found_) - set(usual[role])}
-    return f"    classes: {_flow({role: names for role, names in told.items()})}\n" if told else ""
+
+
+def _lit(found: Found) -> str:
+    """Classes of one's own by their usual words, where the translator would not know them by name."""
+    roles = _roles(found)
+    told = {role: names for role, names in roles.items() if set(names) - set(LitClasses.model_fields[role].default)}
+    return f"    classes: {_flow(told)}\n" if told else ""
 
 
 def _input_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:

@@ -64,6 +64,18 @@ def test_colours_and_names_of_ones_own(tmp_path: Path, folders: tuple[str, str])
     assert recipe.translators["optics"].classes.sky == ["the heaven"]  # type: ignore[union-attr]
 
 
+def test_classes_that_carry_light_are_known_by_their_words(tmp_path: Path, folders: tuple[str, str]) -> None:
+    names = ("road", "buses", "my car", "carpet", "streetlight", "vanilla", "sign", "sky")
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    starter = write_starter(*folders, str(tmp_path / "a.yaml"), classes=str(tmp_path / "names.txt"))
+    lit = load_recipe(tmp_path / "a.yaml").translators["optics"].classes  # type: ignore[union-attr]
+    assert (lit.vehicle, lit.lamp, lit.sky) == (["buses", "my car"], ["streetlight"], ["sky"])
+    assert not any("sky" in line for line in starter.to_check)
+    (tmp_path / "names.txt").write_text("\n".join((*names[:-1], "above")))
+    starter = write_starter(*folders, str(tmp_path / "b.yaml"), classes=str(tmp_path / "names.txt"))
+    assert "no class is called sky: if there is one, name it in translators.optics.classes.sky" in starter.to_check
+
+
 def test_a_pool_that_is_not_sorted_is_split(tmp_path: Path, folders: tuple[str, str]) -> None:
     for number in range(4):
         put(Path(folders[1]) / f"d{number}.jpg", photograph(number))
