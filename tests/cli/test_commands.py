@@ -146,7 +146,8 @@ def test_predict_passes_on_what_it_was_given(monkeypatch: pytest.MonkeyPatch, tm
     del asked["progress"]
     assert asked == {
         "source": "drives/**/*.jpg", "out": Location.of("o"), "save": ("mask",), "inference": Inference(),
-        "device": None, "overlay_video": False, "legend": False, "max_bad_fraction": 1.0, "compute": MapCompute(actors=0),
+        "device": None, "overlay_video": False, "legend": False, "max_bad_fraction": 1.0,
+        "compute": MapCompute(actors=0),
     }  # fmt: skip
     looks = (
         "--window",

@@ -149,7 +149,7 @@ def test_all_errors_of_a_recipe_are_in_one_message(tmp_path: Path) -> None:
         "line 3: seed: ",
         "line 4: taxonomy: unknown taxonomy 'camvid1', did you mean 'camvid11'?",
         "line 6: datasets.day.cont: unknown key, did you mean 'count'?",
-        "line 7: datasets.street.root: layout camvid: unknown split 'trian', did you mean 'train'?",
+        "line 7: datasets.street.split: layout camvid: unknown split 'trian', did you mean 'train'?",
         "line 8: datasets.pool.root: there is no folder '/does/not/exist'",
         "line 10: models.first.train.0: there is no dataset 'dya', did you mean 'day'?",
         "models.first: a cycle",
