@@ -165,6 +165,7 @@ The report
     report/selections.py    which frames were chosen, and what that was worth
     report/trainings.py     what each model learned from, for how long, and how it went
     report/charts.py        charts as SVG
+    report/check_page.py    the page of `nightseg check`
     report/pictures.py      thumbnails as data URIs
     report/sheets.py        pictures for a README: the strip, the sheet of translations
     report/translations.py  the table of translations, their best and worst frames
@@ -173,6 +174,9 @@ The report
 Runs
     pipeline/graph.py    node, view, inputs: the words of the graph
     pipeline/build.py    the recipe as a graph of stages: the only place that knows the order
+    pipeline/check.py    what a run would refuse later; what some frames of each folder say
+    pipeline/estimate.py  time, disk and memory that a run will take
+    pipeline/time_left.py  how long it will still take, by what its stages have cost
     pipeline/classes.py  which classes whole train, validation and test sets have
     pipeline/leaks.py    frames that a model has seen and is measured on
     pipeline/results.py  results.json

@@ -14,7 +14,16 @@ from pathlib import Path
 import click
 
 from nightseg.cli import commands
-from nightseg.cli.output import Answer, Failures, answers, print_outcome, print_plan, print_table, print_trials
+from nightseg.cli.output import (
+    Answer,
+    Failures,
+    answers,
+    print_check,
+    print_outcome,
+    print_plan,
+    print_table,
+    print_trials,
+)
 from nightseg.progress import progress_for
 from nightseg.storage import Location, UserError, Workspace
 
@@ -46,7 +55,7 @@ _set_option = click.option("--set", "overrides", multiple=True, metavar="a.b=c",
 @_set_option
 @click.option("--run-dir", metavar="DIR", help="Where the run lies (default: runs/<recipe name>); also s3://, gs://.")
 @click.option("--only", metavar="MODEL", help="Only this model, and what it needs.")
-@click.option("--dry-run", is_flag=True, help="Print the graph: what would run, what is committed, frames, resources.")
+@click.option("--dry-run", is_flag=True, help="Check, and print the graph: what would run, frames, resources.")
 @answers
 def run(recipe: str, overrides: tuple[str, ...], run_dir: str | None, only: str | None, dry_run: bool) -> Answer:
     """Run a recipe to its report.
@@ -59,17 +68,56 @@ def run(recipe: str, overrides: tuple[str, ...], run_dir: str | None, only: str 
     nightseg run configs/demo.yaml --set training.batch=4      of every model that does not say its own
     nightseg run configs/translators.yaml     ways from day to night, measured side by side
     """
+    from nightseg.pipeline.check import check
     from nightseg.pipeline.run import adapt, plan, run_folder
-    from nightseg.recipe import load_recipe
+    from nightseg.recipe import load_recipe, told_of
 
     if dry_run:
         loaded = load_recipe(recipe, overrides)
         folder = run_folder(loaded.name, run_dir)
-        lines = plan(loaded, folder, only=only)
+        with told_of(recipe, overrides):
+            warnings = check(loaded, folder, only=only, is_measured=False, progress=progress_for()).warnings
+            lines = plan(loaded, folder, only=only)
         stages = [line._asdict() | {"node": str(line.node)} for line in lines]
-        return Answer({"run_dir": folder.uri, "stages": stages}, partial(print_plan, folder, lines))
+        content = {"run_dir": folder.uri, "stages": stages, "warnings": warnings}
+        return Answer(content, partial(print_plan, folder, lines, warnings))
     adapted = adapt(recipe, overrides, run_dir=run_dir, only=only, progress=progress_for())
     return Answer(adapted.outcome.results, partial(print_outcome, adapted))
+
+
+@main.command(name="check")
+@click.argument("recipe", type=click.Path())
+@_set_option
+@click.option("--run-dir", metavar="DIR", help="Where the run will lie (default: runs/<recipe name>).")
+@click.option("--only", metavar="MODEL", help="Only this model, and what it needs.")
+@click.option("--frames", default=24, type=click.IntRange(min=1), help="Read at most so many frames of each folder.")
+@click.option("--page", metavar="FILE.html", help="Write a page with what was found, and eight frames with labels.")
+@answers
+def check_recipe(
+    recipe: str, overrides: tuple[str, ...], run_dir: str | None, only: str | None, frames: int, page: str | None
+) -> Answer:
+    """Check a recipe and its folders.
+
+    Some frames of each folder are read; nothing is written but the page. Exit code 2 with all that a run would refuse.
+
+    \b
+    nightseg check configs/demo.yaml
+    nightseg check configs/camvid.yaml --set roots.camvid=/data/camvid --page check.html
+    """
+    from nightseg.data.class_list import taxonomy
+    from nightseg.pipeline.check import check
+    from nightseg.pipeline.run import run_folder
+    from nightseg.recipe import load_recipe, told_of
+    from nightseg.report.check_page import check_page
+
+    loaded = load_recipe(recipe, overrides)
+    with told_of(recipe, overrides):
+        found = check(loaded, run_folder(loaded.name, run_dir), only=only, most=frames, progress=progress_for())
+    if page is not None:
+        shown = (found.sentences(), found.warnings, found.overlays, taxonomy(loaded.taxonomy))
+        Location.of(page).write_bytes(check_page(f"Check of {recipe}", *shown).encode())
+    content = {key: value for key, value in found._asdict().items() if key != "overlays"} | {"page": page}
+    return Answer(content, partial(print_check, found, page))
 
 
 @main.command(name="recipe")

@@ -8,6 +8,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
@@ -21,6 +22,7 @@ from nightseg.progress import printable
 from nightseg.storage import Location, UserError
 
 if TYPE_CHECKING:
+    from nightseg.pipeline.check import Checked
     from nightseg.pipeline.run import Adapted, Planned
     from nightseg.pipeline.search import Found
     from nightseg.recipe.starter import Starter
@@ -34,6 +36,7 @@ OTHER_NAMES = {  # what other programs call it -> the verb here
     "tune": "search", "sort": "split", "ls": "status", "info": "status", "onnx": "export", "new": "init",
     "create": "init", "validate": "check", "lint": "check", "config": "recipe", "install": "doctor",
 }  # fmt: skip
+SECONDS_TO_WORDS = 1.0
 PIPE_WIDTH = 160  # of a table that no terminal limits
 
 
@@ -64,6 +67,9 @@ class Failures(Verbs):
 
     def main(self, args: Sequence[str] | None = None, **extra: Any) -> Any:  # type: ignore[override]
         words = list(sys.argv[1:] if args is None else args)
+        greeting = _greeting(words)
+        if args is None:  # a command, not a test
+            greeting.start()
         debug = "--debug" in words
         if "--allow-download" in words:
             allow_downloads()
@@ -87,6 +93,8 @@ class Failures(Verbs):
             code, message = explained(error)
             say(f"nightseg: {message}" + ("" if code == 2 or debug else "\n(--debug shows where)"))
             sys.exit(code)
+        finally:
+            greeting.cancel()
 
 
 def _end_at_once_when_asked_again() -> None:
@@ -95,6 +103,14 @@ def _end_at_once_when_asked_again() -> None:
     Python would show a traceback of wherever it is by then: a thread that is waited for, a function of `atexit`.
     """
     signal.signal(signal.SIGINT, lambda *_: os._exit(1))
+
+
+def _greeting(words: Sequence[str]) -> threading.Timer:
+    """Says something once a second has passed: before that, a command may be done, or its own words be there."""
+    verb = next((word for word in words if not word.startswith("-")), "")
+    greeting = threading.Timer(SECONDS_TO_WORDS, say, [f"nightseg {verb}: at work"])
+    greeting.daemon = True
+    return greeting
 
 
 def explained(error: Exception) -> tuple[int, str]:
@@ -173,8 +189,19 @@ def percent(fraction: float | None) -> str:
     return "-" if fraction is None else f"{100 * fraction:.1f}"
 
 
-def print_plan(folder: Location, lines: Sequence[Planned]) -> None:
+def print_check(found: Checked, page: str | None) -> None:
+    for sentence in found.sentences():
+        click.echo(printable(sentence))
+    for warning in found.warnings:
+        click.echo(printable(f"look at this: {warning}"))
+    click.echo(f"frames with their labels: {page}" if page else "nothing is in the way of a run")
+
+
+def print_plan(folder: Location, lines: Sequence[Planned], warnings: Sequence[str] = ()) -> None:
     from rich.text import Text
+
+    for warning in warnings:
+        click.echo(printable(f"look at this: {warning}"))
 
     rows = [
         [

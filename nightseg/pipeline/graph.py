@@ -171,6 +171,18 @@ def _frames(view: View | Given, commits: Mapping[NodeId, Commit]) -> pa.Table:
     return rows.select(frame.FRAME_SCHEMA.names)
 
 
+def frames_at_most(graph: Graph) -> dict[NodeId, int | None]:
+    """The frames that each node hands on at most, as far as folders and recipe tell; None where they do not."""
+    rows: dict[NodeId, int | None] = {}
+    for node in graph.nodes.values():
+        counted = [rows.get(need) for need in node.takes]
+        known = [count for count in counted if count is not None]
+        taken = sum(known) if known and len(known) == len(counted) else None
+        most = node.expected_rows if node.expected_rows is not None else taken
+        rows[node.id] = most if most is None or node.most_rows is None else min(most, node.most_rows)
+    return rows
+
+
 @dataclass
 class ModelNodes:
     """What belongs to one training of a model of the recipe."""

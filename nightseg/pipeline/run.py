@@ -9,19 +9,20 @@ from contextlib import contextmanager, nullcontext, suppress
 from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from nightseg.cluster import ray as cluster
 from nightseg.cluster.settings import MapCompute, TrainCompute
 from nightseg.data.class_list import taxonomy
 from nightseg.errors import together
 from nightseg.networks.downloads import allow_downloads
-from nightseg.pipeline import build, classes, leaks
+from nightseg.pipeline import build, check, classes, leaks
 from nightseg.pipeline.folder import keep_earlier, lay_out, show_curves
-from nightseg.pipeline.graph import FRAME_STAGES, Graph, Node, NodeId
+from nightseg.pipeline.graph import FRAME_STAGES, Graph, Node, NodeId, frames_at_most
 from nightseg.pipeline.results import RECIPE_NAME, RESULTS_NAME, gather, model_folder, sealed
+from nightseg.pipeline.time_left import time_left
 from nightseg.progress import Progress
-from nightseg.recipe import load_recipe, save_recipe
+from nightseg.recipe import load_recipe, save_recipe, told_of
 from nightseg.recipe.types import Recipe
 from nightseg.report import Run, write_report
 from nightseg.storage import (
@@ -38,6 +39,8 @@ from nightseg.storage import (
 
 if TYPE_CHECKING:
     from nightseg.segmenter.predict import Segmenter
+
+FRAMES_BEFORE: Final = 8  # of each folder that a run looks at before its first stage
 
 
 class Outcome(NamedTuple):
@@ -117,7 +120,13 @@ def adapt(
     """
     recipe = load_recipe(recipe_file, overrides)
     folder = run_folder(recipe.name, run_dir)
-    outcome = run(recipe, folder, only=only, progress=progress)
+    with told_of(recipe_file, overrides):
+        _allow_downloads(recipe)
+        if (folder / "stages").is_folder():  # the folders have been looked at
+            check.refuse(recipe, build.build_graph(recipe, only), check.done_in(folder))
+        else:
+            check.check(recipe, folder, only=only, most=FRAMES_BEFORE, is_measured=False, progress=progress)
+        outcome = run(recipe, folder, only=only, progress=progress)
     return Adapted(folder, outcome, write_report(folder, outcome.results))
 
 
@@ -240,6 +249,8 @@ def _work(
     commits: dict[NodeId, Commit] = {}
     done: set[NodeId] = set()
     problems: list[UserError] = []
+    known = {node.id: node for node in nodes}
+    rows = frames_at_most(Graph(known))
 
     def work(number: int, node: Node) -> None:
         stage = _stage(workspace, node, commits)
@@ -250,7 +261,8 @@ def _work(
             commit, damage = None, error
             progress.say(f"{error.what}; it is made again")
         if commit is None:
-            progress.say(f"[{number}/{len(nodes)}] {node.id}")
+            left = time_left(nodes[number - 1 :], known, commits, rows)
+            progress.say(f"[{number}/{len(nodes)}] {node.id}" + (f"; left for the run: {left}" if left else ""))
             try:
                 attempt = stage.open()
                 if node.id.stage.startswith("train_"):

@@ -11,6 +11,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path, PurePath
 from typing import Any, Final, NamedTuple, TypeVar
@@ -18,7 +19,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from nightseg.errors import closest
+from nightseg.errors import closest, together
 from nightseg.recipe.checks import Problem, recipe_problems
 from nightseg.recipe.inherit import differences, inherit, over, preset_kind, presets, unmerge
 from nightseg.recipe.reference import allowed_keys, allowed_values
@@ -55,13 +56,18 @@ def load_recipe(file: str | Path | Location | Mapping[str, Any], overrides: Sequ
 
 def _whole(file: str | Path | Location | Mapping[str, Any], overrides: Sequence[str]) -> Source:
     """The recipe with all that it does not say, unchecked."""
-    source = _given(file) if isinstance(file, Mapping) else _read_recipe(Location.of(file), str(file))
-    _override(source, overrides)
+    source = _written(file, overrides)
     _fill_roots(source)
     models = _entries(source, "models")
     _fill_presets(source, [("training",), *(("translators", name) for name in _entries(source, "translators"))])
     source.origins.update(inherit(source.data))
     _fill_presets(source, [("models", name, "training") for name in models])
+    return source
+
+
+def _written(file: str | Path | Location | Mapping[str, Any], overrides: Sequence[str]) -> Source:
+    source = _given(file) if isinstance(file, Mapping) else _read_recipe(Location.of(file), str(file))
+    _override(source, overrides)
     return source
 
 
@@ -105,6 +111,43 @@ def _where_written(source: Source, problems: Sequence[Problem]) -> Iterator[Prob
             elif (section, problem.message) not in known:
                 rest = f"what it does not say is that of {'.'.join(section)}: null takes a key of it away"
                 yield problem._replace(message=f"{problem.message}; {rest}")
+
+
+_SECTIONS: Final = {
+    "dataset": "datasets",
+    "model": "models",
+    "translator": "translators",
+    "translation": "translations",
+}
+
+
+@contextmanager
+def told_of(file: str | Path | Location | Mapping[str, Any], overrides: Sequence[str] = ()) -> Iterator[None]:
+    """Say of errors about a thing of this recipe in which file, line and key it stands."""
+    try:
+        yield
+    except RecipeError:
+        raise
+    except UserError as error:
+        source = _written(file, overrides)
+        placed = [_placed(source, problem) for problem in error.problems or [error]]
+        if [str(problem) for problem in placed] == [str(problem) for problem in error.problems or [error]]:
+            raise
+        raise together(placed) from error
+
+
+def _placed(source: Source, problem: UserError) -> UserError:
+    """With the place of the key that it names of a dataset, model or translator, or of this thing."""
+    found = re.match(rf"({'|'.join(_SECTIONS)}) ([\w-]+)", problem.what)
+    owner = (_SECTIONS[found[1]], found[2]) if found else ()
+    if not found or owner not in source.places:
+        return problem
+    named = re.search(r"\b(?:[a-z]\w*\.)*[a-z]\w*", problem.what[found.end() :].lstrip(": "))
+    keys = tuple(named[0].split(".")) if named else ()
+    places = [*(((*owner, *keys[:n])) for n in range(len(keys), 0, -1)), keys, owner]
+    path = next(path for path in places if path in source.places and (path != keys or len(keys) > 1))
+    what = f"{source.file}: {source.places[path]}: {'.'.join(path)}: {problem.what}"
+    return UserError(what, cure=problem.cure)
 
 
 def save_recipe(recipe: Recipe, file: Location) -> None:

@@ -57,7 +57,7 @@ def starting_network(
     folder = Location.of(start)
     tensors, card = load_tensors(folder)
     check_kind(folder, card)
-    _check_same_architecture(folder, network_of(card), network)
+    check_same_architecture(folder.uri, network_of(card), network)
     if card.get("shortest_edge"):
         least, most = card["shortest_edge"]
         size = network.input_size and " x ".join(map(str, network.input_size))
@@ -77,18 +77,18 @@ def starting_network(
     return built
 
 
-def _check_same_architecture(start: Location, theirs: Network, wanted: Network) -> None:
+def check_same_architecture(start: str, theirs: Network, wanted: Network) -> None:
     """Whose modules compute and which stages learn may change from one model to the next, the rest may not."""
     for key in ("encoder", "pyramid_channels", "head_channels", "stride_in_1x1"):
         if getattr(theirs, key) != getattr(wanted, key):
             raise UserError(
-                f"model {start.uri}: it has {key} {getattr(theirs, key)!r}, the one that starts from it wants "
+                f"model {start}: it has {key} {getattr(theirs, key)!r}, the one that starts from it wants "
                 f"{getattr(wanted, key)!r}",
                 cure=f"give both models the same network.{key}",
             )
     if theirs.norm == "frozen" != wanted.norm:
         raise UserError(
-            f"model {start.uri}: its batch norms never learned, so their statistics need not be those of any data",
+            f"model {start}: its batch norms never learned, so their statistics need not be those of any data",
             cure="give both models network.norm: frozen, or unfreeze them when its checkpoint is converted",
         )
 

@@ -7,11 +7,14 @@ with the reason; later stages can rely on the rest.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Unpack
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -20,6 +23,7 @@ from nightseg.data import table as columns
 from nightseg.data.class_list import mapped, taxonomy
 from nightseg.data.encodings import (
     LABEL_FILES_SCHEMA,
+    LabelFile,
     Reading,
     UnclearLabels,
     facts_of,
@@ -171,7 +175,63 @@ def _holds_colors(uri: str) -> bool:
         return False
 
 
-def _read_labels(shards: Shards, dataset: FolderDataset, name: str, classes: AnyTaxonomy) -> Reading | None:
+class Look(NamedTuple):
+    """Some frames of a folder, read as all of them will be."""
+
+    num_frames: int  # in the folder
+    uris: list[str]  # of all of them
+    missing: list[str]  # labels that are not there, of all frames; only on a local disk
+    frames: pa.Table  # of those that were read: the good ones, and the others
+    quarantine: pa.Table
+    labels: list[LabelFile]
+    reading: Reading | None
+    classes: Taxonomy  # by which the labels of `frames` are read
+    notes: list[str]
+
+
+class _Sample(NamedTuple):
+    tables: Mapping[str, pa.Table]
+    max_bad_fraction: float
+
+    def table(self, name: str) -> pa.Table:
+        return self.tables[name]
+
+
+def look_at(
+    dataset: FolderDataset,
+    *,
+    name: str,
+    taxonomy: AnyTaxonomy,
+    most: int,
+    max_bad_fraction: float,
+    folder: Location,
+    threads: int = 4,
+) -> Look:
+    """Read at most so many frames, evenly over the folder. Labels that are rewritten go to `folder`.
+
+    Raises UserError as `collect` does, but for too many bad frames.
+    """
+    notes: list[str] = []
+    rows, worker, arguments = _folder(dataset, name, taxonomy, notes.append)
+    uris = [uri or "" for uri in rows[columns.LABEL_URI].to_pylist()]
+    there = np.array([not uri.startswith("/") or os.path.exists(uri) for uri in uris], dtype=np.bool_)
+    kept = np.flatnonzero(there)
+    some = kept[np.unique(np.linspace(0, len(kept) - 1, min(most, len(kept))).round().astype(int))]
+    read = worker(**arguments)
+    with ThreadPoolExecutor(threads) as pool:
+        parts = list(pool.map(lambda row: read(rows.slice(row, 1), folder), some.tolist()))
+    tables = {key: pa.concat_tables([part[key] for part in parts]) for key in (parts[0] if parts else ())}
+    labels = label_files(tables[_LABEL_FILES]) if tables else []
+    reading = _read_labels(_Sample(tables, max_bad_fraction), dataset, name, taxonomy) if labels else None
+    frames = tables["frames"] if tables else frame_table([])
+    bad = tables["quarantine"] if tables else quarantine_table([])
+    known = _classes(dataset, name, taxonomy, _nobody)
+    missing = [uri for uri, is_there in zip(uris, there, strict=True) if not is_there]
+    every = rows[columns.URI].to_pylist()
+    return Look(rows.num_rows, every, missing, columns.resolve(frames, folder), bad, labels, reading, known, notes)
+
+
+def _read_labels(shards: Shards | _Sample, dataset: FolderDataset, name: str, classes: AnyTaxonomy) -> Reading | None:
     """What the label files of the set mean together. Raises UserError if that is not what their layout says of them."""
     known, table = _classes(dataset, name, classes, _nobody), shards.table(_LABEL_FILES)
     files = list(zip(label_files(table), table[columns.LABEL_ENCODING].to_pylist(), strict=True))

@@ -55,6 +55,15 @@ def split(pool: pa.Table, *, margin: float, **work: Unpack[Work]) -> Commit:
     return shards.finish("histograms", outputs=["frames.parquet", "evidence.json"], summary={"domains": counts})
 
 
+def domains_of(frames: pa.Table, margin: float) -> list[str]:
+    """The domains that some frames would have if they were the pool; without those that cannot be read."""
+    seen = HistogramFrames()(frames.select([frame.FRAME_ID, frame.URI]), Location.of("."))["histograms"]
+    if not seen.num_rows:
+        return []
+    bands_NBH = vectors(seen[BANDS]).reshape(-1, NUM_BANDS, NUM_BINS)
+    return [str(domain) for domain in separate(bands_NBH, seen[CHROMA].to_numpy(), margin=margin).domain]
+
+
 class HistogramFrames:
     """Luminance histograms of the frames of a shard. A frame that cannot be read goes to the quarantine table."""
 

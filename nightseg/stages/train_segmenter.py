@@ -239,19 +239,14 @@ def check_training(model: str, plan: Plan, compute: TrainCompute) -> None:
         raise UserError(
             f"{where}: its train sets hold no frame", cure="see the quarantine tables of its datasets for the reasons"
         )
+    _check_keep(plan, where)
     cure = "train and validate on labelled datasets, and learn from unlabelled ones through self_training.pool"
     for key, rows in (("train", plan.train), ("validate_on", plan.validate)):
         if rows is not None:
             check_labelled(rows, f"{where}, {key}", cure)
             _check_valid(rows, plan.classes, f"{where}, {key}")
-    _check_keep(plan, where)
     _check_sampling(plan, where)
-    if training.warmup_steps >= plan.total_steps:
-        raise UserError(
-            f"{where}: training.warmup_steps is {training.warmup_steps}, but the whole training has {plan.total_steps} "
-            f"steps ({training.epochs} epochs of {plan.steps_per_epoch}), so the learning rate would never be reached",
-            cure=f"set training.warmup_steps to {plan.total_steps // 10} or so",
-        )
+    check_steps(training, plan.sampler.num_frames, where)
     if plan.pool is not None:
         if plan.pool.rows.num_rows == 0:
             raise UserError(
@@ -267,6 +262,23 @@ def check_training(model: str, plan: Plan, compute: TrainCompute) -> None:
                 cure="add day frames that are translated to night to its train sets, or leave precision out",
             )
         check_never_below(teaching.never_below, plan.train, plan.classes, where)
+    check_settings(network, training, compute, where)
+
+
+def check_steps(training: Training, num_frames: int, where: str) -> None:
+    """Refuse a warm-up that is as long as the training."""
+    of_epoch = training.steps_per_epoch or -(-num_frames // training.batch)
+    total = training.epochs * of_epoch
+    if training.warmup_steps >= total:
+        raise UserError(
+            f"{where}: training.warmup_steps is {training.warmup_steps}, but the whole training has {total} steps "
+            f"({training.epochs} epochs of {of_epoch}), so the learning rate would never be reached",
+            cure=f"set training.warmup_steps to {total // 10} or so",
+        )
+
+
+def check_settings(network: Network, training: Training, compute: TrainCompute, where: str) -> None:
+    """Refuse settings that cannot train, whatever the frames."""
     shares = compute.workers * training.accumulate
     if training.batch % shares:
         parts = f" in {training.accumulate} parts each (training.accumulate)" if training.accumulate > 1 else ""

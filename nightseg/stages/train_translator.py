@@ -96,6 +96,12 @@ def _check(name: str, settings: Translator, day: pa.Table, night: pa.Table, comp
                 f"{where}: its {domain} dataset {getattr(settings, domain)} holds no frame",
                 cure="see the counts and the quarantine table of that dataset",
             )
+    check_settings(name, settings, compute)
+
+
+def check_settings(name: str, settings: Translator, compute: TrainCompute) -> None:
+    """Refuse settings that cannot train, whatever the frames."""
+    where = f"translator {name}"
     if settings.batch % compute.workers:
         raise UserError(
             f"{where}: batch {settings.batch} cannot be shared evenly by {compute.workers} workers "

@@ -17,14 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import vgg
 
-from nightseg.networks.weights import cached_download, check_names_and_shapes, read_state_dict
+from nightseg.networks.weights import cached_download, check_names_and_shapes, read_state_dict, read_weights_file
 from nightseg.segmenter.encoders import IMAGENET_MEAN, IMAGENET_STD, LITE_MEAN, LITE_STD
 from nightseg.segmenter.start import lite_classifier_weights
-from nightseg.unit.settings import PERCEPTUAL_STRIDES, PerceptualName
+from nightseg.unit.settings import PERCEPTUAL_STRIDES, PerceptualName, Translator
 
 VGG16_FILE: Final = "vgg16-397923af.pth"
 VGG16_URL: Final = f"https://download.pytorch.org/models/{VGG16_FILE}"
 VGG16_SHA256_PREFIX: Final = "397923af"
+_CURE: Final = (
+    "set perceptual_weights to a copy of it, or perceptual_network to efficientnet_lite0, whose weights are installed"
+)
 
 DEFAULT_LAYERS: Final[Mapping[PerceptualName, tuple[str, ...]]] = {
     "vgg16": ("relu5_3",),
@@ -106,14 +109,20 @@ class Vgg16Maps(nn.Module):
         return found
 
 
+def check_weights(settings: Translator) -> None:
+    """Raise UserError unless the weights of the perceptual loss are on this machine; none are fetched here."""
+    if settings.perceptual_network != "vgg16":
+        return
+    file = settings.perceptual_weights or cached_download(VGG16_URL, VGG16_SHA256_PREFIX, name="vgg16", cure=_CURE)
+    read_weights_file(
+        file, "vgg16", key="perceptual_weights", sha256_prefix=settings.perceptual_sha256 or VGG16_SHA256_PREFIX
+    )
+
+
 def _vgg16_weights(wanted: Mapping[str, Tensor], weights: str | None, sha256: str | None) -> Mapping[str, Tensor]:
     """The convolutions' under the names of `wanted`, from a file of the whole network."""
     if weights is None:
-        cure = (
-            "set perceptual_weights to a copy of it, or perceptual_network to efficientnet_lite0, whose weights are "
-            "installed"
-        )
-        weights = str(cached_download(VGG16_URL, VGG16_SHA256_PREFIX, name="vgg16", cure=cure))
+        weights = str(cached_download(VGG16_URL, VGG16_SHA256_PREFIX, name="vgg16", cure=_CURE))
     key = "perceptual_weights and, for weights of your own, perceptual_sha256"
     state = read_state_dict(weights, "vgg16", key=key, sha256_prefix=sha256 or VGG16_SHA256_PREFIX)
     named = {name: state[name].float() for name in state if name.startswith("features.")}

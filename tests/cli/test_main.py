@@ -23,7 +23,20 @@ from tests.command_line import forbid_ray, good, json_of, nightseg, refused
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 VERBS = sorted(main.commands)
-JSON_VERBS = ["doctor", "evaluate", "export", "fid", "predict", "run", "search", "select", "split", "status", "verify"]
+JSON_VERBS = [
+    "check",
+    "doctor",
+    "evaluate",
+    "export",
+    "fid",
+    "predict",
+    "run",
+    "search",
+    "select",
+    "split",
+    "status",
+    "verify",
+]
 BAD = """
 name: bad
 seed: one

@@ -35,6 +35,7 @@ DEMO: Final = str(Path(__file__).parents[2] / "configs/demo.yaml")
 VERBS: Final = {
     "run": Verb("nightseg.pipeline.run:adapt", ("r.yaml",), PLACES),
     "run --dry-run": Verb("nightseg.pipeline.run:plan", (DEMO,), PLACES),
+    "check": Verb("nightseg.pipeline.check:check", (DEMO,), {**PLACES, "--frames": "3"}),
     "recipe": Verb("nightseg.recipe.load:as_it_is", (DEMO,), {"--set": "seed=3"}),
     "search": Verb("nightseg.pipeline.search:search", ("s.yaml",), {"--set": "trials=3", "--run-dir": "other"}),
     "report": Verb("nightseg.report:write_report", ("run1",), {}),
@@ -143,6 +144,7 @@ OTHERWISE: Final = {  # options that say how a verb answers, and the places wher
     "--json": "test_main.py",
     "--open": "test_main.py",
     "--schema": "test_main.py",
+    "--page": "tests/pipeline/test_check.py",
     "--dry-run": "a verb of its own here",
 }
 ANOTHER: Final = {"run1": "run2", "model1": "model2", DEMO: str(Path(DEMO).with_name("translators.yaml"))}

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import click
@@ -224,3 +225,42 @@ def test_a_selection_says_what_its_distances_mean(capsys: pytest.CaptureFixture[
     output.print_selection(done | {"fid": fid | {"selection": 15.0, "lower_bound": 8.0, "selection_biased": 9.0}})
     out = capsys.readouterr().out
     assert "0.5 standard deviations worse" in out and "less than 8, and this one has 9" in out
+
+
+def test_a_command_that_takes_its_time_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(output, "SECONDS_TO_WORDS", 0.01)
+    done = threading.Event()
+    monkeypatch.setattr(output, "say", lambda message: (print(message, file=sys.stderr), done.set()))
+
+    @click.group(cls=output.Failures)
+    def group() -> None:
+        """A program."""
+
+    @group.command()
+    def slow() -> None:
+        assert done.wait(10)
+
+    monkeypatch.setattr(sys, "argv", ["nightseg", "slow"])
+    group()
+    assert capsys.readouterr().err == "nightseg slow: at work\n"
+
+
+def test_a_command_that_is_done_says_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @click.group(cls=output.Failures)
+    def group() -> None:
+        """A program."""
+
+    @group.command()
+    def quick() -> None:
+        """Nothing."""
+
+    monkeypatch.setattr(sys, "argv", ["nightseg", "quick"])
+    group()
+    for thread in threading.enumerate():
+        if isinstance(thread, threading.Timer):
+            thread.join(10)
+    assert capsys.readouterr().err == ""

@@ -42,9 +42,14 @@ def put(file: Path, pixels: np.ndarray) -> None:
 
 
 def frames(
-    root: Path, image: str, mask: str, make: Any = label, names: tuple[str, ...] = ("a1", "a2", "a3", "a4", "a5")
+    root: Path,
+    image: str,
+    mask: str,
+    make: Any = label,
+    names: tuple[str, ...] = ("a1", "a2", "a3", "a4", "a5"),
+    first: int = 0,
 ) -> Path:
-    for number, name in enumerate(names):
+    for number, name in enumerate(names, first):
         put(root / image.format(name), photograph(number))
         put(root / mask.format(name), make(number))
     return root

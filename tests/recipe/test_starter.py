@@ -113,9 +113,9 @@ def label_of_starter(number: int) -> object:
 
 @pytest.mark.parametrize("name", ["starter_pairs", "starter_cityscapes"])
 def test_the_plan_of_a_starter_recipe(tmp_path: Path, folders: tuple[str, str], name: str) -> None:
-    for split in ("train", "val"):
-        frames(tmp_path / "mine", f"images/{split}/{{}}.jpg", f"labels/{split}/{{}}.png", label_of_starter)
-        for number in range(2):
+    for split, first in (("train", 0), ("val", 50)):
+        frames(tmp_path / "mine", f"images/{split}/{{}}.jpg", f"labels/{split}/{{}}.png", label_of_starter, first=first)
+        for number in range(first, first + 2):
             stem = f"{split}/ulm/ulm_{number}"
             put(tmp_path / "cs" / f"leftImg8bit/{stem}_leftImg8bit.png", photograph(number))
             put(tmp_path / "cs" / f"gtFine/{stem}_gtFine_labelIds.png", label(number, (23, 7, 26)))
