@@ -88,17 +88,25 @@ training: # $training_hint
 
 loss: {kind: combined, alpha: 0.5, gamma: 2.0}
 
-# To learn from the night frames themselves, too, add self_training to `adapted`: configs/street.yaml does.
 models:
   day_only: {train: [day]}
   day_only_longer: # the control of equal steps: what more training alone is worth
     train: [day]
     start: day_only
     training: {learning_rate: 1.5e-3, epochs: 12, ema_decay: 0.99}
-  adapted: # two of three samples by night
+  day_and_night: # two of three samples by night: a teacher must have seen dark skies before it teaches
     train: {day: 1, day_by_optics: 2}
     start: day_only
-    training: {learning_rate: 1.5e-3, epochs: 12, ema_decay: 0.99}
+    training: {learning_rate: 1.5e-3, ema_decay: 0.99}
+  adapted: # labels the night frames while it learns, and learns what it is sure of
+    train: {day: 1, day_by_optics: 2}
+    start: day_and_night
+    training: {learning_rate: 1.5e-3, ema_decay: 0.99}
+    self_training:
+      mode: online
+      pool: night
+      threshold: {kind: class_balanced, share: 0.4, confidence: 0.95, floor: 0.8}
+      online: {weight: 0.5} # where sky is never below the road: never_below: {sky: [road]} beside threshold
 
 test_sets: {day: day_test}
 
