@@ -183,6 +183,7 @@ Runs
     pipeline/folder.py   what people find in a run folder: models, masks, chosen frames, tables, earlier results
     pipeline/verify.py   is every file of a run what was written
     pipeline/run.py      do what is not committed, gather, report; or say what would be done
+    pipeline/tracking.py a finished run in MLflow or W&B
     pipeline/search.py   Ray Tune over the rounds: what a search tries, its trials
     pipeline/single.py   single stages without a recipe
 
@@ -216,13 +217,14 @@ def run(
     *,
     run_dir: str | Path | None = None,
     only: str | None = None,
+    log: Sequence[str] = (),
     progress: bool = True,
 ) -> Adapted:
     """Run a recipe to its report, as `nightseg run` does: what is committed is skipped, what was interrupted continues.
 
     recipe: a YAML file, or what one would hold as a mapping. overrides: `["training.epochs=3"]` or
     `{"training.epochs": 3}`. run_dir: where the run lies, by default runs/NAME. only: this model and what it needs.
-    progress: lines on standard error.
+    log: "mlflow", "wandb": get the finished run. progress: lines on standard error.
     Returns the run: `.scores` (model -> test set -> mIoU in [0, 1]), `.results` (results.json), `.report`, `.models`
     and `.load(model)`. Raises UserError, before anything starts, with all that is wrong with the recipe.
     """
@@ -234,7 +236,8 @@ def run(
     elif isinstance(overrides, str):
         overrides = [overrides]
     place = None if run_dir is None else str(run_dir)
-    return adapt(recipe, overrides, run_dir=place, only=only, progress=progress_for(quiet=not progress))
+    names = [log] if isinstance(log, str) else log
+    return adapt(recipe, overrides, run_dir=place, only=only, log=names, progress=progress_for(quiet=not progress))
 
 
 def load_model(path: str | Path, device: str | None = None) -> Segmenter:

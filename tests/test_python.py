@@ -47,8 +47,12 @@ def test_run_takes_a_mapping_and_overrides_of_any_form(monkeypatch: pytest.Monke
         return "done"
 
     monkeypatch.setattr(run_module, "adapt", adapt)
-    assert nightseg.run(RECIPE, overrides, run_dir=Path("/r"), only="day_only", progress=False) == "done"
-    assert asked["recipe"].seed == 3 and (asked["run_dir"], asked["only"]) == ("/r", "day_only")
+    assert nightseg.run(RECIPE, overrides, run_dir=Path("/r"), only="day_only", log="mlflow", progress=False) == "done"
+    assert asked["recipe"].seed == 3 and (asked["run_dir"], asked["only"], asked["log"]) == (
+        "/r",
+        "day_only",
+        ["mlflow"],
+    )
     assert asked["recipe"].datasets["day"].size == (48, 96)
     assert RECIPE["datasets"]["day"]["size"] == (48, 96), "what is given stays as it is"  # type: ignore[index]
 

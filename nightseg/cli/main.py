@@ -27,6 +27,7 @@ from nightseg.cli.output import (
 from nightseg.progress import progress_for
 from nightseg.storage import Location, UserError, Workspace
 
+TRACKERS = ("mlflow", "wandb")
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
 
 
@@ -55,9 +56,12 @@ _set_option = click.option("--set", "overrides", multiple=True, metavar="a.b=c",
 @_set_option
 @click.option("--run-dir", metavar="DIR", help="Where the run lies (default: runs/<recipe name>); also s3://, gs://.")
 @click.option("--only", metavar="MODEL", help="Only this model, and what it needs.")
+@click.option("--log", multiple=True, type=click.Choice(TRACKERS), help="Gets the finished run, too; repeatable.")
 @click.option("--dry-run", is_flag=True, help="Check, and print the graph: what would run, frames, resources.")
 @answers
-def run(recipe: str, overrides: tuple[str, ...], run_dir: str | None, only: str | None, dry_run: bool) -> Answer:
+def run(
+    recipe: str, overrides: tuple[str, ...], run_dir: str | None, only: str | None, log: tuple[str, ...], dry_run: bool
+) -> Answer:
     """Run a recipe to its report.
 
     What is committed is skipped, what was interrupted continues.
@@ -81,7 +85,7 @@ def run(recipe: str, overrides: tuple[str, ...], run_dir: str | None, only: str 
         stages = [line._asdict() | {"node": str(line.node)} for line in lines]
         content = {"run_dir": folder.uri, "stages": stages, "warnings": warnings}
         return Answer(content, partial(print_plan, folder, lines, warnings))
-    adapted = adapt(recipe, overrides, run_dir=run_dir, only=only, progress=progress_for())
+    adapted = adapt(recipe, overrides, run_dir=run_dir, only=only, log=log, progress=progress_for())
     return Answer(adapted.outcome.results, partial(print_outcome, adapted))
 
 

@@ -16,7 +16,7 @@ from nightseg.cluster.settings import MapCompute, TrainCompute
 from nightseg.data.class_list import taxonomy
 from nightseg.errors import together
 from nightseg.networks.downloads import allow_downloads
-from nightseg.pipeline import build, check, classes, leaks
+from nightseg.pipeline import build, check, classes, leaks, tracking
 from nightseg.pipeline.folder import keep_earlier, lay_out, show_curves
 from nightseg.pipeline.graph import FRAME_STAGES, Graph, Node, NodeId, frames_at_most
 from nightseg.pipeline.results import RECIPE_NAME, RESULTS_NAME, gather, model_folder, sealed
@@ -112,13 +112,15 @@ def adapt(
     *,
     run_dir: str | None = None,
     only: str | None = None,
+    log: Collection[str] = (),
     progress: Progress,
 ) -> Adapted:
     """The whole way: a recipe (file or mapping) in; a night model, results.json and report.html out.
 
-    Raises UserError before anything starts when the recipe is wrong.
+    `log`: trackers that are given the finished run. Raises UserError before anything starts when the recipe is wrong.
     """
     recipe = load_recipe(recipe_file, overrides)
+    tracking.check_trackers(log)
     folder = run_folder(recipe.name, run_dir)
     with told_of(recipe_file, overrides):
         _allow_downloads(recipe)
@@ -127,7 +129,9 @@ def adapt(
         else:
             check.check(recipe, folder, only=only, most=FRAMES_BEFORE, is_measured=False, progress=progress)
         outcome = run(recipe, folder, only=only, progress=progress)
-    return Adapted(folder, outcome, write_report(folder, outcome.results))
+    report = write_report(folder, outcome.results)
+    tracking.track(log, folder, outcome.results)
+    return Adapted(folder, outcome, report)
 
 
 def run_folder(name: str, run_dir: str | None) -> Location:

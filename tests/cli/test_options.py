@@ -33,7 +33,7 @@ PLACES: Final = {"--set": "seed=3", "--run-dir": "other", "--only": "day_only"}
 DEMO: Final = str(Path(__file__).parents[2] / "configs/demo.yaml")
 
 VERBS: Final = {
-    "run": Verb("nightseg.pipeline.run:adapt", ("r.yaml",), PLACES),
+    "run": Verb("nightseg.pipeline.run:adapt", ("r.yaml",), {**PLACES, "--log": "wandb"}),
     "run --dry-run": Verb("nightseg.pipeline.run:plan", (DEMO,), PLACES),
     "check": Verb("nightseg.pipeline.check:check", (DEMO,), {**PLACES, "--frames": "3"}),
     "recipe": Verb("nightseg.recipe.load:as_it_is", (DEMO,), {"--set": "seed=3"}),
