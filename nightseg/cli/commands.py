@@ -128,9 +128,12 @@ def init(day: str, night: str, labels: str | None, taxonomy: str | None, out: st
     nightseg run mine.yaml --dry-run
     nightseg run mine.yaml
     """
-    from nightseg.recipe.starter import write_starter
+    from nightseg.recipe.starter import AlreadyThere, write_starter
 
-    starter = write_starter(day, night, out, labels=labels, classes=taxonomy, overwrite=overwrite)
+    try:
+        starter = write_starter(day, night, out, labels=labels, classes=taxonomy, overwrite=overwrite)
+    except AlreadyThere as error:
+        raise UserError(error.what, cure="another name by --out, or --overwrite") from error
     return Answer(starter._asdict(), functools.partial(print_starter, starter))
 
 

@@ -39,7 +39,7 @@ from nightseg.stages.collect import SCENES_TAXONOMY, Look, look_at
 from nightseg.stages.train_segmenter import check_settings, check_steps
 from nightseg.stages.train_translator import check_settings as check_translator
 from nightseg.storage import Location, Workspace
-from nightseg.translators.settings import CommandTranslator
+from nightseg.translators.settings import CommandTranslator, PhotometricTranslator
 from nightseg.unit.perceptual import check_weights as check_perceptual_weights
 from nightseg.unit.settings import Translator
 
@@ -230,6 +230,9 @@ def check(
         warnings = [f"dataset {name}: {note}" for name, found in looks.items() for note in found.notes]
         datasets = {name: _facts(recipe, name, looks.get(name), classes, warnings) for name in recipe.datasets}
         _of_splits(recipe, looks, datasets, warnings)
+        for name, one in recipe.translators.items():
+            if isinstance(one, PhotometricTranslator):
+                warnings += one.classes.unknown(name, classes.classes)
         models = _of_models(recipe, graph[0], datasets, classes, warnings)
         costs: dict[str, Any] = {}
         if is_measured:

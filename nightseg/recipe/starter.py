@@ -117,6 +117,10 @@ consistency: {dataset: night, count: 50} # how sure and consistent each model is
 """)
 
 
+class AlreadyThere(UserError):  # noqa: N818 a UserError by its base
+    """The recipe exists, and nobody allowed to overwrite it."""
+
+
 class Starter(NamedTuple):
     """What was written, what was assumed, and what a person should look at."""
 
@@ -132,17 +136,17 @@ def write_starter(
 ) -> Starter:
     """Look at two folders and write a recipe that fits them, and split lists beside it, if there is no split.
 
-    Raises UserError: what `discover` raises; the recipe is there already.
+    Raises UserError: what `discover` raises; AlreadyThere.
     """
     place = Location.of(out)
     if not place.uri.lower().endswith((".yaml", ".yml")):
         raise UserError(f"{out}: a recipe is a YAML file", cure="give it a name that ends in .yaml")
     if place.exists() and not overwrite:
-        raise UserError(f"{out}: it is there already", cure="give another name, or allow to overwrite it")
+        raise AlreadyThere(f"{out}: it is there already", cure="give another name, or allow to overwrite it")
     roots = {"day": Location.of(day), "night": Location.of(night)}
     found = discover(roots["day"], roots["night"], None if labels is None else Location.of(labels), classes)
-    if found.is_named and not _roles(found)["sky"]:
-        found.to_check.append("no class is called sky: if there is one, name it in translators.optics.classes.sky")
+    if found.is_named:
+        found.to_check += LitClasses(**_lit_classes(found)).unknown("optics", taxonomy(found.taxonomy).classes)
     stem, files = place.uri.rpartition(".")[0], [place.uri]
     for name, names in found.lists.items():
         file = Location.of(f"{stem}_{name}.txt")
@@ -287,10 +291,14 @@ def _roles(found: Found) -> dict[str, list[str]]:
     }
 
 
-def _lit(found: Found) -> str:
+def _lit_classes(found: Found) -> dict[str, list[str]]:
     """Classes of one's own by their usual words, where the translator would not know them by name."""
     roles = _roles(found)
-    told = {role: names for role, names in roles.items() if set(names) - set(LitClasses.model_fields[role].default)}
+    return {role: names for role, names in roles.items() if set(names) - set(LitClasses.model_fields[role].default)}
+
+
+def _lit(found: Found) -> str:
+    told = _lit_classes(found)
     return f"    classes: {_flow(told)}\n" if told else ""
 
 

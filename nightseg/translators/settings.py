@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
@@ -29,6 +30,23 @@ class LitClasses(Strict):
     lamp: list[str] = Field(
         default=["pole", "lamp", "street light", "polegroup"], description="classes that carry street lamps"
     )
+
+    def unknown(self, translator: str, classes: Collection[str]) -> list[str]:
+        """What to say where a class list has none of the classes that a role names; an empty list is meant so."""
+        missing = [role for role, names in self if names and not any(name in classes for name in names)]
+        said, key = [], f"translators.{translator}.classes"
+        if "sky" in missing:
+            said.append(
+                f"no class is the sky, so nights by {translator} keep a bright one: set `{key}.sky: [NAME]` ([] if "
+                "there is none)"
+            )
+        if lights := [role for role in missing if role != "sky"]:
+            others = f", likewise {', '.join(lights[1:])}" if lights[1:] else ""
+            said.append(
+                f"no class is {' or '.join(lights)}, so nothing lights up there in nights by {translator}: set "
+                f"`{key}.{lights[0]}: [NAME, ...]`{others} ([] if there is none)"
+            )
+        return said if set(missing) != {"signal"} else []  # many lists have no traffic lights
 
 
 class PhotometricTranslator(Strict):

@@ -317,6 +317,19 @@ def test_what_is_odd_is_no_refusal(root: Path) -> None:
     assert any("car" in warning for warning in warnings)
 
 
+def test_classes_that_the_nights_by_optics_do_not_know_are_told(root: Path) -> None:
+    def told(text: str) -> list[str]:
+        recipe, run = load_recipe(file_of(root, text)), Location.of(root / "run")
+        found = check(recipe, run, is_measured=False, progress=SilentProgress())
+        return [line for line in found.warnings if "no class is" in line]
+
+    assert [line.split(",")[0] for line in told(RECIPE)] == ["no class is signal or facade or lamp"]
+    own = RECIPE.replace("name: sky", "name: firmament")
+    assert "set `translators.optics.classes.sky: [NAME]`" in told(own)[0]
+    said = "{kind: photometric, classes: {sky: [firmament], facade: [], lamp: []}}"
+    assert told(own.replace("{kind: photometric}", said)) == [], "many lists have no traffic lights"
+
+
 def test_the_page_stands_alone(root: Path) -> None:
     page = root.parent / "check.html"
     content = json_of("check", file_of(root), "--page", page)

@@ -72,10 +72,20 @@ def test_classes_that_carry_light_are_known_by_their_words(tmp_path: Path, folde
     starter = write_starter(*folders, str(tmp_path / "a.yaml"), classes=str(tmp_path / "names.txt"))
     lit = load_recipe(tmp_path / "a.yaml").translators["optics"].classes  # type: ignore[union-attr]
     assert (lit.vehicle, lit.lamp, lit.sky) == (["buses", "my car"], ["streetlight"], ["sky"])
-    assert not any("sky" in line for line in starter.to_check)
+    assert not any("the sky" in line for line in starter.to_check)
     (tmp_path / "names.txt").write_text("\n".join((*names[:-1], "above")))
     starter = write_starter(*folders, str(tmp_path / "b.yaml"), classes=str(tmp_path / "names.txt"))
-    assert "no class is called sky: if there is one, name it in translators.optics.classes.sky" in starter.to_check
+    assert [line for line in starter.to_check if "no class is" in line] == [
+        "no class is the sky, so nights by optics keep a bright one: set `translators.optics.classes.sky: [NAME]` ([] "
+        "if there is none)",
+        "no class is signal or facade, so nothing lights up there in nights by optics: set "
+        "`translators.optics.classes.signal: [NAME, ...]`, likewise facade ([] if there is none)",
+    ]
+    (tmp_path / "names.csv").write_text("id,name\n0,tarmac\n1,firmament\n2,masonry\n3,motorcar\n4,a\n5,b\n6,c\n7,d\n")
+    starter = write_starter(*folders, str(tmp_path / "c.yaml"), classes=str(tmp_path / "names.csv"))
+    assert ["sky" in line or "vehicle or signal or facade or lamp" in line for line in starter.to_check[-2:]] == [
+        True
+    ] * 2
 
 
 def test_a_pool_that_is_not_sorted_is_split(tmp_path: Path, folders: tuple[str, str]) -> None:
@@ -90,7 +100,7 @@ def test_the_command(tmp_path: Path, folders: tuple[str, str], monkeypatch: pyte
     said = nightseg("init", *folders).stdout
     assert said.startswith("wrote ") and "assumed:" in said and "to check:" in said
     assert said.splitlines()[-1] == f"next: nightseg run {tmp_path}/recipe.yaml --dry-run"
-    assert "it is there already. Cure: give another name, or allow to overwrite it" in refused("init", *folders)
+    assert "it is there already. Cure: another name by --out, or --overwrite" in refused("init", *folders)
     answer = json_of("init", *folders, "--overwrite", "--labels", Path(folders[0]) / "labels")
     assert answer["found"]["num"] == {"day": 4, "test": 1, "night": 3}
     assert "a recipe is a YAML file" in refused("init", *folders, "--out", "mine.txt")
