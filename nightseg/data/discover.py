@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from os.path import exists
 from pathlib import PurePosixPath
 from typing import Any, Final, NamedTuple
 
@@ -33,7 +34,7 @@ from nightseg.data.label_names import name_of
 from nightseg.data.layouts import Candidate, list_frames
 from nightseg.data.listing import files_below
 from nightseg.data.settings import ClassList, FolderDataset, ListedClass
-from nightseg.data.taxonomy import COLORS, IDS, IGNORE, Taxonomy, in_words
+from nightseg.data.taxonomy import COLORS, IDS, IGNORE, TRAIN_IDS, Taxonomy, in_words
 from nightseg.errors import UserError, first_of
 from nightseg.storage import Entry, Location
 
@@ -106,6 +107,7 @@ def discover(day: Location, night: Location, labels: Location | None = None, cla
     }
     _split(found, frames, day)
     _sizes(found, frames["day"])
+    _usable(found, [one for of in frames.values() for one in of])
     _classes(found, frames["day"], day, classes)
     _night(found, night)
     return found
@@ -394,6 +396,28 @@ def _sizes(found: Found, frames: Sequence[Candidate]) -> None:
         found.to_check.append("day frames have several shapes, and all are resized to one: network.input_size")
 
 
+def _usable(found: Found, frames: Sequence[Candidate]) -> None:
+    """Frames without label, on a local disk, and labels of another size than their image."""
+    bad = "; a run sets them aside, and refuses a dataset with more of them than `max_bad_fraction`"
+    missing = [one for one in frames if not one.label_uri or (one.label_uri[0] == "/" and not exists(one.label_uri))]
+    if missing:
+        found.to_check.append(
+            f"{len(missing)} of {len(frames)} day frames have no label ({_names([one.uri for one in missing])}): give "
+            f"them labels, or take them out of the folder or the split list{bad}"
+        )
+    read = [(one.uri, one.label_uri) for one in _spread(frames, _LABELS_READ) if one not in missing and one.label_uri]
+    sizes = [(uri, _size(uri), _size(label)) for uri, label in read]
+    if odd := [uri for uri, of_image, of_label in sizes if of_image and of_label and of_image != of_label]:
+        found.to_check.append(
+            f"{len(odd)} of {len(read)} labels looked at have another size than their image ({_names(odd)}): scale "
+            f"them by nearest neighbour{bad}"
+        )
+
+
+def _names(uris: Sequence[str]) -> str:
+    return ", ".join(PurePosixPath(uri).name for uri in uris[:2]) + (", ..." if len(uris) > 2 else "")
+
+
 def _size(uri: str) -> tuple[int, int] | None:
     try:
         return image_size(read_bytes(Location.of(uri)))
@@ -419,7 +443,19 @@ def _classes(found: Found, frames: Sequence[Candidate], root: Location, given: s
         place = given if given is not None else (beside.uri if beside is not None else "")
         classes = taxonomy(place)
         found.taxonomy = place if place in known_taxonomies() else _as_list(place)
-        found.encoding = _fitting(found, files, classes, in_colours)
+        strange = _not_in(found, in_colours)
+        if isinstance(found.taxonomy, ClassList) and strange == [0] and not in_colours:
+            ignore = found.taxonomy.ignore if isinstance(found.taxonomy.ignore, dict) else {}
+            ignore = {**ignore, IDS: [*ignore.get(IDS, []), 0]}  # type: ignore[misc]
+            found.taxonomy = found.taxonomy.model_copy(update={"ignore": ignore})
+            classes = taxonomy(found.taxonomy)
+            found.assumed.append(f"id 0 is in no row of {place}, and taken for void: add a row for it if it is a class")
+        try:
+            found.encoding = _fitting(found, files, classes, in_colours)
+        except UserError as error:
+            if not strange or place in known_taxonomies():
+                raise
+            raise UserError(error.what, cure=_cure_of_list(place, strange, found, classes, in_colours)) from error
         found.assumed.append(f"the classes are those of {place}, the labels are read as {found.encoding}")
         return
     known = _recognized(found, frames, files, in_colours)
@@ -434,6 +470,35 @@ def _classes(found: Found, frames: Sequence[Candidate], root: Location, given: s
         found.seen = _seen([label for label in more if (label.ids.dtype == np.uint32) == in_colours])
         found.assumed.append(f"for the classes {len(more)} of {len(labelled)} labels were read")
     _made_up(found, in_colours)
+
+
+def _not_in(found: Found, in_colours: bool) -> list[int]:
+    """Ids or colours of the labels that the class list does not know."""
+    classes = taxonomy(found.taxonomy)
+    known = classes.colors if in_colours else classes.encodings.get(IDS, classes.encodings[TRAIN_IDS])
+    return sorted(found.seen.keys() - known.keys())
+
+
+def _cure_of_list(place: str, strange: list[int], found: Found, classes: Taxonomy, in_colours: bool) -> str:
+    """What to write into a class list of one's own, or instead of it."""
+    file, first = PurePosixPath(place), in_words(strange[0], COLORS if in_colours else IDS)
+    if file.suffix in (".yaml", ".yml"):
+        what = f"{COLORS}: [{first}]" if in_colours else f"{IDS}: [{first}]"
+        return (
+            f"in {file.name}, give each class what the labels hold for it, and ignore what is none: ignore: {{{what}}}"
+        )
+    own = [raw_id for raw_id in sorted(found.seen) if raw_id != IGNORE]
+    known = [raw_id for raw_id in sorted(classes.encodings[IDS]) if raw_id != IGNORE]
+    if in_colours or known != list(range(len(known))):
+        what = f"{'the colour' if in_colours else 'a row with the id'} {first}"
+        more = f"; likewise {len(strange) - 1} more" if strange[1:] else ""
+        return f"add {what} to {file.name}, with the name of its class or `void`{more}"
+    rows = ["void,0"] if own[0] == 0 and len(own) > classes.num_classes else []
+    rows.append(f"{classes.classes[0]},{own[len(rows)]}")
+    return (
+        f"{file.name} says no ids, so its first class is 0: write a classes.csv instead, with a row a class and its "
+        f"id: `name,id`, {', '.join(f'`{row}`' for row in rows)}, ..."
+    )
 
 
 def _table(rows: list[dict[str, Any]]) -> Any:

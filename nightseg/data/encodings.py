@@ -475,22 +475,24 @@ def _cure_of_unknown(pixels: Mapping[int, int], files: Sequence[LabelFile], clas
             f"`ignore: [{strange[0]}]` in a class list of your own"
         )
     own = sorted(pixels.keys() - {IGNORE})
+    first = own[1] if own[0] == 0 and len(own) > classes.num_classes else own[0]
     cures.append(
-        f"give classes their `ids:` in the class list, as in `{{name: {names[0]}, ids: {own[min(1, len(own) - 1)]}}}`, "
+        f"give classes their `ids:` in the class list, as in `{{name: {names[0]}, ids: {first}}}`, "
         f"and `ignore:` those of {_ranges(own)} that are none; or take the class list or encoding of these labels"
     )
     return "; ".join(cures)
 
 
 def _ranges(ids: Iterable[int]) -> str:
-    """0, 2, 3, 4, 255 as `0, 2..4, 255`."""
+    """0, 2, 3, 4, 255 as `0, 2..4, 255`; the last is always told."""
     parts: list[list[int]] = []
     for raw_id in sorted(ids):
         if parts and raw_id == parts[-1][1] + 1:
             parts[-1][1] = raw_id
         else:
             parts.append([raw_id, raw_id])
-    return _listed([str(low) if low == high else f"{low}..{high}" for low, high in parts])
+    told = [str(low) if low == high else f"{low}..{high}" for low, high in parts]
+    return ", ".join(told if len(told) < 10 else [*told[:7], f"{len(told) - 8} more", told[-1]])
 
 
 def _classes_of_palette(file: LabelFile, classes: Taxonomy) -> dict[tuple[int, int], int]:
@@ -516,5 +518,6 @@ def _voc_colour(raw_id: int) -> tuple[int, int, int]:
 
 
 def _listed(values: Sequence[Any]) -> str:
-    more = f" and {len(values) - 8} more" if len(values) > 8 else ""
-    return ", ".join(map(str, values[:8])) + more
+    shown = values if len(values) == 9 else values[:8]  # "and 1 more" is no shorter than the one
+    more = f" and {len(values) - 8} more" if len(values) > 9 else ""
+    return ", ".join(map(str, shown)) + more

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from nightseg.data.class_list import taxonomy
 from nightseg.data.discover import Found, discover
 from nightseg.data.images import encode_jpeg, encode_png
 from nightseg.data.settings import ClassList
@@ -246,3 +248,72 @@ def test_a_class_list_that_does_not_fit_is_refused_in_its_numbers(tmp_path: Path
         UserError, match=r"DAY: .*ids 3 \(\d+ pixels\).*the labels hold 0..1, 3, and mine has 3 classes"
     ):
         found(day, night, classes=str(tmp_path / "mine.txt"))
+
+
+def with_list(tmp_path: Path, name: str, text: str, ids: tuple[int, ...]) -> Path:
+    day = frames(tmp_path / "day", "images/{}.jpg", "labels/{}.png", lambda n: label(n, ids))
+    (day / name).write_text(text)
+    return day
+
+
+NAMED = "".join(f"c{index}\n" for index in range(8))
+TENS = "id,name\n" + "".join(f"{10 * index},c{index}\n" for index in range(1, 9))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "ids", "cure"),
+    [
+        ("classes.txt", NAMED, (1, 2, 3, 4, 5, 6, 7, 8, 255), "`name,id`, `c0,1`, ..."),
+        ("classes.txt", NAMED, (0, 1, 2, 3, 4, 5, 6, 7, 8), "`name,id`, `void,0`, `c0,1`, ..."),
+        ("classes.txt", NAMED, (0, 1, 30), "`name,id`, `c0,0`, ..."),
+        (
+            "classes.csv",
+            TENS,
+            (0, 10, 99),
+            "add a row with the id 0 to classes.csv, with the name of its class or `void`; l",
+        ),
+        ("classes.csv", TENS, (10, 99), "add a row with the id 99 to classes.csv"),
+        (
+            "classes.yaml",
+            "classes: [{name: a, ids: 1}, {name: b, ids: 2}]",
+            (0, 1, 2),
+            "in classes.yaml, .* ignore: {ids: .0.}",
+        ),
+    ],
+)
+def test_the_cure_fits_the_class_list(
+    tmp_path: Path, night: Path, name: str, text: str, ids: tuple[int, ...], cure: str
+) -> None:
+    day = with_list(tmp_path, name, text, ids)
+    with pytest.raises(UserError) as refused:
+        found(day, night)
+    assert re.search(cure, refused.value.cure) and "label_encoding" not in refused.value.cure
+    if text == TENS:
+        assert "knows 10, 20, 30, 40, 50, 60, 70, 80, 255 (ids)" in refused.value.what
+
+
+def test_colours_that_a_list_lacks_are_told_in_its_terms(tmp_path: Path, night: Path) -> None:
+    day = frames(tmp_path / "day", "images/{}.jpg", "labels/{}.png", in_colours)
+    (day / "label_colors.txt").write_text("70 130 180 firmament\n128 64 128 tarmac\n")
+    with pytest.raises(
+        UserError, match=r"Cure: add the colour \[0, 0, 142\] to label_colors.txt, with the name of its"
+    ):
+        found(day, night)
+
+
+def test_an_id_0_without_a_row_is_void_and_said(tmp_path: Path, night: Path) -> None:
+    seen = found(with_list(tmp_path, "classes.csv", TENS, (0, 10, 80, 255)), night)
+    assert isinstance(seen.taxonomy, ClassList) and seen.taxonomy.ignore == {"ids": [0]}
+    assert any("id 0 is in no row of" in line and "taken for void" in line for line in seen.assumed)
+    assert taxonomy(seen.taxonomy).encodings["ids"] == {**{10 * i: i - 1 for i in range(1, 9)}, 0: 255, 255: 255}
+
+
+def test_frames_without_label_and_labels_of_another_size_are_counted(tmp_path: Path, night: Path) -> None:
+    day = frames(tmp_path / "day", "images/{}.jpg", "labels/{}.png", names=tuple(f"a{n}" for n in range(9)))
+    assert not [line for line in found(day, night).to_check if "max_bad_fraction" in line]
+    (day / "labels" / "a3.png").unlink()
+    for name in ("a1", "a5", "a7"):
+        put(day / "labels" / f"{name}.png", label(0)[::2])
+    missing, odd = (line for line in found(day, night).to_check if "`max_bad_fraction`" in line)
+    assert missing.startswith("1 of 9 day frames have no label (a3.jpg)")
+    assert odd.startswith("3 of 8 labels looked at have another size than their image (a1.jpg, a5.jpg, ...)")
