@@ -86,7 +86,8 @@ def collect(
     summary = _summary(frames, shards.table("quarantine"))
     if summary["duplicates"]:
         notes.append(
-            f"{summary['duplicates']} of {frames.num_rows} frames repeat others byte for byte; all of them count"
+            f"{summary['duplicates']} of {frames.num_rows} frames repeat others byte for byte, such as "
+            f"{' and '.join(_first_pair(frames))}; all of them count"
         )
     if isinstance(dataset, FolderDataset):
         reading = _read_labels(shards, dataset, name, taxonomy)
@@ -98,6 +99,13 @@ def collect(
     for note in notes:
         work["progress"].say(f"dataset {name}: {note}")
     return shards.finish("frames", summary=summary | ({"notes": notes} if notes else {}))
+
+
+def _first_pair(frames: pa.Table) -> tuple[str, str]:
+    """The first two frames with the same bytes."""
+    seen: dict[str, str] = {}
+    pairs = zip(frames[columns.SHA256].to_pylist(), frames[columns.FRAME_ID].to_pylist(), strict=True)
+    return next((seen[sha256], one) for sha256, one in pairs if seen.setdefault(sha256, one) != one)
 
 
 def _summary(frames: pa.Table, quarantine: pa.Table) -> dict[str, Any]:

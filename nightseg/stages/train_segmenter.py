@@ -270,9 +270,10 @@ def check_steps(training: Training, num_frames: int, where: str) -> None:
     of_epoch = training.steps_per_epoch or -(-num_frames // training.batch)
     total = training.epochs * of_epoch
     if training.warmup_steps >= total:
+        steps, epochs = f"{total} step{'s' * (total > 1)}", f"{training.epochs} epoch{'s' * (training.epochs > 1)}"
         raise UserError(
-            f"{where}: training.warmup_steps is {training.warmup_steps}, but the whole training has {total} steps "
-            f"({training.epochs} epochs of {of_epoch}), so the learning rate would never be reached",
+            f"{where}: training.warmup_steps is {training.warmup_steps}, but the whole training has {steps} "
+            f"({epochs} of {of_epoch}), so the learning rate would never be reached",
             cure=f"set training.warmup_steps to {total // 10} or so",
         )
 

@@ -201,6 +201,7 @@ def test_frames_with_the_same_bytes_are_counted(tmp_path: Path) -> None:
     (root / "back\\slash.png").write_bytes(encode_png(noise(2)))
     commit = collected(node(tmp_path).open(), folder(root, layout="images"))
     assert commit.summary["duplicates"] == 1
+    assert "1 of 3 frames repeat others byte for byte, such as d/a and d/b; all of them" in (commit.summary["notes"][0])
     (refused,) = commit.table("quarantine").to_pylist()
     assert (refused["frame_id"], refused["reason"]) == ("d/back\\slash", "unreadable")
     assert "backslash" in refused["detail"]
