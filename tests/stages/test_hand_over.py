@@ -151,9 +151,15 @@ def passes(model_commit: Callable[..., Commit]) -> Callable[[MapCompute], dict[s
             "predict": Pass(
                 predict.predict,
                 (FRAMES, model),
-                {"name": "x", "save": ["overlay", "mask"], "inference": INFERENCE, "out": Location.of("/out")},
+                {
+                    "name": "x",
+                    "save": ["overlay", "mask"],
+                    "inference": INFERENCE,
+                    "out": Location.of("/out"),
+                    "legend": True,
+                },
                 "Predictor",
-                {**segmenter, "save": ("mask", "overlay"), "out": Location.of("/out")},
+                {**segmenter, "save": ("mask", "overlay"), "out": Location.of("/out"), "legend": True},
                 "predict x",
             ),
             "predict on a device": Pass(
@@ -165,6 +171,7 @@ def passes(model_commit: Callable[..., Commit]) -> Callable[[MapCompute], dict[s
                     "by": RowSegmenter(folder, compute, Inference(), "cuda:1"),
                     "save": predict.PICTURES,
                     "out": None,
+                    "legend": False,
                 },
                 "predict x",
             ),
