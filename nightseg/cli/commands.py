@@ -263,7 +263,9 @@ def select(
 @click.command()
 @click.argument("predictions")
 @click.argument("labels")
-@click.option("--taxonomy", required=True, help="cityscapes19, camvid11, or a YAML file.")
+@click.option(
+    "--taxonomy", required=True, help="cityscapes19, camvid11, or a file: a class list, or a recipe for its classes."
+)
 @click.option(
     "--label-encoding", metavar="NAME", help="What the ids of the labels mean; default: what their names and ids tell."
 )

@@ -36,9 +36,9 @@ def known_taxonomies() -> list[str]:
 def taxonomy(name_file_or_list: str | ClassList) -> Taxonomy:
     """A class list by name (`known_taxonomies`), from a file, or as it stands in a recipe. Raises UserError.
 
-    Files: YAML as in `ClassList`; what other programs write, in the order of their ids: CSV with a column `name` (and
-    r, g, b, id), JSON (Mapillary's config_*.json, a list of names, id -> name), text (a name a line, CVAT's labelmap,
-    `r g b name`).
+    Files: YAML as in `ClassList`, or a recipe for its `taxonomy`; what other programs write, in the order of their ids:
+    CSV with a column `name` (and r, g, b, id), JSON (Mapillary's config_*.json, a list of names, id -> name), text (a
+    name a line, CVAT's labelmap, `r g b name`).
     The encodings `train_ids` (0..K-1 and 255) and `ids_from_one` (0 is void, 1..K, 255) are always there, and so are
     the colours of the palette, with black for no class unless it is the colour of one.
     """
@@ -178,12 +178,14 @@ def class_list(file: Location) -> ClassList:
     return _read(file, f"taxonomy file {file.uri}")
 
 
-def _read(file: Location, where: str) -> ClassList:
+def _read(file: Location, where: str, may_be_recipe: bool = True) -> ClassList:
     suffix = PurePosixPath(file.uri).suffix.lower()
     if suffix in (".yaml", ".yml"):
         parsed = read_yaml(file, where, "taxonomy")
         for path, line in parsed.twice:
             raise UserError(f"{where}: line {line}: {'.'.join(path)}: this key stands twice", cure="remove one of them")
+        if may_be_recipe and isinstance(parsed.data, dict) and "taxonomy" in parsed.data:
+            return _of_recipe(parsed.data["taxonomy"], where)
         return _valid(parsed.data, where)
     try:
         text = file.read_bytes().decode("utf-8-sig")
@@ -205,6 +207,17 @@ def _read(file: Location, where: str) -> ClassList:
     ignore = {IDS: [raw_id for raw_id, _ in ignored], **({COLORS: has_colours} if has_colours else {})}
     name = PurePosixPath(file.uri).stem
     return _valid({"name": name, "classes": classes, **({"ignore": ignore} if ignored else {})}, where)
+
+
+def _of_recipe(data: Any, where: str) -> ClassList:
+    """The class list that a recipe has or names."""
+    if not isinstance(data, str):
+        return _valid(data, f"{where}: taxonomy")
+    if data in known_taxonomies():
+        return _read(Location.of(str(resources.files("nightseg.data") / "taxonomies" / f"{data}.yaml")), where)
+    if not data.lower().endswith(FILES):
+        raise UserError(f"{where}: taxonomy: {data!r} is no class list by name", cure="give the file of the classes")
+    return _read(Location.of(data), f"{where}: taxonomy: {data}", may_be_recipe=False)
 
 
 def _valid(data: Any, where: str) -> ClassList:

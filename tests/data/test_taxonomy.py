@@ -75,6 +75,27 @@ def test_names_that_are_wrong_come_with_a_suggestion() -> None:
         taxonomy("/nowhere/classes.yaml")
 
 
+def test_a_recipe_is_read_for_its_classes(tmp_path: Path) -> None:
+    (tmp_path / "names.csv").write_text("name,id\nroad,3\nfirmament,1\n")
+    recipe = tmp_path / "mine.yaml"
+    for own, ids in (
+        ("{classes: [{name: road, ids: 3}, {name: firmament, ids: 1}]}", {3: 0, 1: 1, IGNORE: IGNORE}),
+        (str(tmp_path / "names.csv"), {3: 0, 1: 1, IGNORE: IGNORE}),
+    ):
+        recipe.write_text(f"name: mine\ntaxonomy: {own}\ndatasets: {{}}\n")
+        assert taxonomy(str(recipe)).encodings["ids"] == ids
+    recipe.write_text("name: mine\ntaxonomy: camvid11\n")
+    assert taxonomy(str(recipe)) == taxonomy("camvid11")
+    for wrong, said in (
+        ("camvid12", "'camvid12' is no class list by name"),
+        (str(recipe), "key 'taxonomy'"),
+        ("{classes: 3}", "taxonomy: classes: "),
+    ):
+        recipe.write_text(f"name: mine\ntaxonomy: {wrong}\n")
+        with pytest.raises(UserError, match=said):
+            taxonomy(str(recipe))
+
+
 def test_a_taxonomy_travels_to_workers() -> None:
     assert pickle.loads(pickle.dumps(taxonomy("camvid11"))) == taxonomy("camvid11")
 
