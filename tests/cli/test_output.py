@@ -183,7 +183,8 @@ def test_trials_are_named_by_the_last_word_of_their_keys(capsys: pytest.CaptureF
 def test_control_c_again_and_again_shows_no_traceback() -> None:
     """In the work, while it clears up, while Python waits for a thread and for what `atexit` was given."""
     script = (
-        "import atexit, sys, threading, time; from nightseg.cli import output; import click\n"
+        "import atexit, signal, sys, threading, time; from nightseg.cli import output; import click\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell may have it ignored in the background
         "@click.group(cls=output.Failures)\ndef group(): pass\n"
         "@group.command()\ndef work():\n"
         "    atexit.register(time.sleep, 30)\n"
