@@ -229,8 +229,10 @@ def print_outcome(adapted: Adapted) -> None:
         f"{outcome.done} stages done, {outcome.skipped} already committed, {outcome.seconds:.0f} s. "
         f"Report: {adapted.report}"
     )
-    if outcome.results["models"]:
-        _print_use(adapted, found.best if found else list(outcome.results["models"])[-1])
+    if models := outcome.results["models"]:
+        # Where only a day test tells, a model of the day alone is the best: who runs this wants one for the night.
+        is_for_night = found is not None and not models[found.best].get("learned", {}).get("day_only", False)
+        _print_use(adapted, found.best if found is not None and is_for_night else list(models)[-1])
 
 
 def _print_use(adapted: Adapted, model: str) -> None:
