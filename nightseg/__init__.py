@@ -190,7 +190,7 @@ Runs
 The command line
     cli/doctor.py    is this machine fit
     cli/output.py    how answers and errors look
-    cli/main.py      `nightseg run`, `status`, `verify`, `report`, `search`, `doctor`
+    cli/main.py      `nightseg run`, `check`, `recipe`, `status`, `verify`, `report`, `search`, `doctor`
     cli/commands.py  `nightseg init`, `split`, `fid`, `select`, `evaluate`, `predict`, `convert`, `export`
 """
 

@@ -125,7 +125,7 @@ def init(day: str, night: str, labels: str | None, taxonomy: str | None, out: st
 
     \b
     nightseg init /data/mine /data/night --out mine.yaml
-    nightseg run mine.yaml --dry-run
+    nightseg check mine.yaml
     nightseg run mine.yaml
     """
     from nightseg.recipe.starter import AlreadyThere, write_starter

@@ -182,7 +182,7 @@ def print_starter(starter: Starter) -> None:
         if lines:
             click.echo(f"{title}:")
             click.echo("\n".join(printable(f"  - {line}") for line in lines))
-    click.echo(f"next: nightseg run {printable(shlex.quote(starter.recipe))} --dry-run")
+    click.echo(f"next: nightseg check {printable(shlex.quote(starter.recipe))}")
 
 
 def percent(fraction: float | None) -> str:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from nightseg.data import table as frame
 from nightseg.data.class_list import taxonomy
 from nightseg.data.settings import FolderDataset, ScenesDataset, SplitDataset
-from nightseg.data.taxonomy import Taxonomy
+from nightseg.data.taxonomy import COLORS, Taxonomy, in_words
 from nightseg.errors import UserError, all_of, first_of
 from nightseg.networks.downloads import may_download
 from nightseg.networks.model_folder import load_card
@@ -431,15 +431,16 @@ def _dataset_in_words(facts: Mapping[str, Any]) -> str:
     sizes = ", ".join(f"{width} x {height}" for height, width, _ in facts["sizes"])
     parts = [f"{facts['frames']} frames, {facts['read']} of them read: {sizes or 'none can be used'} pixels"]
     if labels := facts.get("labels"):
-        parts.append(f"{labels['said']}; ids or colours found: {_listed(labels['ids'])}")
+        parts.append(f"{labels['said']}; found: {_listed(labels['ids'], labels['encoding'])}")
     if shares := facts.get("classes"):
         ranked = sorted(shares.items(), key=lambda pair: -pair[1])
         parts.append("pixels: " + ", ".join(f"{name} {100 * share:.3g} %" for name, share in ranked if share))
     return "; ".join(parts)
 
 
-def _listed(ids: list[int]) -> str:
-    return ", ".join(map(str, ids[:32])) + (f" and {len(ids) - 32} more" if len(ids) > 32 else "")
+def _listed(ids: list[int], encoding: str) -> str:
+    shown = ", ".join(in_words(raw_id, encoding) for raw_id in ids[:32])
+    return f"{'colours' if encoding == COLORS else 'ids'} {shown}" + (f" and {len(ids) - 32} more" if ids[32:] else "")
 
 
 def _model_in_words(facts: Mapping[str, Any]) -> str:

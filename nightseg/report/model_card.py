@@ -6,7 +6,6 @@ from typing import Any
 
 import yaml
 
-from nightseg.metrics.bootstrap import LEVEL
 from nightseg.report import formatting
 from nightseg.report.comparison import control_of, gain
 from nightseg.report.frame_spread import gain_spread, miou_spread
@@ -28,7 +27,6 @@ def model_card(run: Run, model: str, training: str) -> str:
         run=run,
         name=training,
         facts=facts,
-        one=one,
         seed=run.results["seed"] + one.get("seed", 0),
         card=card,
         kept=commit.summary.get("kept") if commit is not None else None,
@@ -36,7 +34,6 @@ def model_card(run: Run, model: str, training: str) -> str:
         before=facts.get("line", [])[:-1],
         data=[(name, run.results.get("frames", {}).get(name)) for name in facts["train"]],
         tests=[(test, scores, _spread(run, model, test, training)) for test, scores in one["tests"].items()],
-        level=round(100 * LEVEL),
     )
 
 

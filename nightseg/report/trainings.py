@@ -34,7 +34,6 @@ def _row(run: Run, name: str) -> dict[str, Any]:
         "rate": training.get("learning_rate"),
         "how": ", ".join(_schedule(training)),
         "kept": _kept(facts, summary),
-        "validate_on": facts.get("validate_on", []),
         "seeds": len(commits),
         "seconds": sum(commit.get("seconds", 0.0) for commit in commits),
     }

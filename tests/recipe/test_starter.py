@@ -99,7 +99,7 @@ def test_the_command(tmp_path: Path, folders: tuple[str, str], monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     said = nightseg("init", *folders).stdout
     assert said.startswith("wrote ") and "assumed:" in said and "to check:" in said
-    assert said.splitlines()[-1] == f"next: nightseg run {tmp_path}/recipe.yaml --dry-run"
+    assert said.splitlines()[-1] == f"next: nightseg check {tmp_path}/recipe.yaml"
     assert "it is there already. Cure: another name by --out, or --overwrite" in refused("init", *folders)
     answer = json_of("init", *folders, "--overwrite", "--labels", Path(folders[0]) / "labels")
     assert answer["found"]["num"] == {"day": 4, "test": 1, "night": 3}
