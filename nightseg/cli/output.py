@@ -219,20 +219,19 @@ def print_plan(folder: Location, lines: Sequence[Planned], warnings: Sequence[st
 
 
 def print_outcome(adapted: Adapted) -> None:
-    from nightseg.report import Run, headline
+    from nightseg.report import Run, headline, model_to_use
 
     outcome = adapted.outcome
+    run = Run(adapted.folder, outcome.results)
     print_scores(outcome.results)
-    if found := headline(Run(adapted.folder, outcome.results)):
+    if found := headline(run):
         click.echo(printable(str(found)))
     click.echo(
         f"{outcome.done} stages done, {outcome.skipped} already committed, {outcome.seconds:.0f} s. "
         f"Report: {adapted.report}"
     )
-    if models := outcome.results["models"]:
-        # Where only a day test tells, a model of the day alone is the best: who runs this wants one for the night.
-        is_for_night = found is not None and not models[found.best].get("learned", {}).get("day_only", False)
-        _print_use(adapted, found.best if found is not None and is_for_night else list(models)[-1])
+    if outcome.results["models"]:
+        _print_use(adapted, model_to_use(run))
 
 
 def _print_use(adapted: Adapted, model: str) -> None:

@@ -400,7 +400,7 @@ def _of_models(
         source, training = node.inputs["train"], node.settings["training"]
         views = [view for part in source.values() for view in part.views if isinstance(view, View)]  # type: ignore[union-attr]
         most = _frames_of({k: v for k, v in source.items() if isinstance(v, Frames)}, rows)  # type: ignore[union-attr]
-        of_epoch = training.steps_per_epoch or (None if most is None else -(-most // training.batch))
+        of_epoch = training.steps_per_epoch if most is None else training.steps_of_epoch(most)
         told[name] = {
             "frames_at_most": most,
             "steps": None if of_epoch is None else training.epochs * of_epoch,

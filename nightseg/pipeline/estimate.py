@@ -157,7 +157,7 @@ def _seconds(
             networks[node.id] = network
             if network not in known:
                 known[network] = _measured(recipe, network) if len(known) < MOST_MEASURED else None
-            steps = training.epochs * (training.steps_per_epoch or -(-(rows[node.id] or 0) // training.batch))
+            steps = training.epochs * training.steps_of_epoch(rows[node.id] or 0)
             if (found := known[network]) is None or not steps:
                 without[str(node.id)] = None
                 continue

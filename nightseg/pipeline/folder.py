@@ -179,9 +179,7 @@ def _epochs(run: Run) -> Iterator[Sequence[Any]]:
     yield ("model", "epoch", "step", "loss", "gradient_norm", "learning_rate", *(f"validation_{s}" for s in scores))
     for model in run.models:
         for name, node in run.trainings(model).items():
-            step = 0
-            for record in run.history(node):
-                step += record.get("steps", 0)
+            for step, record in run.epochs(node):
                 seen = record.get("validation") or {}
                 values = (record.get(key) for key in ("loss", "gradient_norm", "learning_rate"))
                 yield (name, record["epoch"], step, *values, *(seen.get(score) for score in scores))

@@ -19,7 +19,7 @@ def work_of(node: Node, rows: int | None) -> float | None:
     if settings is None:
         return None if rows is None else float(rows)
     if node.id.stage == "train_segmenter":
-        of_epoch = settings.steps_per_epoch or (None if rows is None else -(-rows // settings.batch))
+        of_epoch = settings.steps_per_epoch if rows is None else settings.steps_of_epoch(rows)
         frames = settings.batch
         if teaching := node.settings.get("teaching"):
             frames += 2 * teaching.online.frames(settings)  # seen by the teacher, then learned

@@ -104,9 +104,7 @@ def _curves(run: Run) -> Iterator[tuple[str, int, dict[str, float]]]:
     """(training, step, values) after each epoch."""
     for model in run.models:
         for training, node in run.trainings(model).items():
-            step = 0
-            for record in run.history(node):
-                step += record.get("steps", 0)
+            for step, record in run.epochs(node):
                 seen = record.get("validation") or {}
                 values = {key: record.get(key) for key in _CURVES}
                 values |= {f"validation_{key}": seen.get(key) for key in _SCORES}

@@ -3,10 +3,19 @@
 It reads results.json and committed outputs, and nothing else: no stage, no torch, no ray.
 """
 
-from nightseg.report.comparison import headline
+from nightseg.report.comparison import headline, model_to_use
 from nightseg.report.model_card import model_card
 from nightseg.report.page import write_report
 from nightseg.report.run import Run
 from nightseg.report.sheets import contact_sheet, strip_image, translation_sheet
 
-__all__ = ["Run", "contact_sheet", "headline", "model_card", "strip_image", "translation_sheet", "write_report"]
+__all__ = [
+    "Run",
+    "contact_sheet",
+    "headline",
+    "model_card",
+    "model_to_use",
+    "strip_image",
+    "translation_sheet",
+    "write_report",
+]

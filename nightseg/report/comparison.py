@@ -80,6 +80,15 @@ class Headline(NamedTuple):
         return f"{reached}, {formatting.gain(self.gain)} points{of_gain} over {self.control}, {self.note}"
 
 
+def model_to_use(run: Run) -> str:
+    """The best on the main test set. Where that learned from day frames alone, as only a day test tells, the last of
+    the recipe: who runs this wants a model for the night."""
+    found = headline(run)
+    if found is None or _is_day_only(run, found.best):
+        return list(run.models)[-1]
+    return found.best
+
+
 def headline(run: Run) -> Headline | None:
     """None for a run without an evaluated model. No gain is claimed without a control of equal steps."""
     test = run.main_test

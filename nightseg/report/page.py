@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from nightseg.metrics.bootstrap import FrameSpread
 from nightseg.report import formatting, gallery, translations
 from nightseg.report.ablation import ablation
-from nightseg.report.comparison import control_of, headline
+from nightseg.report.comparison import control_of, headline, model_to_use
 from nightseg.report.frame_spread import miou_spread
 from nightseg.report.run import Run
 from nightseg.report.selections import selections
@@ -47,6 +47,7 @@ def write_report(run_folder: Location, results: Mapping[str, Any], samples: int 
         translations=gallery.translations(run, samples),
         selections=selections(run, samples),
         trainings=trainings(run),
+        model_to_use=model_to_use(run) if run.models else None,
         pseudo_labels=gallery.pseudo_labels(run, samples),
         tests=[gallery.test_samples(run, test, samples) for test in run.tests],
         predictions=gallery.predictions(run, samples),

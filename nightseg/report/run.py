@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -116,6 +116,13 @@ class Run:
         if commit is not None and commit.has("history.json"):
             found = commit.json("history.json")
         return found
+
+    def epochs(self, node: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(steps of the training by then, record) of each epoch."""
+        step = 0
+        for record in self.history(node):
+            step += record.get("steps", 0)
+            yield step, record
 
     def class_by_seed(self, model: str, test: str, name: str) -> dict[str, float]:
         """IoU of a class by seed, without seeds where it has none."""

@@ -95,15 +95,10 @@ def _curves(run: Run) -> list[tuple[str, list[tuple[str, Chart]]]]:
     for name in run.models:
         loss, validation = [], []
         for node in run.trainings(name).values():
-            history, steps = run.history(node), [0]
-            for record in history:
-                steps.append(steps[-1] + record.get("steps", 0))
-            if steps[-1]:
-                loss.append([(step, record["loss"]) for step, record in zip(steps[1:], history, strict=True)])
-            seen = [
-                (step, (record.get("validation") or {}).get("miou"))
-                for step, record in zip(steps[1:], history, strict=True)
-            ]
+            epochs = list(run.epochs(node))
+            if any(step for step, _ in epochs):
+                loss.append([(step, record["loss"]) for step, record in epochs])
+            seen = [(step, (record.get("validation") or {}).get("miou")) for step, record in epochs]
             validation.append([(step, 100 * miou) for step, miou in seen if miou is not None])
         watched = " + ".join(run.results["models"][name].get("validate_on", [])) or "the validation set"
         drawn = [

@@ -213,6 +213,9 @@ class Training(Strict):
     augmentation: Augmentation = Augmentation()
     class_sampling: ClassSampling | None = Field(default=None, description="null = every frame of a set alike")
 
+    def steps_of_epoch(self, num_frames: int) -> int:
+        return self.steps_per_epoch or -(-num_frames // self.batch)
+
     @model_validator(mode="after")
     def _holds_together(self) -> Training:
         if self.preset is not None:

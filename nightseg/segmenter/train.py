@@ -85,7 +85,7 @@ class Plan:
 
     @property
     def steps_per_epoch(self) -> int:
-        return self.training.steps_per_epoch or -(-self.sampler.num_frames // self.training.batch)
+        return self.training.steps_of_epoch(self.sampler.num_frames)
 
     @property
     def total_steps(self) -> int:

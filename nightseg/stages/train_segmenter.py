@@ -267,7 +267,7 @@ def check_training(model: str, plan: Plan, compute: TrainCompute) -> None:
 
 def check_steps(training: Training, num_frames: int, where: str) -> None:
     """Refuse a warm-up that is as long as the training."""
-    of_epoch = training.steps_per_epoch or -(-num_frames // training.batch)
+    of_epoch = training.steps_of_epoch(num_frames)
     total = training.epochs * of_epoch
     if training.warmup_steps >= total:
         steps, epochs = f"{total} step{'s' * (total > 1)}", f"{training.epochs} epoch{'s' * (training.epochs > 1)}"
