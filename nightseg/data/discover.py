@@ -34,7 +34,7 @@ from nightseg.data.label_names import name_of
 from nightseg.data.layouts import Candidate, list_frames
 from nightseg.data.listing import files_below
 from nightseg.data.settings import ClassList, FolderDataset, ListedClass
-from nightseg.data.taxonomy import COLORS, IDS, IGNORE, TRAIN_IDS, Taxonomy, in_words
+from nightseg.data.taxonomy import COLORS, IDS, IGNORE, TRAIN_IDS, Taxonomy, in_words, packed, unpacked
 from nightseg.errors import UserError, first_of
 from nightseg.storage import Entry, Location
 
@@ -577,9 +577,7 @@ def _recognized(
     for name in known_taxonomies():
         classes = taxonomy(name)
         colours = (
-            set(found.seen)
-            if in_colours
-            else {c[0] << 16 | c[1] << 8 | c[2] for f in files for c in f.colours.values()}
+            set(found.seen) if in_colours else {packed(colour) for file in files for colour in file.colours.values()}
         )
         meant = {classes.colors[colour] for colour in colours if colour in classes.colors} - {IGNORE}
         if len(meant) < 3 or (in_colours and not classes.knows(colours, COLORS)):
@@ -603,13 +601,14 @@ def _made_up(found: Found, in_colours: bool) -> None:
     classes: list[ListedClass] = []
     ignored: list[int] = []
     for raw_id in found.seen:
-        colour = (raw_id >> 16, raw_id >> 8 & 255, raw_id & 255)
         if raw_id == (0 if in_colours else IGNORE):
             ignored.append(raw_id)
         else:
             number = len(classes)
             name = f"class_{number if in_colours else raw_id}"
-            classes.append(ListedClass(name=name, color=colour) if in_colours else ListedClass(name=name, ids=raw_id))
+            classes.append(
+                ListedClass(name=name, color=unpacked(raw_id)) if in_colours else ListedClass(name=name, ids=raw_id)
+            )
     what = "colours" if in_colours else "ids"
     if len(classes) > MOST_IDS:
         raise UserError(

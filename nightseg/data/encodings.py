@@ -18,7 +18,17 @@ from numpy.typing import NDArray
 
 from nightseg.data.images import StoredLabel, UInt8
 from nightseg.data.label_names import named_encoding
-from nightseg.data.taxonomy import COLORS, FROM_ONE, IGNORE, TRAIN_IDS, Taxonomy, in_words
+from nightseg.data.taxonomy import (
+    COLORS,
+    FROM_ONE,
+    IGNORE,
+    OTHER_COLORS,
+    TRAIN_IDS,
+    Taxonomy,
+    in_words,
+    packed,
+    unpacked,
+)
 from nightseg.errors import UserError
 
 LABEL_FILES_SCHEMA: Final = pa.schema(
@@ -135,8 +145,7 @@ def facts_of(uri: str, label: StoredLabel, encoding: str | None = None) -> dict[
     ids_HW = label.ids.astype(np.uint8, copy=False)
     counts = _pixels_by_id(ids_HW)
     ids = np.flatnonzero(counts)
-    colours = None if label.palette is None else [red << 16 | green << 8 | blue for red, green, blue in
-                                                  (label.palette[raw_id].tolist() for raw_id in ids)]  # fmt: skip
+    colours = None if label.palette is None else [packed(label.palette[raw_id].tolist()) for raw_id in ids]
     return {
         "label_uri": uri,
         "label_encoding": encoding,
@@ -502,7 +511,7 @@ def _classes_of_palette(file: LabelFile, classes: Taxonomy) -> dict[tuple[int, i
     by_colour = {colour: index for index, colour in enumerate(classes.palette)}
     if classes.colors:  # those of another class list, whose labels these are
         by_colour = {
-            (c >> 16, c >> 8 & 255, c & 255): to for c, to in classes.colors.items() if to != IGNORE and c >= 0
+            unpacked(raw_id): to for raw_id, to in classes.colors.items() if to != IGNORE and raw_id != OTHER_COLORS
         }
     said = {(i, by_colour[colour]): file.pixels[i] for i, colour in file.colours.items() if colour in by_colour}
     meant = {index for _, index in said}

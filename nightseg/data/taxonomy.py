@@ -166,9 +166,14 @@ def packed(colour: Sequence[int]) -> int:
     return red << 16 | green << 8 | blue
 
 
+def unpacked(raw_id: int) -> Colour:
+    """The colour of a raw id."""
+    return raw_id >> 16, raw_id >> 8 & 255, raw_id & 255
+
+
 def in_words(raw_id: int, encoding: str) -> str:
     """A raw id as people write it: colours as [red, green, blue]."""
-    return str([raw_id >> 16, raw_id >> 8 & 255, raw_id & 255]) if encoding == COLORS else str(raw_id)
+    return str(list(unpacked(raw_id))) if encoding == COLORS else str(raw_id)
 
 
 def _plain(name: str) -> str:

@@ -124,11 +124,13 @@ def adapt(
     folder = run_folder(recipe.name, run_dir)
     with told_of(recipe_file, overrides):
         _allow_downloads(recipe)
+        graph = None
         if (folder / "stages").is_folder():  # the folders have been looked at
-            check.refuse(recipe, build.build_graph(recipe, only), check.done_in(folder))
+            graph = build.build_graph(recipe, only)
+            check.refuse(recipe, graph, check.done_in(folder))
         else:
             check.check(recipe, folder, only=only, most=FRAMES_BEFORE, is_measured=False, progress=progress)
-        outcome = run(recipe, folder, only=only, progress=progress)
+        outcome = run(recipe, folder, only=only, built=graph, progress=progress)
     report = write_report(folder, outcome.results)
     tracking.track(log, folder, outcome.results)
     return Adapted(folder, outcome, report)
@@ -144,16 +146,19 @@ def run(
     folder: Location,
     *,
     only: str | None = None,
+    built: Graph | None = None,
     borrow: Sequence[Location] = (),
     progress: Progress,
 ) -> Outcome:
     """Do every stage that is not committed yet; a rerun of the same recipe continues where the last one ended.
 
+    `built`: its graph, if there is one already: making it lists all folders.
+
     Raises UserError before the run folder is touched if the recipe cannot be a graph: no such model, no image.
     """
     began = time.monotonic()
     _allow_downloads(recipe)
-    graph = build.build_graph(recipe, only)
+    graph = built or build.build_graph(recipe, only)
     workspace = Workspace(folder, borrow)
     with workspace.lock(), cluster.left_as_found():
         if not (folder / RESULTS_NAME).exists():  # else it is the recipe of what is finished, until more is

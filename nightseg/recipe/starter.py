@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 from nightseg.data.class_list import taxonomy
 from nightseg.data.discover import Found, discover
 from nightseg.data.settings import ClassList
-from nightseg.data.taxonomy import COLORS, in_words, packed
+from nightseg.data.taxonomy import COLORS, packed, unpacked
 from nightseg.errors import UserError
 from nightseg.recipe.load import load_recipe
 from nightseg.storage import Location
@@ -251,9 +251,9 @@ def _taxonomy(found: Found) -> str:
         )
     ignored = [raw_id for raw_id, train_id in ids.items() if train_id == 255 and raw_id >= 0]
     if found.encoding == COLORS:
-        shown = [json.loads(in_words(raw_id, COLORS)) for raw_id in ignored if raw_id != packed((0, 0, 0))]
+        colours = [list(unpacked(raw_id)) for raw_id in ignored if raw_id != packed((0, 0, 0))]
         lines.append(
-            f"  ignore: {{colors: {shown}}} # and black, unless it is the colour of a class; `rest`: all others"
+            f"  ignore: {{colors: {colours}}} # and black, unless it is the colour of a class; `rest`: all others"
         )
     else:
         shown = [raw_id for raw_id in ignored if raw_id != 255]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from nightseg.report.comparison import control_of, headline
+from nightseg.report.comparison import control_of, headline, model_to_use
 from nightseg.report.run import Run
 from nightseg.storage import Location
 
@@ -106,3 +106,13 @@ def test_results_of_an_earlier_version_claim_nothing() -> None:
     old = {"tests": {"night": {"miou": 0.5, "node": ""}}, "train": ["day"]}
     found = headline(run_of(day_only=old, adapted={**old, "tests": {"night": {"miou": 0.75, "node": ""}}}))
     assert found is not None and found.gain is None and "adapted reaches 75.0 % mIoU on night (1 seed)" in str(found)
+
+
+def test_the_model_to_use_is_one_for_the_night() -> None:
+    """The best; where that is one of the day alone, as by a day test, the last of the recipe."""
+    first = run_of(day_only=model(240, DAY, 0.25), adapted=model(480, NIGHT, 0.5), later=model(480, NIGHT, 0.4))
+    assert model_to_use(first) == "adapted"
+    by_day = run_of(day_only=model(240, DAY, 0.25), longer=model(480, DAY, 0.5), adapted=model(480, NIGHT, 0.3))
+    assert model_to_use(by_day) == "adapted"
+    untested = {"tests": {}}
+    assert model_to_use(run_of(a=model(1, DAY, 0.5) | untested, b=model(2, NIGHT, 0.5) | untested)) == "b"
