@@ -27,7 +27,6 @@ from nightseg.cli.output import (
 from nightseg.progress import progress_for
 from nightseg.storage import Location, UserError, Workspace
 
-TRACKERS = ("mlflow", "wandb")
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
 
 
@@ -56,7 +55,7 @@ _set_option = click.option("--set", "overrides", multiple=True, metavar="a.b=c",
 @_set_option
 @click.option("--run-dir", metavar="DIR", help="Where the run lies (default: runs/<recipe name>); also s3://, gs://.")
 @click.option("--only", metavar="MODEL", help="Only this model, and what it needs.")
-@click.option("--log", multiple=True, type=click.Choice(TRACKERS), help="Gets the finished run, too; repeatable.")
+@click.option("--log", multiple=True, metavar="TRACKER", help="mlflow or wandb gets the finished run; repeatable.")
 @click.option("--dry-run", is_flag=True, help="Check, and print the graph: what would run, frames, resources.")
 @answers
 def run(

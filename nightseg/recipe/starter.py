@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -10,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from string import Template
 from typing import Any, Final, NamedTuple
+
+import yaml
 
 from nightseg.data.class_list import taxonomy
 from nightseg.data.discover import Found, discover
@@ -188,8 +189,8 @@ def _text(found: Found, roots: Mapping[str, Location], place: PurePosixPath) -> 
         file=place.name,
         name=name,
         taxonomy=_taxonomy(found),
-        day_root=json.dumps(roots["day"].uri),
-        night_root=json.dumps(roots["night"].uri),
+        day_root=_flow(roots["day"].uri),
+        night_root=_flow(roots["night"].uri),
         compute=compute,
         day_set=_flow(day),
         num_day=found.num["day"],
@@ -213,31 +214,19 @@ def _lines(sentences: Sequence[str]) -> str:
     return "\n".join(f"#   - {line}" for line in sentences)
 
 
-def _flow(settings: Mapping[str, Any]) -> str:
-    """A mapping in one line of YAML."""
-    return "{" + ", ".join(f"{key}: {_scalar(value)}" for key, value in settings.items()) + "}"
-
-
-def _scalar(value: Any) -> str:
-    """A value as YAML reads it back; quoted where it needs to be, as no and 1 do."""
-    if isinstance(value, list):
-        return f"[{', '.join(map(_scalar, value))}]"
-    if isinstance(value, str) and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*(/[A-Za-z0-9_]+)*", value):
-        return json.dumps(value)
-    return (
-        value
-        if isinstance(value, str) and value.lower() not in ("yes", "no", "on", "off", "null")
-        else json.dumps(value)
-    )
+def _flow(value: Any) -> str:
+    """A value in one line of YAML, quoted where it needs to be."""
+    text: str = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6)
+    return text.removesuffix("...\n").strip()
 
 
 def _taxonomy(found: Found) -> str:
     if isinstance(found.taxonomy, str):
-        return f"taxonomy: {_scalar(found.taxonomy)}\n"
+        return f"taxonomy: {_flow(found.taxonomy)}\n"
     listed, classes = found.taxonomy, taxonomy(found.taxonomy)
     lines = ["taxonomy: # in the order of the train ids: names, colours of pictures, and what the label files hold"]
     if listed.name != ClassList.model_fields["name"].default:
-        lines.append(f"  name: {_scalar(listed.name)}")
+        lines.append(f"  name: {_flow(listed.name)}")
     lines.append("  classes:")
     by_class: dict[int, list[int]] = {}
     ids = classes.colors if found.encoding == COLORS else classes.encodings.get(found.encoding, {})
@@ -247,7 +236,7 @@ def _taxonomy(found: Found) -> str:
         colour = list(classes.palette[train_id])
         told = "" if found.encoding == COLORS or (not one.ids and one.ids != 0) else f", ids: {_ids(one.ids)}"
         lines.append(
-            f"    - {{name: {_scalar(one.name)}, color: {colour}{told}}}{_comment(found, by_class.get(train_id, []))}"
+            f"    - {{name: {_flow(one.name)}, color: {colour}{told}}}{_comment(found, by_class.get(train_id, []))}"
         )
     ignored = [raw_id for raw_id, train_id in ids.items() if train_id == 255 and raw_id >= 0]
     if found.encoding == COLORS:
