@@ -90,7 +90,9 @@ The segmenter
     segmenter/train.py          the training loop: step, learner, checkpoints, validation
     segmenter/watching.py       what a validation shows: scores and pictures as curves
     segmenter/norms.py          batch norm statistics of another domain
-    segmenter/predict.py        a model folder as a callable segmenter: tiles, test-time augmentation, pictures
+    segmenter/given.py          frames as a caller gives them, one or many
+    segmenter/predict.py        a model folder as a callable segmenter: tiles, test-time augmentation
+    segmenter/pictures.py       predictions as pictures
     segmenter/self_training.py  which pixels of a pseudo-label are kept, and what no label can be
     segmenter/teacher.py        online self-training: the EMA labels a pool in every step; its guards
 
@@ -299,7 +301,7 @@ def overlay(
     Raises UserError: sizes that differ, labels whose classes nobody says, no image.
     """
     from nightseg.data.class_list import taxonomy as class_list
-    from nightseg.segmenter.predict import overlay as drawn
+    from nightseg.segmenter.pictures import overlay as drawn
 
     classes = None if taxonomy is None else class_list(taxonomy)
     return drawn(image, labels, classes, legend=legend, opacity=opacity)

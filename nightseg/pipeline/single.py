@@ -40,7 +40,8 @@ from nightseg.pipeline.results import RESULTS_NAME, model_folder
 from nightseg.progress import Progress
 from nightseg.recipe.types import Evaluation, Recipe
 from nightseg.segmenter.network import check_kind
-from nightseg.segmenter.predict import Picture, Segmenter, card_taxonomy, usable_device
+from nightseg.segmenter.pictures import Picture
+from nightseg.segmenter.predict import Segmenter, card_taxonomy, usable_device
 from nightseg.segmenter.settings import Inference
 from nightseg.selection.features import DIMS, identify
 from nightseg.selection.frechet import (

@@ -16,14 +16,13 @@ B = batch, C = colours, K = classes, H W = height and width of a frame or of the
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import PurePath
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,15 +35,15 @@ from torch import Tensor
 
 from nightseg.cluster.settings import MapCompute
 from nightseg.data import table as frame
-from nightseg.data.images import BadFrame, decode_image, decode_label, encode_jpeg, encode_png, read_bytes, rgb_pixels
-from nightseg.data.overlay import mixed, with_legend
+from nightseg.data.images import BadFrame, rgb_pixels
 from nightseg.data.prefetch import prefetch
 from nightseg.data.sources import Source, find_source
 from nightseg.data.taxonomy import Taxonomy
-from nightseg.data.video import need_av, open_video
+from nightseg.data.video import need_av
 from nightseg.networks.model_folder import load_card, load_tensors
 from nightseg.networks.normaliser import Normaliser
 from nightseg.segmenter.augment import resize_image
+from nightseg.segmenter.given import READERS, images_of, is_many, opened, read_row, warn
 from nightseg.segmenter.network import (
     COMMON_STRIDE,
     SemanticFPN,
@@ -54,20 +53,16 @@ from nightseg.segmenter.network import (
     upsample_logits,
 )
 from nightseg.segmenter.settings import Inference
-from nightseg.storage import Location, UserError, sha256_of
+from nightseg.storage import Location, UserError
 
 CHUNK_VALUES = 2**23  # logits of a chunk at full size: 32 MiB; below about 2 MiB chunks cost speed
 WHOLE_FRAME: Final = Inference()
 _BATCH: Final = 8  # frames of many that are in memory at a time
 SHORTEST_EDGE: Final = "shortest_edge"  # of a model card: see `input_size`
 _MOST_SHOWN: Final = 4  # classes of a frame
-_READERS: Final = 2  # threads that decode ahead; Pillow's decoders release the interpreter's lock
 
 Image = npt.NDArray[np.uint8]
 Size = tuple[int, int]
-Picture = Literal["mask", "color", "overlay", "confidence"]
-PICTURES: tuple[Picture, ...] = ("mask", "color", "overlay", "confidence")
-PICTURE_SUFFIX: Mapping[Picture, str] = {"mask": ".png", "color": ".png", "overlay": ".jpg", "confidence": ".png"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,11 +166,11 @@ class Segmenter:
         `image[..., ::-1]`. Many frames are a list, a tuple, an iterator, a folder, a pattern, a frame table, a video.
         """
         if isinstance(given, str | PurePath | Location):
-            source = find_source(str(given), _warn)
-            if Location.of(str(given)).exists() and [row[frame.URI] for row in source.images] == [_uri(given)]:
-                return self.batch([_opened(given)])[0]
+            source, place = find_source(str(given), warn), Location.of(str(given))
+            if place.exists() and [row[frame.URI] for row in source.images] == [place.uri]:
+                return self.batch([opened(given)])[0]
             return self._of_source(source, _BATCH)
-        return self.frames(given) if _is_many(given) else self.batch([given])[0]
+        return self.frames(given) if is_many(given) else self.batch([given])[0]
 
     def frames(self, given: Any, batch: int = _BATCH) -> Iterator[Segmented]:
         """Segments many frames one after the other, `batch` at a time; never more of them are in memory.
@@ -187,19 +182,19 @@ class Segmenter:
         if batch < 1:
             raise UserError(f"batch: {batch} frames at a time", cure="at least 1")
         if isinstance(given, str | PurePath | Location):
-            return self._of_source(find_source(str(given), _warn), batch)
-        if not _is_many(given):
+            return self._of_source(find_source(str(given), warn), batch)
+        if not is_many(given):
             raise UserError(
                 f"frames: it is {type(given).__name__}, not many frames", cure="give a list of frames, or call with one"
             )
         named = ((str(one) if isinstance(one, str | PurePath) else "", one) for one in given)
-        opened = ((name, _opened(one, f"image {number}")) for number, (name, one) in enumerate(named))
-        return self._in_batches(opened, batch)
+        images = ((name, opened(one, f"image {number}")) for number, (name, one) in enumerate(named))
+        return self._in_batches(images, batch)
 
     def _of_source(self, source: Source, batch: int) -> Iterator[Segmented]:
         if source.videos:
             need_av()
-        return self._in_batches(_images_of(source, batch), batch)
+        return self._in_batches(images_of(source, batch), batch)
 
     def _in_batches(self, images: Iterator[tuple[str, Image]], batch: int) -> Iterator[Segmented]:
         while some := list(islice(images, batch)):
@@ -260,54 +255,6 @@ class Segmenter:
         torch.cuda.current_stream(self.device).synchronize()
         # Copied once more: results that somebody keeps must not keep pinned memory, which the whole machine shares.
         return [(labels_HW.numpy().copy(), sure_HW.numpy().copy()) for labels_HW, sure_HW in pinned]
-
-
-# -- what a caller gives ----------------------------------------------------------------------------------------------
-
-
-def _is_many(given: object) -> bool:
-    """Lists and what yields one after the other; arrays, tensors and images are one frame, or refused as such."""
-    return isinstance(given, list | tuple | Iterator) or (
-        isinstance(given, Iterable) and not hasattr(given, "__array__") and not isinstance(given, bytes | Mapping | Set)
-    )
-
-
-def _uri(given: str | PurePath | Location) -> str:
-    return Location.of(str(given)).uri
-
-
-def _opened(given: Any, what: str = "image") -> Image:
-    """The pixels of one frame. Raises UserError that says which of several it is about."""
-    try:
-        if isinstance(given, str | PurePath | Location):
-            return decode_image(read_bytes(Location.of(str(given))))
-        return rgb_pixels(given)
-    except BadFrame as fault:
-        raise UserError(f"{given}: {fault.reason} ({fault.detail})", cure="give an intact image file") from fault
-    except UserError as error:
-        raise UserError(error.what.replace("image:", f"{what}:", 1), cure=error.cure) from error
-
-
-def _images_of(source: Source, batch: int) -> Iterator[tuple[str, Image]]:
-    for row in source.bad:
-        _warn(f"{row[frame.URI]}: {row[frame.DETAIL]}; left out")
-    with ThreadPoolExecutor(_READERS, thread_name_prefix="nightseg-read") as readers:
-        for row, image in prefetch(readers, _read, source.images, ahead=batch):
-            if isinstance(image, BadFrame):
-                _warn(f"{row[frame.URI]}: {image.reason} ({image.detail}); left out")
-            else:
-                yield row[frame.FRAME_ID], image
-    for video in source.videos:
-        try:
-            with open_video(video.file) as clip:
-                for number, image in enumerate(clip.frames):
-                    yield f"{video.name}/{number:06d}", image
-        except BadFrame as fault:
-            _warn(f"{video.file}: {fault.reason} ({fault.detail}); the rest of it is left out")
-
-
-def _warn(note: str) -> None:
-    warnings.warn(note, stacklevel=3)
 
 
 def input_size(card: Mapping[str, Any], size: Sequence[int]) -> Size:
@@ -539,83 +486,11 @@ class RowSegmenter:
     def segment(self, rows: pa.Table, bad: list[dict[str, Any]]) -> Iterator[SegmentedRow]:
         """Read and segment the frames of a resolved table, in its order. For those that cannot be used rows of the
         quarantine table are added to `bad`."""
-        with ThreadPoolExecutor(_READERS, thread_name_prefix="nightseg-read") as readers:
-            reading = prefetch(readers, _read, rows.to_pylist(), ahead=self.compute.batch)
+        with ThreadPoolExecutor(READERS, thread_name_prefix="nightseg-read") as readers:
+            reading = prefetch(readers, read_row, rows.to_pylist(), ahead=self.compute.batch)
             while read := list(islice(reading, self.compute.batch)):
                 bad += [frame.quarantined(row, image) for row, image in read if isinstance(image, BadFrame)]
                 good = [(row, image) for row, image in read if not isinstance(image, BadFrame)]
                 found = self.segmenter.batch([image for _, image in good])
                 for (row, image), segmented in zip(good, found, strict=True):
                     yield SegmentedRow(row, image, segmented)
-
-
-def _read(row: dict[str, Any]) -> tuple[dict[str, Any], Image | BadFrame]:
-    try:
-        data = read_bytes(Location.of(row[frame.URI]))
-        if row.get(frame.SHA256) not in (None, sha256_of(data)):
-            raise BadFrame("unreadable", "the file has changed since it was collected (sha256)")
-        return row, decode_image(data)
-    except BadFrame as fault:
-        return row, fault
-
-
-# -- pictures ---------------------------------------------------------------------------------------------------------
-
-
-def picture(kind: Picture, image_HWC: Image, segmented: Segmented, classes: Taxonomy, legend: bool = False) -> bytes:
-    """A prediction as a file at the frame's size: `mask` is a palette PNG of train ids, `color` an RGB PNG in the
-    classes' colours, `overlay` a JPEG of image and colours mixed evenly, `confidence` a grey PNG (255 = certain).
-    With `legend`, `color` and `overlay` are higher: the classes stand below."""
-    if kind == "mask":
-        return encode_png(segmented.labels, classes.palette)
-    if kind == "confidence":
-        return encode_png(np.rint(segmented.confidence * 255).astype(np.uint8))
-    colours = classes.colourize(segmented.labels)
-    shown = mixed(image_HWC, colours) if kind == "overlay" else colours
-    shown = with_legend(shown, classes) if legend else shown
-    return encode_jpeg(shown) if kind == "overlay" else encode_png(shown)
-
-
-def overlay(
-    image: Any,
-    labels: Any = None,
-    classes: Taxonomy | None = None,
-    *,
-    legend: bool = False,
-    opacity: float = 0.5,
-) -> Pixels.Image:
-    """See `nightseg.overlay`."""
-    if isinstance(image, Segmented) and labels is None:
-        image, labels = image.image, image
-    if isinstance(labels, Segmented):
-        labels, classes = labels.labels, classes or labels.classes
-    if image is None or labels is None:
-        raise UserError("overlay: a frame and its labels are needed", cure="overlay(image, segment(image))")
-    if classes is None:
-        raise UserError("overlay: labels are numbers; whose classes are they?", cure="name their taxonomy")
-    if not 0 <= opacity <= 1:
-        raise UserError(f"overlay: opacity {opacity} of the colours", cure="a number from 0 to 1")
-    image_HWC, label_HW = _opened(image), _label(labels)
-    if label_HW.shape != image_HWC.shape[:2]:
-        raise UserError(
-            f"overlay: the labels have the shape {label_HW.shape}, the image {image_HWC.shape[:2]}",
-            cure="give labels of the image's size",
-        )
-    shown = mixed(image_HWC, classes.colourize(label_HW), opacity)
-    return Pixels.fromarray(with_legend(shown, classes) if legend else shown)
-
-
-def _label(given: Any) -> npt.NDArray[np.uint8]:
-    """Train ids (H, W), also from a mask file that `predict` wrote."""
-    if isinstance(given, str | PurePath | Location):
-        try:
-            return decode_label(read_bytes(Location.of(str(given))))
-        except BadFrame as fault:
-            raise UserError(f"{given}: {fault.reason} ({fault.detail})", cure="give a mask of train ids") from fault
-    label_HW = np.asarray(given.detach().cpu() if hasattr(given, "detach") else given)
-    if label_HW.ndim != 2 or label_HW.dtype.kind not in "iu" or (label_HW.size and not 0 <= label_HW.min() <= 255):
-        raise UserError(
-            f"labels: they are {label_HW.dtype} of shape {label_HW.shape}, not train ids (height, width)",
-            cure="give uint8 train ids, 255 where there is no class",
-        )
-    return label_HW.astype(np.uint8)

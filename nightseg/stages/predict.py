@@ -21,16 +21,13 @@ from nightseg.data.overlay import mixed, with_legend
 from nightseg.data.taxonomy import Taxonomy
 from nightseg.data.video import new_video, open_video
 from nightseg.progress import Progress
+from nightseg.segmenter.pictures import PICTURE_SUFFIX, PICTURES, Picture, picture
 from nightseg.segmenter.predict import (
-    PICTURE_SUFFIX,
-    PICTURES,
     WHOLE_FRAME,
     Image,
-    Picture,
     RowSegmenter,
     Segmented,
     Segmenter,
-    picture,
 )
 from nightseg.segmenter.settings import Inference
 from nightseg.storage import Attempt, Commit, Location, UserError, sha256_of

@@ -21,15 +21,13 @@ from nightseg.networks.normaliser import Normaliser
 from nightseg.segmenter import predict
 from nightseg.segmenter.augment import resize_image
 from nightseg.segmenter.network import build_semantic_fpn, upsample_logits
+from nightseg.segmenter.pictures import PICTURES, overlay, picture
 from nightseg.segmenter.predict import (
-    PICTURES,
     WHOLE_FRAME,
     RowSegmenter,
     Segmented,
     Segmenter,
     check_classes,
-    overlay,
-    picture,
 )
 from nightseg.segmenter.settings import Inference, Network
 from nightseg.storage import Location, UserError, sha256_of
