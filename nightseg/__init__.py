@@ -49,7 +49,8 @@ Frames: no torch, no ray
     data/listing.py         the files that a folder means: links followed, nothing hidden, nothing that nightseg wrote
     data/patterns.py        folders, globs and templates of paths
     data/split_list.py      frames of a set by name, in text or CSV files
-    data/layouts.py         folder layouts; predictions and labels of two folders, by name
+    data/layouts.py         folder layouts
+    data/pairing.py         predictions and labels of two folders, by name
     data/discover.py        what two folders hold: layout, labels, classes, sizes, light
     data/sources.py         a file, folder, pattern, table or video as frames to read
     data/overlay.py         classes in their colours over a frame, and their legend

@@ -6,6 +6,7 @@ Data sets append words to the name of a frame: x_leftImg8bit.png, x_gtFine_label
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import PurePosixPath
 from typing import Final, NamedTuple
@@ -163,3 +164,12 @@ def _rank(name: Name, prefer: str) -> tuple[int, int]:
 
 def _ends(stem: str, ending: str) -> bool:
     return stem.endswith(ending) if ending == "_L" else stem.lower().endswith(ending.lower())
+
+
+def composed(name: str) -> str:
+    """Letters with their accents as one character: macOS takes them apart, and no listing shows the difference."""
+    return unicodedata.normalize("NFC", name)
+
+
+def stem(name: str) -> str:
+    return str(PurePosixPath(name).with_suffix(""))

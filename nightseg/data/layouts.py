@@ -8,24 +8,22 @@ walks and no look-up a frame.
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
 from pathlib import PurePosixPath
-from typing import NamedTuple
 
 from nightseg.data.images import LABEL_SUFFIXES, SUFFIXES, BadFrame, may_be_label, read_bytes
-from nightseg.data.label_names import LABEL_IDS, labels_of_frames, name_of, named_encoding
+from nightseg.data.label_names import LABEL_IDS, composed, labels_of_frames, name_of, named_encoding, stem
 from nightseg.data.listing import files_below
 from nightseg.data.patterns import EVERYTHING, NAME, Pattern, pattern_of
 from nightseg.data.settings import FolderDataset
 from nightseg.data.split_list import Listed, chosen, read_split_list
-from nightseg.data.table import DOMAINS, file_name
+from nightseg.data.table import DOMAINS
 from nightseg.data.taxonomy import COLORS, IDS, TRAIN_IDS
-from nightseg.errors import MOST_NAMED, closest, first_of, together
+from nightseg.errors import closest, first_of
 from nightseg.storage import Entry, Location, UserError, hash_of
 
 _CHECK_DATASET = "check root, split and layout of the dataset"
@@ -369,11 +367,11 @@ def _without_labels(images: list[Entry], found: _Folders) -> list[Entry]:
         return [entry for entry in images if found.label_pattern.match(entry.name) is None]
     if found.image_pattern.rest:
         return images
-    names = {_stem(entry.name) for entry in images if not entry.name.lower().endswith(LABEL_SUFFIXES)}
-    frames = {_stem(entry.name) for entry in images}
+    names = {stem(entry.name) for entry in images if not entry.name.lower().endswith(LABEL_SUFFIXES)}
+    frames = {stem(entry.name) for entry in images}
     return [
         entry for entry in images
-        if not (entry.name.lower().endswith(LABEL_SUFFIXES) and (_stem(entry.name) in names or (
+        if not (entry.name.lower().endswith(LABEL_SUFFIXES) and (stem(entry.name) in names or (
             name_of(entry.name).endings and name_of(entry.name).frame in frames)))
     ]  # fmt: skip
 
@@ -449,21 +447,21 @@ def _pairs(layout: str, listing: _Listing, label_encoding: str | None) -> list[_
     prefer = label_encoding or prefer
     if ending:
         ending += "_labelTrainIds" if prefer == TRAIN_IDS else "_labelIds"  # of a label that is not there
-    stems = {_composed(_stem(entry.name)) for entry in listing.image_entries}
-    look = None if listing.labels is None or prefer == COLORS else partial(_may_hold_ids, listing.labels)
+    stems = {composed(stem(entry.name)) for entry in listing.image_entries}
+    look = None if listing.labels is None or prefer == COLORS else partial(may_hold_ids, listing.labels)
     labels = labels_of_frames(
         listing.label_entries, f"layout {layout}: labels", prefer=prefer, frames=stems, may_hold_ids=look
     )
-    labels = {_composed(frame): entry for frame, entry in labels.items()}
-    alike = {_composed(_stem(entry.name)): entry for entry in listing.label_entries}  # cam_color.png for cam_color.jpg
+    labels = {composed(frame): entry for frame, entry in labels.items()}
+    alike = {composed(stem(entry.name)): entry for entry in listing.label_entries}  # cam_color.png for cam_color.jpg
     bare = _by_bare_name(labels) if layout == "pairs" else {}
     pairs = []
     for image in listing.image_entries:
         values = listing.image_pattern.match(image.name) or {}
-        frame = values.get(NAME) or _stem(image.name)
+        frame = values.get(NAME) or stem(image.name)
         frame = next((frame.removesuffix(one) for one in _IMAGE_ENDINGS if ending and frame.endswith(one)), frame)
-        found = labels.get(_composed(frame)) or alike.get(_composed(_stem(image.name)))
-        part = _composed(name_of(image.name).frame)
+        found = labels.get(composed(frame)) or alike.get(composed(stem(image.name)))
+        part = composed(name_of(image.name).frame)
         if found is None and part not in stems:  # else it is the label of that other image
             found = labels.get(part)
         if found is None and bare:
@@ -482,19 +480,19 @@ def _by_template(listing: _Listing, label_encoding: str | None) -> list[_Pair]:
     by_values: dict[tuple[str, ...], str] = {}
     for entry in listing.label_entries:
         values = listing.label_pattern.match(entry.name) or {}
-        key = tuple(_composed(values[place]) for place in places)
+        key = tuple(composed(values[place]) for place in places)
         if key in by_values:
             both = f"{by_values[key]} and {entry.name}"
             raise UserError(f"layout pairs: labels: {both} fit the same frame", cure="make the template narrower")
         by_values[key] = entry.name
     pairs = []
     for image in listing.image_entries:
-        values = {NAME: _stem(image.name)} | (listing.image_pattern.match(image.name) or {})
-        label = by_values.get(tuple(_composed(values[place]) for place in places))
+        values = {NAME: stem(image.name)} | (listing.image_pattern.match(image.name) or {})
+        label = by_values.get(tuple(composed(values[place]) for place in places))
         label = _listed_label(listing, image.name) or label or listing.label_pattern.filled(values)
-        sequence, domain = _sequence("pairs", _stem(image.name), values), _told_domain("pairs", image.name, listing)
+        sequence, domain = _sequence("pairs", stem(image.name), values), _told_domain("pairs", image.name, listing)
         encoding = label_encoding or named_encoding(label) or IDS
-        pairs.append(_Pair(image.name, _stem(image.name), label, encoding, sequence, domain))
+        pairs.append(_Pair(image.name, stem(image.name), label, encoding, sequence, domain))
     return pairs
 
 
@@ -541,17 +539,8 @@ def _told_domain(layout: str, image: str, listing: _Listing) -> str | None:
     return None
 
 
-def _composed(name: str) -> str:
-    """Letters with their accents as one character: macOS takes them apart, and no listing shows the difference."""
-    return unicodedata.normalize("NFC", name)
-
-
 def _plain_pair(image: str, domain: str | None = None) -> _Pair:
-    return _Pair(image, _stem(image), None, None, image.rpartition("/")[0] or None, domain)
-
-
-def _stem(name: str) -> str:
-    return str(PurePosixPath(name).with_suffix(""))
+    return _Pair(image, stem(image), None, None, image.rpartition("/")[0] or None, domain)
 
 
 def _unique_names(pairs: Iterable[_Pair]) -> list[str]:
@@ -580,172 +569,8 @@ def _printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-# -- predictions and labels in two folders -----------------------------------------------------------------------------
-
-
-class Pair(NamedTuple):
-    """One frame: its prediction and its label."""
-
-    prediction: Entry  # below the folder of predictions
-    label: Entry  # below the folder of labels
-
-
-class Unpaired(UserError):  # noqa: N818 (what is the case, not what went wrong)
-    """Labels without prediction; `pairs` are the others."""
-
-    def __init__(self, what: str, *, cure: str, pairs: list[Pair]) -> None:
-        super().__init__(what, cure=cure)
-        self.pairs = pairs
-
-
-def pair_up(
-    predictions_folder: Location,
-    labels_folder: Location,
-    say: Callable[[str], None] = _nobody,
-    label_encoding: str | None = None,
-) -> list[Pair]:
-    """A pair for every frame that has a label below the folder of labels, in the order of their names.
-
-    Suffix and endings such as `_leftImg8bit` are left out of the comparison; names that `predict` had to change are
-    known. Predictions without label are not used, and `say` is told of them; nor are pictures for people, and
-    predictions that lie among the labels or labels among them. Where one side has no folders, or one more above all,
-    the rest of the names counts.
-    Raises UserError: no folder, no label, names that fit more than once; Unpaired: a label without prediction.
-    """
-    places = {"predictions": predictions_folder, "labels": labels_folder}
-    if gone := [
-        UserError(f"{what}: there is no folder {folder.uri}", cure="check the path")
-        for what, folder in places.items()
-        if not folder.is_folder()
-    ]:
-        raise together(gone)
-    files = _id_files(labels_folder, "labels", say, predictions_folder)
-    in_labels = {_stem(entry.name) for entry in files}
-    masks = _id_files(predictions_folder, "predictions", say, labels_folder, in_labels)
-    labels = labels_of_frames(
-        files,
-        "labels",
-        prefer=label_encoding or TRAIN_IDS,
-        frames={_stem(entry.name) for entry in masks} & in_labels,  # called alike on both sides
-        may_hold_ids=None if label_encoding == COLORS else partial(_may_hold_ids, labels_folder),
-        say=say,
-    )
-    predictions = labels_of_frames(
-        [e for e in masks if not e.problem],
-        "predictions",
-        known=labels.keys(),
-        may_hold_ids=partial(_may_hold_ids, predictions_folder),
-        say=say,
-    )
-    broken = [f"{label.name} ({label.problem})" for label in labels.values() if label.problem]
-    found = _matches(list(labels), predictions)
-    missing = [key for key, label in labels.items() if key not in found and not label.problem]
-    pairs = [Pair(predictions[found[key]], label) for key, label in labels.items() if key in found]
-    if broken or missing:
-        hints = [f"{labels[key].name}{_hint(key, labels, predictions)}" for key in missing[:MOST_NAMED]]
-        shown = broken + hints + missing[MOST_NAMED:]
-        free = sorted(predictions[key].name for key in predictions.keys() - set(found.values()))
-        have = f"; predictions without label: {first_of(free)}" if free and missing else ""
-        raise Unpaired(
-            f"{len(shown)} of {len(labels)} labels in {labels_folder.uri} have no prediction in "
-            f"{predictions_folder.uri}: {first_of(shown)}{have}",
-            cure="name predictions, and the folders that they lie in like their labels (without "
-            "endings such as _leftImg8bit); `nightseg predict` does so",
-            pairs=[pair for pair in pairs if not pair.label.problem],
-        )
-    if unused := sorted(predictions[key].name for key in predictions.keys() - set(found.values())):
-        say(f"{len(unused)} predictions have no label and are not scored: {first_of(unused)}")
-        _tell_others(unused, labels_folder, say)
-    return pairs
-
-
-def _matches(labels: list[str], predictions: Mapping[str, Entry]) -> dict[str, str]:
-    """Label -> prediction, by the first rule that finds one for every label; else what the plain ones find."""
-    masks = [_mask(_composed(key)) for key in labels]
-    exact, by_composed = {key: key for key in predictions}, {_composed(key): key for key in predictions}
-    rules: list[tuple[Mapping[str, str], Callable[[str], str]]] = [
-        (exact, _mask),
-        (exact, str),
-        (by_composed, lambda key: _mask(_composed(key))),
-        (by_composed, _composed),
-    ]
-    if not any("/" in key for key in labels) or not any("/" in key for key in predictions):
-        bare: dict[str, list[str]] = {}
-        for key in by_composed:
-            bare.setdefault(key.rpartition("/")[2], []).append(by_composed[key])
-        by_name = {name: keys[0] for name, keys in bare.items() if len(keys) == 1}
-        rules.append((by_name, lambda key: _mask(_composed(key)).rpartition("/")[2]))
-        rules.append((by_name, lambda key: _composed(key).rpartition("/")[2]))
-    first = f"/{masks[0]}"
-    for above in {key.removesuffix(first[1:]) for key in by_composed if f"/{key}".endswith(first)} - {""}:
-        below = {key.removeprefix(above): name for key, name in by_composed.items() if key.startswith(above)}
-        rules.append((below, lambda key: _mask(_composed(key))))
-    for above in {str(folder) + "/" for folder in list(PurePosixPath(masks[0]).parents)[:-1]}:
-        if all(name.startswith(above) for name in masks):  # all labels lie one folder, or several, deeper
-            rules.append((by_composed, partial(_below, above=above)))
-    results = []
-    for names, change in rules:
-        found = {key: names[changed] for key in labels if (changed := change(key)) in names}
-        if len(found) == len(labels) == len(set(found.values())):
-            return found
-        results.append(found)
-    return max(results[:4], key=len)
-
-
-def _below(key: str, above: str) -> str:
-    return _mask(_composed(key)).removeprefix(above)
-
-
-def _mask(key: str) -> str:
-    """What `predict` calls the mask of a frame, without suffix."""
-    return file_name(key, ".png").removesuffix(".png")
-
-
-def _hint(key: str, labels: Mapping[str, Entry], predictions: Mapping[str, Entry]) -> str:
-    """What there is instead."""
-    name = PurePosixPath(key).name
-    if sum(PurePosixPath(other).name == name for other in labels) > 1:
-        return " (the name occurs more than once)"
-    near = [entry.name for other, entry in predictions.items() if PurePosixPath(other).name == name]
-    return f" (there is {near[0]})" if near else ""
-
-
-def _id_files(
-    folder: Location, what: str, say: Callable[[str], None], other: Location, frames: Collection[str] = ()
-) -> list[Entry]:
-    """The files below a folder that may hold ids, but not below the `other` one, if that lies in it."""
-    others = f"{other.uri.removeprefix(folder.uri).lstrip('/')}/" if other.uri.startswith(f"{folder.uri}/") else None
-    entries = files_below(folder, LABEL_SUFFIXES, say=say, predictions=what == "predictions", frames=frames)
-    found = [entry for entry in entries if others is None or not entry.name.startswith(others)]
-    if not found:
-        pictures = files_below(folder, SUFFIXES)
-        seen = (
-            f"; {len(pictures)} others cannot hold ids: {first_of([one.name for one in pictures])}" if pictures else ""
-        )
-        raise UserError(
-            f"{what}: there is no PNG below {folder.uri}, and none of {', '.join(LABEL_SUFFIXES)}{seen}",
-            cure="check the folder; ids lie in files of one byte a pixel, never in JPEG, which changes them",
-        )
-    return found
-
-
-def _may_hold_ids(folder: Location, entry: Entry) -> bool:
+def may_hold_ids(folder: Location, entry: Entry) -> bool:
     try:
         return bool(entry.problem) or may_be_label(read_bytes(folder / entry.name))
     except BadFrame:
         return True  # whoever reads it tells what is wrong
-
-
-def _tell_others(predictions: Sequence[str], folder: Location, say: Callable[[str], None]) -> None:
-    """Files of other types that are called like predictions without label: perhaps their labels."""
-    wanted = {_composed(name_of(name).frame) for name in predictions}
-    found = [
-        entry.name
-        for entry in files_below(folder, ("",))
-        if not entry.name.lower().endswith(LABEL_SUFFIXES) and _composed(name_of(entry.name).frame) in wanted
-    ]
-    if found:
-        say(
-            f"warning: {len(found)} files are called like these and are no labels by their type ({first_of(found)}); "
-            f"labels are {', '.join(LABEL_SUFFIXES)}"
-        )

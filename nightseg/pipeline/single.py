@@ -26,9 +26,9 @@ from nightseg.data import table as frame
 from nightseg.data.class_list import known_taxonomies
 from nightseg.data.class_list import taxonomy as load_taxonomy
 from nightseg.data.images import encode_jpeg
-from nightseg.data.layouts import Pair, Unpaired, pair_up
 from nightseg.data.listing import PREDICTION_CARD, predicted_taxonomy
 from nightseg.data.overlay import legend as drawn_legend
+from nightseg.data.pairing import Pair, Unpaired, pair_up
 from nightseg.data.settings import FolderDataset
 from nightseg.data.sources import Source, find_source
 from nightseg.data.video import need_av

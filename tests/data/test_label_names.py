@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from nightseg.data.label_names import labels_of_frames, name_of, named_encoding
-from nightseg.data.layouts import list_frames, pair_up
+from nightseg.data.layouts import list_frames
+from nightseg.data.pairing import pair_up
 from nightseg.data.settings import FolderDataset
 from nightseg.data.table import file_name
 from nightseg.storage import Entry, Location, UserError

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from nightseg.data.layouts import list_frames, pair_up
+from nightseg.data.layouts import list_frames
 from nightseg.data.listing import files_below
+from nightseg.data.pairing import pair_up
 from nightseg.data.settings import FolderDataset
 from nightseg.data.sources import find_source
 from nightseg.storage import Location, UserError
