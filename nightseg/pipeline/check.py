@@ -393,6 +393,7 @@ def _of_models(
 ) -> dict[str, dict[str, Any]]:
     """Steps of each training, and the classes that its train sets lack together."""
     rows, told = frames_at_most(graph), {}
+    said: dict[str, list[str]] = {}  # once of all models that learn from the same sets
     for name, nodes in graph.models.items():
         node = graph.nodes[nodes.train]
         if "train" not in node.inputs or name != nodes.of:
@@ -413,9 +414,10 @@ def _of_models(
             rare = [f"{one} {100 * s:.2g} %" for one, s in zip(classes.classes, shares, strict=True) if 0 < s < RARE]
             absent = [one for one, n in zip(classes.classes, pixels, strict=True) if not n]
             if absent:
-                warnings.append(f"model {name}: no pixel of the train frames that were read has {', '.join(absent)}")
+                said.setdefault(f"no pixel of the train frames that were read has {', '.join(absent)}", []).append(name)
             if rare:
-                warnings.append(f"model {name}: rare in its train sets: {', '.join(rare)}")
+                said.setdefault(f"rare in the train sets: {', '.join(rare)}", []).append(name)
+    warnings += [f"model {', '.join(names)}: {text}" for text, names in said.items()]
     return told
 
 
