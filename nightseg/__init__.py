@@ -168,6 +168,7 @@ The report
     report/selections.py    which frames were chosen, and what that was worth
     report/trainings.py     what each model learned from, for how long, and how it went
     report/charts.py        charts as SVG
+    report/life.py          the life of a frame, in words and as a page
     report/check_page.py    the page of `nightseg check`
     report/pictures.py      thumbnails as data URIs
     report/sheets.py        pictures for a README: the strip, the sheet of translations
@@ -193,7 +194,7 @@ Runs
 The command line
     cli/doctor.py    is this machine fit
     cli/output.py    how answers and errors look
-    cli/main.py      `nightseg run`, `check`, `recipe`, `status`, `verify`, `report`, `search`, `doctor`
+    cli/main.py      `nightseg run`, `check`, `recipe`, `status`, `verify`, `report`, `explain`, `search`, `doctor`
     cli/commands.py  `nightseg init`, `split`, `fid`, `select`, `evaluate`, `predict`, `convert`, `export`
 """
 

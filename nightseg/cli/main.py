@@ -19,12 +19,13 @@ from nightseg.cli.output import (
     Failures,
     answers,
     print_check,
+    print_life,
     print_outcome,
     print_plan,
     print_table,
     print_trials,
 )
-from nightseg.progress import progress_for
+from nightseg.progress import printable, progress_for
 from nightseg.storage import Location, UserError, Workspace
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
@@ -262,6 +263,41 @@ def report(run_dir: str, show: bool) -> None:
     click.echo(page.uri)
     if show and page.is_local:
         webbrowser.open(Path(page.uri).as_uri())
+
+
+@main.command()
+@click.argument("run_dir")
+@click.argument("frame", metavar="[FRAME_ID]", required=False)
+@click.option("--model", metavar="MODEL", help="Only what this model has to do with it.")
+@click.option("--open", "show", is_flag=True, help="Write a page with pictures, and open it in the browser.")
+@answers
+def explain(run_dir: str, frame: str | None, model: str | None, show: bool) -> Answer:
+    """Tell the life of a frame.
+
+    Where it came from, how it was split, scored, chosen and labelled, which models learned from it, what they see in
+    it. FRAME_ID is an id, a file or the end of either. Without it: the ids of all frames of the run.
+
+    \b
+    nightseg explain runs/demo pool/001234
+    nightseg explain runs/demo night_test/005000 --model adapted --open
+    nightseg explain runs/demo | grep pool
+    """
+    from nightseg.pipeline.results import results_so_far
+    from nightseg.report.life import frame_ids, life_of, life_page
+
+    folder = _existing_run(run_dir)
+    results = results_so_far(folder)
+    if frame is None:
+        if model is not None or show:
+            raise UserError("explain: --model and --open are of one frame", cure="give FRAME_ID")
+        ids = frame_ids(folder, results)
+        return Answer({"run_dir": folder.uri, "frames": ids}, lambda: click.echo("\n".join(map(printable, ids))))
+    life = life_of(folder, results, frame, model)
+    page = life_page(folder, results, life) if show else None
+    if page is not None and page.is_local:
+        webbrowser.open(Path(page.uri).as_uri())
+    content = {"run_dir": folder.uri, **life._asdict(), "page": None if page is None else page.uri}
+    return Answer(content, partial(print_life, life, page))
 
 
 @main.command()

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from nightseg.pipeline.run import Adapted, Planned
     from nightseg.pipeline.search import Found
     from nightseg.recipe.starter import Starter
+    from nightseg.report.life import Life
 
 METRICS = {"miou": "mIoU", "pa": "PA", "ca": "CA", "fwiou": "FWIoU"}
 STATES = {"committed": "green", "runs": "yellow", "continues": "cyan", "waits": ""}
@@ -35,6 +36,7 @@ OTHER_NAMES = {  # what other programs call it -> the verb here
     "test": "evaluate", "score": "evaluate", "infer": "predict", "inference": "predict", "segment": "predict",
     "tune": "search", "sort": "split", "ls": "status", "info": "status", "onnx": "export", "new": "init",
     "create": "init", "validate": "check", "lint": "check", "config": "recipe", "install": "doctor",
+    "why": "explain", "trace": "explain", "inspect": "explain", "frame": "explain", "provenance": "explain",
 }  # fmt: skip
 SECONDS_TO_WORDS = 1.0
 PIPE_WIDTH = 160  # of a table that no terminal limits
@@ -195,6 +197,17 @@ def print_check(found: Checked, page: str | None) -> None:
     for warning in found.warnings:
         click.echo(printable(f"look at this: {warning}"))
     click.echo(f"frames with their labels: {page}" if page else "nothing is in the way of a run")
+
+
+def print_life(life: Life, page: Location | None) -> None:
+    lines = life.lines()
+    width = max(len(what) for what, _ in lines)
+    before = ""
+    for what, text in lines:
+        click.echo(printable(f"{'' if what == before else what:<{width}}  {text}"))
+        before = what
+    if page is not None:
+        click.echo(f"page: {page}")
 
 
 def print_plan(folder: Location, lines: Sequence[Planned], warnings: Sequence[str] = ()) -> None:

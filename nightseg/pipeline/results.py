@@ -15,14 +15,16 @@ import pyarrow.compute as pc
 from nightseg.data import table as frame
 from nightseg.data.class_list import taxonomy
 from nightseg.data.settings import Dataset, JoinedDataset, ScenesDataset, SplitDataset, TranslatedDataset
+from nightseg.data.taxonomy import Taxonomy
 from nightseg.errors import UserError, closest
 from nightseg.metrics.ranks import spearman
 from nightseg.metrics.seeds import mean, over_seeds
 from nightseg.pipeline.graph import Graph, ModelNodes, NodeId, View
 from nightseg.pipeline.leaks import Leak
+from nightseg.recipe import load_recipe
 from nightseg.recipe.types import Recipe
 from nightseg.report.run import Run
-from nightseg.storage import Commit, Location, hash_of, sha256_of
+from nightseg.storage import Commit, Location, Workspace, hash_of, sha256_of
 
 RESULTS_NAME = "results.json"
 RECIPE_NAME = "recipe.yaml"
@@ -34,19 +36,13 @@ def gather(
     recipe: Recipe, graph: Graph, commits: Mapping[NodeId, Commit], done: set[NodeId], leaks: Sequence[Leak] = ()
 ) -> dict[str, Any]:
     """The content of results.json: metrics are fractions, matrices are integers, times are seconds."""
-    classes = taxonomy(recipe.taxonomy)
     models = _models(recipe, graph, commits)
     first = {name: graph.models[next(iter(facts["trainings"]))] for name, facts in models.items()}
     return {
         "nightseg": importlib.metadata.version("nightseg"),
         "recipe": recipe.name,
         "seed": recipe.seed,
-        "taxonomy": {
-            "name": classes.name,
-            "classes": list(classes.classes),
-            "palette": [list(color) for color in classes.palette],
-            "encodings": {name: {str(raw): ids[raw] for raw in ids} for name, ids in classes.encodings.items()},
-        },
+        "taxonomy": _told(taxonomy(recipe.taxonomy)),
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
         "hardware": _hardware(),
         "models": models,
@@ -87,6 +83,32 @@ def read_results(run: Location) -> dict[str, Any]:
             f"{file}: not the results of a run, or damaged ({error})",
             cure="run the same command again; what is committed is not computed twice",
         ) from error
+
+
+def results_so_far(run: Location) -> dict[str, Any]:
+    """The results of a finished run; of another what its commits and its recipe tell, without models and scores.
+
+    Raises UserError: there is neither, or a file is damaged.
+    """
+    if (run / RESULTS_NAME).exists():
+        return read_results(run)
+    recipe = load_recipe(run.uri + f"/{RECIPE_NAME}")
+    newest = {f"{commit.stage}/{commit.name}": commit for commit in Workspace(run).commits()}
+    return {
+        "recipe": recipe.name,
+        "taxonomy": _told(taxonomy(recipe.taxonomy)),
+        "models": {},
+        "commits": {node: _facts(commit) for node, commit in newest.items()},
+    }
+
+
+def _told(classes: Taxonomy) -> dict[str, Any]:
+    return {
+        "name": classes.name,
+        "classes": list(classes.classes),
+        "palette": [list(color) for color in classes.palette],
+        "encodings": {name: {str(raw): ids[raw] for raw in ids} for name, ids in classes.encodings.items()},
+    }
 
 
 def seal_of(content: Mapping[str, Any]) -> str | None:

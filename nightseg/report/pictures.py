@@ -64,12 +64,14 @@ def mask(row: Row | None, classes: Taxonomy, caption: str, detail: str = "", wid
     return None if label is None else Picture(label_map_uri(label, classes, width), caption, detail, True)
 
 
-def tinted_photo(uri: str, label_uri: str | None, classes: Taxonomy, caption: str, detail: str) -> Picture | None:
+def tinted_photo(
+    uri: str, label_uri: str | None, classes: Taxonomy, caption: str, detail: str, width: int = THUMBNAIL
+) -> Picture | None:
     """A frame in the colours of its label of train ids, or None where the file of either is gone."""
     image, label = frame_pixels(uri), label_pixels(label_uri, TRAIN_IDS, classes)
     if image is None or label is None:
         return None
-    return Picture(photo_uri(tinted(image, label, classes), THUMBNAIL), caption, detail)
+    return Picture(photo_uri(tinted(image, label, classes), width), caption, detail)
 
 
 def there(*pictures: Picture | None) -> list[Picture]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from nightseg.data import table as frame
 from nightseg.data.taxonomy import IGNORE, TRAIN_IDS, Taxonomy
@@ -183,6 +184,16 @@ class Run:
             found += _absolute(part.drop_columns([name for name in drop if name in part.column_names]), commit.folder)
             if limit is not None and len(found) >= limit:
                 return found[:limit]
+        return found
+
+    def rows_of(self, node: str, table: str, frame_ids: Collection[str]) -> dict[str, Row]:
+        """Those rows of a committed table that are of these frames, by id, uris made absolute."""
+        commit, found = self.commit(node), dict[str, Row]()
+        for path in table_paths(commit.outputs, table) if commit is not None else ():
+            assert commit is not None
+            part = (commit.folder / path).read_table()
+            asked = pc.is_in(part[frame.FRAME_ID], pa.array(list(frame_ids), pa.string()))
+            found |= {row[frame.FRAME_ID]: row for row in _absolute(part.filter(asked), commit.folder)}
         return found
 
 

@@ -27,6 +27,7 @@ JSON_VERBS = [
     "check",
     "doctor",
     "evaluate",
+    "explain",
     "export",
     "fid",
     "predict",
@@ -108,6 +109,9 @@ def test_verbs_that_answer_can_answer_in_json(verb: str) -> None:
         (("verify", "/does/not/exist"), "there is no such run folder"),
         (("verify", CONFIGS), "not a run folder"),
         (("report", "/does/not/exist"), "no results.json there"),
+        (("explain", "/does/not/exist", "f"), "there is no such run folder"),
+        (("explain", CONFIGS, "f"), "not a run folder"),
+        (("why", "runs/demo"), "did you mean 'explain'?"),
         (("split", "/does/not/exist", "--out", "a.parquet"), "no such folder: /does/not/exist"),
         (("split", CONFIGS, "--out", "a.parquet"), "no image in"),
         (("split", CONFIGS, "--out", "a.csv"), "a name that ends in .parquet"),
@@ -288,6 +292,35 @@ def test_report_is_written_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert seen == [{"models": {}, "commits": {}, "seed": 3}]
     (tmp_path / "results.json").write_text("{")
     assert "damaged" in refused("report", tmp_path)
+
+
+def unfinished(folder: Path) -> Path:
+    """A run that has collected two scenes, and not more."""
+    (folder / "r.yaml").write_text(
+        "{name: r, taxonomy: camvid11, compute: {map: {actors: 0}}, "
+        "datasets: {day: {layout: scenes, count: 2, size: [32, 64]}}}"
+    )
+    good("run", folder / "r.yaml", "--run-dir", folder / "run")
+    (folder / "run/results.json").unlink()
+    return folder / "run"
+
+
+def test_explain_tells_of_a_run_that_is_not_finished(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run = unfinished(tmp_path)
+    assert good("explain", run).stdout == "day/000000\nday/000001\n"
+    assert json_of("explain", run)["frames"] == ["day/000000", "day/000001"]
+    lines = good("explain", run, "000001").stdout.splitlines()
+    assert lines[0] == "frame         day/000001" and "learned by    no model" in lines
+    answer = json_of("explain", run, "day/000001")
+    assert answer["frame_id"] == "day/000001" and answer["page"] is None and answer["learned_by"] == []
+    assert answer["source"]["file"] == "unchanged"
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    page = json_of("explain", run, "day/000001", "--open")["page"]
+    assert opened == [Path(page).as_uri()] and Path(page).read_text().count("src=") == 2
+    assert "no such frame, did you mean 'day/000001'" in refused("explain", run, "day/00001")
+    assert "give FRAME_ID" in refused("explain", run, "--open")
+    assert "trained none yet" in refused("explain", run, "day/000001", "--model", "adapted")
 
 
 # -- search and doctor ------------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ VERBS: Final = {
     "recipe": Verb("nightseg.recipe.load:as_it_is", (DEMO,), {"--set": "seed=3"}),
     "search": Verb("nightseg.pipeline.search:search", ("s.yaml",), {"--set": "trials=3", "--run-dir": "other"}),
     "report": Verb("nightseg.report:write_report", ("run1",), {}),
+    "explain": Verb("nightseg.report.life:life_of", ("run1", "f"), {"--model": "m"}),
     "status": Verb("nightseg.cli.main:Workspace", ("run1",), {}),
     "verify": Verb("nightseg.pipeline.verify:verify", ("run1",), {}),
     "doctor": Verb("nightseg.cli.doctor:examine", (), {"--cluster": "c.yaml"}),
