@@ -30,7 +30,6 @@ _VALUES: Final = (
     "taxonomy",
     "map",
     "train",
-    "test",
     "mix",
     "class_weights",
     "never_below",
@@ -66,13 +65,18 @@ def over(below: Mapping[str, Any], written: Mapping[str, Any], path: Path = ()) 
         place, other = (*path, str(key)), merged.get(key)
         if key == "extractor" and isinstance(other, str):  # the one mapping of settings that may be written as a word
             other = {"name": other}
-        if value is None and key in merged and len(place) == 2 and place[0] in _NAMED:
+        if value is None and key in merged and _is_named(place):
             del merged[key]
         elif isinstance(value, dict) and isinstance(other, dict) and not _is_instead(place, value, other):
             merged[key] = over(other, value, place)
         else:
             merged[key] = value
     return merged
+
+
+def _is_named(path: Path) -> bool:
+    """Whether a thing of the recipe with a name of its own lies there: a dataset, a model, a test set of a model."""
+    return (len(path) == 2 and path[0] in _NAMED) or (len(path) == 4 and path[0] == "models" and path[2] == "test")
 
 
 def _is_instead(path: Path, value: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

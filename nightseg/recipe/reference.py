@@ -166,9 +166,9 @@ without default is required. NAME is a name that you choose: letters, digits, `_
 - A **preset** says all that the presets of its kind say; nothing of that is taken from the recipe or the base.
 
 This goes for mappings of settings and of named things, at every depth. Lists are replaced, and so are mappings that
-are one value: `taxonomy`, `map`, `train`, `test`, `mix`, `class_weights`, `never_below`. `null` is a value like any
-other (`ohem: null` = none); in a recipe with a base, `models: {NAME: null}` takes that model away, and so with all that
-has a name. `null` for the whole `training` of a model means: as the recipe says.
+are one value: `taxonomy`, `map`, `train`, `mix`, `class_weights`, `never_below`. `null` is a value like any other
+(`ohem: null` = none); in a recipe with a base, `models: {NAME: null}` takes that model away, and so with all that has a
+name, test sets of a model included. `null` for the whole `training` of a model means: as the recipe says.
 
 YAML's own merges keep their meaning: `training: {<<: *training, augmentation: {flip: 0}}` replaces the augmentation.
 What is merged or repeated (`*training`) from the recipe's own section counts as not said.

@@ -102,6 +102,50 @@ def test_the_thesis_recipe_says_all_25_rows(thesis: Recipe) -> None:
     assert found == THESIS
 
 
+def test_the_thesis_on_scenes_differs_in_data_and_sizes_alone(thesis: Recipe) -> None:
+    scenes = load_recipe(CONFIGS / "thesis_scenes.yaml")
+    kept = ("train", "validate_on", "start", "loss")
+    for name, model in thesis.models.items():
+        ours, learning = scenes.models[name], model.self_training
+        assert {key: getattr(ours, key) for key in kept} == {key: getattr(model, key) for key in kept}, name
+        assert ours.test is not None and model.test is not None
+        assert ours.test.items() >= model.test.items(), name
+        assert len(ours.test) == 2, f"{name}: every row has a number on both test sets"
+        if learning is None or ours.self_training is None:
+            assert learning is ours.self_training, name
+            continue
+        sizes = {} if learning.select is None else {"count": 1600, "extractor": learning.select.extractor}
+        select = ours.self_training.select and ours.self_training.select.model_copy(update=sizes)
+        assert ours.self_training.model_copy(update={"select": select}) == learning, name
+    assert scenes.test_sets == thesis.test_sets
+    assert not scenes.allow_download
+    text = (CONFIGS / "thesis_scenes.yaml").read_text()
+    assert not any(word in text for word in ("published_miou", "threshold", "start: m")), "nothing repeated"
+
+
+def test_the_controls_of_the_thesis(trees: list[str], thesis: Recipe) -> None:
+    controls = load_recipe(CONFIGS / "thesis_controls.yaml", trees)
+    more = {name: model for name, model in controls.models.items() if name not in thesis.models}
+    assert list(more) == ["random", "real_reference", "longer", "day_longer", "m3_1_released", "m7_2_released"]
+    seeded = [name for name, model in controls.models.items() if controls.seeds_of(model) == [0, 1, 2]]
+    assert seeded == ["m3_1", "m4_1", "m7_1", "m7_2", "m8_3", "random"]
+    for name in ("random", "real_reference", "m7_2_released"):  # they differ from 7.1 in one thing
+        learning, theirs = more[name].self_training, thesis.models["m7_1"].self_training
+        assert learning is not None and theirs is not None
+        assert learning.select is not None and theirs.select is not None
+        assert learning.select.count == theirs.select.count
+        assert (learning.pool, learning.threshold) == (theirs.pool, theirs.threshold)
+    frames = {"m1_1": 2975, "m3_1": 5950, "m5_2": 2975, "m8_1": 7550, "m8_3": 7550, "m4_1": 7550, "longer": 5950}
+    frames["day_longer"] = 2975
+
+    def steps(name: str) -> int:
+        training = controls.training_of(controls.models[name])
+        return training.epochs * training.steps_of_epoch(frames[name])
+
+    assert steps("longer") == steps("m4_1")
+    assert steps("m1_1") + steps("day_longer") == sum(map(steps, ("m3_1", "m5_2", "m8_1", "m8_3")))
+
+
 def test_the_thesis_can_be_planned_on_tiny_trees(thesis: Recipe, tmp_path: Path) -> None:
     lines = plan(thesis, Location.of(tmp_path / "run"))
     counted = {str(line.node): line.rows for line in lines}

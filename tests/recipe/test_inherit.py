@@ -268,6 +268,20 @@ test_sets: {one: null}
     assert load_recipe(tmp_path / "elsewhere.yaml") == found  # the copy of a run stands alone
 
 
+def test_test_sets_of_a_model_are_added_changed_and_taken_away(tmp_path: Path) -> None:
+    rows = 'test: {one: {row: "1", published_miou: 27.5}, two: {row: "2"}}'
+    written(tmp_path, BASE.replace("start: a}", f"start: a, {rows}}}"), "base.yaml")
+    text = "base: base.yaml\nname: top\ntest_sets: {three: pool}\n"
+    text += "models: {a: {test: {three: {}}}, b: {test: {one: {row: '9'}, two: null, three: {}}}}\n"
+    models = load_recipe(written(tmp_path, text), ["datasets.pool.labelled=true"]).models
+    assert {test: (row.row, row.published_miou) for test, row in (models["b"].test or {}).items()} == {
+        "one": ("9", 27.5),
+        "three": ("", None),
+    }
+    assert list(models["a"].test or {}) == ["three"]  # of a model without: these alone
+    assert models["c"].test is None
+
+
 def test_a_preset_over_a_base_replaces_what_presets_say(tmp_path: Path) -> None:
     written(tmp_path, BASE, "base.yaml")
     text = "base: base.yaml\ntranslators: {unit: {preset: thesis}}\ntraining: {preset: thesis}\n"
