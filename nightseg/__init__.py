@@ -196,6 +196,7 @@ The command line
     cli/output.py    how answers and errors look
     cli/main.py      `nightseg run`, `check`, `recipe`, `status`, `verify`, `report`, `explain`, `search`, `doctor`
     cli/commands.py  `nightseg init`, `split`, `fid`, `select`, `evaluate`, `predict`, `convert`, `export`
+    cli/jobs.py      the files of jobs/: parse, call one function, say what came of it
 """
 
 from __future__ import annotations

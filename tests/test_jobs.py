@@ -11,8 +11,10 @@ import pytest
 
 from nightseg.pipeline import run as run_module
 from nightseg.pipeline import search as search_module
+from nightseg.pipeline.build import build_graph
 from nightseg.pipeline.run import Outcome
 from nightseg.pipeline.search import Found
+from nightseg.recipe import load_recipe
 from nightseg.storage import Location
 
 JOBS = sorted((Path(__file__).parents[1] / "jobs").glob("*.py"))
@@ -76,6 +78,46 @@ def test_self_train_runs_the_recipe_into_the_home_folder(
     home = Path.home() / "nightseg-runs/demo"
     assert asked == {"recipe": "r.yaml", "overrides": ["a=1"], "only": "m", "folder": Location.of(home)}
     assert capsys.readouterr().out == f"{home}: 3 stages done, 1 already committed\n"
+
+
+STAGES = sorted({path.stem for path in JOBS} - {"self_train", "search"})
+
+
+def test_there_is_a_job_for_every_stage_of_a_round() -> None:
+    round_of = {"split", "train_translator", "translate", "train_segmenter", "score", "select", "pseudo_label"}
+    assert set(STAGES) == {*round_of, "evaluate"}
+
+
+@pytest.mark.parametrize("job", STAGES)
+def test_the_job_of_a_stage_does_that_stage_of_the_recipe(
+    job: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def work_until(recipe: str, overrides: list[str], **more: Any) -> tuple[Location, Outcome]:
+        asked.update(more | {"recipe": recipe, "overrides": overrides})
+        return Location.of("/runs/demo"), Outcome({}, 3, 1, 2.0)
+
+    monkeypatch.setattr(run_module, "work_until", work_until)
+    assert run_job(monkeypatch, job, "r.yaml", "--set", "a=1", "--only", "m", "--run-dir", "/runs/demo") == 0
+    del asked["progress"]
+    expected = {"recipe": "r.yaml", "overrides": ["a=1"], "run_dir": "/runs/demo", "only": "m", "stage": job}
+    assert asked == expected
+    assert capsys.readouterr().out == "/runs/demo: 3 stages done, 1 already committed\n"
+
+
+def test_the_demo_has_a_node_for_every_job() -> None:
+    graph = build_graph(load_recipe(JOBS[0].parents[1] / "configs/demo.yaml"))
+    assert all(graph.until(job)[-1].id.stage == job for job in STAGES)
+
+
+def test_work_that_fails_is_no_wrong_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work_until(*_: Any, **__: Any) -> None:
+        raise RuntimeError("the power went")
+
+    monkeypatch.setattr(run_module, "work_until", work_until)
+    with pytest.raises(RuntimeError, match="the power went"):
+        run_job(monkeypatch, "score", "r.yaml")
 
 
 def test_search_tells_the_best_recipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,11 +56,18 @@ _set_option = click.option("--set", "overrides", multiple=True, metavar="a.b=c",
 @_set_option
 @click.option("--run-dir", metavar="DIR", help="Where the run lies (default: runs/<recipe name>); also s3://, gs://.")
 @click.option("--only", metavar="MODEL", help="Only this model, and what it needs.")
+@click.option("--until", metavar="STAGE", help="Only this stage and what it needs, such as score; without a report.")
 @click.option("--log", multiple=True, metavar="TRACKER", help="mlflow or wandb gets the finished run; repeatable.")
 @click.option("--dry-run", is_flag=True, help="Check, and print the graph: what would run, frames, resources.")
 @answers
 def run(
-    recipe: str, overrides: tuple[str, ...], run_dir: str | None, only: str | None, log: tuple[str, ...], dry_run: bool
+    recipe: str,
+    overrides: tuple[str, ...],
+    run_dir: str | None,
+    only: str | None,
+    until: str | None,
+    log: tuple[str, ...],
+    dry_run: bool,
 ) -> Answer:
     """Run a recipe to its report.
 
@@ -70,10 +77,11 @@ def run(
     nightseg run configs/demo.yaml
     nightseg run configs/camvid.yaml --set roots.camvid=/data/camvid --dry-run
     nightseg run configs/demo.yaml --set training.batch=4      of every model that does not say its own
+    nightseg run configs/demo.yaml --until score   features of frames, and what they need
     nightseg run configs/translators.yaml     ways from day to night, measured side by side
     """
     from nightseg.pipeline.check import check
-    from nightseg.pipeline.run import adapt, plan, run_folder
+    from nightseg.pipeline.run import adapt, plan, run_folder, work_until
     from nightseg.recipe import load_recipe, told_of
 
     if dry_run:
@@ -81,10 +89,15 @@ def run(
         folder = run_folder(loaded.name, run_dir)
         with told_of(recipe, overrides):
             warnings = check(loaded, folder, only=only, is_measured=False, progress=progress_for()).warnings
-            lines = plan(loaded, folder, only=only)
+            lines = plan(loaded, folder, only=only, until=until)
         stages = [line._asdict() | {"node": str(line.node)} for line in lines]
         content = {"run_dir": folder.uri, "stages": stages, "warnings": warnings}
         return Answer(content, partial(print_plan, folder, lines, warnings))
+    if until:
+        if log:
+            raise UserError("run: --log gets a finished run, and --until ends before", cure="give one of the two")
+        place, outcome = work_until(recipe, overrides, stage=until, run_dir=run_dir, only=only, progress=progress_for())
+        return Answer({"run_dir": place.uri, "done": outcome.done, "skipped": outcome.skipped})
     adapted = adapt(recipe, overrides, run_dir=run_dir, only=only, log=log, progress=progress_for())
     return Answer(adapted.outcome.results, partial(print_outcome, adapted))
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from nightseg.cluster.settings import MapCompute, TrainCompute
 from nightseg.data import table as frame
+from nightseg.errors import UserError, closest
 from nightseg.progress import Progress
 from nightseg.recipe.types import Prediction, TestRow
 from nightseg.segmenter.settings import AdaptNorms, Network, Training
@@ -250,6 +251,19 @@ class Graph:
             translations={name: entry for name, entry in self.translations.items() if is_done(entry[0])},
             watched={name: watched for name, watched in self.watched.items() if name in models},
         )
+
+    def until(self, stage: str) -> list[Node]:
+        """The nodes of one stage with all that they need, in order. Raises UserError if it has none."""
+        wanted = {name for name in self.nodes if name.stage == stage}
+        if not wanted:
+            known = list(dict.fromkeys(name.stage for name in self.nodes))
+            raise UserError(
+                f"the recipe has no stage {stage!r}{closest(stage, known)}",
+                cure=f"one of its stages: {', '.join(known)}",
+            )
+        while more := {need for name in wanted for need in self.nodes[name].needs} - wanted:
+            wanted |= more
+        return [node for node in self.nodes.values() if node.id in wanted]
 
     def order(self) -> None:
         """What only reads and sorts frames comes first: it is quick, and shows what is wrong with them."""

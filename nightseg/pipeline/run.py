@@ -119,8 +119,38 @@ def adapt(
 
     `log`: trackers that are given the finished run. Raises UserError before anything starts when the recipe is wrong.
     """
-    recipe = load_recipe(recipe_file, overrides)
     tracking.check_trackers(log)
+    folder, outcome = _from_file(recipe_file, overrides, run_dir, only, None, progress)
+    report = write_report(folder, outcome.results)
+    tracking.track(log, folder, outcome.results)
+    return Adapted(folder, outcome, report)
+
+
+def work_until(
+    recipe_file: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    stage: str,
+    run_dir: str | None = None,
+    only: str | None = None,
+    progress: Progress,
+) -> tuple[Location, Outcome]:
+    """All nodes of one stage of a recipe, and what they need; results and report are of a whole run.
+
+    Returns the run folder, and an outcome without results. Raises UserError as `adapt`, or if there is no such stage.
+    """
+    return _from_file(recipe_file, overrides, run_dir, only, stage, progress)
+
+
+def _from_file(
+    recipe_file: str | Path | Mapping[str, Any],
+    overrides: Sequence[str],
+    run_dir: str | None,
+    only: str | None,
+    until: str | None,
+    progress: Progress,
+) -> tuple[Location, Outcome]:
+    recipe = load_recipe(recipe_file, overrides)
     folder = run_folder(recipe.name, run_dir)
     with told_of(recipe_file, overrides):
         _allow_downloads(recipe)
@@ -130,10 +160,7 @@ def adapt(
             check.refuse(recipe, graph, check.done_in(folder))
         else:
             check.check(recipe, folder, only=only, most=FRAMES_BEFORE, is_measured=False, progress=progress)
-        outcome = run(recipe, folder, only=only, built=graph, progress=progress)
-    report = write_report(folder, outcome.results)
-    tracking.track(log, folder, outcome.results)
-    return Adapted(folder, outcome, report)
+        return folder, run(recipe, folder, only=only, until=until, built=graph, progress=progress)
 
 
 def run_folder(name: str, run_dir: str | None) -> Location:
@@ -146,19 +173,22 @@ def run(
     folder: Location,
     *,
     only: str | None = None,
+    until: str | None = None,
     built: Graph | None = None,
     borrow: Sequence[Location] = (),
     progress: Progress,
 ) -> Outcome:
     """Do every stage that is not committed yet; a rerun of the same recipe continues where the last one ended.
 
-    `built`: its graph, if there is one already: making it lists all folders.
+    `built`: its graph, if there is one already: making it lists all folders. `until`: only this stage and what it
+    needs; the outcome is without results then, and those that lie there stay.
 
     Raises UserError before the run folder is touched if the recipe cannot be a graph: no such model, no image.
     """
     began = time.monotonic()
     _allow_downloads(recipe)
     graph = built or build.build_graph(recipe, only)
+    nodes = graph.until(until) if until else list(graph.nodes.values())
     workspace = Workspace(folder, borrow)
     with workspace.lock(), cluster.left_as_found():
         if not (folder / RESULTS_NAME).exists():  # else it is the recipe of what is finished, until more is
@@ -176,8 +206,10 @@ def run(
             for start, models in leaks.unknown(graph).items():
                 progress.say(f"what {start} learned from is not known, so neither is what {', '.join(models)} shares")
 
-        commits, done = _work(workspace, list(graph.nodes.values()), progress, examine)
+        commits, done = _work(workspace, nodes, progress, examine)
         num_skipped = len(commits) - len(done)
+        if until:
+            return Outcome({}, len(done), num_skipped, time.monotonic() - began)
         if only is not None and not borrow:
             graph = _with_finished(recipe, graph, workspace, commits, progress)
             found = leaks.find(graph, commits)
@@ -312,7 +344,12 @@ def _kept(problems: list[UserError]) -> Iterator[None]:
 
 
 def plan(
-    recipe: Recipe, folder: Location, *, only: str | None = None, borrow: Sequence[Location] = ()
+    recipe: Recipe,
+    folder: Location,
+    *,
+    only: str | None = None,
+    until: str | None = None,
+    borrow: Sequence[Location] = (),
 ) -> list[Planned]:
     """What `run` would do."""
     workspace = Workspace(folder, borrow)
@@ -320,7 +357,7 @@ def plan(
     commits: dict[NodeId, Commit] = {}
     rows: dict[NodeId, int | None] = {}
     lines: list[Planned] = []
-    for node in graph.nodes.values():
+    for node in graph.until(until) if until else graph.nodes.values():
         state: Literal["committed", "runs", "continues", "waits"] = "waits"
         changed: tuple[str, ...] = ()
         if all(need in commits for need in node.needs):

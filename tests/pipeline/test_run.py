@@ -344,6 +344,28 @@ def test_results_of_another_recipe_are_kept_with_what_belongs_to_them(
     assert read_results(place)["commits"]["train_segmenter/m"]["key"] == new
 
 
+def test_one_stage_is_done_with_what_it_needs_and_the_whole_run_goes_on_from_there(
+    made: MadeUpGraph, recipe: Recipe, folder: Location
+) -> None:
+    outcome = run(recipe, folder, until="train_segmenter")
+    assert made.worked == [str(DAY), str(TRAIN)] and outcome[:3] == ({}, 2, 0)
+    assert not (folder / "results.json").exists()
+    assert [line.node for line in runner.plan(recipe, folder, until="collect")] == [DAY]
+    whole = run(recipe, folder)
+    assert made.worked == [str(DAY), str(TRAIN), str(TEST)] and (whole.done, whole.skipped) == (1, 2)
+    before = read_results(folder)
+    assert run(recipe, folder, until="collect")[1:3] == (0, 1)
+    assert read_results(folder) == before
+
+
+def test_a_stage_that_the_recipe_lacks_is_refused_before_the_folder_is_touched(
+    made: MadeUpGraph, recipe: Recipe, folder: Location
+) -> None:
+    with pytest.raises(UserError, match=r"no stage 'colect', did you mean 'collect'.*train_segmenter, evaluate"):
+        run(recipe, folder, until="colect")
+    assert not folder.exists()
+
+
 def test_a_run_that_fails_leaves_finished_results_as_they_are(
     made: MadeUpGraph, recipe: Recipe, folder: Location
 ) -> None:
