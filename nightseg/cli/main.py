@@ -80,7 +80,9 @@ def run(
     nightseg run configs/demo.yaml --until score   features of frames, and what they need
     nightseg run configs/translators.yaml     ways from day to night, measured side by side
     """
+    from nightseg.pipeline.build import build_graph
     from nightseg.pipeline.check import check
+    from nightseg.pipeline.results import planned_rows
     from nightseg.pipeline.run import adapt, plan, run_folder, work_until
     from nightseg.recipe import load_recipe, told_of
 
@@ -90,9 +92,10 @@ def run(
         with told_of(recipe, overrides):
             warnings = check(loaded, folder, only=only, is_measured=False, progress=progress_for()).warnings
             lines = plan(loaded, folder, only=only, until=until)
+            rows = [] if until else planned_rows(loaded, build_graph(loaded, only))
         stages = [line._asdict() | {"node": str(line.node)} for line in lines]
-        content = {"run_dir": folder.uri, "stages": stages, "warnings": warnings}
-        return Answer(content, partial(print_plan, folder, lines, warnings))
+        content = {"run_dir": folder.uri, "stages": stages, "rows": rows, "warnings": warnings}
+        return Answer(content, partial(print_plan, folder, lines, warnings, rows))
     if until:
         if log:
             raise UserError("run: --log gets a finished run, and --until ends before", cure="give one of the two")

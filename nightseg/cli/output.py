@@ -210,7 +210,12 @@ def print_life(life: Life, page: Location | None) -> None:
         click.echo(f"page: {page}")
 
 
-def print_plan(folder: Location, lines: Sequence[Planned], warnings: Sequence[str] = ()) -> None:
+def print_plan(
+    folder: Location,
+    lines: Sequence[Planned],
+    warnings: Sequence[str] = (),
+    published: Sequence[Mapping[str, Any]] = (),
+) -> None:
     from rich.text import Text
 
     for warning in warnings:
@@ -229,6 +234,15 @@ def print_plan(folder: Location, lines: Sequence[Planned], warnings: Sequence[st
     print_table(
         f"run folder {folder}", ["stage", "state", "frames", "resources", "changed since the last commit"], rows
     )
+    if published:
+        columns = ["row", "model", "test set", "after", "frames to learn from", "published mIoU"]
+        print_table("published rows that it reproduces", columns, [_published(row) for row in published])
+
+
+def _published(row: Mapping[str, Any]) -> list[str]:
+    sizes = ", ".join(f"{name} {'?' if count is None else f'{count:,}'}" for name, count in row["frames"].items())
+    miou = row["published_miou"]
+    return [row["row"], row["model"], row["test"], ", ".join(row["parents"]), sizes, "" if miou is None else f"{miou}"]
 
 
 def print_outcome(adapted: Adapted) -> None:

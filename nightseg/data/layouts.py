@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
 from pathlib import PurePosixPath
+from typing import Final
 
 from nightseg.data.images import LABEL_SUFFIXES, SUFFIXES, BadFrame, may_be_label, read_bytes
 from nightseg.data.label_names import LABEL_IDS, composed, labels_of_frames, name_of, named_encoding, stem
@@ -30,6 +31,21 @@ _CHECK_DATASET = "check root, split and layout of the dataset"
 _IMAGE_ENDINGS = ("_leftImg8bit", "_rgb_anon", "_rgb_ref_anon")
 _ABSOLUTE = re.compile(r"/|~|[A-Za-z][A-Za-z0-9+.-]*://")
 _NIGHTTIME_LABELS = "gtCoarse_daytime_trainvaltest"
+
+PLACES: Final[Mapping[str, tuple[str, str]]] = {
+    "pairs": ("as `images` says", "as `labels` says"),
+    "images": ("all below it", ""),
+    "camvid": ("<split>/images/*", "<split>/labels/<same stem>.png"),
+    "cityscapes": ("leftImg8bit/<split>/<city>/*", "gtFine/<split>/<city>/*_labelIds.png"),
+    "nighttime_driving": ("leftImg8bit/<split>/<domain>/*", f"{_NIGHTTIME_LABELS}/<split>/..."),
+    "acdc": ("rgb_anon/<condition>/<split>/<drive>/*", "gt/..."),
+    "dark_zurich": ("rgb_anon/<split>/<domain>/<drive>/*", "gt/val/night/..."),
+    "bdd100k": ("images/10k/<split>/*", "labels/sem_seg/masks/<split>/*"),
+    "nightcity": ("NightCity-images/images/<split>/*", "NightCity-label/label/<split>"),
+    "mapillary": ("<split>/images/*", "<split>/v1.2/labels/*"),
+    "nexet": ("all below it", ""),
+}
+"""Where a layout has its images and its labels below its root, in words: docs/own-data.md has the table."""
 
 
 @dataclass(frozen=True)

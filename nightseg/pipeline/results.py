@@ -19,7 +19,7 @@ from nightseg.data.taxonomy import Taxonomy
 from nightseg.errors import UserError, closest
 from nightseg.metrics.ranks import spearman
 from nightseg.metrics.seeds import mean, over_seeds
-from nightseg.pipeline.graph import Graph, ModelNodes, NodeId, View
+from nightseg.pipeline.graph import Graph, ModelNodes, NodeId, View, frames_at_most
 from nightseg.pipeline.leaks import Leak
 from nightseg.recipe import load_recipe
 from nightseg.recipe.types import Recipe
@@ -149,6 +149,38 @@ def model_folder(place: str | Path | Location) -> Location:
     return moved if (moved / "model.json").exists() else attempt / "model"
 
 
+def planned_rows(recipe: Recipe, graph: Graph) -> list[dict[str, Any]]:
+    """The published rows that a run will reproduce, by their names: which model on which test set, the models that it
+    starts from and is taught by, frames of each set that it learns from (at most, where none is sorted yet)."""
+    most = frames_at_most(graph)
+
+    def frames(name: str) -> int | None:
+        known = [most[view.node] for view in graph.datasets[_source_of(recipe, name)] if isinstance(view, View)]
+        return sum(count for count in known if count is not None) if None not in known else None
+
+    found = []
+    for name, nodes in graph.models.items():
+        if name != nodes.of:  # another seed
+            continue
+        learning = nodes.facts["self_training"]
+        parents = [*nodes.facts["parents"], *filter(None, [learning and learning["teacher"]])]
+        sizes = {dataset: frames(dataset) for dataset in nodes.facts["train"]}
+        if learning:
+            sizes[learning["pool"]] = most[nodes.select] if nodes.select else frames(learning["pool"])
+        for test, row in nodes.tests.items():
+            if row.row:
+                facts = {"model": name, "test": test, "parents": list(dict.fromkeys(parents)), "frames": sizes}
+                test_frames = frames(recipe.test_sets[test])
+                found.append({"row": row.row, **facts, "test_frames": test_frames, **row.model_dump(exclude={"row"})})
+    return sorted(found, key=lambda row: str(row["row"]))
+
+
+def _source_of(recipe: Recipe, name: str) -> str:
+    """The dataset whose frames are read: of one that trainings translate as they go, its source."""
+    dataset = recipe.datasets[name]
+    return dataset.translate if isinstance(dataset, TranslatedDataset) and dataset.fresh else name
+
+
 def _models(recipe: Recipe, graph: Graph, commits: Mapping[NodeId, Commit]) -> dict[str, dict[str, Any]]:
     """Each model with its trainings, one a seed. What stands beside them is that of the first; the scores of a test set
     have the mean over the seeds beside them, and the sample standard deviation (null for one seed)."""
@@ -191,8 +223,11 @@ def _frames(recipe: Recipe, graph: Graph, commits: Mapping[NodeId, Commit]) -> d
     Of a dataset that trainings translate as they go, those of its source."""
     found: dict[str, Any] = {}
     for name, dataset in recipe.datasets.items():
-        seen = dataset.translate if isinstance(dataset, TranslatedDataset) and dataset.fresh else name
-        views = [view for view in graph.datasets.get(seen, ()) if isinstance(view, View) and view.node in commits]
+        views = [
+            view
+            for view in graph.datasets.get(_source_of(recipe, name), ())
+            if isinstance(view, View) and view.node in commits
+        ]
         number, counted = 0, list[list[int] | None]()
         for view in views:
             rows = commits[view.node].table("frames")

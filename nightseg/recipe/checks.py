@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from nightseg.data.class_list import mapped, taxonomy
-from nightseg.data.layouts import check_folders
+from nightseg.data.layouts import PLACES, check_folders
 from nightseg.data.settings import ClassList, FolderDataset
 from nightseg.data.taxonomy import COLORS, Taxonomy
 from nightseg.errors import UserError, closest
@@ -437,13 +437,15 @@ def _missing_models(sections: _Sections) -> Iterator[Problem]:
 
 
 def _missing_folders(sections: _Sections) -> Iterator[Problem]:
+    """A folder that is not there is told once, of its first dataset, with what should lie in it."""
+    missing: dict[tuple[str, Any], list[str]] = {}
     for name, entry in sections.datasets.items():
         path, root = ("datasets", name, "root"), entry.get("root")
         if not isinstance(root, str) or "{" in root:
             continue
         try:
             if not Location.of(root).is_folder():
-                yield Problem(path, f"there is no folder {root!r}; set {_key_of(root, sections.roots, path)}")
+                missing.setdefault((root, str(entry.get("layout"))), []).append(name)
                 continue
             keys = ("layout", "split", "labelled", "images", "labels", "split_list")
             known = {key: value for key, value in entry.items() if key in keys}
@@ -454,6 +456,19 @@ def _missing_folders(sections: _Sections) -> Iterator[Problem]:
             continue  # the types say so
         except OSError as error:
             yield Problem(path, f"cannot look into {root!r}: {error.strerror or error}")
+    for (root, layout), (first, *others) in missing.items():
+        path = ("datasets", first, "root")
+        wanted = _wanted(layout, any(sections.datasets[name].get("labelled", True) for name in (first, *others)))
+        also = f"; {', '.join(others)} {'lie' if len(others) > 1 else 'lies'} there, too" if others else ""
+        cure = f"set {_key_of(root, sections.roots, path)}"
+        yield Problem(path, f"there is no folder {root!r}; {cure}{f' ({wanted}{also})' if wanted else also}")
+
+
+def _wanted(layout: str, labelled: bool) -> str:
+    """What a folder of this layout holds; "" for what is no layout, which the types say."""
+    images, labels = PLACES.get(layout, ("", ""))
+    in_words = f"layout {layout}: images {images}" if images else ""
+    return in_words + (f", labels {labels}" if labels and labelled else "")
 
 
 def _key_of(root: str, roots: Mapping[str, Any], path: tuple[str, ...]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from nightseg.data.layouts import Candidate, check_folders, count, fingerprint, list_frames
+from nightseg.data.layouts import PLACES, Candidate, check_folders, count, fingerprint, list_frames
 from nightseg.data.settings import FolderDataset
 from nightseg.storage import UserError
 from tests.data.test_layouts import at, tree
@@ -25,6 +25,16 @@ def told(root: Path, frames: list[Candidate]) -> list[Told]:
          one.sequence, one.label_encoding)
         for one in frames
     ]  # fmt: skip
+
+
+def test_the_page_on_own_data_has_the_places_of_all_layouts() -> None:
+    page = (Path(__file__).parents[2] / "docs/own-data.md").read_text()
+    rows = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `")}
+    known = FolderDataset.model_json_schema()["properties"]["layout"]["enum"]
+    assert set(PLACES) == set(known)
+    for layout in known:
+        for place in PLACES[layout]:
+            assert "/" not in place or place in rows[layout], layout
 
 
 def test_acdc(tmp_path: Path) -> None:

@@ -8,12 +8,14 @@ import pytest
 from nightseg.data.images import encode_png
 from nightseg.pipeline.build import build_graph
 from nightseg.pipeline.graph import Frames, Graph, NodeId, View
+from nightseg.pipeline.results import planned_rows
 from nightseg.pipeline.run import plan
 from nightseg.recipe import load_recipe
 from nightseg.recipe.types import Recipe, expand_rounds, expand_seeds
 from nightseg.segmenter import detectron2
 from nightseg.segmenter.settings import Guard
 from nightseg.storage import Location, UserError
+from tests.command_line import good, json_of, refused
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -158,6 +160,65 @@ def test_the_thesis_can_be_planned_on_tiny_trees(thesis: Recipe, tmp_path: Path)
     assert sum(node.startswith("train_segmenter/") for node in counted) == 20
     assert sum(node.startswith("evaluate/") for node in counted) == 20  # one pass over all test sets of a model
     assert not (tmp_path / "run").exists()  # planning leaves nothing behind
+
+
+def test_a_plan_lists_the_25_rows(thesis: Recipe, tmp_path: Path) -> None:
+    found = planned_rows(thesis, build_graph(thesis))
+    assert {row["row"]: (row["published_miou"], row["test"]) for row in found} == {
+        name: row[:2] for name, row in THESIS.items()
+    }
+    rows = {row["row"]: row for row in found}
+    for name, (_, _, start, teacher, *_) in THESIS.items():
+        known = [parent for parent in (start, teacher) if parent not in ("imagenet", "scratch", None)]
+        assert rows[name]["parents"] == list(dict.fromkeys(known)), name
+    assert rows["1.2"]["frames"] == {"cityscapes": 3, "camvid": 4}
+    assert rows["8.3"]["frames"] == {"cityscapes": 3, "night": 3, "nexet_night": 4}  # of 1,600 the four there are
+    assert (rows["8.3"]["model"], rows["8.3"]["test_frames"]) == ("m8_3", 1)
+    assert rows["2.3"]["model"] == "m2_1"
+    told = json_of("run", CONFIGS / "thesis_scenes.yaml", "--dry-run", "--run-dir", tmp_path / "run")["rows"]
+    same = ("row", "model", "test", "parents", "published_miou")
+    assert [[row[key] for key in same] for row in told] == [[row[key] for key in same] for row in found]
+    assert told[-1]["frames"] == {"cityscapes": 160, "night": 160, "nexet_night": 60}
+    shown = good("run", CONFIGS / "thesis_scenes.yaml", "--dry-run", "--run-dir", tmp_path / "run").output
+    assert "cityscapes 160, night 160, nexet_night 60" in shown and "40.7" in shown
+
+
+def test_data_that_are_not_there_are_told_once_each_with_their_layout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("thesis", "thesis_controls"):
+        lines = refused("run", CONFIGS / f"{name}.yaml", "--dry-run", "--json").splitlines()
+        missing = [line for line in lines if "there is no folder" in line]
+        assert len(missing) == 4 and "4 errors" in "\n".join(lines), lines
+        for root, layout in {
+            "cityscapes": "layout cityscapes: images leftImg8bit/<split>/<city>/*, labels gtFine/<split>/<city>/",
+            "camvid": "layout images: images all below it",
+            "nexet": "layout images: images all below it",
+            "night_driving": "layout nighttime_driving: images leftImg8bit/<split>/<domain>/*, labels gtCoarse_daytime",
+        }.items():
+            assert len([line for line in missing if f"set roots.{root} ({layout}" in line]) == 1, root
+        assert "cityscapes_val lies there, too" in missing[0]
+
+
+def test_another_loss_of_one_model_changes_that_model_alone() -> None:
+    """What a run does again: the model, and what follows from it."""
+
+    def keys(*overrides: str) -> dict[NodeId, object]:
+        nodes = build_graph(load_recipe(CONFIGS / "thesis_scenes.yaml", overrides)).nodes.values()
+        return {node.id: (node.version, node.recipe, node.seed) for node in nodes}
+
+    whole, changed = keys(), keys("models.m8_3.loss.gamma=1.0")
+    assert whole.keys() == changed.keys()
+    again = {str(node) for node in whole if whole[node] != changed[node]}
+    assert again == {"train_segmenter/m8_3", "train_segmenter/m8_3.seed1", "train_segmenter/m8_3.seed2"}
+    recipe = load_recipe(CONFIGS / "thesis_scenes.yaml")
+    trained = [node for node in whole if node.stage == "train_segmenter"]
+    assert len(trained) == sum(len(recipe.seeds_of(model)) for model in recipe.models.values()) == 38
+    nodes = build_graph(recipe).nodes
+    assert {str(node.id) for node in nodes.values() if NodeId("train_segmenter", "m8_3") in node.needs} == {
+        "evaluate/m8_3"
+    }
 
 
 def test_shared_work_has_one_node(thesis: Recipe) -> None:
