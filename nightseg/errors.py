@@ -45,11 +45,12 @@ def together(problems: Sequence[UserError]) -> UserError:
     kinds: dict[str, list[UserError]] = {}
     for one in single:
         kinds.setdefault(one.cure, []).append(one)
-    shown = [_of_kind(cure, alike) for cure, alike in kinds.items()]
+    of_all = next(iter(kinds)) if len(kinds) == 1 else ""
+    shown = [_of_kind(cure if len(kinds) > 1 else "", alike) for cure, alike in kinds.items()]
     rest = sum(len(alike) for alike in list(kinds.values())[_MOST_KINDS:])
     shown = [*shown[:_MOST_KINDS], *([f"and {rest} more"] if rest else [])]
     what = "\n- ".join([f"{len(single)} problems:", *shown])
-    error = UserError(what, cure="all of these, then the same command")
+    error = UserError(what, cure=of_all or "all of these, then the same command")
     error.problems = single
     return error
 

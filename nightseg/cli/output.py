@@ -196,7 +196,9 @@ def print_check(found: Checked, page: str | None) -> None:
         click.echo(printable(sentence))
     for warning in found.warnings:
         click.echo(printable(f"look at this: {warning}"))
-    click.echo(f"frames with their labels: {page}" if page else "nothing is in the way of a run")
+    if page:
+        click.echo(printable(f"frames with their labels: {page}"))
+    click.echo("nothing is in the way of a run")
 
 
 def print_life(life: Life, page: Location | None) -> None:

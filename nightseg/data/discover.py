@@ -30,11 +30,11 @@ from nightseg.data.images import (
     read_bytes,
     read_image,
 )
-from nightseg.data.label_names import name_of
+from nightseg.data.label_names import affixes, name_of, tail_of
 from nightseg.data.layouts import Candidate, list_frames
 from nightseg.data.listing import files_below
 from nightseg.data.settings import ClassList, FolderDataset, ListedClass
-from nightseg.data.taxonomy import COLORS, IDS, IGNORE, TRAIN_IDS, Taxonomy, in_words, packed, unpacked
+from nightseg.data.taxonomy import COLORS, FROM_ONE, IDS, IGNORE, TRAIN_IDS, Taxonomy, in_words, packed, unpacked
 from nightseg.errors import UserError, first_of
 from nightseg.storage import Entry, Location
 
@@ -54,6 +54,7 @@ _CLASS_LISTS: Final = (
     "classes.yaml", "classes.yml", "class_dict.csv", "classes.csv", "labelmap.txt", "label_colors.txt", "classes.txt",
     "labels.txt", "config_v1.2.json", "config_v2.0.json", "config.json", "classes.json", "labels.json",
 )  # fmt: skip
+_HIGH, _LOW = 0.4, 0.6  # mean heights of the pixels of a sky, of a road: 0 top, 1 bottom
 _CAMVID: Final = re.compile(r"(Seq05VD|0006R0|0016E5|0001TP)_")
 
 
@@ -109,6 +110,9 @@ def discover(day: Location, night: Location, labels: Location | None = None, cla
     _sizes(found, frames["day"])
     _usable(found, [one for of in frames.values() for one in of])
     _classes(found, frames["day"], day, classes)
+    if found.day["layout"] == "pairs" and found.encoding not in (COLORS, IDS, TRAIN_IDS):
+        for dataset in filter(None, (found.day, found.test)):
+            dataset["label_encoding"] = found.encoding
     _night(found, night)
     return found
 
@@ -202,18 +206,10 @@ def _kinds(root: Location, without: str | None) -> list[_Kind]:
         if not entry.problem and not (without and entry.name.startswith(without)):
             path = PurePosixPath(entry.name)
             folder = path.parent.as_posix()
-            groups.setdefault(("" if folder == "." else folder, path.suffix.lower(), _tail(path.stem)), []).append(
+            groups.setdefault(("" if folder == "." else folder, path.suffix.lower(), tail_of(path.stem)), []).append(
                 entry
             )
     return [_Kind(*key, _what(root, entries), entries) for key, entries in groups.items()]
-
-
-def _tail(stem: str) -> str:
-    """The word at the end of a name that tells its kind: `_gt`, `_leftImg8bit`; nothing of a number."""
-    if endings := name_of(stem).endings:
-        return "".join(reversed(endings))
-    found = re.search(r"[_.-][A-Za-z]+$", stem)
-    return found[0] if found else ""
 
 
 def _what(root: Location, entries: Sequence[Entry]) -> str:
@@ -279,7 +275,7 @@ def _templates(
 ) -> dict[str, str]:
     """`images` and `labels` of the layout `pairs` that give most images their label. Raises UserError: hardly any."""
     label_files = {entry.name for kind in masks for entry in kind.entries}
-    ends = [_affixes([PurePosixPath(e.name).stem for k in side for e in k.entries]) for side in (images, masks)]
+    ends = [affixes([PurePosixPath(e.name).stem for k in side for e in k.entries]) for side in (images, masks)]
     (image_start, image_end), (label_start, label_end) = ends
     if image_start == label_start:
         image_start = label_start = ""
@@ -334,18 +330,6 @@ def _below(uri: str, names: set[str]) -> bool:
     """Whether a file is one of these names below some folder."""
     parts = uri.split("/")
     return any("/".join(parts[start:]) in names for start in range(len(parts)))
-
-
-def _affixes(stems: Sequence[str]) -> tuple[str, str]:
-    """What all names begin and end with, but for digits."""
-    if len(stems) < 2:
-        return "", _tail(stems[0]) if stems else ""
-    low, high = min(stems), max(stems)
-    start = next((low[:index] for index in range(len(low)) if low[index] != high[index : index + 1]), low)
-    turned = [stem[::-1] for stem in stems]
-    low, high = min(turned), max(turned)
-    end = next((low[:index] for index in range(len(low)) if low[index] != high[index : index + 1]), low)[::-1]
-    return re.sub(r"[^_.-]*$", "", start), re.sub(r"^[^_.-]*", "", end)
 
 
 def _split(found: Found, frames: Mapping[str, list[Candidate]], root: Location) -> None:
@@ -568,12 +552,10 @@ def _recognized(
     if layout in ("cityscapes", "bdd100k", "acdc"):
         encoding = _fitting(found, files, taxonomy("cityscapes19"), in_colours)
         return "cityscapes19", encoding, f"layout {layout}"
-    if (
-        any(_CAMVID.match(PurePosixPath(one.uri).name) for one in frames)
-        and not in_colours
-        and found.seen.keys() <= set(range(12))
-    ):
-        return "camvid11", "camvid12", "the files are called like those of CamVid"
+    if any(_CAMVID.match(PurePosixPath(one.uri).name) for one in frames) and not in_colours:
+        for encoding in ("camvid12", FROM_ONE):  # void last, as SegNet's copy has it, or first
+            if _lies_as(found, taxonomy("camvid11"), encoding):
+                return "camvid11", encoding, "the files are called like those of CamVid, sky and road lie as there"
     for name in known_taxonomies():
         classes = taxonomy(name)
         colours = (
@@ -594,6 +576,18 @@ def _recognized(
     if named == {"label_ids"} and found.seen.keys() <= taxonomy("cityscapes19").encodings["label_ids"].keys():
         return "cityscapes19", "label_ids", "the names of the files"
     return None
+
+
+def _lies_as(found: Found, classes: Taxonomy, encoding: str) -> bool:
+    """Whether an encoding knows all ids, and makes a sky of what lies high in the image, a road of what lies low."""
+    ids = classes.encodings[encoding]
+    if not found.seen.keys() <= ids.keys():
+        return False
+    sky, road = (
+        [one for raw_id, one in found.seen.items() if ids[raw_id] == classes.classes.index(name)]
+        for name in ("sky", "road")
+    )
+    return all(one.height < _HIGH for one in sky) and all(one.height > _LOW for one in road) and bool(sky and road)
 
 
 def _made_up(found: Found, in_colours: bool) -> None:

@@ -51,8 +51,8 @@ MOST_BLENDED: Final = 0.12
 """Of the edges of a set, those with an id between the ids on both sides. Measured on CamVid, Cityscapes and IDD: up to
 0.05, nearest-neighbour scaling to an eighth included; 0.18 to 0.65 after interpolation or JPEG."""
 
-
-_ASKED: Final = "as asked"
+BY_COLOURS: Final = "by the type of their files"
+BY_LIST: Final = "by the class list"
 
 
 class UnclearLabels(UserError):  # noqa: N818 what the labels are; a UserError by its base
@@ -187,17 +187,23 @@ def label_files(table: pa.Table) -> list[LabelFile]:
 
 
 def read_as(
-    where: str, files: Sequence[LabelFile], classes: Taxonomy, *, asked: str | None, usual: str | None = None
+    where: str,
+    files: Sequence[LabelFile],
+    classes: Taxonomy,
+    *,
+    asked: str | None,
+    why: str = "as asked",
+    usual: str | None = None,
 ) -> Reading:
     """How to read the labels of a set: as `asked`, else by the names of the files, else by what fits all values.
 
-    `usual`: the encoding of the layout, which wins where others would map the same ids to the same classes. Raises
-    UnclearLabels; UserError: ids that no encoding knows, not one pixel with a class.
+    `why`: what asks, for people. `usual`: the encoding of the layout, which wins where others would map the same ids to
+    the same classes. Raises UnclearLabels; UserError: ids that no encoding knows, not one pixel with a class.
     """
     if asked is not None:
         if any(file.pixels.keys() - classes.encodings[asked].keys() for file in files):
             raise unknown_ids(where, files, classes, [asked])
-        return _counted(where, files, classes, (asked,) * len(files), _ASKED)
+        return _counted(where, files, classes, (asked,) * len(files), why, is_said=True)
     groups: dict[str | None, list[LabelFile]] = {}
     names = [name if (name := named_encoding(file.uri)) in classes.encodings else None for file in files]
     for name, file in zip(names, files, strict=True):
@@ -208,7 +214,12 @@ def read_as(
 
 
 def _counted(
-    where: str, files: Sequence[LabelFile], classes: Taxonomy, encodings: tuple[str, ...], why: str
+    where: str,
+    files: Sequence[LabelFile],
+    classes: Taxonomy,
+    encodings: tuple[str, ...],
+    why: str,
+    is_said: bool = False,
 ) -> Reading:
     by_class = np.zeros(256, np.int64)
     for file, encoding in zip(files, encodings, strict=True):
@@ -229,7 +240,7 @@ def _counted(
     blended = sum(file.blended for file in files) / max(sum(file.edges for file in files), 1)
     seen = {raw_id for file in files for raw_id in file.pixels}
     is_odd = len(seen) > 2 and 0 not in seen and seen <= classes.encodings.get(FROM_ONE, {}).keys()
-    is_odd &= why != _ASKED and not any(named_encoding(file.uri) for file in files)
+    is_odd &= not is_said and not any(named_encoding(file.uri) for file in files)
     is_odd &= all(classes.encodings[one].get(0) == 0 for one in set(encodings))
     return Reading(encodings, why, valid / max(int(by_class.sum()), 1), absent, blended, is_odd)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Final, NamedTuple
 
@@ -173,3 +173,23 @@ def composed(name: str) -> str:
 
 def stem(name: str) -> str:
     return str(PurePosixPath(name).with_suffix(""))
+
+
+def tail_of(stem: str) -> str:
+    """The word at the end of a name that tells its kind: `_gt`, `_leftImg8bit`; nothing of a number."""
+    if endings := name_of(stem).endings:
+        return "".join(reversed(endings))
+    found = re.search(r"[_.-][A-Za-z]+$", stem)
+    return found[0] if found else ""
+
+
+def affixes(stems: Sequence[str]) -> tuple[str, str]:
+    """What all names begin and end with, but for digits."""
+    if len(stems) < 2:
+        return "", tail_of(stems[0]) if stems else ""
+    low, high = min(stems), max(stems)
+    start = next((low[:index] for index in range(len(low)) if low[index] != high[index : index + 1]), low)
+    turned = [stem[::-1] for stem in stems]
+    low, high = min(turned), max(turned)
+    end = next((low[:index] for index in range(len(low)) if low[index] != high[index : index + 1]), low)[::-1]
+    return re.sub(r"[^_.-]*$", "", start), re.sub(r"^[^_.-]*", "", end)

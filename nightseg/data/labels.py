@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -11,10 +11,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from nightseg.data import table as frame
-from nightseg.data.images import BadFrame, StoredLabel, UInt8, decode_stored_label, read_bytes, turned
+from nightseg.data.images import BadFrame, StoredLabel, UInt8, decode_stored_label, holds_colors, read_bytes, turned
 from nightseg.data.taxonomy import COLORS, Taxonomy
 from nightseg.errors import UserError
 from nightseg.storage.paths import Location, sha256_of
+
+_LOOKED_AT = 4  # label files of a set, by which colours are told from ids
 
 
 class LabelOfRow(NamedTuple):
@@ -79,6 +81,19 @@ def check_orientation(label: StoredLabel, size: tuple[int, ...], orientation: in
                 f"the EXIF orientation of the {other} is {orientation}, of the label {label.orientation}, and their "
                 "sizes fit either way: save both upright, without that tag, or give both the same one",
             )
+
+
+def are_in_colors(uris: Sequence[str]) -> bool:
+    """Whether label files hold colours and no ids, by the headers of a few of them."""
+    some = uris[:: max(1, len(uris) // _LOOKED_AT)][:_LOOKED_AT]
+    return bool(some) and all(map(_is_in_colors, some))
+
+
+def _is_in_colors(uri: str) -> bool:
+    try:
+        return holds_colors(read_bytes(Location.of(uri)))
+    except BadFrame:
+        return False
 
 
 def check_labelled(frames: pa.Table, where: str, cure: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from nightseg.data.images import LABEL_SUFFIXES, SUFFIXES
-from nightseg.data.label_names import composed, labels_of_frames, name_of, stem
+from nightseg.data.label_names import affixes, composed, labels_of_frames, name_of, stem
 from nightseg.data.layouts import may_hold_ids
 from nightseg.data.listing import files_below
 from nightseg.data.table import file_name
@@ -72,7 +72,7 @@ def pair_up(
         say=say,
     )
     broken = [f"{label.name} ({label.problem})" for label in labels.values() if label.problem]
-    found = _matches(list(labels), predictions)
+    found = _matches(list(labels), predictions) or _without_affixes(list(labels), predictions, say)
     missing = [key for key, label in labels.items() if key not in found and not label.problem]
     pairs = [Pair(predictions[found[key]], label) for key, label in labels.items() if key in found]
     if broken or missing:
@@ -124,6 +124,29 @@ def _matches(labels: list[str], predictions: Mapping[str, Entry]) -> dict[str, s
             return found
         results.append(found)
     return max(results[:4], key=len)
+
+
+def _without_affixes(labels: list[str], predictions: Mapping[str, Entry], say: Callable[[str], None]) -> dict[str, str]:
+    """Where no name is alike: what all names of one side begin or end with, and those of the other do not, is left out,
+    such as `x_seg.png` beside `x.png`. Nothing if that does not give every label its prediction."""
+    own, other = (affixes([PurePosixPath(key).name for key in keys]) for keys in (labels, list(predictions)))
+    (start, end), (first, last) = (
+        tuple("" if one == two else one for one, two in zip(*pair, strict=True))
+        for pair in ((own, other), (other, own))
+    )
+    by_name = {_bare(key, first, last): key for key in predictions}
+    found = {key: by_name[bare] for key in labels if (bare := _bare(key, start, end)) in by_name}
+    if not len(found) == len(labels) == len(set(found.values())):
+        return {}
+    for what, pair in (("labels", (start, end)), ("predictions", (first, last))):
+        if any(pair):
+            say(f"{what} are called {pair[0]}NAME{pair[1]}: compared by NAME")
+    return found
+
+
+def _bare(key: str, start: str, end: str) -> str:
+    folder, slash, name = key.rpartition("/")
+    return f"{folder}{slash}{name.removeprefix(start).removesuffix(end)}"
 
 
 def _below(key: str, above: str) -> str:

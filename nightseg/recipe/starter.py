@@ -48,6 +48,7 @@ $assumed
 # To check:
 $checks
 # Then:
+#   nightseg check $file
 #   nightseg run $file
 name: $name
 

@@ -22,6 +22,8 @@ from nightseg.cluster.map import ShardWorker, Work, map_shards
 from nightseg.data import table as columns
 from nightseg.data.class_list import mapped, taxonomy
 from nightseg.data.encodings import (
+    BY_COLOURS,
+    BY_LIST,
     LABEL_FILES_SCHEMA,
     LabelFile,
     Reading,
@@ -31,8 +33,8 @@ from nightseg.data.encodings import (
     read_as,
     unknown_ids,
 )
-from nightseg.data.images import BadFrame, UInt8, decode_turned, encode_png, holds_colors, read_bytes
-from nightseg.data.labels import pixels_by_class, stored_label, to_train_ids
+from nightseg.data.images import BadFrame, UInt8, decode_turned, encode_png, read_bytes
+from nightseg.data.labels import are_in_colors, pixels_by_class, stored_label, to_train_ids
 from nightseg.data.layouts import Candidate, list_frames, scene_domains
 from nightseg.data.scenes import scene
 from nightseg.data.settings import AnyTaxonomy, FolderDataset, ScenesDataset
@@ -50,7 +52,6 @@ THUMBNAILS = "thumbnails"  # table of the commit, by which near duplicates are f
 THUMBNAIL = "thumbnail"
 
 _LABEL_FILES = "label_files"  # what each label file holds, of LABEL_FILES_SCHEMA
-_LOOKED_AT = 4  # label files of a set, by which colours are told from ids
 _PROBLEM = "problem"
 _INDEX = "index"
 
@@ -171,16 +172,8 @@ def _encodings(candidates: Sequence[Candidate], dataset: FolderDataset, known: T
     if dataset.label_encoding is not None:
         return list(told)
     labels = [one.label_uri for one in candidates if one.label_uri is not None and not one.problem]
-    some = labels[:: max(1, len(labels) // _LOOKED_AT)][:_LOOKED_AT]
-    in_colours = bool(some) and all(_holds_colors(uri) for uri in some)
+    in_colours = are_in_colors(labels)
     return [one if one is None else COLORS if in_colours else known.usual(one) for one in told]
-
-
-def _holds_colors(uri: str) -> bool:
-    try:
-        return holds_colors(read_bytes(Location.of(uri)))
-    except BadFrame:
-        return False
 
 
 class Look(NamedTuple):
@@ -245,11 +238,12 @@ def _read_labels(shards: Shards | _Sample, dataset: FolderDataset, name: str, cl
     files = list(zip(label_files(table), table[columns.LABEL_ENCODING].to_pylist(), strict=True))
     if not files:
         return None
-    where, asked = f"dataset {name}", dataset.label_encoding
+    where, asked, why = f"dataset {name}", dataset.label_encoding, "as asked"
     if is_colours := {told == COLORS for _, told in files} == {True}:
-        known, asked = known.of_colors({raw_id for file, _ in files for raw_id in file.pixels}), COLORS
+        known = known.of_colors({raw_id for file, _ in files for raw_id in file.pixels})
+        asked, why = COLORS, why if asked else BY_COLOURS
     elif asked is None and {told for _, told in files} == {IDS}:
-        asked = IDS  # the class list says what its ids mean
+        asked, why = IDS, BY_LIST
     fitting = [(file, told) for file, told in files if file.pixels.keys() <= known.encodings[told].keys()]
     ids = {raw_id for file, _ in files for raw_id in file.pixels}
     is_known = any(ids <= known.encodings[encoding].keys() for encoding in known.tried)
@@ -261,7 +255,7 @@ def _read_labels(shards: Shards | _Sample, dataset: FolderDataset, name: str, cl
         fitting = files if asked is None and is_known else fitting  # another encoding knows them all
     if not fitting:
         return None
-    reading = read_as(where, [file for file, _ in fitting], known, asked=asked, usual=fitting[0][1])
+    reading = read_as(where, [file for file, _ in fitting], known, asked=asked, why=why, usual=fitting[0][1])
     if is_colours:
         return reading
     for encoding, (file, told) in zip(reading.encodings, fitting, strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,10 @@ from nightseg.cluster.map import Work, map_shards
 from nightseg.data import table as frame
 from nightseg.data.class_list import taxonomy as load_taxonomy
 from nightseg.data.encodings import (
+    BY_COLOURS,
+    BY_LIST,
     LABEL_FILES_SCHEMA,
+    LabelFile,
     Reading,
     UnclearLabels,
     check_palettes,
@@ -29,10 +32,11 @@ from nightseg.data.encodings import (
     unknown_ids,
 )
 from nightseg.data.images import BadFrame, Ids, StoredLabel, decode_stored_label, encode_png, read_bytes
-from nightseg.data.labels import check_labelled, check_orientation, train_ids_of
+from nightseg.data.label_names import named_encoding
+from nightseg.data.labels import are_in_colors, check_labelled, check_orientation, train_ids_of
 from nightseg.data.prefetch import prefetch
 from nightseg.data.settings import AnyTaxonomy
-from nightseg.data.taxonomy import COLORS, FROM_ONE, IGNORE, TRAIN_IDS, Taxonomy
+from nightseg.data.taxonomy import COLORS, FROM_ONE, IDS, IGNORE, TRAIN_IDS, Taxonomy
 from nightseg.errors import first_of, together
 from nightseg.metrics.boundary import boundary_counts, boundary_scores
 from nightseg.metrics.confusion import add_up, confusion_matrix, scores
@@ -157,12 +161,16 @@ def evaluate_folders(
     """Commit `counts` and `scores.json`: the record of `_record` with `taxonomy`, `label_encoding`, `labels`, `frames`.
 
     `pairs`: absolute places of predictions (train ids; 255 counts as wrong) and labels, by the columns prediction_uri
-    and label_uri. `label_encoding` None: what the names and the ids of all labels say together (`data/encodings.py`).
+    and label_uri. `label_encoding` None: colours where the files hold them, the `ids` of the class list, else what the
+    names and the ids of all labels say together (`data/encodings.py`).
     Up to `max_bad_fraction` of them may have a damaged file; these are not scored, and `quarantined` of scores.json.
     Raises UserError: sizes that differ, files that are no labels, unknown ids, labels that may mean several things.
     """
     classes = load_taxonomy(taxonomy)
-    encodings = [label_encoding] if label_encoding else classes.tried
+    asked, why = label_encoding, "as asked"
+    if asked is None and are_in_colors(pairs[frame.LABEL_URI].to_pylist()):
+        asked, why = COLORS, BY_COLOURS
+    encodings = [asked] if asked else classes.tried
     for encoding in encodings:
         classes.need(encoding)
     threads = 1 if work["compute"].actors else len(os.sched_getaffinity(0))
@@ -183,8 +191,7 @@ def evaluate_folders(
     check_palettes("the predictions", label_files(shards.table("predictions")), classes)
     of_files = counted.filter(pc.equal(counted[frame.LABEL_ENCODING], encodings[0]))
     files = label_files(of_files)
-    known = classes.of_colors({i for file in files for i in file.pixels}) if label_encoding == COLORS else classes
-    reading = read_as("the labels", files, known, asked=label_encoding)
+    reading = _reading(files, classes, asked, why)
     for sentence in reading.sentences():
         work["progress"].say(sentence)
     wanted = set(zip(of_files[frame.LABEL_URI].to_pylist(), reading.encodings, strict=True))
@@ -203,6 +210,16 @@ def evaluate_folders(
         found["warning"] = warning
     (shards.attempt.folder / "scores.json").write_json(found)
     return finish(outputs=["scores.json"])
+
+
+def _reading(files: Sequence[LabelFile], classes: Taxonomy, asked: str | None, why: str) -> Reading:
+    """What the labels mean: as asked, else by a class list that says it of all ids, where names do not, else by both."""
+    ids = {i for file in files for i in file.pixels}
+    known = classes.of_colors(ids) if asked == COLORS else classes
+    is_named = any(named_encoding(file.uri) in classes.encodings for file in files)
+    if asked is None and not is_named and classes.usual(IDS) == IDS and classes.knows(ids, IDS):
+        asked, why = IDS, BY_LIST
+    return read_as("the labels", files, known, asked=asked, why=why)
 
 
 @dataclass

@@ -204,6 +204,27 @@ def test_cityscapes(tmp_path: Path, night: Path) -> None:
     assert (seen.taxonomy, seen.encoding) == ("cityscapes19", "label_ids")
 
 
+def camvid(index: int, void: int) -> np.ndarray:
+    """A street with the ids of CamVid's twelve, sky first and void last (11), or one higher with void 0."""
+    street = np.repeat(np.array([0, 0, 1, 5, 11, 8, 3, 3], np.uint8), HEIGHT // 8)[:, None] * np.ones(WIDTH, np.uint8)
+    return street.astype(np.uint8) if void else np.where(street == 11, 0, street + 1).astype(np.uint8)
+
+
+@pytest.mark.parametrize(("void", "encoding"), [(11, "camvid12"), (0, "ids_from_one")])
+def test_void_first_or_last_in_files_called_like_those_of_camvid(
+    tmp_path: Path, night: Path, void: int, encoding: str
+) -> None:
+    names = tuple(f"0006R0_f{number:05d}" for number in range(8))
+    day = frames(tmp_path / "day", "frames/{}.jpg", "gt/{}_semseg.png", lambda n: camvid(n, void), names=names)
+    seen = found(day, night)
+    assert (seen.taxonomy, seen.encoding) == ("camvid11", encoding)
+    assert seen.day["label_encoding"] == encoding == seen.test["label_encoding"], (
+        "the layout would not take it for that"
+    )
+    upside_down = frames(tmp_path / "2", "frames/{}.jpg", "gt/{}.png", lambda n: camvid(n, void)[::-1], names=names)
+    assert found(upside_down, night).encoding == "ids", "a sky below the road: nobody knows"
+
+
 # -- the night, and what is refused ------------------------------------------------------------------------------------
 
 

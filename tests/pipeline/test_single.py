@@ -141,6 +141,28 @@ def test_cityscapes_names_belong_together(tmp_path: Path) -> None:
     assert again["label_encoding"] == "train_ids" and again["confusion"] == found["confusion"]
 
 
+@pytest.mark.parametrize(
+    ("prediction", "label", "told"),
+    [
+        ("{}.png", "{}_semseg.png", "labels are called NAME_semseg: compared by NAME"),
+        ("{}.png", "mask_{}.png", "labels are called mask_NAME: compared by NAME"),
+        ("d1/{}_left.png", "d1/{}_seg.png", "predictions are called NAME_left: compared by NAME"),
+    ],
+)
+def test_what_the_names_of_one_side_have_in_common_is_left_out(
+    tmp_path: Path, prediction: str, label: str, told: str
+) -> None:
+    stream, names = io.StringIO(), ("a1", "a2", "b7")
+    guesses = {prediction.format(name): np.full((2, 3), number, np.uint8) for number, name in enumerate(names)}
+    labels = {label.format(name): np.full((2, 3), number, np.uint8) for number, name in enumerate(names)}
+    where = folders(tmp_path, guesses | {prediction.format("c9"): GUESS}, labels)
+    assert evaluate_folders(*where, label_encoding="train_ids", progress=LineProgress(stream))["miou"] == 1.0
+    assert told in stream.getvalue()
+    (where[1] / label.format("gone")).write_bytes(encode_png(LABEL))
+    with pytest.raises(UserError, match="have no prediction"):
+        evaluate_folders(*where)
+
+
 def test_the_name_decides_where_values_could_be_either(tmp_path: Path) -> None:
     """Raw ids 7 and 11 are also train ids, but a file called labelIds holds label ids: road and building."""
     where = folders(
@@ -507,17 +529,30 @@ def test_all_that_is_wrong_with_two_folders_is_one_message(tmp_path: Path) -> No
 # -- labels in colours -------------------------------------------------------------------------------------------------
 
 
-def test_labels_in_colours_are_scored_where_one_says_so(tmp_path: Path) -> None:
+def test_labels_in_colours_are_known_by_their_type(tmp_path: Path) -> None:
     ids = np.array([[3, 3, 0, 255], [3, 8, 8, 0]], np.uint8)
     colours = np.zeros((256, 3), np.uint8)
     colours[[0, 3, 8]] = (128, 128, 128), (128, 64, 128), (64, 0, 128)  # of camvid11
     where = folders(tmp_path, {"a.png": ids}, {"a.png": colours[ids]})
     found = evaluate_folders(*where, label_encoding="colors")
     assert (found["miou"], found["label_encoding"], found["labels"]["valid"]) == (1.0, "colors", 7 / 8)
-    with pytest.raises(UserError, match="say that the encoding of the labels is colors"):
-        evaluate_folders(*where)
+    told = evaluate_folders(*where)
+    assert told["confusion"] == found["confusion"] and told["labels"]["why"] == "by the type of their files"
     (tmp_path / "labels" / "a.png").write_bytes(
         encode_png(np.where(colours[ids] == 0, 9, colours[ids]).astype(np.uint8))
     )
     with pytest.raises(UserError, match=r"colours \[9, 9, 9\] \(1 pixels\).* are not in"):
         evaluate_folders(*where, label_encoding="colors")
+
+
+def test_a_class_list_says_what_its_ids_are(tmp_path: Path) -> None:
+    """Ids 1 to 3 could be train ids of a class list of four classes as well: its `ids` count."""
+    (tmp_path / "mine.yaml").write_text(
+        "classes: [{name: road, ids: 1}, {name: car, ids: 2}, {name: sky, ids: 3}, {name: tree, ids: 9}]\nignore: [0]\n"
+    )
+    raw, guess = np.array([[1, 2], [3, 0]], np.uint8), np.array([[0, 1], [2, 3]], np.uint8)
+    where = folders(tmp_path, {"a.png": guess}, {"a.png": raw})
+    found = evaluate_folders(*where, taxonomy=str(tmp_path / "mine.yaml"))
+    assert (found["miou"], found["label_encoding"]) == (1.0, "ids") and found["labels"]["why"] == "by the class list"
+    named = folders(tmp_path / "2", {"a.png": guess}, {"a_trainIds.png": guess})
+    assert evaluate_folders(*named, taxonomy=str(tmp_path / "mine.yaml"))["label_encoding"] == "train_ids"
