@@ -213,7 +213,7 @@ def evaluate_folders(
 
 
 def _reading(files: Sequence[LabelFile], classes: Taxonomy, asked: str | None, why: str) -> Reading:
-    """What the labels mean: as asked, else by a class list that says it of all ids, where names do not, else by both."""
+    """What the labels mean: as asked, else by a class list that says it of all ids, where names do not, or by both."""
     ids = {i for file in files for i in file.pixels}
     known = classes.of_colors(ids) if asked == COLORS else classes
     is_named = any(named_encoding(file.uri) in classes.encodings for file in files)
