@@ -16,7 +16,11 @@ from nightseg.progress import progress_for
 
 def work(asked: argparse.Namespace) -> str:
     done = adapt(asked.recipe, asked.overrides, run_dir=asked.run_dir, only=asked.only, progress=progress_for())
-    return f"{done.folder}: {done.outcome.done} stages done, {done.outcome.skipped} already committed"
+    told = f"{done.folder}: {done.outcome.done} stages done, {done.outcome.skipped} already committed"
+    if done.failure is not None:
+        print(told)
+        raise done.failure
+    return told
 
 
 def main() -> int:

@@ -30,6 +30,7 @@ Cluster: ray, no words of the domain
     cluster/ray.py             join or start Ray; its own output, silenced
     cluster/map.py             passes over shards, on Ray Data or in this process
     cluster/session.py         what a training loop sees of the cluster
+    cluster/turn.py            one stage at a time works in the driver's process, while others wait for the cluster
     cluster/train.py           training loops on Ray Train, and their checkpoints
     cluster/shortage.py        what a worker ran out of, in words
     cluster/progress_actor.py  from training workers to the driver: how far, and why it failed
@@ -186,6 +187,7 @@ Runs
     pipeline/results.py  results.json
     pipeline/folder.py   what people find in a run folder: models, masks, chosen frames, tables, earlier results
     pipeline/verify.py   is every file of a run what was written
+    pipeline/schedule.py which steps run when: side by side where there is room, and what a failure takes along
     pipeline/run.py      do what is not committed, gather, report; or say what would be done
     pipeline/tracking.py a finished run in MLflow or W&B
     pipeline/search.py   Ray Tune over the rounds: what a search tries, its trials
@@ -231,7 +233,8 @@ def run(
     `{"training.epochs": 3}`. run_dir: where the run lies, by default runs/NAME. only: this model and what it needs.
     log: "mlflow", "wandb": get the finished run. progress: lines on standard error.
     Returns the run: `.scores` (model -> test set -> mIoU in [0, 1]), `.results` (results.json), `.report`, `.models`
-    and `.load(model)`. Raises UserError, before anything starts, with all that is wrong with the recipe.
+    and `.load(model)`. A model that fails stops only those that need it: `.failed` says which, `.failure` is an
+    exception to raise. Raises UserError, before anything starts, with all that is wrong with the recipe.
     """
     from nightseg.pipeline.run import adapt
     from nightseg.progress import progress_for

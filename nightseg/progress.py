@@ -5,6 +5,7 @@ The lines are ours: rich redraws what it shows, and its rate counts what an earl
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 import time
@@ -70,6 +71,23 @@ class SilentProgress:
 
     def say(self, message: str) -> None:
         pass
+
+
+class Named:
+    """Progress of one of several pieces of work at a time: what it says begins with `name`, unless it has `word`."""
+
+    def __init__(self, progress: Progress, name: str, word: str) -> None:
+        self._progress, self._name = progress, name
+        self._word = re.compile(rf"(?<!\w){re.escape(word)}(?!\w)")
+
+    def task(self, title: str, total: int | None, unit: str) -> AbstractContextManager[Task]:
+        return self._progress.task(self._told(title), total, unit)
+
+    def say(self, message: str) -> None:
+        self._progress.say(self._told(message))
+
+    def _told(self, text: str) -> str:
+        return text if self._word.search(text) else f"{self._name}: {text}"
 
 
 class LineProgress:

@@ -71,7 +71,8 @@ def run(
 ) -> Answer:
     """Run a recipe to its report.
 
-    What is committed is skipped, what was interrupted continues.
+    What is committed is skipped, what was interrupted continues. A model that fails stops only those that need it: the
+    others are in the report, and the exit code is 1.
 
     \b
     nightseg run configs/demo.yaml
@@ -102,7 +103,7 @@ def run(
         place, outcome = work_until(recipe, overrides, stage=until, run_dir=run_dir, only=only, progress=progress_for())
         return Answer({"run_dir": place.uri, "done": outcome.done, "skipped": outcome.skipped})
     adapted = adapt(recipe, overrides, run_dir=run_dir, only=only, log=log, progress=progress_for())
-    return Answer(adapted.outcome.results, partial(print_outcome, adapted))
+    return Answer(adapted.outcome.results, partial(print_outcome, adapted), errors=adapted.failure)
 
 
 @main.command(name="check")
@@ -204,12 +205,14 @@ def status(run_dir: str) -> Answer:
     nightseg status runs/demo
     """
     from nightseg.pipeline.folder import owners
+    from nightseg.pipeline.results import last_failures, told
 
     folder = _existing_run(run_dir)
     commits, holder, known = Workspace(folder).commits(), Workspace(folder).holder(), owners(folder)
     keys = ("stage", "name", "key", "created", "seconds", "rows_in", "rows_out", "quarantined")
     parts = [known.get((f"{commit.stage}/{commit.name}", commit.key), []) for commit in commits]
     rows = [{key: getattr(c, key) for key in keys} | {"results": of} for c, of in zip(commits, parts, strict=True)]
+    failed = last_failures(folder)
 
     def show() -> None:
         print_table(
@@ -228,8 +231,10 @@ def status(run_dir: str) -> Answer:
                 for c, of in zip(commits, parts, strict=True)
             ],
         )
+        for sentence in told(failed):
+            click.echo(printable(sentence))
 
-    return Answer({"run_dir": folder.uri, "holder": holder, "commits": rows}, show)
+    return Answer({"run_dir": folder.uri, "holder": holder, "commits": rows, "failed": failed}, show)
 
 
 @main.command()

@@ -121,6 +121,8 @@ def explained(error: Exception) -> tuple[int, str]:
         return 2, str(error)
     if isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError) and error.filename is not None:
         return 2, f"{error.filename}: {error.strerror}. Cure: another path, or the rights to read it."
+    if isinstance(error, ExceptionGroup):
+        return 1, error.message
     return 1, f"{type(error).__name__}: {error}"
 
 
@@ -130,11 +132,13 @@ def say(message: str) -> None:
 
 
 class Answer(NamedTuple):
-    """What a verb answers: the object of --json, how people see it (None: a line a key), and the exit code."""
+    """What a verb answers: the object of --json, how people see it (None: a line a key), the exit code, and what went
+    wrong all the same."""
 
     content: Mapping[str, Any]
     show: Callable[[], None] | None = None
     code: int = 0
+    errors: ExceptionGroup[Exception] | None = None
 
 
 def answers(command: Callable[..., Answer | dict[str, Any]]) -> Callable[..., None]:
@@ -148,11 +152,13 @@ def answers(command: Callable[..., Answer | dict[str, Any]]) -> Callable[..., No
     def verb(*, as_json: bool, **options: Any) -> None:
         with redirect_stdout(sys.stderr):
             found = command(**options)
-        content, show, code = found if isinstance(found, Answer) else Answer(found)
+        content, show, code, errors = found if isinstance(found, Answer) else Answer(found)
         if as_json:
             click.echo(json.dumps(content, allow_nan=False))
         else:
             show() if show else print_lines(content)
+        if errors is not None:
+            raise errors
         if code:
             sys.exit(code)
 

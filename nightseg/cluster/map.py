@@ -25,6 +25,7 @@ import pyarrow as pa
 from nightseg.cluster import ray as cluster
 from nightseg.cluster.settings import MapCompute
 from nightseg.cluster.shortage import Watch, mended, shortage
+from nightseg.cluster.turn import waiting
 from nightseg.errors import UserError
 from nightseg.progress import Progress, Task
 from nightseg.storage import Attempt, Location, ShardRecord, Shards
@@ -193,7 +194,7 @@ def _on_actors(
     batches = iter(results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
     failure = None
     try:
-        for batch in batches:
+        while (batch := _next(batches)) is not None:
             for outcome in batch["outcome"].to_pylist():
                 record = _record(title, *pickle.loads(outcome))  # noqa: S301 (made by our own actor)
                 task.advance(record.rows_in)
@@ -208,6 +209,11 @@ def _on_actors(
         del results, batches
         gc.collect()
         raise failure
+
+
+def _next(batches: Iterator[pa.Table]) -> pa.Table | None:
+    with waiting():
+        return next(batches, None)
 
 
 def _pass(shards: _Shards, tables: list[pa.Table], compute: MapCompute) -> Any:

@@ -126,6 +126,20 @@ def is_local() -> bool:
     return _started_here
 
 
+def is_this_machine() -> bool:
+    """Whether the cluster is this machine alone; before `connect`, whether it will be."""
+    is_connected = "ray" in sys.modules and sys.modules["ray"].is_initialized()
+    return _started_here or (not is_connected and os.environ.get("RAY_ADDRESS", "").strip() in ("", "local"))
+
+
+def room(resource: str) -> float:
+    """The most of a resource that work may take at a time; connects. Memory (bytes) is counted on one machine only."""
+    connect()
+    if resource == "memory":
+        return resources().get(resource, math.inf) if _started_here else math.inf
+    return capacity(resource)
+
+
 def resources() -> dict[str, float]:
     """What the cluster has now, busy or not: "CPU", "GPU", "memory" in bytes, ..."""
     import ray

@@ -24,14 +24,12 @@ from __future__ import annotations
 import io
 import logging
 import pickle
-import signal
 import tempfile
-import threading
 import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,11 +41,13 @@ from nightseg.cluster.progress_actor import SECONDS_BETWEEN_UPDATES, Failure, pr
 from nightseg.cluster.session import Session
 from nightseg.cluster.settings import TrainCompute
 from nightseg.cluster.shortage import Watch, mended, shortage
+from nightseg.cluster.turn import waiting
 from nightseg.errors import UserError
 from nightseg.progress import Progress
 from nightseg.storage import Location, sha256_of
 
 NUM_KEPT = 2  # checkpoints
+SECONDS_TO_ABORT = 8.0  # that workers of an interrupted training are given to end
 _LESS = "Lower training.batch or training.crop, or raise training.accumulate (of a translator: its own batch or crop)"
 _LOG = logging.getLogger(__name__)
 
@@ -231,8 +231,7 @@ def _run(job: dict[str, Any], compute: TrainCompute, name: str, title: str, watc
             ),
         )
         try:
-            with _interrupts_stay_interrupts():
-                returned = trainer.fit().return_value
+            returned = trainer.fit().return_value
         except (TrainingFailedError, ray.exceptions.RayError) as error:
             raise _failure(job, title, error, watch, compute.workers) from error
     if returned is None:
@@ -245,14 +244,37 @@ def _lean_trainer() -> type[Any]:
 
     We hand over no Ray dataset, and on a local Ray nothing outlives the driver, so nothing is left to clean up behind
     it. Should a later Ray name them otherwise, they are merely back.
+
+    It waits for the controller in short steps, so that it can be interrupted in any thread. Ray's own way, in the main
+    thread alone, answers Ctrl-C by ending the process with status 0.
     """
+    import ray
     from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.constants import get_env_vars_to_propagate
+    from ray.train.v2._internal.execution.controller import TrainController
 
     idle = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if cluster.is_local() else set())
 
     class LeanTrainer(TorchTrainer):  # type: ignore[misc]
         def _create_default_callbacks(self) -> list[Any]:
             return [one for one in super()._create_default_callbacks() if type(one).__name__ not in idle]
+
+        def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+            here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
+            environment = {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0", **get_env_vars_to_propagate()}
+            options = {"num_cpus": 0, "label_selector": here, "runtime_env": {"env_vars": environment}}
+            controller = ray.remote(**options)(TrainController).remote(**arguments)
+            ending = controller.run.remote()
+            try:
+                with waiting():
+                    while not ray.wait([ending], timeout=SECONDS_BETWEEN_UPDATES)[0]:
+                        pass
+            except BaseException:
+                with suppress(ray.exceptions.RayError):  # its process ends before it can answer
+                    ray.get(controller.abort.remote(), timeout=SECONDS_TO_ABORT)
+                raise
+            ray.get(ending)
+            return ray.get(controller.get_result.remote())
 
     return LeanTrainer
 
@@ -328,21 +350,6 @@ def _reason(error: BaseException | None) -> str:
     """Ray's error as a line: its last one, because its first announce and its middle is a traceback."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else "the training ended without a result"
-
-
-@contextmanager
-def _interrupts_stay_interrupts() -> Iterator[None]:
-    """Ray Train answers Ctrl-C by ending the process with status 0, and leaves its handler behind."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit:
-        raise KeyboardInterrupt from None
-    finally:
-        signal.signal(signal.SIGINT, handler)
 
 
 # -- checkpoints -----------------------------------------------------------------------------------------------------

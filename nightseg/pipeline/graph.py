@@ -62,6 +62,7 @@ class Frames(NamedTuple):
 
 
 FRAME_STAGES: Final = ("collect", "split")  # they only read and sort what the user has
+DRIVER_STAGES: Final = ("select", "adapt_norms")  # they work in the driver's process, with any actors
 
 Source = Frames | NodeId | Mapping[str, Frames | NodeId] | None
 """What an argument of a stage is read from: frames, the commit of a node, several of them by name, or nothing."""
@@ -92,6 +93,12 @@ class Node:
     def takes(self) -> tuple[NodeId, ...]:
         """Those whose frames it works on."""
         return tuple(dict.fromkeys(_nodes_of(self.inputs[name] for name in self.counted)))
+
+    @property
+    def is_in_driver(self) -> bool:
+        """Whether it works in the driver's process."""
+        compute = self.resources
+        return isinstance(compute, MapCompute) and (not compute.actors or self.id.stage in DRIVER_STAGES)
 
     @cached_property
     def recipe(self) -> dict[str, Any]:

@@ -16,11 +16,12 @@ from nightseg.data import table as frame
 from nightseg.data.class_list import taxonomy
 from nightseg.data.settings import Dataset, JoinedDataset, ScenesDataset, SplitDataset, TranslatedDataset
 from nightseg.data.taxonomy import Taxonomy
-from nightseg.errors import UserError, closest
+from nightseg.errors import UserError, closest, first_of
 from nightseg.metrics.ranks import spearman
 from nightseg.metrics.seeds import mean, over_seeds
 from nightseg.pipeline.graph import Graph, ModelNodes, NodeId, View, frames_at_most
 from nightseg.pipeline.leaks import Leak
+from nightseg.pipeline.schedule import Failed
 from nightseg.recipe import load_recipe
 from nightseg.recipe.types import Recipe
 from nightseg.report.run import Run
@@ -60,6 +61,37 @@ def gather(
         "commits": {str(node): _facts(commit) | {"skipped": node not in done} for node, commit in commits.items()},
         "seconds": {str(node): commit.seconds for node, commit in commits.items()},
     }
+
+
+def failures(graph: Graph, failed: Mapping[NodeId, Failed]) -> list[dict[str, Any]]:
+    """Of each stage that failed: why, which stages were not reached for that, and which models lack something."""
+    found = []
+    for stage in dict.fromkeys(one.by for one in failed.values()):
+        lost = [node for node, one in failed.items() if one.by == stage]
+        models = {n.of: None for n in graph.models.values() if {n.train, n.evaluate, n.consistency} & set(lost)}
+        error = failed[stage].error
+        why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        not_reached = [str(node) for node in lost if node != stage]
+        found.append({"stage": str(stage), "error": why, "models": list(models), "not_reached": not_reached})
+    return found
+
+
+def last_failures(run: Location) -> list[dict[str, Any]]:
+    """What failed in the run that the results are of; nothing where there are none."""
+    try:
+        return list(read_results(run).get("failed", []))
+    except UserError:
+        return []
+
+
+def told(failed: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence for each failure."""
+    return [
+        f"{one['stage']} failed: {one['error'].removesuffix('.')}"
+        + (f". Not reached: {first_of(one['not_reached'])}" if one["not_reached"] else "")
+        + (f". Results are missing of {', '.join(one['models'])}" if one["models"] else "")
+        for one in failed
+    ]
 
 
 def sealed(results: Mapping[str, Any], run: Location) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -13,15 +14,16 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from nightseg.cluster import ray as cluster
 from nightseg.cluster.settings import MapCompute, TrainCompute
+from nightseg.cluster.turn import turn
 from nightseg.data.class_list import taxonomy
 from nightseg.errors import together
 from nightseg.networks.downloads import allow_downloads
-from nightseg.pipeline import build, check, classes, leaks, tracking
+from nightseg.pipeline import build, check, classes, leaks, schedule, tracking
 from nightseg.pipeline.folder import keep_earlier, lay_out, show_curves
 from nightseg.pipeline.graph import FRAME_STAGES, Graph, Node, NodeId, frames_at_most
-from nightseg.pipeline.results import RECIPE_NAME, RESULTS_NAME, gather, model_folder, sealed
+from nightseg.pipeline.results import RECIPE_NAME, RESULTS_NAME, failures, gather, model_folder, sealed, told
 from nightseg.pipeline.time_left import time_left
-from nightseg.progress import Progress
+from nightseg.progress import Named, Progress
 from nightseg.recipe import load_recipe, save_recipe, told_of
 from nightseg.recipe.types import Recipe
 from nightseg.report import Run, write_report
@@ -41,15 +43,20 @@ if TYPE_CHECKING:
     from nightseg.segmenter.predict import Segmenter
 
 FRAMES_BEFORE: Final = 8  # of each folder that a run looks at before its first stage
+PROCESS_BYTES: Final = 3 * 2**30  # of memory that a process of a stage is taken to need beside others
 
 
 class Outcome(NamedTuple):
-    """What a run leaves: the results (also in results.json), and how many stages it did and skipped."""
+    """What a run leaves: the results (also in results.json), how many stages it did and skipped, and why others failed.
+
+    A model that failed, and those that need it, are not in the results; `failed` there says which.
+    """
 
     results: dict[str, Any]
     done: int
     skipped: int
     seconds: float
+    errors: tuple[Exception, ...] = ()
 
 
 class Adapted(NamedTuple):
@@ -77,6 +84,18 @@ class Adapted(NamedTuple):
             for model, facts in self.results["models"].items()
         }
 
+    @property
+    def failed(self) -> list[dict[str, Any]]:
+        """Of each stage that failed: its `stage`, the `error`, the `models` that lack something for it, and what was
+        `not_reached`. None of it is in the results; the same call tries it again."""
+        return list(self.results["failed"])
+
+    @property
+    def failure(self) -> ExceptionGroup[Exception] | None:
+        """What failed as one exception, which a program may raise."""
+        errors = self.outcome.errors
+        return ExceptionGroup("\n".join(told(self.failed)), errors) if errors else None
+
     def load(self, model: str, device: str | None = None) -> Segmenter:
         """A model of the run as a callable: see `nightseg.load_model`. Raises UserError if there is no such model."""
         from nightseg.segmenter.predict import Segmenter
@@ -93,7 +112,7 @@ class Adapted(NamedTuple):
             "  ".join(w.ljust(n) if not k else w.rjust(n) for k, (w, n) in enumerate(zip(row, widths, strict=True)))
             for row in rows
         ]
-        return "\n".join([f"run {self.folder}", *table, f"report: {self.report}"])
+        return "\n".join([f"run {self.folder}", *table, *told(self.failed), f"report: {self.report}"])
 
 
 class Planned(NamedTuple):
@@ -122,7 +141,8 @@ def adapt(
     tracking.check_trackers(log)
     folder, outcome = _from_file(recipe_file, overrides, run_dir, only, None, progress)
     report = write_report(folder, outcome.results)
-    tracking.track(log, folder, outcome.results)
+    if not outcome.errors:
+        tracking.track(log, folder, outcome.results)
     return Adapted(folder, outcome, report)
 
 
@@ -181,14 +201,16 @@ def run(
     """Do every stage that is not committed yet; a rerun of the same recipe continues where the last one ended.
 
     `built`: its graph, if there is one already: making it lists all folders. `until`: only this stage and what it
-    needs; the outcome is without results then, and those that lie there stay.
+    needs; the outcome is without results then, and those that lie there stay. A stage that fails does not stop those
+    that do not need it.
 
-    Raises UserError before the run folder is touched if the recipe cannot be a graph: no such model, no image.
+    Raises UserError before the run folder is touched if the recipe cannot be a graph: no such model, no image; what
+    failed, if none of the models that were asked for is there in the end.
     """
     began = time.monotonic()
     _allow_downloads(recipe)
     graph = built or build.build_graph(recipe, only)
-    nodes = graph.until(until) if until else list(graph.nodes.values())
+    part = Graph({node.id: node for node in graph.until(until)}) if until else graph
     workspace = Workspace(folder, borrow)
     with workspace.lock(), cluster.left_as_found():
         if not (folder / RESULTS_NAME).exists():  # else it is the recipe of what is finished, until more is
@@ -206,20 +228,42 @@ def run(
             for start, models in leaks.unknown(graph).items():
                 progress.say(f"what {start} learned from is not known, so neither is what {', '.join(models)} shares")
 
-        commits, done = _work(workspace, nodes, progress, examine)
-        num_skipped = len(commits) - len(done)
+        concurrent = recipe.compute.concurrent
+        commits, done, failed = _work(workspace, part, progress, examine, concurrent=concurrent, to_the_end=True)
+        num_skipped, missing = len(commits) - len(done), list[dict[str, Any]]()
+        errors = tuple(found.error for node, found in failed.items() if found.by == node)
+        if errors:
+            missing, graph = failures(graph, failed), graph.done(commits)
+            if until or not _has_results(graph, only):
+                raise _as_one(errors)
         if until:
             return Outcome({}, len(done), num_skipped, time.monotonic() - began)
         if only is not None and not borrow:
             graph = _with_finished(recipe, graph, workspace, commits, progress)
             found = leaks.find(graph, commits)
-        gathered = gather(recipe, graph, commits, done, found)
+        gathered = gather(recipe, graph, commits, done, found) | {"failed": missing}
         keep_earlier(folder, gathered)
         save_recipe(recipe, folder / RECIPE_NAME)
         results = sealed(gathered, folder)
         (folder / RESULTS_NAME).write_json(results)
         lay_out(Run(folder, results), folder)
-    return Outcome(results, len(done), num_skipped, time.monotonic() - began)
+    return Outcome(results, len(done), num_skipped, time.monotonic() - began, errors)
+
+
+def _has_results(graph: Graph, only: str | None) -> bool:
+    """Whether anything is there that was asked for."""
+    if only is not None:
+        return any(nodes.of == only for nodes in graph.models.values())
+    return bool(graph.models or graph.translations or graph.predictions)
+
+
+def _as_one(errors: Sequence[Exception]) -> Exception:
+    if len(errors) == 1:
+        return errors[0]
+    of_the_user = [error for error in errors if isinstance(error, UserError)]
+    if len(of_the_user) == len(errors):
+        return together(of_the_user)
+    return ExceptionGroup(f"{len(errors)} stages failed: " + "; ".join(str(error) for error in errors), errors)
 
 
 def _with_finished(
@@ -256,8 +300,8 @@ def prepare(
     graph = build.build_graph(recipe, only)
     workspace = Workspace(folder)
     with workspace.lock():
-        commits, _ = _work(workspace, [node for node in graph.nodes.values() if node.id in nodes], progress)
-    return commits
+        part = Graph({node: graph.nodes[node] for node in graph.nodes if node in nodes})
+        return _work(workspace, part, progress, concurrent=recipe.compute.concurrent).commits
 
 
 @contextmanager
@@ -270,69 +314,143 @@ def finished(graph: Graph, folder: Location | None, progress: Progress) -> Itera
     with TemporaryDirectory(prefix="nightseg-") if folder is None else nullcontext(folder) as place:
         workspace = Workspace(place)
         with workspace.lock(), cluster.left_as_found():
-            commits, _ = _work(workspace, list(graph.nodes.values()), progress)
-            yield commits
+            yield _work(workspace, graph, progress).commits
     if folder is not None:
         folder.delete()
 
 
+class _Worked(NamedTuple):
+    """All commits, those of them that were made now, and what is not there."""
+
+    commits: dict[NodeId, Commit]
+    made: set[NodeId]
+    failed: dict[NodeId, schedule.Failed]
+
+
 def _work(
     workspace: Workspace,
-    nodes: Sequence[Node],
+    graph: Graph,
     progress: Progress,
     examine: Callable[[Mapping[NodeId, Commit | Shards]], None] = lambda read: None,
-) -> tuple[dict[NodeId, Commit], set[NodeId]]:
-    """Commit the nodes in order; returns all commits and which of them were made now.
+    *,
+    concurrent: int | None = 1,
+    to_the_end: bool = False,
+) -> _Worked:
+    """Commit the nodes, side by side where there is room, `concurrent` at a time at most.
 
-    Once the first, which only read what the user has, are done, `examine` may refuse what they found, also where it
-    was too bad to commit. What is wrong with any of them is one error, so that all of it can be mended at once.
+    Once the first, which only read what the user has, are done one by one, `examine` may refuse what they found, also
+    where it was too bad to commit. What is wrong with any of them is one error, so that all of it can be mended at
+    once. Of the others, `to_the_end`: what does not need one that failed goes on; else its error ends all.
     """
-    commits: dict[NodeId, Commit] = {}
-    done: set[NodeId] = set()
+    room = schedule.Room(lambda name: _taken(graph.nodes[name]), _most, concurrent or math.inf)
+    stages = _Stages(workspace, graph, progress, room, to_the_end)
+    commits, needs = stages.commits, stages.needs
     problems: list[UserError] = []
-    known = {node.id: node for node in nodes}
-    rows = frames_at_most(Graph(known))
-
-    def work(number: int, node: Node) -> None:
-        stage = _stage(workspace, node, commits)
-        damage: DamagedCommit | None = None
-        try:
-            commit = stage.commit(check=check_contents)
-        except DamagedCommit as error:
-            commit, damage = None, error
-            progress.say(f"{error.what}; it is made again")
-        if commit is None:
-            left = time_left(nodes[number - 1 :], known, commits, rows)
-            progress.say(f"[{number}/{len(nodes)}] {node.id}" + (f"; left for the run: {left}" if left else ""))
-            try:
-                attempt = stage.open()
-                if node.id.stage.startswith("train_"):
-                    show_curves(workspace.root, node.id, attempt.folder)
-                commit = node.work(commits, attempt, progress)
-            except UserError as error:
-                if damage is None:
-                    raise
-                raise UserError(f"{damage.what}; and it cannot be made again: {error}", cure=damage.cure) from error
-            done.add(node.id)
-        commits[node.id] = commit
-
-    first = list(takewhile(lambda node: node.id.stage in FRAME_STAGES or not node.needs, nodes))
-    num_first, read = len(first), dict[NodeId, Commit | Shards]()
-    for number, node in enumerate(first, 1):
+    read: dict[NodeId, Commit | Shards] = {}
+    for name in takewhile(lambda name: name.stage in FRAME_STAGES or not needs[name], needs):
         with _kept(problems):
-            if all(need in commits for need in node.needs):
+            if all(need in commits for need in needs[name]):
                 try:
-                    work(number, node)
+                    commits[name] = stages.find(name) or stages.work(name, False)
                 except TooManyBad as error:
-                    read[node.id] = error.shards
+                    read[name] = error.shards
                     raise
     with _kept(problems):
         examine(commits | read)
     if problems:
         raise together(problems)
-    for number, node in enumerate(nodes[num_first:], num_first + 1):
-        work(number, node)
-    return commits, done
+    missing = schedule.run(needs, commits, stages, room)
+    return _Worked({name: commits[name] for name in needs if name in commits}, stages.made, missing)
+
+
+class _Stages:
+    """The nodes of a graph as steps that a schedule runs."""
+
+    def __init__(
+        self, workspace: Workspace, graph: Graph, progress: Progress, room: schedule.Room, to_the_end: bool
+    ) -> None:
+        self.workspace, self.nodes, self.progress, self.room = workspace, graph.nodes, progress, room
+        self.to_the_end = to_the_end
+        self.needs = {name: node.needs for name, node in graph.nodes.items()}
+        self.commits: dict[NodeId, Commit] = {}
+        self.made: set[NodeId] = set()
+        self._rows = frames_at_most(graph)
+        self._damaged: dict[NodeId, DamagedCommit] = {}
+        self._lost: set[NodeId] = set()  # what failed, and what needs it
+        self._began: dict[NodeId, float] = {}
+
+    def find(self, name: NodeId) -> Commit | None:
+        try:
+            return _stage(self.workspace, self.nodes[name], self.commits).commit(check=check_contents)
+        except DamagedCommit as error:
+            self._damaged[name] = error
+            self.progress.say(f"{error.what}; it is made again")
+            return None
+
+    def work(self, name: NodeId, beside: bool) -> Commit:
+        with turn():
+            still, number = self._time_left(), list(self.nodes).index(name) + 1
+            self._began[name] = time.monotonic()
+            left = f"; left for the run: {still}" if still else ""
+            self.progress.say(f"[{number}/{len(self.nodes)}] {name}{left}")
+            try:
+                attempt = _stage(self.workspace, self.nodes[name], self.commits).open()
+                if name.stage.startswith("train_"):
+                    show_curves(self.workspace.root, name, attempt.folder)
+                progress = Named(self.progress, str(name), name.name) if beside else self.progress
+                commit = self.nodes[name].work(self.commits, attempt, progress)
+            except UserError as error:
+                if (damage := self._damaged.get(name)) is None:
+                    raise
+                raise UserError(f"{damage.what}; and it cannot be made again: {error}", cure=damage.cure) from error
+            self.made.add(name)
+            return commit
+
+    def failed(self, name: NodeId, error: Exception) -> None:
+        if not self.to_the_end:
+            raise error
+        self._lost.add(name)
+        for other in self.needs:
+            if self._lost.intersection(self.needs[other]):
+                self._lost.add(other)
+        if self._open():
+            self.progress.say(f"{name} failed, what does not need it goes on: {error}")
+
+    def _open(self) -> list[Node]:
+        """What is still to be done."""
+        return [node for name, node in self.nodes.items() if name not in self.commits and name not in self._lost]
+
+    def _time_left(self) -> str:
+        now = time.monotonic()
+
+        def together_in(seconds: Mapping[NodeId, float]) -> float:
+            at_work = {n: max(0.0, s - (now - self._began[n])) for n, s in seconds.items() if n in self._began}
+            # those at work come first, as they hold their room already
+            return schedule.seconds_of(
+                at_work | {n: at_work.get(n, s) for n, s in seconds.items()}, self.needs, self.room
+            )
+
+        return time_left(self._open(), self.nodes, dict(self.commits), self._rows, together_in)
+
+
+def _taken(node: Node) -> dict[str, float]:
+    """What a node takes of CPUs, GPUs, memory (bytes) and the driver's process.
+
+    On one machine, PyTorch in the driver's process has all CPUs. A cluster lends the driver none.
+    """
+    compute = node.resources
+    if node.is_in_driver:
+        cpus = 1.0 if node.id.stage == "select" else math.inf
+        return {"driver": 1.0, "CPU": cpus if cluster.is_this_machine() else 0.0}
+    if isinstance(compute, TrainCompute):
+        count, cpus, gpus = compute.workers, compute.cpus_per_worker, compute.gpus_per_worker
+    else:
+        count, cpus, gpus = compute.actors, compute.cpus_per_actor, compute.gpus_per_actor
+    return {"CPU": count * cpus, "GPU": count * gpus, "memory": float(count * PROCESS_BYTES)}
+
+
+def _most(resource: str) -> float:
+    return 1.0 if resource == "driver" else cluster.room(resource)
 
 
 @contextmanager

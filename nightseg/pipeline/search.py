@@ -296,6 +296,8 @@ def run_trial(trials: Trials, values: Mapping[str, Any], report: Callable[[int, 
         on_epoch(epoch, miou)
     progress = _TrialProgress(f"train {name}", on_epoch)
     borrow, recipe = [trials.folder / "shared"], trials.recipe(values)
+    alone = recipe.compute.model_copy(update={"concurrent": 1})  # trials already run side by side
+    recipe = recipe.model_copy(update={"compute": alone})
     done = run.run(recipe, place, only=name, borrow=borrow, progress=progress).results
     attempt = Location.of(done["commits"][done["models"][name]["model"]]["folder"])
     for record in (attempt / "history.json").read_json():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from nightseg.pipeline.graph import Node, NodeId
@@ -34,9 +34,11 @@ def time_left(
     known: Mapping[NodeId, Node],
     commits: Mapping[NodeId, Commit],
     rows: Mapping[NodeId, int | None],
+    together: Callable[[Mapping[NodeId, float]], float] = lambda seconds: sum(seconds.values()),
 ) -> str:
     """In words, from the costs of the `known` nodes that have commits; "" if nothing is known.
 
+    `together`: the seconds of all nodes from those of each, by default one after the other.
     A stage of a kind that has not been done yet costs nobody knows what: then it is told as a lower bound.
     """
     seconds, work = defaultdict[str, float](float), defaultdict[str, float](float)
@@ -44,13 +46,13 @@ def time_left(
         if (node := known.get(node_id)) and (done := work_of(node, rows.get(node_id))):
             seconds[node_id.stage] += commit.seconds
             work[node_id.stage] += done
-    total, unknown = 0.0, dict[str, None]()
+    costs, unknown = dict[NodeId, float](), dict[str, None]()
     for node in left:
         asked = work_of(node, rows.get(node.id))
         if asked is None or not work[node.id.stage]:
             unknown[node.id.stage] = None
-        else:
-            total += seconds[node.id.stage] / work[node.id.stage] * asked
+        costs[node.id] = seconds[node.id.stage] / work[node.id.stage] * asked if asked and work[node.id.stage] else 0.0
+    total = together(costs)
     if unknown and total < _LITTLE:
         return ""
     more = (

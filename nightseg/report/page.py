@@ -52,6 +52,7 @@ def write_report(run_folder: Location, results: Mapping[str, Any], samples: int 
         tests=[gallery.test_samples(run, test, samples) for test in run.tests],
         predictions=gallery.predictions(run, samples),
         leaks=results.get("leaks", []),
+        failed=results.get("failed", []),
         quarantine=quarantine(run),
         stages=stages(run),
     )  # fmt: skip

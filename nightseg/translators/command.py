@@ -6,6 +6,7 @@ What it leaves is checked before any of it is used: exit code, number, names, si
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -112,7 +113,9 @@ def _run(words: list[str], scratch: Path, timeout_seconds: float | None) -> None
                 f"the arguments of {words[0]!r} cannot be passed on: {error}", cure="check `argv`"
             ) from error
         try:
-            code = running.wait(timeout_seconds)
+            code = running.wait(
+                math.inf if timeout_seconds is None else timeout_seconds
+            )  # with one, Python looks often
         except subprocess.TimeoutExpired as error:
             raise UserError(
                 f"{words[0]} was stopped after {timeout_seconds:g} seconds{_tail(printed)}",

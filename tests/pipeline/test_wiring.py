@@ -179,6 +179,7 @@ NOT_PASSED: Final = {
     "models.second.test.night.published_miou": "of the results",
     "translators.fourier.day": "there is no dataset translated to day",
     "translators.colour.day": "of the way back, which is judged only where it is asked for",
+    "compute.concurrent": "of the schedule of a run",
     "datasets.day.keep": "shown by night",
     "datasets.by_fresh.by": "only optics translate anew",
     "datasets.by_fresh.to": "optics make night",
