@@ -13,6 +13,7 @@ import pytest
 from nightseg.progress import (
     LineProgress,
     LiveProgress,
+    Named,
     SilentProgress,
     duration,
     format_metrics,
@@ -44,6 +45,19 @@ def stream() -> io.StringIO:
 def lines(stream: io.StringIO) -> list[str]:
     assert stream.getvalue().endswith("\n")
     return stream.getvalue().splitlines()
+
+
+def test_work_beside_other_work_says_its_name_unless_it_does_already(stream: io.StringIO, clock: Clock) -> None:
+    progress = Named(LineProgress(stream, clock=clock), "select/a.b", "a.b")
+    with progress.task("choose by random", None, "iterations"), progress.task("train a.b", None, "steps"):
+        progress.say("model a.b: a word")
+        progress.say("model a.b2: a word")
+    assert lines(stream)[:4] == [
+        "[select/a.b: choose by random] 0 iterations",
+        "[train a.b] 0 steps",
+        "model a.b: a word",
+        "select/a.b: model a.b2: a word",
+    ]
 
 
 def test_a_task_starts_tells_now_and_then_and_ends(stream: io.StringIO, clock: Clock) -> None:

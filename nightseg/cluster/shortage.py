@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Final
 
+from nightseg.cluster.turn import is_shared
+
 _GIB: Final = 2**30
 _KERNEL: Final = "the kernel killed"
 _DISK: Final = "the disk, or the shared memory in /dev/shm, is full"
@@ -95,4 +97,7 @@ def shortage(text: str) -> str | None:
 
 def mended(short: str, less: str) -> str:
     """The sentence, and what to do about it: `less` uses up less memory, but no less of a disk."""
-    return f"{short}. {'Make room there; Ray writes below TMPDIR' if short == _DISK else less}"
+    if short == _DISK:
+        return f"{short}. Make room there; Ray writes below TMPDIR"
+    others = ", or compute.concurrent: other stages run at the same time" if is_shared() else ""
+    return f"{short}. {less}{others}"

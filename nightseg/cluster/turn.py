@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 _TURN = threading.Lock()
 _HELD = threading.local()
+_at_work: set[int] = set()  # threads that have or wait for a turn
 
 
 @contextmanager
@@ -21,12 +22,16 @@ def turn() -> Iterator[None]:
     if _is_held():
         yield
         return
-    with _TURN:
-        _HELD.by_this_thread = True
-        try:
-            yield
-        finally:
-            _HELD.by_this_thread = False
+    _at_work.add(threading.get_ident())
+    try:
+        with _TURN:
+            _HELD.by_this_thread = True
+            try:
+                yield
+            finally:
+                _HELD.by_this_thread = False
+    finally:
+        _at_work.discard(threading.get_ident())
 
 
 @contextmanager
@@ -42,6 +47,11 @@ def waiting() -> Iterator[None]:
     finally:
         _TURN.acquire()
         _HELD.by_this_thread = True
+
+
+def is_shared() -> bool:
+    """Whether several stages are at work in this moment."""
+    return len(_at_work) > 1
 
 
 def _is_held() -> bool:
