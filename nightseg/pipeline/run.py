@@ -450,7 +450,11 @@ def _taken(node: Node) -> dict[str, float]:
 
 
 def _most(resource: str) -> float:
-    return 1.0 if resource == "driver" else cluster.room(resource)
+    if resource != "driver":
+        return cluster.room(resource)
+    if not cluster.is_this_machine():
+        cluster.connect()  # before there are threads: Ray's handler of SIGTERM is the main thread's
+    return 1.0
 
 
 @contextmanager

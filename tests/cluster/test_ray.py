@@ -109,6 +109,31 @@ def test_sleeping_nodes_count(
     assert cluster.capacity("CPU") == expected
 
 
+@pytest.mark.parametrize(("is_here", "memory"), [(True, 8e9), (False, math.inf)])
+def test_memory_is_shared_by_the_work_of_one_machine_only(
+    monkeypatch: pytest.MonkeyPatch, is_here: bool, memory: float
+) -> None:
+    monkeypatch.setattr(cluster, "connect", lambda: None)
+    monkeypatch.setattr(cluster, "_started_here", is_here)
+    monkeypatch.setattr(cluster, "resources", lambda: {"CPU": 2.0, "memory": 8e9})
+    monkeypatch.setattr(cluster, "capacity", lambda resource: {"CPU": 64.0, "GPU": 0.0}[resource])
+    assert [cluster.room(name) for name in ("CPU", "GPU", "memory")] == [64.0, 0.0, memory]
+
+
+def test_before_it_connects_it_knows_whether_the_cluster_will_be_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    connected = SimpleNamespace(is_initialized=lambda: True)
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False))
+    monkeypatch.setattr(cluster, "_started_here", False)
+    for address, is_here in (("", True), ("local", True), ("10.0.0.1:6379", False), ("auto", False)):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        assert cluster.is_this_machine() == is_here
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    monkeypatch.setitem(sys.modules, "ray", connected)
+    assert not cluster.is_this_machine()  # somebody else has joined it
+    monkeypatch.setattr(cluster, "_started_here", True)
+    assert cluster.is_this_machine()
+
+
 @pytest.mark.parametrize(
     ("free", "expected"),
     [

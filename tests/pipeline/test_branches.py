@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -184,6 +185,30 @@ def test_lines_of_branches_say_whose_they_are(made: MadeUpGraph, recipe: Recipe,
         assert f"[train_segmenter/{name}: train_segmenter it] 0/1 frames  0%" in lines
     assert "[train_segmenter it] 0/1 frames  0%" in lines  # the first model has nobody beside it
     assert any(line.startswith("[3/9] train_segmenter/left") for line in lines)
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("stage", "compute", "takes"),
+    [
+        ("train_segmenter", TrainCompute(workers=2, cpus_per_worker=1.5), {"CPU": 3, "GPU": 0, "memory": 6 * GIB}),
+        ("train_segmenter", TrainCompute(gpus_per_worker=1), {"CPU": 1, "GPU": 1, "memory": 3 * GIB}),
+        ("score", MapCompute(actors=3, gpus_per_actor=0.25), {"CPU": 3, "GPU": 0.75, "memory": 9 * GIB}),
+        ("score", MapCompute(actors=0), {"driver": 1, "CPU": math.inf}),
+        ("adapt_norms", MapCompute(actors=3), {"driver": 1, "CPU": math.inf}),
+        ("select", MapCompute(actors=3), {"driver": 1, "CPU": 1}),
+    ],
+)
+def test_what_a_stage_takes_of_a_machine(
+    stage: str, compute: MapCompute | TrainCompute, takes: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = Node(NodeId(stage, "x"), 1, lambda: None, compute, {}, {})  # type: ignore[arg-type,return-value]
+    monkeypatch.setattr(cluster, "is_this_machine", lambda: True)
+    assert runner._taken(node) == takes
+    monkeypatch.setattr(cluster, "is_this_machine", lambda: False)  # a cluster lends the driver no CPU
+    assert runner._taken(node) == ({"driver": 1, "CPU": 0} if "driver" in takes else takes)
 
 
 # -- failures ---------------------------------------------------------------------------------------------------------

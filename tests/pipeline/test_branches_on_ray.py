@@ -25,11 +25,11 @@ RECIPE = """
 name: two
 taxonomy: camvid11
 compute:
+  concurrent: null
   map: {actors: 1, batch: 4, shard_rows: 4}
 datasets:
   day: {layout: scenes, count: 4, size: [32, 64], mix: {day: 1.0}}
   pool: {layout: scenes, count: 4, first: 20, labelled: false, size: [32, 64], mix: {night: 1.0}}
-  test: {layout: scenes, count: 2, first: 50, size: [32, 64], mix: {night: 1.0}}
 network: {encoder: resnet18, pyramid_channels: 8, head_channels: 8}
 training: {optimizer: adamw, batch: 2, epochs: 2, steps_per_epoch: 2, warmup_steps: 0, crop: [32, 64]}
 models:
@@ -43,7 +43,6 @@ models:
       pool: pool
       select: {method: random, count: 2, extractor: efficientnet_lite0}
       threshold: {kind: none}
-test_sets: {night: test}
 """
 
 
@@ -82,7 +81,7 @@ def files(run: Path) -> list[str]:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_two_branches_at_once_end_with_the_same_content_as_one_after_the_other(
     ray_cluster: None, tmp_path: Path
 ) -> None:
@@ -96,19 +95,19 @@ def test_two_branches_at_once_end_with_the_same_content_as_one_after_the_other(
     assert display.met == set()
     both = run("both", display=(display := Display()))
     assert frozenset(("train left", "train right")) in display.met
-    assert contents(both) == contents(alone) and len(contents(both)) == 15
+    assert contents(both) == contents(alone) and len(contents(both)) == 10
     assert files(tmp_path / "both") == files(tmp_path / "alone")
     left_out: Any = {"commits", "seconds", "sha256", "recipe_sha256"}
     for name, value in alone.results.items():
         assert name in left_out or both.results[name] == value, name
 
     again = run("both", display=(display := Display()))
-    assert (again.done, again.skipped, display.said) == (0, 15, [])
+    assert (again.done, again.skipped, display.said) == (0, 10, [])
     other = run("both", "models.right_taught.loss={kind: cross_entropy}", display=(display := Display()))
     assert [line.partition("] ")[2].partition(";")[0] for line in display.said if line.startswith("[")] == [
-        "train_segmenter/right_taught", "evaluate/right_taught"
+        "train_segmenter/right_taught"
     ]  # fmt: skip
-    assert (other.done, other.skipped) == (2, 13)
+    assert (other.done, other.skipped) == (1, 9)
 
 
 def alive(mark: str) -> list[str]:
@@ -123,7 +122,7 @@ def alive(mark: str) -> list[str]:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("times", [1, 2])
 def test_control_c_stops_all_branches_and_leaves_nothing_but_what_is_committed(tmp_path: Path, times: int) -> None:
     (tmp_path / "two.yaml").write_text(RECIPE)
@@ -161,5 +160,5 @@ def test_control_c_stops_all_branches_and_leaves_nothing_but_what_is_committed(t
         time.sleep(0.2)
     assert not alive(mark)
     committed = sorted(path.parent.name for path in (tmp_path / "r/stages").rglob("_COMMITTED.json"))
-    assert len(committed) == 3, "the frames were collected"
+    assert len(committed) == 2, "the frames were collected"
     assert not list((tmp_path / "r").glob(".nightseg-holder.json"))
