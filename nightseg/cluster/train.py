@@ -24,7 +24,6 @@ from __future__ import annotations
 import io
 import logging
 import pickle
-import tempfile
 import time
 import traceback
 import uuid
@@ -45,6 +44,7 @@ from nightseg.cluster.turn import waiting
 from nightseg.errors import UserError
 from nightseg.progress import Progress
 from nightseg.storage import Location, sha256_of
+from nightseg.storage.scratch import temporary_folder
 
 NUM_KEPT = 2  # checkpoints
 SECONDS_TO_ABORT = 8.0  # that workers of an interrupted training are given to end
@@ -217,7 +217,7 @@ def _run(job: dict[str, Any], compute: TrainCompute, name: str, title: str, watc
 
     on_gpu = compute.gpus_per_worker > 0
     resources = {"CPU": compute.cpus_per_worker} | ({"GPU": compute.gpus_per_worker} if on_gpu else {})
-    with tempfile.TemporaryDirectory(prefix="nightseg-train-", ignore_cleanup_errors=True) as storage:
+    with temporary_folder() as storage:
         trainer = _lean_trainer()(
             _work,
             train_loop_config=job,
@@ -225,7 +225,7 @@ def _run(job: dict[str, Any], compute: TrainCompute, name: str, title: str, watc
             scaling_config=ScalingConfig(num_workers=compute.workers, use_gpu=on_gpu, resources_per_worker=resources),
             run_config=RunConfig(
                 name=name,
-                storage_path=storage,
+                storage_path=str(storage),
                 failure_config=FailureConfig(max_failures=compute.max_failures),
                 logging_config=LoggingConfig(log_level="ERROR"),
             ),

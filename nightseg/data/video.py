@@ -8,11 +8,9 @@ from __future__ import annotations
 import logging
 import mmap
 import struct
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +18,7 @@ from numpy.typing import NDArray
 
 from nightseg.data.images import MAX_PIXELS, BadFrame
 from nightseg.storage import Location, UserError
+from nightseg.storage.scratch import temporary_folder
 
 UInt8 = NDArray[np.uint8]
 
@@ -197,8 +196,8 @@ def new_video(file: Location, rate: Fraction) -> Iterator[Callable[[UInt8], None
     The file appears, whole, when the body ends without an error. Raises UserError without PyAV.
     """
     av = need_av()
-    with tempfile.TemporaryDirectory(prefix="nightseg-video-") as folder:
-        place = Path(folder) / "video.mp4"
+    with temporary_folder() as folder:
+        place = folder / "video.mp4"
         with av.open(str(place), mode="w") as container:
             stream = container.add_stream(_encoder(av), rate=rate)
             stream.pix_fmt = "yuv420p"

@@ -11,7 +11,6 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
-from tempfile import TemporaryDirectory
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -39,6 +38,7 @@ from nightseg.stages.collect import SCENES_TAXONOMY, Look, look_at
 from nightseg.stages.train_segmenter import check_settings, check_steps
 from nightseg.stages.train_translator import check_settings as check_translator
 from nightseg.storage import Location, Workspace
+from nightseg.storage.scratch import temporary_folder
 from nightseg.translators.settings import CommandTranslator, PhotometricTranslator
 from nightseg.unit.perceptual import check_weights as check_perceptual_weights
 from nightseg.unit.settings import Translator
@@ -210,7 +210,7 @@ def check(
         refuse(recipe, graph[0], done_in(folder))
 
     folders = {name: one for name, one in recipe.datasets.items() if isinstance(one, FolderDataset)}
-    with TemporaryDirectory(prefix="nightseg-check-") as scratch:
+    with temporary_folder() as scratch:
 
         def look(name: str, dataset: FolderDataset) -> None:
             progress.say(f"look at {name}")

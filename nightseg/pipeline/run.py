@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from itertools import takewhile
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from nightseg.cluster import ray as cluster
@@ -38,6 +37,7 @@ from nightseg.storage import (
     Workspace,
     check_contents,
 )
+from nightseg.storage.scratch import temporary_folder
 
 if TYPE_CHECKING:
     from nightseg.segmenter.predict import Segmenter
@@ -311,7 +311,7 @@ def finished(graph: Graph, folder: Location | None, progress: Progress) -> Itera
     The folder is removed then; work that is interrupted continues there when the same is asked again. Without a folder
     it begins anew, in a temporary one of this machine.
     """
-    with TemporaryDirectory(prefix="nightseg-") if folder is None else nullcontext(folder) as place:
+    with temporary_folder() if folder is None else nullcontext(folder) as place:
         workspace = Workspace(place)
         with workspace.lock(), cluster.left_as_found():
             yield _work(workspace, graph, progress).commits

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
-from tempfile import TemporaryDirectory
 from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
@@ -56,6 +55,7 @@ from nightseg.selection.frechet import (
 from nightseg.selection.settings import Extraction, Selection
 from nightseg.stages.predict import check_pictures, picture_files
 from nightseg.storage import Location, UserError, hash_of, sha256_of
+from nightseg.storage.scratch import temporary_folder
 
 LEGEND = "legend.jpg"  # no PNG: those of the folder are masks
 _LEGEND_WIDTH: Final = 640
@@ -539,7 +539,7 @@ def evaluate(
             f"{segmenter.folder}: a model needs the frames that the labels belong to",
             cure="give `images`: their folder",
         )
-    with TemporaryDirectory(prefix="nightseg-") as work:
+    with temporary_folder() as work:
         masks = Location.of(work) / "masks"
         predict_frames(
             segmenter.folder, str(images), masks, save=("mask",), inference=segmenter.inference,

@@ -11,7 +11,6 @@ import importlib
 import os
 from collections.abc import Collection, Iterator
 from contextlib import suppress
-from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import yaml
@@ -21,6 +20,7 @@ from nightseg.pipeline.results import RECIPE_NAME, RESULTS_NAME
 from nightseg.report import Run
 from nightseg.report.page import REPORT_NAME
 from nightseg.storage import Location
+from nightseg.storage.scratch import temporary_folder
 
 TRACKERS: Final = ("mlflow", "wandb")
 _PACKAGES: Final = {"mlflow": "mlflow-skinny", "wandb": "wandb"}
@@ -47,7 +47,7 @@ def track(names: Collection[str], folder: Location, results: dict[str, Any]) -> 
     """Log a finished run, whose report is written, to each of them."""
     run = Run(folder, results)
     recipe = yaml.safe_load((folder / RECIPE_NAME).read_bytes())
-    with TemporaryDirectory(prefix="nightseg-") as place:
+    with temporary_folder() as place:
         files = []
         for name in _FILES:
             with suppress(FileNotFoundError):

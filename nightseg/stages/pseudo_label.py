@@ -153,17 +153,16 @@ def pseudo_label(
     evidence = _evidence(teacher, threshold, classes, num_frames, done.thresholds, pixels, warnings)
     (attempt.folder / "evidence.json").write_json(evidence)
     (attempt.folder / "histograms.parquet").write_table(bins_by_class)
-    commit = attempt.finish(
+    return attempt.finish(
         rows_in=rows.num_rows,
         rows_out=num_frames,
         quarantined=done.quarantine.num_rows,
         max_bad_fraction=done.shards.max_bad_fraction,
         outputs=["evidence.json", "histograms.parquet", *done.outputs],
         num_shards=len(done.shards.records),
+        scratch=["drafts"],
         summary={"kept_share": pixels.share, "warnings": len(warnings), "threshold": threshold.kind},
     )
-    drafts.folder.delete()
-    return commit
 
 
 def _to_label(frames: pa.Table, name: str) -> pa.Table:

@@ -78,9 +78,9 @@ def score(
         frechet.write_statistics(attempt.folder / POSITIONS_NAME, _statistics_of(everywhere, identity, precision))
     told = {"extractor": identity.name} | {key: getattr(identity, key) for key in ("dims", "resize", "weights_sha256")}
     summary = told | {"precision": precision}
-    commit = shards.finish("features", outputs=outputs, summary=summary)
-    (attempt.folder / _POSITIONS_SCRATCH).delete()  # not before: a pass that is refused now may be given again
-    return commit
+    return shards.finish(
+        "features", outputs=outputs, scratch=[_POSITIONS_SCRATCH] if positions else [], summary=summary
+    )
 
 
 def _positions_of(reference: Commit) -> Location:

@@ -88,15 +88,13 @@ def train_segmenter(
     kept = _save_kept(state, card, training, attempt)
     (attempt.folder / "history.json").write_json(state["history"])
     warned = {} if state["teacher"] is None else {"warnings": [*warnings, *state["teacher"]["warned"].values()]}
-    commit = attempt.finish(
+    return attempt.finish(
         rows_in=plan.sampler.num_frames,
         rows_out=plan.sampler.num_frames,
         outputs=["model/model.safetensors", "model/model.json", "history.json", *rendered],
+        scratch=["trainer", "start"],
         summary={"steps": plan.total_steps, "pace": state["pace"], "last": state["history"][-1]} | kept | warned,
     )
-    for scratch in ("trainer", "start"):
-        (attempt.folder / scratch).delete()
-    return commit
 
 
 def _save_kept(

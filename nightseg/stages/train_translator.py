@@ -75,14 +75,13 @@ def train_translator(
     (attempt.folder / "samples.png").write_bytes(encode_png(plan.sample_sheet(generators)))
     num_frames, last = day.num_rows + night.num_rows, state["history"][-1]
     outputs = ["model/model.safetensors", "model/model.json", "history.json", "samples.png"]
-    commit = attempt.finish(
+    return attempt.finish(
         rows_in=num_frames,
         rows_out=num_frames,
         outputs=outputs + (["samples"] if settings.samples_every else []),
+        scratch=["trainer"],
         summary={"day": day.num_rows, "night": night.num_rows, **{term: last[term] for term in ("iteration", *TERMS)}},
     )
-    (attempt.folder / "trainer").delete()
-    return commit
 
 
 # -- before: what is refused ------------------------------------------------------------------------------------------

@@ -9,7 +9,10 @@ which may be lost at any time).
 
     root/stages/<stage>/<name>/<key[:12]>/_COMMITTED.json, _VERIFIED.json
                                          /attempt-1/attempt.json, <outputs>, <table>/part-00000.parquet
-                                                    _shards/00000.json
+                                                    _shards/00000.json, _scratch.json
+
+What a killed driver leaves behind is removed by the next one that takes the lock of the run folder: files that were
+being written, and what an attempt needed only until it was committed (`_scratch.json` lists it).
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -37,13 +40,23 @@ import pyarrow as pa
 from nightseg.errors import UserError
 from nightseg.progress import printable
 from nightseg.storage.lock import hold, holder
-from nightseg.storage.paths import Location, canonical_json, fault_point, hash_of, safe_relative, sha256_of
+from nightseg.storage.paths import (
+    Location,
+    canonical_json,
+    fault_point,
+    hash_of,
+    remove_temporary_files,
+    safe_relative,
+    sha256_of,
+)
+from nightseg.storage.scratch import remove_abandoned
 from nightseg.storage.tables import format_table, table_rows
 
 COMMIT_NAME = "_COMMITTED.json"
 VERIFIED_NAME = "_VERIFIED.json"
 ATTEMPT_NAME = "attempt.json"
 SHARDS_NAME = "_shards"
+SCRATCH_NAME = "_scratch.json"
 QUARANTINE = "quarantine"
 SCHEMA = 1
 _KEY_LETTERS = 12  # of the key in the folder's name; the whole key is compared when reading
@@ -441,14 +454,15 @@ class Attempt:
         max_bad_fraction: float = 1.0,
         outputs: Sequence[str] = (),
         num_shards: int = 0,
+        scratch: Sequence[str] = (),
         summary: Mapping[str, Any] | None = None,
         seconds: float | None = None,
     ) -> Commit:
         """Commits the attempt and returns the commit; the one that is there if another driver was faster.
 
         `outputs`: relative files or folders that the stage wrote itself. Tables of shards 0..num_shards-1 come from
-        their markers. `seconds`: by default since the attempt was opened. Raises `UserError` if more than
-        `max_bad_fraction` of the rows are quarantined.
+        their markers. `scratch`: folders that nobody needs once it is committed. `seconds`: by default since the
+        attempt was opened. Raises `UserError` if more than `max_bad_fraction` of the rows are quarantined.
         """
         assert rows_in == rows_out + quarantined, f"{rows_in} rows in, but {rows_out} out + {quarantined} quarantined"
         shards = [self._finished(index) for index in range(num_shards)]
@@ -473,11 +487,16 @@ class Attempt:
             code=code_version(),
             created=datetime.now(UTC).isoformat(timespec="milliseconds"),
         )
+        if scratch:
+            (self.folder / SCRATCH_NAME).write_json(list(map(safe_relative, scratch)))
+        if self.folder.is_local:
+            remove_temporary_files(self.folder.uri)  # of workers that died
         fault_point("hashed")
-        if write_commit(self.stage_folder, commit):
+        is_first = write_commit(self.stage_folder, commit)
+        if is_first:
             fault_point("commit")
-            return commit
-        return self._agree(commit)
+        clear_scratch(self.folder)
+        return commit if is_first else self._agree(commit)
 
     def _finished(self, index: int) -> ShardRecord:
         record = self.shard(index)
@@ -532,6 +551,18 @@ class Attempt:
         return False
 
 
+def clear_scratch(attempt: Location) -> None:
+    """Removes the scratch folders of an attempt that is committed; the note that lists them goes last."""
+    note = attempt / SCRATCH_NAME
+    try:
+        names = note.read_json()
+    except (FileNotFoundError, ValueError):
+        return
+    for name in names:
+        (attempt / name).delete()
+    note.delete()
+
+
 @dataclass(frozen=True)
 class Shards:
     """All shards of a pass, in order. More than `max_bad_fraction` quarantined rows, and it is not committed."""
@@ -565,6 +596,7 @@ class Shards:
         table: str,
         *,
         outputs: Sequence[str] = (),
+        scratch: Sequence[str] = (),
         summary: Mapping[str, Any] | None = None,
         is_whole: bool = True,
     ) -> Commit:
@@ -579,6 +611,7 @@ class Shards:
             max_bad_fraction=self.max_bad_fraction if is_whole else 0.0,
             outputs=outputs,
             num_shards=len(self.records),
+            scratch=scratch,
             summary=summary,
         )
 
@@ -607,9 +640,16 @@ class Workspace:
         self.root = Location.of(root)
         self.borrow = tuple(Location.of(folder) for folder in borrow)
 
-    def lock(self) -> AbstractContextManager[None]:
-        """Held by the one driver that works here; raises `WorkspaceBusy`, naming the holder, when another has it."""
-        return hold(self.root)
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Held by the one driver that works here; raises `WorkspaceBusy`, naming the holder, when another has it.
+
+        What drivers that were killed here have left behind is removed.
+        """
+        with hold(self.root):
+            self._clear_up()
+            remove_abandoned()
+            yield
 
     def holder(self) -> str | None:
         """Who has the lock now: process, host, since when, command. None if nobody has. Takes no lock itself."""
@@ -638,6 +678,16 @@ class Workspace:
     def stage_folders(self) -> list[Location]:
         """The folders of all stages and keys, those without a commit, too."""
         return self._key_folders(self.root / "stages", depth=3)
+
+    def _clear_up(self) -> None:
+        committed = set()
+        for folder in self.stage_folders():
+            with suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # no commit, or one that was cut short
+                attempt = folder / json.loads((folder / COMMIT_NAME).read_bytes())["attempt"]
+                clear_scratch(attempt)
+                committed.add(attempt.uri)  # nothing was being written there
+        if self.root.is_local:
+            remove_temporary_files(self.root.uri, lambda path: path not in committed)
 
     def _key_folders(self, place: Location, depth: int) -> list[Location]:
         if not place.is_folder():
@@ -699,7 +749,7 @@ class Stage:
         """The attempt to work in: the newest open one of this key with its finished shards, or a new one."""
         attempt = self._open_attempt()
         if attempt is None:
-            attempt = self._attempt(max(self._numbers(), default=0) + 1)
+            attempt = self._new_attempt()
             attempt.folder.make_folder()
             (attempt.folder / ATTEMPT_NAME).write_json(
                 {"key": self.key, "identity": self.identity, "host": socket.gethostname(), "pid": os.getpid()}
@@ -718,6 +768,12 @@ class Stage:
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None  # cut short: it is left alone
         return newest if key == self.key else None
+
+    def _new_attempt(self) -> Attempt:
+        """One that nobody has begun: a folder may be there already, as its maker was killed before it wrote a note."""
+        newest = self._attempt(max(self._numbers(), default=1))
+        is_unused = not newest.folder.is_folder() or not newest.folder.list()
+        return newest if is_unused else self._attempt(max(self._numbers()) + 1)
 
     def _attempt(self, number: int) -> Attempt:
         return Attempt(self.folder / f"attempt-{number}", self.folder, self.key, self.identity)

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import builtins
 import errno
+import fcntl
 import functools
 import hashlib
+import io
 import json
 import os
 import re
@@ -421,19 +423,61 @@ def _temporary_file(target: str, data: bytes | memoryview) -> Iterator[str]:
     """A synced file beside `target`; gone afterwards unless moved. The folder is synced when the body is done."""
     folder = os.path.dirname(target)
     os.makedirs(folder, exist_ok=True)
-    # the target's own name is left out: it may be as long as the file system allows
-    temporary = os.path.join(folder, f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}")
+    stream, temporary = _open_temporary(folder)
     try:
-        with open(temporary, "xb") as stream:
+        with stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        fault_point(f"temporary-{os.path.basename(target)}")
-        yield temporary
+            fault_point(f"temporary-{os.path.basename(target)}")
+            yield temporary
         _sync(folder)
     finally:
         with suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+def _open_temporary(folder: str) -> tuple[io.BufferedWriter, str]:
+    """A new file and its path. It is locked while it is open, so that others see whether its writer lives."""
+    while True:
+        # the target's own name is left out: it may be as long as the file system allows
+        temporary = os.path.join(folder, f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}")
+        stream = open(temporary, "xb")  # noqa: SIM115
+        try:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            is_mine = os.fstat(stream.fileno()).st_nlink > 0
+        except BlockingIOError:
+            is_mine = False
+        except OSError:  # no locks on this file system, so nobody clears up
+            is_mine = True
+        if is_mine:
+            return stream, temporary
+        stream.close()  # somebody clears up this very moment, and took it for a dead one's
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def remove_temporary_files(folder: str, enter: Callable[[str], bool] = lambda path: True) -> None:
+    """Remove what processes that were killed were writing below a local folder; what one still writes stays.
+
+    The kernel says which is which, by locks that end with their holders: no clock, process id or host name does.
+    `enter`: whether to look into a folder, given its path; links are not followed.
+    """
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if enter(os.path.join(place, name))]
+        for name in files:
+            if name.startswith(TEMPORARY_PREFIX):
+                with suppress(OSError):  # it is being written, gone meanwhile, or not ours to remove
+                    _remove_unless_locked(os.path.join(place, name))
+
+
+def _remove_unless_locked(path: str) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.unlink(path)
+    finally:
+        os.close(handle)
 
 
 def _sync(path: str) -> None:

@@ -5,6 +5,7 @@ name carries the boot: what was written before the machine went down is not trus
 
 A folder lives while a process has it open, and goes with the last one that closes it. What a killed process leaves is
 picked up by the next one that asks for the same key, or removed by any that comes a day later or after a restart.
+Temporary folders (`temporary_folder`) have no key: those of killed processes are removed by the next one at once.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
@@ -32,6 +33,8 @@ ABANDONED_SECONDS = 24 * 3600.0
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _LOCK = "lock"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_PLACE = (*_FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOLCK, errno.ENOTSUP)
+_TEMPORARY = "tmp-"
 
 
 class Scratch:
@@ -47,17 +50,14 @@ class Scratch:
 
         None if there is no place there that is this user's alone, since whoever can write there decides what is read.
         """
-        shelf = (below or Path(tempfile.gettempdir())) / f"nightseg-scratch-{os.getuid()}"
         try:
-            shelf.mkdir(mode=0o700, exist_ok=True)
-            found = shelf.lstat()
-            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+            shelf = _shelf(below)
+            if shelf is None:
                 return None
-            _remove_abandoned(shelf)
             folder = shelf / f"{_boot()}-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
             return cls(folder, _shared_lock(folder))
         except OSError as error:
-            if error.errno in (*_FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOLCK, errno.ENOTSUP):
+            if error.errno in _NO_PLACE:
                 return None
             raise
 
@@ -104,6 +104,47 @@ class Scratch:
             os.close(lock)
 
 
+@contextmanager
+def temporary_folder(below: Path | None = None) -> Iterator[Path]:
+    """A folder for the body, below `below` or the system's temporary folder. Its name is short: sockets may lie there.
+
+    Where this process is killed, the next one that opens scratch files or a temporary folder, or takes the lock of a
+    run folder, removes it.
+    """
+    held = None
+    with suppress(OSError):
+        shelf = _shelf(below)
+        held = None if shelf is None else _new_temporary(shelf)
+    if held is None:  # nowhere that is this user's alone, or without locks: nobody could tell whether we live
+        with tempfile.TemporaryDirectory(prefix="nightseg-", dir=below, ignore_cleanup_errors=True) as place:
+            yield Path(place)
+        return
+    folder, lock = held
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def remove_abandoned(below: Path | None = None) -> None:
+    """Remove what killed processes of this user have left among the scratch files."""
+    with suppress(OSError):
+        _shelf(below, create=False)
+
+
+def _shelf(below: Path | None, create: bool = True) -> Path | None:
+    """Where the folders lie, without those that are abandoned; None if others can write there."""
+    shelf = (below or Path(tempfile.gettempdir())) / f"nightseg-scratch-{os.getuid()}"
+    if create:
+        shelf.mkdir(mode=0o700, exist_ok=True)
+    found = shelf.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        return None
+    _remove_abandoned(shelf)
+    return shelf
+
+
 def _shared_lock(folder: Path) -> int:
     """A descriptor that holds the folder, made if need be, against removal. The kernel drops it with the process."""
     while True:
@@ -125,20 +166,42 @@ def _open_lock(folder: Path) -> int:
     return os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 
+def _new_temporary(shelf: Path) -> tuple[Path, int]:
+    """A new folder, and a descriptor that holds it: the lock is on the folder itself."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=shelf))
+        with suppress(FileNotFoundError, BlockingIOError):  # somebody clears up this very moment: make another one
+            lock = _locked(folder, os.O_RDONLY | os.O_DIRECTORY)
+            if folder.exists():
+                return folder, lock
+            os.close(lock)
+
+
 def _remove_abandoned(shelf: Path) -> None:
-    """Folders of another boot, or that nobody has opened for a day, unless somebody has one open."""
+    """Temporary folders, those of another boot, or that nobody has opened for a day, unless somebody has one open."""
     boot = _boot()
     for folder in shelf.iterdir():
         with suppress(OSError):  # another process removes it, too, or it holds what is not ours to remove
+            is_temporary = folder.name.startswith(_TEMPORARY)
             old = time.time() - folder.stat().st_mtime > ABANDONED_SECONDS
-            if not old and folder.name.startswith(f"{boot}-"):
+            if folder.name.startswith(f"{boot}-") and not old:
                 continue
-            lock = _open_lock(folder)
+            lock = _locked(folder, os.O_RDONLY) if is_temporary else _locked(folder / _LOCK, os.O_RDWR | os.O_CREAT)
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder, ignore_errors=True)
             finally:
                 os.close(lock)
+
+
+def _locked(place: Path, how: int) -> int:
+    """A descriptor that holds it alone. Raises BlockingIOError where another process has it."""
+    lock = os.open(place, how | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
 
 
 def _boot() -> str:

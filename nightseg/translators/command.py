@@ -11,7 +11,6 @@ import os
 import re
 import signal
 import subprocess
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Final, NamedTuple
@@ -26,6 +25,7 @@ from nightseg.data.taxonomy import Taxonomy
 from nightseg.errors import UserError
 from nightseg.progress import printable
 from nightseg.storage import Location, sha256_of
+from nightseg.storage.scratch import temporary_folder
 
 Pixels = npt.NDArray[np.uint8]
 Row = Mapping[str, Any]
@@ -62,8 +62,8 @@ def translate_by(program: Program, rows: Sequence[Row], classes: Taxonomy) -> It
     With {labels}, labels are there as PNGs of train ids, for frames that have one.
     Raises UserError: the program is not there, fails, takes too long, or leaves other files than it should.
     """
-    with tempfile.TemporaryDirectory(prefix="nightseg-command-") as scratch:
-        folders = {name: Path(scratch) / name for name in ("input", "output", "labels")}
+    with temporary_folder() as scratch:
+        folders = {name: scratch / name for name in ("input", "output", "labels")}
         for folder in folders.values():
             folder.mkdir()
         given = [(row, _hand_over(row, program, folders, classes)) for row in rows]
@@ -71,7 +71,7 @@ def translate_by(program: Program, rows: Sequence[Row], classes: Taxonomy) -> It
         if len(set(names)) < len(names):
             raise AssertionError("two frames of a table have one id")
         if names:
-            _run(program.words(folders), Path(scratch), program.timeout_seconds)
+            _run(program.words(folders), scratch, program.timeout_seconds)
             _check_files(program, names, folders["input"], folders["output"])
         for row, name in given:
             yield row, name if isinstance(name, BadFrame) else _read(program, folders["output"] / name)

@@ -1,6 +1,7 @@
 """Shards and commits of one attempt."""
 
 import errno
+import fcntl
 import os
 import pickle
 import secrets
@@ -11,8 +12,9 @@ import pyarrow as pa
 import pytest
 
 from nightseg import storage
-from nightseg.storage import Location, Stage, UserError, Workspace
+from nightseg.storage import Location, Stage, UserError, Workspace, paths
 from nightseg.storage.commits import Attempt
+from nightseg.storage.paths import TEMPORARY_PREFIX
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -226,6 +228,85 @@ def test_control_characters_of_file_names_do_not_reach_the_terminal(stage: Stage
 def test_an_empty_stage_can_be_committed(stage: Stage) -> None:
     commit = stage.open().finish(rows_in=0, rows_out=0, max_bad_fraction=0.0)
     assert commit.outputs == ()
+
+
+# -- what killed drivers leave ----------------------------------------------------------------------------------------
+
+
+def test_scratch_folders_go_with_the_commit_and_not_before(stage: Stage) -> None:
+    attempt = stage.open()
+    fill(attempt, 1)
+    (attempt.folder / "trainer/report-1/state.pt").write_bytes(b"state")
+    with pytest.raises(FileNotFoundError):
+        attempt.finish(rows_in=8, rows_out=8, num_shards=2, scratch=["trainer"])
+    assert (attempt.folder / "trainer/report-1/state.pt").exists()
+    commit = attempt.finish(rows_in=4, rows_out=4, num_shards=1, scratch=["trainer", "never made"])
+    assert {entry.name for entry in commit.folder.list()} == {"_shards", "attempt.json", "frames", "quarantine"}
+    with pytest.raises(UserError, match="refused"):
+        stage.open().finish(rows_in=0, rows_out=0, scratch=["../other"])
+
+
+def test_scratch_of_a_driver_that_was_killed_after_its_commit_goes_with_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = Workspace(tmp_path)
+    attempt = collect(workspace).open()
+    (attempt.folder / "trainer/state.pt").write_bytes(b"state")
+    with monkeypatch.context() as patch:
+        patch.setattr("nightseg.storage.commits.clear_scratch", lambda attempt: None)  # it is killed before
+        attempt.finish(rows_in=0, rows_out=0, scratch=["trainer"])
+    other = workspace.stage("collect", "night", version=1, recipe={}, inputs={}, seed=0).open()
+    (other.folder / "trainer/state.pt").write_bytes(b"needed")
+    with workspace.lock():
+        assert [entry.name for entry in attempt.folder.list()] == ["attempt.json"]
+        assert (other.folder / "trainer/state.pt").exists()
+
+
+def test_files_of_killed_writers_go_and_those_of_living_ones_stay(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    done, open_ = collect(workspace), workspace.stage("collect", "night", version=1, recipe={}, inputs={}, seed=0)
+    done.open().finish(rows_in=0, rows_out=0)
+    attempt = open_.open()
+    (tmp_path / "models/first").mkdir(parents=True)
+    places = [tmp_path, tmp_path / "models/first", done.folder.local, attempt.folder.local]
+    for place in places:
+        (place / f"{TEMPORARY_PREFIX}dead").write_bytes(b"half")
+    os.symlink(tmp_path, tmp_path / "models/round")  # in circles
+    alive = f"{attempt.folder}/frames.parquet"
+    with paths._temporary_file(alive, b"whole") as living:
+        with workspace.lock():
+            assert [path for place in places for path in place.glob(f"{TEMPORARY_PREFIX}*")] == [Path(living)]
+        os.replace(living, alive)
+    assert Path(alive).read_bytes() == b"whole"
+
+
+def test_a_writer_whose_file_is_taken_for_that_of_a_dead_one_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between making its file and locking it."""
+    locks, lock = [], fcntl.flock
+
+    def late(file: Any, how: int) -> None:
+        if not locks:
+            locks.append(how)
+            paths.remove_temporary_files(str(tmp_path))
+            assert not list(tmp_path.iterdir())
+        lock(file, how)
+
+    monkeypatch.setattr("fcntl.flock", late)
+    Location.of(tmp_path / "a.json").write_json({"a": 1})
+    assert locks and Location.of(tmp_path / "a.json").read_json() == {"a": 1}
+
+
+def test_without_locks_files_are_written_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", fail)
+    Location.of(tmp_path / "a.json").write_json({"a": 1})
+    (tmp_path / f"{TEMPORARY_PREFIX}x").touch()
+    paths.remove_temporary_files(str(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == [f"{TEMPORARY_PREFIX}x", "a.json"], "nobody can tell whose it is"
 
 
 # -- races and full disks --------------------------------------------------------------------------------------------

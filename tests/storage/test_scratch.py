@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from nightseg.storage import scratch
+from nightseg.storage import Workspace, scratch
 from nightseg.storage.paths import FAULT_VARIABLE
-from nightseg.storage.scratch import Scratch
+from nightseg.storage.scratch import Scratch, temporary_folder
 
 
 @pytest.fixture(autouse=True)
@@ -162,3 +163,67 @@ def test_a_place_that_others_can_write_is_refused(tmp_path: Path) -> None:
 def test_a_missing_temporary_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         Scratch.open("a", tmp_path / "gone")
+
+
+# -- temporary folders ------------------------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from nightseg.storage.scratch import temporary_folder
+with temporary_folder(Path(sys.argv[1])) as folder:
+    (folder / "x").write_bytes(b"abc")
+    if sys.argv[2] == "waits":
+        print(folder, flush=True)
+        sys.stdin.read()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def shelf(below: Path) -> Path:
+    return below / f"nightseg-scratch-{os.getuid()}"
+
+
+def test_a_temporary_folder_goes_with_its_user(tmp_path: Path) -> None:
+    with temporary_folder(tmp_path) as first, temporary_folder(tmp_path) as second:
+        assert first != second and first.stat().st_mode & 0o077 == 0
+        (first / "deep").mkdir()
+        (first / "deep/x").write_bytes(b"abc")
+    assert not list(shelf(tmp_path).iterdir())
+    with pytest.raises(RuntimeError), temporary_folder(tmp_path) as third:
+        raise RuntimeError
+    assert not third.exists()
+
+
+def test_what_a_killed_process_left_goes_with_the_next_one_at_once(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    with subprocess.Popen([*command, "waits"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as alive:
+        assert alive.stdin is not None and alive.stdout is not None
+        used = Path(alive.stdout.readline().strip())
+        assert subprocess.run([*command, "dies"], check=False).returncode == -9
+        assert len(list(shelf(tmp_path).iterdir())) == 2
+        in_the_past = time.time() - 10 * scratch.ABANDONED_SECONDS
+        os.utime(used, (in_the_past, in_the_past))
+        with temporary_folder(tmp_path) as mine:
+            assert sorted(shelf(tmp_path).iterdir()) == sorted([used, mine]), "no clock ends what is in use"
+        alive.stdin.close()
+        assert alive.wait(timeout=60) == -9
+    scratch.remove_abandoned(tmp_path)
+    assert not list(shelf(tmp_path).iterdir())
+    scratch.remove_abandoned(tmp_path / "no such folder")
+
+
+def test_the_driver_of_a_run_removes_what_killed_ones_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), "dies"], check=False)
+    (left,) = shelf(tmp_path).iterdir()
+    with Workspace(tmp_path / "run").lock():
+        assert not left.exists()
+
+
+def test_where_others_can_write_temporary_folders_lie_elsewhere(tmp_path: Path) -> None:
+    shelf(tmp_path).mkdir()
+    shelf(tmp_path).chmod(0o777)
+    with temporary_folder(tmp_path) as folder:
+        assert folder.parent == tmp_path and folder.name.startswith("nightseg-")
+    assert not folder.exists()
