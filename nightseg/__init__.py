@@ -161,6 +161,7 @@ The report
     report/page.py          report.html
     report/run.py           a finished run as the report sees it
     report/comparison.py    what a gain is worth: a model beside its control; the headline
+    report/published.py     published rows beside what was measured; which claims of the recipe hold
     report/frame_spread.py  that of the scores and gains of a run
     report/model_card.py    README.md beside the weights of a model
     report/templates.py     the templates, and how they write numbers

@@ -24,6 +24,7 @@ from nightseg.pipeline.leaks import Leak
 from nightseg.pipeline.schedule import Failed
 from nightseg.recipe import load_recipe
 from nightseg.recipe.types import Recipe
+from nightseg.report.comparison import claims, differences
 from nightseg.report.run import Run
 from nightseg.storage import Commit, Location, Workspace, hash_of, sha256_of
 
@@ -92,6 +93,13 @@ def told(failed: Sequence[Mapping[str, Any]]) -> list[str]:
         + (f". Results are missing of {', '.join(one['models'])}" if one["models"] else "")
         for one in failed
     ]
+
+
+def compared(recipe: Recipe, results: Mapping[str, Any], run: Location) -> dict[str, Any]:
+    """The results with the differences of their models, and with what holds of the claims of the recipe."""
+    found, first = Run(run, results), next(iter(recipe.test_sets), "")
+    said = {name: claim.model_dump() | {"test": claim.test or first} for name, claim in recipe.claims.items()}
+    return {**results, "differences": differences(found), "claims": claims(found, said)}
 
 
 def sealed(results: Mapping[str, Any], run: Location) -> dict[str, Any]:

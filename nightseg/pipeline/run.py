@@ -20,7 +20,7 @@ from nightseg.networks.downloads import allow_downloads
 from nightseg.pipeline import build, check, classes, leaks, schedule, tracking
 from nightseg.pipeline.folder import keep_earlier, lay_out, show_curves
 from nightseg.pipeline.graph import FRAME_STAGES, Graph, Node, NodeId, frames_at_most
-from nightseg.pipeline.results import RECIPE_NAME, RESULTS_NAME, failures, gather, model_folder, sealed, told
+from nightseg.pipeline.results import RECIPE_NAME, RESULTS_NAME, compared, failures, gather, model_folder, sealed, told
 from nightseg.pipeline.time_left import time_left
 from nightseg.progress import Named, Progress
 from nightseg.recipe import load_recipe, save_recipe, told_of
@@ -244,7 +244,7 @@ def run(
         gathered = gather(recipe, graph, commits, done, found) | {"failed": missing}
         keep_earlier(folder, gathered)
         save_recipe(recipe, folder / RECIPE_NAME)
-        results = sealed(gathered, folder)
+        results = sealed(compared(recipe, gathered, folder), folder)
         (folder / RESULTS_NAME).write_json(results)
         lay_out(Run(folder, results), folder)
     return Outcome(results, len(done), num_skipped, time.monotonic() - began, errors)

@@ -64,7 +64,7 @@ class _Sections:
 
         self.datasets, self.translators, self.models = map(entries, ("datasets", "translators", "models"))
         self.predictions, self.translations = entries("predictions"), entries("translations")
-        self.consistency = _mapping(data, "consistency")
+        self.consistency, self.claims = _mapping(data, "consistency"), entries("claims")
         self.roots = _mapping(data, "roots")
         self.test_sets = _mapping(data, "test_sets")  # name -> name of a dataset
 
@@ -113,6 +113,11 @@ def _references(sections: _Sections) -> Iterator[Reference]:
         if isinstance(dataset, str):
             yield Reference(("test_sets", name), ("test_sets", name), "datasets", dataset)
     yield from _named(("consistency",), ("consistency",), sections.consistency, {"dataset": "datasets"})
+    for name, entry in sections.claims.items():
+        path = ("claims", name)
+        yield from _named(path, path, entry, {"test": "test_sets"})
+        for index, pair in enumerate(_list(entry.get("pairs"))):
+            yield from _named(path, (*path, "pairs"), {str(index): pair}, {str(index): "models"})
     for name in sections.translations:
         yield Reference(("translations", name), ("translations", name), "datasets", name)
 

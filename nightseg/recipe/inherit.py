@@ -25,7 +25,7 @@ OF_MODELS: Final[Mapping[Path, str]] = {
 }
 """Keys of a model, and the section of the recipe that holds where they say nothing."""
 
-_NAMED: Final = ("roots", "datasets", "translators", "models", "test_sets", "predictions", "translations")
+_NAMED: Final = ("roots", "datasets", "translators", "models", "test_sets", "predictions", "translations", "claims")
 _VALUES: Final = (
     "taxonomy",
     "map",

@@ -189,6 +189,16 @@ class TranslationEvaluation(Strict):
     )
 
 
+class Claim(Strict):
+    """Something that is said of models, to be held against the results: the first of each pair is better."""
+
+    says: str = Field(description="in words, shown in the report")
+    pairs: Annotated[list[tuple[Name, Name]], Field(min_length=1)] = Field(
+        description="[model, the one that it is better than]"
+    )
+    test: Name | None = Field(default=None, description="test set; null = the first of the recipe")
+
+
 class Recipe(Strict):
     """Everything a run does. Sections name things; `nightseg run --dry-run` prints the graph they make."""
 
@@ -233,6 +243,9 @@ class Recipe(Strict):
     )
     translations: dict[Name, TranslationEvaluation] = Field(
         default={}, description="translated dataset -> how to measure the quality of its translations"
+    )
+    claims: dict[Name, Claim] = Field(
+        default={}, description="what is said of the models by name: the results show whether it holds here"
     )
 
     @model_validator(mode="after")

@@ -51,6 +51,66 @@ def _root(facts: Mapping[str, Any]) -> str:
     return str(facts["root"])
 
 
+def beside(run: Run, model: str, test: str) -> dict[str, list[str]]:
+    """Models that a model is compared with on a test set -> what they are to it: start, teacher, control."""
+    facts, found = run.results["models"][model], dict[str, list[str]]()
+    others = {"start": facts["start"], "teacher": (facts["self_training"] or {}).get("teacher")}
+    others["control"] = control_of(run, model, test)
+    for what, other in others.items():
+        if other in run.results["models"] and run.score(other, test):
+            found.setdefault(other, []).append(what)
+    return found
+
+
+def differences(run: Run) -> list[dict[str, Any]]:
+    """Of every model over what it is compared with, on every test set: what results.json holds. Fractions of mIoU."""
+    return [
+        {"model": model, "over": other, "is": kinds, "test": test, **measured(run, model, other, test)}
+        for test in run.tests
+        for model in run.scored(test)
+        for other, kinds in beside(run, model, test).items()
+    ]
+
+
+def measured(run: Run, model: str, other: str, test: str) -> dict[str, Any]:
+    """The difference of two models: over the seeds mean, standard deviation and number of pairs, and the interval over
+    the frames of the test set, or over its drives (null: too few)."""
+    found, spread = gain(run, model, other, test), gain_spread(run, model, other, test)
+    seeds = min(len(run.by_seed(name, test)) for name in (model, other))
+    inside = None if spread is None else {**spread.interval._asdict(), "units": spread.units, "of": spread.of}
+    return {**found._asdict(), "seeds": seeds, "interval": inside}
+
+
+def verdict(found: Mapping[str, Any] | None) -> str:
+    """Whether the first of two models is the better one, by `measured`: "holds" where its whole interval over the
+    frames is above 0 and, as far as both models have several seeds, the mean is larger than its standard deviation;
+    "does not hold" where the same is true the other way round; else "not decided"."""
+    if found is None or found["interval"] is None:
+        return "not decided"
+    least = found["std"] or 0.0
+    if found["interval"]["low"] > 0 and found["mean"] > least:
+        return "holds"
+    if found["interval"]["high"] < 0 and -found["mean"] > least:
+        return "does not hold"
+    return "not decided"
+
+
+def claims(run: Run, said: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What a recipe says of its models, held against the results. A claim holds if each of its pairs does; it does not
+    if one of them does not; else it is not decided, as where a model was not measured."""
+    found = {}
+    for name, claim in said.items():
+        pairs = []
+        for model, other in claim["pairs"]:
+            is_known = all(one in run.results["models"] and run.score(one, claim["test"]) for one in (model, other))
+            values = measured(run, model, other, claim["test"]) if is_known else None
+            pairs.append({"model": model, "over": other, "verdict": verdict(values), **(values or {})})
+        verdicts = {pair["verdict"] for pair in pairs}
+        of_all = next((one for one in ("does not hold", "not decided") if one in verdicts), "holds")
+        found[name] = {"says": claim["says"], "test": claim["test"], "verdict": of_all, "pairs": pairs}
+    return found
+
+
 def gain(run: Run, model: str, control: str, test: str) -> Difference:
     """Of mIoU on a test set, a fraction."""
     return difference(run.by_seed(model, test), run.by_seed(control, test))

@@ -27,24 +27,32 @@ def gain_spread(run: Run, model: str, other: str, test: str) -> FrameSpread | No
 
 
 def _spread(run: Run, signs: Mapping[str, float], test: str) -> FrameSpread | None:
-    seen = {model: [_counts(run, node, test) for node in run.evaluations(model).values()] for model in signs}
-    known = [counts for found in seen.values() for counts in found if counts is not None]
-    if len(known) != sum(map(len, seen.values())) or not known:
+    nodes = {model: tuple(run.evaluations(model).values()) for model in signs}
+    known = [_counts(run, node, test) for found in nodes.values() for node in found]
+    seen = [counts for counts in known if counts is not None]
+    if not seen or len(seen) < len(known):
         return None
-    shared = sorted(set.intersection(*(set(counts) for counts in known)))
-    drives = [known[0][name][0] for name in shared]
+    shared = tuple(sorted(set.intersection(*(set(counts) for counts in seen))))
+    drives = [seen[0][name][0] for name in shared]
     by_drive = None not in drives and len(set(drives)) >= LEAST_DRIVES
     units = len(set(drives)) if by_drive else len(shared)
     if units < LEAST_FRAMES:
         return None
     rule = (run.score(next(iter(signs)), test) or {}).get("absent_class", "cityscapes")
-
-    def drawn(counts: Mapping[str, tuple[str | None, Counts]]) -> Floats:
-        matrices = np.stack([counts[name][1] for name in shared])
-        return drawn_miou(summed_by([str(drive) for drive in drives], matrices) if by_drive else matrices, rule)
-
-    means = [sign * np.mean([drawn(c) for c in seen[model] if c is not None], axis=0) for model, sign in signs.items()]
+    means = [
+        sign * np.mean([_drawn(run, node, test, shared, by_drive, rule) for node in nodes[model]], axis=0)
+        for model, sign in signs.items()
+    ]
     return FrameSpread(interval(np.sum(means, axis=0)), units, "drive" if by_drive else "frame")
+
+
+@functools.lru_cache(maxsize=512)
+def _drawn(run: Run, node: str, test: str, shared: tuple[str, ...], by_drive: bool, rule: str) -> Floats:
+    """mIoU of one training on draws of these frames: one model is compared with many others."""
+    counts = _counts(run, node, test)
+    assert counts is not None, node
+    matrices = np.stack([counts[name][1] for name in shared])
+    return drawn_miou(summed_by([str(counts[n][0]) for n in shared], matrices) if by_drive else matrices, rule)
 
 
 @functools.lru_cache(maxsize=64)

@@ -11,6 +11,7 @@ from nightseg.report import formatting, gallery, translations
 from nightseg.report.ablation import ablation
 from nightseg.report.comparison import control_of, headline, model_to_use
 from nightseg.report.frame_spread import miou_spread
+from nightseg.report.published import claims, published
 from nightseg.report.run import Run
 from nightseg.report.selections import selections
 from nightseg.report.templates import template
@@ -39,6 +40,8 @@ def write_report(run_folder: Location, results: Mapping[str, Any], samples: int 
         strip=gallery.strip(run),
         metrics=METRICS,
         scores=score_table(run),
+        published=published(run),
+        claims=claims(run),
         helped=ablation(run, samples),
         heat=[heat(run, test) for test in run.tests],
         splits=gallery.splits(run),

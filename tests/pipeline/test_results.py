@@ -8,7 +8,7 @@ import pytest
 
 from nightseg.data.table import frame_table, quarantine_table
 from nightseg.pipeline.graph import Graph, ModelNodes, NodeId, View
-from nightseg.pipeline.results import MAX_QUARANTINE_ROWS, gather, model_folder, read_results
+from nightseg.pipeline.results import MAX_QUARANTINE_ROWS, compared, gather, model_folder, read_results
 from nightseg.recipe import load_recipe, types
 from nightseg.recipe.types import Prediction
 from nightseg.storage import Commit, Location, UserError, Workspace
@@ -105,6 +105,27 @@ def test_results_hold_the_scores_and_where_every_number_comes_from(run: Location
     }
     assert results["taxonomy"].keys() == {"name", "classes", "palette", "encodings"}
     assert (results["taxonomy"]["name"], len(results["taxonomy"]["palette"])) == ("camvid11", 11)
+
+
+def test_claims_are_held_against_the_first_test_set_unless_they_say_another(run: Location, tmp_path: Path) -> None:
+    text = (tmp_path / "recipe.yaml").read_text()
+    text += """models: {m: {train: [day]}, n: {train: [day], start: m}}
+test_sets: {night: day, day: day}
+claims: {one: {says: n is better, pairs: [[n, m]]}, two: {says: m is better, pairs: [[m, n]], test: day}}
+"""
+    (tmp_path / "recipe.yaml").write_text(text)
+    found = compared(load_recipe(tmp_path / "recipe.yaml"), read_results(run), run)
+    assert {name: (claim["says"], claim["test"]) for name, claim in found["claims"].items()} == {
+        "one": ("n is better", "night"),
+        "two": ("m is better", "day"),
+    }
+    assert found["differences"] == []  # of one model
+    assert found["models"] == read_results(run)["models"]
+    (tmp_path / "recipe.yaml").write_text(text.replace("[[n, m]]", "[[n, k]]").replace("test: day}", "test: dya}"))
+    with pytest.raises(UserError) as error:
+        load_recipe(tmp_path / "recipe.yaml")
+    assert "claims.one.pairs.0.1: there is no model 'k'; known: m, n" in str(error.value)
+    assert "claims.two.test: there is no test set 'dya', did you mean 'day'?" in str(error.value)
 
 
 def test_results_say_what_was_done_now_and_how_long_it_took(run: Location) -> None:

@@ -87,6 +87,7 @@ models:
 test_sets: {night: test, other: scenes}
 predictions: {shown: {dataset: pool, model: second}}
 consistency: {dataset: night, count: 3}
+claims: {better: {says: so, pairs: [[second, first]], test: night}}
 translations:
   by_unit: {segmenter: first, real: night, extractor: {name: efficientnet_lite0}}
 """
@@ -169,6 +170,7 @@ NOT_PASSED: Final = {
             "seeds",
         )
     },
+    **{f"claims.better.{key}": "of the results: tests/report/test_comparison.py" for key in ("says", "pairs", "test")},
     "models.taught.network": "shown by `network`",
     "models.taught.loss": "shown by `loss`",
     "models.taught.self_training.teacher": "mode online has none but itself",

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
-from nightseg.report.comparison import control_of, headline, model_to_use
+from nightseg.report.comparison import claims, control_of, differences, headline, measured, model_to_use, verdict
+from nightseg.report.frame_spread import gain_spread
 from nightseg.report.run import Run
 from nightseg.storage import Location
+from tests.report.conftest import MadeUpRun
 
 DAY = {"domains": ["day"], "translated": False, "pool": False, "day_only": True}
 NIGHT = {"domains": ["day", "night"], "translated": True, "pool": False, "day_only": False}
@@ -116,3 +118,72 @@ def test_the_model_to_use_is_one_for_the_night() -> None:
     assert model_to_use(by_day) == "adapted"
     untested = {"tests": {}}
     assert model_to_use(run_of(a=model(1, DAY, 0.5) | untested, b=model(2, NIGHT, 0.5) | untested)) == "b"
+
+
+def test_every_model_has_its_difference_over_start_teacher_and_control_with_an_interval(made_up_run: MadeUpRun) -> None:
+    results = made_up_run.results
+    models = {name: dict(facts) for name, facts in results["models"].items()}
+    models["self_trained"]["start"] = "day_only"
+    models["self_trained"]["self_training"] = {**models["self_trained"]["self_training"], "teacher": "day_only"}
+    run = Run(made_up_run.folder, {**results, "models": models})
+    found = {(one["model"], one["over"], one["test"]): one for one in differences(run)}
+    assert {key: one["is"] for key, one in found.items() if key[2] == "night"} == {
+        ("self_trained", "day_only", "night"): ["start", "teacher"],
+        ("self_trained", "day_only_longer", "night"): ["control"],
+    }
+    one = found["self_trained", "day_only", "night"]
+    # Over the seeds both gain 0.04 and 0.01 in the second: half of the difference of these is between the means.
+    first = models["self_trained"]["tests"]["night"]["miou"] - models["day_only"]["tests"]["night"]["miou"]
+    assert one["mean"] == pytest.approx(first + 0.015, abs=1e-12) and one["is_paired"] and one["seeds"] == 2
+    spread = gain_spread(run, "self_trained", "day_only", "night")
+    assert spread is not None and one["interval"] == {**spread.interval._asdict(), "units": 5, "of": "frame"}
+    assert one["interval"]["low"] <= first <= one["interval"]["high"]
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "low", "high", "expected"),
+    [
+        (0.05, None, 0.01, 0.09, "holds"),  # one seed
+        (0.05, 0.04, 0.01, 0.09, "holds"),
+        (0.05, 0.06, 0.01, 0.09, "not decided"),  # seeds differ by more
+        (0.05, 0.01, -0.01, 0.09, "not decided"),  # with other frames there may be none
+        (0.05, 0.01, 0.0, 0.09, "not decided"),
+        (-0.05, 0.01, -0.09, -0.01, "does not hold"),
+        (-0.05, 0.06, -0.09, -0.01, "not decided"),
+        (0.0, 0.0, 0.0, 0.0, "not decided"),
+    ],
+)
+def test_what_a_difference_decides(mean: float, std: float | None, low: float, high: float, expected: str) -> None:
+    found = {"mean": mean, "std": std, "interval": {"low": low, "high": high}}
+    assert verdict(found) == expected
+
+
+def test_without_frames_nothing_is_decided() -> None:
+    assert verdict(None) == "not decided"
+    run = run_of(day_only=model(240, DAY, 0.25), adapted=model(480, NIGHT, 0.5))
+    found = measured(run, "adapted", "day_only", "night")
+    assert (found["mean"], found["interval"], verdict(found)) == (0.25, None, "not decided")
+
+
+def test_a_claim_holds_if_each_of_its_pairs_does(made_up_run: MadeUpRun) -> None:
+    better, worse = ["self_trained", "day_only"], ["day_only", "self_trained"]  # 12 % of the blocks are wrong, and 45 %
+    said = {
+        "right": [better],
+        "wrong": [worse],
+        "one_wrong": [better, worse],
+        "gone": [better, ["self_trained", "never_trained"]],
+        "same": [["day_only", "day_only"]],
+    }
+    run = Run(made_up_run.folder, made_up_run.results)
+    found = claims(run, {name: {"says": name, "pairs": pairs, "test": "night"} for name, pairs in said.items()})
+    assert {name: claim["verdict"] for name, claim in found.items()} == {
+        "right": "holds",
+        "wrong": "does not hold",
+        "one_wrong": "does not hold",
+        "gone": "not decided",
+        "same": "not decided",
+    }
+    assert [pair["verdict"] for pair in found["one_wrong"]["pairs"]] == ["holds", "does not hold"]
+    assert found["gone"]["pairs"][1] == {"model": "self_trained", "over": "never_trained", "verdict": "not decided"}
+    untested = claims(run, {"x": {"says": "x", "pairs": [better], "test": "fog"}})
+    assert untested["x"]["verdict"] == "not decided"

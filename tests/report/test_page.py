@@ -64,6 +64,7 @@ def test_it_is_whole_and_every_section_is_there(page: Page) -> None:
     assert ids == [
         "models",
         "use",
+        "published",
         "helped",
         "training",
         "classes",
