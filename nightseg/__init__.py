@@ -34,7 +34,9 @@ Cluster: ray, no words of the domain
     cluster/train.py           training loops on Ray Train, and their checkpoints
     cluster/shortage.py        what a worker ran out of, in words
     cluster/progress_actor.py  from training workers to the driver: how far, and why it failed
+    cluster/submit.py          jobs of a cluster: uploaded, started, followed, tried again
     cluster/launch.py          what is wrong with a cluster.yaml
+    cluster/kuberay.py         what is wrong with a file for KubeRay
 
 Frames: no torch, no ray
     data/settings.py        where frames come from; class lists of labels
@@ -190,6 +192,7 @@ Runs
     pipeline/verify.py   is every file of a run what was written
     pipeline/schedule.py which steps run when: side by side where there is room, and what a failure takes along
     pipeline/run.py      do what is not committed, gather, report; or say what would be done
+    pipeline/submit.py   a recipe as a job of a cluster: what is uploaded, what must lie there
     pipeline/tracking.py a finished run in MLflow or W&B
     pipeline/search.py   Ray Tune over the rounds: what a search tries, its trials
     pipeline/single.py   single stages without a recipe
@@ -197,7 +200,8 @@ Runs
 The command line
     cli/doctor.py    is this machine fit
     cli/output.py    how answers and errors look
-    cli/main.py      `nightseg run`, `check`, `recipe`, `status`, `verify`, `report`, `explain`, `search`, `doctor`
+    cli/main.py      `nightseg run`, `check`, `recipe`, `status`, `verify`, `report`, `explain`, `search`, `submit`,
+                     `doctor`
     cli/commands.py  `nightseg init`, `split`, `fid`, `select`, `evaluate`, `predict`, `convert`, `export`
     cli/jobs.py      the files of jobs/: parse, call one function, say what came of it
 """

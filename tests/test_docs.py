@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
+import json
 import re
 import runpy
 import shlex
@@ -104,14 +105,14 @@ def test_the_pages_have_what_this_module_looks_for() -> None:
     counts = {language: len(blocks(language)) for language in ("sh", "yaml", "python")}
     assert min(counts.values()) >= 2 and len(of("nightseg")) >= 30, counts
     fences = sum(page.read_text().count("\n```") for page in PAGES)
-    known = sum(len(blocks(language)) for language in ("sh", "yaml", "python", "text"))
+    known = sum(len(blocks(language)) for language in ("sh", "yaml", "python", "json", "text"))
     assert fences == 2 * known, "a fenced block is not closed, or of a language that nothing checks"
 
 
 def in_headers() -> list[Any]:
     """The commands of nightseg in the comments on top of the configs."""
     found = []
-    for file in (*sorted(CONFIGS.glob("*.yaml")), PROJECT / "cluster.yaml"):
+    for file in (*sorted(CONFIGS.rglob("*.yaml")), PROJECT / "cluster.yaml"):
         text = file.read_text().replace("\\\n#", " ")
         for line in re.findall(r"^#   (nightseg .*)$", text, re.MULTILINE):
             words = shlex.split(line, comments=True)
@@ -125,6 +126,8 @@ def test_a_command_of_nightseg_parses(words: list[str]) -> None:
     for word in words:
         if word.startswith("configs/") or word == "cluster.yaml":
             assert (PROJECT / word).is_file(), f"there is no {word}"
+    if words[0] == "submit" and "--until" in words:
+        assert (PROJECT / f"jobs/{words[words.index('--until') + 1]}.py").is_file()
 
 
 def test_a_wrong_command_would_be_found() -> None:
@@ -219,8 +222,40 @@ def test_what_pip_installs_is_there(words: list[str]) -> None:
     assert all(re.fullmatch(r"\.\[(\w+)\]", what)[1] in extras for what in given.what)  # type: ignore[index]
 
 
+@pytest.mark.parametrize("words", of("kubectl"))
+def test_what_kubectl_is_told_of_is_in_the_file(words: list[str]) -> None:
+    objects = yaml.safe_load((CONFIGS / "cluster/kuberay.yaml").read_text())["items"]
+    named = {(one["kind"], one["metadata"]["name"]) for one in objects}
+    match words:
+        case ["apply" | "delete", "-f", file]:
+            assert file == "configs/cluster/kuberay.yaml"
+        case ["logs", "-f", "-l", label]:
+            assert ("RayJob", label.removeprefix("batch.kubernetes.io/job-name=")) in named
+        case ["port-forward", service, "8265"]:  # KubeRay names it after the cluster
+            name = service.removeprefix("service/").removesuffix("-head-svc")
+            assert ("RayCluster", name) in named and service == f"service/{name}-head-svc"
+        case _:
+            raise AssertionError(words)
+
+
+@pytest.mark.parametrize("words", of("docker"))
+def test_what_docker_is_told_of_is_in_the_dockerfile(words: list[str]) -> None:
+    arguments = [words[place + 1] for place, word in enumerate(words) if word == "--build-arg"]
+    image = yaml.safe_load((PROJECT / "cluster.yaml").read_text())["docker"]["image"]
+    assert words[0] in ("build", "push") and arguments in ([], [f"BASE={image}"])
+    assert "ARG BASE=" in (PROJECT / "Dockerfile").read_text()
+
+
+@pytest.mark.parametrize("block", blocks("json"), ids=str)
+def test_a_policy_of_a_role_parses(block: Block) -> None:
+    policy = json.loads(block.text)
+    assert policy["Version"] == "2012-10-17" and policy["Statement"]
+    for allowed in policy["Statement"]:
+        assert allowed["Effect"] == "Allow" and "*" not in allowed["Action"]
+
+
 def test_there_is_no_command_that_nothing_checks() -> None:
-    checked = {"nightseg", "make", "ray", "pip"}
+    checked = {"nightseg", "make", "ray", "pip", "kubectl", "docker"}
     plain = {"git", "cd", "source", "export", "tensorboard"}  # tensorboard --logdir FOLDER
     unchecked = [(where, words) for where, words in COMMANDS if words[0].removeprefix(".venv/bin/") not in checked]
     assert not [found for found in unchecked if found[1][0] not in plain]

@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
+from nightseg.cluster.kuberay import is_for_kubernetes, kubernetes_problems
 from nightseg.cluster.launch import cluster_problems, unfilled
 from nightseg.storage import Location, UserError
 from nightseg.storage.yaml import read_yaml
@@ -96,9 +97,10 @@ def _token() -> Finding:
 def _cluster(file: str) -> list[Finding]:
     config = read_yaml(Location.of(file), f"--cluster {file}", "cluster").data
     try:
-        bad = [Finding("cluster", False, problem) for problem in cluster_problems(config)]
+        problems = kubernetes_problems if is_for_kubernetes(config) else cluster_problems
+        bad = [Finding("cluster", False, problem) for problem in problems(config)]
         bad += [Finding("cluster", False, f"{place} still says CHANGE-ME") for place in unfilled(config)]
-    except (AttributeError, TypeError) as error:
-        what = f"--cluster {file}: not shaped like a cluster file of Ray ({error})"
-        raise UserError(what, cure="see cluster.yaml of this project") from error
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        what = f"--cluster {file}: not shaped like a cluster file of Ray ({type(error).__name__}: {error})"
+        raise UserError(what, cure="see cluster.yaml and configs/cluster of this project") from error
     return bad or [Finding("cluster", True, f"{file}: no open door found")]

@@ -41,6 +41,11 @@ def job(doc: str | None, work: Callable[[argparse.Namespace], str], *, of_models
     return 0
 
 
+def words_of_job(run_dir: str | None, only: str | None) -> list[str]:
+    """How a job is told its run folder and model."""
+    return [*(["--run-dir", run_dir] if run_dir else []), *(["--only", only] if only else [])]
+
+
 def stage_job(doc: str | None, stage: str) -> int:
     """The job of one stage of a recipe, and of what it needs."""
 

@@ -10,6 +10,7 @@ import json
 import webbrowser
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -18,12 +19,15 @@ from nightseg.cli.output import (
     Answer,
     Failures,
     answers,
+    pass_on,
     print_check,
+    print_job,
     print_life,
     print_outcome,
     print_plan,
     print_table,
     print_trials,
+    say,
 )
 from nightseg.progress import printable, progress_for
 from nightseg.storage import Location, UserError, Workspace
@@ -340,6 +344,40 @@ def search(search_file: str, overrides: tuple[str, ...], run_dir: str | None) ->
     found = tune(search_file, overrides, run_dir=run_dir, progress=progress_for())
     content = {"best": found.best, "trials": found.trials, "recipe": found.best_recipe.uri}
     return Answer(content, partial(print_trials, found))
+
+
+@main.command()
+@click.argument("recipe", type=click.Path())
+@_set_option
+@click.option("--run-dir", metavar="DIR", help="Where the run lies, as all nodes see it: s3://, gs://, or on NFS.")
+@click.option("--only", metavar="MODEL", help="Only this model, and what it needs.")
+@click.option("--until", metavar="STAGE", help="Only this stage and what it needs: jobs/STAGE.py.")
+@click.option("--address", metavar="URL", help="Of the cluster's dashboard.  [default: http://127.0.0.1:8265]")
+@click.option("--no-wait", is_flag=True, help="Do not follow the log.")
+@click.option("--max-tries", default=1, type=click.IntRange(1), help="Submit it again, up to so often, if it dies.")
+@answers
+def submit(recipe: str, no_wait: bool, max_tries: int, **asked: Any) -> Answer:
+    """Run a recipe or a search as a job of a Ray cluster.
+
+    This code, the recipe and the files that it names are uploaded; frames lie on shared storage. The log is followed:
+    Ctrl-C leaves the job at work. Given again, the command follows it, or continues where the last one ended. The token
+    is that of RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.
+
+    \b
+    nightseg submit configs/demo.yaml --run-dir s3://BUCKET/runs/demo
+    nightseg submit configs/demo.yaml --until score --run-dir s3://BUCKET/runs/demo
+    nightseg submit configs/search.yaml --run-dir s3://BUCKET/runs/search --max-tries 3
+    """
+    from nightseg.cli.jobs import words_of_job
+    from nightseg.pipeline.submit import submit as start
+
+    if no_wait and max_tries > 1:
+        raise UserError("submit: --max-tries follows the job, and --no-wait does not", cure="give one of the two")
+    job, work = start(
+        recipe, wait=not no_wait, max_tries=max_tries, words=words_of_job, say=say, write=pass_on, **asked
+    )
+    code = 0 if job.status == "SUCCEEDED" or no_wait else job.exit_code if job.exit_code in (1, 2) else 1
+    return Answer(job._asdict() | {"run_dir": work}, partial(print_job, job, work), code)
 
 
 @main.command()

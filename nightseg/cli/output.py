@@ -22,6 +22,7 @@ from nightseg.progress import printable
 from nightseg.storage import Location, UserError
 
 if TYPE_CHECKING:
+    from nightseg.cluster.submit import Job
     from nightseg.pipeline.check import Checked
     from nightseg.pipeline.run import Adapted, Planned
     from nightseg.pipeline.search import Found
@@ -35,7 +36,7 @@ OTHER_NAMES = {  # what other programs call it -> the verb here
     "train": "run", "trian": "run", "fit": "run", "start": "run", "demo": "run", "val": "evaluate", "eval": "evaluate",
     "test": "evaluate", "score": "evaluate", "infer": "predict", "inference": "predict", "segment": "predict",
     "tune": "search", "sort": "split", "ls": "status", "info": "status", "onnx": "export", "new": "init",
-    "create": "init", "validate": "check", "lint": "check", "config": "recipe", "install": "doctor",
+    "create": "init", "validate": "check", "lint": "check", "config": "recipe", "install": "doctor", "remote": "submit",
     "why": "explain", "trace": "explain", "inspect": "explain", "frame": "explain", "provenance": "explain",
 }  # fmt: skip
 SECONDS_TO_WORDS = 1.0
@@ -131,6 +132,11 @@ def say(message: str) -> None:
     click.echo("\n".join(map(printable, message.split("\n"))), err=True)
 
 
+def pass_on(log: str) -> None:
+    """A part of a log of another machine to standard error, as it is but for control characters."""
+    click.echo("\n".join(map(printable, log.split("\n"))), nl=False, err=True)
+
+
 class Answer(NamedTuple):
     """What a verb answers: the object of --json, how people see it (None: a line a key), the exit code, and what went
     wrong all the same."""
@@ -216,6 +222,17 @@ def print_life(life: Life, page: Location | None) -> None:
         before = what
     if page is not None:
         click.echo(f"page: {page}")
+
+
+def print_job(job: Job, work: str) -> None:
+    tries = f" in try {job.tries}" if job.tries > 1 else ""
+    reason = f" ({job.message})" if job.status == "FAILED" and job.message else ""
+    click.echo(printable(f"job {job.id}: {job.status}{tries}{reason}; its run: {work}"))
+    if job.status in ("PENDING", "RUNNING"):
+        where = f"--address {shlex.quote(job.address)}"
+        click.echo("it goes on without this command; the same command follows it again. Or:")
+        click.echo(f"  RAY_AUTH_MODE=token ray job logs --follow {where} {job.id}")
+        click.echo(f"  RAY_AUTH_MODE=token ray job stop {where} {job.id}")
 
 
 def print_plan(

@@ -1,4 +1,4 @@
-"""What Ray's validation of a cluster.yaml does not see: open doors, missing tokens, a Ray other than ours."""
+"""What Ray's validation of a cluster.yaml does not see: open doors, missing tokens, another Ray, idle cost."""
 
 from __future__ import annotations
 
@@ -8,11 +8,22 @@ from importlib.metadata import version
 from typing import Any
 
 COMMANDS = ("head_start_ray_commands", "worker_start_ray_commands")
+CLOUDS = ("aws", "gcp")
+_SECRET = re.compile(
+    r"AKIA[0-9A-Z]{16}|-----BEGIN|(?i:secret|password|api_key|access_key|auth_token)\w*\s*[=:]\s*[\"']?[^\s\"'$/~]{6,}"
+)
+SECRET_NAME = re.compile(r"(?i)secret|password|token|_key\b|_key$")
 
 
 def cluster_problems(config: Mapping[str, Any]) -> list[str]:
     """Every weakness of a parsed cluster.yaml, in words; an empty list means that none was found."""
-    return [*_start_problems(config), *_setup_problems(config), *_node_problems(config), *_secret_problems(config)]
+    kind = (config.get("provider") or {}).get("type")
+    found = [*_start_problems(config), *_head_problems(config), *_setup_problems(config), *_secret_problems(config)]
+    if kind in CLOUDS:
+        found += _node_problems(config, kind)
+    if kind == "local":
+        found += _machine_problems(config)
+    return found
 
 
 def unfilled(config: Any, place: str = "") -> Iterator[str]:
@@ -27,7 +38,40 @@ def unfilled(config: Any, place: str = "") -> Iterator[str]:
         yield place
 
 
+def texts(config: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    """Every text of a parsed file, with its dotted key."""
+    if isinstance(config, Mapping):
+        for key, value in config.items():
+            yield from texts(value, f"{place}.{key}" if place else str(key))
+    elif isinstance(config, list):
+        for value in config:
+            yield from texts(value, place)
+    elif isinstance(config, str):
+        yield place, config
+
+
+def image_problems(image: str, place: str) -> Iterator[str]:
+    """Of an image of containers: another Ray or Python than ours, or a tag that moves."""
+    wanted, tag = version("ray"), image.rpartition("/")[2].partition(":")[2]
+    if not image:
+        yield f"{place}: no image"
+    elif tag in ("", "latest", "nightly", "latest-gpu") and "@sha256:" not in image:
+        yield f"{place}: {image} moves: nodes that start later get another Ray; name a version"
+    elif image.startswith("rayproject/") and not tag.startswith(f"{wanted}-"):
+        yield f"{place}: {image} is not the Ray {wanted} that nightseg was tested with"
+    elif image.startswith("rayproject/") and "-py311" not in image:
+        yield f"{place}: {image} has another Python than constraints.txt (3.11)"
+
+
+def secret_in(config: Any) -> Iterator[str]:
+    """Keys and passwords that stand in a file which others read."""
+    for place, text in texts(config):
+        if _SECRET.search(text):
+            yield f"{place}: a secret stands in the file; nodes have roles, and the token comes by file_mounts"
+
+
 def _start_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    is_local = (config.get("provider") or {}).get("type") == "local"
     for key in COMMANDS:
         commands = [str(command) for command in config.get(key) or []]
         starts = [command for command in commands if "ray start" in command]
@@ -39,32 +83,121 @@ def _start_problems(config: Mapping[str, Any]) -> Iterator[str]:
             host = re.search(r"--dashboard-host[= ](\S+)", command)
             if "--head" in command and (host is None or host.group(1) not in ("127.0.0.1", "localhost")):
                 yield f"{key}: the dashboard must bind to --dashboard-host=127.0.0.1; reach it with `ray dashboard`"
+            if "--head" in command and "--autoscaling-config" not in command:
+                yield f"{key}: `ray start --head` without --autoscaling-config: no worker is ever started"
+            if is_local:
+                yield from _address_problems(key, command, config)
+
+
+def _address_problems(key: str, command: str, config: Mapping[str, Any]) -> Iterator[str]:
+    """Ray knows the address of the head from the file, and listens where the command says."""
+    address, head = re.search(r"--node-ip-address[= ](\S+)", command), config["provider"].get("head_ip")
+    if address is None:
+        yield f"{key}: `ray start` without --node-ip-address: Ray listens on every interface of the machine"
+    elif "--head" in command and not {"$", "`"} & set(address[1]) and address[1] != head:
+        yield f"{key}: the head listens at {address[1]}, and workers look for it at provider.head_ip, {head}"
+
+
+def _head_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """The head has the drivers and the cluster's own processes: work there can take the cluster down."""
+    head = config.get("head_node_type")
+    resources = ((config.get("available_node_types") or {}).get(head) or {}).get("resources") or {}
+    starts = " ".join(map(str, config.get(COMMANDS[0]) or []))
+    if resources.get("CPU") != 0 and not re.search(r"--num-cpus[= ]0\b", starts):
+        where = f"available_node_types.{head}.resources: {{CPU: 0}}" if head else f"{COMMANDS[0]}: --num-cpus=0"
+        yield f"the head takes work, and a busy head makes the whole cluster stutter: set {where}"
 
 
 def _setup_problems(config: Mapping[str, Any]) -> Iterator[str]:
     if not config.get("setup_commands"):
-        yield "setup_commands: empty, so Ray's default installs a nightly build"
+        yield "setup_commands: empty, so Ray's default installs a nightly build, or nothing"
     docker = config.get("docker") or {}
-    image = str(docker.get("image") or docker.get("head_image") or "")
-    wanted = version("ray")
-    if image.startswith("rayproject/") and f":{wanted}-" not in image:
-        yield f"docker.image: {image} is not the Ray {wanted} that nightseg was tested with"
-    if image.startswith("rayproject/") and "-py311" not in image:
-        yield f"docker.image: {image} has another Python than constraints.txt (3.11)"
-
-
-def _node_problems(config: Mapping[str, Any]) -> Iterator[str]:
-    if (config.get("provider") or {}).get("type") != "aws":
-        return
+    images = {f"docker.{key}": docker[key] for key in ("image", "head_image", "worker_image") if docker.get(key)}
     for name, node in (config.get("available_node_types") or {}).items():
-        if not (node.get("node_config") or {}).get("SecurityGroupIds"):
-            yield f"available_node_types.{name}: no SecurityGroupIds, so Ray makes a group with SSH open to the world"
+        own = (node.get("docker") or {}).items()
+        images |= {f"available_node_types.{name}.docker.{key}": image for key, image in own if key.endswith("image")}
+    for place, image in images.items():
+        yield from image_problems(str(image), place)
+    options = [str(option) for key, value in docker.items() if key.endswith("run_options") for option in value or []]
+    if images and docker.get("disable_shm_size_detection") and not any("--shm-size" in option for option in options):
+        yield "docker: /dev/shm has 64 MiB: Ray's objects go to the disk and NCCL fails; give --shm-size in run_options"
+    for option in options:
+        if re.search(r"--privileged|-p[ =]|--publish|docker\.sock", option):
+            yield f"docker.run_options: {option}: the container gets more of its machine or network than it needs"
+
+
+def _node_problems(config: Mapping[str, Any], kind: str) -> Iterator[str]:
+    head, accounts = config.get("head_node_type"), dict[str, set[str]]()
+    for name, node in (config.get("available_node_types") or {}).items():
+        place, made = f"available_node_types.{name}", node.get("node_config") or {}
+        if name != head and node.get("min_workers"):
+            yield f"{place}: min_workers {node['min_workers']}: paid for all the time; 0 starts them when needed"
+        yield from _aws_problems(place, made) if kind == "aws" else _gcp_problems(place, node, made, name == head)
+        if name == head and re.search(r"(?i)\bspot\b|'preemptible': True", str(made)):
+            yield f"{place}: the head is a spot machine: when it is taken away, the whole cluster is lost"
+        for account in re.findall(r"instance-profile/[\w+=,.@-]+|[\w-]+@[\w.-]+\.iam\.gserviceaccount\.com", str(made)):
+            accounts.setdefault(account, set()).add("head" if name == head else "workers")
+    for account, users in accounts.items():
+        if len(users) > 1:
+            yield f"{account}: workers have the head's role, which starts machines; give them one for the bucket alone"
     rules = ((config.get("provider") or {}).get("security_group") or {}).get("IpPermissions") or []
     for rule in rules:
-        if any(block.get("CidrIp") == "0.0.0.0/0" for block in rule.get("IpRanges") or []):
+        blocks = [*(rule.get("IpRanges") or []), *(rule.get("Ipv6Ranges") or [])]
+        if any({block.get("CidrIp"), block.get("CidrIpv6")} & {"0.0.0.0/0", "::/0"} for block in blocks):
             yield "provider.security_group: a rule that lets in the whole internet (0.0.0.0/0)"
+
+
+def _aws_problems(place: str, made: Mapping[str, Any]) -> Iterator[str]:
+    if not made.get("SecurityGroupIds") and not made.get("NetworkInterfaces"):
+        yield f"{place}: no SecurityGroupIds, so Ray makes a group with SSH open to the world"
+    if not made.get("IamInstanceProfile"):
+        yield f"{place}: no IamInstanceProfile, so Ray makes a head that may do everything with EC2 and S3"
+    if not made.get("ImageId"):
+        yield f"{place}: no ImageId, so Ray takes one of Ubuntu 18.04, whose NVIDIA driver is too old for our torch"
+    if (made.get("MetadataOptions") or {}).get("HttpTokens") != "required":
+        yield f"{place}: MetadataOptions.HttpTokens is not `required`: a fooled program hands out the role's keys"
+
+
+def _gcp_problems(place: str, node: Mapping[str, Any], made: Mapping[str, Any], is_head: bool) -> Iterator[str]:
+    if not made.get("serviceAccounts"):
+        yield f"{place}: no serviceAccounts, so Ray makes one that may change all machines and buckets of the project"
+    if not made.get("networkInterfaces"):
+        yield f"{place}: no networkInterfaces: in the default network SSH is open to the world"
+    if not is_head and not (node.get("resources") or {}).get("CPU"):
+        yield f"{place}: no resources: {{CPU: ..., GPU: ...}}: Ray does not know before a machine is there what it has"
+    has_gpu = "guestAccelerators" in made or re.match(
+        r"(g2|a2|a3|a4)", str(made.get("machineType", "")).rpartition("/")[2]
+    )
+    if has_gpu and "'onHostMaintenance': 'TERMINATE'" not in str(made):
+        yield f"{place}: a machine with GPUs needs scheduling: [{{onHostMaintenance: TERMINATE}}], or it is refused"
+
+
+def _machine_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """Machines that are there already: the provider `local`."""
+    provider = config.get("provider") or {}
+    workers = provider.get("worker_ips") or []
+    if provider.get("head_ip") in workers:
+        yield "provider.worker_ips: the head is among them: it would be started as a worker, too"
+    if len(set(workers)) < len(workers):
+        yield "provider.worker_ips: one of them stands there twice"
+    named = [count for key in ("min_workers", "max_workers") if (count := config.get(key)) not in (None, len(workers))]
+    if named and "worker_ips" in provider:
+        yield f"min_workers, max_workers: {len(workers)} machines are listed, so leave both out: each is to be started"
+    if not config.get("docker"):
+        starts = [str(command) for key in COMMANDS for command in config.get(key) or []]
+        profile = " ".join(
+            map(str, [*(config.get("setup_commands") or []), *(config.get("initialization_commands") or [])])
+        )
+        if any(re.match(r"(\S+=\S*\s+)*ray\b", command) for command in starts) and "PATH" not in profile:
+            yield (
+                "setup_commands: no PATH is set in ~/.bashrc, so `ray` is the first of the login shell, or none, and "
+                "`ray down`, which calls `ray stop` there, ends nothing: name the virtual environment"
+            )
 
 
 def _secret_problems(config: Mapping[str, Any]) -> Iterator[str]:
     if not any(str(target).endswith(".ray/auth_token") for target in config.get("file_mounts") or {}):
         yield "file_mounts: the auth token is not brought to the nodes (/home/ray/.ray/auth_token: ~/.ray/auth_token)"
+    elif "chmod 600" not in " ".join(str(command) for command in config.get("setup_commands") or []):
+        yield "setup_commands: the token is readable for all of a node: chmod 600 .ray/auth_token"
+    yield from secret_in(config)

@@ -193,7 +193,7 @@ def _start(num_cpus: int | None, dashboard: bool) -> None:
     import ray
 
     _set_defaults(LOCAL_ENVIRONMENT)
-    _prepare_token(may_create=True)
+    prepare_token(may_create=True)
     for is_last in (False, True):
         try:
             ray.init(
@@ -233,7 +233,7 @@ def _join(address: str) -> None:
             cure=f"submit with `ray job submit --working-dir . -- python jobs/...`, or {ADDRESS_CURE}",
         )
     _set_defaults(CLUSTER_ENVIRONMENT)
-    _prepare_token(may_create=False)
+    prepare_token(may_create=False)
     _check_reachable(address, shown)
     # A cluster that others started does not pass our environment on. A job that sets a variable itself keeps it, and
     # Ray refuses one that is set in both places.
@@ -269,7 +269,7 @@ def _check_reachable(address: str, shown: str) -> None:
         ) from error
 
 
-def _prepare_token(may_create: bool) -> None:
+def prepare_token(may_create: bool) -> None:
     """Settle token authentication before Ray looks: Ray's own way writes a world-readable file and prints a warning.
 
     A mode that the user set is kept. Otherwise a token that exists is used; a local Ray without one gets a fresh token

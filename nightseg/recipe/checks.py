@@ -69,8 +69,8 @@ class _Sections:
         self.test_sets = _mapping(data, "test_sets")  # name -> name of a dataset
 
 
-def recipe_problems(data: Mapping[str, Any]) -> list[Problem]:
-    """Everything that is wrong with the names and folders of a recipe."""
+def recipe_problems(data: Mapping[str, Any], elsewhere: bool = False) -> list[Problem]:
+    """Everything that is wrong with the names and folders of a recipe; `elsewhere`: folders are not of this machine."""
     sections = _Sections(data)
     references = list(_references(sections))
     return [
@@ -85,8 +85,8 @@ def recipe_problems(data: Mapping[str, Any]) -> list[Problem]:
         *_unfit_translations(sections),
         *_unlabelled(sections),
         *_taxonomy_problems(data, sections),
-        *_missing_models(sections),
-        *_missing_folders(sections),
+        *(() if elsewhere else _missing_models(sections)),
+        *(() if elsewhere else _missing_folders(sections)),
     ]
 
 

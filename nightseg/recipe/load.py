@@ -48,10 +48,20 @@ class Source(NamedTuple):
     origins: dict[tuple[str, ...], tuple[str, ...]]  # what a model was given -> the recipe's key that it is from
 
 
-def load_recipe(file: str | Path | Location | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
-    """Read, override and check a recipe, a file or its content; raises `RecipeError` with all errors at once."""
+def load_recipe(
+    file: str | Path | Location | Mapping[str, Any], overrides: Sequence[str] = (), *, elsewhere: bool = False
+) -> Recipe:
+    """Read, override and check a recipe, a file or its content; raises `RecipeError` with all errors at once.
+
+    `elsewhere`: it is for other machines, so that folders of datasets and models are not looked for here.
+    """
     source = _whole(file, overrides)
-    return _typed(Recipe, source, recipe_problems(source.data))
+    return _typed(Recipe, source, recipe_problems(source.data, elsewhere))
+
+
+def written(file: str | Path | Location, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What a recipe and its bases say, with overrides, as plain data: one that needs no other file."""
+    return _written(file, overrides).data
 
 
 def _whole(file: str | Path | Location | Mapping[str, Any], overrides: Sequence[str]) -> Source:

@@ -41,6 +41,11 @@ VERBS: Final = {
     "check": Verb("nightseg.pipeline.check:check", (DEMO,), {**PLACES, "--frames": "3"}),
     "recipe": Verb("nightseg.recipe.load:as_it_is", (DEMO,), {"--set": "seed=3"}),
     "search": Verb("nightseg.pipeline.search:search", ("s.yaml",), {"--set": "trials=3", "--run-dir": "other"}),
+    "submit": Verb(
+        "nightseg.pipeline.submit:submit",
+        ("r.yaml",),
+        {**PLACES, "--until": "score", "--address": "http://head:8265", "--no-wait": None, "--max-tries": "3"},
+    ),
     "report": Verb("nightseg.report:write_report", ("run1",), {}),
     "explain": Verb("nightseg.report.life:life_of", ("run1", "f"), {"--model": "m"}),
     "status": Verb("nightseg.cli.main:Workspace", ("run1",), {}),

@@ -278,7 +278,7 @@ def test_a_ray_that_is_slow_to_start_is_tried_once_more(
             raise Exception("The current node timed out during startup. This could happen because some of the raylet")
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(cluster, "_prepare_token", lambda may_create: None)
+    monkeypatch.setattr(cluster, "prepare_token", lambda may_create: None)
     monkeypatch.setattr(cluster, "hide_daemons", lambda: None)
     monkeypatch.setattr(cluster, "_started_here", False)
     monkeypatch.setattr("ray.init", init)
@@ -303,7 +303,7 @@ def test_another_failure_of_ray_is_not_tried_again(not_connected: None, monkeypa
         raise ValueError("no such port")
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(cluster, "_prepare_token", lambda may_create: None)
+    monkeypatch.setattr(cluster, "prepare_token", lambda may_create: None)
     monkeypatch.setattr("ray.init", init)
     with pytest.raises(ValueError, match="no such port"):
         cluster.connect()

@@ -1,0 +1,237 @@
+"""Jobs of a cluster: a folder and a command are uploaded to its head node, started there, followed, and tried again.
+
+The driver of a job asks for no resources: then Ray runs it on the head, which no spot price takes away, and workers
+keep their CPUs. All that is said to the cluster goes to the dashboard of its head by HTTP, with the token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shlex
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+from urllib.parse import urlsplit
+
+from nightseg.cluster.ray import ADMISSION_CURE, HANDED_ON, REACHABLE_SECONDS, prepare_token
+from nightseg.errors import UserError
+
+LOCAL_DASHBOARD: Final = "http://127.0.0.1:8265"  # where `ray dashboard` and a port-forward bring it
+ADDRESS_VARIABLE: Final = "RAY_API_SERVER_ADDRESS"
+WRONG_REQUEST: Final = 2  # exit code of a driver that would end the same way if it were tried again
+SECONDS_BETWEEN_TRIES: Final = 10.0
+SECONDS_WITHOUT_ANSWER: Final = 600.0
+_SECONDS_BETWEEN_LOOKS: Final = 1.0
+_LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
+
+
+class Request(NamedTuple):
+    """What a job does: `command` in a copy of `folder`. `work` says where its work lies: one driver at a time there."""
+
+    name: str
+    folder: Path
+    command: Sequence[str]
+    work: str
+
+
+class Job(NamedTuple):
+    """A job as it was seen last. `status`: Ray's word for it. `exit_code`: of its driver, None if unknown."""
+
+    id: str
+    address: str
+    status: str
+    exit_code: int | None = None
+    message: str = ""
+    tries: int = 1
+
+
+def dashboard_at(given: str | None) -> str:
+    """The address to submit to: what is given, what the environment says, or loopback. Raises UserError: none of HTTP.
+
+    RAY_ADDRESS is often that of the control store, which takes no jobs: it counts if it is one of HTTP.
+    """
+    of_ray = os.environ.get("RAY_ADDRESS", "")
+    address = given or os.environ.get(ADDRESS_VARIABLE) or (of_ray if of_ray.startswith("http") else LOCAL_DASHBOARD)
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
+        shown = address.rpartition("@")[2]
+        raise UserError(
+            f"address: {shown!r} is not the address of a dashboard, http://HOST:PORT without user and password",
+            cure=f"{LOCAL_DASHBOARD}, to which `ray dashboard cluster.yaml` brings it",
+        )
+    return address.rstrip("/")
+
+
+def runtime_env(folder: Path) -> dict[str, Any]:
+    """What a job runs in: a copy of the folder; what is installed, and the token, are the cluster's own."""
+    handed_on = {name: os.environ[name] for name in HANDED_ON if name in os.environ}
+    return {"working_dir": str(folder), "env_vars": {"PYTHONUNBUFFERED": "1", **handed_on}}
+
+
+def run_job(
+    request: Request,
+    address: str,
+    *,
+    wait: bool,
+    max_tries: int,
+    say: Callable[[str], None],
+    write: Callable[[str], None],
+) -> Job:
+    """Submit a job; with `wait`, pass its log to `write` and try it again if it dies. Ctrl-C leaves it at work.
+
+    A job that does the same on the same work is followed instead of a second one that would find it locked.
+
+    Raises:
+        UserError: nobody answers, the token is missing or wrong, another job is at this work.
+    """
+    client = _client(address, say)
+    for number in range(1, max_tries + 1):
+        id = _same_at_work(client, request)
+        if id is not None:
+            say(f"job {id} does this already, as it was submitted then: no second one is started")
+        else:
+            id = _submit(client, request)
+            say(f"job {id} is submitted to {address}")
+        if not wait:
+            return Job(id, address, str(client.get_job_status(id)), tries=number)
+        try:
+            job = _follow(client, id, address, say, write)._replace(tries=number)
+            if job.status != "FAILED" or job.exit_code == WRONG_REQUEST or number == max_tries:
+                return job
+            say(f"job {id} failed ({job.message or 'without a reason'}): try {number + 1} of {max_tries} goes on")
+            time.sleep(SECONDS_BETWEEN_TRIES)
+        except KeyboardInterrupt:
+            return Job(id, address, "RUNNING", tries=number)
+    raise AssertionError("a job is tried at least once")
+
+
+def _client(address: str, say: Callable[[str], None]) -> Any:
+    prepare_token(may_create=False)
+    host, port = urlsplit(address).hostname, urlsplit(address).port
+    cure = (
+        "keep `ray dashboard cluster.yaml` running (on Kubernetes: `kubectl port-forward service/nightseg-head-svc "
+        "8265`), or give the address of the dashboard"
+    )
+    try:
+        default = 443 if address.startswith("https") else 80
+        socket.create_connection((host or "", port or default), timeout=REACHABLE_SECONDS).close()
+    except (OSError, OverflowError, ValueError) as error:
+        raise UserError(f"address: no cluster answers at {address}: {error}", cure=cure) from error
+    if address.startswith("http:") and host not in _LOOPBACK:
+        say(f"the token goes to {host} unencrypted: a tunnel (`ray dashboard`) or https would hide it")
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    for part in ("dashboard_sdk", "job.sdk"):
+        logging.getLogger(f"ray.dashboard.modules.{part}").setLevel(logging.WARNING)
+    try:
+        with _only_address(address):
+            return JobSubmissionClient(address)
+    except AuthenticationError as error:
+        is_wrong = "Authentication failed" in str(error)
+        what = "its token is another than the one here" if is_wrong else "it wants its token, and there is none here"
+        raise UserError(f"address: the cluster at {address} refuses: {what}", cure=ADMISSION_CURE) from error
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise UserError(f"address: what answers at {address} is no Ray dashboard: {first_line}", cure=cure) from error
+
+
+@contextmanager
+def _only_address(address: str) -> Iterator[None]:
+    """Ray lets these variables win over the address that it is given."""
+    before = {name: os.environ.pop(name, None) for name in (ADDRESS_VARIABLE, "RAY_ADDRESS")}
+    os.environ[ADDRESS_VARIABLE] = address
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _same_at_work(client: Any, request: Request) -> str | None:
+    """The job that does the same already. Raises UserError if another one is at this work."""
+    for job in client.list_jobs():
+        if job.submission_id and not job.status.is_terminal() and (job.metadata or {}).get("work") == request.work:
+            if job.entrypoint == shlex.join(request.command):
+                return str(job.submission_id)
+            raise UserError(
+                f"job {job.submission_id} is at work on {request.work} and does something else: {job.entrypoint}",
+                cure=f"wait for it, or stop it: ray job stop {job.submission_id}",
+            )
+    return None
+
+
+def _submit(client: Any, request: Request) -> str:
+    """A cluster takes every id once: the name, then the name with a number."""
+    taken = {job.submission_id for job in client.list_jobs()}
+    number = 1
+    while True:
+        id = request.name if number == 1 else f"{request.name}-{number}"
+        number += 1
+        if id in taken:
+            continue
+        try:
+            client.submit_job(
+                entrypoint=shlex.join(request.command), submission_id=id, runtime_env=runtime_env(request.folder),
+                metadata={"work": request.work},
+            )  # fmt: skip
+            return id
+        except RuntimeError as error:
+            if "already exists" not in str(error):
+                raise
+            taken.add(id)
+
+
+def _follow(client: Any, id: str, address: str, say: Callable[[str], None], write: Callable[[str], None]) -> Job:
+    from aiohttp import ClientError
+
+    shown = _Shown(write)
+    silent_since = 0.0
+    while True:
+        try:
+            asyncio.run(shown.tail(client, id))
+            details = client.get_job_info(id)
+            if details.status.is_terminal():
+                shown.rest(client.get_job_logs(id))
+                code = details.driver_exit_code
+                return Job(id, address, str(details.status), code, (details.message or "").partition("\n")[0])
+            silent_since = 0.0
+        except (OSError, ClientError, RuntimeError, ValueError) as error:  # the tunnel, or the head for a while
+            if not silent_since:
+                silent_since = time.monotonic()
+                say(f"job {id}: the connection is lost ({error}); it goes on without us, and we look for it")
+            if time.monotonic() - silent_since > SECONDS_WITHOUT_ANSWER:
+                raise UserError(
+                    f"address: {address} has not answered for {SECONDS_WITHOUT_ANSWER:g} s; job {id} may go on",
+                    cure="the same command follows it, or continues its work",
+                ) from error
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+class _Shown:
+    """The part of a log that was passed on: each connection tells it from its beginning."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self.write = write
+        self.length = 0
+
+    def rest(self, log: str) -> None:
+        if len(log) > self.length:
+            self.write(log[self.length :])
+            self.length = len(log)
+
+    async def tail(self, client: Any, id: str) -> None:
+        seen = 0
+        async for text in client.tail_job_logs(id):
+            new = text[max(0, self.length - seen) :]
+            seen += len(text)
+            if new:
+                self.write(new)
+                self.length = seen

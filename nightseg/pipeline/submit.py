@@ -1,0 +1,192 @@
+"""A recipe or a search as a job of a cluster: what is uploaded, and what has to lie where the cluster sees it.
+
+Uploaded is this code, the jobs, the recipe with its bases and overrides, and the files that it names (class lists,
+lists of frames, weights): nothing else of this machine. Folders of frames are not: they lie on shared storage.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final, NamedTuple
+
+import nightseg
+from nightseg.cluster.submit import Job, Request, dashboard_at, run_job
+from nightseg.errors import UserError, closest, first_of, together
+from nightseg.pipeline.search import Search
+from nightseg.recipe import load_recipe, load_settings, written
+from nightseg.recipe.load import as_yaml
+from nightseg.storage import Location
+from nightseg.storage.paths import hide_credentials
+from nightseg.storage.yaml import read_yaml
+
+MOST_BYTES: Final = 100 * 2**20  # of all files that come along; Ray takes a few hundred MiB
+WHOLE: Final = ("self_train", "search")  # the jobs that are not of one stage
+RUNS_OF_JOBS: Final = "~/nightseg-runs"
+_FILES: Final = "files"  # folder of the job that holds what the recipe names
+_OF_JOB: Final = "/proc/self/cwd"  # the job's folder, where a relative path would mean another one
+_OF_SEARCH: Final = "recipe_of_search.yaml"
+_BELOW_ROOT: Final = ("images", "labels", "split_list")  # relative to the folder of the dataset
+_PLACES: Final = ("root", "start", "taxonomy", "encoder_weights", "weights", "perceptual_weights", *_BELOW_ROOT)
+
+Path_ = tuple[str | int, ...]
+
+
+class Named(NamedTuple):
+    """A file or folder that a recipe names: the mapping or list that it stands in, its key there, and its full key."""
+
+    owner: Any
+    key: str | int
+    path: str
+    text: str
+
+
+def submit(
+    recipe_file: str,
+    overrides: Sequence[str] = (),
+    *,
+    run_dir: str | None = None,
+    only: str | None = None,
+    until: str | None = None,
+    address: str | None = None,
+    wait: bool = True,
+    max_tries: int = 1,
+    words: Callable[..., list[str]],
+    say: Callable[[str], None],
+    write: Callable[[str], None],
+) -> tuple[Job, str]:
+    """Run a recipe, a search, or one stage of a recipe, as a job; see `cluster.submit.run_job`.
+
+    `words`: how a job of jobs/ is told its run folder and model.
+
+    Returns the job, and where its run lies. Raises UserError, before anything is uploaded, with all that is wrong with
+    the request as far as this machine can tell: whether folders are there is only known on the cluster.
+    """
+    place = dashboard_at(address)
+    if run_dir is not None and "://" not in run_dir and not run_dir.startswith(("/", "~")):
+        raise UserError(
+            f"run folder {run_dir!r}: a relative one would vanish with the job",
+            cure="a URI such as s3://bucket/runs/x, or a path that all nodes see, such as /nfs/runs/x",
+        )
+    with TemporaryDirectory(prefix="nightseg-submit-") as temporary:
+        folder = Path(temporary)
+        name, job = _stage(recipe_file, overrides, only, until, folder, say)
+        work = run_dir or f"{RUNS_OF_JOBS}/{name}"
+        if run_dir is None:
+            say(
+                f"the run will lie on the head node, in {work}: where there are other nodes, which do not see it, name "
+                "a run folder on shared storage"
+            )
+        command = ["python", f"jobs/{job}.py", f"{name}.yaml", *words(run_dir=run_dir, only=only)]
+        request = Request(name, folder, command, hide_credentials(work))
+        return run_job(request, place, wait=wait, max_tries=max_tries, say=say, write=write), work
+
+
+def _stage(
+    file: str, overrides: Sequence[str], only: str | None, until: str | None, folder: Path, say: Callable[[str], None]
+) -> tuple[str, str]:
+    """Puts all that a job needs into the folder. Returns the name of the recipe or search, and of the job."""
+    recipe_file, recipe_overrides = file, list(overrides)
+    if "space" in read_yaml(Location.of(file), file, "recipe").data:
+        search = load_settings(Search, file, overrides)
+        if only or until:
+            raise UserError(f"{file}: a search has one model and all stages", cure="name neither model nor stage")
+        recipe_file, recipe_overrides, job = str(Location.of(file).beside(search.recipe)), search.set, "search"
+        uploaded = search.model_copy(update={"recipe": _OF_SEARCH, "set": []}).model_dump(mode="json")
+        (folder / f"{search.name}.yaml").write_text(as_yaml(uploaded))
+        name, recipe_name = search.name, _OF_SEARCH
+    else:
+        if until in WHOLE:
+            raise UserError(f"there is no job for the stage {until!r}", cure="name a stage, or none for all of them")
+        job = until or "self_train"
+        recipe = load_recipe(file, overrides, elsewhere=True)
+        name, recipe_name = recipe.name, f"{recipe.name}.yaml"
+        if only is not None and only not in recipe.models:
+            known = ", ".join(recipe.models) or "none"
+            raise UserError(
+                f"{file}: the recipe has no such model: {only!r}{closest(only, recipe.models)}", cure=f"one of: {known}"
+            )
+    _add_code(job, folder)
+    load_recipe(recipe_file, recipe_overrides, elsewhere=True)
+    data = written(recipe_file, recipe_overrides)
+    _add_files(recipe_file, data, folder, say)
+    (folder / recipe_name).write_text(as_yaml(data))
+    return name, job
+
+
+def _add_code(job: str, folder: Path) -> None:
+    package = Path(nightseg.__file__).parent
+    jobs = package.parent / "jobs"
+    known = sorted(path.stem for path in jobs.glob("*.py"))
+    if not known:
+        raise UserError(
+            f"{jobs}: the jobs are not beside the package",
+            cure="submit from a checkout, installed with `pip install -e .`",
+        )
+    stages = [name for name in known if name not in WHOLE]
+    if job not in (*stages, *WHOLE):
+        raise UserError(
+            f"there is no job for the stage {job!r}{closest(job, stages)}", cure=f"one of {', '.join(stages)}"
+        )
+    without = shutil.ignore_patterns("__pycache__", "*.pyc")
+    shutil.copytree(package, folder / "nightseg", ignore=without)
+    shutil.copytree(jobs, folder / "jobs", ignore=without)
+
+
+def _add_files(recipe_file: str, data: dict[str, Any], folder: Path, say: Callable[[str], None]) -> None:
+    """Files that the recipe names come along; folders are told of, or refused where no other machine can have them."""
+    problems, uploaded, here, left = list[UserError](), dict[str, str](), list[str](), MOST_BYTES
+    for owner, key, path, text in _named(data):
+        place = Location.of(text)
+        if place.exists() and not place.is_folder() and (place.uri in uploaded or place.local.stat().st_size <= left):
+            if place.uri not in uploaded:
+                left -= place.local.stat().st_size
+                uploaded[place.uri] = f"{_FILES}/{len(uploaded)}/{place.name}"
+                (folder / uploaded[place.uri]).parent.mkdir(parents=True)
+                shutil.copyfile(place.local, folder / uploaded[place.uri])
+            owner[key] = f"{_OF_JOB}/{uploaded[place.uri]}" if key in _BELOW_ROOT else uploaded[place.uri]
+        elif place.exists():
+            owner[key] = shown = text if text.startswith("~") else place.uri
+            here.append(f"{path} ({shown})")
+        elif not text.startswith(("/", "~")):
+            problems.append(
+                UserError(
+                    f"{recipe_file}: {path}: there is no {text!r} here, and on a cluster a relative path leads nowhere",
+                    cure="the path or URI under which all nodes of the cluster see it",
+                )
+            )
+    if problems:
+        raise together(problems)
+    if uploaded:
+        say(f"goes along: {first_of(list(uploaded))}")
+    if here:
+        say(
+            f"on this machine; the job fails unless all nodes of the cluster see the same under that path (NFS), so "
+            f"else copy it to shared storage and set it to its URI: {first_of(here)}"
+        )
+
+
+def _named(data: Any, path: Path_ = ()) -> Iterator[Named]:
+    """Local files and folders that a raw recipe names."""
+    entries = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, value in list(entries):
+        if not isinstance(value, str):
+            yield from _named(value, (*path, key))
+        elif _is_place(path, key, value):
+            yield Named(data, key, ".".join(map(str, (*path, key))), value)
+
+
+def _is_place(path: Path_, key: str | int, text: str) -> bool:
+    if "://" in text or not text or "{" in text:
+        return False
+    if path[-1:] == ("argv",):  # a program is found where it runs, a file of the user's comes along
+        return Path(text).is_file() and not text.startswith("/")
+    if key not in _PLACES:
+        return path == ("roots",)
+    if key in _BELOW_ROOT:
+        return text.startswith(("/", "~"))
+    if key in ("taxonomy", "start"):  # a name, or a path
+        return "/" in text or Path(text).is_file()
+    return True

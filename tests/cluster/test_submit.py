@@ -1,0 +1,212 @@
+"""Jobs as a cluster sees them: what is asked of it, what is told of its answers, tries, Ctrl-C. It is made up."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.dashboard.modules.job.common import JobStatus
+
+from nightseg.cluster import submit as jobs
+from nightseg.cluster.submit import Job, Request, dashboard_at, run_job
+from nightseg.errors import UserError
+
+ADDRESS = "http://127.0.0.1:1"
+
+
+class Details:
+    """What a cluster says of a job."""
+
+    def __init__(self, submission_id: str | None, entrypoint: str, metadata: dict[str, str] | None) -> None:
+        self.submission_id, self.entrypoint, self.metadata = submission_id, entrypoint, metadata
+        self.status, self.driver_exit_code, self.message = JobStatus.RUNNING, None, None
+
+
+class Cluster:
+    """Keeps jobs; each ends as `ends` says, one after the other. `cuts`: how often its log breaks off."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Details] = [Details(None, "python somebody.py", None)]
+        self.ends: list[tuple[JobStatus, int | None]] = []
+        self.cuts = 0
+        self.asked: list[dict[str, Any]] = []
+        self.interrupted = False
+
+    def list_jobs(self) -> list[Details]:
+        return list(self.jobs)
+
+    def submit_job(self, **asked: Any) -> str:
+        if asked["submission_id"] in {job.submission_id for job in self.jobs}:
+            raise RuntimeError("Request failed with status code 500: Job with submission_id x already exists.")
+        self.asked.append(asked)
+        self.jobs.append(Details(asked["submission_id"], asked["entrypoint"], asked["metadata"]))
+        return str(asked["submission_id"])
+
+    def job(self, id: str) -> Details:
+        return next(job for job in self.jobs if job.submission_id == id)
+
+    def get_job_status(self, id: str) -> JobStatus:
+        return self.job(id).status
+
+    def get_job_info(self, id: str) -> Details:
+        job = self.job(id)
+        if self.ends:
+            job.status, code = self.ends.pop(0)
+            job.driver_exit_code = code  # type: ignore[assignment]
+            job.message = "it died\nTraceback"  # type: ignore[assignment]
+        return job
+
+    def get_job_logs(self, id: str) -> str:
+        return f"first of {id}\nsecond\nlast\n"
+
+    async def tail_job_logs(self, id: str) -> AsyncIterator[str]:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        yield f"first of {id}\n"
+        if self.cuts:
+            self.cuts -= 1
+            raise RuntimeError("WebSocket connection closed unexpectedly")
+        yield "second\n"
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    made = Cluster()
+    monkeypatch.setattr(jobs, "_client", lambda address, say: made)
+    monkeypatch.setattr(jobs, "SECONDS_BETWEEN_TRIES", 0.0)
+    monkeypatch.setattr(jobs, "_SECONDS_BETWEEN_LOOKS", 0.0)
+    return made
+
+
+class Told:
+    """What was said, and the log that was passed on."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.log = ""
+
+    def write(self, text: str) -> None:
+        self.log += text
+
+
+REQUEST = Request("demo", Path("/code"), ["python", "jobs/x.py", "my recipe.yaml", "--only", "$(rm -rf ~)"], "s3://b/r")
+
+
+def run(told: Told, request: Request = REQUEST, wait: bool = True, max_tries: int = 1) -> Job:
+    return run_job(request, ADDRESS, wait=wait, max_tries=max_tries, say=told.said.append, write=told.write)
+
+
+def test_a_job_is_asked_for_as_words_and_without_resources(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NIGHTSEG_ALLOW_DOWNLOAD", "1")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
+    cluster.ends = [(JobStatus.SUCCEEDED, 0)]
+    told = Told()
+    assert run(told) == Job("demo", ADDRESS, "SUCCEEDED", 0, "it died")
+    (asked,) = cluster.asked
+    assert shlex.split(asked["entrypoint"]) == REQUEST.command and "'$(rm -rf ~)'" in asked["entrypoint"]
+    assert asked["metadata"] == {"work": "s3://b/r"}
+    variables = {"PYTHONUNBUFFERED": "1", "NIGHTSEG_ALLOW_DOWNLOAD": "1"}
+    assert asked["runtime_env"] == {"working_dir": "/code", "env_vars": variables}
+    assert asked.keys() == {"entrypoint", "submission_id", "runtime_env", "metadata"}, "Ray puts it on the head then"
+    assert told.log == "first of demo\nsecond\nlast\n"
+
+
+def test_each_job_has_an_id_of_its_own_and_all_show_the_name(cluster: Cluster) -> None:
+    cluster.ends = [(JobStatus.FAILED, 1), (JobStatus.STOPPED, None), (JobStatus.SUCCEEDED, 0)]
+    assert [run(Told()).id for _ in range(3)] == ["demo", "demo-2", "demo-3"]
+
+
+def test_two_who_submit_at_once_get_two_ids(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster.jobs.append(Details("demo", "python x.py", {}))
+    cluster.jobs[-1].status = JobStatus.SUCCEEDED
+    monkeypatch.setattr(cluster, "list_jobs", list)
+    assert run(Told(), wait=False).id == "demo-2"
+
+
+def test_a_log_that_breaks_off_is_told_once(cluster: Cluster) -> None:
+    cluster.cuts, cluster.ends = 2, [(JobStatus.SUCCEEDED, 0)]
+    told = Told()
+    run(told)
+    assert told.log == "first of demo\nsecond\nlast\n"
+    assert len([line for line in told.said if "connection is lost" in line]) == 1
+
+
+def test_a_cluster_that_stays_away_is_given_up_and_the_job_is_not(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "SECONDS_WITHOUT_ANSWER", -1.0)
+    cluster.cuts = 9
+    with pytest.raises(UserError, match="job demo may go on"):
+        run(Told())
+
+
+def test_a_driver_that_dies_is_tried_again(cluster: Cluster) -> None:
+    cluster.ends = [(JobStatus.FAILED, -9), (JobStatus.FAILED, 1), (JobStatus.SUCCEEDED, 0)]
+    told = Told()
+    job = run(told, max_tries=3)
+    assert (job.id, job.status, job.tries) == ("demo-3", "SUCCEEDED", 3)
+    assert "job demo failed (it died): try 2 of 3 goes on" in told.said
+
+
+@pytest.mark.parametrize(
+    ("end", "tries"),
+    [((JobStatus.FAILED, 2), 1), ((JobStatus.STOPPED, None), 1), ((JobStatus.FAILED, 1), 3)],
+    ids=["a wrong request", "stopped by somebody", "it fails each time"],
+)
+def test_what_ends_tries(cluster: Cluster, end: tuple[JobStatus, int | None], tries: int) -> None:
+    cluster.ends = [end] * 5
+    job = run(Told(), max_tries=3)
+    assert (job.status, job.exit_code, job.tries) == (str(end[0]), end[1], tries)
+
+
+def test_ctrl_c_leaves_the_job_at_work_and_the_same_command_follows_it(cluster: Cluster) -> None:
+    cluster.interrupted = True
+    assert run(Told()) == Job("demo", ADDRESS, "RUNNING")
+    cluster.interrupted, cluster.ends = False, [(JobStatus.SUCCEEDED, 0)]
+    told = Told()
+    assert run(told).id == "demo" and len(cluster.asked) == 1
+    assert told.said[0] == "job demo does this already, as it was submitted then: no second one is started"
+
+
+def test_other_work_in_the_same_place_is_refused_and_elsewhere_it_starts(cluster: Cluster) -> None:
+    run(Told(), wait=False)
+    with pytest.raises(UserError, match=r"job demo is at work on s3://b/r .*ray job stop demo"):
+        run(Told(), REQUEST._replace(command=["python", "jobs/y.py"]), wait=False)
+    assert run(Told(), REQUEST._replace(work="s3://b/other"), wait=False).id == "demo-2"
+
+
+@pytest.mark.parametrize(
+    ("given", "variables", "address"),
+    [
+        (None, {}, "http://127.0.0.1:8265"),
+        ("https://ray.example:443/", {"RAY_ADDRESS": "http://other:8265"}, "https://ray.example:443"),
+        (None, {"RAY_ADDRESS": "http://other:8265"}, "http://other:8265"),
+        (None, {"RAY_ADDRESS": "10.0.0.1:6379"}, "http://127.0.0.1:8265"),
+        (None, {"RAY_ADDRESS": "http://a:1", "RAY_API_SERVER_ADDRESS": "http://b:2"}, "http://b:2"),
+    ],
+)
+def test_the_address_is_the_one_that_is_given_or_said(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, variables: dict[str, str], address: str
+) -> None:
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert dashboard_at(given) == address
+
+
+@pytest.mark.parametrize(
+    "address", ["10.0.0.1:6379", "ray://head:10001", "head", "http://", "http://me:pass@head:8265"]
+)
+def test_what_is_no_address_of_a_dashboard_is_refused(address: str) -> None:
+    with pytest.raises(UserError, match="not the address of a dashboard") as error:
+        dashboard_at(address)
+    assert "pass@" not in str(error.value)
+
+
+def test_nobody_who_answers_is_said_with_what_to_keep_running() -> None:
+    with pytest.raises(UserError, match=r"no cluster answers at http://127.0.0.1:1: .*ray dashboard"):
+        run(Told())

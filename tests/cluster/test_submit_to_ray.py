@@ -1,0 +1,151 @@
+"""`nightseg submit` to a cluster that asks for a token, from another folder: to the report, again, and refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+PROJECT = Path(__file__).parents[2]
+TOKEN = "4" * 64
+RECIPE = """
+base: below/base.yaml
+name: tiny
+taxonomy: classes.txt
+models:
+  day_only: {train: [day], start: scratch}
+test_sets: {night: test}
+"""
+BASE = """
+name: base
+compute: {train: {workers: 1, cpus_per_worker: 1}, map: {actors: 0}}
+datasets:
+  day: {layout: scenes, count: 4, size: [32, 64], mix: {day: 1.0}}
+  test: {layout: scenes, count: 2, first: 50, size: [32, 64], mix: {night: 1.0}}
+network: {encoder: resnet18, pyramid_channels: 8, head_channels: 8}
+training: {optimizer: adamw, batch: 2, epochs: 1, steps_per_epoch: 1, warmup_steps: 0, crop: [32, 64]}
+"""
+
+
+class Head(NamedTuple):
+    """A head node: where jobs are submitted, and the folder of its user."""
+
+    address: str
+    home: Path
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def outside(home: Path) -> dict[str, str]:
+    """The environment of a shell that knows no Ray and no source tree."""
+    left_out = ("RAY_", "NIGHTSEG_", "PYTHONPATH")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
+    return kept | {"HOME": str(home), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    """A Ray of its own; it is ended by its process, as `ray stop` would end all of this machine."""
+    home, sessions = tmp_path_factory.mktemp("home"), tempfile.mkdtemp(prefix="ns", dir="/tmp")
+    ports = [free_port() for _ in range(5)]
+    words = [
+        "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--num-cpus=1",
+        f"--port={ports[0]}", f"--dashboard-port={ports[1]}", f"--dashboard-agent-listen-port={ports[2]}",
+        f"--ray-client-server-port={ports[3]}", f"--metrics-export-port={ports[4]}", f"--temp-dir={sessions}",
+        f"--object-store-memory={100 * 2**20}", "--disable-usage-stats",
+    ]  # fmt: skip
+    environment = outside(home) | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+    with (home / "ray.log").open("w") as log:
+        ray = Path(sys.executable).with_name("ray")
+        running = subprocess.Popen([ray, *words], env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        wait_for(f"http://127.0.0.1:{ports[1]}/api/version", running, home / "ray.log")
+        yield Head(f"http://127.0.0.1:{ports[1]}", home)
+    finally:
+        running.send_signal(signal.SIGTERM)
+        try:
+            running.wait(60)
+        finally:
+            if running.poll() is None:
+                os.killpg(running.pid, signal.SIGKILL)
+            shutil.rmtree(sessions, ignore_errors=True)
+
+
+def wait_for(url: str, running: subprocess.Popen[bytes], log: Path) -> None:
+    for _ in range(240):
+        assert running.poll() is None, log.read_text()
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, headers={"Authorization": f"Bearer {TOKEN}"}), timeout=5)
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    raise AssertionError(log.read_text())
+
+
+def submit(head: Head, cwd: Path, *words: object, token: str | None = TOKEN) -> subprocess.CompletedProcess[str]:
+    laptop = cwd / "home"
+    laptop.mkdir(exist_ok=True)
+    environment = outside(laptop) | ({"RAY_AUTH_TOKEN": token} if token else {}) | {"PYTHONPATH": str(PROJECT)}
+    command = [sys.executable, "-m", "nightseg.cli.main", "submit", *map(str, words), "--address", head.address]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600, check=False)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_recipe_is_submitted_to_its_report_and_not_done_twice(head: Head, tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below/base.yaml").write_text(BASE)
+    (tmp_path / "tiny.yaml").write_text(RECIPE)
+    shutil.copyfile(PROJECT / "nightseg/data/taxonomies/camvid11.yaml", tmp_path / "classes.yaml")
+    (tmp_path / "tiny.yaml").write_text(RECIPE.replace("classes.txt", "classes.yaml"))
+    run = tmp_path / "shared/run"
+
+    scored = submit(head, tmp_path, "tiny.yaml", "--run-dir", run, "--until", "train_segmenter", "--json")
+    assert scored.returncode == 0, scored.stderr
+    assert json.loads(scored.stdout)["id"] == "tiny" and not (run / "results.json").exists()
+
+    first = submit(head, tmp_path, "tiny.yaml", "--run-dir", run, "--json")
+    assert first.returncode == 0, first.stderr
+    job = json.loads(first.stdout)
+    assert (job["id"], job["status"], job["run_dir"]) == ("tiny-2", "SUCCEEDED", str(run))
+    assert f"{run}: 1 stages done, 3 already committed" in first.stderr
+    assert json.loads((run / "results.json").read_text())["models"].keys() == {"day_only"}
+    assert (run / "report.html").exists()
+
+    again = submit(head, tmp_path, "tiny.yaml", "--run-dir", run)
+    assert again.returncode == 0, again.stderr
+    assert "0 stages done, 4 already committed" in again.stderr
+    assert again.stdout == f"job tiny-3: SUCCEEDED; its run: {run}\n"
+
+    wrong = submit(head, tmp_path, "tiny.yaml", "--run-dir", run, "--set", "datasets.day={layout: images, root: /gone}")
+    assert wrong.returncode == 2 and "there is no folder '/gone'" in wrong.stderr, wrong.stderr
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize(("token", "words"), [(None, "it wants its token"), ("5" * 64, "another than the one here")])
+def test_nobody_comes_in_without_the_token(head: Head, tmp_path: Path, token: str | None, words: str) -> None:
+    (tmp_path / "tiny.yaml").write_text(BASE)
+    refused = submit(head, tmp_path, "tiny.yaml", token=token)
+    assert refused.returncode == 2 and words in refused.stderr and "RAY_AUTH_TOKEN" in refused.stderr, refused.stderr
+    assert "Traceback" not in refused.stderr and TOKEN not in refused.stderr and refused.stdout == ""
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(f"{head.address}/api/jobs/", timeout=5)
