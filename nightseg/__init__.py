@@ -49,6 +49,7 @@ Frames: no torch, no ray
     data/label_names.py     what names of labels say: frame, ids, which of several files
     data/encodings.py       what the ids of label files mean: by names, values and palettes of a set
     data/labels.py          the label of a row as train ids
+    data/stored_labels.py   labels of a teacher at the stride of its logits, and what of them is learned
     data/listing.py         the files that a folder means: links followed, nothing hidden, nothing that nightseg wrote
     data/patterns.py        folders, globs and templates of paths
     data/split_list.py      frames of a set by name, in text or CSV files
@@ -154,7 +155,8 @@ Stages: explicit inputs, their part of the recipe, an attempt; each returns its 
     stages/adapt_norms.py           batch norm statistics of other frames
     stages/score.py                 features of frames; FID of two sets
     stages/select.py                the frames to learn from
-    stages/pseudo_label.py          labels of a teacher
+    stages/label.py                 what a teacher says of frames
+    stages/pseudo_label.py          which of that is learned: thresholds
     stages/evaluate.py              scores on labelled frames
     stages/consistency.py           how sure and consistent a model is on unlabelled frames
     stages/predict.py               masks of unlabelled frames

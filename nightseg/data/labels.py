@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from nightseg.data import table as frame
 from nightseg.data.images import BadFrame, StoredLabel, UInt8, decode_stored_label, holds_colors, read_bytes, turned
+from nightseg.data.stored_labels import Kept, kept_label, read_stored
 from nightseg.data.taxonomy import COLORS, Taxonomy
 from nightseg.errors import UserError
 from nightseg.storage.paths import Location, sha256_of
@@ -106,7 +107,13 @@ def check_labelled(frames: pa.Table, where: str, cure: str) -> None:
 
 
 def train_ids_of(row: Mapping[str, Any], classes: Taxonomy, size: tuple[int, ...] | None = None) -> UInt8 | None:
-    """The label of a row as uint8 HW train ids; None for a row without label. Raises BadFrame as `stored_label`."""
+    """The label of a row as uint8 HW train ids; None for a row without label. Raises BadFrame as `stored_label`.
+
+    `size`: (height, width) of the frame; that of the row where the label is one of a teacher, stored at stride.
+    """
+    if (kept := row.get(frame.LABEL_KEPT)) is not None:
+        label = read_stored(row[frame.LABEL_URI], row[frame.LABEL_SHA256])
+        return kept_label(label, Kept.of(kept), size or (row[frame.HEIGHT], row[frame.WIDTH]))
     if row.get(frame.LABEL_URI) is None or row.get(frame.LABEL_ENCODING) is None:
         return None
     return to_train_ids(row, stored_label(row, size).stored, classes)

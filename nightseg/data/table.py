@@ -34,6 +34,7 @@ BYTES = "bytes"  # size of the image file
 SHA256 = "sha256"  # of the image file
 LABEL_SHA256 = "label_sha256"  # of the label file
 LABEL_ENCODING = "label_encoding"  # which raw-id map of the taxonomy the label file uses; null = unlabelled
+LABEL_KEPT = "label_kept"  # of labels of a teacher what is kept (segmenter/stored_labels.py); not in all tables
 LABEL_PIXELS = "label_pixels"  # of the label by train id, K values; null = unlabelled, or not counted
 REASON = "reason"  # one of images.REASONS
 DETAIL = "detail"

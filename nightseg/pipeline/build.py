@@ -18,6 +18,7 @@ from nightseg.data.sources import Video
 from nightseg.data.taxonomy import Taxonomy
 from nightseg.errors import UserError, closest
 from nightseg.pipeline.graph import (
+    TABLE_STAGES,
     Frames,
     Given,
     Graph,
@@ -42,7 +43,7 @@ from nightseg.recipe.types import (
     expand_seeds,
     is_ready,
 )
-from nightseg.segmenter.settings import AdaptNorms, Guard, Online, Teaching
+from nightseg.segmenter.settings import AdaptNorms, Guard, Inference, Online, Teaching
 from nightseg.segmenter.start import start_identity, weights_identity
 from nightseg.selection.settings import Extraction, Selection
 from nightseg.stages import (
@@ -51,6 +52,7 @@ from nightseg.stages import (
     consistency,
     evaluate,
     evaluate_translation,
+    label,
     predict,
     pseudo_label,
     score,
@@ -325,8 +327,8 @@ class Builder:
             train_segmenter.check_online(name, online["teaching"].online, training, workers)
             told["warnings"] = self._warnings_of_teacher(name)
         elif learning is not None:
-            chosen, pseudo = self._pseudo_label(name, of, model, learning)
-            train[PSEUDO_LABELS] = Frames((View(pseudo),))
+            chosen, labels, pseudo = self._pseudo_label(name, of, model, learning)
+            train[PSEUDO_LABELS], inputs["kept"] = Frames((View(labels),)), {PSEUDO_LABELS: pseudo}
             if weights is not None:
                 weights[PSEUDO_LABELS] = learning.weight
         facts = {
@@ -436,39 +438,48 @@ class Builder:
                 return any(map(self._is_night, names))
         raise AssertionError(name)
 
-    def _pseudo_label(self, name: str, of: str, model: Model, learning: SelfTraining) -> tuple[NodeId | None, NodeId]:
-        """The frames are chosen once for all seeds; those with one teacher share its labels, too."""
+    def _pseudo_label(
+        self, name: str, of: str, model: Model, learning: SelfTraining
+    ) -> tuple[NodeId | None, NodeId, NodeId]:
+        """The selection, the labels of the teacher, and what of them is kept. The frames are chosen once for all seeds;
+        those with one teacher share its labels, too."""
         by = learning.teacher or model.start
-        teacher, first = self.model(by), self.models[of]
-        assert first.self_training is not None, of
+        first = self.models[of].self_training
+        assert first is not None, of
+        teacher = self.model(by)
         chosen, frames = self._pool(of, model, learning)
-        settings = {
-            "threshold": learning.threshold,
-            "inference": learning.inference or self.recipe.inference,
-            "never_below": learning.never_below,
-        }
-        inputs: dict[str, Source] = {"frames": Frames(frames), "teacher": teacher}
+        labels = self.label(teacher, frames, f"{learning.pool}.{of}" if chosen else learning.pool, learning.inference)
+        inputs: dict[str, Source] = {"labels": labels}
+        settings = {"threshold": learning.threshold, "never_below": learning.never_below}
         if learning.never_below:
             inputs["labelled"] = Frames(tuple(view for name in model.train_sets for view in self._trained_on(name)))
         if (round_before := self._first_round(by, learning.pool)) is not None:
             inputs["first_round"], settings["guard"] = round_before, learning.guard or Guard(act="warn")
-        labelled = of if by == (first.self_training.teacher or first.start) else name
-        return chosen, self._add(
-            pseudo_label,
-            labelled,
-            inputs,
-            settings,
-            unhashed={**self._named(labelled), "known_warnings": self._warnings_of_teacher(by)},
+        kept = of if by == (first.teacher or self.models[of].start) else name
+        told = {**self._named(kept), "known_warnings": self._warnings_of_teacher(by)}
+        return chosen, labels, self._add(pseudo_label, kept, inputs, settings, unhashed=told, facts=self.classes)
+
+    def label(self, teacher: NodeId, frames: Views, of: str, inference: Inference | None) -> NodeId:
+        """What a teacher says of frames: once for all that ask for the same, whatever they keep of it."""
+        usual = self.recipe.inference
+        own = "" if inference in (None, usual) else f".{hash_of(inference.model_dump(mode='json'))[:6]}"
+        return self._add(
+            label,
+            f"{teacher.name}.{of}{own}",
+            {"frames": Frames(frames), "teacher": teacher},
+            {"inference": inference or usual},
+            unhashed={"taxonomy": self.recipe.taxonomy},
             facts=self.classes,
         )
 
     def _first_round(self, teacher: str, pool: str) -> NodeId | None:
-        """The first pseudo-labels of this pool that led to the teacher."""
+        """The labels of the first teacher of this pool that led to this one."""
         found = None
         for name in self._line(teacher, {}):  # the last one first
             learning, nodes = self.models[name].self_training, self.graph.models[name]
             if learning is not None and learning.pool == pool and nodes.pseudo_label is not None:
-                found = nodes.pseudo_label
+                found = self.graph.nodes[nodes.pseudo_label].inputs["labels"]
+        assert found is None or isinstance(found, NodeId)
         return found
 
     # -- selections --------------------------------------------------------------------------------------------------
@@ -675,7 +686,7 @@ class Builder:
         counted: tuple[str, ...] | None = None,
         **more: Any,
     ) -> NodeId:
-        """The node of a stage, made if there is none of that name: a training, a choice (select), or else a pass."""
+        """The node of a stage, made if there is none of that name: a training, what reads tables, or else a pass."""
         kind, recipe = stage.__name__.rpartition(".")[2], self.recipe
         node, train, pass_ = NodeId(kind, name), recipe.compute.train, recipe.compute.map
         if node in self.graph.nodes:
@@ -684,7 +695,7 @@ class Builder:
         if kind.startswith("train_"):
             more.setdefault("seed", recipe.seed)
             resources, unhashed = train, {**unhashed, "compute": train, "seed": more["seed"]}
-        elif kind != "select":  # Shards are files, so their size counts; too many bad frames are an error.
+        elif kind not in TABLE_STAGES:  # Shards are files, so their size counts; too many bad frames are an error.
             settings = {**settings, "max_bad_fraction": recipe.max_bad_fraction}
             unhashed, facts = {**unhashed, "compute": pass_}, {**facts, "shard_rows": pass_.shard_rows}
         counted = tuple(inputs)[:1] if counted is None else counted

@@ -29,8 +29,9 @@ MEASURED_PIXELS: Final = 128 * 256  # of the frame that is measured; larger ones
 MOST_MEASURED: Final = 4  # different networks; the others are told to be left out
 BYTES_OF_PIXEL: Final = 1.7  # of a photograph as PNG
 BYTES_OF_MASK: Final = 0.1
-PASSES: Final = ("evaluate", "predict", "pseudo_label", "consistency")
-READING: Final = ("collect", "split", "select")
+BYTES_OF_LABEL: Final = 0.06  # class and confidence of a sixteenth of the pixels
+PASSES: Final = ("evaluate", "predict", "label", "consistency")
+READING: Final = ("collect", "split", "select", "pseudo_label")
 
 
 class Measured(NamedTuple):
@@ -136,7 +137,9 @@ def _bytes_of(node: Node, rows: Mapping[NodeId, int | None], pixels: Mapping[Nod
             return area * BYTES_OF_PIXEL if isinstance(node.settings["dataset"], ScenesDataset) else 0.0
         case "translate":
             return area * BYTES_OF_PIXEL
-        case "pseudo_label" | "predict" | "evaluate":
+        case "label":
+            return area * BYTES_OF_LABEL
+        case "predict" | "evaluate":
             return area * BYTES_OF_MASK
     return 0.0
 

@@ -62,7 +62,8 @@ class Frames(NamedTuple):
 
 
 FRAME_STAGES: Final = ("collect", "split")  # they only read and sort what the user has
-DRIVER_STAGES: Final = ("select", "adapt_norms")  # they work in the driver's process, with any actors
+TABLE_STAGES: Final = ("select", "pseudo_label")  # they choose by what tables say
+DRIVER_STAGES: Final = (*TABLE_STAGES, "adapt_norms")  # they work in the driver's process, with any actors
 
 Source = Frames | NodeId | Mapping[str, Frames | NodeId] | None
 """What an argument of a stage is read from: frames, the commit of a node, several of them by name, or nothing."""

@@ -19,7 +19,7 @@ from nightseg.errors import together
 from nightseg.networks.downloads import allow_downloads
 from nightseg.pipeline import build, check, classes, leaks, schedule, tracking
 from nightseg.pipeline.folder import keep_earlier, lay_out, show_curves
-from nightseg.pipeline.graph import FRAME_STAGES, Graph, Node, NodeId, frames_at_most
+from nightseg.pipeline.graph import FRAME_STAGES, TABLE_STAGES, Graph, Node, NodeId, frames_at_most
 from nightseg.pipeline.results import RECIPE_NAME, RESULTS_NAME, compared, failures, gather, model_folder, sealed, told
 from nightseg.pipeline.time_left import time_left
 from nightseg.progress import Named, Progress
@@ -440,7 +440,7 @@ def _taken(node: Node) -> dict[str, float]:
     """
     compute = node.resources
     if node.is_in_driver:
-        cpus = 1.0 if node.id.stage == "select" else math.inf
+        cpus = 1.0 if node.id.stage in TABLE_STAGES else math.inf
         return {"driver": 1.0, "CPU": cpus if cluster.is_this_machine() else 0.0}
     if isinstance(compute, TrainCompute):
         count, cpus, gpus = compute.workers, compute.cpus_per_worker, compute.gpus_per_worker

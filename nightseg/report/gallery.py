@@ -6,12 +6,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from nightseg.data import table as frame
+from nightseg.data.taxonomy import TRAIN_IDS
 from nightseg.report import formatting
 from nightseg.report.charts import curves, stacked_histogram
 from nightseg.report.pictures import (
     THUMBNAIL,
     Picture,
+    confidence,
     label_map_uri,
+    label_of,
     label_pixels,
     mask,
     photo,
@@ -19,7 +22,7 @@ from nightseg.report.pictures import (
     there,
     tinted_photo,
 )
-from nightseg.report.run import Row, Run, accuracy, by_accuracy, source_of, spread
+from nightseg.report.run import Row, Run, accuracy, by_accuracy, source_of, spread, taught
 from nightseg.report.sheets import strip_panels
 
 _MAX_THUMBNAILS = 8
@@ -98,9 +101,7 @@ def pseudo_labels(run: Run, samples: int) -> list[dict[str, Any]]:
             {"name": name, "colour": colour, "of_all": by_class[name]["predicted"] / total, **by_class[name]}
             for name, colour in zip(run.classes.classes, run.classes.palette, strict=True)
         ]
-        frames = run.rows(entry["node"], "frames", limit=64)
-        facts = run.rows(entry["node"], "labels", limit=64, drop=["histogram"])
-        shown = spread(list(zip(frames, facts, strict=True)), samples)
+        shown = spread(taught(run, entry, limit=64), samples)
         found.append(
             {
                 "model": model,
@@ -128,8 +129,8 @@ def _labelled_frame(run: Run, row: Row, facts: Row) -> list[Picture]:
     kept = f"{formatting.percent(facts['kept'], 0)} % kept"
     return there(
         photo(row[frame.URI], "night frame", str(row[frame.FRAME_ID])),
-        tinted_photo(row[frame.URI], row[frame.LABEL_URI], run.classes, "pseudo-label", kept),
-        photo(facts["confidence_uri"], "confidence", "white = certain"),
+        tinted_photo(row[frame.URI], label_of(row, run.classes), run.classes, "pseudo-label", kept),
+        confidence(row, "confidence"),
     )
 
 
@@ -174,7 +175,8 @@ def predictions(run: Run, samples: int) -> list[dict[str, Any]]:
         pairs = []
         for row in spread(run.rows(entry["node"], "predictions", limit=64), samples):
             sure = f"mean confidence {formatting.percent(row['mean_confidence'], 0)} %"
-            seen = tinted_photo(row[frame.URI], row["prediction_uri"], run.classes, entry["model"], sure)
+            label = label_pixels(row["prediction_uri"], TRAIN_IDS, run.classes)
+            seen = tinted_photo(row[frame.URI], label, run.classes, entry["model"], sure)
             if seen is not None:
                 pairs.append(there(photo(row[frame.URI], "frame", str(row[frame.FRAME_ID])), seen))
         found.append({**entry, "name": name, "pairs": pairs})

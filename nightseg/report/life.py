@@ -16,11 +16,21 @@ import numpy as np
 from pydantic import ValidationError
 
 from nightseg.data import table as frame
+from nightseg.data.taxonomy import TRAIN_IDS
 from nightseg.errors import UserError, closest, first_of
 from nightseg.metrics.confusion import scores
 from nightseg.report import formatting
-from nightseg.report.pictures import Picture, label_map_uri, label_pixels, photo, there, tinted_photo
-from nightseg.report.run import Row, Run
+from nightseg.report.pictures import (
+    Picture,
+    confidence,
+    label_map_uri,
+    label_of,
+    label_pixels,
+    photo,
+    there,
+    tinted_photo,
+)
+from nightseg.report.run import Row, Run, as_kept
 from nightseg.report.selections import is_ranking
 from nightseg.report.templates import template
 from nightseg.selection.limits import Limits
@@ -30,7 +40,6 @@ from nightseg.storage import Location, sha256_of
 PAGES: Final = "explained"  # folder of a run folder
 _REFERENCE: Final = "reference of this selection"
 _WIDTH: Final = 640  # pixels of the pictures
-_NUM_BINS: Final = 256  # of confidence, in the histograms of pseudo-labels
 
 
 class Life(NamedTuple):
@@ -316,7 +325,7 @@ class _Reader:
     def pseudo_labels(self) -> list[Row]:
         found = []
         for node, model, recipe in self._nodes("pseudo_label"):
-            rows, files = (self.run.rows_of(node, table, self.family) for table in ("labels", "frames"))
+            rows = self.run.rows_of(node, "labels", self.family)
             commit = self.run.commit(node)
             if not rows or commit is None or not self._is_of_asked(model):
                 continue
@@ -340,10 +349,9 @@ class _Reader:
                         "teacher": evidence["teacher"]["name"],
                         "threshold": evidence["threshold"],
                         "kept": row["kept"],
-                        "mean_confidence": _mean_confidence(row),
+                        "mean_confidence": row["mean_confidence"],
                         "by_class": by_class,
-                        "label_uri": files.get(name, {}).get(frame.LABEL_URI),
-                        "confidence_uri": row.get("confidence_uri"),
+                        "labels": evidence["labels"],
                     }
                 )
         return found
@@ -385,7 +393,7 @@ class _Reader:
     def _heirs(self, learned: set[str]) -> list[Row]:
         """Models that start from one that learned it, or have the labels of one."""
         before: dict[str, list[str]] = {}
-        for node, _, recipe in self._nodes("pseudo_label"):
+        for node, _, recipe in self._nodes("label"):
             before[node] = [str(recipe.get("teacher"))]
         for node, _, recipe in self._nodes("train_segmenter", "adapt_norms"):
             views = [view.partition(":")[0] for part in (recipe.get("train") or {}).values() for view in part]
@@ -393,7 +401,7 @@ class _Reader:
         reached = set(learned)
         while more := {node for node, needs in before.items() if node not in reached and reached.intersection(needs)}:
             reached |= more
-        names = [node for node in before if node in reached - learned and not node.startswith("pseudo_label/")]
+        names = [node for node in before if node in reached - learned and not node.startswith("label/")]
         heirs = [(node, node.partition("/")[2]) for node in names]
         return [
             {"node": node, "model": name, "how": "through a model that it starts from or is taught by",
@@ -464,7 +472,7 @@ class _Ranks(NamedTuple):
 def _how(view: str, is_fresh: bool) -> str:
     if is_fresh:
         return "translated anew with every sample"
-    found = {"pseudo_label": "with its pseudo-label", "translate": "translated, with the label of its source"}
+    found = {"label": "with its pseudo-label", "translate": "translated, with the label of its source"}
     return found.get(view.partition("/")[0], "with its label")
 
 
@@ -483,17 +491,6 @@ def _file_now(row: Row) -> str:
 def _classes(run: Run, recipe: Mapping[str, Any]) -> Sequence[str]:
     told = recipe.get("taxonomy")
     return list(told["classes"]) if isinstance(told, Mapping) else run.classes.classes
-
-
-def _mean_confidence(row: Row) -> float | None:
-    """Of all pixels; from the middles of the bins where the table has a histogram alone."""
-    if row.get("mean_confidence") is not None:
-        return float(row["mean_confidence"])
-    counts = np.asarray(row.get("histogram") or (), dtype=np.int64)
-    if counts.size % _NUM_BINS or not counts.sum():
-        return None
-    by_bin = counts.reshape(-1, _NUM_BINS).sum(axis=0)
-    return float((by_bin * (np.arange(_NUM_BINS) + 0.5)).sum() / by_bin.sum() / _NUM_BINS)
 
 
 # -- in words ---------------------------------------------------------------------------------------------------------
@@ -623,10 +620,12 @@ def _pictures(run: Run, life: Life) -> list[tuple[str, list[Picture]]]:
     taught = [
         picture
         for row in life.pseudo_labels
+        for known in as_kept(run, row["node"], run.rows_of(row["labels"], "frames", [row["frame_id"]]).values())
         for picture in there(
-            tinted_photo(uris[row["frame_id"]], row["label_uri"], run.classes, f"pseudo-label for {row['model']}",
+            tinted_photo(uris[row["frame_id"]], label_of(known, run.classes), run.classes,
+                         f"pseudo-label for {row['model']}",
                          f"{formatting.percent(row['kept'], 0)} % kept; grey: ignored", _WIDTH),
-            photo(row["confidence_uri"], f"confidence of {row['teacher']}", "white = certain", _WIDTH),
+            confidence(known, f"confidence of {row['teacher']}", _WIDTH),
         )
     ]  # fmt: skip
     seen = [
@@ -634,7 +633,14 @@ def _pictures(run: Run, life: Life) -> list[tuple[str, list[Picture]]]:
         for row in life.predictions
         for picture in there(
             _mask(run, row),
-            tinted_photo(uris[row["frame_id"]], row["prediction_uri"], run.classes, "over the frame", "", _WIDTH),
+            tinted_photo(
+                uris[row["frame_id"]],
+                label_pixels(row["prediction_uri"], TRAIN_IDS, run.classes),
+                run.classes,
+                "over the frame",
+                "",
+                _WIDTH,
+            ),
         )
     ]
     return [group for group in (("Frame", frames), ("Pseudo-labels", taught), ("Predictions", seen)) if group[1]]

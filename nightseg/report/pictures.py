@@ -10,7 +10,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from nightseg.data import table as frame
 from nightseg.data.images import BadFrame, read_image, read_label
+from nightseg.data.labels import train_ids_of
+from nightseg.data.stored_labels import read_stored
 from nightseg.data.taxonomy import IGNORE, TRAIN_IDS, Taxonomy
 from nightseg.report.run import Row
 from nightseg.storage import Location
@@ -43,6 +46,23 @@ def label_pixels(uri: str | None, encoding: str | None, classes: Taxonomy) -> UI
         return None
 
 
+def label_of(row: Row, classes: Taxonomy) -> UInt8 | None:
+    """Train ids (H, W) of the label of a row, or None as in `frame_pixels`."""
+    try:
+        return train_ids_of(row, classes)
+    except BadFrame:
+        return None
+
+
+def confidence(row: Row, caption: str, width: int = THUMBNAIL) -> Picture | None:
+    """How sure the teacher of a row is, white = certain; None where its labels are gone."""
+    try:
+        bins_hw = read_stored(row[frame.LABEL_URI], row[frame.LABEL_SHA256]).bins_hw
+    except BadFrame:
+        return None
+    return Picture(photo_uri(np.repeat(bins_hw[..., None], 3, axis=2), width), caption, "white = certain")
+
+
 class Picture(NamedTuple):
     """One picture: data URI, what it is, a detail below, and whether it is a label map (drawn with hard edges)."""
 
@@ -65,10 +85,10 @@ def mask(row: Row | None, classes: Taxonomy, caption: str, detail: str = "", wid
 
 
 def tinted_photo(
-    uri: str, label_uri: str | None, classes: Taxonomy, caption: str, detail: str, width: int = THUMBNAIL
+    uri: str, label: UInt8 | None, classes: Taxonomy, caption: str, detail: str, width: int = THUMBNAIL
 ) -> Picture | None:
-    """A frame in the colours of its label of train ids, or None where the file of either is gone."""
-    image, label = frame_pixels(uri), label_pixels(label_uri, TRAIN_IDS, classes)
+    """A frame in the colours of its train ids, or None where either is gone."""
+    image = frame_pixels(uri)
     if image is None or label is None:
         return None
     return Picture(photo_uri(tinted(image, label, classes), width), caption, detail)
@@ -95,10 +115,10 @@ def label_map_uri(label_HW: UInt8, classes: Taxonomy, width: int = WIDTH) -> str
 
 def tinted(image_HWC: UInt8, label_HW: UInt8, classes: Taxonomy) -> UInt8:
     """The frame in the colours of its label; where the label is ignored the frame shows through, dimmed and grey."""
-    frame = image_HWC.astype(np.float32)
+    pixels_HWC = image_HWC.astype(np.float32)
     colours = classes.colourize(label_HW).astype(np.float32)
-    grey = np.repeat(frame.mean(axis=2, keepdims=True), 3, axis=2) * _DIMMED
-    mixed = np.where((label_HW == IGNORE)[..., None], grey, _TINT * colours + (1 - _TINT) * frame)
+    grey = np.repeat(pixels_HWC.mean(axis=2, keepdims=True), 3, axis=2) * _DIMMED
+    mixed = np.where((label_HW == IGNORE)[..., None], grey, _TINT * colours + (1 - _TINT) * pixels_HWC)
     picture: UInt8 = np.rint(mixed).astype(np.uint8)
     return picture
 

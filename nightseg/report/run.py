@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from nightseg.data import table as frame
+from nightseg.data.stored_labels import KEPT_NAME
 from nightseg.data.taxonomy import IGNORE, TRAIN_IDS, Taxonomy
 from nightseg.storage import Location
 from nightseg.storage.commits import Commit, check_contents, read_commit, table_paths
@@ -205,6 +206,20 @@ def _absolute(table: pa.Table, folder: Location) -> list[Row]:
             if name.endswith("_uri") and name not in known and value is not None:
                 row[name] = (folder / value).uri
     return rows
+
+
+def taught(run: Run, entry: Mapping[str, Any], limit: int) -> list[tuple[Row, Row]]:
+    """Frames with the labels of their teacher as a model learns them, and what is kept of each; of the results'
+    `pseudo_labels`."""
+    frames, facts = run.rows(entry["evidence"]["labels"], "frames", limit), run.rows(entry["node"], "labels", limit)
+    return list(zip(as_kept(run, entry["node"], frames), facts, strict=False))
+
+
+def as_kept(run: Run, node: str, rows: Iterable[Row]) -> list[Row]:
+    """Rows of frames with the labels of a teacher, and what these pseudo-labels keep of them."""
+    commit = run.commit(node)
+    kept = None if commit is None else commit.file(KEPT_NAME).read_bytes().decode()
+    return [] if kept is None else [{**row, frame.LABEL_KEPT: kept} for row in rows]
 
 
 def source_of(run: Run, row: Row) -> Row | None:

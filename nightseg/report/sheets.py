@@ -11,8 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 from nightseg.data import table as frame
 from nightseg.data.images import encode_jpeg, encode_png
 from nightseg.data.taxonomy import TRAIN_IDS
-from nightseg.report.pictures import UInt8, frame_pixels, label_pixels, tinted
-from nightseg.report.run import Row, Run, by_accuracy, source_id, source_of, spread
+from nightseg.report.pictures import UInt8, frame_pixels, label_of, label_pixels, tinted
+from nightseg.report.run import Row, Run, by_accuracy, source_id, source_of, spread, taught
 from nightseg.storage import Commit, Location, UserError
 
 _CANDIDATES = 64  # frames among which the ones to show are chosen
@@ -80,13 +80,12 @@ def _pseudo_label(run: Run) -> list[Panel | None]:
         return []
     preferred = run.best(run.main_test) if run.main_test else None
     entry = labelled.get(preferred or "", list(labelled.values())[-1])
-    frames = run.rows(entry["node"], "frames", _CANDIDATES)
-    facts = run.rows(entry["node"], "labels", _CANDIDATES, drop=["histogram"])
+    frames = taught(run, entry, _CANDIDATES)
     if not frames:
         return []
     # The one with most classes to see; the first of equals.
-    row = max(zip(frames, facts, strict=True), key=lambda pair: _num_classes(pair[1]))[0]
-    image, label = frame_pixels(row[frame.URI]), label_pixels(row[frame.LABEL_URI], TRAIN_IDS, run.classes)
+    row = max(frames, key=lambda pair: _num_classes(pair[1]))[0]
+    image, label = frame_pixels(row[frame.URI]), label_of(row, run.classes)
     if image is None or label is None:
         return []
     note = f"teacher {entry['evidence']['teacher']['name']}, grey = ignored"

@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from nightseg.data import table as frame
-from nightseg.data.images import BadFrame, decode_image, decode_label
+from nightseg.data.images import BadFrame, decode_image
+from nightseg.data.labels import train_ids_of
 from nightseg.data.prefetch import prefetch
 from nightseg.data.taxonomy import IGNORE, Taxonomy
 from nightseg.segmenter.augment import Wanted, augment, resize_image, resize_label, sample_rng
@@ -48,6 +49,12 @@ Counts = npt.NDArray[np.int64]
 
 
 # -- frames -----------------------------------------------------------------------------------------------------------
+
+
+def _label_columns(rows: pa.Table) -> list[str]:
+    """What a label follows from, where its rows have it."""
+    known = (frame.LABEL_SHA256, frame.LABEL_ENCODING, frame.LABEL_KEPT)
+    return [name for name in known if name in rows.column_names]
 
 
 class Decoded(NamedTuple):
@@ -70,9 +77,8 @@ class LabelledFrames:
     def __init__(
         self, rows: pa.Table, classes: Taxonomy, *, size: Sequence[int] | None, resize_labels: bool, cache: FrameCache
     ) -> None:
-        self._rows: list[dict[str, Any]] = rows.select(
-            [frame.FRAME_ID, frame.URI, frame.LABEL_URI, frame.LABEL_ENCODING, frame.SHA256, frame.LABEL_SHA256]
-        ).to_pylist()
+        needed = [frame.FRAME_ID, frame.URI, frame.SHA256, frame.LABEL_URI, *_label_columns(rows)]
+        self._rows: list[dict[str, Any]] = rows.select(needed).to_pylist()
         self.classes = classes
         self._size = size
         self._resize_labels = resize_labels
@@ -95,13 +101,11 @@ class LabelledFrames:
 
     def _decode(self, row: dict[str, Any]) -> Decoded:
         try:
-            pixels = decode_image(_read(row, frame.URI, frame.SHA256))
+            pixels = decode_image(_read(row))
             if row[frame.LABEL_URI] is None:
                 return self._resized(pixels, np.zeros(pixels.shape[:2], np.uint8))
-            raw_label = decode_label(_read(row, frame.LABEL_URI, frame.LABEL_SHA256))
-            if raw_label.shape != pixels.shape[:2]:
-                raise BadFrame("label_size", f"label {raw_label.shape}, image {pixels.shape[:2]} (height, width)")
-            train_ids = self.classes.to_train_ids(raw_label, row[frame.LABEL_ENCODING])
+            train_ids = train_ids_of(row, self.classes, (pixels.shape[0], pixels.shape[1]))
+            assert train_ids is not None, row
         except BadFrame as bad:
             raise UserError(
                 f"{row[frame.FRAME_ID]}: {bad}\n  image {row[frame.URI]}\n  label {row[frame.LABEL_URI]}\n"
@@ -118,13 +122,13 @@ class LabelledFrames:
         return Decoded(image_3HW.permute(1, 2, 0).contiguous().numpy(), label_HW.contiguous().numpy())
 
 
-def _read(row: dict[str, Any], uri: str, sha256: str) -> bytes:
+def _read(row: dict[str, Any]) -> bytes:
     try:
-        data = Location.of(row[uri]).read_bytes()
+        data = Location.of(row[frame.URI]).read_bytes()
     except FileNotFoundError as error:
-        raise BadFrame("missing", f"there is no file {row[uri]}") from error
-    if row[sha256] is not None and sha256_of(data) != row[sha256]:
-        raise BadFrame("unreadable", f"the content of {row[uri]} has changed (sha256)")
+        raise BadFrame("missing", f"there is no file {row[frame.URI]}") from error
+    if row[frame.SHA256] is not None and sha256_of(data) != row[frame.SHA256]:
+        raise BadFrame("unreadable", f"the content of {row[frame.URI]} has changed (sha256)")
     return data
 
 
@@ -504,8 +508,8 @@ def cache_for(
     if workers == 1 and needed is not None and needed <= room:
         return InMemory(room)
     labelled = rows[frame.LABEL_URI].null_count < rows.num_rows
-    hashes = rows.select([frame.SHA256, *((frame.LABEL_SHA256, frame.LABEL_ENCODING) if labelled else ())])
-    if any(column.null_count for column in hashes.columns):
+    hashes = rows.select([frame.SHA256, *(_label_columns(rows) if labelled else ())])
+    if any(hashes[name].null_count for name in hashes.column_names if name != frame.LABEL_KEPT):
         return InMemory(room)
     encodings = sorted(set(hashes[frame.LABEL_ENCODING].to_pylist())) if labelled else []
     key = {

@@ -16,6 +16,7 @@ B = batch, C = colours, K = classes, H W = height and width of a frame or of the
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -95,6 +96,15 @@ class Segmented:
         what = f"{self.name or 'a frame'}, {height} x {width}"
         sure = f"mean confidence {float(self.confidence.mean(dtype=np.float64)):.2f}"
         return f"Segmented({what}{': ' if shown else ''}{shown}{more}; {sure})"
+
+
+class AtStride(NamedTuple):
+    """The prediction for one frame at the stride of the logits. covered: how many of them high and wide the frame is;
+    the last ones may lie partly or wholly beyond it."""
+
+    labels: npt.NDArray[np.uint8]  # (h, w) train ids
+    confidence: npt.NDArray[np.float32]  # (h, w) softmax probability of that id, in (0, 1]
+    covered: tuple[float, float]
 
 
 def inference_settings(**changes: Any) -> Inference:
@@ -208,6 +218,25 @@ class Segmenter:
         On a GPU everything is queued, and waited for once, at the end.
         """
         images = [rgb_pixels(image) for image in given]
+        passes = self._passes(images)
+        sizes = [(image.shape[0], image.shape[1]) for image in images]
+        parts = self._on_host([classify(seen, size) for seen, size in zip(passes, sizes, strict=True)])
+        classes = self.taxonomy
+        return [
+            Segmented(labels_HW, sure_HW, image, classes)
+            for (labels_HW, sure_HW), image in zip(parts, images, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def batch_at_stride(self, images: Sequence[Image]) -> list[AtStride]:
+        """What `batch` says of frames, a value for each logit instead of each pixel: a sixteenth of the work after the
+        network and of the memory."""
+        found = [classify_at_stride(seen) for seen in self._passes(images)]
+        parts = self._on_host([(labels_hw, sure_hw) for labels_hw, sure_hw, _ in found])
+        return [AtStride(*part, covered) for part, (_, _, covered) in zip(parts, found, strict=True)]
+
+    def _passes(self, images: Sequence[Image]) -> list[list[TiledLogits]]:
+        """Each frame at every scale, and mirrored, through the network."""
         passes: list[list[TiledLogits]] = [[] for _ in images]
         for scale in self.inference.scales:
             inputs = [self._input(image, scale) for image in images]
@@ -220,13 +249,7 @@ class Segmenter:
                     found = tiled_logits(self._logits, inputs_BCHW, self.inference, mirrored=mirrored)
                     for index, logits in zip(members, found, strict=True):
                         passes[index].append(logits)
-        sizes = [(image.shape[0], image.shape[1]) for image in images]
-        parts = self._on_host([classify(seen, size) for seen, size in zip(passes, sizes, strict=True)])
-        classes = self.taxonomy
-        return [
-            Segmented(labels_HW, sure_HW, image, classes)
-            for (labels_HW, sure_HW), image in zip(parts, images, strict=True)
-        ]
+        return passes
 
     def _logits(self, inputs_BCHW: Tensor) -> Tensor:
         logits_BKhw: Tensor = self._network(self._normalise(inputs_BCHW))
@@ -395,6 +418,26 @@ def classify(passes: Sequence[TiledLogits], size: Size, stride: int = COMMON_STR
     return labels_HW, confidence_HW
 
 
+def classify_at_stride(passes: Sequence[TiledLogits]) -> tuple[Tensor, Tensor, tuple[float, float]]:
+    """`classify` with a value for each logit: train ids (h, w), confidence (h, w), and `AtStride.covered`.
+
+    Logits of one pass over the whole frame are taken as they are; what several passes or tiles say is brought to the
+    stride of the largest.
+    """
+    first = passes[0]
+    if len(passes) == len(first.tiles) == 1 and not first.mirrored:
+        covered = first.height / COMMON_STRIDE, first.width / COMMON_STRIDE
+        # One beyond the frame, where the network's input was padded: its last pixels are interpolated from it, too.
+        height, width = (math.ceil(side) + 1 for side in covered)
+        logits_Khw = first.tiles[0].logits[:, :height, :width]
+        height, width = logits_Khw.shape[1:]
+        whole = TiledLogits(height, width, False, [Tile(0, 0, height, width, logits_Khw)])
+        return *classify([whole], (height, width), stride=1), covered
+    height = math.ceil(max(one.height for one in passes) / COMMON_STRIDE)
+    width = math.ceil(max(one.width for one in passes) / COMMON_STRIDE)
+    return *classify(passes, (height, width)), (height, width)
+
+
 def _rows_of_a_chunk(passes: Sequence[TiledLogits], size: Size) -> int:
     """As many rows of the frame as keep a chunk within CHUNK_VALUES, in every pass and at the frame's own size."""
     height, width = size
@@ -469,6 +512,14 @@ class SegmentedRow(NamedTuple):
     segmented: Segmented
 
 
+class RowAtStride(NamedTuple):
+    """One row of a frame table, the size (height, width) of its upright image, and its prediction."""
+
+    row: dict[str, Any]
+    size: Size
+    found: AtStride
+
+
 @dataclass(frozen=True)
 class RowSegmenter:
     """What the worker of a pass is given to segment by. The model is opened in its process, when it is first used."""
@@ -486,11 +537,21 @@ class RowSegmenter:
     def segment(self, rows: pa.Table, bad: list[dict[str, Any]]) -> Iterator[SegmentedRow]:
         """Read and segment the frames of a resolved table, in its order. For those that cannot be used rows of the
         quarantine table are added to `bad`."""
+        for good in self._batches(rows, bad):
+            found = self.segmenter.batch([image for _, image in good])
+            for (row, image), segmented in zip(good, found, strict=True):
+                yield SegmentedRow(row, image, segmented)
+
+    def at_stride(self, rows: pa.Table, bad: list[dict[str, Any]]) -> Iterator[RowAtStride]:
+        """`segment` at the stride of the logits."""
+        for good in self._batches(rows, bad):
+            found = self.segmenter.batch_at_stride([image for _, image in good])
+            for (row, image), one in zip(good, found, strict=True):
+                yield RowAtStride(row, (image.shape[0], image.shape[1]), one)
+
+    def _batches(self, rows: pa.Table, bad: list[dict[str, Any]]) -> Iterator[list[tuple[dict[str, Any], Image]]]:
         with ThreadPoolExecutor(READERS, thread_name_prefix="nightseg-read") as readers:
             reading = prefetch(readers, read_row, rows.to_pylist(), ahead=self.compute.batch)
             while read := list(islice(reading, self.compute.batch)):
                 bad += [frame.quarantined(row, image) for row, image in read if isinstance(image, BadFrame)]
-                good = [(row, image) for row, image in read if not isinstance(image, BadFrame)]
-                found = self.segmenter.batch([image for _, image in good])
-                for (row, image), segmented in zip(good, found, strict=True):
-                    yield SegmentedRow(row, image, segmented)
+                yield [(row, image) for row, image in read if not isinstance(image, BadFrame)]

@@ -23,12 +23,10 @@ from torch import Tensor
 from nightseg.data import table as frame
 from nightseg.data.images import BadFrame
 from nightseg.data.labels import train_ids_of
-from nightseg.data.taxonomy import IGNORE, Taxonomy
+from nightseg.data.stored_labels import NUM_BINS, Rules
+from nightseg.data.taxonomy import Taxonomy
 from nightseg.segmenter.settings import Threshold
 from nightseg.storage import UserError
-
-NUM_BINS = 256
-CONFIDENCE_STRIDE = 4  # the segmenter's logits have stride 4: a finer map holds nothing new
 
 # Signs of a collapsed teacher. They warn, the user decides; only an empty result stops the stage.
 DOMINANT_SHARE = 0.9
@@ -69,11 +67,6 @@ def confidence_bins(confidence_HW: Confidence) -> Labels:
     """Confidence in [0, 1] -> uint8 bin; 1.0 shares the last bin."""
     bins_HW: Labels = np.minimum(confidence_HW * np.float32(NUM_BINS), NUM_BINS - 1).astype(np.uint8)
     return bins_HW
-
-
-def bins_to_confidence(bins_HW: Labels) -> Confidence:
-    """Lower edge of each bin: exact in float32, so comparing it with a threshold on a bin edge is exact too."""
-    return bins_HW.astype(np.float32) / np.float32(NUM_BINS)
 
 
 def confidence_histogram(labels_HW: Labels, confidence_HW: Confidence, num_classes: int) -> Counts:
@@ -124,17 +117,21 @@ def precise_thresholds(right_KB: Counts, all_KB: Counts, precision: float) -> np
     return np.where(tails[1][:, 0] >= LEAST_JUDGED, edges_K, 0.0)
 
 
-def apply_thresholds(labels_HW: Labels, confidence_HW: Confidence, thresholds_K: npt.NDArray[np.float64]) -> Labels:
-    """Train ids with 255 (ignored) where the confidence is below the threshold of the pixel's class."""
-    # The comparison is in float64: a float32 threshold of 0.9 would also keep pixels just below 0.9.
-    keep_HW = confidence_HW >= thresholds_K[labels_HW]
-    return np.where(keep_HW, labels_HW, np.uint8(IGNORE))
+def least_bins(thresholds_K: npt.NDArray[np.float64]) -> tuple[int, ...]:
+    """The first bin of each class with nothing below its threshold; NUM_BINS: none of its pixels is kept. Of a
+    confidence of 1 the last bin is kept, which has it."""
+    kept_K = np.minimum(np.ceil(thresholds_K * NUM_BINS - 1e-6), NUM_BINS - 1)
+    return tuple(np.where(thresholds_K > 1, NUM_BINS, kept_K).astype(int).tolist())
+
+
+def kept_of_histograms(histograms_NKB: npt.NDArray[np.integer], bins: Sequence[int]) -> Counts:
+    """Pixels of each frame and class in these bins and above, int64 (N, K)."""
+    is_kept_KB = np.arange(NUM_BINS) >= np.array(bins)[:, None]
+    kept_NK: Counts = np.einsum("nkb,kb->nk", histograms_NKB, is_kept_KB, dtype=np.int64, casting="unsafe")
+    return kept_NK
 
 
 # -- rules of geometry ------------------------------------------------------------------------------------------------
-
-Rules = Mapping[int, Sequence[int]]
-"""Train id of a class -> those of the classes that it is never below, in a column of the image."""
 
 
 def rules_of(never_below: Mapping[str, Sequence[str]], classes: Taxonomy) -> Rules:
@@ -149,14 +146,6 @@ def impossible(labels_BHW: Tensor, rules: Rules) -> Tensor:
         is_above_BHW = torch.isin(labels_BHW, torch.tensor(others, device=labels_BHW.device, dtype=labels_BHW.dtype))
         found_BHW |= (labels_BHW == low) & (is_above_BHW.cumsum(dim=-2, dtype=torch.int32) > 0)
     return found_BHW
-
-
-def drop_impossible(labels_HW: Labels, rules: Rules) -> Labels:
-    """The label with 255 where a rule says that it cannot be."""
-    if not rules:
-        return labels_HW
-    wrong_HW = impossible(torch.from_numpy(labels_HW)[None], rules)[0].numpy()
-    return np.where(wrong_HW, np.uint8(IGNORE), labels_HW)
 
 
 def check_never_below(
@@ -203,17 +192,6 @@ def _label_rows(labelled: pa.Table) -> list[dict[str, object]]:
 
 
 # -- evidence ---------------------------------------------------------------------------------------------------------
-
-
-def confidence_preview(confidence_HW: Confidence) -> Labels:
-    """Mean confidence of each 4x4 block as uint8 [0, 255] (255 = certain), for the grey PNG kept as evidence."""
-    stride = CONFIDENCE_STRIDE
-    height, width = confidence_HW.shape
-    padding = ((0, -height % stride), (0, -width % stride))
-    padded = np.pad(confidence_HW, padding, mode="edge")
-    blocks = padded.reshape(padded.shape[0] // stride, stride, padded.shape[1] // stride, stride)
-    preview: Labels = np.rint(blocks.mean(axis=(1, 3), dtype=np.float64) * 255).astype(np.uint8)
-    return preview
 
 
 def out_of_range(

@@ -26,12 +26,12 @@ from torch import Tensor
 
 from nightseg.cluster.session import Session
 from nightseg.data import table as frame
+from nightseg.data.stored_labels import NUM_BINS
 from nightseg.data.taxonomy import IGNORE, Taxonomy
 from nightseg.segmenter.data import Batch, PoolBatch
 from nightseg.segmenter.network import SemanticFPN, upsample_logits
 from nightseg.segmenter.self_training import (
     NOTHING_KEPT,
-    NUM_BINS,
     RARE_SHARE,
     class_thresholds,
     impossible,

@@ -16,6 +16,7 @@ from nightseg.data.class_list import taxonomy as load_taxonomy
 from nightseg.data.images import BadFrame, encode_jpeg
 from nightseg.data.labels import check_labelled, train_ids_of
 from nightseg.data.settings import AnyTaxonomy
+from nightseg.data.stored_labels import KEPT_NAME, Kept, with_kept
 from nightseg.data.taxonomy import IGNORE, Taxonomy
 from nightseg.networks.model_folder import save_model
 from nightseg.progress import Progress
@@ -54,6 +55,7 @@ def train_segmenter(
     attempt: Attempt,
     compute: TrainCompute,
     progress: Progress,
+    kept: Mapping[str, Commit] | None = None,
     pool: pa.Table | None = None,
     teaching: Teaching = Teaching(),  # noqa: B008 frozen
     warnings: Sequence[str] = (),
@@ -66,15 +68,15 @@ def train_segmenter(
     labelled; each row's label is mapped by its own encoding. `weights`: shares of the samples that the parts have,
     None = as many as they have frames. `fresh`: parts whose frames are rendered at night anew with every sample.
     `start`: "imagenet" (encoder only), "scratch", or the commit of another model, whose predictor is
-    re-initialised when its class list differs. Validation is only watched, unless `training.keep` is best. `pool`:
-    frames for online self-training, whose labels are not read; `warnings`: what is known of it beforehand, said and
-    kept.
+    re-initialised when its class list differs. Validation is only watched, unless `training.keep` is best. `kept`: what
+    is learned of parts with labels of a teacher. `pool`: frames for online self-training, whose labels are not read;
+    `warnings`: what is known of it beforehand, said and kept.
     Raises UserError: a frame without label or that has changed, settings that cannot train, a loss that is not finite,
     labels that break `never_below`.
     """
     begin, curves = attempt.folder / "start", attempt.folder / "tensorboard"
     classes = load_taxonomy(taxonomy)
-    rows, parts = put_together(train, weights, fresh or {}, classes)
+    rows, parts = put_together(as_kept(train, kept or {}), weights, fresh or {}, classes)
     unlabelled = None if pool is None else Pool.of(pool, teaching, warnings)
     plan = Plan(rows, parts, validate, begin, classes, network, loss, training, seed, curves, unlabelled)
     check_training(name, plan, compute)
@@ -138,6 +140,17 @@ def _rendered(plan: Plan, names: Sequence[str], attempt: Attempt) -> list[str]:
         return []
     (attempt.folder / f"{RENDERED}.parquet").write_table(pa.Table.from_pylist(shown))
     return [RENDERED, f"{RENDERED}.parquet"]
+
+
+def as_kept(train: Mapping[str, pa.Table], kept: Mapping[str, Commit]) -> dict[str, pa.Table]:
+    """The tables of the parts, with what is learned of the labels of those in `kept`."""
+    tables = dict(train)
+    for part, commit in kept.items():
+        facts, said = commit.table("labels"), Kept.of(commit.file(KEPT_NAME).read_bytes().decode())
+        same = facts[frame.FRAME_ID].equals(train[part][frame.FRAME_ID])
+        assert same, f"{part}: other frames than those that were labelled"
+        tables[part] = with_kept(train[part], said, facts[frame.LABEL_PIXELS])
+    return tables
 
 
 def put_together(
@@ -321,7 +334,7 @@ def _check_sampling(plan: Plan, where: str) -> None:
 
 def _check_valid(rows: pa.Table, classes: Taxonomy, where: str) -> None:
     """Refuse labels of nothing but ignored pixels. Usually the first label that is read has others, and ends it."""
-    for row in rows.select([frame.LABEL_URI, frame.LABEL_ENCODING]).to_pylist():
+    for row in rows.to_pylist():
         try:
             train_ids = train_ids_of(row, classes)
         except BadFrame:

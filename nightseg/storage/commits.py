@@ -135,11 +135,14 @@ class Commit:
 
     def table(self, name: str) -> pa.Table:
         """`<name>.parquet`, or the shards `<name>/part-*.parquet` in order as one table; KeyError if not committed."""
+        return pa.concat_tables(self.parts(name), promote_options="default")  # a column of nulls fits any
+
+    def parts(self, name: str) -> Iterator[pa.Table]:
+        """The shards of a table in order, read as they are asked for; KeyError if not committed."""
         paths = table_paths(self.outputs, name)
         if not paths:
             raise KeyError(f"{self.stage}/{self.name} committed no table {name!r}")
-        tables = [(self.folder / path).read_table() for path in paths]
-        return pa.concat_tables(tables, promote_options="default")  # a column that is all null in one shard fits any
+        return ((self.folder / path).read_table() for path in paths)
 
     def json(self, path: str) -> Any:
         return self.file(path).read_json()

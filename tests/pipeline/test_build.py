@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nightseg.data.images import encode_png
-from nightseg.pipeline.build import build_graph
+from nightseg.pipeline.build import PSEUDO_LABELS, build_graph
 from nightseg.pipeline.graph import Frames, Graph, NodeId, View
 from nightseg.pipeline.results import planned_rows
 from nightseg.pipeline.run import plan
@@ -280,7 +280,8 @@ def test_rounds_are_a_chain_of_models(tmp_path: Path) -> None:
     learning = chain["b"].self_training
     assert learning is not None and learning.teacher == "b.2"
     graph = build_graph(scenes_recipe(tmp_path, models))
-    assert NodeId("train_segmenter", "b.2") in graph.nodes[NodeId("pseudo_label", "b")].needs
+    assert graph.nodes[NodeId("pseudo_label", "b")].needs[0] == NodeId("label", "b.2.night")
+    assert NodeId("train_segmenter", "b.2") in graph.nodes[NodeId("label", "b.2.night")].needs
 
 
 def test_rounds_are_watched_against_the_first_one_on_their_pool(tmp_path: Path) -> None:
@@ -293,7 +294,7 @@ def test_rounds_are_watched_against_the_first_one_on_their_pool(tmp_path: Path) 
     graph = build_graph(scenes_recipe(tmp_path, models))
     labels = {name: graph.nodes[NodeId("pseudo_label", name)] for name in ("b.1", "b.2", "b", "c", "d")}
     first = {name: node.inputs.get("first_round") for name, node in labels.items()}
-    assert first == {"b.1": None, "d": None} | dict.fromkeys(("b.2", "b", "c"), NodeId("pseudo_label", "b.1"))
+    assert first == {"b.1": None, "d": None} | dict.fromkeys(("b.2", "b", "c"), NodeId("label", "a.night"))
     guards = {name: node.settings.get("guard") for name, node in labels.items()}
     assert guards["b"] == Guard(act="warn") and guards["c"] == Guard(act="stop", range=(0.9, 1.1))
     assert guards["b.1"] is guards["d"] is None
@@ -403,11 +404,40 @@ def test_a_training_takes_that_of_its_own_seed_or_the_only_one(tmp_path: Path) -
 def test_labels_of_a_teacher_with_several_seeds_are_made_by_each(tmp_path: Path) -> None:
     models = "  a: {train: [day]}\n  b: {train: [day], start: a, self_training: {pool: night}}"
     graph = build_graph(scenes_recipe(tmp_path, models, "seeds: [0, 1]"))
-    needs = graph.nodes[NodeId("pseudo_label", "b.seed1")].needs
+    assert graph.nodes[NodeId("pseudo_label", "b.seed1")].needs == (NodeId("label", "a.seed1.night"),)
+    needs = graph.nodes[NodeId("label", "a.seed1.night")].needs
     assert NodeId("train_segmenter", "a.seed1") in needs and NodeId("train_segmenter", "a") not in needs
-    assert graph.nodes[NodeId("train_segmenter", "b.seed1")].needs[:2] == (
-        NodeId("collect", "day"), NodeId("pseudo_label", "b.seed1")
+    assert graph.nodes[NodeId("train_segmenter", "b.seed1")].needs[:3] == (
+        NodeId("collect", "day"), NodeId("label", "a.seed1.night"), NodeId("pseudo_label", "b.seed1")
     )  # fmt: skip
+
+
+def test_a_teacher_labels_frames_once_whatever_is_kept_of_them(tmp_path: Path) -> None:
+    chosen = "select: {method: random, count: 1, extractor: {name: efficientnet_lite0}}"
+    models = f"""
+  a: {{train: [day]}}
+  b: {{train: [day], start: a, self_training: {{pool: night, threshold: {{kind: none}}}}}}
+  c: {{train: [day], start: a, self_training: {{pool: night, threshold: {{floor: 0.5}}, never_below: {{sky: [road]}}}}}}
+  d: {{train: [day], start: scratch, self_training: {{pool: night, teacher: a, inference: {{window: null}}}}}}
+  e: {{train: [day], start: a, self_training: {{pool: night, inference: {{flip: true}}}}}}
+  f: {{train: [day], start: a, self_training: {{pool: night, {chosen}}}}}
+  g: {{train: [day], start: a, self_training: {{pool: pool}}}}
+"""
+    graph = graph_of(tmp_path, models)
+    labels = {name: graph.nodes[NodeId("pseudo_label", name)].inputs["labels"] for name in "bcdefg"}
+    assert {labels[name] for name in "bcd"} == {NodeId("label", "a.night")}
+    assert len({labels[name] for name in "defg"}) == 4
+    kept = {PSEUDO_LABELS: NodeId("pseudo_label", "c")}
+    assert graph.nodes[NodeId("train_segmenter", "c")].inputs["kept"] == kept
+
+
+def test_a_threshold_changes_no_pass_of_the_teacher(tmp_path: Path) -> None:
+    models = (
+        "  a: {train: [day]}\n  b: {train: [day], start: a, self_training: {pool: night, threshold: {kind: fixed}}}"
+    )
+    one, other = (graph_of(tmp_path, text).nodes for text in (models, models.replace("fixed", "none")))
+    changed = {str(node) for node in one if one[node].recipe != other[node].recipe}
+    assert changed == {"pseudo_label/b"}
 
 
 def test_the_first_seed_of_all_models_comes_first_and_is_evaluated(tmp_path: Path) -> None:
@@ -520,10 +550,12 @@ def test_another_inference_makes_other_passes_with_a_segmenter(tmp_path: Path) -
     assert parts(more="inference: {overlap: 0.25, scales: [1.0], window: null}") == plain
     other = parts(more=f"inference: {careful}")
     assert {node for node in plain if other[node] != plain[node]} == {
-        "pseudo_label/b", "predict/p", "evaluate/a", "evaluate/b"
+        "label/a.night", "predict/p", "evaluate/a", "evaluate/b"
     }  # fmt: skip
     taught = parts(own=f", inference: {careful}")
-    assert {node for node in plain if taught[node] != plain[node]} == {"pseudo_label/b"}
+    assert {node for node in plain if taught.get(node) != plain[node]} == {
+        "label/a.night", "pseudo_label/b", "train_segmenter/b"
+    }  # fmt: skip
     with pytest.raises(UserError, match=r"inference\.windw: unknown key, did you mean 'window'"):
         parts(more="inference: {windw: [4, 4]}")
     with pytest.raises(UserError, match="twice"):

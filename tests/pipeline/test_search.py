@@ -183,7 +183,8 @@ def test_the_searched_loss_and_selection_leave_the_base_model_and_the_features_a
         "train_segmenter/day_and_night", "score/pool_night.efficientnet_lite0",
         "score/day_at_night.efficientnet_lite0",
     } <= shared  # fmt: skip
-    own = {"select/adapted", "pseudo_label/adapted", "train_segmenter/adapted"}
+    labels = "label/day_and_night.pool_night.adapted"
+    own = {"select/adapted", labels, "pseudo_label/adapted", "train_segmenter/adapted"}
     graph = {str(node) for node in trials_of(tmp_path).graph(VALUES).nodes}
     assert graph - shared == own
 

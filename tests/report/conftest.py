@@ -11,6 +11,7 @@ import pytest
 
 from nightseg.data.class_list import taxonomy
 from nightseg.data.images import encode_png
+from nightseg.data.stored_labels import STORED_SCHEMA, Kept, StoredLabel, packed, place_of
 from nightseg.data.table import frame_table, quarantine_table
 from nightseg.metrics.confusion import confusion_matrix, scores
 from nightseg.metrics.seeds import over_seeds
@@ -125,33 +126,35 @@ class MadeUpRun:
         return np.where(np.kron(wrong, grow)[:height, :width], np.kron(instead, grow)[:height, :width], label)
 
     def pseudo_label(self, name: str) -> None:
-        attempt, frames, labels = self.attempt("pseudo_label", name), [], []
+        at, frames, labels, stored = self.attempt("label", f"day_night.{name}"), [], [], []
         source = self.commits["collect/street"]
         predicted, kept = np.zeros(11, dtype=np.int64), np.zeros(11, dtype=np.int64)
         for index, row in enumerate(source.table("frames").to_pylist()):
             _, label = self.draw(index, "night")
-            label = np.where(label == 255, 3, label).astype(np.uint8)
-            sure = np.kron(self.random.random((-(-label.shape[0] // 4), -(-label.shape[1] // 4))), np.ones((4, 4)))
-            sure = sure[: label.shape[0], : label.shape[1]]
-            believed = np.where(sure > 0.3, label, 255).astype(np.uint8)
-            before, after = (np.bincount(part.ravel(), minlength=256)[:11] for part in (label, believed))
+            label = np.where(label == 255, 3, label).astype(np.uint8)[::4, ::4]
+            sure = self.random.random(label.shape)
+            before, after = (np.bincount(part.ravel(), minlength=256)[:11] for part in (label, label[sure > 0.3]))
             predicted, kept = predicted + before, kept + after
+            stored.append(packed(StoredLabel(label, (sure * 255).astype(np.uint8), label.shape)))
             row["uri"] = (source.folder / row["uri"]).uri
-            row["label_uri"] = self.write(attempt, f"masks/{index:03d}.png", encode_png(believed, CLASSES.palette))
-            preview = encode_png((sure[::4, ::4] * 255).astype(np.uint8))
-            frames.append({**row, "label_encoding": "train_ids"})
+            row["label_sha256"] = sha256_of(stored[-1]["label"])
+            frames.append({**row, "label_uri": place_of("labels/x.parquet", index), "label_encoding": "train_ids"})
             labels.append(
                 {
                     "frame_id": row["frame_id"],
-                    "confidence_uri": self.write(attempt, f"confidence/{index:03d}.png", preview),
-                    "kept": float((believed != 255).mean()),
+                    "kept": float((sure > 0.3).mean()),
                     "counts": before.tolist(),
                     "kept_counts": after.tolist(),
-                    "histogram": [0],
                 }
             )
+        (at.folder / "labels/x.parquet").write_table(pa.Table.from_pylist(stored, STORED_SCHEMA))
+        outputs = [self.table(at, "frames", frame_table(frames)), "labels"]
+        self.keep(at.finish(rows_in=len(frames), rows_out=len(frames), outputs=outputs, seconds=8.0))
+        attempt = self.attempt("pseudo_label", name)
+        (attempt.folder / "kept.json").write_bytes(Kept((77,) * 11).text.encode())
         self.evidence = {
             "teacher": {"name": "day_night", "key": "0" * 64},
+            "labels": f"label/day_night.{name}",
             "threshold": {"kind": "class_balanced", "confidence": 0.9, "share": 0.6},
             "frames": len(frames),
             "pixels": int(predicted.sum()),
@@ -162,9 +165,8 @@ class MadeUpRun:
             },
             "warnings": ["the teacher never predicts sign and fence on these frames"],
         }
-        outputs = [self.table(attempt, "frames", frame_table(frames))]
-        outputs.append(self.table(attempt, "labels", pa.Table.from_pylist(labels)))
-        self.keep(attempt.finish(rows_in=len(frames), rows_out=len(frames), outputs=outputs, seconds=8.0))
+        outputs = [self.table(attempt, "labels", pa.Table.from_pylist(labels)), "kept.json"]
+        self.keep(attempt.finish(rows_in=len(frames), rows_out=len(frames), outputs=outputs, seconds=0.1))
 
     def evaluate(self, model: str, test: str, source: list[dict[str, Any]], noise: float) -> None:
         attempt, rows = self.attempt("evaluate", f"{model}.{test}"), []

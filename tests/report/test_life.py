@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from nightseg.data.class_list import taxonomy
 from nightseg.data.images import encode_png
+from nightseg.data.stored_labels import STORED_SCHEMA, Kept, StoredLabel, packed, place_of
 from nightseg.data.table import frame_table, quarantine_table
 from nightseg.report.life import Life, frame_ids, life_of, life_page
 from nightseg.storage import Commit, Location, UserError, Workspace, sha256_of
@@ -141,28 +143,34 @@ class Made:
         threshold = {"kind": "fixed", "confidence": 0.5}
         evidence = {"teacher": {"name": "first"}, "threshold": threshold, "by_class": by_class}
         counts = np.zeros(11, dtype=np.int64)
-        histogram = np.zeros((11, 256), dtype=np.int64)
-        histogram[ROAD, 191], histogram[SKY, 63] = 96, 32  # mean (96 x 191.5 + 32 x 63.5) / 128 / 256 = 0.623
         counts[[ROAD, SKY]] = 96, 32
-        labels = [{
-            "frame_id": "pool/a", "kept": 0.75, "counts": counts.tolist(),
-            "kept_counts": np.where(np.arange(11) == ROAD, counts, 0).tolist(), "histogram": histogram.ravel().tolist(),
-            "confidence_uri": "a.png",
-        }]  # fmt: skip
-        mask = np.full((8, 16), ROAD, dtype=np.uint8)
-        taught = [row | {"label_uri": "mask.png", "label_encoding": "train_ids"} for row in chosen.to_pylist()[:1]]
+        label = np.full((8, 16), ROAD, dtype=np.uint8)
+        stored = packed(StoredLabel(label, np.full((8, 16), 200, dtype=np.uint8), (8, 16)))
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist([stored], STORED_SCHEMA), sink)
+        taught = chosen.to_pylist()[0] | {"label_uri": place_of("labels/x.parquet", 0), "label_encoding": "train_ids"}
+        self.commit(
+            "label/first.night.second",
+            {"frames": ["select/second"], "teacher": "train_segmenter/first", "taxonomy": NAMES},
+            {"frames": frame_table([taught])},
+            {"labels/x.parquet": sink.getvalue().to_pybytes()},
+        )
+        labels = {
+            "frame_id": "pool/a", "kept": 0.75, "mean_confidence": 0.623, "counts": counts.tolist(),
+            "kept_counts": np.where(np.arange(11) == ROAD, counts, 0).tolist(),
+        }  # fmt: skip
         self.commit(
             "pseudo_label/second",
-            {"frames": ["select/second"], "teacher": "train_segmenter/first", "taxonomy": NAMES},
-            {"labels": pa.Table.from_pylist(labels), "frames": frame_table(taught)},
-            {"mask.png": encode_png(mask), "a.png": encode_png(mask)},
-            evidence,
+            {"labels": "label/first.night.second", "taxonomy": NAMES},
+            {"labels": pa.Table.from_pylist([labels])},
+            {"kept.json": Kept((128,) * 11).text.encode()},
+            evidence | {"labels": "label/first.night.second"},
         )
 
     def learn(self) -> None:
         first = {"train": {"day": ["collect/day"]}, "start": "scratch", "validate": ["collect/day"]}
         self.commit("train_segmenter/first", first, {})
-        parts = {"day_at_night": ["translate/day_at_night"], "(pseudo-labels)": ["pseudo_label/second"]}
+        parts = {"day_at_night": ["translate/day_at_night"], "(pseudo-labels)": ["label/first.night.second"]}
         fresh = {"optics": ["collect/day"]}
         second = {"train": parts | fresh, "start": "train_segmenter/first", "fresh": {"optics": {}}}
         for name in ("second", "second.seed1"):
@@ -210,8 +218,7 @@ def test_a_chosen_frame_is_told_from_its_file_to_its_prediction(run: Made) -> No
     ]
     assert text["prediction"] == "second on night: mean confidence 50.0 %"
     (label,) = life.pseudo_labels
-    # the middles of the bins
-    assert label["mean_confidence"] == pytest.approx((96 * 191.5 + 32 * 63.5) / 128 / 256, abs=1e-12)
+    assert label["mean_confidence"] == 0.623
     assert label["by_class"]["road"] == {"pixels": 96, "kept": 1.0, "threshold": 0.5}
 
 

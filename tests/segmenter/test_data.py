@@ -217,7 +217,7 @@ def test_a_frame_that_is_not_what_was_collected_is_refused(rows: pa.Table) -> No
     frames = labelled(rows)
     with pytest.raises(UserError, match=r"(?s)frame1: .*has changed.*image1\.png"):
         frames[1]
-    with pytest.raises(UserError, match=r"(?s)frame2: missing.*label2\.png"):
+    with pytest.raises(UserError, match=r"(?s)frame2: label_missing.*label2\.png"):
         frames[2]
     with pytest.raises(UserError, match="frame1"):
         batches(frames)

@@ -14,6 +14,7 @@ from nightseg import load_model
 from nightseg.cluster.settings import MapCompute
 from nightseg.data.class_list import taxonomy
 from nightseg.data.images import decode_image, decode_label, encode_png
+from nightseg.data.stored_labels import StoredLabel, upsampled
 from nightseg.data.table import frame_table
 from nightseg.data.taxonomy import Taxonomy
 from nightseg.networks.model_folder import save_model
@@ -29,6 +30,7 @@ from nightseg.segmenter.predict import (
     Segmenter,
     check_classes,
 )
+from nightseg.segmenter.self_training import confidence_bins
 from nightseg.segmenter.settings import Inference, Network
 from nightseg.storage import Location, UserError, sha256_of
 from tests.rounding import assert_near, in_float64
@@ -110,6 +112,28 @@ def test_a_batch_of_mixed_sizes_is_what_the_frames_are_alone(model: Location) ->
         assert (together.labels == alone.labels).mean() > 0.999
         assert_near(together.confidence, alone.confidence, INTERPOLATED)
     assert segmenter.batch([]) == []
+
+
+@pytest.mark.parametrize("modes", [{}, {"flip": True}, {"window": (32, 32)}])
+def test_stored_at_stride_labels_are_those_of_the_frame_wherever_one_class_is_near(
+    tmp_path: Path, modes: dict[str, object]
+) -> None:
+    """Where four logits have one class on top, it is on top of all that is interpolated between them."""
+    segment = Segmenter(save(tmp_path / "m", input_size=None), "cpu").using(**modes)
+    images = [image(75, 90, seed=1), image(64, 64, seed=2)]
+    for found, whole in zip(segment.batch_at_stride(images), segment.batch(images), strict=True):
+        stored = StoredLabel(found.labels, confidence_bins(found.confidence), found.covered)
+        labels_HW, scores_HW = upsampled(stored, whole.labels.shape)
+        assert labels_HW.shape == scores_HW.shape == whole.labels.shape
+        near_hw = np.pad(found.labels, 1, mode="edge")
+        high, wide = found.labels.shape
+        pure_hw = np.logical_and.reduce(
+            [near_hw[y : y + high, x : x + wide] == found.labels for y in range(3) for x in range(3)]
+        )
+        pure_HW = pure_hw.repeat(4, axis=0).repeat(4, axis=1)[: whole.labels.shape[0], : whole.labels.shape[1]]
+        assert pure_HW.any()
+        if not modes:  # several passes are averaged as probabilities, and tiles at full size
+            assert (labels_HW == whole.labels)[pure_HW].all()
 
 
 def test_normalisation_is_the_cards(tmp_path: Path) -> None:

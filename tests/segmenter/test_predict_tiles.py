@@ -16,6 +16,7 @@ from nightseg.segmenter.predict import (
     WHOLE_FRAME,
     TiledLogits,
     classify,
+    classify_at_stride,
     frame_rows,
     inference_settings,
     tiled_logits,
@@ -191,6 +192,32 @@ def test_passes_of_several_sizes_are_those_of_the_plain_loop(network: Any, windo
             total += F.interpolate(logits_1KHW, size, mode="bilinear").softmax(dim=1)[0]
     labels_HW, confidence_HW = classify(passes, size)
     assert_same_answer(labels_HW, confidence_HW, (total / 6).max(dim=0))
+
+
+def test_a_value_for_each_logit_is_that_of_the_logits_as_they_are(network: Any) -> None:
+    """45 x 77 pixels are 11.25 x 19.25 logits; one more is needed for the last pixels, and the padding has it."""
+    inputs_1CHW = noise(1, 3, 45, 77)
+    (one,) = tiled_logits(network, inputs_1CHW, Inference(), mirrored=False)
+    labels_hw, confidence_hw, covered = classify_at_stride([one])
+    wanted = network(inputs_1CHW)[0, :, :13, :21].softmax(dim=0).max(dim=0)
+    assert covered == (11.25, 19.25) and labels_hw.shape == (13, 21)
+    assert_same_answer(labels_hw, confidence_hw, wanted)
+
+
+@pytest.mark.parametrize("window", [None, (32, 48)])
+def test_several_passes_meet_at_the_stride_of_the_largest(network: Any, window: tuple[int, int] | None) -> None:
+    passes = [
+        one
+        for size in [(34, 58), (45, 77)]
+        for mirrored in (False, True)
+        for one in tiled_logits(network, noise(1, 3, *size), Inference(window=window), mirrored=mirrored)
+    ]
+    labels_hw, confidence_hw, covered = classify_at_stride(passes)
+    assert covered == labels_hw.shape == (12, 20)
+    wanted = classify(passes, (12, 20))
+    assert torch.equal(labels_hw, wanted[0]) and torch.equal(confidence_hw, wanted[1])
+    (tiled,) = tiled_logits(network, noise(1, 3, 45, 77), Inference(window=(32, 48)), mirrored=False)
+    assert classify_at_stride([tiled])[2] == (12, 20)
 
 
 def test_the_network_sees_bfloat16_only_if_asked() -> None:

@@ -11,20 +11,19 @@ from hypothesis import strategies as st
 
 from nightseg.data.class_list import taxonomy
 from nightseg.data.images import encode_png
+from nightseg.data.stored_labels import NUM_BINS, Kept, StoredLabel, drop_impossible, kept_label
 from nightseg.data.table import frame_table
 from nightseg.segmenter.self_training import (
-    NUM_BINS,
+    NOTHING_KEPT,
     KeptPixels,
-    apply_thresholds,
-    bins_to_confidence,
     check_never_below,
     class_thresholds,
     confidence_bins,
     confidence_histogram,
-    confidence_preview,
-    drop_impossible,
     guard,
     impossible,
+    kept_of_histograms,
+    least_bins,
     precise_thresholds,
 )
 from nightseg.segmenter.settings import Threshold
@@ -38,17 +37,15 @@ def histogram(*bins: tuple[int, int]) -> np.ndarray:
     return row
 
 
-def kept_of_histograms(histograms_KB: np.ndarray, thresholds_K: np.ndarray) -> KeptPixels:
-    """What thresholds on bin edges keep, read off the histograms."""
-    first = np.ceil(thresholds_K * NUM_BINS).astype(np.intp)
-    kept = [int(histogram_B[bin_:].sum()) for histogram_B, bin_ in zip(histograms_KB, first, strict=True)]
-    return KeptPixels(histograms_KB.sum(axis=1), np.array(kept, dtype=np.int64))
+def kept_of(histograms_KB: np.ndarray, thresholds_K: np.ndarray) -> KeptPixels:
+    """What thresholds keep, read off the histograms."""
+    kept_1K = kept_of_histograms(histograms_KB[None], least_bins(thresholds_K))
+    return KeptPixels(histograms_KB.sum(axis=1), kept_1K[0])
 
 
 def test_bins_are_the_floor_of_256_times_the_confidence() -> None:
     confidence = np.array([[0.0, 0.5, 0.9, 1.0]], dtype=np.float32)
     assert confidence_bins(confidence).tolist() == [[0, 128, 230, 255]]
-    assert bins_to_confidence(confidence_bins(confidence)).tolist() == [[0.0, 0.5, 230 / 256, 255 / 256]]
 
 
 def test_histogram_counts_every_pixel_under_its_class_and_bin() -> None:
@@ -60,15 +57,21 @@ def test_histogram_counts_every_pixel_under_its_class_and_bin() -> None:
     assert counts.sum() == 4
 
 
-def test_none_keeps_all_and_fixed_compares_with_the_very_number() -> None:
+def test_none_keeps_all_and_fixed_nothing_below_its_number() -> None:
     nothing = np.zeros((2, NUM_BINS), dtype=np.int64)
     assert class_thresholds(Threshold(kind="none", confidence=0.9, share=0.5), nothing).tolist() == [0, 0]
     fixed = class_thresholds(Threshold(kind="fixed", confidence=0.9, share=0.5), nothing)
     assert fixed.tolist() == [0.9, 0.9]
-    just_below, just_above = np.nextafter(np.float32(0.9), np.float32([0, 1]))
-    labels = np.array([[0, 1]], dtype=np.uint8)
-    confidence = np.array([[just_below, just_above]], dtype=np.float32)
-    assert apply_thresholds(labels, confidence, fixed).tolist() == [[255, 1]]
+    assert least_bins(fixed) == (231, 231)  # 0.9 is 230.4 of 256: bin 230 has less sure pixels, too
+
+
+def test_bins_of_thresholds_keep_what_lies_at_an_edge_and_nothing_above_one() -> None:
+    thresholds = np.array([0.0, 0.5, 102 / 256, 0.6, 1.0, NOTHING_KEPT])
+    assert least_bins(thresholds) == (0, 128, 102, 154, 255, 256)
+    counts = np.ones((2, 6, NUM_BINS), dtype=np.int32)
+    counts[1] *= 2
+    kept = np.array([256, 128, 154, 102, 1, 0])
+    assert kept_of_histograms(counts, least_bins(thresholds)).tolist() == [kept.tolist(), (2 * kept).tolist()]
 
 
 def test_class_balanced_takes_the_quantile_of_a_hard_class_and_the_limit_of_an_easy_one() -> None:
@@ -79,7 +82,7 @@ def test_class_balanced_takes_the_quantile_of_a_hard_class_and_the_limit_of_an_e
     ])  # fmt: skip
     thresholds = class_thresholds(Threshold(kind="class_balanced", confidence=0.9, share=0.6), histograms)
     assert thresholds.tolist() == [230 / 256, 120 / 256, 230 / 256]
-    pixels = kept_of_histograms(histograms, thresholds)
+    pixels = kept_of(histograms, thresholds)
     assert pixels.predicted.tolist() == [10, 10, 0]
     assert pixels.kept.tolist() == [10, 6, 0]
     assert pixels.share == 0.8
@@ -91,9 +94,9 @@ def test_class_balanced_keeps_at_least_the_share_where_bins_are_coarse() -> None
     thresholds = class_thresholds(Threshold(kind="class_balanced", confidence=1.0, share=0.2), histograms)
     assert thresholds.tolist() == [50 / 256]  # the one pixel of bin 200 is only a tenth
     everything = class_thresholds(Threshold(kind="class_balanced", confidence=1.0, share=1.0), histograms)
-    assert kept_of_histograms(histograms, everything).kept.tolist() == [10]
+    assert kept_of(histograms, everything).kept.tolist() == [10]
     nothing = class_thresholds(Threshold(kind="class_balanced", confidence=1.0, share=0.0), histograms)
-    assert kept_of_histograms(histograms, nothing).kept.tolist() == [0]
+    assert kept_of(histograms, nothing).kept.tolist() == [0]
 
 
 @settings(max_examples=60, deadline=None)
@@ -109,20 +112,14 @@ def test_histograms_say_exactly_which_pixels_are_kept(seed: int, confidence: flo
     counts = confidence_histogram(labels, sure, 4)
     thresholds = class_thresholds(Threshold(kind="class_balanced", confidence=confidence, share=share), counts)
     assert (thresholds <= confidence).all()
-    promised = kept_of_histograms(counts, thresholds)
-    for values in (sure, bins_to_confidence(confidence_bins(sure))):  # the pixels, and what a draft keeps of them
-        kept = apply_thresholds(labels, values, thresholds)
+    promised = kept_of(counts, thresholds)
+    bins, said = confidence_bins(sure), Kept(least_bins(thresholds))
+    at_full_size = kept_label(StoredLabel(labels, bins, labels.shape), said, labels.shape)
+    for kept in (said.apply(labels, bins), at_full_size):  # as counted, and as learned where a logit is a pixel
         assert np.bincount(kept.ravel(), minlength=256)[:4].tolist() == promised.kept.tolist()
         assert ((kept == labels) | (kept == 255)).all()
     for part in promised.share_by_class:
         assert part is None or part >= share - 1e-6
-
-
-def test_preview_is_the_mean_of_four_by_four_pixels() -> None:
-    confidence = np.zeros((5, 8), dtype=np.float32)
-    confidence[:4, :4] = 1.0
-    confidence[4, 4:] = 0.5
-    assert confidence_preview(confidence).tolist() == [[255, 0], [0, 128]]
 
 
 def pixels(predicted: list[int], kept: list[int]) -> KeptPixels:

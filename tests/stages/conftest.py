@@ -16,7 +16,7 @@ from nightseg.data.taxonomy import Taxonomy
 from nightseg.networks.model_folder import CARD, TENSORS, save_model
 from nightseg.segmenter import predict
 from nightseg.segmenter.network import build_semantic_fpn, model_card
-from nightseg.segmenter.predict import Segmented
+from nightseg.segmenter.predict import AtStride, Segmented
 from nightseg.segmenter.settings import Network
 from nightseg.storage import Attempt, Commit, Location, ShardRecord, Workspace
 
@@ -48,12 +48,16 @@ def model_commit(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Taxonomy
 
 @pytest.fixture
 def reads_the_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every segmenter answers what the frame says: class = red, confidence = green / 256."""
+    """Every segmenter answers what the frame says: class = red, confidence = green / 256; it has a logit a pixel."""
 
     def batch(self: predict.Segmenter, images: list[np.ndarray]) -> list[Segmented]:
         return [Segmented(image[..., 0].copy(), image[..., 1].astype(np.float32) / 256) for image in images]
 
+    def at_stride(self: predict.Segmenter, images: list[np.ndarray]) -> list[AtStride]:
+        return [AtStride(*found, image.shape[:2]) for found, image in zip(batch(self, images), images, strict=True)]
+
     monkeypatch.setattr(predict.Segmenter, "batch", batch)
+    monkeypatch.setattr(predict.Segmenter, "batch_at_stride", at_stride)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final, NamedTuple
@@ -24,15 +23,15 @@ from nightseg.networks.model_folder import load_tensors
 from nightseg.progress import SilentProgress
 from nightseg.recipe.types import Evaluation
 from nightseg.segmenter.predict import RowSegmenter
-from nightseg.segmenter.settings import Inference, Loss, Threshold
+from nightseg.segmenter.settings import Inference, Loss
 from nightseg.segmenter.start import starting_network
 from nightseg.selection.features import identify
 from nightseg.selection.settings import Extraction
 from nightseg.stages import (
     collect,
     evaluate,
+    label,
     predict,
-    pseudo_label,
     score,
     split,
     train_segmenter,
@@ -109,21 +108,13 @@ def passes(model_commit: Callable[..., Commit]) -> Callable[[MapCompute], dict[s
                 {**extractor, "batch": 3, "positions": True, "spatial_reference": None},
                 "score by efficientnet_lite0",
             ),
-            "fixed": Pass(
-                pseudo_label.pseudo_label,
+            "label": Pass(
+                label.label,
                 (FRAMES, model),
-                {**named, "threshold": Threshold(kind="fixed", confidence=0.5), "inference": INFERENCE},
-                "DirectLabeller",
-                {**segmenter, "classes": CLASSES, "thresholds_K": [0.5] * 11, "rules": {}},
-                "pseudo-labels of x",
-            ),
-            "class_balanced": Pass(
-                pseudo_label.pseudo_label,
-                (FRAMES, model),
-                {**named, "threshold": Threshold(kind="class_balanced"), "inference": INFERENCE},
-                "Drafter",
+                {"taxonomy": "camvid11", "inference": INFERENCE},
+                "Labeller",
                 segmenter,
-                "teacher of x",
+                "labels of teacher",
             ),
             "evaluate": Pass(
                 evaluate.evaluate,
@@ -184,7 +175,7 @@ def passes(model_commit: Callable[..., Commit]) -> Callable[[MapCompute], dict[s
 @pytest.mark.parametrize(
     "name",
     (
-        *("scenes", "split", "translate", "score", "fixed", "class_balanced", "evaluate", "folders"),
+        *("scenes", "split", "translate", "score", "label", "evaluate", "folders"),
         *("predict", "predict on a device"),
     ),
 )
@@ -210,8 +201,6 @@ def test_a_pass_is_given_what_its_stage_is_given(
     limit = {"max_bad_fraction": 0.5} if name != "folders" else {}
     with pytest.raises(Handed):
         wanted.stage(*wanted.inputs, **wanted.settings, **given, **limit)
-    if name == "class_balanced":  # drafts lie apart from what is kept
-        given["attempt"] = replace(given["attempt"], folder=given["attempt"].folder / "drafts")
     expected = given | limit | {"worker": wanted.worker, "arguments": wanted.arguments, "title": wanted.title}
     assert found == expected | ({"on_cpus": True} if wanted.on_cpus else {})
 
