@@ -16,6 +16,7 @@ from nightseg.report.run import Run
 
 KINDS = ("published", "measured")
 VERDICTS = {"holds": "up", "does not hold": "down", "not decided": "none"}  # and how the page colours them
+WIDE = (960, 260)  # of the chart, which has a place for every row
 _SPREAD_WIDTH = 4.0
 
 
@@ -66,7 +67,9 @@ def claims(run: Run) -> list[dict[str, Any]]:
             measured = Difference(pair["mean"], pair["std"], pair["is_paired"]) if "mean" in pair else None
             inside = pair.get("interval")
             spread = inside and FrameSpread(Interval(inside["low"], inside["high"]), inside["units"], inside["of"])
-            pairs.append({**pair, "published": both, "measured": measured, "spread": spread})
+            pairs.append(
+                {**pair, "published": both, "measured": measured, "spread": spread, "kind": VERDICTS[pair["verdict"]]}
+            )
         found.append({**claim, "pairs": pairs, "kind": VERDICTS[claim["verdict"]]})
     return found
 
@@ -138,7 +141,7 @@ def _chart(rows: Sequence[Row], improvements: Sequence[Row]) -> Chart:
         f"mIoU of the rows {first_row.row} to {last_row.row} on {first_row.test}: published {first_row.published:.1f} "
         f"to {last_row.published:.1f} %, measured {100 * first_row.miou:.1f} to {100 * last_row.miou:.1f} %"
     )
-    chart = Chart((0, last), (max(0.0, min(values) - room), max(values) + room), KINDS, described)
+    chart = Chart((0, last), (max(0.0, min(values) - room), max(values) + room), KINDS, described, size=WIDE)
     chart.x_ticks = [Tick(chart.x(place), row.row) for place, row in enumerate(rows)]
     series: Mapping[str, list[float]] = {
         "published": [row.published for row in rows],

@@ -1,5 +1,6 @@
 """The graph of a recipe: what stands on what, what is shared, and that the thesis fits into one file."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -181,6 +182,42 @@ def test_a_plan_lists_the_25_rows(thesis: Recipe, tmp_path: Path) -> None:
     assert told[-1]["frames"] == {"cityscapes": 160, "night": 160, "nexet_night": 60}
     shown = good("run", CONFIGS / "thesis_scenes.yaml", "--dry-run", "--run-dir", tmp_path / "run").output
     assert "cityscapes 160, night 160, nexet_night 60" in shown and "40.7" in shown
+
+
+def test_the_page_of_the_thesis_has_its_rows(thesis: Recipe) -> None:
+    page = (CONFIGS.parent / "docs/thesis.md").read_text()
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if re.match(r"\| \d\.\d ", line)
+    ]
+    loss = {"cross_entropy": "cross-entropy", "focal": "focal", "combined": "combined"}
+    assert len(rows) == len(THESIS)
+    for name, train, chosen, kind, start, test, miou in rows:
+        published, on, from_, teacher, trained_on, how, of = THESIS[name]
+        assert (float(miou), test, start, kind) == (published, on, from_, loss[of]), name
+        assert train == " + ".join(TRAIN_SETS[trained_on]), name
+        words = {"1600": "1,600 of nexet_night, ", "all": "all of "}
+        first, _, rest = (how or "").partition(" ")
+        other = f", by {teacher}" if teacher not in (None, from_) else ""
+        assert chosen == (f"{words[first]}{rest}{other}" if how else ""), name
+
+
+def test_the_next_row_takes_five_lines_and_one_training(tmp_path: Path) -> None:
+    page = (CONFIGS.parent / "docs/thesis.md").read_text()
+    (text,) = (block for block in re.findall(r"^```yaml\n(.*?)^```$", page, re.M | re.S) if "m9_1:" in block)
+    lines = text.splitlines()
+    assert len(lines) - lines.index("models:") - 1 == 5
+    file = tmp_path / "next.yaml"
+    file.write_text(text.replace("base: configs/", f"base: {CONFIGS}/"))
+    found = json_of("run", file, "--dry-run", "--run-dir", tmp_path / "run")
+    last = found["rows"][-1]
+    assert (last["row"], last["model"], last["parents"], last["published_miou"]) == ("9.1", "m9_1", ["m8_3"], None)
+    before, after = (build_graph(load_recipe(one)).nodes for one in (CONFIGS / "thesis_scenes.yaml", file))
+    assert {str(node) for node in after.keys() - before.keys()} == {
+        f"{stage}/m9_1" for stage in ("select", "pseudo_label", "train_segmenter", "evaluate")
+    }
+    key = [{name: (node.version, node.recipe, node.seed) for name, node in one.items()} for one in (before, after)]
+    assert key[1].items() >= key[0].items()  # so all else is found in the run of its base
+    assert load_recipe(file).name == "thesis_scenes"
 
 
 def test_data_that_are_not_there_are_told_once_each_with_their_layout(
