@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from nightseg.cli import greeting_of
 from nightseg.errors import closest
 from nightseg.networks.downloads import allow_downloads
 from nightseg.progress import printable
@@ -39,7 +40,6 @@ OTHER_NAMES = {  # what other programs call it -> the verb here
     "create": "init", "validate": "check", "lint": "check", "config": "recipe", "install": "doctor", "remote": "submit",
     "why": "explain", "trace": "explain", "inspect": "explain", "frame": "explain", "provenance": "explain",
 }  # fmt: skip
-SECONDS_TO_WORDS = 1.0
 PIPE_WIDTH = 160  # of a table that no terminal limits
 
 
@@ -70,8 +70,8 @@ class Failures(Verbs):
 
     def main(self, args: Sequence[str] | None = None, **extra: Any) -> Any:  # type: ignore[override]
         words = list(sys.argv[1:] if args is None else args)
-        greeting = _greeting(words)
-        if args is None:  # a command, not a test
+        greeting: threading.Timer = extra.pop("greeting", None) or greeting_of(words)
+        if args is None and greeting.ident is None:  # a command, not a test
             greeting.start()
         debug = "--debug" in words
         if "--allow-download" in words:
@@ -106,14 +106,6 @@ def _end_at_once_when_asked_again() -> None:
     Python would show a traceback of wherever it is by then: a thread that is waited for, a function of `atexit`.
     """
     signal.signal(signal.SIGINT, lambda *_: os._exit(1))
-
-
-def _greeting(words: Sequence[str]) -> threading.Timer:
-    """Says something once a second has passed: before that, a command may be done, or its own words be there."""
-    verb = next((word for word in words if not word.startswith("-")), "")
-    greeting = threading.Timer(SECONDS_TO_WORDS, say, [f"nightseg {verb}: at work"])
-    greeting.daemon = True
-    return greeting
 
 
 def explained(error: Exception) -> tuple[int, str]:

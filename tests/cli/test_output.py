@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import threading
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import click
@@ -12,6 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 from rich.text import Text
 
+from nightseg import cli
 from nightseg.cli import output
 from nightseg.cli.main import main
 from nightseg.errors import UserError
@@ -231,9 +234,9 @@ def test_a_selection_says_what_its_distances_mean(capsys: pytest.CaptureFixture[
 def test_a_command_that_takes_its_time_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(output, "SECONDS_TO_WORDS", 0.01)
+    monkeypatch.setattr(cli, "SECONDS_TO_WORDS", 0.01)
     done = threading.Event()
-    monkeypatch.setattr(output, "say", lambda message: (print(message, file=sys.stderr), done.set()))
+    monkeypatch.setattr(cli, "_say", lambda message: (print(message, file=sys.stderr), done.set()))
 
     @click.group(cls=output.Failures)
     def group() -> None:
@@ -246,6 +249,23 @@ def test_a_command_that_takes_its_time_says_so(
     monkeypatch.setattr(sys, "argv", ["nightseg", "slow"])
     group()
     assert capsys.readouterr().err == "nightseg slow: at work\n"
+
+
+def test_the_installed_command_says_so_before_its_imports() -> None:
+    """Imports take seconds on a busy machine: here they take as long as it takes until the first line is there."""
+    code = (
+        "import importlib.abc, sys, time; import nightseg.cli as cli; cli.SECONDS_TO_WORDS = 0.01; said = []\n"
+        "write, cli._say = cli._say, lambda message: (write(message), said.append(message))\n"
+        "class Slow(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        while name == 'nightseg.cli.main' and not said: time.sleep(0.01)\n"
+        "assert not {'click', 'numpy', 'pyarrow'} & sys.modules.keys()\n"
+        "sys.meta_path.insert(0, Slow()); sys.argv = ['nightseg', 'doctor', '--help']; cli.start()\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0 and ran.stderr == "nightseg doctor: at work\n" and "Check this machine" in ran.stdout
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    assert project["project"]["scripts"] == {"nightseg": "nightseg.cli:start"}
 
 
 def test_a_command_that_is_done_says_nothing(
