@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 import click
+from click.core import ParameterSource
 from pydantic import BaseModel, ValidationError
 
 from nightseg.cli.output import (
@@ -207,7 +208,7 @@ def fid(
         compute=compute,
         work=work,
         save_statistics=(save_a, save_b),
-        insist=asked == click.core.ParameterSource.COMMANDLINE,
+        insist=asked == ParameterSource.COMMANDLINE,
         max_bad_fraction=max_bad_fraction,
         progress=progress_for(),
     )
@@ -246,7 +247,9 @@ def select(
     """
     from nightseg.pipeline.single import select_frames
 
-    selection = valid(Selection, extractor=extraction, **rules)
+    source = click.get_current_context().get_parameter_source
+    named = any(source(one) == ParameterSource.COMMANDLINE for one in ("extractor", "resize", "fast", "weights"))
+    selection = valid(Selection, **rules, **({"extractor": extraction} if named else {}))
     done = select_frames(
         pool,
         reference,

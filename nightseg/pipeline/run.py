@@ -536,6 +536,8 @@ def _resources(compute: MapCompute | TrainCompute) -> str:
     if isinstance(compute, TrainCompute):
         count, cpus, gpus, kind = compute.workers, compute.cpus_per_worker, compute.gpus_per_worker, "worker"
     else:
+        if not compute.actors:
+            return "in this process"
         count, cpus, gpus, kind = compute.actors, compute.cpus_per_actor, compute.gpus_per_actor, "actor"
     each = f"{cpus:g} CPU" + (f" + {gpus:g} GPU" if gpus else "")
     return f"{count} {kind}{'s' if count > 1 else ''} x {each}"

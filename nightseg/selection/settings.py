@@ -17,6 +17,8 @@ EXTRACTORS: Final = (
 )
 """Besides these any network of timm, as timm/NAME."""
 
+NO_DOWNLOAD: Final = "efficientnet_lite0"
+
 
 class Method(NamedTuple):
     """A way to choose frames, as recipes, command line and documentation name it."""
@@ -27,6 +29,7 @@ class Method(NamedTuple):
     is_ranking: bool = (
         True  # by a score of each frame, so that ranks follow from scores; else a set is chosen, or chance
     )
+    needs_features: bool = True  # else those of the extractor only tell what the choice is worth
 
 
 METHODS: Final[Mapping[str, Method]] = {
@@ -34,9 +37,9 @@ METHODS: Final[Mapping[str, Method]] = {
     "pooled": Method("frame by frame, by the distance to the mean, as the thesis"),
     "spatial": Method("frame by frame, by the Frechet distance over positions", needs_positions=True),
     "mahalanobis": Method("frame by frame, by density"),
-    "histogram": Method("frame by frame, by brightness"),
+    "histogram": Method("frame by frame, by brightness", needs_features=False),
     "herding": Method("by kernel herding", is_ranking=False),
-    "random": Method("the control", needs_reference=False, is_ranking=False),
+    "random": Method("the control", needs_reference=False, is_ranking=False, needs_features=False),
 }
 """All methods there are, and the only list of them: recipes, command line and tests read it. The function of each lies
 in selection/methods.py under its name (fid-subset: fid_subset)."""
@@ -95,6 +98,15 @@ class Selection(Strict):
     duplicates: Fraction | None = Field(default=None, description="cosine from which a frame repeats an earlier one")
     extractor: Extraction = Extraction()
     reference: Name | None = Field(default=None, description="dataset to be close to; null = the translated train sets")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _measured_by_what_is_there(cls, value: Any) -> Any:
+        """No weights have to be fetched for what does not look at features."""
+        if not isinstance(value, Mapping) or "extractor" in value or value.get("duplicates") is not None:
+            return value
+        method = METHODS.get(str(value.get("method")))
+        return value if method is None or method.needs_features else {**value, "extractor": NO_DOWNLOAD}
 
     @property
     def needs_reference(self) -> bool:

@@ -355,3 +355,20 @@ def test_weights_that_may_be_fetched_are_no_fault(root: Path) -> None:
     text = RECIPE.replace("encoder: efficientnet_lite0, p", "encoder: resnet18, p")
     text = text.replace("extractor: efficientnet_lite0", "extractor: inception") + "allow_download: true\n"
     check(load_recipe(file_of(root, text)), Location.of(root / "run"), is_measured=False, progress=SilentProgress())
+
+
+@pytest.mark.parametrize("method", ["random", "histogram"])
+def test_what_looks_at_no_features_needs_no_weights_of_them(root: Path, method: str) -> None:
+    """Those of inception, the usual extractor, are nowhere: here, and where frames that repeat others are left out."""
+    text = RECIPE.replace(
+        "{method: random, count: 2, extractor: efficientnet_lite0}", f"{{method: {method}, count: 2}}"
+    )
+    recipe = load_recipe(file_of(root, text))
+    learning = recipe.models["second"].self_training
+    assert learning is not None and learning.select is not None
+    assert learning.select.extractor.name == "efficientnet_lite0"
+    check(recipe, Location.of(root.parent / "run"), is_measured=False, progress=SilentProgress())
+    for more in ("duplicates: 0.9", "extractor: inception"):
+        wrong = load_recipe(file_of(root, text.replace("count: 2", f"count: 2, {more}")))
+        with pytest.raises(UserError, match=r"extractor: .*nothing is downloaded unasked"):
+            check(wrong, Location.of(root.parent / "run"), is_measured=False, progress=SilentProgress())
