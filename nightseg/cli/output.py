@@ -73,6 +73,8 @@ class Failures(Verbs):
         greeting: threading.Timer = extra.pop("greeting", None) or greeting_of(words)
         if args is None and greeting.ident is None:  # a command, not a test
             greeting.start()
+        if args is None:
+            signal.signal(signal.SIGTERM, _interrupt)  # as Ctrl-C: batch systems and `timeout` stop programs so
         debug = "--debug" in words
         if "--allow-download" in words:
             allow_downloads()
@@ -100,12 +102,17 @@ class Failures(Verbs):
             greeting.cancel()
 
 
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def _end_at_once_when_asked_again() -> None:
     """The work has stopped, what is left is to clear up: another Ctrl-C ends that, too, and prints nothing.
 
     Python would show a traceback of wherever it is by then: a thread that is waited for, a function of `atexit`.
     """
-    signal.signal(signal.SIGINT, lambda *_: os._exit(1))
+    for one in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(one, lambda *_: os._exit(1))
 
 
 def explained(error: Exception) -> tuple[int, str]:

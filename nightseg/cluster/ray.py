@@ -13,9 +13,11 @@ import math
 import os
 import re
 import secrets
+import signal
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,11 +92,21 @@ def connect(num_cpus: int | None = None, *, dashboard: bool = False) -> None:
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS", "").strip()
-    if address and address != "local":
-        _join(address)
-    else:
-        _start(num_cpus, dashboard)
+    with _own_sigterm():
+        if address and address != "local":
+            _join(address)
+        else:
+            _start(num_cpus, dashboard)
     hide_daemons()
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """A handler that this program has for SIGTERM stays: Ray's own prints stacks of C++, and ends without a word."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def disconnect() -> None:

@@ -183,8 +183,10 @@ def test_trials_are_named_by_the_last_word_of_their_keys(capsys: pytest.CaptureF
     assert captured.err == "trial cd failed: too few frames\n"
 
 
-def test_control_c_again_and_again_shows_no_traceback() -> None:
-    """In the work, while it clears up, while Python waits for a thread and for what `atexit` was given."""
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_control_c_again_and_again_shows_no_traceback(sent: signal.Signals) -> None:
+    """And as little what batch systems send: in the work, while it clears up, while Python waits for a thread and for
+    what `atexit` was given."""
     script = (
         "import atexit, signal, sys, threading, time; from nightseg.cli import output; import click\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell may have it ignored in the background
@@ -203,7 +205,7 @@ def test_control_c_again_and_again_shows_no_traceback() -> None:
         for heard, where in ((process.stdout, "working"), (process.stdout, "clearing"), (process.stderr, "stopped")):
             while where not in told:
                 told += heard.readline()
-            process.send_signal(signal.SIGINT)
+            process.send_signal(sent)
         told += process.stderr.read()
         assert process.wait(timeout=20) == 1 and told.split("\n\n")[1].count("\n") == 1, told
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import socket
 import stat
 import subprocess
@@ -293,6 +294,23 @@ def test_a_ray_that_is_slow_to_start_is_tried_once_more(
         cluster.connect()
         assert cluster.is_local()
     assert calls.count("init") == num_tries and calls.count("shutdown") == num_slow
+
+
+@pytest.mark.parametrize("own", [None, lambda *_: None])
+def test_a_program_keeps_its_handler_of_sigterm(not_connected: None, monkeypatch: pytest.MonkeyPatch, own: Any) -> None:
+    """Ray's ends the process in its own words, and with stacks of C++; one that has no handler gets it."""
+    import ray
+
+    def of_ray(*_: Any) -> None: ...
+
+    monkeypatch.setattr(ray, "init", lambda **_: signal.signal(signal.SIGTERM, of_ray))
+    monkeypatch.setattr(cluster, "hide_daemons", lambda: None)
+    before = signal.signal(signal.SIGTERM, own or signal.SIG_DFL)
+    try:
+        cluster.connect()
+        assert signal.getsignal(signal.SIGTERM) is (own or of_ray)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_another_failure_of_ray_is_not_tried_again(not_connected: None, monkeypatch: pytest.MonkeyPatch) -> None:
