@@ -16,6 +16,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, model_validator
@@ -23,11 +24,11 @@ from pydantic import Field, model_validator
 from nightseg.cluster import ray as cluster
 from nightseg.cluster.ray import wants_logs
 from nightseg.data.class_list import taxonomy
-from nightseg.errors import UserError, closest
-from nightseg.pipeline import build, classes, leaks, run
+from nightseg.errors import UserError, all_of, closest
+from nightseg.pipeline import build, check, classes, leaks, run
 from nightseg.pipeline.graph import Graph, NodeId
 from nightseg.progress import Progress, SilentProgress, Task
-from nightseg.recipe import RecipeError, load_recipe, load_settings, save_recipe
+from nightseg.recipe import RecipeError, load_recipe, load_settings, save_recipe, told_of
 from nightseg.recipe.types import Recipe
 from nightseg.segmenter.settings import Training
 from nightseg.settings import Name, Positive, Strict
@@ -97,6 +98,8 @@ def search(file: str, overrides: Sequence[str] = (), *, run_dir: str | None = No
     with Workspace(folder).lock(), cluster.left_as_found():
         trials = Trials(settings, folder)
         save_recipe(load_recipe(recipe_file, settings.set), trials.recipe_file)
+        with told_of(recipe_file, settings.set):
+            _refuse(trials, progress)
         if not (folder / "trials.json").exists():
             cluster.connect(dashboard=True)  # before a stage of the base starts a Ray without one
         _examine(trials, progress)
@@ -114,6 +117,18 @@ def search(file: str, overrides: Sequence[str] = (), *, run_dir: str | None = No
         content = {"identity": identity, "search": settings.model_dump(mode="json"), "best": best, "trials": rows}
         (folder / "trials.json").write_json(content)
     return Found(folder, best, rows, best_recipe)
+
+
+def _refuse(trials: Trials, progress: Progress) -> None:
+    """What a stage of some trial would refuse, and what some frames of each folder tell, before the first stage."""
+    model, shared = trials.settings.model, trials.folder / "shared"
+    done, steps = check.done_in(shared), list[Callable[[], Any]]()
+    if not (shared / "stages").is_folder():
+        look = partial(check.check, most=run.FRAMES_BEFORE, is_measured=False, progress=progress)
+        steps.append(partial(look, trials.recipe(trials.first), shared, only=model))
+    for values in trials.edges()[bool(steps) :]:
+        steps.append(partial(check.refuse, trials.recipe(values), trials.graph(values), done))
+    all_of(*steps)
 
 
 def _examine(trials: Trials, progress: Progress) -> None:

@@ -104,6 +104,26 @@ def test_a_score_is_needed_and_it_must_not_be_a_test(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        (f"space={{{COUNT}: {{choice: [60, 9999]}}}}", "self_training.select.count is 9999, and the pool has"),
+        ("space={training.warmup_steps: {choice: [1, 9999]}}", "warmup_steps is 9999, but"),
+        ("space={network.encoder: {choice: [efficientnet_lite0, resnet18]}}", "nothing is downloaded unasked"),
+    ],
+)
+def test_what_a_stage_of_one_trial_would_refuse_is_refused_before_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, message: str
+) -> None:
+    """Whichever value of the space it is; no Ray is started, no stage begins."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "no-weights"))
+    monkeypatch.delenv("NIGHTSEG_ALLOW_DOWNLOAD", raising=False)
+    with pytest.raises(UserError, match=message) as caught:
+        search(str(CONFIGS / "search.yaml"), [override], run_dir=str(tmp_path / "run"), progress=SilentProgress())
+    assert "demo.yaml: line" in str(caught.value) or "set " in str(caught.value)
+    assert not (tmp_path / "run" / "shared" / "stages").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
         ("trails=3", "trails: unknown key, did you mean 'trials'?"),
         ("trials=0", "trials: input should be greater than or equal to 1"),
         (f"space.{ALPHA}={{uniform: [1, 0]}}", "the end must be larger"),
