@@ -200,6 +200,7 @@ Runs
     pipeline/single.py   single stages without a recipe
 
 The command line
+    cli/greeting.py  what is said before anything heavy is imported
     cli/doctor.py    is this machine fit
     cli/output.py    how answers and errors look
     cli/main.py      `nightseg run`, `check`, `recipe`, `status`, `verify`, `report`, `explain`, `search`, `submit`,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from nightseg.cli import greeting_of
+from nightseg.cli.greeting import greeting_of
 from nightseg.errors import closest
 from nightseg.networks.downloads import allow_downloads
 from nightseg.progress import printable

@@ -14,8 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 from rich.text import Text
 
-from nightseg import cli
-from nightseg.cli import output
+from nightseg.cli import greeting, output
 from nightseg.cli.main import main
 from nightseg.errors import UserError
 from nightseg.pipeline.graph import NodeId
@@ -236,9 +235,9 @@ def test_a_selection_says_what_its_distances_mean(capsys: pytest.CaptureFixture[
 def test_a_command_that_takes_its_time_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "SECONDS_TO_WORDS", 0.01)
+    monkeypatch.setattr(greeting, "SECONDS_TO_WORDS", 0.01)
     done = threading.Event()
-    monkeypatch.setattr(cli, "_say", lambda message: (print(message, file=sys.stderr), done.set()))
+    monkeypatch.setattr(greeting, "_say", lambda message: (print(message, file=sys.stderr), done.set()))
 
     @click.group(cls=output.Failures)
     def group() -> None:
@@ -256,8 +255,9 @@ def test_a_command_that_takes_its_time_says_so(
 def test_the_installed_command_says_so_before_its_imports() -> None:
     """Imports take seconds on a busy machine: here they take as long as it takes until the first line is there."""
     code = (
-        "import importlib.abc, sys, time; import nightseg.cli as cli; cli.SECONDS_TO_WORDS = 0.01; said = []\n"
-        "write, cli._say = cli._say, lambda message: (write(message), said.append(message))\n"
+        "import importlib.abc, sys, time; import nightseg.cli as cli; hello = cli.greeting; said = []\n"
+        "hello.SECONDS_TO_WORDS = 0.01\n"
+        "write, hello._say = hello._say, lambda message: (write(message), said.append(message))\n"
         "class Slow(importlib.abc.MetaPathFinder):\n"
         "    def find_spec(self, name, path, target=None):\n"
         "        while name == 'nightseg.cli.main' and not said: time.sleep(0.01)\n"
