@@ -386,7 +386,7 @@ def print_trials(found: Found) -> None:
         [
             trial["trial"],
             *(_words(trial["values"][key]) for key in keys),
-            percent(trial["miou"]),
+            _score({"miou": trial["miou"], "std": {"miou": trial.get("std")}}, "miou"),
             trial["epochs"],
             trial["end"],
         ]

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
+from statistics import fmean
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, model_validator
@@ -25,6 +26,7 @@ from nightseg.cluster import ray as cluster
 from nightseg.cluster.ray import wants_logs
 from nightseg.data.class_list import taxonomy
 from nightseg.errors import UserError, all_of, closest
+from nightseg.metrics.seeds import deviation
 from nightseg.pipeline import build, check, classes, leaks, run
 from nightseg.pipeline.graph import Graph, NodeId
 from nightseg.progress import Progress, SilentProgress, Task
@@ -36,6 +38,7 @@ from nightseg.storage import Commit, Location, Workspace, hash_of
 
 METRIC = "miou"
 EPOCH = "epoch"
+SEEDS = "seeds"
 
 # What Tune reserves for the driver of a trial. Its training and its passes ask for their own CPUs, and on a small
 # machine for all of them; a request for nothing is refused, so it is a byte of memory.
@@ -230,12 +233,11 @@ class Trials(NamedTuple):
         return self.folder / "recipe.yaml"
 
     def recipe(self, values: Mapping[str, Any]) -> Recipe:
-        """The recipe of one trial: of several seeds it trains the first. No test set is touched in a search: the best
-        model is tested once, afterwards."""
+        """The recipe of one trial. No test set is touched in a search: the best model is tested once, afterwards."""
         recipe = load_recipe(self.recipe_file, assignments(values))
         name = self.settings.model
         model = recipe.models[name]
-        untested = model.model_copy(update={"test": {}, "seeds": recipe.seeds_of(model)[:1]})
+        untested = model.model_copy(update={"test": {}})
         return recipe.model_copy(
             update={"models": recipe.models | {name: untested}, "predictions": {}, "consistency": None}
         )
@@ -290,11 +292,13 @@ def assignments(values: Mapping[str, Any]) -> list[str]:
 # -- one trial --------------------------------------------------------------------------------------------------------
 
 
-def run_trial(trials: Trials, values: Mapping[str, Any], report: Callable[[int, float], None]) -> None:
+def run_trial(trials: Trials, values: Mapping[str, Any], report: Callable[..., None]) -> None:
     """An ordinary run that borrows the shared stages; `report(epoch, miou)` hears of each validation, in order.
 
-    A trial that comes again first reports what it had reported: it is stopped where it was stopped, or goes on. The
-    last epoch is reported when its model is committed, because Tune ends the process of a trial that has reported it.
+    Of several seeds the first is watched; a trial that was not stopped then trains the others, and the last report is
+    `report(epoch, mean, seeds)`, seed -> mIoU. A trial that comes again first reports what it had reported: it is
+    stopped where it was stopped, or goes on. The last epoch is reported when its model is committed, because Tune ends
+    the process of a trial that has reported it.
     """
     name = trials.settings.model
     place, training = trials.folder / "trials" / trials.name(values), trials.training(values)
@@ -314,12 +318,17 @@ def run_trial(trials: Trials, values: Mapping[str, Any], report: Callable[[int, 
     alone = recipe.compute.model_copy(update={"concurrent": 1})  # trials already run side by side
     recipe = recipe.model_copy(update={"compute": alone})
     done = run.run(recipe, place, only=name, borrow=borrow, progress=progress).results
-    attempt = Location.of(done["commits"][done["models"][name]["model"]]["folder"])
-    for record in (attempt / "history.json").read_json():
-        if record.get("validation"):  # also those of a training that was too quick to be watched
-            on_epoch(record["epoch"], record["validation"][METRIC] or 0.0)
-    kept = done["commits"][done["models"][name]["model"]].get("summary", {}).get("kept")
-    report(training.epochs, (kept or record["validation"])[METRIC] or 0.0)
+    facts = done["models"][name]
+    trained = facts.get("trainings") or {name: facts | {"seed": 0}}
+    reached: dict[str, float] = {}
+    for one in trained.values():
+        commit = done["commits"][one["model"]]
+        for record in (Location.of(commit["folder"]) / "history.json").read_json():
+            if record.get("validation") and not reached:  # also those of a training that was too quick to be watched
+                on_epoch(record["epoch"], record["validation"][METRIC] or 0.0)
+        kept = commit.get("summary", {}).get("kept")
+        reached[str(one["seed"])] = (kept or record["validation"])[METRIC] or 0.0
+    report(training.epochs, fmean(reached.values()), *([reached] if len(reached) > 1 else []))
 
 
 class _TrialProgress(SilentProgress):
@@ -364,7 +373,10 @@ def _tune(trials: Trials, identity: str, progress: Progress) -> list[dict[str, A
     epochs = trials.training(trials.first).epochs
 
     def trial(values: dict[str, Any]) -> None:
-        run_trial(trials, values, lambda epoch, miou: ray.tune.report({METRIC: miou, EPOCH: epoch}))
+        def report(epoch: int, miou: float, seeds: Mapping[str, float] | None = None) -> None:
+            ray.tune.report({METRIC: miou, EPOCH: epoch, **({SEEDS: seeds} if seeds else {})})
+
+        run_trial(trials, values, report)
 
     with progress.task("search", settings.trials, "trials") as task:
         tuner = ray.tune.Tuner(
@@ -393,11 +405,12 @@ def _tune(trials: Trials, identity: str, progress: Progress) -> list[dict[str, A
 
 def _row(trials: Trials, result: Any, epochs: int) -> dict[str, Any]:
     metrics, values = result.metrics or {}, {key: (result.config or {}).get(key) for key in trials.settings.space}
-    reached = int(metrics.get(EPOCH, 0))
+    reached, seeds = int(metrics.get(EPOCH, 0)), metrics.get(SEEDS)
     return {
         "trial": trials.name(values),
         "values": values,
-        METRIC: metrics.get(METRIC),
+        METRIC: metrics.get(METRIC),  # the mean of its seeds
+        **({"std": deviation([*seeds.values()]), SEEDS: seeds} if seeds else {}),
         "epochs": reached,
         "end": "failed" if result.error else "done" if reached >= epochs else "stopped",
         "seconds": metrics.get("time_total_s"),

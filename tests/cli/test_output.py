@@ -175,8 +175,10 @@ def test_trials_are_named_by_the_last_word_of_their_keys(capsys: pytest.CaptureF
     trial = {"trial": "ab", "values": {"models.m.loss.alpha": 0.123456789, "models.m.loss.kind": "focal"},
              "miou": 0.5, "epochs": 2, "end": "done", "error": None}  # fmt: skip
     failed = trial | {"trial": "cd", "miou": None, "end": "failed", "error": "too few frames"}
-    output.print_trials(Found(Location.of("/s"), trial, [trial, failed], Location.of("/s/best.yaml")))
+    seeds = trial | {"trial": "ef", "std": 0.012}
+    output.print_trials(Found(Location.of("/s"), trial, [trial, seeds, failed], Location.of("/s/best.yaml")))
     captured = capsys.readouterr()
+    assert "50.0 ± 1.2" in captured.out
     assert "alpha" in captured.out and "models.m" not in captured.out and "0.123457" in captured.out
     assert "best recipe: /s/best.yaml\n" in captured.out
     assert captured.err == "trial cd failed: too few frames\n"

@@ -229,11 +229,10 @@ def test_trials_touch_no_test_set_and_predict_nothing(tmp_path: Path) -> None:
     assert load_recipe(CONFIGS / "demo.yaml").test_sets  # the recipe itself has some
 
 
-def test_a_trial_trains_one_seed(tmp_path: Path) -> None:
-    trials = changed(trials_of(tmp_path), "seeds=[0, 1, 2]")
+def test_a_trial_trains_all_seeds_of_its_model(tmp_path: Path) -> None:
+    trials = changed(trials_of(tmp_path), "models.adapted.seeds=[4, 5]")
     trained = {node.name for node in trials.graph(VALUES).nodes if node.stage == "train_segmenter"}
-    assert trained == {"day_only", "day_and_night", "adapted"}
-    assert trials.recipe(VALUES).seeds == [0, 1, 2]  # the best recipe keeps them
+    assert trained == {"day_only", "day_and_night", "adapted", "adapted.seed5"}
 
 
 def test_values_reach_the_recipe_as_they_are(tmp_path: Path) -> None:
@@ -333,6 +332,32 @@ def test_epochs_without_validation_are_not_reported(monkeypatch: pytest.MonkeyPa
     ]
     made = MadeUpRun(figures, [None, 0.2, None, 0.4, 0.5])
     assert told(monkeypatch, trials, made) == [(2, 0.2, False), (4, 0.4, False), (5, 0.5, True)]
+
+
+def test_a_trial_of_several_seeds_ends_with_their_mean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = MadeUpRun([{"epoch": 1.0, "miou": 0.1}, {"epoch": 2.0, "miou": 0.2}], [0.1, 0.2, 0.25])
+
+    def with_another_seed(recipe: Recipe, folder: Location, **more: Any) -> Outcome:
+        outcome = made(recipe, folder, **more)
+        (folder / "other/history.json").write_json([{"epoch": 3, "validation": {"miou": 0.5}}])
+        first, other = "train_segmenter/adapted", "train_segmenter/adapted.seed5"
+        outcome.results["commits"][other] = {"folder": (folder / "other").uri}
+        both = {"adapted": {"seed": 4, "model": first}, "adapted.seed5": {"seed": 5, "model": other}}
+        outcome.results["models"]["adapted"]["trainings"] = both
+        return outcome
+
+    monkeypatch.setattr(run, "run", with_another_seed)
+    found: list[tuple[Any, ...]] = []
+    trials = trials_of(tmp_path)
+    run_trial(trials, VALUES, lambda *told: found.append(told))
+    assert found == [(1, 0.1), (2, 0.2), (3, 0.375, {"4": 0.25, "5": 0.5})]
+    metrics = {"miou": 0.375, "epoch": 3, "seeds": found[-1][2]}
+    settings = load_settings(Search, CONFIGS / "search.yaml", [f"space={{{ALPHA}: {{uniform: [0, 1]}}}}"])
+    small = trials._replace(settings=settings)
+    row = module._row(small, SimpleNamespace(metrics=metrics, config={ALPHA: 0.5}, error=None), epochs=3)
+    assert (row["miou"], row["seeds"]) == (0.375, {"4": 0.25, "5": 0.5})
+    # Of two values the sample standard deviation is their difference by the root of two.
+    assert row["std"] == pytest.approx(0.25 / 2**0.5, rel=1e-12)
 
 
 def test_a_trial_that_comes_again_first_tells_what_it_had_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
