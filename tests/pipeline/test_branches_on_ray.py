@@ -110,6 +110,20 @@ def test_two_branches_at_once_end_with_the_same_content_as_one_after_the_other(
     assert (other.done, other.skipped) == (1, 9)
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_one_branch_fails_while_the_other_trains(ray_cluster: None, tmp_path: Path) -> None:
+    (tmp_path / "two.yaml").write_text(RECIPE)
+    asked = ["models.right.training.learning_rate=1.0e+30", "models.right.training.epochs=50"]
+    recipe = load_recipe(tmp_path / "two.yaml", asked)
+    outcome = runner.run(recipe, Location.of(tmp_path / "run"), progress=Display())
+    assert set(outcome.results["models"]) == {"left", "left_taught"}
+    (failed,) = outcome.results["failed"]
+    assert failed["stage"] == "train_segmenter/right" and "not finite" in failed["error"]
+    assert set(failed["models"]) == {"right", "right_taught"}
+
+
 def alive(mark: str) -> list[str]:
     """Command lines of all processes that have the mark in their environment."""
     found = []
