@@ -88,7 +88,7 @@ def test_a_job_whose_models_failed_ends_with_their_errors(
     folder = Location.of("/runs/demo")
     done = run_module.Adapted(folder, outcome, folder / "report.html")
     monkeypatch.setattr(run_module, "adapt", lambda *words, **more: done)
-    with pytest.raises(ExceptionGroup, match="evaluate/m failed: the power went. Results are missing of m"):
+    with pytest.raises(ExceptionGroup, match=r"evaluate/m failed: the power went\. Results are missing of m"):
         run_job(monkeypatch, "self_train", "r.yaml")
     assert capsys.readouterr().out == "/runs/demo: 3 stages done, 1 already committed\n"
 

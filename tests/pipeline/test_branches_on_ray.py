@@ -35,10 +35,9 @@ training: {optimizer: adamw, batch: 2, epochs: 2, steps_per_epoch: 2, warmup_ste
 models:
   left: {train: [day], start: scratch}
   right: {train: [day], start: scratch, loss: {kind: focal}}
-  left_taught: {train: [day], start: left, self_training: {pool: pool, threshold: {kind: none}}}
-  right_taught:
+  taught:
     train: [day]
-    start: right
+    start: left
     self_training:
       pool: pool
       select: {method: random, count: 2, extractor: efficientnet_lite0}
@@ -95,33 +94,19 @@ def test_two_branches_at_once_end_with_the_same_content_as_one_after_the_other(
     assert display.met == set()
     both = run("both", display=(display := Display()))
     assert frozenset(("train left", "train right")) in display.met
-    assert contents(both) == contents(alone) and len(contents(both)) == 10
+    assert contents(both) == contents(alone) and len(contents(both)) == 8
     assert files(tmp_path / "both") == files(tmp_path / "alone")
     left_out: Any = {"commits", "seconds", "sha256", "recipe_sha256"}
     for name, value in alone.results.items():
         assert name in left_out or both.results[name] == value, name
 
     again = run("both", display=(display := Display()))
-    assert (again.done, again.skipped, display.said) == (0, 10, [])
-    other = run("both", "models.right_taught.loss={kind: cross_entropy}", display=(display := Display()))
+    assert (again.done, again.skipped, display.said) == (0, 8, [])
+    other = run("both", "models.taught.loss={kind: cross_entropy}", display=(display := Display()))
     assert [line.partition("] ")[2].partition(";")[0] for line in display.said if line.startswith("[")] == [
-        "train_segmenter/right_taught"
+        "train_segmenter/taught"
     ]  # fmt: skip
-    assert (other.done, other.skipped) == (1, 9)
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_one_branch_fails_while_the_other_trains(ray_cluster: None, tmp_path: Path) -> None:
-    (tmp_path / "two.yaml").write_text(RECIPE)
-    asked = ["models.right.training.learning_rate=1.0e+30", "models.right.training.epochs=50"]
-    recipe = load_recipe(tmp_path / "two.yaml", asked)
-    outcome = runner.run(recipe, Location.of(tmp_path / "run"), progress=Display())
-    assert set(outcome.results["models"]) == {"left", "left_taught"}
-    (failed,) = outcome.results["failed"]
-    assert failed["stage"] == "train_segmenter/right" and "not finite" in failed["error"]
-    assert set(failed["models"]) == {"right", "right_taught"}
+    assert (other.done, other.skipped) == (1, 7)
 
 
 def alive(mark: str) -> list[str]:
@@ -176,3 +161,17 @@ def test_control_c_stops_all_branches_and_leaves_nothing_but_what_is_committed(t
     committed = sorted(path.parent.name for path in (tmp_path / "r/stages").rglob("_COMMITTED.json"))
     assert len(committed) == 2, "the frames were collected"
     assert not list((tmp_path / "r").glob(".nightseg-holder.json"))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_one_branch_fails_while_the_other_trains(ray_cluster: None, tmp_path: Path) -> None:
+    (tmp_path / "two.yaml").write_text(RECIPE)
+    asked = ["models.right.training.learning_rate=1.0e+30", "models.right.training.epochs=50"]
+    recipe = load_recipe(tmp_path / "two.yaml", asked)
+    outcome = runner.run(recipe, Location.of(tmp_path / "run"), progress=Display())
+    assert set(outcome.results["models"]) == {"left", "taught"}
+    (failed,) = outcome.results["failed"]
+    assert failed["stage"] == "train_segmenter/right" and "not finite" in failed["error"]
+    assert failed["models"] == ["right"]
