@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,17 @@ def test_a_file_that_is_not_there_ends_a_job_with_2(
     assert "/does/not/exist.yaml: there is no such" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("job", ["select", "self_train", "search"])
+def test_a_job_runs_as_a_program_beside_one_that_is_called_as_a_module_of_python(job: str, tmp_path: Path) -> None:
+    """Python looks into the folder of a program first, and half of its library imports `select`."""
+    environment = {**os.environ, "PYTHONPATH": str(JOBS[0].parents[1])}
+    words = [sys.executable, JOBS[0].parent / f"{job}.py", "none.yaml"]
+    ended = subprocess.run(
+        words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert ended.returncode == 2 and "none.yaml: there is no such" in ended.stderr, ended.stderr
+
+
 def test_self_train_runs_the_recipe_into_the_home_folder(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -78,19 +91,6 @@ def test_self_train_runs_the_recipe_into_the_home_folder(
     home = Path.home() / "nightseg-runs/demo"
     assert asked == {"recipe": "r.yaml", "overrides": ["a=1"], "only": "m", "folder": Location.of(home)}
     assert capsys.readouterr().out == f"{home}: 3 stages done, 1 already committed\n"
-
-
-def test_a_job_whose_models_failed_ends_with_their_errors(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    failed = [{"stage": "evaluate/m", "error": "the power went", "models": ["m"], "not_reached": []}]
-    outcome = Outcome({"failed": failed}, 3, 1, 2.0, (RuntimeError("the power went"),))
-    folder = Location.of("/runs/demo")
-    done = run_module.Adapted(folder, outcome, folder / "report.html")
-    monkeypatch.setattr(run_module, "adapt", lambda *words, **more: done)
-    with pytest.raises(ExceptionGroup, match=r"evaluate/m failed: the power went\. Results are missing of m"):
-        run_job(monkeypatch, "self_train", "r.yaml")
-    assert capsys.readouterr().out == "/runs/demo: 3 stages done, 1 already committed\n"
 
 
 STAGES = sorted({path.stem for path in JOBS} - {"self_train", "search"})

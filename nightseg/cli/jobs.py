@@ -12,6 +12,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+# `python jobs/x.py` puts jobs/ before the standard library, whose `select` is not jobs/select.py.
+if (Path(sys.path[0]) / "pseudo_label.py").is_file():
+    del sys.path[0]
+
 from nightseg.cli.output import explained
 from nightseg.pipeline import run
 from nightseg.progress import progress_for

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -179,3 +183,24 @@ def test_a_search_goes_with_its_recipe(sent: Sent, tmp_path: Path) -> None:
     assert sent.recipe(search["recipe"])["training"]["epochs"] == 7
     with pytest.raises(UserError, match="a search has one model"):
         submit(sent, file="search.yaml", only="day_only")
+
+
+def test_what_goes_runs_by_itself_where_it_is_unpacked(sent: Sent, tmp_path: Path) -> None:
+    """As Ray does it: the command in the folder, which comes first in PYTHONPATH. Scenes need no Ray."""
+    shutil.copyfile(PROJECT / "nightseg/data/taxonomies/camvid11.yaml", tmp_path / "own.yaml")
+    (tmp_path / "scenes.yaml").write_text(
+        "{name: scenes, taxonomy: own.yaml, compute: {map: {actors: 0}}, datasets: {"
+        "pool: {layout: scenes, count: 4, size: [32, 64], mix: {day: 0.5, night: 0.5}, labelled: false}, "
+        "night: {split: pool, keep: night}}}"
+    )
+    submit(sent, file="scenes.yaml", until="split", run_dir=str(tmp_path / "run"))
+    there = tmp_path / "there"
+    for name, content in sent.files.items():
+        (there / name).parent.mkdir(parents=True, exist_ok=True)
+        (there / name).write_bytes(content)
+    assert sent.request is not None
+    words = [sys.executable, *sent.request.command[1:]]
+    environment = {**os.environ, "PYTHONPATH": str(there)}
+    ended = subprocess.run(words, cwd=there, env=environment, capture_output=True, text=True, timeout=250, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == f"{tmp_path / 'run'}: 2 stages done, 0 already committed\n"
