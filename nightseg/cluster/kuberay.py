@@ -31,11 +31,11 @@ def _object_problems(one: Mapping[str, Any]) -> Iterator[str]:
     place, spec = f"{one['kind']} {one['metadata']['name']}", one["spec"]
     cluster = spec if one["kind"] == "RayCluster" else spec.get("rayClusterSpec") or spec.get("rayClusterConfig")
     if one["kind"] == "RayJob":
-        if cluster and not spec.get("shutdownAfterJobFinishes"):
+        if cluster is not None and not spec.get("shutdownAfterJobFinishes"):
             yield f"{place}: without shutdownAfterJobFinishes its cluster stays, and costs, when it is done"
         if spec.get("clusterSelector") and (spec.get("shutdownAfterJobFinishes") or spec.get("backoffLimit")):
             yield f"{place}: the cluster of a clusterSelector is not its own: shutdown and backoffLimit are refused"
-    if cluster:
+    if cluster is not None:
         yield from _cluster_problems(place, cluster)
 
 

@@ -94,8 +94,9 @@ def test_a_token_that_others_may_read_is_a_finding(home: Path) -> None:
     assert findings()["ray token"].good
 
 
-def test_our_cluster_file_only_lacks_what_the_user_fills_in() -> None:
-    bad = [finding.detail for finding in doctor.examine(str(CLUSTER)) if not finding.good]
+@pytest.mark.parametrize("name", ["cluster.yaml", *(f"configs/cluster/{n}.yaml" for n in ("gcp", "local", "kuberay"))])
+def test_our_cluster_files_only_lack_what_the_user_fills_in(name: str) -> None:
+    bad = [finding.detail for finding in doctor.examine(str(CLUSTER.parent / name)) if not finding.good]
     assert bad and all(detail.endswith("still says CHANGE-ME") for detail in bad)
 
 
@@ -114,6 +115,8 @@ def test_a_cluster_file_without_a_token_is_a_finding(tmp_path: Path) -> None:
         ("- a\n- b", "a cluster is a mapping"),
         ("a: [", "not valid YAML"),
         ("a: !!python/object/apply:os.getcwd []", "not valid YAML"),
+        ("{apiVersion: v1, kind: List}", "not shaped like a cluster file"),
+        ("{apiVersion: v1, kind: RayCluster, metadata: {name: a}, spec: {}}", "not shaped like a cluster file"),
         ("provider: aws", "not shaped like a cluster file"),
         ("available_node_types: [head]\nprovider: {type: aws}", "not shaped like a cluster file"),
     ],
