@@ -93,6 +93,19 @@ def test_self_train_runs_the_recipe_into_the_home_folder(
     assert capsys.readouterr().out == f"{home}: 3 stages done, 1 already committed\n"
 
 
+def test_a_job_whose_models_failed_ends_with_their_errors(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failed = [{"stage": "evaluate/m", "error": "the power went", "models": ["m"], "not_reached": []}]
+    outcome = Outcome({"failed": failed}, 3, 1, 2.0, (RuntimeError("the power went"),))
+    folder = Location.of("/runs/demo")
+    done = run_module.Adapted(folder, outcome, folder / "report.html")
+    monkeypatch.setattr(run_module, "adapt", lambda *words, **more: done)
+    with pytest.raises(ExceptionGroup, match=r"evaluate/m failed: the power went\. Results are missing of m"):
+        run_job(monkeypatch, "self_train", "r.yaml")
+    assert capsys.readouterr().out == "/runs/demo: 3 stages done, 1 already committed\n"
+
+
 STAGES = sorted({path.stem for path in JOBS} - {"self_train", "search"})
 
 

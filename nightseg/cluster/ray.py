@@ -125,7 +125,7 @@ def left_as_found() -> Iterator[None]:
     A run may thus be started alone or inside other work on the same cluster: a trial of a search is a run in a worker
     that Ray itself has connected.
     """
-    was_connected = "ray" in sys.modules and sys.modules["ray"].is_initialized()  # work without actors imports none
+    was_connected = is_connected()
     try:
         yield
     finally:
@@ -138,10 +138,13 @@ def is_local() -> bool:
     return _started_here
 
 
+def is_connected() -> bool:
+    return "ray" in sys.modules and sys.modules["ray"].is_initialized()  # work without actors imports none
+
+
 def is_this_machine() -> bool:
     """Whether the cluster is this machine alone; before `connect`, whether it will be."""
-    is_connected = "ray" in sys.modules and sys.modules["ray"].is_initialized()
-    return _started_here or (not is_connected and os.environ.get("RAY_ADDRESS", "").strip() in ("", "local"))
+    return _started_here or (not is_connected() and os.environ.get("RAY_ADDRESS", "").strip() in ("", "local"))
 
 
 def room(resource: str) -> float:
@@ -150,6 +153,13 @@ def room(resource: str) -> float:
     if resource == "memory":
         return resources().get(resource, math.inf) if _started_here else math.inf
     return capacity(resource)
+
+
+def expected_room(resource: str) -> float:
+    """What `room` says or will say, as far as that is known without a connection."""
+    if is_connected():
+        return room(resource)
+    return float(len(os.sched_getaffinity(0))) if resource == "CPU" and is_this_machine() else math.inf
 
 
 def resources() -> dict[str, float]:

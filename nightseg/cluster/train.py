@@ -265,14 +265,14 @@ def _lean_trainer() -> type[Any]:
             options = {"num_cpus": 0, "label_selector": here, "runtime_env": {"env_vars": environment}}
             controller = ray.remote(**options)(TrainController).remote(**arguments)
             ending = controller.run.remote()
-            try:
-                with waiting():
+            with waiting():
+                try:
                     while not ray.wait([ending], timeout=SECONDS_BETWEEN_UPDATES)[0]:
                         pass
-            except BaseException:
-                with suppress(ray.exceptions.RayError):  # its process ends before it can answer
-                    ray.get(controller.abort.remote(), timeout=SECONDS_TO_ABORT)
-                raise
+                except BaseException:
+                    with suppress(ray.exceptions.RayError):  # its process ends before it can answer
+                        ray.get(controller.abort.remote(), timeout=SECONDS_TO_ABORT)
+                    raise
             ray.get(ending)
             return ray.get(controller.get_result.remote())
 

@@ -16,7 +16,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
+import numpy as np
+
 from nightseg.data import table as frame
+from nightseg.metrics.confusion import scores
 from nightseg.pipeline.graph import NodeId
 from nightseg.pipeline.results import RECIPE_NAME, RESULTS_NAME, read_results
 from nightseg.report import Run, contact_sheet, model_card
@@ -82,6 +85,7 @@ def contents(run: Run) -> Contents:
             found.texts[f"{SELECTED}/{name}/frames.csv"] = _table(_chosen(run, commit, entry["evidence"]))
     found.texts["quarantine.csv"] = _table(_quarantined(run))
     found.texts["training.csv"] = _table(_epochs(run))
+    found.texts["frame_scores.csv"] = _table(_frame_scores(run))
     return found
 
 
@@ -183,6 +187,25 @@ def _epochs(run: Run) -> Iterator[Sequence[Any]]:
                 seen = record.get("validation") or {}
                 values = (record.get(key) for key in ("loss", "gradient_norm", "learning_rate"))
                 yield (name, record["epoch"], step, *values, *(seen.get(score) for score in scores))
+
+
+def _frame_scores(run: Run) -> Iterator[Sequence[Any]]:
+    """Of each test frame under each training: fractions, nothing for a frame without a labelled pixel."""
+    yield ("model", "test", "frame", "pa", "miou")
+    for model in run.models:
+        rules = {
+            test: of.get("absent_class", "cityscapes") for test, of in run.results["models"][model]["tests"].items()
+        }
+        for name, node in run.evaluations(model).items():
+            commit = run.commit(node)
+            if commit is None or not commit.has_table("predictions"):
+                continue
+            columns = commit.table("predictions").select([frame.FRAME_ID, "test_sets", "confusion"])
+            for row in columns.to_pylist():
+                matrix = np.reshape(row["confusion"], (run.classes.num_classes, -1))
+                for test in row["test_sets"] if matrix.any() else ():
+                    found = scores(matrix, rules[test])
+                    yield (name, test, row[frame.FRAME_ID], found.pa, found.miou)
 
 
 def _table(rows: Iterable[Sequence[Any]]) -> str:

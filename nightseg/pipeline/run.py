@@ -369,7 +369,8 @@ class _Stages:
     def __init__(
         self, workspace: Workspace, graph: Graph, progress: Progress, room: schedule.Room, to_the_end: bool
     ) -> None:
-        self.workspace, self.nodes, self.progress, self.room = workspace, graph.nodes, progress, room
+        self.workspace, self.nodes, self.progress = workspace, graph.nodes, progress
+        self.expected_room = room._replace(most=lambda of: 1.0 if of == "driver" else cluster.expected_room(of))
         self.to_the_end = to_the_end
         self.needs = {name: node.needs for name, node in graph.nodes.items()}
         self.commits: dict[NodeId, Commit] = {}
@@ -427,7 +428,7 @@ class _Stages:
             at_work = {n: max(0.0, s - (now - self._began[n])) for n, s in seconds.items() if n in self._began}
             # those at work come first, as they hold their room already
             return schedule.seconds_of(
-                at_work | {n: at_work.get(n, s) for n, s in seconds.items()}, self.needs, self.room
+                at_work | {n: at_work.get(n, s) for n, s in seconds.items()}, self.needs, self.expected_room
             )
 
         return time_left(self._open(), self.nodes, dict(self.commits), self._rows, together_in)

@@ -128,6 +128,8 @@ def test_before_it_connects_it_knows_whether_the_cluster_will_be_this_machine(mo
     for address, is_here in (("", True), ("local", True), ("10.0.0.1:6379", False), ("auto", False)):
         monkeypatch.setenv("RAY_ADDRESS", address)
         assert cluster.is_this_machine() == is_here
+        assert cluster.expected_room("CPU") == (len(os.sched_getaffinity(0)) if is_here else math.inf)
+        assert cluster.expected_room("GPU") == math.inf
     monkeypatch.setenv("RAY_ADDRESS", "")
     monkeypatch.setitem(sys.modules, "ray", connected)
     assert not cluster.is_this_machine()  # somebody else has joined it

@@ -97,7 +97,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> MadeUpGraph:
     graph = MadeUpGraph()
     monkeypatch.setattr(build, "build_graph", graph.build)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(cluster, "room", {"CPU": 2.0, "GPU": 0.0, "memory": float("inf")}.__getitem__)
+    for name in ("room", "expected_room"):
+        monkeypatch.setattr(cluster, name, {"CPU": 2.0, "GPU": 0.0, "memory": math.inf}.__getitem__)
     return graph
 
 

@@ -63,6 +63,14 @@ def run_in(folder: Location, recipe_folder: Path) -> Run:
         as_json.write_json(content)
         return as_json.read_bytes()
 
+    # Of the first frame 3 of 4 pixels are right, and a quarter is another class; the second has no labelled pixel.
+    one = np.zeros((11, 11), np.int64)
+    one[0, 0], one[3, 3], one[3, 8] = 2, 1, 1
+    seen = [
+        {"frame_id": f"day/{number}", "uri": "x", "test_sets": ["night"], "confusion": matrix.ravel().tolist()}
+        for number, matrix in enumerate((one, 0 * one))
+    ]
+    predicted = frame_table(seen, extra={"test_sets": pa.list_(pa.string()), "confusion": pa.list_(pa.int64())})
     commits = {
         DAY: day,
         SELECT: commit(
@@ -77,7 +85,12 @@ def run_in(folder: Location, recipe_folder: Path) -> Run:
             {"model/model.json": b'{"key": "k"}', "model/model.safetensors": b"w", "history.json": json_of(HISTORY)},
             summary={"steps": 4, "kept": {"epoch": 1, "miou": 0.25}},
         ),
-        TEST: commit(folder, TEST, {"masks/day/0.png": b"mask", "scores.json": json_of({"night": scores})}),
+        TEST: commit(
+            folder,
+            TEST,
+            {"masks/day/0.png": b"mask", "scores.json": json_of({"night": scores})},
+            tables={"predictions.parquet": predicted},
+        ),
     }
     graph = Graph(datasets={"day": (View(DAY),)})
     graph.models["m"] = ModelNodes(TRAIN, SELECT, None, FACTS, "m", 0, TEST, {"night": types.TestRow()})
@@ -111,6 +124,10 @@ def test_a_run_folder_says_what_is_in_it_wherever_it_is(tmp_path: Path) -> None:
         {"stage": "collect", "name": "day", "frame_id": "day/2", "uri": "/x.png", "reason": "truncated",
          "detail": "cut, at the end"}
     ]  # fmt: skip
+    (scored,) = listed(moved / "frame_scores.csv")
+    assert {key: scored[key] for key in ("model", "test", "frame")} == {"model": "m", "test": "night", "frame": "day/0"}
+    # IoU of sky 2 / 2, of road 1 / 2, of car 0 / 1: their mean is a half.
+    assert (float(scored["pa"]), float(scored["miou"])) == (0.75, 0.5)
     (epoch,) = listed(moved / "training.csv")
     assert (epoch["model"], epoch["step"], epoch["validation_miou"], epoch["validation_pa"]) == ("m", "4", "0.25", "")
     shutil.copytree(tmp_path / "moved/models/m", tmp_path / "given away")  # no link that leads nowhere
