@@ -158,7 +158,7 @@ def vectors(column: pa.ChunkedArray) -> NDArray[np.float32]:
     if len(lengths) > 1:
         raise ValueError(f"the vectors of a column have different lengths: {sorted(lengths)[:5]}")
     values = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]
-    joined = np.concatenate(values).astype(np.float32) if values else np.empty(0, dtype=np.float32)
+    joined = np.concatenate(values).astype(np.float32, copy=False) if values else np.empty(0, dtype=np.float32)
     return joined.reshape(len(column), lengths[0] if lengths else 0)
 
 

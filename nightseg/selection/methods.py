@@ -66,7 +66,9 @@ class Described(NamedTuple):
         )
 
     def rows(self, rows: Indices) -> Described:
-        """Some of the frames."""
+        """Some of the frames, in the order of the table; itself where these are all."""
+        if len(rows) == len(self.frame_ids):
+            return self
         spatial, error = (None if values is None else values[rows] for values in (self.spatial, self.spatial_error))
         frame_ids, sha256 = ([values[row] for row in rows] for values in (self.frame_ids, self.sha256))
         return Described(frame_ids, self.features[rows], self.histograms[rows], sha256, spatial, error)

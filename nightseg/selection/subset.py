@@ -53,6 +53,7 @@ _MEMORIES: Final = (0.0, 0.8, 0.95)  # of the EMAs of gradients that give bounds
 _LONGEST_STEP = 0.99  # a step of 1 would end at a corner, where the covariance may be singular and has no gradient
 _SHORTEST_STEP = 1e-9
 _ROUNDINGS = 64.0  # of a distance, in what is added up from them
+_BLOCK_ROWS: Final = 2048
 _WORK = 3e11  # floating-point operations of one search: seconds for small pools, a few minutes for large ones
 
 
@@ -100,14 +101,14 @@ def select_subset(
     """The `count` rows of (N, d) features whose FID to the reference `mean` (d,), `cov` (d, d) is smallest, or nearly.
 
     How nearly, `lower_bound` says. `limits` are respected; the bound holds for all choices under their quota. `watch`
-    is told the fractional value and the bound after each iteration. In float64, with memory for a few (N, d) arrays.
+    is told the fractional value and the bound after each iteration. In float64, with memory for one (N, d) array of it.
     Raises UserError if the pool, or the pool under its limits, has too few rows; ValueError for values not finite.
     """
-    rows_ND = np.asarray(features, dtype=np.float64)
+    rows_ND = np.asarray(features)
     reference = gaussian_of_moments(mean, cov)
     if rows_ND.ndim != 2 or rows_ND.shape[1] != len(reference.mean):
         raise ValueError(f"expected features of shape (N, {len(reference.mean)}), got {rows_ND.shape}")
-    if not np.isfinite(rows_ND).all():
+    if not all(np.isfinite(rows_ND[part]).all() for part in _blocks(len(rows_ND))):
         raise ValueError("some features are not finite")
     check_count(count, len(rows_ND))
     limits.check(count)
@@ -124,8 +125,9 @@ def select_subset(
     place[by_weight] = np.arange(len(rows_ND))
     chosen = chosen[np.argsort(place[chosen], kind="stable")]
 
-    mean_D = rows_ND[chosen].mean(axis=0)
-    of_chosen = Gaussian(mean_D, (rows_ND[chosen] - mean_D).T / np.sqrt(count))
+    chosen_KD = rows_ND[chosen].astype(np.float64)
+    mean_D = chosen_KD.mean(axis=0)
+    of_chosen = Gaussian(mean_D, (chosen_KD - mean_D).T / np.sqrt(count))
     fid = gaussian_distance(of_chosen, reference)
     return Subset(chosen, fid, min(max(lower_bound, 0.0), fid), influence_N)
 
@@ -161,23 +163,29 @@ class Problem(NamedTuple):
     error: float  # no value of a subset is wrong by more: what rounding and the directions left out can do
 
     @classmethod
-    def of(cls, rows_ND: Floats, reference: Gaussian, count: int) -> Problem:
+    def of(cls, rows_ND: npt.NDArray[Any], reference: Gaussian, count: int) -> Problem:
         """For subsets of `count` rows."""
         import torch
 
-        to_reference_ND = rows_ND - reference.mean
-        distance_N = np.einsum("nd,nd->n", to_reference_ND, to_reference_ND)
-        rows = torch.from_numpy((rows_ND - rows_ND.mean(axis=0)) @ reference.factor)
+        blocks = _blocks(len(rows_ND))
+        mean_D = rows_ND.mean(axis=0, dtype=np.float64)
+        distance_N = np.empty(len(rows_ND))
+        rows = torch.empty((len(rows_ND), reference.factor.shape[1]), dtype=torch.float64)
+        for part in blocks:
+            block_BD = rows_ND[part].astype(np.float64)
+            rows[part] = torch.from_numpy((block_BD - mean_D) @ reference.factor)
+            block_BD -= reference.mean
+            distance_N[part] = np.einsum("nd,nd->n", block_BD, block_BD)
         rows -= rows.mean(dim=0)
         values, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
         kept = values > len(values) * np.finfo(np.float64).eps * (values[-1] if len(values) else 0.0)
         error = _ROUNDINGS * np.finfo(np.float64).eps * float(distance_N.max())
         if not bool(kept.all()):
             # What a subset has in the other directions, at most: tr C^1/2 of m directions is at most (m tr C)^1/2.
-            left_N = (rows @ vectors[:, ~kept]).square().sum(dim=1)
+            left_N = torch.cat([(rows[part] @ vectors[:, ~kept]).square().sum(dim=1) for part in blocks])
             most = float(left_N.topk(min(count, len(left_N))).values.mean())
             error += 2 * math.sqrt(min(count, int((~kept).sum())) * most)
-            rows = rows @ vectors[:, kept]
+            rows = torch.cat([rows[part] @ vectors[:, kept] for part in blocks])
         return cls(rows, distance_N, reference.trace, min(count - 1, int(rows.shape[1])), error)
 
     @property
@@ -217,8 +225,14 @@ class Problem(NamedTuple):
         roots = roots.clamp(min=max(float(least), np.finfo(np.float64).tiny) ** 0.5)
         total = float((values.clamp(min=0) / roots).sum() + roots.topk(self.rank).values.sum()) / 2
         to_unit = vectors * roots**-0.5
-        spread = self.rows_Nr @ to_unit - point.mean_r @ to_unit
-        return point.distance + self.trace - 2 * total, self.distance_N - spread.square_().sum(dim=1).numpy()
+        parts = (self.rows_Nr[part] @ to_unit - point.mean_r @ to_unit for part in _blocks(len(self.rows_Nr)))
+        spread_N = np.concatenate([spread.square_().sum(dim=1).numpy() for spread in parts])
+        return point.distance + self.trace - 2 * total, self.distance_N - spread_N
+
+
+def _blocks(num_rows: int) -> list[slice]:
+    """Of rows that are worked on at a time: a copy of all of them would be as large as the pool. At least one."""
+    return [slice(start, start + _BLOCK_ROWS) for start in range(0, max(num_rows, 1), _BLOCK_ROWS)]
 
 
 def _roots(values_r: Any, rank: int) -> tuple[float, Any]:
