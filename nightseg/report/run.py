@@ -181,7 +181,7 @@ class Run:
         if commit is None:
             return found
         for path in table_paths(commit.outputs, table):
-            part = (commit.folder / path).read_table()
+            part = commit.part(path)
             found += _absolute(part.drop_columns([name for name in drop if name in part.column_names]), commit.folder)
             if limit is not None and len(found) >= limit:
                 return found[:limit]
@@ -192,7 +192,7 @@ class Run:
         commit, found = self.commit(node), dict[str, Row]()
         for path in table_paths(commit.outputs, table) if commit is not None else ():
             assert commit is not None
-            part = (commit.folder / path).read_table()
+            part = commit.part(path)
             asked = pc.is_in(part[frame.FRAME_ID], pa.array(list(frame_ids), pa.string()))
             found |= {row[frame.FRAME_ID]: row for row in _absolute(part.filter(asked), commit.folder)}
         return found

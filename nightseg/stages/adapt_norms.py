@@ -57,7 +57,7 @@ def adapt_norms(
     source = start if isinstance(start, str) else start.name
     changes = {"weights": f"{card['weights']}; {told}", "start": source, "parents": parents, "key": attempt.key}
     save_model(attempt.folder / "model", tensors, {**card, **changes})
-    (attempt.folder / "quarantine.parquet").write_table(frame.quarantine_table(bad))
+    attempt.write_table("quarantine", frame.quarantine_table(bad))
     return attempt.finish(
         rows_in=len(chosen),
         rows_out=num_good,

@@ -53,8 +53,8 @@ def select(
         choice = choose(
             Request(selection, pool, reference, limits, seed, lambda fid, bound: task.advance(fid=fid, bound=bound))
         )
-    (attempt.folder / "frames.parquet").write_table(_chosen_frames(pool_frames, pool, choice))
-    (attempt.folder / "scores.parquet").write_table(_all_scores(everything, repeats, kept, choice, reference))
+    attempt.write_table("frames", _chosen_frames(pool_frames, pool, choice))
+    attempt.write_table("scores", _all_scores(everything, repeats, kept, choice, reference))
     num_frames = len(everything.frame_ids)
     facts = {
         "method": selection.method,
@@ -66,7 +66,7 @@ def select(
         "resize": pool_scores.summary["resize"],
     }
     evidence = facts | evidence_of(pool_frames, pool, reference, choice, seed, progress)
-    (attempt.folder / "evidence.json").write_json(evidence)
+    attempt.write_json("evidence.json", evidence)
     return attempt.finish(
         rows_in=num_frames,
         rows_out=num_frames,

@@ -49,8 +49,8 @@ def split(pool: pa.Table, *, margin: float, **work: Unpack[Work]) -> Commit:
     bands_NBH = vectors(seen[BANDS]).reshape(-1, NUM_BANDS, NUM_BINS)
     separation = separate(bands_NBH, seen[CHROMA].to_numpy(), margin=margin)
     frames = _frames(pool, seen, separation)
-    (shards.attempt.folder / "frames.parquet").write_table(frames)
-    (shards.attempt.folder / "evidence.json").write_json(_evidence(frames, bands_NBH, separation, margin))
+    shards.attempt.write_table("frames", frames)
+    shards.attempt.write_json("evidence.json", _evidence(frames, bands_NBH, separation, margin))
     counts = dict(sorted(Counter(separation.domain).items()))
     return shards.finish("histograms", outputs=["frames.parquet", "evidence.json"], summary={"domains": counts})
 

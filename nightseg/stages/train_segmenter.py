@@ -138,7 +138,7 @@ def _rendered(plan: Plan, names: Sequence[str], attempt: Attempt) -> list[str]:
                 shown.append({**source, PART: name, RENDERING_URI: uri})
     if not shown:
         return []
-    (attempt.folder / f"{RENDERED}.parquet").write_table(pa.Table.from_pylist(shown))
+    attempt.write_table(RENDERED, pa.Table.from_pylist(shown))
     return [RENDERED, f"{RENDERED}.parquet"]
 
 

@@ -11,6 +11,9 @@ which may be lost at any time).
                                          /attempt-1/attempt.json, <outputs>, <table>/part-00000.parquet
                                                     _shards/00000.json, _scratch.json
 
+Paths into the run folder are written as `run:stages/...` and read as absolute ones, so what stages say to each other
+depends neither on where the folder lies nor on whether it was moved meanwhile.
+
 What a killed driver leaves behind is removed by the next one that takes the lock of the run folder: files that were
 being written, and what an attempt needed only until it was committed (`_scratch.json` lists it).
 """
@@ -36,6 +39,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from nightseg.errors import UserError
 from nightseg.progress import printable
@@ -57,12 +61,51 @@ VERIFIED_NAME = "_VERIFIED.json"
 ATTEMPT_NAME = "attempt.json"
 SHARDS_NAME = "_shards"
 SCRATCH_NAME = "_scratch.json"
+IN_RUN = "run:"  # begins a path that is relative to the run folder
 QUARANTINE = "quarantine"
 SCHEMA = 1
 _KEY_LETTERS = 12  # of the key in the folder's name; the whole key is compared when reading
 _MOST_ACCIDENTS = 0.3  # of the rows of a pass that are bad: more share one cause, and are not to be left out
 _CHUNK = 1 << 23  # bytes read at a time when hashing
 _LOG = logging.getLogger("nightseg.storage")
+
+
+# -- paths into the run folder ---------------------------------------------------------------------------------------
+
+
+def _is_place(column: str) -> bool:
+    return column == "uri" or column.endswith("_uri")
+
+
+def _portable(table: pa.Table, root: Location) -> pa.Table:
+    """The table with the places below the run folder as `run:...`."""
+    return _changed(table, f"{root.uri}/", IN_RUN)
+
+
+def _absolute(table: pa.Table, root: Location) -> pa.Table:
+    return _changed(table, IN_RUN, f"{root.uri}/")
+
+
+def _changed(table: pa.Table, start: str, instead: str) -> pa.Table:
+    for index, name in enumerate(table.column_names):
+        column = table[name]
+        if _is_place(name) and pa.types.is_string(column.type) and pc.any(pc.starts_with(column, start)).as_py():
+            rest = pc.utf8_slice_codeunits(column, len(start))
+            moved = pc.binary_join_element_wise(instead, rest, "")
+            table = table.set_column(index, name, pc.if_else(pc.starts_with(column, start), moved, column))
+    return table
+
+
+def _replaced(obj: Any, start: str, instead: str) -> Any:
+    """The same for the texts in something that is JSON."""
+    match obj:
+        case str():
+            return instead + obj.removeprefix(start) if obj.startswith(start) else obj
+        case Mapping():
+            return {key: _replaced(value, start, instead) for key, value in obj.items()}
+        case list() | tuple():
+            return [_replaced(value, start, instead) for value in obj]
+    return obj
 
 
 # -- commits ---------------------------------------------------------------------------------------------------------
@@ -142,14 +185,23 @@ class Commit:
         paths = table_paths(self.outputs, name)
         if not paths:
             raise KeyError(f"{self.stage}/{self.name} committed no table {name!r}")
-        return ((self.folder / path).read_table() for path in paths)
+        return map(self.part, paths)
+
+    def part(self, path: str) -> pa.Table:
+        """One file of a table."""
+        return _absolute((self.folder / path).read_table(), _root(self.folder.parent))
 
     def json(self, path: str) -> Any:
-        return self.file(path).read_json()
+        return _replaced(self.file(path).read_json(), IN_RUN, f"{_root(self.folder.parent).uri}/")
 
     def verify(self) -> list[str]:
         """Reads every output again; the paths of those whose content is not the committed one."""
         return [damage.path for damage in damages(self)]
+
+
+def _root(stage_folder: Location) -> Location:
+    """The run folder that root/stages/<stage>/<name>/<key> is in."""
+    return stage_folder.parent.parent.parent.parent
 
 
 def table_paths(outputs: Iterable[Output], name: str) -> list[str]:
@@ -401,6 +453,16 @@ class Attempt:
     def seed(self) -> int:
         return int(self.identity["seed"])
 
+    def write_table(self, name: str, table: pa.Table) -> str:
+        """Writes `<name>.parquet`; returns that, for `outputs`."""
+        path = f"{name}.parquet"
+        (self.folder / path).write_table(_portable(table, _root(self.stage_folder)))
+        return path
+
+    def write_json(self, path: str, obj: Any) -> str:
+        (self.folder / path).write_json(_replaced(obj, f"{_root(self.stage_folder).uri}/", IN_RUN))
+        return path
+
     def plan(self, num_rows: int, shard_rows: int) -> int:
         """Number of shards when `num_rows` rows are cut into shards of `shard_rows`.
 
@@ -438,7 +500,7 @@ class Attempt:
         outputs = {}
         for name in sorted(tables):
             file = self.folder / f"{name}/part-{index:05d}.parquet"
-            data = memoryview(format_table(tables[name], str(file)))
+            data = memoryview(format_table(_portable(tables[name], _root(self.stage_folder)), str(file)))
             file.write_bytes(data)
             outputs[name] = Output(f"{name}/{file.name}", len(data), sha256_of(data), tables[name].num_rows)
         fault_point("tables")
@@ -582,7 +644,8 @@ class Shards:
         """The table shard by shard, read as it is asked for."""
         for record in self.records:
             if table in record.tables:
-                yield (self.attempt.folder / record.tables[table].path).read_table()
+                part = (self.attempt.folder / record.tables[table].path).read_table()
+                yield _absolute(part, _root(self.attempt.stage_folder))
 
     def has_table(self, name: str) -> bool:
         return any(name in record.tables for record in self.records)

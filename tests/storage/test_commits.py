@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from nightseg.storage import Commit, Location, Stage, UserError, Workspace, check_contents, hash_of
+from nightseg.storage import Commit, Location, Shards, Stage, UserError, Workspace, check_contents, hash_of
 from nightseg.storage import commits as storage_commits
 from nightseg.storage.commits import COMMIT_NAME, VERIFIED_NAME, DamagedCommit, Output, seal_fault, table_paths
 
@@ -404,3 +404,45 @@ def test_strange_commits_are_refused(workspace: Workspace) -> None:
         stage.commit()
     place.write_bytes(b"[1, 2]")
     assert stage.commit() is None
+
+
+# -- places in the run folder ------------------------------------------------------------------------------------------
+
+
+def referring(workspace: Workspace) -> tuple[Commit, str]:
+    """A commit whose tables name a file of another one; and the place of that file."""
+    place = done(split(workspace)).file("evidence.json").uri
+    attempt = workspace.stage("score", "pool", version=1, recipe={}, inputs={}, seed=0).open()
+    rows = {
+        "uri": [place, "images/0.png", "/data/0.png", None],
+        "label_uri": [None, None, None, place],
+        "note": ["run:x"] * 4,
+    }
+    told = {"rows": [[place], {"a": 1}]}
+    names = [attempt.write_table("whole", pa.table(rows)), attempt.write_json("first.json", told)]
+    attempt.write_shard(0, {"frames": pa.table(rows)}, rows_in=4, seconds=0)
+    record = attempt.shard(0)
+    assert record is not None and Shards(attempt, (record,)).table("frames")["uri"][0].as_py() == place
+    return attempt.finish(rows_in=4, rows_out=4, num_shards=1, outputs=names), place
+
+
+def test_places_in_the_run_folder_are_told_wherever_it_lies(workspace: Workspace) -> None:
+    commit, place = referring(workspace)
+    for table in ("frames", "whole"):
+        found = commit.table(table).to_pydict()
+        assert found["uri"] == [place, "images/0.png", "/data/0.png", None]
+        assert found["label_uri"] == [None, None, None, place] and found["note"] == ["run:x"] * 4
+    assert commit.json("first.json") == {"rows": [[place], {"a": 1}]}
+    raw = (commit.folder / "whole.parquet").read_table()
+    assert raw["uri"][0].as_py() == "run:" + place.removeprefix(f"{workspace.root.uri}/")
+
+
+def test_a_moved_run_says_the_same_and_knows_its_files(tmp_path: Path) -> None:
+    commit, before = referring(Workspace(tmp_path / "before"))
+    elsewhere, _ = referring(Workspace(tmp_path / "elsewhere/deep"))
+    assert commit.content == elsewhere.content
+    shutil.move(tmp_path / "before", tmp_path / "nachher ü")
+    (moved,) = [one for one in Workspace(tmp_path / "nachher ü").commits() if one.stage == "score"]
+    after = before.replace("/before/", "/nachher ü/")
+    assert moved.table("frames")["uri"][0].as_py() == after and Path(after).exists()
+    assert moved.json("first.json")["rows"][0] == [after]
