@@ -172,7 +172,9 @@ def test_a_run_that_is_killed_at_random_ends_as_an_undisturbed_one(place: Place,
         driver = place.start(run)
         whom = ("driver", "worker", "group")[kills % 3]
         while driver.poll() is None and not (run / HOLDER_NAME).exists() and kills % 4:
-            time.sleep(0.05)  # most of the time is spent on imports, which write nothing: one kill of four may fall there
+            time.sleep(
+                0.05
+            )  # most of the time is spent on imports, which write nothing: one kill of four may fall there
         with suppress(subprocess.TimeoutExpired):
             driver.wait(timeout=chance.uniform(0.0, 0.3 * whole))
         if driver.poll() == 0:  # it was faster: all of it begins anew
