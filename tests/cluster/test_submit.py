@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import AsyncIterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -210,3 +213,35 @@ def test_what_is_no_address_of_a_dashboard_is_refused(address: str) -> None:
 def test_nobody_who_answers_is_said_with_what_to_keep_running() -> None:
     with pytest.raises(UserError, match=r"no cluster answers at http://127.0.0.1:1: .*ray dashboard"):
         run(Told())
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (401, "refuses: it wants its token, and there is none here.*RAY_AUTH_TOKEN"),
+        (403, "refuses: its token is another than the one here.*RAY_AUTH_TOKEN"),
+        (404, "is no Ray dashboard"),
+        (200, "is no Ray dashboard"),
+    ],
+)
+def test_what_answers_and_does_not_let_in_is_said(monkeypatch: pytest.MonkeyPatch, status: int, words: str) -> None:
+    """As Ray's dashboard answers without a token (401) and with another one (403), and as anything else does."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(b"Forbidden")
+
+        def log_message(self, *_: Any) -> None:
+            """Nothing: pytest shows what a test prints."""
+
+    monkeypatch.setattr(jobs, "prepare_token", lambda may_create: None)
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")  # Ray alone would go there
+    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(UserError, match=words) as error:
+            run_job(REQUEST, address, wait=False, max_tries=1, say=print, write=print)
+        server.shutdown()
+    assert address in str(error.value) and os.environ["RAY_ADDRESS"] == "http://127.0.0.1:1"

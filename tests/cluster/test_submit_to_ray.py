@@ -24,7 +24,7 @@ TOKEN = "4" * 64
 RECIPE = """
 base: below/base.yaml
 name: tiny
-taxonomy: classes.txt
+taxonomy: classes.yaml
 models:
   day_only: {train: [day], start: scratch}
 test_sets: {night: test}
@@ -113,9 +113,8 @@ def submit(head: Head, cwd: Path, *words: object, token: str | None = TOKEN) -> 
 def test_a_recipe_is_submitted_to_its_report_and_not_done_twice(head: Head, tmp_path: Path) -> None:
     (tmp_path / "below").mkdir()
     (tmp_path / "below/base.yaml").write_text(BASE)
-    (tmp_path / "tiny.yaml").write_text(RECIPE)
     shutil.copyfile(PROJECT / "nightseg/data/taxonomies/camvid11.yaml", tmp_path / "classes.yaml")
-    (tmp_path / "tiny.yaml").write_text(RECIPE.replace("classes.txt", "classes.yaml"))
+    (tmp_path / "tiny.yaml").write_text(RECIPE)
     run = tmp_path / "shared/run"
 
     scored = submit(head, tmp_path, "tiny.yaml", "--run-dir", run, "--until", "train_segmenter", "--json")
@@ -126,7 +125,7 @@ def test_a_recipe_is_submitted_to_its_report_and_not_done_twice(head: Head, tmp_
     assert first.returncode == 0, first.stderr
     job = json.loads(first.stdout)
     assert (job["id"], job["status"], job["run_dir"]) == ("tiny-2", "SUCCEEDED", str(run))
-    assert f"{run}: 1 stages done, 3 already committed" in first.stderr
+    assert f"{run}: 2 stages done, 2 already committed" in first.stderr
     assert json.loads((run / "results.json").read_text())["models"].keys() == {"day_only"}
     assert (run / "report.html").exists()
 
@@ -135,7 +134,7 @@ def test_a_recipe_is_submitted_to_its_report_and_not_done_twice(head: Head, tmp_
     assert "0 stages done, 4 already committed" in again.stderr
     assert again.stdout == f"job tiny-3: SUCCEEDED; its run: {run}\n"
 
-    wrong = submit(head, tmp_path, "tiny.yaml", "--run-dir", run, "--set", "datasets.day={layout: images, root: /gone}")
+    wrong = submit(head, tmp_path, "tiny.yaml", "--run-dir", run, "--set", "datasets.day={layout: pairs, root: /gone}")
     assert wrong.returncode == 2 and "there is no folder '/gone'" in wrong.stderr, wrong.stderr
 
 
