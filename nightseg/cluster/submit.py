@@ -127,8 +127,8 @@ def _client(address: str, say: Callable[[str], None]) -> Any:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    for part in ("dashboard_sdk", "job.sdk"):
-        logging.getLogger(f"ray.dashboard.modules.{part}").setLevel(logging.WARNING)
+    for part in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
+        logging.getLogger(f"ray.{part}").setLevel(logging.WARNING)
     try:
         with _only_address(address):
             return JobSubmissionClient(address)
