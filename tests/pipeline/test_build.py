@@ -212,9 +212,9 @@ def test_the_next_row_takes_five_lines_and_one_training(tmp_path: Path) -> None:
     last = found["rows"][-1]
     assert (last["row"], last["model"], last["parents"], last["published_miou"]) == ("9.1", "m9_1", ["m8_3"], None)
     before, after = (build_graph(load_recipe(one)).nodes for one in (CONFIGS / "thesis_scenes.yaml", file))
-    assert {str(node) for node in after.keys() - before.keys()} == {
-        f"{stage}/m9_1" for stage in ("select", "pseudo_label", "train_segmenter", "evaluate")
-    }
+    new = after.keys() - before.keys()
+    assert all("m9_1" in node.name for node in new)
+    assert [str(node) for node in new if node.stage.startswith("train_")] == ["train_segmenter/m9_1"]
     key = [{name: (node.version, node.recipe, node.seed) for name, node in one.items()} for one in (before, after)]
     assert key[1].items() >= key[0].items()  # so all else is found in the run of its base
     assert load_recipe(file).name == "thesis_scenes"
