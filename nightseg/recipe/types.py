@@ -49,7 +49,7 @@ class Compute(Strict):
     train: TrainCompute = TrainCompute()
     map: MapCompute = MapCompute()
     concurrent: Positive | None = Field(
-        default=1,
+        default=None,
         description="stages at a time at most, of models that do not need each other; 1 = one after the other, null = "
         "as many as there are CPUs, GPUs and memory for. The results are the same",
     )
