@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -169,6 +172,52 @@ def test_a_step_that_hears_no_interrupt_is_left_behind(monkeypatch: pytest.Monke
         worker.run(dict.fromkeys("ab", ()), room({"CPU": 2}))
     assert "/a" not in worker.log
     release.set()
+
+
+COMMAND = """
+import signal, sys, time, click
+from nightseg.cli import output
+from nightseg.pipeline import schedule
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored in the background
+
+class Sleepers:
+    def find(self, step): pass
+    def failed(self, step, error): raise error
+    def work(self, step, beside):
+        try:
+            print(step, flush=True)
+            while True: time.sleep(0.01)
+        finally:
+            print("clears up", flush=True)
+            time.sleep(float(sys.argv[2]))
+
+@click.group(cls=output.Failures)
+def group(): pass
+
+@group.command()
+@click.argument("seconds")
+def work(seconds):
+    schedule.run({"a": (), "b": ()}, {}, Sleepers(), schedule.Room(lambda step: {}, lambda resource: 1.0, 2))
+
+group()
+"""
+
+
+@pytest.mark.parametrize(("seconds", "interrupts"), [(0.2, 1), (60.0, 2)])
+def test_control_c_stops_a_command_at_its_branches_and_again_at_once(seconds: float, interrupts: int) -> None:
+    words = [sys.executable, "-c", COMMAND, "work", str(seconds)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert {process.stdout.readline(), process.stdout.readline()} == {"a\n", "b\n"}
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert [process.stdout.readline() for _ in "ab"] == ["clears up\n"] * 2
+        for _ in range(interrupts - 1):
+            process.send_signal(signal.SIGINT)
+        said = process.stderr.read().replace("nightseg work: at work\n", "")
+        assert process.wait(SOON) == 1 and time.monotonic() - began < SOON
+        assert said.splitlines()[-1].startswith("nightseg: stopped; the same command continues"), said
+        assert "Traceback" not in said
 
 
 def test_the_time_of_branches_is_that_of_the_longest_way_or_of_the_room() -> None:
