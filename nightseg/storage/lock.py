@@ -7,6 +7,7 @@ renews is taken over.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -69,7 +70,9 @@ def holder(root: Location, *, lease_seconds: float = LEASE_SECONDS) -> str | Non
             return None
     except filelock.Timeout:
         return _name(_read(root / HOLDER_NAME))
-    except PermissionError:  # someone else's run folder, which cannot be probed: what its holder noted must do
+    except OSError as error:  # someone else's run folder, or a read-only one: what its holder noted must do
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
         note = _read(root / HOLDER_NAME)
         return _name(note) if note is not None else None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -76,8 +77,11 @@ class Place(NamedTuple):
     temporary: Path
     mark: str
 
+    def command(self, run: Path) -> list[str]:
+        return [sys.executable, "-m", "nightseg.cli.main", "run", str(self.recipe), "--run-dir", str(run)]
+
     def start(self, run: Path) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "nightseg.cli.main", "run", str(self.recipe), "--run-dir", str(run)]
+        command = self.command(run)
         environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
         environment |= {MARK: self.mark, "TMPDIR": str(self.temporary)}
         with (self.recipe.parent / "log.txt").open("ab") as log:
@@ -206,3 +210,26 @@ def test_a_run_that_is_killed_at_random_ends_as_an_undisturbed_one(place: Place,
     assert temporary == []
     assert not (run / HOLDER_NAME).exists()
     assert left == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("place", [PASSES], ids=["passes"], indirect=True)
+@pytest.mark.parametrize("most_bytes", [2000, 4600, 5000])
+def test_a_disk_without_room_is_told_and_the_run_goes_on_later(place: Place, tmp_path: Path, most_bytes: int) -> None:
+    """A limit on the size of files, which nobody needs to be root for, stands for a full disk."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
+
+    run = tmp_path / "run"
+    ended = subprocess.run(place.command(run), preexec_fn=limit, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr
+    assert f"cannot write {run}/" in ended.stderr and "raise it (ulimit -f), then run it again" in ended.stderr
+    assert all(commit.verify() == [] for commit in Workspace(run).commits())
+    assert [file for file in run.rglob("*") if TEMPORARY_PREFIX in file.name] == []
+    place.finish(run)
+    shutil.move(run, tmp_path / "moved")
+    place.finish(tmp_path / "moved")
+    place.finish(tmp_path / "undisturbed")
+    assert content_of(tmp_path / "moved") == content_of(tmp_path / "undisturbed")

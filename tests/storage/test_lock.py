@@ -1,5 +1,6 @@
 """Two drivers on one run folder."""
 
+import errno
 import json
 import os
 import secrets
@@ -56,7 +57,10 @@ def test_the_lock_is_free_after_use_and_after_an_error(tmp_path: Path) -> None:
         assert (tmp_path / HOLDER_NAME).exists()
 
 
-def test_asking_for_the_holder_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
+def test_asking_for_the_holder_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
     assert Workspace(tmp_path / "none").holder() is None
     assert os.listdir(tmp_path) == []
     with Workspace(tmp_path).lock():
@@ -64,7 +68,7 @@ def test_asking_for_the_holder_leaves_nothing_behind(tmp_path: Path, monkeypatch
         note = (tmp_path / HOLDER_NAME).read_bytes()
 
     def fail(*args: Any) -> None:
-        raise PermissionError(13, "Permission denied")
+        raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr("filelock.FileLock.acquire", fail)
     assert Workspace(tmp_path).holder() is None
