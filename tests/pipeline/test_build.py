@@ -191,7 +191,7 @@ def test_the_page_of_the_thesis_has_its_rows(thesis: Recipe) -> None:
     ]
     loss = {"cross_entropy": "cross-entropy", "focal": "focal", "combined": "combined"}
     assert len(rows) == len(THESIS)
-    for name, train, chosen, kind, start, test, miou in rows:
+    for name, train, chosen, kind, start, test, miou, *_ in rows:
         published, on, from_, teacher, trained_on, how, of = THESIS[name]
         assert (float(miou), test, start, kind) == (published, on, from_, loss[of]), name
         assert train == " + ".join(TRAIN_SETS[trained_on]), name
