@@ -141,12 +141,13 @@ class Headline(NamedTuple):
 
 
 def model_to_use(run: Run) -> str:
-    """The best on the main test set. Where that learned from day frames alone, as only a day test tells, the last of
-    the recipe: who runs this wants a model for the night."""
+    """The best on the main test set. Without a test at night, where a model of day alone is best by day: the last of
+    the recipe that learned from more, for who runs this wants a model for the night."""
     found = headline(run)
-    if found is None or _is_day_only(run, found.best):
-        return list(run.models)[-1]
-    return found.best
+    if found is not None and (run.night_test or not _is_day_only(run, found.best)):
+        return found.best
+    names = list(run.models)
+    return next((name for name in reversed(names) if not _is_day_only(run, name)), names[-1])
 
 
 def headline(run: Run) -> Headline | None:

@@ -142,14 +142,19 @@ class Run:
         return max(self.scored(test), key=lambda model: self.miou(model, test))
 
     @cached_property
-    def main_test(self) -> str | None:
-        """The test set that the headline speaks of: the first one of night frames, else the first."""
+    def night_test(self) -> str | None:
+        """The first test set of night frames, if there is one."""
         for test in self.tests:
             rows = self.predictions(self.scored(test)[0], test, limit=64)
             domains = Counter(row[frame.DOMAIN] for row in rows)
             if domains and domains.most_common(1)[0][0] == "night":
                 return test
-        return next((test for test in self.tests if "night" in test), next(iter(self.tests), None))
+        return next((test for test in self.tests if "night" in test), None)
+
+    @property
+    def main_test(self) -> str | None:
+        """The test set that the headline speaks of: the first one of night frames, else the first."""
+        return self.night_test or next(iter(self.tests), None)
 
     def predictions(self, model: str, test: str, limit: int | None = None) -> list[Row]:
         """The predictions of a model on a test set; all uris absolute. One commit has those of all test sets."""

@@ -110,14 +110,20 @@ def test_results_of_an_earlier_version_claim_nothing() -> None:
     assert found is not None and found.gain is None and "adapted reaches 75.0 % mIoU on night (1 seed)" in str(found)
 
 
-def test_the_model_to_use_is_one_for_the_night() -> None:
-    """The best; where that is one of the day alone, as by a day test, the last of the recipe."""
+def test_the_model_to_use_is_the_best_at_night() -> None:
     first = run_of(day_only=model(240, DAY, 0.25), adapted=model(480, NIGHT, 0.5), later=model(480, NIGHT, 0.4))
     assert model_to_use(first) == "adapted"
-    by_day = run_of(day_only=model(240, DAY, 0.25), longer=model(480, DAY, 0.5), adapted=model(480, NIGHT, 0.3))
+    of_day = run_of(day_only=model(240, DAY, 0.25), longer=model(480, DAY, 0.5), adapted=model(480, NIGHT, 0.3))
+    assert model_to_use(of_day) == "longer"
+
+
+def test_where_only_a_day_test_tells_the_model_to_use_has_learned_more_than_day() -> None:
+    models = {"adapted": model(480, NIGHT, 0.3), "longer": model(480, DAY, 0.5), "released": model(480, DAY, 0.4)}
+    by_day = run_of(**{name: facts | {"tests": {"val": facts["tests"]["night"]}} for name, facts in models.items()})
     assert model_to_use(by_day) == "adapted"
     untested = {"tests": {}}
     assert model_to_use(run_of(a=model(1, DAY, 0.5) | untested, b=model(2, NIGHT, 0.5) | untested)) == "b"
+    assert model_to_use(run_of(a=model(1, DAY, 0.5) | untested, b=model(2, DAY, 0.5) | untested)) == "b"
 
 
 def test_every_model_has_its_difference_over_start_teacher_and_control_with_an_interval(made_up_run: MadeUpRun) -> None:
