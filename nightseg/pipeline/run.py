@@ -87,8 +87,8 @@ class Adapted(NamedTuple):
     @property
     def failed(self) -> list[dict[str, Any]]:
         """Of each stage that failed: its `stage`, the `error`, the `models` that lack something for it, and what was
-        `not_reached`. None of it is in the results; the same call tries it again."""
-        return list(self.results["failed"])
+        `not_reached`. The models have no scores then; the same call tries it again."""
+        return list(self.results.get("failed", ()))
 
     @property
     def failure(self) -> ExceptionGroup[Exception] | None:

@@ -70,9 +70,9 @@ def label(
     for part in shards.parts(INDEX):
         histograms_KB += histograms_of(part, classes.num_classes).sum(axis=0, dtype=np.int64)
     bins_by_class = pa.table({"class": list(classes.classes), HISTOGRAM: histograms_KB.tolist()})
-    (attempt.folder / f"{HISTOGRAMS}.parquet").write_table(bins_by_class)
+    outputs = [attempt.write_table(HISTOGRAMS, bins_by_class), LABELS]
     summary = {"teacher": teacher.name, "teacher_key": teacher.key}
-    return shards.finish(INDEX, outputs=[f"{HISTOGRAMS}.parquet", LABELS], summary=summary)
+    return shards.finish(INDEX, outputs=outputs, summary=summary)
 
 
 @dataclass

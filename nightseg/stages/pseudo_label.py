@@ -91,12 +91,12 @@ def pseudo_label(
     for warning in warnings:
         progress.say(f"pseudo-labels for {name}: {warning}")
     (attempt.folder / KEPT_NAME).write_bytes(kept.text.encode())
-    (attempt.folder / f"{LABELS}.parquet").write_table(pa.concat_tables(parts))
+    table = attempt.write_table(LABELS, pa.concat_tables(parts))
     (attempt.folder / "evidence.json").write_json(_evidence(labels, threshold, classes, thresholds_K, pixels, warnings))
     return attempt.finish(
         rows_in=labels.rows_out,
         rows_out=labels.rows_out,
-        outputs=["evidence.json", KEPT_NAME, f"{LABELS}.parquet"],
+        outputs=["evidence.json", KEPT_NAME, table],
         summary={"kept_share": pixels.share, "warnings": len(warnings), "threshold": threshold.kind},
     )
 

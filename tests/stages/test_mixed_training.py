@@ -18,7 +18,7 @@ from nightseg.segmenter.data import Sampler
 from nightseg.segmenter.settings import Network
 from nightseg.stages import train_segmenter as stage
 from nightseg.stages.train_segmenter import put_together
-from nightseg.storage import Location, UserError, hash_of
+from nightseg.storage import Location, UserError, Workspace, hash_of
 from nightseg.translators.photometric import LitIds, night_of
 from nightseg.translators.settings import PhotometricTranslator
 
@@ -125,8 +125,8 @@ def test_a_training_leaves_some_of_the_nights_that_it_saw_and_the_report_shows_t
         {"day": frame_table(found), "night": frame_table(found)}, None, {"night": OPTICS}, CLASSES
     )
     plan = SimpleNamespace(train=table, parts=parts, classes=CLASSES, network=Network(input_size=(12, 16)))
-    attempt = SimpleNamespace(folder=Location.of(tmp_path) / "attempt")
-    assert stage._rendered(plan, ["day", "night"], attempt) == ["rendered", "rendered.parquet"]  # type: ignore[arg-type]
+    attempt = Workspace(tmp_path / "run").stage("train_segmenter", "m", version=1, recipe={}, inputs={}, seed=0).open()
+    assert stage._rendered(plan, ["day", "night"], attempt) == ["rendered", "rendered.parquet"]
     rows = (attempt.folder / "rendered.parquet").read_table().to_pylist()
     assert [row["frame_id"] for row in rows] == [f"toy/{name}" for name in "abd" for _ in range(3)]
     assert {row["part"] for row in rows} == {"night"}
