@@ -193,7 +193,9 @@ Runs
     pipeline/folder.py   what people find in a run folder: models, masks, chosen frames, tables, earlier results
     pipeline/verify.py   is every file of a run what was written
     pipeline/schedule.py which steps run when: side by side where there is room, and what a failure takes along
-    pipeline/run.py      do what is not committed, gather, report; or say what would be done
+    pipeline/execute.py  what is committed is found, the rest is done: the nodes of a graph as steps of a schedule
+    pipeline/plan.py     what a run would do, and why
+    pipeline/run.py      a recipe from its check over all stages to results and report
     pipeline/submit.py   a recipe as a job of a cluster: what is uploaded, what must lie there
     pipeline/tracking.py a finished run in MLflow or W&B
     pipeline/search.py   Ray Tune over the rounds: what a search tries, its trials

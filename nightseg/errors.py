@@ -1,7 +1,8 @@
 """The one error that is the user's to solve, and the words that often solve it."""
 
 import difflib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 MOST_NAMED = 5
@@ -57,15 +58,23 @@ def together(problems: Sequence[UserError]) -> UserError:
 
 def all_of(*steps: Callable[[], Any]) -> list[Any]:
     """What each step returns; if any raises UserError, the others are tried still, and all problems are one."""
-    found, problems = [], []
+    found: list[Any] = []
+    problems: list[UserError] = []
     for step in steps:
-        try:
+        with kept(problems):
             found.append(step())
-        except UserError as error:
-            problems.append(error)
     if problems:
         raise together(problems)
     return found
+
+
+@contextmanager
+def kept(problems: list[UserError]) -> Iterator[None]:
+    """A UserError of the body goes to `problems`, which `together` raises later."""
+    try:
+        yield
+    except UserError as error:
+        problems.append(error)
 
 
 def _of_kind(cure: str, alike: Sequence[UserError]) -> str:

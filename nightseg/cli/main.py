@@ -87,8 +87,9 @@ def run(
     """
     from nightseg.pipeline.build import build_graph
     from nightseg.pipeline.check import check
+    from nightseg.pipeline.plan import plan
     from nightseg.pipeline.results import planned_rows
-    from nightseg.pipeline.run import adapt, plan, run_folder, work_until
+    from nightseg.pipeline.run import adapt, run_folder, work_until
     from nightseg.recipe import load_recipe, told_of
 
     if dry_run:

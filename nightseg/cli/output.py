@@ -25,7 +25,8 @@ from nightseg.storage import Location, UserError
 if TYPE_CHECKING:
     from nightseg.cluster.submit import Job
     from nightseg.pipeline.check import Checked
-    from nightseg.pipeline.run import Adapted, Planned
+    from nightseg.pipeline.plan import Planned
+    from nightseg.pipeline.run import Adapted
     from nightseg.pipeline.search import Found
     from nightseg.recipe.starter import Starter
     from nightseg.report.life import Life

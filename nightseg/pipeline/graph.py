@@ -17,7 +17,7 @@ from nightseg.errors import UserError, closest
 from nightseg.progress import Progress
 from nightseg.recipe.types import Prediction, TestRow
 from nightseg.segmenter.settings import AdaptNorms, Network, Training
-from nightseg.storage import Attempt, Commit
+from nightseg.storage import Attempt, Commit, Stage, Workspace
 from nightseg.translators.settings import ColourTranslator, CommandTranslator, FourierTranslator
 from nightseg.unit.settings import Translator
 
@@ -109,6 +109,13 @@ class Node:
             **{name: part_of_key(value) for name, value in self.settings.items()},
             **self.facts,
         }
+
+    def stage_in(self, workspace: Workspace, commits: Mapping[NodeId, Commit]) -> Stage:
+        """Its place in a run folder, with its key; `commits` has those that it needs."""
+        inputs = {str(need): commits[need].content for need in self.needs}
+        return workspace.stage(
+            self.id.stage, self.id.name, version=self.version, recipe=self.recipe, inputs=inputs, seed=self.seed
+        )
 
     def work(self, commits: Mapping[NodeId, Commit], attempt: Attempt, progress: Progress) -> Commit:
         read = {name: _read(source, commits) for name, source in self.inputs.items()}

@@ -37,7 +37,7 @@ VERBS: Final = {
     "run until a stage": Verb(
         "nightseg.pipeline.run:work_until", ("r.yaml", "--until", "score"), {**PLACES, "--until": "select"}
     ),
-    "run --dry-run": Verb("nightseg.pipeline.run:plan", (DEMO,), {**PLACES, "--until": "score"}),
+    "run --dry-run": Verb("nightseg.pipeline.plan:plan", (DEMO,), {**PLACES, "--until": "score"}),
     "check": Verb("nightseg.pipeline.check:check", (DEMO,), {**PLACES, "--frames": "3"}),
     "recipe": Verb("nightseg.recipe.load:as_it_is", (DEMO,), {"--set": "seed=3"}),
     "search": Verb("nightseg.pipeline.search:search", ("s.yaml",), {"--set": "trials=3", "--run-dir": "other"}),

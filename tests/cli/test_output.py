@@ -18,7 +18,7 @@ from nightseg.cli import greeting, output
 from nightseg.cli.main import main
 from nightseg.errors import UserError
 from nightseg.pipeline.graph import NodeId
-from nightseg.pipeline.run import Planned
+from nightseg.pipeline.plan import Planned
 from nightseg.pipeline.search import Found
 from nightseg.storage import Location
 

@@ -19,7 +19,7 @@ from nightseg.cluster import ray as cluster
 from nightseg.cluster.settings import MapCompute, TrainCompute
 from nightseg.data.class_list import taxonomy
 from nightseg.metrics.confusion import scores
-from nightseg.pipeline import build
+from nightseg.pipeline import build, execute
 from nightseg.pipeline import run as runner
 from nightseg.pipeline.folder import earlier
 from nightseg.pipeline.graph import Graph, ModelNodes, Node, NodeId
@@ -207,9 +207,9 @@ def test_what_a_stage_takes_of_a_machine(
 ) -> None:
     node = Node(NodeId(stage, "x"), 1, lambda: None, compute, {}, {})  # type: ignore[arg-type,return-value]
     monkeypatch.setattr(cluster, "is_this_machine", lambda: True)
-    assert runner._taken(node) == takes
+    assert execute._taken(node) == takes
     monkeypatch.setattr(cluster, "is_this_machine", lambda: False)  # a cluster lends the driver no CPU
-    assert runner._taken(node) == ({"driver": 1, "CPU": 0} if "driver" in takes else takes)
+    assert execute._taken(node) == ({"driver": 1, "CPU": 0} if "driver" in takes else takes)
 
 
 # -- failures ---------------------------------------------------------------------------------------------------------

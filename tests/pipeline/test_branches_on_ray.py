@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from nightseg.pipeline import execute
 from nightseg.pipeline import run as runner
 from nightseg.progress import SilentProgress, Task
 from nightseg.recipe import load_recipe
@@ -82,7 +83,7 @@ def files(run: Path) -> list[str]:
 @pytest.fixture(autouse=True)
 def memory_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine that runs tests may have little left: these networks need little."""
-    monkeypatch.setattr(runner, "PROCESS_BYTES", 0)
+    monkeypatch.setattr(execute, "PROCESS_BYTES", 0)
 
 
 @pytest.mark.ray
@@ -137,7 +138,7 @@ def test_control_c_stops_all_branches_and_leaves_nothing_but_what_is_committed(t
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"NIGHTSEG_TEST": str(tmp_path), "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     program = (
-        "from nightseg.pipeline import run; run.PROCESS_BYTES = 0\n"
+        "from nightseg.pipeline import execute; execute.PROCESS_BYTES = 0\n"
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell may have it ignored
         "from nightseg.cli.main import main; main()"
     )

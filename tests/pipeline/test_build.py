@@ -9,8 +9,8 @@ import pytest
 from nightseg.data.images import encode_png
 from nightseg.pipeline.build import PSEUDO_LABELS, build_graph
 from nightseg.pipeline.graph import Frames, Graph, NodeId, View
+from nightseg.pipeline.plan import plan
 from nightseg.pipeline.results import planned_rows
-from nightseg.pipeline.run import plan
 from nightseg.recipe import load_recipe
 from nightseg.recipe.types import Recipe, expand_rounds, expand_seeds
 from nightseg.segmenter import detectron2

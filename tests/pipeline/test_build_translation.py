@@ -12,7 +12,7 @@ from nightseg.data.images import encode_png
 from nightseg.data.settings import TranslatedDataset
 from nightseg.pipeline.build import build_graph
 from nightseg.pipeline.graph import Graph, Node, NodeId
-from nightseg.pipeline.run import plan
+from nightseg.pipeline.plan import plan
 from nightseg.recipe import load_recipe
 from nightseg.recipe.types import Recipe
 from nightseg.storage import Location

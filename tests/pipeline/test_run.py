@@ -15,6 +15,7 @@ from nightseg.pipeline import build
 from nightseg.pipeline import run as runner
 from nightseg.pipeline.folder import earlier, owners
 from nightseg.pipeline.graph import Graph, ModelNodes, Node, NodeId
+from nightseg.pipeline.plan import plan
 from nightseg.pipeline.results import read_results
 from nightseg.progress import SilentProgress
 from nightseg.recipe import load_recipe, types
@@ -116,7 +117,7 @@ def run(recipe: Recipe, folder: Location, **more: Any) -> runner.Outcome:
 
 
 def states(recipe: Recipe, folder: Location) -> dict[str, str]:
-    return {str(line.node): line.state for line in runner.plan(recipe, folder)}
+    return {str(line.node): line.state for line in plan(recipe, folder)}
 
 
 # -- runs -------------------------------------------------------------------------------------------------------------
@@ -190,7 +191,7 @@ def test_a_damaged_stage_is_done_again_and_nothing_else(
 ) -> None:
     first = run(recipe, folder)
     damage(first, node)
-    lines = {line.node: line for line in runner.plan(recipe, folder)}
+    lines = {line.node: line for line in plan(recipe, folder)}
     assert (lines[node].state, lines[node].changed) == ("runs", ("damaged outputs",))
     made.worked.clear()
     again = run(recipe, folder)
@@ -283,7 +284,7 @@ def test_work_without_a_place_lies_in_a_temporary_folder_and_goes_with_it(
 def test_a_plan_of_nothing_done_counts_frames_and_resources(
     made: MadeUpGraph, recipe: Recipe, folder: Location
 ) -> None:
-    lines = runner.plan(recipe, folder)
+    lines = plan(recipe, folder)
     assert [line.state for line in lines] == ["runs", "waits", "waits"]
     assert [line.rows for line in lines] == [4, 4, 4]
     assert [line.resources for line in lines] == [
@@ -296,23 +297,23 @@ def test_a_plan_knows_that_a_selection_hands_on_fewer_frames(
     made: MadeUpGraph, recipe: Recipe, folder: Location
 ) -> None:
     made.most_rows = 3
-    assert [line.rows for line in runner.plan(recipe, folder)] == [4, 3, 3]
+    assert [line.rows for line in plan(recipe, folder)] == [4, 3, 3]
     made.most_rows = 9
-    assert [line.rows for line in runner.plan(recipe, folder)] == [4, 4, 4]
+    assert [line.rows for line in plan(recipe, folder)] == [4, 4, 4]
 
 
 def test_a_plan_names_the_keys_that_changed(made: MadeUpGraph, recipe: Recipe, folder: Location) -> None:
     run(recipe, folder)
     assert set(states(recipe, folder).values()) == {"committed"}
     made.settings[TRAIN] = {"epochs": {"last": 3}, "batch": 8}
-    lines = {line.node: line for line in runner.plan(recipe.model_copy(update={"seed": 8}), folder)}
+    lines = {line.node: line for line in plan(recipe.model_copy(update={"seed": 8}), folder)}
     assert (lines[DAY].state, lines[TRAIN].state, lines[TEST].state) == ("committed", "runs", "waits")
     assert set(lines[TRAIN].changed) == {"recipe.epochs.last", "recipe.batch", "seed"}
 
 
 def test_a_plan_knows_what_can_be_borrowed(made: MadeUpGraph, recipe: Recipe, folder: Location, tmp_path: Path) -> None:
     run(recipe, folder)
-    lines = runner.plan(recipe, Location.of(tmp_path / "other"), borrow=[folder])
+    lines = plan(recipe, Location.of(tmp_path / "other"), borrow=[folder])
     assert [line.state for line in lines] == ["committed"] * 3
 
 
@@ -350,7 +351,7 @@ def test_one_stage_is_done_with_what_it_needs_and_the_whole_run_goes_on_from_the
     outcome = run(recipe, folder, until="train_segmenter")
     assert made.worked == [str(DAY), str(TRAIN)] and outcome[:3] == ({}, 2, 0)
     assert not (folder / "results.json").exists()
-    assert [line.node for line in runner.plan(recipe, folder, until="collect")] == [DAY]
+    assert [line.node for line in plan(recipe, folder, until="collect")] == [DAY]
     whole = run(recipe, folder)
     assert made.worked == [str(DAY), str(TRAIN), str(TEST)] and (whole.done, whole.skipped) == (1, 2)
     before = read_results(folder)
