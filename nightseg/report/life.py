@@ -20,6 +20,7 @@ from nightseg.data.taxonomy import TRAIN_IDS
 from nightseg.errors import UserError, closest, first_of
 from nightseg.metrics.confusion import scores
 from nightseg.report import formatting
+from nightseg.report.formatting import percent
 from nightseg.report.pictures import (
     Picture,
     confidence,
@@ -331,14 +332,14 @@ class _Reader:
                 continue
             evidence, names = commit.json("evidence.json"), _classes(self.run, recipe)
             for name, row in rows.items():
-                counts = zip(names, row.get("counts") or (), row.get("kept_counts") or (), strict=False)
+                seen_K, kept_K = row["counts"], row["kept_counts"]  # logits: the teacher is asked at their stride
                 by_class = {
                     of: {
-                        "pixels": seen,
+                        "share": seen / sum(seen_K),
                         "kept": kept / seen,
                         "threshold": evidence["by_class"].get(of, {}).get("threshold"),
                     }
-                    for of, seen, kept in counts
+                    for of, seen, kept in zip(names, seen_K, kept_K, strict=True)
                     if seen
                 }
                 found.append(
@@ -548,7 +549,7 @@ def _split(row: Row) -> str:
 
 
 def _translation(row: Row) -> str:
-    facts = [f"{word} {formatting.percent(row[key])} %" for key, word in
+    facts = [f"{word} {percent(row[key])} %" for key, word in
              {"edges": "edges agree", "agreement": "pixels agree"}.items() if key in row]  # fmt: skip
     return ", ".join([f"{row['frame_id']}, by {row['translator']}", *facts])
 
@@ -564,13 +565,14 @@ def _selection(row: Row) -> str:
 
 
 def _pseudo_label(row: Row) -> Iterator[str]:
-    sure = "" if row["mean_confidence"] is None else f", mean confidence {formatting.percent(row['mean_confidence'])} %"
+    sure = "" if row["mean_confidence"] is None else f", mean confidence {percent(row['mean_confidence'])} %"
     rule = formatting.threshold(row["threshold"])
-    yield f"{row['model']}, by {row['teacher']}: {formatting.percent(row['kept'])} % of the pixels kept{sure}; {rule}"
-    shares = sorted(row["by_class"].items(), key=lambda item: -item[1]["pixels"])
+    yield f"{row['model']}, by {row['teacher']}: {percent(row['kept'])} % of the pixels kept{sure}; {rule}"
+    shares = sorted(row["by_class"].items(), key=lambda item: -item[1]["share"])
     if shares:
         yield "kept of " + ", ".join(
-            f"{name} {formatting.percent(facts['kept'], 0)} % ({facts['pixels']} pixels)" for name, facts in shares
+            f"{name} {percent(facts['kept'], 0)} % (of {percent(facts['share'], 0)} % of the frame)"
+            for name, facts in shares
         )
 
 
@@ -589,9 +591,9 @@ def _prediction(row: Row, life: Life) -> str:
     of = "" if row["frame_id"] == life.frame_id else f" of {row['frame_id']}"
     facts = []
     if row["pa"] is not None:
-        facts.append(f"{formatting.percent(row['pa'])} % of the pixels right, mIoU {formatting.percent(row['miou'])} %")
+        facts.append(f"{percent(row['pa'])} % of the pixels right, mIoU {percent(row['miou'])} %")
     if row["mean_confidence"] is not None:
-        facts.append(f"mean confidence {formatting.percent(row['mean_confidence'])} %")
+        facts.append(f"mean confidence {percent(row['mean_confidence'])} %")
     return f"{row['model']}{where}{of}: {', '.join(facts) or 'without a label'}"
 
 
@@ -624,7 +626,7 @@ def _pictures(run: Run, life: Life) -> list[tuple[str, list[Picture]]]:
         for picture in there(
             tinted_photo(uris[row["frame_id"]], label_of(known, run.classes), run.classes,
                          f"pseudo-label for {row['model']}",
-                         f"{formatting.percent(row['kept'], 0)} % kept; grey: ignored", _WIDTH),
+                         f"{percent(row['kept'], 0)} % kept; grey: ignored", _WIDTH),
             confidence(known, f"confidence of {row['teacher']}", _WIDTH),
         )
     ]  # fmt: skip
@@ -647,8 +649,8 @@ def _pictures(run: Run, life: Life) -> list[tuple[str, list[Picture]]]:
 
 
 def _mask(run: Run, row: Row) -> Picture | None:
-    label = label_pixels(row["prediction_uri"], "train_ids", run.classes)
+    label = label_pixels(row["prediction_uri"], TRAIN_IDS, run.classes)
     if label is None:
         return None
-    right = "" if row["pa"] is None else f"{formatting.percent(row['pa'])} % of its pixels right"
+    right = "" if row["pa"] is None else f"{percent(row['pa'])} % of its pixels right"
     return Picture(label_map_uri(label, run.classes, _WIDTH), f"{row['model']} sees", right, True)

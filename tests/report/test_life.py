@@ -210,7 +210,7 @@ def test_a_chosen_frame_is_told_from_its_file_to_its_prediction(run: Made) -> No
     assert "night by split/pool: score -0.500" in text["split"] and "0.300 above the limit of 0.2" in text["split"]
     assert "chosen, rank 1 of 2, score 1 (place 1 of 5)" in text["selection"]
     assert text["pseudo-label"].startswith("second, by first: 75.0 % of the pixels kept, mean confidence 62.3 %; ")
-    assert text["pseudo-label"].endswith("kept of road 100 % (96 pixels), sky 0 % (32 pixels)")
+    assert text["pseudo-label"].endswith("kept of road 100 % (of 75 % of the frame), sky 0 % (of 25 % of the frame)")
     assert text["learned by"].split("\n") == [
         "second, second.seed1: with its pseudo-label",
         "taught: pool of online self-training",
@@ -219,7 +219,7 @@ def test_a_chosen_frame_is_told_from_its_file_to_its_prediction(run: Made) -> No
     assert text["prediction"] == "second on night: mean confidence 50.0 %"
     (label,) = life.pseudo_labels
     assert label["mean_confidence"] == 0.623
-    assert label["by_class"]["road"] == {"pixels": 96, "kept": 1.0, "threshold": 0.5}
+    assert label["by_class"]["road"] == {"share": 0.75, "kept": 1.0, "threshold": 0.5}
 
 
 def test_why_a_frame_was_not_chosen(run: Made) -> None:
