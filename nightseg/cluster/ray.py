@@ -104,9 +104,11 @@ def connect(num_cpus: int | None = None, *, dashboard: bool = False) -> None:
 def _own_sigterm() -> Iterator[None]:
     """A handler that this program has for SIGTERM stays: Ray's own prints stacks of C++, and ends without a word."""
     handler = signal.getsignal(signal.SIGTERM)
-    yield
-    if callable(handler) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        if callable(handler) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 def disconnect() -> None:
