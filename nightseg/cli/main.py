@@ -97,8 +97,9 @@ def run(
         folder = run_folder(loaded.name, run_dir)
         with told_of(recipe, overrides):
             warnings = check(loaded, folder, only=only, is_measured=False, progress=progress_for()).warnings
-            lines = plan(loaded, folder, only=only, until=until)
-            rows = [] if until else planned_rows(loaded, build_graph(loaded, only))
+            graph = build_graph(loaded, only)
+            lines = plan(loaded, folder, only=only, until=until, built=graph)
+            rows = [] if until else planned_rows(loaded, graph)
         stages = [line._asdict() | {"node": str(line.node)} for line in lines]
         content = {"run_dir": folder.uri, "stages": stages, "rows": rows, "warnings": warnings}
         return Answer(content, partial(print_plan, folder, lines, warnings, rows))

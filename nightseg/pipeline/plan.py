@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from nightseg.cluster.settings import MapCompute, TrainCompute
 from nightseg.pipeline import build
-from nightseg.pipeline.graph import Node, NodeId
+from nightseg.pipeline.graph import Graph, Node, NodeId
 from nightseg.recipe.types import Recipe
 from nightseg.storage import Commit, DamagedCommit, Location, Stage, Workspace, check_contents
 
@@ -28,11 +28,12 @@ def plan(
     *,
     only: str | None = None,
     until: str | None = None,
+    built: Graph | None = None,
     borrow: Sequence[Location] = (),
 ) -> list[Planned]:
-    """What `run` would do."""
+    """What `run` would do. `built`: its graph, if there is one already."""
     workspace = Workspace(folder, borrow)
-    graph = build.build_graph(recipe, only)
+    graph = built or build.build_graph(recipe, only)
     commits: dict[NodeId, Commit] = {}
     rows: dict[NodeId, int | None] = {}
     lines: list[Planned] = []
