@@ -21,6 +21,7 @@ Storage
     storage/tables.py   tables to bytes and back
     storage/yaml.py     YAML of settings, read strictly
     storage/commits.py  the run folder: stages and their keys, attempts and shards, commits
+    storage/portable.py  places in a run folder, wherever it lies
     storage/lock.py     one driver at a time
     storage/scratch.py  large files that can be made again, shared by the processes of a machine
     storage/events.py   curves and pictures as TensorBoard reads them

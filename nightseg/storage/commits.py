@@ -11,8 +11,7 @@ which may be lost at any time).
                                          /attempt-1/attempt.json, <outputs>, <table>/part-00000.parquet
                                                     _shards/00000.json, _scratch.json
 
-Paths into the run folder are written as `run:stages/...` and read as absolute ones, so what stages say to each other
-depends neither on where the folder lies nor on whether it was moved meanwhile.
+Paths into the run folder are written as `run:stages/...` and read as absolute ones (`portable.py`).
 
 What a killed driver leaves behind is removed by the next one that takes the lock of the run folder: files that were
 being written, and what an attempt needed only until it was committed (`_scratch.json` lists it).
@@ -39,7 +38,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from nightseg.errors import UserError
 from nightseg.progress import printable
@@ -53,6 +51,7 @@ from nightseg.storage.paths import (
     safe_relative,
     sha256_of,
 )
+from nightseg.storage.portable import absolute, absolute_json, portable, portable_json
 from nightseg.storage.scratch import remove_abandoned
 from nightseg.storage.tables import format_table, table_rows
 
@@ -61,51 +60,12 @@ VERIFIED_NAME = "_VERIFIED.json"
 ATTEMPT_NAME = "attempt.json"
 SHARDS_NAME = "_shards"
 SCRATCH_NAME = "_scratch.json"
-IN_RUN = "run:"  # begins a path that is relative to the run folder
 QUARANTINE = "quarantine"
 SCHEMA = 1
 _KEY_LETTERS = 12  # of the key in the folder's name; the whole key is compared when reading
 _MOST_ACCIDENTS = 0.3  # of the rows of a pass that are bad: more share one cause, and are not to be left out
 _CHUNK = 1 << 23  # bytes read at a time when hashing
 _LOG = logging.getLogger("nightseg.storage")
-
-
-# -- paths into the run folder ---------------------------------------------------------------------------------------
-
-
-def _is_place(column: str) -> bool:
-    return column == "uri" or column.endswith("_uri")
-
-
-def _portable(table: pa.Table, root: Location) -> pa.Table:
-    """The table with the places below the run folder as `run:...`."""
-    return _changed(table, f"{root.uri}/", IN_RUN)
-
-
-def _absolute(table: pa.Table, root: Location) -> pa.Table:
-    return _changed(table, IN_RUN, f"{root.uri}/")
-
-
-def _changed(table: pa.Table, start: str, instead: str) -> pa.Table:
-    for index, name in enumerate(table.column_names):
-        column = table[name]
-        if _is_place(name) and pa.types.is_string(column.type) and pc.any(pc.starts_with(column, start)).as_py():
-            rest = pc.utf8_slice_codeunits(column, len(start))
-            moved = pc.binary_join_element_wise(instead, rest, "")
-            table = table.set_column(index, name, pc.if_else(pc.starts_with(column, start), moved, column))
-    return table
-
-
-def _replaced(obj: Any, start: str, instead: str) -> Any:
-    """The same for the texts in something that is JSON."""
-    match obj:
-        case str():
-            return instead + obj.removeprefix(start) if obj.startswith(start) else obj
-        case Mapping():
-            return {key: _replaced(value, start, instead) for key, value in obj.items()}
-        case list() | tuple():
-            return [_replaced(value, start, instead) for value in obj]
-    return obj
 
 
 # -- commits ---------------------------------------------------------------------------------------------------------
@@ -189,10 +149,10 @@ class Commit:
 
     def part(self, path: str) -> pa.Table:
         """One file of a table."""
-        return _absolute((self.folder / path).read_table(), _root(self.folder.parent))
+        return absolute((self.folder / path).read_table(), _root(self.folder.parent))
 
     def json(self, path: str) -> Any:
-        return _replaced(self.file(path).read_json(), IN_RUN, f"{_root(self.folder.parent).uri}/")
+        return absolute_json(self.file(path).read_json(), _root(self.folder.parent))
 
     def verify(self) -> list[str]:
         """Reads every output again; the paths of those whose content is not the committed one."""
@@ -456,11 +416,11 @@ class Attempt:
     def write_table(self, name: str, table: pa.Table) -> str:
         """Writes `<name>.parquet`; returns that, for `outputs`."""
         path = f"{name}.parquet"
-        (self.folder / path).write_table(_portable(table, _root(self.stage_folder)))
+        (self.folder / path).write_table(portable(table, _root(self.stage_folder)))
         return path
 
     def write_json(self, path: str, obj: Any) -> str:
-        (self.folder / path).write_json(_replaced(obj, f"{_root(self.stage_folder).uri}/", IN_RUN))
+        (self.folder / path).write_json(portable_json(obj, _root(self.stage_folder)))
         return path
 
     def plan(self, num_rows: int, shard_rows: int) -> int:
@@ -500,7 +460,7 @@ class Attempt:
         outputs = {}
         for name in sorted(tables):
             file = self.folder / f"{name}/part-{index:05d}.parquet"
-            data = memoryview(format_table(_portable(tables[name], _root(self.stage_folder)), str(file)))
+            data = memoryview(format_table(portable(tables[name], _root(self.stage_folder)), str(file)))
             file.write_bytes(data)
             outputs[name] = Output(f"{name}/{file.name}", len(data), sha256_of(data), tables[name].num_rows)
         fault_point("tables")
@@ -645,7 +605,7 @@ class Shards:
         for record in self.records:
             if table in record.tables:
                 part = (self.attempt.folder / record.tables[table].path).read_table()
-                yield _absolute(part, _root(self.attempt.stage_folder))
+                yield absolute(part, _root(self.attempt.stage_folder))
 
     def has_table(self, name: str) -> bool:
         return any(name in record.tables for record in self.records)
