@@ -175,7 +175,8 @@ The report
     report/selections.py    which frames were chosen, and what that was worth
     report/trainings.py     what each model learned from, for how long, and how it went
     report/charts.py        charts as SVG
-    report/life.py          the life of a frame, in words and as a page
+    report/life.py          what a run knows of a frame
+    report/life_page.py     the same in words, and as a page
     report/check_page.py    the page of `nightseg check`
     report/pictures.py      thumbnails as data URIs
     report/sheets.py        pictures for a README: the strip, the sheet of translations

@@ -310,7 +310,8 @@ def explain(run_dir: str, frame: str | None, model: str | None, show: bool) -> A
     nightseg explain runs/demo | grep pool
     """
     from nightseg.pipeline.results import results_so_far
-    from nightseg.report.life import frame_ids, life_of, life_page
+    from nightseg.report.life import frame_ids, life_of
+    from nightseg.report.life_page import life_page
 
     folder = _existing_run(run_dir)
     results = results_so_far(folder)

@@ -214,10 +214,12 @@ def print_check(found: Checked, page: str | None) -> None:
 
 
 def print_life(life: Life, page: Location | None) -> None:
-    lines = life.lines()
-    width = max(len(what) for what, _ in lines)
+    from nightseg.report.life_page import lines
+
+    told = lines(life)
+    width = max(len(what) for what, _ in told)
     before = ""
-    for what, text in lines:
+    for what, text in told:
         click.echo(printable(f"{'' if what == before else what:<{width}}  {text}"))
         before = what
     if page is not None:

@@ -16,7 +16,8 @@ from nightseg.data.class_list import taxonomy
 from nightseg.data.images import encode_png
 from nightseg.data.stored_labels import STORED_SCHEMA, Kept, StoredLabel, packed, place_of
 from nightseg.data.table import frame_table, quarantine_table
-from nightseg.report.life import Life, frame_ids, life_of, life_page
+from nightseg.report.life import Life, frame_ids, life_of
+from nightseg.report.life_page import life_page, lines
 from nightseg.storage import Commit, Location, UserError, Workspace, sha256_of
 
 CLASSES = taxonomy("camvid11")
@@ -67,7 +68,7 @@ class Made:
     def text(self, name: str, model: str | None = None) -> dict[str, str]:
         """What -> its lines."""
         found: dict[str, str] = {}
-        for what, text in self.life(name, model).lines():
+        for what, text in lines(self.life(name, model)):
             found[what] = f"{found[what]}\n{text}" if what in found else text
         return found
 
@@ -280,7 +281,7 @@ def test_a_commit_that_is_gone_is_left_out_and_named(run: Made) -> None:
     run.commits["select/second"].folder.parent.delete()
     life = life_of(run.root, results, "pool/a")
     assert life.missing == ["select/second"] and life.selections == [] and life.pseudo_labels
-    assert ("not there", "select/second: its commit is gone, so what it knew is left out") in life.lines()
+    assert ("not there", "select/second: its commit is gone, so what it knew is left out") in lines(life)
 
 
 def test_a_moved_run_tells_the_same(run: Made, tmp_path: Path) -> None:
