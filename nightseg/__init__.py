@@ -77,6 +77,7 @@ Metrics
     metrics/seeds.py      mean and spread over seeds, differences of models
 
 Shared by networks
+    networks/devices.py       the CPU, or a GPU that is there
     networks/downloads.py     whether anything may be fetched
     networks/weights.py       files of weights: found, or downloaded once where that is allowed; read safely
     networks/model_folder.py  model folders

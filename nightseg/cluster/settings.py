@@ -32,3 +32,8 @@ class MapCompute(Strict):
     )
     batch: Positive = Field(default=8, description="frames of a forward pass")
     shard_rows: Positive = Field(default=64, description="frames of a shard, the unit that is repeated after a failure")
+
+    @property
+    def device(self) -> str:
+        """Where the networks of a pass run: on a GPU that it has reserved, never on one that it merely can see."""
+        return "cuda" if self.gpus_per_actor else "cpu"

@@ -70,10 +70,12 @@ def measure(network: Network, num_classes: int, device: torch.device, threads: i
                 logits = built(images)
                 loss = F.cross_entropy(F.interpolate(logits, (height, width)), target)
             loss.backward()  # type: ignore[no-untyped-call]
+            _wait(device)
             seconds.append(time.perf_counter() - began)
         began = time.perf_counter()
         with torch.no_grad():
             built(images)
+        _wait(device)
         forward = time.perf_counter() - began
     finally:
         torch.set_num_threads(before)
@@ -81,6 +83,12 @@ def measure(network: Network, num_classes: int, device: torch.device, threads: i
     pixels = images[:, 0].numel()
     saved = max(0, sum(kept.values()) - weights)
     return Measured(min(seconds) / pixels, forward / pixels, saved / pixels, weights)
+
+
+def _wait(device: torch.device) -> None:
+    """Until what was queued is done: a clock that is read earlier measures the queue."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def costs(

@@ -32,6 +32,7 @@ from nightseg.data.settings import FolderDataset
 from nightseg.data.sources import Source, find_source
 from nightseg.data.video import need_av
 from nightseg.errors import all_of, first_of, together
+from nightseg.networks.devices import usable_device
 from nightseg.networks.model_folder import TENSORS, load_card
 from nightseg.pipeline import build, run
 from nightseg.pipeline.graph import Given, NodeId, part_of_key
@@ -40,7 +41,7 @@ from nightseg.progress import Progress
 from nightseg.recipe.types import Evaluation, Recipe
 from nightseg.segmenter.network import check_kind
 from nightseg.segmenter.pictures import Picture
-from nightseg.segmenter.predict import Segmenter, card_taxonomy, usable_device
+from nightseg.segmenter.predict import Segmenter, card_taxonomy
 from nightseg.segmenter.settings import Inference
 from nightseg.selection.features import DIMS, identify
 from nightseg.selection.frechet import (

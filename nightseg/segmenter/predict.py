@@ -41,6 +41,7 @@ from nightseg.data.prefetch import prefetch
 from nightseg.data.sources import Source, find_source
 from nightseg.data.taxonomy import Taxonomy
 from nightseg.data.video import need_av
+from nightseg.networks.devices import usable_device
 from nightseg.networks.model_folder import load_card, load_tensors
 from nightseg.networks.normaliser import Normaliser
 from nightseg.segmenter.augment import resize_image
@@ -305,22 +306,6 @@ def card_taxonomy(card: Mapping[str, Any]) -> Taxonomy:
     return Taxonomy(part["name"], tuple(part["classes"]), palette, {})
 
 
-def usable_device(name: str | None) -> torch.device:
-    """The named device, or CUDA where there is one, or the CPU. Raises UserError if the named one is not there."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"device {name!r}: unknown", cure="choose cpu, cuda, cuda:0, ...") from error
-    if device.type == "cuda" and not 0 <= (device.index or 0) < torch.cuda.device_count():
-        raise UserError(
-            f"device {name!r}: PyTorch sees {torch.cuda.device_count()} CUDA GPUs here",
-            cure="choose the device cpu, or a machine and an installation of PyTorch with CUDA",
-        )
-    return device
-
-
 def check_classes(folder: Location, classes: Taxonomy) -> None:
     """Raise UserError unless the folder holds a segmenter of exactly these classes. Reads the card only."""
     card = load_card(folder)
@@ -531,8 +516,7 @@ class RowSegmenter:
 
     @cached_property
     def segmenter(self) -> Segmenter:
-        device = self.device or ("cuda" if self.compute.gpus_per_actor else "cpu")
-        return Segmenter(self.model, device, self.inference)
+        return Segmenter(self.model, self.device or self.compute.device, self.inference)
 
     def segment(self, rows: pa.Table, bad: list[dict[str, Any]]) -> Iterator[SegmentedRow]:
         """Read and segment the frames of a resolved table, in its order. For those that cannot be used rows of the

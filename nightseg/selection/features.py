@@ -111,7 +111,7 @@ class Extractor:
         """Features (N, D), and the same before they are averaged over the positions of the map: (N, P, D)."""
         if not images:
             return np.empty((0, self.dims), dtype=np.float32), np.empty((0, 0, self.dims), dtype=np.float32)
-        parts = [(pooled.numpy(), maps.flatten(2).mT.numpy()) for pooled, maps in self._passes(images)]
+        parts = [(pooled.numpy(), maps.flatten(2).mT.cpu().numpy()) for pooled, maps in self._passes(images)]
         features, maps = zip(*parts, strict=True)
         return np.concatenate(features), np.concatenate(maps)
 
@@ -122,7 +122,7 @@ class Extractor:
             for row, image in enumerate(part):
                 inputs_BCHW[row] = resized(image, self._side, self.identity.resize)
             maps_BChw = self._maps(inputs_BCHW, self.precision)[: len(part)]
-            yield F.adaptive_avg_pool2d(maps_BChw, 1).flatten(1).cpu(), maps_BChw.cpu()
+            yield F.adaptive_avg_pool2d(maps_BChw, 1).flatten(1).cpu(), maps_BChw  # a map is fetched if it is wanted
 
     @torch.inference_mode()
     def _maps(self, inputs_BCHW: Tensor, precision: str) -> Tensor:
@@ -132,7 +132,7 @@ class Extractor:
         return maps_BChw.float()
 
     def faster_precision(self) -> str:
-        """Of this machine, by timing: some processors gain three times, others lose as much."""
+        """Of this processor, by timing: some processors gain three times, others lose as much."""
         inputs_BCHW = torch.zeros((self._pass_rows, 3, self._side, self._side))
         seconds = {}
         for precision in ("float32", "bfloat16"):

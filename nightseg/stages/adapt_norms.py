@@ -42,7 +42,7 @@ def adapt_norms(
     if frames.num_rows == 0:
         raise UserError(f"model {name}: adapt_norms.pool has no frame", cure="look at the counts of its dataset")
     folder = Location.of(start) if isinstance(start, str) else start.folder / "model"
-    segmenter, card = Segmenter(folder), load_card(folder)
+    segmenter, card = Segmenter(folder, compute.device), load_card(folder)
     if not has_norms(segmenter.network):
         raise UserError(
             f"model {name}: {card['encoder']} has no batch norm whose statistics could change", cure="leave it out"

@@ -15,6 +15,7 @@ from nightseg.data import table as frame
 from nightseg.data.day_night import NUM_BINS, luminance_histogram
 from nightseg.data.images import BadFrame, read_image
 from nightseg.data.table import vector_column, vectors
+from nightseg.networks.devices import usable_device
 from nightseg.selection import frechet
 from nightseg.selection.features import Extractor, Identity, build_extractor, identify
 from nightseg.selection.frechet import FEATURES, STATISTICS_NAME, Moments, Statistics
@@ -63,7 +64,7 @@ def score(
     rows = _described(frames)
     near = _positions_of(spatial_reference) if spatial_reference else None
     worker = {"extraction": extraction, "precision": precision, "weights_sha256": identity.weights_sha256}
-    worker |= {"batch": compute.batch, "positions": positions, "spatial_reference": near}
+    worker |= {"batch": compute.batch, "positions": positions, "spatial_reference": near, "device": compute.device}
     shards = map_shards(rows, ScoreFrames, worker, title=f"score by {extraction.name}", **work)
     parts = (vectors(part[FEATURES]).reshape(-1, identity.dims) for part in shards.parts("features"))
     moments = frechet.moments_of_parts(parts, identity.dims)
@@ -98,7 +99,7 @@ def _precision(extraction: Extraction, work: Work) -> str:
         return "float32"
     decided = work["attempt"].folder / "precision.json"
     if not decided.exists():
-        on_gpu = work["compute"].gpus_per_actor > 0
+        on_gpu = work["compute"].device == "cuda"
         found = "bfloat16" if on_gpu else build_extractor(extraction).faster_precision()
         decided.write_json({"precision": found})
     precision = str(decided.read_json()["precision"])
@@ -117,11 +118,9 @@ class ScoreFrames:
         batch: int,
         positions: bool = False,
         spatial_reference: Location | None = None,
+        device: str = "cpu",
     ) -> None:
-        import torch
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.extractor: Extractor = build_extractor(extraction, device, precision=precision)
+        self.extractor: Extractor = build_extractor(extraction, usable_device(device), precision=precision)
         identity = self.extractor.identity
         if identity.weights_sha256 != weights_sha256:
             raise UserError(

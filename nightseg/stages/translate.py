@@ -23,6 +23,7 @@ from nightseg.data.class_list import taxonomy as load_taxonomy
 from nightseg.data.images import BadFrame, read_image
 from nightseg.data.settings import AnyTaxonomy
 from nightseg.data.taxonomy import Taxonomy
+from nightseg.networks.devices import usable_device
 from nightseg.networks.model_folder import load_card
 from nightseg.progress import Progress
 from nightseg.storage import Attempt, Commit, Location, UserError
@@ -87,7 +88,9 @@ def translate(
         model, kind = translator.folder / "model", translator.name
         if tile is not None:
             check_tile(tile, int(load_card(model)["res_blocks"]))
-        worker, arguments = TranslateFrames, {"model": model, "batch": work["compute"].batch, "tile": tile}
+        compute = work["compute"]
+        worker = TranslateFrames
+        arguments = {"model": model, "batch": compute.batch, "tile": tile, "device": compute.device}
     else:
         kind, images = translator.kind, None
         if isinstance(translator, FourierTranslator | ColourTranslator):
@@ -118,8 +121,16 @@ def _check(name: str, source: pa.Table, to: Domain) -> None:
 class TranslateFrames:
     """Translates the frames of a shard. A frame that cannot be read goes to the quarantine table."""
 
-    def __init__(self, model: Location, name: str, to: Domain, batch: int, tile: tuple[int, int] | None = None) -> None:
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    def __init__(
+        self,
+        model: Location,
+        name: str,
+        to: Domain,
+        batch: int,
+        tile: tuple[int, int] | None = None,
+        device: str = "cpu",
+    ) -> None:
+        self.device = usable_device(device)
         self.generators = load_generators(model).to(self.device)
         self.name, self.to, self.batch, self.tile = name, to, batch, tile
 
@@ -135,7 +146,10 @@ class TranslateFrames:
     def translate(self, images: list[Pixels]) -> list[Pixels]:
         """uint8 HWC RGB images of one size -> the same in domain `to`."""
         images_B3HW = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(self.device)
-        with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
+        with (
+            torch.inference_mode(),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"),
+        ):
             made_B3HW = to_uint8(self.generators.translate(to_unit_range(images_B3HW), self.to, self.tile))
         return list(made_B3HW.permute(0, 2, 3, 1).contiguous().cpu().numpy())
 

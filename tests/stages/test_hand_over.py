@@ -81,6 +81,7 @@ def passes(model_commit: Callable[..., Commit]) -> Callable[[MapCompute], dict[s
 
     def made(compute: MapCompute) -> dict[str, Pass]:
         segmenter = {"by": RowSegmenter(folder, compute, INFERENCE)}
+        device = "cuda" if compute.gpus_per_actor else "cpu"
         extractor = {"extraction": LITE0, "precision": "float32", "weights_sha256": identify(LITE0).weights_sha256}
         return {
             "scenes": Pass(
@@ -100,12 +101,20 @@ def passes(model_commit: Callable[..., Commit]) -> Callable[[MapCompute], dict[s
                 {"translate": ANY, "name": "x", "to": "night"},
                 "translate x",
             ),
+            "translate by UNIT": Pass(
+                translate.translate,
+                (FRAMES, model),
+                {**named, "to": "night"},
+                "TranslateFrames",
+                {"model": folder, "batch": 3, "tile": None, "device": device, "name": "x", "to": "night"},
+                "translate x",
+            ),
             "score": Pass(
                 score.score,
                 (FRAMES, LITE0),
                 {"positions": True},
                 "ScoreFrames",
-                {**extractor, "batch": 3, "positions": True, "spatial_reference": None},
+                {**extractor, "batch": 3, "positions": True, "spatial_reference": None, "device": device},
                 "score by efficientnet_lite0",
             ),
             "label": Pass(
@@ -175,7 +184,7 @@ def passes(model_commit: Callable[..., Commit]) -> Callable[[MapCompute], dict[s
 @pytest.mark.parametrize(
     "name",
     (
-        *("scenes", "split", "translate", "score", "label", "evaluate", "folders"),
+        *("scenes", "split", "translate", "translate by UNIT", "score", "label", "evaluate", "folders"),
         *("predict", "predict on a device"),
     ),
 )
