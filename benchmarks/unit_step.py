@@ -106,6 +106,10 @@ class Naive:
         ]
 
     def step(self, day: Tensor, night: Tensor, noise: network.LatentNoise, weights: LossWeights) -> Terms:
+        return {name: float(term) for name, term in self.learn(day, night, noise, weights).items()}
+
+    def learn(self, day: Tensor, night: Tensor, noise: network.LatentNoise, weights: LossWeights) -> dict[str, Tensor]:
+        """Both steps; the terms stay on their device."""
         generators, discriminators = self.generators, self.discriminators
 
         day_code, night_code = generators.day_encoder(day), generators.night_encoder(night)
@@ -145,7 +149,7 @@ class Naive:
         total.backward()
         self.optimizers[0].step()
         terms |= {"discriminator_day": loss_day, "discriminator_night": loss_night, "total": total}
-        return {name: term.item() for name, term in terms.items()}
+        return {name: term.detach() for name, term in terms.items()}
 
     def perceptual(self, translated: Tensor, source: Tensor) -> Tensor:
         assert self.features is not None

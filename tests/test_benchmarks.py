@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 
@@ -74,6 +75,21 @@ def contest(contests: ModuleType, log: list[str], ours: Any = 1, peer: Any = 1) 
         return "equal"
 
     return contests.Contest("c", "work", "peer", lambda: run("ours", ours), lambda: run("peer", peer), check)
+
+
+def test_what_is_run_on_a_gpu_runs_at_a_tiny_size_on_a_cpu(tmp_path: Path) -> None:
+    words = [sys.executable, "-W", "error", "-m", "benchmarks.gpu", "--tiny", "--no-compile", "--out", str(tmp_path)]
+    ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    assert ended.returncode == 0, ended.stderr
+    (file,) = tmp_path.glob("gpu-*.json")
+    content = json.loads(file.read_text())
+    assert content["faults"] == {}
+    works = {row["work"] for row in content["rows"]}
+    assert {"step of the segmenter", "step of UNIT", "predictions", "features"} < works
+    assert all(row["images_per_second"] > 0 for row in content["rows"] if "told" not in row)
+    if not torch.cuda.is_available():
+        refused = subprocess.run(words[:-4] + words[-2:], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert refused.returncode == 2 and "no CUDA GPU" in refused.stderr
 
 
 def test_answers_are_compared_before_anything_is_timed(contests: ModuleType) -> None:
