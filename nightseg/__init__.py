@@ -17,6 +17,8 @@ Root: no torch, no ray
     settings.py  the base of all types of a recipe, and the small words they share
 
 Storage
+    storage/credentials.py  none of them in addresses, logs or errors
+    storage/stores.py   file systems behind URIs: whole objects, and who was first to write one
     storage/paths.py    a file or folder, local or behind a URI: all reading and writing
     storage/tables.py   tables to bytes and back
     storage/yaml.py     YAML of settings, read strictly

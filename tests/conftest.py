@@ -10,6 +10,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from tests.object_store import ObjectStore, object_store
+
 ROOT = Path(__file__).resolve().parent.parent
 STARTED = time.monotonic()
 NOT_RUN = "not run: the time for starting tests was over"
@@ -54,3 +56,10 @@ def ray_cluster() -> Iterator[None]:
         cluster.connect(num_cpus=2)
         yield
         cluster.disconnect()
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[ObjectStore]:
+    """An object store on loopback, for all tests that ask for it; each takes places of its own in it."""
+    with object_store() as store:
+        yield store

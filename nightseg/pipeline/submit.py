@@ -19,7 +19,7 @@ from nightseg.pipeline.search import Search
 from nightseg.recipe import load_recipe, load_settings, written
 from nightseg.recipe.load import as_yaml
 from nightseg.storage import Location
-from nightseg.storage.paths import hide_credentials
+from nightseg.storage.credentials import hide_credentials
 from nightseg.storage.yaml import read_yaml
 
 MOST_BYTES: Final = 100 * 2**20  # of all files that come along; Ray takes a few hundred MiB

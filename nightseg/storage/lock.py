@@ -1,8 +1,8 @@
 """One driver on one run folder.
 
 On a local disk (or a network drive with locks) the kernel's file lock decides; it is free the moment its holder dies,
-even by SIGKILL. On an object store there are no locks: there a lease is renewed every few seconds, and one that nobody
-renews is taken over.
+even by SIGKILL. On an object store there are no locks: there a lease is created, which only the first can, and renewed
+every few seconds; one that nobody renews, or whose holder died on this machine, is taken over.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ import filelock
 
 from nightseg.errors import UserError
 from nightseg.progress import printable
-from nightseg.storage.paths import Location, hide_credentials, write_errors
+from nightseg.storage.credentials import hide_credentials
+from nightseg.storage.paths import Location, write_errors
+from nightseg.storage.stores import decides_first
 
 LOCK_NAME = ".nightseg.lock"
 HOLDER_NAME = ".nightseg-holder.json"
-LEASE_NAME = ".nightseg-lease.json"
+LEASE_NAME = ".nightseg-lease"
 LEASE_SECONDS = 60.0  # how long a lease lives without being renewed
 PROBE_SECONDS = 0.2  # `holder` takes the file lock for an instant; a driver that starts just then must not give up
 _LOG = logging.getLogger("nightseg.storage")
@@ -46,7 +48,7 @@ def hold(root: Location, *, lease_seconds: float = LEASE_SECONDS, settle_seconds
     """Holds the run folder while the body runs; raises `WorkspaceBusy`, naming the holder, if it is taken.
 
     `lease_seconds` and `settle_seconds` matter for remote folders only: how long a lease lives without renewal, and
-    how long to wait before looking whether one's own claim was overwritten by a rival's.
+    how long to wait, where a store does not decide who is first, before looking whether a rival wrote over the claim.
     """
     root.make_folder()
     if root.is_local:
@@ -60,8 +62,8 @@ def hold(root: Location, *, lease_seconds: float = LEASE_SECONDS, settle_seconds
 def holder(root: Location, *, lease_seconds: float = LEASE_SECONDS) -> str | None:
     """Who holds the run folder, in words; None if nobody does. A holder killed a moment ago is no holder."""
     if not root.is_local:
-        held = _read(root / LEASE_NAME)
-        return _name(held) if held is not None and abs(_age(held)) <= lease_seconds else None
+        _, held = _newest(root)
+        return _name(held) if held and not _is_over(held) and abs(_age(held)) <= lease_seconds else None
     lock = root.local / LOCK_NAME
     if not lock.exists():
         return None
@@ -98,32 +100,70 @@ def _file_lock(root: Location) -> Iterator[None]:
 
 @contextmanager
 def _lease(root: Location, seconds: float, settle: float) -> Iterator[None]:
-    place = root / LEASE_NAME
-    owner = secrets.token_hex(8)
-    held = _read(place)
-    if held is not None:
-        _wait_until_dead(root, place, held, seconds)
-        place.delete()
-    mine = _who() | {"owner": owner}
-    place.create_bytes(_encode(mine))
-    time.sleep(settle)  # two rivals may both have found nothing; the later write wins, and both see it now
-    found = _read(place)
-    if found is None or found.get("owner") != owner:
-        raise _busy(root, found)
+    """Claims have numbers, and the newest holds. To take it over is to create the next, which only one can.
+
+    A claim that is given back stays, as it must keep its number taken for rivals that are late.
+    """
+    mine = _who() | {"owner": secrets.token_hex(8)}
+    place = _claimed(root, mine, seconds, settle)
     stop = threading.Event()
     beat = threading.Thread(target=_renew, args=(place, mine, seconds / 4, stop), daemon=True, name="lease")
     beat.start()
-    thief = None
     try:
         yield
     finally:
         stop.set()
         beat.join()
-        thief = _other_owner(place, mine)
+        thief = _thief(place, mine)
         if thief is None:
-            place.delete()
+            place.write_bytes(_encode(mine | {"released": True}))
     if thief is not None:
         raise _busy(root, thief)
+
+
+def _claimed(root: Location, mine: dict[str, Any], seconds: float, settle: float) -> Location:
+    """The claim that holds now. Raises `WorkspaceBusy` where another one lives."""
+    while True:
+        newest, held = _newest(root)
+        if held is not None and not _is_over(held):
+            _wait_until_dead(root, root / f"{LEASE_NAME}/{newest:06d}.json", held, seconds)
+        place = root / f"{LEASE_NAME}/{newest + 1:06d}.json"
+        if not place.create_bytes(_encode(mine)) and (_read(place) or {}).get("owner") != mine["owner"]:
+            continue  # another one was faster: look who
+        if not decides_first(root.uri):
+            _LOG.warning("%s: this store does not tell who of two is first; start no two drivers at once there", root)
+            time.sleep(settle)  # two rivals may both have found nothing; the later write wins, and both see it now
+        rival = _thief(place, mine)
+        if rival is None:
+            break
+        if not _is_over(rival):
+            raise _busy(root, rival)
+    for entry in (root / LEASE_NAME).list():
+        if _number(entry.name) <= newest:
+            (root / LEASE_NAME / entry.name).delete()
+    return place
+
+
+def _newest(root: Location) -> tuple[int, dict[str, Any] | None]:
+    """The highest number of a claim, 0 if there is none, and what stands in it."""
+    try:
+        number = max((_number(entry.name) for entry in (root / LEASE_NAME).list()), default=0)
+    except FileNotFoundError:
+        number = 0
+    return number, _read(root / f"{LEASE_NAME}/{number:06d}.json") if number else None
+
+
+def _number(name: str) -> int:
+    digits = name.removesuffix(".json")
+    return int(digits) if digits.isdecimal() else 0
+
+
+def _thief(place: Location, mine: dict[str, Any]) -> dict[str, Any] | None:
+    """Who has claimed after this claim or, where the store does not decide, wrote into it."""
+    number, found = _newest(place.parent.parent)
+    if number > _number(place.name):
+        return found or {}
+    return found if found is not None and found.get("owner") != mine["owner"] else None
 
 
 def _wait_until_dead(root: Location, place: Location, held: dict[str, Any], seconds: float) -> None:
@@ -133,25 +173,28 @@ def _wait_until_dead(root: Location, place: Location, held: dict[str, Any], seco
     _LOG.warning("the lease on %s looks abandoned; watching it for %.0f s", root, seconds)
     time.sleep(seconds)
     seen = _read(place)
-    if seen is not None and seen != held:
+    if seen is not None and seen != held and not _is_over(seen):
         raise _busy(root, seen)
+
+
+def _is_over(held: dict[str, Any]) -> bool:
+    """It was given back, or its holder was a process of this machine that is no more."""
+    if held.get("released"):
+        return True
+    here = _machine()
+    return here is not None and held.get("machine") == here and held.get("started") != _started(held.get("pid"))
 
 
 def _renew(place: Location, mine: dict[str, Any], pause: float, stop: threading.Event) -> None:
     while not stop.wait(pause):
         try:
-            thief = _other_owner(place, mine)
+            thief = _thief(place, mine)
             if thief is not None:
-                _LOG.error("the lease on %s was taken over by %s", place.parent, _name(thief))
+                _LOG.error("the lease on %s was taken over by %s", place.parent.parent, _name(thief))
                 return
             place.write_bytes(_encode(mine))
         except (OSError, UserError) as error:
             _LOG.warning("cannot renew the lease %s: %s", place, error)
-
-
-def _other_owner(place: Location, mine: dict[str, Any]) -> dict[str, Any] | None:
-    found = _read(place)
-    return found if found is not None and found.get("owner") != mine["owner"] else None
 
 
 def _age(lease: dict[str, Any]) -> float:
@@ -170,7 +213,26 @@ def _who() -> dict[str, Any]:
         "pid": os.getpid(),
         "since": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": hide_credentials(command)[:300],
+        "machine": _machine(),
+        "started": _started(os.getpid()),
     }
+
+
+def _machine() -> str | None:
+    """Where a process number means the same process: this boot, and this container. None if it cannot be told."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
+
+
+def _started(pid: Any) -> str | None:
+    """When that process began (ticks since boot), None if there is none: numbers of processes are used again."""
+    try:
+        state, *rest = Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()
+    except (OSError, ValueError, TypeError):
+        return None
+    return None if state == "Z" else rest[18]
 
 
 def _read(place: Location) -> dict[str, Any] | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import builtins
 import errno
 import fcntl
-import functools
 import hashlib
 import io
 import json
@@ -32,12 +31,12 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from nightseg.errors import UserError
+from nightseg.storage.credentials import hide_credentials
+from nightseg.storage.stores import SCHEME, create, file_system, get, put
 from nightseg.storage.tables import format_table, parse_table
 
 FAULT_VARIABLE = "NIGHTSEG_FAULT"
 TEMPORARY_PREFIX = ".nightseg-tmp-"
-_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
-_CREDENTIALS = re.compile(r"(?<=://)[^/@\s:]*:[^/@\s]*@")
 _FREE_SPACE = "free space or choose another run folder, then run it again"
 _PERMISSIONS = ("you may not write there", "fix the permissions or choose another run folder")
 _WRITE_CURES = {
@@ -81,7 +80,7 @@ class Location:
         text = os.fspath(path)
         if not text or "\0" in text or _is_not_utf8(text):
             raise UserError(f"path {text!r}: it is empty, holds a NUL or is not UTF-8", cure="give the path of a file")
-        scheme = _SCHEME.match(text)
+        scheme = SCHEME.match(text)
         if scheme and scheme[1].lower() != "file":
             before, mark, query = text.partition("?")
             return cls(scheme[0] + before[len(scheme[0]) :].rstrip("/") + mark + query)
@@ -128,7 +127,7 @@ class Location:
 
     @property
     def is_local(self) -> bool:
-        return not _SCHEME.match(self.uri)
+        return not SCHEME.match(self.uri)
 
     @property
     def local(self) -> Path:
@@ -158,6 +157,10 @@ class Location:
         if info.type != pafs.FileType.File:
             raise FileNotFoundError(errno.ENOENT, "no such file", str(self))
         return int(info.size)
+
+    def modified_ns(self) -> int:
+        """When it was last written, since 1970; 0 if it is not there, or the store keeps no times."""
+        return int(self._info().mtime_ns or 0)
 
     def list(self, recursive: bool = False) -> list[Entry]:
         """Entries sorted by name, without open writes. Links to folders are listed but not followed when recursive."""
@@ -207,6 +210,8 @@ class Location:
 
     def read_bytes(self) -> bytes:
         """The whole file; raises FileNotFoundError when absent."""
+        if not self.is_local:
+            return get(self.uri, *file_system(self.uri))
         with self.open_input() as stream:
             return bytes(stream.read())
 
@@ -217,20 +222,17 @@ class Location:
                 with _temporary_file(self.uri, data) as temporary:
                     os.replace(temporary, self.uri)
             else:
-                _put(*file_system(self.uri), data)
+                put(*file_system(self.uri), data)
 
     def create_bytes(self, data: bytes | memoryview) -> bool:
         """Like `write_bytes`, but only if nothing is there; False when something is.
 
-        Local disk decides the race with a hard link. A store without conditional writes only looks first, so there
-        the lock of the run folder is what keeps a second writer away.
+        Local disk decides the race with a hard link, stores by a conditional write. Those that have none only look
+        first (`decides_first`), so there the lock of the run folder is what keeps a second writer away.
         """
         with write_errors(self):
             if not self.is_local:
-                if self.exists():
-                    return False
-                self.write_bytes(data)
-                return True
+                return create(self.uri, *file_system(self.uri), data)
             with _temporary_file(self.uri, data) as temporary:
                 try:
                     os.link(temporary, self.uri)
@@ -288,7 +290,7 @@ class Location:
 def safe_relative(relative: str) -> str:
     """The relative POSIX path with `.` and doubled slashes removed; raises `UserError` if it could leave its folder."""
     why = ""
-    if relative.startswith("/") or re.match(r"^[A-Za-z]:(/|$)", relative) or _SCHEME.match(relative):
+    if relative.startswith("/") or re.match(r"^[A-Za-z]:(/|$)", relative) or SCHEME.match(relative):
         why = "it is absolute"
     elif "\0" in relative or "\\" in relative:
         why = "it holds a NUL character or a backslash"
@@ -322,11 +324,6 @@ def _resolved(place: Location) -> str:
 
 def _is_not_utf8(name: str) -> bool:
     return any("\ud800" <= character <= "\udfff" for character in name)
-
-
-def hide_credentials(text: str) -> str:
-    """`s3://key:secret@bucket` in the text becomes `s3://***@bucket`."""
-    return _CREDENTIALS.sub("***@", text)
 
 
 def sha256_of(data: bytes | memoryview) -> str:
@@ -491,15 +488,6 @@ def _sync(path: str) -> None:
         os.close(handle)
 
 
-def _put(system: pafs.FileSystem, path: str, data: bytes | memoryview) -> None:
-    parent = path.rpartition("/")[0]
-    # object stores have no folders; creating one would only leave a marker object, or try to make the bucket
-    if parent and not any(name in system.type_name for name in ("s3", "gcs", "gs", "abfs")):
-        system.create_dir(parent, recursive=True)
-    with system.open_output_stream(path, compression=None) as stream:  # by default it goes by the suffix of the name
-        stream.write(data)
-
-
 @contextmanager
 def write_errors(location: Location) -> Iterator[None]:
     """Turns a full disk, a quota and missing rights into a `UserError` that names the place and the cure."""
@@ -510,51 +498,6 @@ def write_errors(location: Location) -> Iterator[None]:
             raise
         what, cure = _WRITE_CURES[error.errno]
         raise UserError(f"cannot write {location}: {what} ({error.strerror})", cure=cure) from error
-
-
-# -- file systems ------------------------------------------------------------------------------------------------------
-
-
-def file_system(uri: str) -> tuple[pafs.FileSystem, str]:
-    """The file system of a path or URI, and the path on it.
-
-    Only `scheme://authority?options` is parsed; the path is taken as it is written, so that names with spaces,
-    percent signs and letters of any language mean themselves.
-    """
-    if not _SCHEME.match(uri):
-        return _LOCAL, uri
-    before, _, options = uri.partition("?")
-    scheme, _, rest = before.partition("://")
-    authority, _, path = rest.partition("/")
-    system, root = _system(scheme, authority, options)
-    return system, f"{root}/{path}".rstrip("/") if path else root
-
-
-_LOCAL = pafs.LocalFileSystem()
-
-
-@functools.cache
-def _system(scheme: str, authority: str, options: str) -> tuple[pafs.FileSystem, str]:
-    query = f"?{options}" if options else ""
-    try:
-        system, root = pafs.FileSystem.from_uri(f"{scheme}://{authority}/{query}")
-    except OSError as error:
-        raise UserError(
-            f"{scheme}:// storage: it cannot be reached ({error})",
-            cure="check the bucket's name, the network, the credentials, and the region (add ?region=NAME)",
-        ) from error
-    except pa.ArrowInvalid:
-        import fsspec  # for the schemes that pyarrow does not know
-
-        try:
-            inner, root = fsspec.core.url_to_fs(f"{scheme}://{authority}{query}")
-        except (ValueError, ImportError) as error:
-            raise UserError(
-                f"{scheme}:// addresses: there is no file system for them ({error})",
-                cure="install the fsspec package of this scheme, or use a local path, s3:// or gs://",
-            ) from error
-        system = pafs.PyFileSystem(pafs.FSSpecHandler(inner))
-    return system, root.rstrip("/")
 
 
 # -- faults ------------------------------------------------------------------------------------------------------------

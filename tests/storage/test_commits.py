@@ -16,8 +16,10 @@ from nightseg.storage import commits as storage_commits
 from nightseg.storage.commits import COMMIT_NAME, VERIFIED_NAME, DamagedCommit, Output, seal_fault, table_paths
 
 
-@pytest.fixture(params=["local", "memory", "file-uri"])
+@pytest.fixture(params=["local", "memory", "file-uri", "s3"])
 def workspace(request: pytest.FixtureRequest, tmp_path: Path) -> Workspace:
+    if request.param == "s3":
+        return Workspace(request.getfixturevalue("s3").place(secrets.token_hex(4)) / "lauf 1 ü")
     roots = {"local": str(tmp_path), "memory": f"memory://{secrets.token_hex(4)}", "file-uri": tmp_path.as_uri()}
     return Workspace(Location.of(roots[request.param]) / "lauf 1 ü")
 

@@ -17,9 +17,13 @@ from nightseg.storage.commits import Attempt
 from nightseg.storage.paths import TEMPORARY_PREFIX
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(params=["local", "memory", "s3"])
 def stage(request: pytest.FixtureRequest, tmp_path: Path) -> Stage:
-    root = tmp_path / "mein Lauf" if request.param == "local" else f"memory://{secrets.token_hex(4)}/mein Lauf"
+    root: Path | Location = tmp_path / "mein Lauf"
+    if request.param == "s3":
+        root = request.getfixturevalue("s3").place(secrets.token_hex(4)) / "mein Lauf"
+    elif request.param == "memory":
+        root = Location.of(f"memory://{secrets.token_hex(4)}/mein Lauf")
     return collect(Workspace(root))
 
 

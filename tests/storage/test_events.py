@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import secrets
 import struct
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,16 +17,25 @@ from nightseg.storage import Location, events
 from nightseg.storage.events import Curves
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Location:
+@pytest.fixture(params=["local", "s3"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
+    if request.param == "s3":
+        return Location.of(request.getfixturevalue("s3").place(secrets.token_hex(4))) / "curves"
     return Location.of(tmp_path) / "curves"
 
 
-def points(folder: Location, tag: str) -> list[tuple[int, float]]:
+def read(folder: Location) -> Any:
+    """As TensorBoard reads it, from a local copy: it knows no store by itself."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    found = accumulator.EventAccumulator(folder.uri)
-    found.Reload()
-    return [(event.step, event.value) for event in found.Scalars(tag)]
+    with tempfile.TemporaryDirectory() as copy:
+        for entry in folder.list():
+            (Path(copy) / entry.name).write_bytes((folder / entry.name).read_bytes())
+        found = accumulator.EventAccumulator(copy)
+        return found.Reload()
+
+
+def points(folder: Location, tag: str) -> list[tuple[int, float]]:
+    return [(event.step, event.value) for event in read(folder).Scalars(tag)]
 
 
 def names(folder: Location) -> list[str]:
@@ -50,14 +62,11 @@ def test_tensorboard_reads_the_curves_in_order(folder: Location) -> None:
 
 
 def test_tensorboard_reads_the_pictures(folder: Location) -> None:
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     png = encode_png(np.full((4, 6, 3), 7, np.uint8))
     curves = Curves(folder)
     curves.picture(5, "frames", png, 4, 6)
     curves.flush()
-    found = accumulator.EventAccumulator(folder.uri)
-    found.Reload()
-    (picture,) = found.Images("frames")
+    (picture,) = read(folder).Images("frames")
     assert (picture.step, picture.height, picture.width) == (5, 4, 6)
     assert picture.encoded_image_string == png
 

@@ -4,6 +4,7 @@ half a stage."""
 import logging
 import os
 import random
+import secrets
 import shutil
 import subprocess
 import sys
@@ -17,11 +18,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from nightseg.storage import Commit, Stage, UserError, Workspace
+from nightseg.storage import Commit, Location, Stage, UserError, Workspace
 from nightseg.storage.commits import SCRATCH_NAME, Attempt, DamagedCommit
 from nightseg.storage.lock import HOLDER_NAME
 from nightseg.storage.paths import TEMPORARY_PREFIX
 from tests.crashing_disk import Crash, CrashingDisk, How
+from tests.object_store import ObjectStore
 
 # Two stages, the second built on the first, as a run does it. Returns how many shards it wrote, and the content hashes.
 DRIVER = """
@@ -74,7 +76,7 @@ POINTS = [
 ]
 
 
-def drive(root: Path) -> tuple[int, list[str]]:
+def drive(root: Path | Location) -> tuple[int, list[str]]:
     place: dict[str, Any] = {}
     exec(DRIVER, place)
     written, contents = place["run"](str(root))
@@ -88,7 +90,7 @@ def leftovers(root: Path) -> list[str]:
     return sorted(str(file) for file in [*files, *filter(Path.exists, scratch)])
 
 
-def is_killed(root: Path, fault: str) -> bool:
+def is_killed(root: Path | Location, fault: str) -> bool:
     """Drives in another process, which kills itself at the fault point if it gets there."""
     command = [sys.executable, "-c", f"{DRIVER}\nimport sys\nrun(sys.argv[1])", str(root)]
     done = subprocess.run(
@@ -117,6 +119,26 @@ def test_a_rerun_after_a_kill_ends_the_same(tmp_path: Path, undisturbed: list[st
     assert drive(root) == (0, undisturbed)
     assert len(list(root.rglob("attempt-*"))) == 2
     assert leftovers(root) == []
+
+
+@pytest.mark.parametrize(
+    "point",
+    ["shard", "commit", *(pytest.param(point, marks=pytest.mark.slow) for point in ("attempt", "tables", "hashed"))],
+)
+def test_a_rerun_after_a_kill_ends_the_same_on_an_object_store(
+    s3: ObjectStore, undisturbed: list[str], point: str
+) -> None:
+    root = s3.place(secrets.token_hex(4)) / "lauf 1 ü"
+    assert is_killed(root, point)
+    for commit in Workspace(root).commits():
+        assert commit.verify() == []
+        assert commit.content in undisturbed
+    assert drive(root)[1] == undisturbed
+    assert [commit.verify() for commit in Workspace(root).commits()] == [[], []]
+    assert drive(root) == (0, undisturbed)
+    left = [entry.name for entry in root.list(recursive=True)]
+    assert [name for name in left if SCRATCH_NAME in name or "drafts/deep" in name] == []
+    assert len([name for name in left if name.rpartition("/")[2].startswith("attempt-")]) == 2
 
 
 def test_kills_without_end_still_get_there(tmp_path: Path, undisturbed: list[str]) -> None:

@@ -7,14 +7,16 @@ import secrets
 import subprocess
 import sys
 from pathlib import Path
+from typing import cast
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pytest
 
 from nightseg.storage import Entry, Location, UserError, hash_of, paths, sha256_of
+from tests.object_store import ObjectStore
 
-STORES = ("local", "memory", "subtree")
+STORES = ("local", "memory", "subtree", "s3")
 
 
 @pytest.fixture(params=STORES)
@@ -26,6 +28,8 @@ def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     if request.param == "subtree":
         system = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
         monkeypatch.setattr(paths, "file_system", lambda uri: (system, uri.removeprefix("subtree://")))
+    if request.param == "s3":
+        return cast(ObjectStore, request.getfixturevalue("s3")).place(name)
     return Location.of(f"{request.param}://{name}")
 
 
