@@ -21,6 +21,7 @@ from nightseg.errors import closest
 from nightseg.networks.downloads import allow_downloads
 from nightseg.progress import printable
 from nightseg.storage import Location, UserError
+from nightseg.storage.credentials import hide_credentials
 
 if TYPE_CHECKING:
     from nightseg.cluster.submit import Job
@@ -83,6 +84,7 @@ class Failures(Verbs):
         try:
             return super().main(words, **(extra | {"standalone_mode": False}))
         except click.ClickException as error:
+            error.message = hide_credentials(error.message)
             error.show()
             sys.exit(2)
         except (click.Abort, KeyboardInterrupt):
@@ -119,7 +121,7 @@ def _end_at_once_when_asked_again() -> None:
 def explained(error: Exception) -> tuple[int, str]:
     """Exit code and message. What the user may not read, or what is no folder, is as wrong a request as any other."""
     if isinstance(error, UserError):
-        return 2, str(error)
+        return 2, hide_credentials(str(error))
     if isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError) and error.filename is not None:
         return 2, f"{error.filename}: {error.strerror}. Cure: another path, or the rights to read it."
     if isinstance(error, ExceptionGroup):
@@ -128,8 +130,8 @@ def explained(error: Exception) -> tuple[int, str]:
 
 
 def say(message: str) -> None:
-    """To standard error, without control characters that a file's name may hold."""
-    click.echo("\n".join(map(printable, message.split("\n"))), err=True)
+    """To standard error, without control characters that a file's name may hold, and without credentials."""
+    click.echo("\n".join(map(printable, hide_credentials(message).split("\n"))), err=True)
 
 
 def pass_on(log: str) -> None:

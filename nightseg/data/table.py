@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from nightseg.data.images import BadFrame
 from nightseg.errors import UserError
 from nightseg.storage import Location
+from nightseg.storage.credentials import refuse_credentials
 
 FRAME_ID = "frame_id"  # unique, stable, readable: "<dataset>/<name>"
 URI = "uri"
@@ -117,9 +118,14 @@ def check_frames(table: pa.Table, where: str = "frame table") -> None:
 
 
 def resolve(table: pa.Table, folder: Location) -> pa.Table:
-    """The table with absolute `uri` and `label_uri`: relative ones are below `folder`. Raises UserError for '..'."""
+    """The table with absolute `uri` and `label_uri`: relative ones are below `folder`.
+
+    Raises UserError: '..', or credentials in an address, which would be written into every table made of this one.
+    """
 
     def absolute(uri: str | None) -> str | None:
+        if uri is not None and "://" in uri:
+            refuse_credentials(uri, "frame table")
         return uri if uri is None or uri.startswith("/") or _SCHEME.match(uri) else (folder / uri).uri
 
     for name in (URI, LABEL_URI):

@@ -19,7 +19,7 @@ from nightseg.pipeline.search import Search
 from nightseg.recipe import load_recipe, load_settings, written
 from nightseg.recipe.load import as_yaml
 from nightseg.storage import Location
-from nightseg.storage.credentials import hide_credentials
+from nightseg.storage.credentials import refuse_credentials
 from nightseg.storage.yaml import read_yaml
 
 MOST_BYTES: Final = 100 * 2**20  # of all files that come along; Ray takes a few hundred MiB
@@ -65,6 +65,8 @@ def submit(
     the request as far as this machine can tell: whether folders are there is only known on the cluster.
     """
     place = dashboard_at(address)
+    if run_dir is not None:  # the command of a job can be read by all who see the cluster's dashboard
+        refuse_credentials(run_dir, "run folder")
     if run_dir is not None and "://" not in run_dir and not run_dir.startswith(("/", "~")):
         raise UserError(
             f"run folder {run_dir!r}: a relative one would vanish with the job",
@@ -80,7 +82,7 @@ def submit(
                 "a run folder on shared storage"
             )
         command = ["python", f"jobs/{job}.py", f"{name}.yaml", *words(run_dir=run_dir, only=only)]
-        request = Request(name, folder, command, hide_credentials(work))
+        request = Request(name, folder, command, work)
         return run_job(request, place, wait=wait, max_tries=max_tries, say=say, write=write), work
 
 

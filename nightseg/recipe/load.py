@@ -27,6 +27,7 @@ from nightseg.recipe.renamed import new_name
 from nightseg.recipe.types import Recipe, is_name
 from nightseg.recipe.unions import fitting, in_words
 from nightseg.storage import Location, UserError
+from nightseg.storage.credentials import hide_credentials, refuse_credentials
 from nightseg.storage.yaml import Loader, kind_of, read_yaml
 
 Settings = TypeVar("Settings", bound=BaseModel)
@@ -56,7 +57,8 @@ def load_recipe(
     `elsewhere`: it is for other machines, so that folders of datasets and models are not looked for here.
     """
     source = _whole(file, overrides)
-    return _typed(Recipe, source, recipe_problems(source.data, elsewhere))
+    # Nothing is looked for at an address with credentials.
+    return _typed(Recipe, source, recipe_problems(source.data, elsewhere or any(_secrets(source.data))))
 
 
 def written(file: str | Path | Location, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -89,7 +91,7 @@ def load_settings(kind: type[Settings], file: str | Path | Location, overrides: 
 
 
 def _typed(kind: type[Settings], source: Source, more_problems: list[Problem]) -> Settings:
-    problems = list(source.problems)
+    problems = [*source.problems, *_secrets(source.data)]
     settings: Settings | None = None
     try:
         # JSON mode is strict about types and still takes a list where a tuple is meant.
@@ -102,6 +104,18 @@ def _typed(kind: type[Settings], source: Source, more_problems: list[Problem]) -
     if problems or settings is None:
         raise RecipeError(_message(source, _where_written(source, problems)))
     return settings
+
+
+def _secrets(value: Any, path: tuple[str, ...] = ()) -> Iterator[Problem]:
+    """Addresses with credentials: recipes are stored with their runs, and shown in reports."""
+    if isinstance(value, str):
+        try:
+            refuse_credentials(value)
+        except UserError as error:
+            yield Problem(path, str(error))
+    elif isinstance(value, Mapping | list):
+        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _secrets(item, (*path, str(key)))
 
 
 def _where_written(source: Source, problems: Sequence[Problem]) -> Iterator[Problem]:
@@ -362,7 +376,7 @@ def _typed_problems(kind: type[BaseModel], error: ValidationError, source: Sourc
 def _message(source: Source, problems: Iterator[Problem]) -> str:
     unique = list(dict.fromkeys(problems))
     head = f"{source.file}: {len(unique)} error{'s' if len(unique) > 1 else ''}; nothing was started."
-    return "\n".join([head, *(f"  {_where(source, problem)}{problem.message}" for problem in unique)])
+    return hide_credentials("\n".join([head, *(f"  {_where(source, one)}{one.message}" for one in unique)]))
 
 
 def _where(source: Source, problem: Problem) -> str:

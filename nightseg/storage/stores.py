@@ -60,11 +60,12 @@ def put(system: pafs.FileSystem, path: str, data: bytes | memoryview) -> None:
 def create(uri: str, system: pafs.FileSystem, path: str, data: bytes | memoryview) -> bool:
     """`put` unless something is there; False if so. See `decides_first` for who is told what in a race."""
     attempt = _conditional_put(uri, system)
-    made = attempt(path, bytes(data)) if attempt is not None and _decides.get(_store(uri), True) else None
-    if made is not None:
+    if attempt is not None and _decides.get(_store(uri), True):
+        made = attempt(path, bytes(data))
         if made and _store(uri) not in _decides:  # some stores of S3's kind take no notice of the condition
             _decides[_store(uri)] = attempt(path, bytes(data)) is False
-        return made
+        if made is not None:
+            return made
     _decides[_store(uri)] = False
     if system.get_file_info(path).type != pafs.FileType.NotFound:
         return False

@@ -132,3 +132,12 @@ def test_lists_of_different_length_are_no_vectors() -> None:
         vectors(pa.chunked_array([pa.array([[1.0], [1.0, 2.0]])]))
     with pytest.raises(ValueError, match="null"):
         vectors(pa.chunked_array([pa.array([[1.0], None])]))
+
+
+@pytest.mark.parametrize("column", ["uri", "label_uri"])
+def test_addresses_with_credentials_are_refused(column: str) -> None:
+    """Signed links, too: they would stand in every table that is made of this one."""
+    row = {"frame_id": "a", "uri": "a.png", "label_uri": "a.png"} | {column: "https://h/a.png?X-Goog-Signature=geheim"}
+    with pytest.raises(UserError, match=r"frame table: .*Signature=\*\*\*' holds credentials") as caught:
+        resolve(pa.Table.from_pylist([row]), Location("/data"))
+    assert "geheim" not in str(caught.value)

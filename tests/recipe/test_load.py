@@ -260,3 +260,19 @@ def test_a_missing_file_is_named() -> None:
 def test_faults_of_translators_are_named(tmp_path: Path, keys: str, expected: str) -> None:
     text = GOOD.replace("unit: {day: day, night: night}", f"unit: {{day: day, night: night, {keys}}}")
     assert expected in errors_of(tmp_path, text)
+
+
+@pytest.mark.parametrize("key", ["datasets.day.root", "models.m.start", "roots.data", "name"])
+@pytest.mark.parametrize("address", ["s3://AKIA:geheim@bucket/a", "https://host/a?X-Amz-Signature=geheim"])
+def test_credentials_in_a_recipe_are_refused_and_not_repeated(tmp_path: Path, key: str, address: str) -> None:
+    """Wherever they stand: a recipe is stored with its run and shown in its report."""
+    file = tmp_path / "r.yaml"
+    file.write_text(
+        "name: r\ntaxonomy: camvid11\ndatasets: {day: {layout: images, root: /nowhere}}\n"
+        "models: {m: {train: [day]}}\ntest_sets: {day: day}\n"
+    )
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(file, [f"{key}={address}"])
+    text = str(caught.value)
+    assert f"{key}: " in text and "holds credentials" in text and "set them in the environment" in text
+    assert "geheim" not in text and "AKIA" not in text
