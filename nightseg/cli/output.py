@@ -84,7 +84,7 @@ class Failures(Verbs):
         try:
             return super().main(words, **(extra | {"standalone_mode": False}))
         except click.ClickException as error:
-            error.message = hide_credentials(error.message)
+            vars(error)["message"] = hide_credentials(error.message)
             error.show()
             sys.exit(2)
         except (click.Abort, KeyboardInterrupt):

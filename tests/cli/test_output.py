@@ -21,6 +21,7 @@ from nightseg.pipeline.graph import NodeId
 from nightseg.pipeline.plan import Planned
 from nightseg.pipeline.search import Found
 from nightseg.storage import Location
+from tests.command_line import refused
 
 
 def fail_with(error: BaseException, *words: str) -> Result:
@@ -290,3 +291,14 @@ def test_a_command_that_is_done_says_nothing(
         if isinstance(thread, threading.Timer):
             thread.join(10)
     assert capsys.readouterr().err == ""
+
+
+def test_no_message_repeats_credentials() -> None:
+    """Of a wrong option, of a wrong place, of a recipe: the first is click's own."""
+    for words in (
+        ["run", "x.yaml", "--only=a", "--sett", "s3://AKIA:geheim@bucket"],
+        ["status", "s3://AKIA:geheim@bucket/run"],
+        ["run", "s3://bucket/r.yaml?secret_key=geheim"],
+        ["s3://AKIA:geheim@bucket"],
+    ):
+        assert "geheim" not in refused(*words)
