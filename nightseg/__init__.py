@@ -127,6 +127,7 @@ Selection of frames
     selection/settings.py  the list of methods; counts, extraction of features: what a recipe may say
     selection/features.py  frozen features that distances are made from, by name of their network
     selection/frechet.py   FID and KID, mergeable moments, statistics files, frames by their positions
+    selection/rows.py      vectors of a pool in a file, read some rows at a time
     selection/limits.py    near duplicates, quotas and gaps of sequences
     selection/exchange.py  exchanges of chosen rows for better ones, each rated by what it does
     selection/subset.py    the subset with the smallest FID, and its certificate

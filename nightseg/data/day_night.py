@@ -9,7 +9,8 @@ upper third (where the sky is) and of the rest, on a scale that runs from its ow
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,7 @@ SKY_SHARE = 1 / 3
 
 Floats = npt.NDArray[np.float64]
 
+_PART = 1000  # frames that are described at a time
 _SAMPLED_SIDE = 360  # pixels of the shorter side that are read; more change nothing in the histogram
 _BLACK, _WHITE = 0.02, 0.995  # quantiles of the whole frame that count as its black and white
 _LEAST_RANGE = 1 / 16  # of the scale: a frame of one grey must not have its noise stretched to full contrast
@@ -118,9 +120,9 @@ def separate(bands: npt.ArrayLike, chroma: npt.ArrayLike, *, margin: float = 0.2
     """
     if not 0 <= margin <= 1:
         raise ValueError(f"margin must lie in 0 to 1, got {margin}")
-    bands_NBH = np.asarray(bands, dtype=np.float64).reshape(-1, NUM_BANDS, NUM_BINS)
-    described_ND = _describe(bands_NBH)
-    grey = _without_colour(bands_NBH, np.asarray(chroma, dtype=np.float64))
+    bands_NBH = np.asarray(bands).reshape(-1, NUM_BANDS, NUM_BINS)
+    described_ND = by_parts(_describe, bands_NBH)
+    grey = _without_colour(by_parts(_mean_luminance, bands_NBH), np.asarray(chroma, dtype=np.float64))
     start = np.array([_NIGHT, _DAY, _DUSK]).reshape(3, -1)
     centres = _find_centres(described_ND[~grey], start)
     score, is_dusk = _score(described_ND, centres)
@@ -130,6 +132,12 @@ def separate(bands: npt.ArrayLike, chroma: npt.ArrayLike, *, margin: float = 0.2
         for value, clear, dusk, no_colour in zip(score, clearness, is_dusk, grey, strict=True)
     ]
     return Separation(score, clearness, domain, centres.reshape(3, NUM_BANDS, -1))
+
+
+def by_parts(of: Callable[[npt.NDArray[Any]], npt.NDArray[Any]], bands_NBH: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """What a function says of each frame, asked for some frames at a time: in float64 a pool would be large."""
+    starts = range(0, max(len(bands_NBH), 1), _PART)
+    return np.concatenate([of(bands_NBH[start : start + _PART]) for start in starts])
 
 
 def _histogram(luma: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
@@ -145,8 +153,9 @@ def _quantiles(histograms_NH: Floats, levels: Floats) -> Floats:
     return np.array(found, dtype=np.float64).reshape(-1, len(levels))
 
 
-def _describe(bands_NBH: Floats) -> Floats:
+def _describe(bands_NBH: npt.NDArray[Any]) -> Floats:
     """Root of the stretched luminance at `_LEVELS` of both bands, (N, 20): the root makes equal steps look equal."""
+    bands_NBH = bands_NBH.astype(np.float64)
     ends = _quantiles(whole(bands_NBH).astype(np.float64), np.array([_BLACK, _WHITE]))
     black, white = ends[:, :1], ends[:, 1:]
     stretched = [
@@ -158,7 +167,7 @@ def _describe(bands_NBH: Floats) -> Floats:
 
 def _score(described_ND: Floats, centres: Floats) -> tuple[Floats, npt.NDArray[np.bool_]]:
     """Score of each frame, and whether it is closer to dusk than to its domain."""
-    to_night, to_day, to_dusk = np.linalg.norm(described_ND[:, None] - centres, axis=2).T
+    to_night, to_day, to_dusk = (np.linalg.norm(described_ND - centre, axis=1) for centre in centres)
     nearest = np.minimum(to_night, to_day)
     return _contrast(to_night, to_day), _contrast(nearest, to_dusk) > _DUSK_MARGIN
 
@@ -185,9 +194,13 @@ def _find_centres(described_ND: Floats, start: Floats) -> Floats:
     return centres
 
 
-def _without_colour(bands_NBH: Floats, chroma: Floats) -> npt.NDArray[np.bool_]:
-    """Which frames have no colour; none if that is most of the pool."""
+def _mean_luminance(bands_NBH: npt.NDArray[Any]) -> Floats:
+    """(N,) in 0 to 255."""
     middles = (np.arange(NUM_BINS) + 0.5) * (256 / NUM_BINS)
-    mean_luma = whole(bands_NBH).astype(np.float64) @ middles
+    return np.asarray(whole(bands_NBH).astype(np.float64) @ middles)
+
+
+def _without_colour(mean_luma: Floats, chroma: Floats) -> npt.NDArray[np.bool_]:
+    """Which frames have no colour; none if that is most of the pool."""
     grey = (chroma < _GREY_LEVELS) & (chroma < _GREY_SHARE * mean_luma)
     return grey if grey.sum() < len(grey) / 2 else np.zeros(len(grey), dtype=np.bool_)

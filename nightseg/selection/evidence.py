@@ -5,6 +5,7 @@ N frames of the pool, d feature dimensions.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -16,6 +17,7 @@ from nightseg.data import table as frame
 from nightseg.progress import Progress
 from nightseg.selection.frechet import Gaussian, Moments, gaussian_distance, gaussian_of_features, gaussian_of_moments
 from nightseg.selection.methods import Choice, Described, Reference
+from nightseg.selection.rows import Rows, StoredRows, as_rows, blocks, parts_of
 from nightseg.selection.subset import ranking
 
 Floats = npt.NDArray[np.float64]
@@ -97,11 +99,14 @@ def _curve(pool: Described, target: Gaussian | None, choice: Choice, progress: P
 
 def _plane(pool: Described, reference: Reference | None, choice: Choice) -> dict[str, Any]:
     """The pool, the choice and the reference on the first two principal components; at most _PLACED of each."""
-    sets = {"pool": pool.features, "chosen": pool.features[np.sort(choice.chosen)]}
+    sets: dict[str, Rows] = {"pool": pool.features, "chosen": pool.features[np.sort(choice.chosen)]}
     if reference is not None:
         sets["reference"] = reference.described.features
     plane = principal_plane(*(sets[name] for name in ("pool", "reference") if name in sets))
-    points = {name: plane.place(rows[:: max(1, -(-len(rows) // _PLACED))]) for name, rows in sets.items()}
+    points = {
+        name: plane.place(rows[np.arange(0, len(rows), max(1, -(-len(rows) // _PLACED)))])
+        for name, rows in sets.items()
+    }
     return {"share": list(plane.share), "points": {name: placed.round(4).tolist() for name, placed in points.items()}}
 
 
@@ -136,29 +141,31 @@ def _score_evidence(pool_frames: pa.Table, pool: Described, choice: Choice) -> d
     }
 
 
-def subset_distance(features: npt.ArrayLike, chosen: npt.ArrayLike, reference: Gaussian) -> float:
+def subset_distance(features: npt.ArrayLike | StoredRows, chosen: npt.ArrayLike, reference: Gaussian) -> float:
     """FID between the chosen rows (at least 2) of (N, d) features and the reference."""
-    return gaussian_distance(gaussian_of_features(np.asarray(features)[np.asarray(chosen)]), reference)
+    return gaussian_distance(gaussian_of_features(as_rows(features)[np.asarray(chosen)]), reference)
 
 
 def random_subset_distances(
-    features: npt.ArrayLike, reference: Gaussian, count: int, *, draws: int, seed: int
+    features: npt.ArrayLike | StoredRows, reference: Gaussian, count: int, *, draws: int, seed: int
 ) -> Iterator[float]:
     """FID of `draws` random subsets of `count` rows (at least 2), one after the other: what a choice has to beat."""
-    rows_ND = np.asarray(features)
+    rows_ND = as_rows(features)
     generator = np.random.default_rng(seed)
     for _ in range(draws):
         yield subset_distance(rows_ND, np.sort(generator.choice(len(rows_ND), count, replace=False)), reference)
 
 
 def distance_curve(
-    features: npt.ArrayLike, order: npt.ArrayLike, reference: Gaussian, counts: Sequence[int]
+    features: npt.ArrayLike | StoredRows, order: npt.ArrayLike, reference: Gaussian, counts: Sequence[int]
 ) -> Iterator[float]:
     """FID of the first c rows of `order` to the reference, for each of the increasing `counts` (each at least 2)."""
-    rows_ND, order_N = np.asarray(features), np.asarray(order)
+    rows_ND, order_N = as_rows(features), np.asarray(order)
     moments = Moments(rows_ND.shape[1])
     for count in counts:
-        moments.update(rows_ND[order_N[moments.count : count]])
+        start = moments.count
+        for rows in parts_of(count - start):
+            moments.update(rows_ND[order_N[start:count][rows]])
         # Few rows have a thin factor, which is much cheaper than that of a d x d covariance.
         few = count <= rows_ND.shape[1]
         part = gaussian_of_features(rows_ND[order_N[:count]]) if few else gaussian_of_moments(moments.mean, moments.cov)
@@ -178,13 +185,14 @@ class Plane(NamedTuple):
         return placed
 
 
-def principal_plane(*sets: npt.ArrayLike) -> Plane:
+def principal_plane(*sets: npt.ArrayLike | StoredRows) -> Plane:
     """The first two principal components of several (N, d) feature sets together; signs fixed, so that it repeats."""
     import torch
 
-    moments = Moments(np.asarray(sets[0]).shape[1])
-    for features in sets:
-        moments.update(features)
+    every = [as_rows(features) for features in sets]
+    moments = Moments(every[0].shape[1])
+    for block in itertools.chain.from_iterable(map(blocks, every)):
+        moments.update(block)
     values, vectors = torch.linalg.eigh(torch.from_numpy(moments.scatter))
     directions = vectors[:, [-1, -2]].numpy() if len(values) > 1 else np.array([[1.0, 0.0]])
     largest = np.abs(directions).argmax(axis=0)

@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nightseg.selection.limits import Limits
+from nightseg.selection.rows import Rows, parts_of
 
 Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
@@ -39,12 +40,25 @@ _LEAST_GAIN: Final = 1e-5  # of F; smaller ones drown in the error of the integr
 _LOWEST, _HIGHEST, _STEP = 1e-6, 100.0, 0.8
 
 
+def moments_at(rows_Nr: Rows, chosen: Indices) -> tuple[Any, Any]:
+    """Mean (r,) and second moment (r, r) of the chosen rows, as tensors."""
+    import torch
+
+    mean_r = torch.zeros(rows_Nr.shape[1], dtype=torch.float64)
+    second_rr = torch.zeros((len(mean_r), len(mean_r)), dtype=torch.float64)
+    for part in parts_of(len(chosen)):
+        block_Br = torch.from_numpy(rows_Nr[chosen[part]])
+        mean_r += block_Br.sum(dim=0)
+        second_rr.addmm_(block_Br.T, block_Br)
+    return mean_r.div_(len(chosen)), second_rr.div_(len(chosen))
+
+
 def exchanged(
-    rows_Nr: Any, distance_N: Floats, chosen: Indices, value: float, limits: Limits, breadth: int = 1
+    rows_Nr: Rows, distance_N: Floats, chosen: Indices, value: float, limits: Limits, breadth: int = 1
 ) -> Indices:
     """The chosen rows after exchanges that should lower F, the best first, until none of those tried does.
 
-    `rows_Nr` (torch, float64) are z, `distance_N` is |x - m2|^2, `value` is F of the chosen rows; `limits` are
+    `rows_Nr` (float64) are z, `distance_N` is |x - m2|^2, `value` is F of the chosen rows; `limits` are
     respected; `breadth` multiplies how many rows are tried. One call costs the eigenvectors of one covariance, and each
     exchange some ten milliseconds, which grow with the square of the breadth.
     """
@@ -93,30 +107,32 @@ class _Rated(NamedTuple):
     size: int  # k
 
     @classmethod
-    def of(cls, rows_Nr: Any, distance_N: Floats, chosen: Indices, limits: Limits, breadth: int = 1) -> _Rated:
+    def of(cls, rows_Nr: Rows, distance_N: Floats, chosen: Indices, limits: Limits, breadth: int = 1) -> _Rated:
         import torch
 
-        count, chosen_kr = len(chosen), rows_Nr[chosen]
-        mean_r = chosen_kr.mean(dim=0)
-        second_rr = chosen_kr.T @ chosen_kr / count
+        count, parts = len(chosen), parts_of(len(distance_N))
+        mean_r, second_rr = moments_at(rows_Nr, chosen)
         values_r, vectors_rr = torch.linalg.eigh(second_rr - mean_r[:, None] * mean_r[None, :])
-        rows_Nr = (rows_Nr - mean_r) @ vectors_rr
-        spread_N = rows_Nr.square().sum(dim=1)  # its median, since one row far away is no measure of the others
+        spread_N, take_N, give_N = torch.empty((3, len(distance_N)), dtype=torch.float64)
+        for part in parts:
+            spread_N[part] = (torch.from_numpy(rows_Nr[part]) - mean_r).square_().sum(dim=1)
+        # the median, since one row far away is no measure of the others
         nodes = _Nodes.of(float(spread_N.median() + spread_N[chosen].mean()) or float(spread_N.mean()))
         inverse_rn = 1 / (values_r.clamp(min=0)[:, None] + nodes.squares_n)
         # Which rows to try: by what giving or taking each of them alone does, were k to stay as it is.
-        length_Nn = rows_Nr.square() @ inverse_rn + 1.0
-        share_N = distance_N / count
-        take_N = share_N - 2 * (_safe_log(1 + length_Nn / count) @ nodes.weights_n).numpy()
-        give_N = -share_N - 2 * (_safe_log(1 - length_Nn / count) @ nodes.weights_n).numpy()
+        for part in parts:
+            length_Bn = ((torch.from_numpy(rows_Nr[part]) - mean_r) @ vectors_rr).square_() @ inverse_rn + 1.0
+            share_B = torch.from_numpy(distance_N[part]) / count
+            take_N[part] = share_B - 2 * (_safe_log(1 + length_Bn / count) @ nodes.weights_n)
+            give_N[part] = -share_B - 2 * (_safe_log(1 - length_Bn / count) @ nodes.weights_n)
         outside = np.setdiff1d(np.arange(len(distance_N)), chosen)
-        given = chosen[np.argsort(give_N[chosen], kind="stable")]
-        taken = outside[np.argsort(take_N[outside], kind="stable")]
+        given = chosen[np.argsort(give_N.numpy()[chosen], kind="stable")]
+        taken = outside[np.argsort(take_N.numpy()[outside], kind="stable")]
         # Half of the rows to give are the best of their group: a full group takes only what it gives.
         given = _alternately(given, limits.by_turns(given))[: breadth * _GIVEN]
         taken = taken[limits.exchangeable(chosen, given, taken).any(axis=0)][: breadth * _TAKEN]
         both = np.concatenate([given, taken])
-        rows_cr = rows_Nr[both]
+        rows_cr = (torch.from_numpy(rows_Nr[both]) - mean_r) @ vectors_rr
         # Seen from the mean, y_i.y_j is (z_i - m)^T (C + s^2)^-1 (z_j - m) + 1.
         products_ncc = torch.stack([(rows_cr * inverse_r) @ rows_cr.T + 1.0 for inverse_r in inverse_rn.T])
         is_done_ab = np.zeros((len(given), len(taken)), dtype=bool)

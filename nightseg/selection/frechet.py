@@ -30,13 +30,11 @@ import numpy.typing as npt
 
 from nightseg.data.table import vectors
 from nightseg.errors import UserError
+from nightseg.selection.rows import BLOCK_ROWS, Rows, StoredRows, as_rows, blocks
 from nightseg.storage import Commit, Location
 from nightseg.storage.commits import table_paths
 
 Array = npt.NDArray[np.float64]
-
-BLOCK_ROWS = 1024
-"""Rows that `moments_of` adds at a time. Fixed, so that the result does not depend on how the rows arrived."""
 
 _EXACT_ENOUGH = 1e-12  # of the sum of singular values
 _ASYMMETRIC_AT_MOST = 1e-4  # of the largest value; sums in float32 reach 1e-6
@@ -100,10 +98,10 @@ class Moments:
         self.count = total
 
 
-def moments_of(features: npt.ArrayLike) -> Moments:
+def moments_of(features: npt.ArrayLike | StoredRows) -> Moments:
     """Moments of the rows of an (N, d) array."""
-    rows_ND = np.asarray(features)
-    return moments_of_parts([rows_ND], rows_ND.shape[1])
+    rows_ND = as_rows(features)
+    return moments_of_parts(blocks(rows_ND), rows_ND.shape[1])
 
 
 def moments_of_parts(parts: Iterable[npt.NDArray[Any]], dims: int) -> Moments:
@@ -139,16 +137,17 @@ class Gaussian(NamedTuple):
         return float(np.sum(self.factor**2))
 
 
-def gaussian_of_features(features: npt.ArrayLike) -> Gaussian:
+def gaussian_of_features(features: npt.ArrayLike | StoredRows) -> Gaussian:
     """The normal distribution of at least 2 rows of an (N, d) array; no d x d matrix is made when N <= d."""
-    rows_ND = np.asarray(features, dtype=np.float64)
+    rows_ND = as_rows(features)
     if len(rows_ND) < 2:
         raise ValueError(f"a covariance needs at least 2 feature vectors, there are {len(rows_ND)}")
     if len(rows_ND) > rows_ND.shape[1]:
         moments = moments_of(rows_ND)
         return gaussian_of_moments(moments.mean, moments.cov)
-    mean = rows_ND.mean(axis=0)
-    return Gaussian(mean, (rows_ND - mean).T / np.sqrt(len(rows_ND) - 1))
+    few_ND = np.asarray(rows_ND[:], dtype=np.float64)
+    mean = few_ND.mean(axis=0)
+    return Gaussian(mean, (few_ND - mean).T / np.sqrt(len(few_ND) - 1))
 
 
 def gaussian_of_moments(mean: npt.ArrayLike, cov: npt.ArrayLike) -> Gaussian:
@@ -349,14 +348,19 @@ class KernelDistance(NamedTuple):
 
 
 def kernel_distance(
-    first: npt.ArrayLike, second: npt.ArrayLike, *, subsets: int = _KID_DRAWS, rows: int = _KID_ROWS, seed: int = 0
+    first: npt.ArrayLike | StoredRows,
+    second: npt.ArrayLike | StoredRows,
+    *,
+    subsets: int = _KID_DRAWS,
+    rows: int = _KID_ROWS,
+    seed: int = 0,
 ) -> KernelDistance:
     """KID between two feature sets (N, d) and (M, d), each of at least 2 rows; draws follow from `seed`.
 
     Sets of up to `rows` are taken whole, once; their draws, of half as many rows, only say how far KID would spread.
     """
-    one_ND, two_MD = np.asarray(first), np.asarray(second)
-    if one_ND.ndim != 2 or two_MD.ndim != 2 or one_ND.shape[1] != two_MD.shape[1]:
+    one_ND, two_MD = as_rows(first), as_rows(second)
+    if len(one_ND.shape) != 2 or len(two_MD.shape) != 2 or one_ND.shape[1] != two_MD.shape[1]:
         raise ValueError(f"expected features of shapes (N, d) and (M, d), got {one_ND.shape} and {two_MD.shape}")
     smaller = min(len(one_ND), len(two_MD))
     if smaller < 2:
@@ -373,7 +377,7 @@ def kernel_distance(
     if not whole:
         return KernelDistance(float(np.mean(drawn)), deviation)
     # A draw of half a set without replacement spreads about as much as independent sets of the whole size do.
-    return KernelDistance(_unbiased(one_ND.astype(np.float64), two_MD.astype(np.float64)), deviation)
+    return KernelDistance(_unbiased(*(rows[:].astype(np.float64) for rows in (one_ND, two_MD))), deviation)
 
 
 def _unbiased(one_ND: Array, two_ND: Array) -> float:
@@ -398,7 +402,7 @@ class FrameSet(NamedTuple):
     """A set of frames by its statistics and, where they are at hand, its feature vectors (N, d)."""
 
     statistics: Statistics
-    features: npt.NDArray[np.float32] | None = None
+    features: Rows | None = None
 
     @classmethod
     def of(cls, scored: Commit) -> FrameSet:
@@ -422,18 +426,20 @@ class FrameSet(NamedTuple):
         return gaussian_of_moments(self.statistics.mean, self.statistics.cov)
 
 
-def sampled_vectors(commit: Commit, table: str, column: str, most: int) -> npt.NDArray[np.float32]:
-    """float32 (N, K): the vectors of a committed table, of more than `most` rows an even draw; read part by part."""
+def sampled_vectors(commit: Commit, table: str, column: str, most: int) -> StoredRows:
+    """float32 (N, d): the vectors of a committed table, of more than `most` rows an even draw; read part by part."""
     paths = table_paths(commit.outputs, table)
     size = sum(output.rows or 0 for output in commit.outputs if output.path in paths)
     wanted = np.sort(np.random.default_rng(0).choice(size, min(size, most), replace=False))
-    parts, start = [], 0
+    rows, start, held = StoredRows((0, 0), np.float32), 0, 0
     for path in paths:
         part = vectors((commit.folder / path).read_table()[column])
-        parts.append(part[wanted[(wanted >= start) & (wanted < start + len(part))] - start])
-        start += len(part)
-    filled = [part for part in parts if len(part)]
-    return np.concatenate(filled) if filled else np.empty((0, 0), dtype=np.float32)
+        mine = wanted[(wanted >= start) & (wanted < start + len(part))] - start
+        if len(mine):
+            rows = rows if len(rows) else StoredRows((len(wanted), part.shape[1]), np.float32)
+            rows[held : held + len(mine)] = part[mine]
+        start, held = start + len(part), held + len(mine)
+    return rows
 
 
 class SetDistance(NamedTuple):

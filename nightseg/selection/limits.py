@@ -15,12 +15,12 @@ import pyarrow as pa
 
 from nightseg.data import table as frame
 from nightseg.errors import UserError
+from nightseg.selection.rows import StoredRows, as_rows, parts_of
 from nightseg.selection.settings import Selection
 
 Indices = npt.NDArray[np.int64]
 
 _NONE: Indices = np.empty(0, dtype=np.int64)
-_BLOCK_ROWS = 1024
 _COSINE_ERROR = 2e-6  # of float32: a copy of a frame is a repetition at 1.0, too
 
 
@@ -189,29 +189,33 @@ def _natural(frame_id: str) -> list[tuple[int, str]]:
     return [(int(word), "") if word.isdigit() else (-1, word) for word in re.split(r"([0-9]+)", frame_id)]
 
 
-def near_duplicates(features: npt.ArrayLike, least_cosine: float) -> Indices:
+def near_duplicates(features: npt.ArrayLike | StoredRows, least_cosine: float) -> Indices:
     """For each row of (N, d) features the earlier row it repeats, -1 if it is to be kept.
 
     A row repeats the nearest of the kept rows before it when the cosine between them is at least `least_cosine`: the
     idea of SemDeDup (Abbas et al., 2023, arXiv 2303.09540), without its clusters, so that the answer is exact.
     """
-    rows_ND = np.asarray(features, dtype=np.float32)
-    lengths = np.linalg.norm(rows_ND, axis=1, keepdims=True)
-    rows_ND = rows_ND / np.maximum(lengths, np.finfo(np.float32).tiny)
+    rows_ND = as_rows(features)
     repeats = np.full(len(rows_ND), -1, dtype=np.int64)
-    kept = np.empty_like(rows_ND)  # filled from the front: a growing list would be copied for every block
+    kept = StoredRows((len(rows_ND), rows_ND.shape[1]), np.float32)  # of length 1, filled from the front
     kept_rows: list[int] = []
-    for start in range(0, len(rows_ND), _BLOCK_ROWS):
-        block = rows_ND[start : start + _BLOCK_ROWS]
+    for part in parts_of(len(rows_ND)):
+        block, start = np.asarray(rows_ND[part], dtype=np.float32), part.start
+        block = block / np.maximum(np.linalg.norm(block, axis=1, keepdims=True), np.finfo(np.float32).tiny)
         before = len(kept_rows)
-        cosines = block @ kept[:before].T
+        nearest_B, cosine_B = np.full(len(block), -1), np.full(len(block), -np.inf)
+        for earlier in parts_of(before) if before else ():
+            cosines = block @ kept[earlier].T
+            places = cosines.argmax(axis=1)
+            found = cosines[np.arange(len(block)), places]
+            nearer = found > cosine_B
+            nearest_B[nearer], cosine_B[nearer] = places[nearer] + earlier.start, found[nearer]
         within = block @ block.T
         added: list[int] = []  # rows of the block that are kept
         for index in range(len(block)):
             nearest, cosine = -1, -np.inf
             if before:
-                place = int(cosines[index].argmax())
-                nearest, cosine = kept_rows[place], float(cosines[index, place])
+                nearest, cosine = kept_rows[int(nearest_B[index])], float(cosine_B[index])
             if added:
                 place = int(within[index, added].argmax())
                 if within[index, added[place]] > cosine:
@@ -219,7 +223,7 @@ def near_duplicates(features: npt.ArrayLike, least_cosine: float) -> Indices:
             if cosine >= least_cosine - _COSINE_ERROR:
                 repeats[start + index] = nearest
             else:
-                kept[len(kept_rows)] = block[index]
                 kept_rows.append(start + index)
                 added.append(index)
+        kept[before : len(kept_rows)] = block[added]
     return repeats

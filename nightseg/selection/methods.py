@@ -14,12 +14,14 @@ from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from nightseg.data import table as frame
 from nightseg.data.table import vectors
 from nightseg.errors import UserError
 from nightseg.selection.frechet import FEATURES, Gaussian, gaussian_of_features
 from nightseg.selection.limits import NO_LIMITS, Limits
+from nightseg.selection.rows import Rows, StoredRows, as_rows, blocks, parts_of, taken
 from nightseg.selection.settings import Selection
 from nightseg.selection.subset import Subset, ranking, select_subset
 from nightseg.storage import Commit
@@ -32,8 +34,6 @@ HISTOGRAM: Final = "histogram"  # float32 (64,), luminance of the whole frame, s
 SPATIAL: Final = "spatial"  # float64, squared Frechet distance of the frame's positions to those of a reference
 SPATIAL_ERROR: Final = "spatial_error"  # float64, by how much that can be too large
 
-_BLOCK_ROWS = 4096  # rows that are widened to float64 at a time
-_HERDING_ROWS: Final = 256  # of the reference at a time
 _WIDTH_ROWS: Final = 1000  # from which the width of the kernel is found
 
 
@@ -41,9 +41,8 @@ class Described(NamedTuple):
     """A set of frames as the extractor sees it."""
 
     frame_ids: list[str]
-    features: npt.NDArray[np.float32]  # (N, d)
+    features: Rows  # float32 (N, d)
     histograms: npt.NDArray[np.float32]  # (N, 64)
-    sha256: list[str | None]  # of the frames' files
     spatial: Floats | None = None
     spatial_error: Floats | None = None
 
@@ -56,12 +55,16 @@ class Described(NamedTuple):
                 f"{scored.name}: none of its {scored.rows_in} frames could be read: {', '.join(bad)}",
                 cure="mend the files, or name another dataset",
             )
-        table = scored.table(FEATURES)
+        features, others, start = StoredRows((scored.rows_out, scored.summary["dims"]), np.float32), list[pa.Table](), 0
+        for part in filter(len, scored.parts(FEATURES)):
+            features[start : start + len(part)] = vectors(part[FEATURES])
+            others.append(part.drop_columns(FEATURES))
+            start += len(part)
+        table = pa.concat_tables(others)
         return cls(
             table[frame.FRAME_ID].to_pylist(),
-            vectors(table[FEATURES]),
+            features,
             vectors(table[HISTOGRAM]),
-            table[frame.SHA256].to_pylist(),
             *(table[name].to_numpy() if name in table.column_names else None for name in (SPATIAL, SPATIAL_ERROR)),
         )
 
@@ -70,8 +73,8 @@ class Described(NamedTuple):
         if len(rows) == len(self.frame_ids):
             return self
         spatial, error = (None if values is None else values[rows] for values in (self.spatial, self.spatial_error))
-        frame_ids, sha256 = ([values[row] for row in rows] for values in (self.frame_ids, self.sha256))
-        return Described(frame_ids, self.features[rows], self.histograms[rows], sha256, spatial, error)
+        frame_ids, features = [self.frame_ids[row] for row in rows], taken(self.features, rows)
+        return Described(frame_ids, features, self.histograms[rows], spatial, error)
 
 
 class Reference(NamedTuple):
@@ -215,7 +218,7 @@ def mean_histogram(reference: Described) -> Floats:
     return middle
 
 
-def pooled_scores(features: npt.ArrayLike, reference: Gaussian) -> Floats:
+def pooled_scores(features: npt.ArrayLike | StoredRows, reference: Gaussian) -> Floats:
     """Squared Frechet distance of each row of (N, d) features, as a distribution without spread, to the reference.
 
     The reading of "FID of one frame" that the thesis can have meant. The trace is the same for all frames and does not
@@ -225,7 +228,7 @@ def pooled_scores(features: npt.ArrayLike, reference: Gaussian) -> Floats:
     return np.concatenate([*squares, np.empty(0)]) + reference.trace
 
 
-def mahalanobis_scores(features: npt.ArrayLike, reference: Gaussian, reference_count: int) -> Floats:
+def mahalanobis_scores(features: npt.ArrayLike | StoredRows, reference: Gaussian, reference_count: int) -> Floats:
     """Squared Mahalanobis distance of each row of (N, d) features to the reference, its covariance shrunk.
 
     The covariance of few frames is singular. It is moved towards a multiple of the identity by the share that the
@@ -260,7 +263,7 @@ def shrinkage(reference: Gaussian, count: int) -> float:
     return 1.0 if below <= 0 else min(1.0, above / below)
 
 
-def influence_scores(features: npt.ArrayLike, current: Gaussian, reference: Gaussian) -> Floats:
+def influence_scores(features: npt.ArrayLike | StoredRows, current: Gaussian, reference: Gaussian) -> Floats:
     """First-order change of FID(set, reference) when weight moves to each row of (N, d) features; `current` is the set.
 
     |x - m2|^2 - (x - m1)^T T (x - m1) with T = R (R^T C1 R)^-1/2 R^T, C2 = R R^T: near the reference is good, far from
@@ -303,38 +306,37 @@ def random_scores(frame_ids: Sequence[str], seed: int) -> Floats:
     return np.array(numbers, dtype=np.float64) / 2.0**48
 
 
-def _centred(features: npt.ArrayLike, middle: Floats) -> Iterator[Floats]:
+def _centred(features: npt.ArrayLike | StoredRows, middle: Floats) -> Iterator[Floats]:
     """Blocks of rows as float64, the middle taken off."""
-    rows_ND = np.asarray(features)
-    if rows_ND.ndim != 2 or rows_ND.shape[1] != len(middle):
+    rows_ND = as_rows(features)
+    if len(rows_ND.shape) != 2 or rows_ND.shape[1] != len(middle):
         raise ValueError(f"expected features of shape (N, {len(middle)}), got {rows_ND.shape}")
-    for start in range(0, len(rows_ND), _BLOCK_ROWS):
-        yield rows_ND[start : start + _BLOCK_ROWS].astype(np.float64) - middle
+    for block in blocks(rows_ND):
+        yield block.astype(np.float64) - middle
 
 
 # -- herding -----------------------------------------------------------------------------------------------------------
 
 
-class _Likeness:
-    """exp(-|x - y|^2 / (2 width^2)) of the rows of one set to others; squares of the rows are computed once."""
+def _likeness(rows_ND: Rows, others_MD: Rows, width: float) -> Floats:
+    """(N,) sum over the others of exp(-|x - y|^2 / (2 width^2))."""
+    likeness_N = np.zeros(len(rows_ND))
+    for part in parts_of(len(rows_ND)):
+        block_BD = rows_ND[part].astype(np.float64)
+        squares_B = np.einsum("bd,bd->b", block_BD, block_BD)
+        for others in blocks(others_MD):
+            others_bD = others.astype(np.float64)
+            apart_Bb = block_BD @ others_bD.T
+            apart_Bb *= -2
+            apart_Bb += squares_B[:, None] + np.einsum("bd,bd->b", others_bD, others_bD)[None, :]
+            likeness_N[part] += np.exp(-np.maximum(apart_Bb, 0.0) / (2 * width**2)).sum(axis=1)
+    return likeness_N
 
-    def __init__(self, rows_ND: Floats, width: float) -> None:
-        self.rows_ND = rows_ND
-        self.squares_N = np.einsum("nd,nd->n", rows_ND, rows_ND)
-        self.width = width
 
-    def to(self, others_MD: Floats) -> Floats:
-        """(N, M)."""
-        apart_NM = self.rows_ND @ others_MD.T
-        apart_NM *= -2
-        apart_NM += self.squares_N[:, None] + np.einsum("md,md->m", others_MD, others_MD)[None, :]
-        return np.asarray(np.exp(-np.maximum(apart_NM, 0.0) / (2 * self.width**2)))
-
-
-def kernel_width(reference_MD: Floats, pool_ND: Floats) -> float:
+def kernel_width(reference_MD: Rows, pool_ND: Rows) -> float:
     """Median distance between different rows of an even sample of the reference, of the pool if it has none; else 1."""
     for rows in (reference_MD, pool_ND):
-        sample = rows[:: -(-len(rows) // _WIDTH_ROWS)]
+        sample = rows[np.arange(0, len(rows), -(-len(rows) // _WIDTH_ROWS))].astype(np.float64)
         squares = np.einsum("md,md->m", sample, sample)
         apart = (squares[:, None] + squares[None, :] - 2 * sample @ sample.T)[np.triu_indices(len(sample), 1)]
         apart = apart[apart > 1e-9 * squares.max(initial=0.0)]  # what rounding leaves of equal rows is no distance
@@ -344,7 +346,10 @@ def kernel_width(reference_MD: Floats, pool_ND: Floats) -> float:
 
 
 def herding_order(
-    features: npt.ArrayLike, reference: npt.ArrayLike, count: int, limits: Limits = NO_LIMITS
+    features: npt.ArrayLike | StoredRows,
+    reference: npt.ArrayLike | StoredRows,
+    count: int,
+    limits: Limits = NO_LIMITS,
 ) -> tuple[Indices, Floats]:
     """Rows of (N, d) features in the order in which they bring the mean of the chosen ones closest to the reference's.
 
@@ -353,13 +358,9 @@ def herding_order(
     (M, d) and least like what was picked. Returns (count,) rows, fewer where `limits` leave no more, and (N,) likeness
     to the reference, larger is nearer. Ties go to the earlier row.
     """
-    pool_ND = np.asarray(features, dtype=np.float64)
-    reference_MD = np.asarray(reference, dtype=np.float64)
-    pool = _Likeness(pool_ND, kernel_width(reference_MD, pool_ND))
-    likeness_N = np.zeros(len(pool_ND))
-    for start in range(0, len(reference_MD), _HERDING_ROWS):
-        likeness_N += pool.to(reference_MD[start : start + _HERDING_ROWS]).sum(axis=1)
-    likeness_N /= len(reference_MD)
+    pool_ND, reference_MD = as_rows(features), as_rows(reference)
+    width = kernel_width(reference_MD, pool_ND)
+    likeness_N = _likeness(pool_ND, reference_MD, width) / len(reference_MD)
     crowding_N = np.zeros(len(pool_ND))
     free_N = np.ones(len(pool_ND), dtype=bool)
     picked: list[int] = []
@@ -367,5 +368,5 @@ def herding_order(
         row = int(np.where(free_N, likeness_N - crowding_N / (len(picked) + 1), -np.inf).argmax())
         picked.append(row)
         free_N[limits.closed_by(picked)] = False
-        crowding_N += pool.to(pool_ND[row : row + 1])[:, 0]
+        crowding_N += _likeness(pool_ND, pool_ND[row : row + 1], width)
     return np.array(picked, dtype=np.int64), likeness_N

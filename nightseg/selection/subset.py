@@ -37,9 +37,10 @@ import numpy as np
 import numpy.typing as npt
 
 from nightseg.errors import UserError
-from nightseg.selection.exchange import BREADTHS, exchanged
+from nightseg.selection.exchange import BREADTHS, exchanged, moments_at
 from nightseg.selection.frechet import Gaussian, gaussian_distance, gaussian_of_moments
 from nightseg.selection.limits import NO_LIMITS, Limits
+from nightseg.selection.rows import Rows, StoredRows, as_rows, parts_of
 
 Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
@@ -53,7 +54,6 @@ _MEMORIES: Final = (0.0, 0.8, 0.95)  # of the EMAs of gradients that give bounds
 _LONGEST_STEP = 0.99  # a step of 1 would end at a corner, where the covariance may be singular and has no gradient
 _SHORTEST_STEP = 1e-9
 _ROUNDINGS = 64.0  # of a distance, in what is added up from them
-_BLOCK_ROWS: Final = 2048
 _WORK = 3e11  # floating-point operations of one search: seconds for small pools, a few minutes for large ones
 
 
@@ -90,7 +90,7 @@ class Subset(NamedTuple):
 
 
 def select_subset(
-    features: npt.ArrayLike,
+    features: npt.ArrayLike | StoredRows,
     mean: npt.ArrayLike,
     cov: npt.ArrayLike,
     count: int,
@@ -101,14 +101,15 @@ def select_subset(
     """The `count` rows of (N, d) features whose FID to the reference `mean` (d,), `cov` (d, d) is smallest, or nearly.
 
     How nearly, `lower_bound` says. `limits` are respected; the bound holds for all choices under their quota. `watch`
-    is told the fractional value and the bound after each iteration. In float64, with memory for one (N, d) array of it.
+    is told the fractional value and the bound after each iteration. In float64, with a few numbers a row in memory and
+    its coordinates in a temporary file.
     Raises UserError if the pool, or the pool under its limits, has too few rows; ValueError for values not finite.
     """
-    rows_ND = np.asarray(features)
+    rows_ND = as_rows(features)
     reference = gaussian_of_moments(mean, cov)
-    if rows_ND.ndim != 2 or rows_ND.shape[1] != len(reference.mean):
+    if len(rows_ND.shape) != 2 or rows_ND.shape[1] != len(reference.mean):
         raise ValueError(f"expected features of shape (N, {len(reference.mean)}), got {rows_ND.shape}")
-    if not all(np.isfinite(rows_ND[part]).all() for part in _blocks(len(rows_ND))):
+    if not all(np.isfinite(rows_ND[part]).all() for part in parts_of(len(rows_ND))):
         raise ValueError("some features are not finite")
     check_count(count, len(rows_ND))
     limits.check(count)
@@ -156,36 +157,47 @@ def between(start: Point, end: Point, share: float) -> Point:
 class Problem(NamedTuple):
     """The pool as seen by the reference: z = R^T (x - pool mean), in the directions in which the pool has spread."""
 
-    rows_Nr: Any
+    rows_Nr: Rows  # z
     distance_N: Floats
     trace: float  # tr C2
     rank: int  # m: of the covariance of z, at most, for the subsets that are asked for
     error: float  # no value of a subset is wrong by more: what rounding and the directions left out can do
 
     @classmethod
-    def of(cls, rows_ND: npt.NDArray[Any], reference: Gaussian, count: int) -> Problem:
+    def of(cls, rows_ND: Rows, reference: Gaussian, count: int) -> Problem:
         """For subsets of `count` rows."""
         import torch
 
-        blocks = _blocks(len(rows_ND))
-        mean_D = rows_ND.mean(axis=0, dtype=np.float64)
-        distance_N = np.empty(len(rows_ND))
-        rows = torch.empty((len(rows_ND), reference.factor.shape[1]), dtype=torch.float64)
-        for part in blocks:
+        size, parts = len(rows_ND), parts_of(len(rows_ND))
+        mean_D = sum(rows_ND[part].sum(axis=0, dtype=np.float64) for part in parts) / size
+        distance_N = np.empty(size)
+        rows = StoredRows((size, reference.factor.shape[1]), np.float64)
+        total_r = np.zeros(rows.shape[1])
+        for part in parts:
             block_BD = rows_ND[part].astype(np.float64)
-            rows[part] = torch.from_numpy((block_BD - mean_D) @ reference.factor)
+            block_Br = (block_BD - mean_D) @ reference.factor
+            total_r += block_Br.sum(axis=0)
+            rows[part] = block_Br
             block_BD -= reference.mean
             distance_N[part] = np.einsum("nd,nd->n", block_BD, block_BD)
-        rows -= rows.mean(dim=0)
-        values, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
+        second_rr = torch.zeros((rows.shape[1], rows.shape[1]), dtype=torch.float64)
+        for part in parts:
+            rows[part] = block_Br = rows[part] - total_r / size
+            block = torch.from_numpy(block_Br)
+            second_rr += block.T @ block
+        values, vectors = torch.linalg.eigh(second_rr / size)
         kept = values > len(values) * np.finfo(np.float64).eps * (values[-1] if len(values) else 0.0)
         error = _ROUNDINGS * np.finfo(np.float64).eps * float(distance_N.max())
         if not bool(kept.all()):
             # What a subset has in the other directions, at most: tr C^1/2 of m directions is at most (m tr C)^1/2.
-            left_N = torch.cat([(rows[part] @ vectors[:, ~kept]).square().sum(dim=1) for part in blocks])
-            most = float(left_N.topk(min(count, len(left_N))).values.mean())
+            left_N, every = torch.empty(size, dtype=torch.float64), rows
+            rows = StoredRows((size, int(kept.sum())), np.float64)
+            for part in parts:
+                block = torch.from_numpy(every[part])
+                left_N[part] = (block @ vectors[:, ~kept]).square().sum(dim=1)
+                rows[part] = (block @ vectors[:, kept]).numpy()
+            most = float(left_N.topk(min(count, size)).values.mean())
             error += 2 * math.sqrt(min(count, int((~kept).sum())) * most)
-            rows = torch.cat([rows[part] @ vectors[:, kept] for part in blocks])
         return cls(rows, distance_N, reference.trace, min(count - 1, int(rows.shape[1])), error)
 
     @property
@@ -195,8 +207,7 @@ class Problem(NamedTuple):
 
     def at(self, chosen: Indices) -> Point:
         """Equal weights on the chosen rows."""
-        rows = self.rows_Nr[chosen]
-        return Point(float(self.distance_N[chosen].mean()), rows.mean(dim=0), rows.T @ rows / len(chosen))
+        return Point(float(self.distance_N[chosen].mean()), *moments_at(self.rows_Nr, chosen))
 
     def affordable(self, fewest: int, most: int) -> int:
         """How many gradients are worth their time."""
@@ -225,14 +236,10 @@ class Problem(NamedTuple):
         roots = roots.clamp(min=max(float(least), np.finfo(np.float64).tiny) ** 0.5)
         total = float((values.clamp(min=0) / roots).sum() + roots.topk(self.rank).values.sum()) / 2
         to_unit = vectors * roots**-0.5
-        parts = (self.rows_Nr[part] @ to_unit - point.mean_r @ to_unit for part in _blocks(len(self.rows_Nr)))
-        spread_N = np.concatenate([spread.square_().sum(dim=1).numpy() for spread in parts])
+        middle_r, spread_N = point.mean_r @ to_unit, np.empty(len(self.distance_N))
+        for part in parts_of(len(spread_N)):
+            spread_N[part] = (torch.from_numpy(self.rows_Nr[part]) @ to_unit - middle_r).square_().sum(dim=1).numpy()
         return point.distance + self.trace - 2 * total, self.distance_N - spread_N
-
-
-def _blocks(num_rows: int) -> list[slice]:
-    """Of rows that are worked on at a time: a copy of all of them would be as large as the pool. At least one."""
-    return [slice(start, start + _BLOCK_ROWS) for start in range(0, max(num_rows, 1), _BLOCK_ROWS)]
 
 
 def _roots(values_r: Any, rank: int) -> tuple[float, Any]:

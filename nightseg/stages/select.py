@@ -12,6 +12,7 @@ from nightseg.progress import Progress
 from nightseg.selection.evidence import SCORE, evidence_of
 from nightseg.selection.limits import Limits, near_duplicates
 from nightseg.selection.methods import Choice, Described, Reference, Request, choose, every_score
+from nightseg.selection.rows import taken
 from nightseg.selection.settings import Selection
 from nightseg.selection.subset import check_count
 from nightseg.storage import Attempt, Commit
@@ -80,7 +81,7 @@ def _repeats(pool: Described, selection: Selection) -> npt.NDArray[np.int64]:
     repeats = np.full(len(pool.frame_ids), -1, dtype=np.int64)
     if selection.duplicates is not None:
         by_id = np.array(sorted(range(len(repeats)), key=pool.frame_ids.__getitem__), dtype=np.int64)
-        found = near_duplicates(pool.features[by_id], selection.duplicates)
+        found = near_duplicates(taken(pool.features, by_id), selection.duplicates)
         repeats[by_id[found >= 0]] = by_id[found[found >= 0]]
     kept = int((repeats < 0).sum())
     if selection.count > kept:

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from nightseg.cluster.map import Work, map_shards
 from nightseg.data import table as frame
-from nightseg.data.day_night import NUM_BANDS, NUM_BINS, Separation, Tone, separate, tone_of, whole
+from nightseg.data.day_night import NUM_BANDS, NUM_BINS, Separation, Tone, by_parts, separate, tone_of, whole
 from nightseg.data.images import read_image
 from nightseg.data.table import vector_column, vectors
 from nightseg.storage import Commit, Location, UserError
@@ -99,7 +99,7 @@ def _evidence(
     """Why each frame went where it went: what a person needs to check a split."""
     domains = np.array(separation.domain)
     edges = np.linspace(-1, 1, NUM_SCORE_BINS + 1)
-    whole_NH = whole(bands_NBH)
+    whole_NH = by_parts(whole, bands_NBH)
     found = [name for name in frame.DOMAINS if (domains == name).any()]
     return {
         "margin": margin,

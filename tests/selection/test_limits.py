@@ -51,7 +51,7 @@ def test_near_duplicates_point_to_the_frame_they_repeat(monkeypatch: pytest.Monk
     want = np.full(50, -1)
     want[[20, 41, 7]] = [4, 4, 6]
     assert near_duplicates(rows, 0.99).tolist() == want.tolist()
-    monkeypatch.setattr("nightseg.selection.limits._BLOCK_ROWS", 6)
+    monkeypatch.setattr("nightseg.selection.rows.BLOCK_ROWS", 6)
     assert near_duplicates(rows, 0.99).tolist() == want.tolist()
     assert near_duplicates(np.empty((0, 4)), 0.9).tolist() == []
 

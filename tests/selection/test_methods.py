@@ -35,7 +35,7 @@ def test_pooled_works_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = np.random.default_rng(1).normal(size=(25, 3))
     reference = gaussian_of_features(pool[:10])
     at_once = methods.pooled_scores(pool, reference)
-    monkeypatch.setattr(methods, "_BLOCK_ROWS", 7)
+    monkeypatch.setattr("nightseg.selection.rows.BLOCK_ROWS", 7)
     assert np.array_equal(methods.pooled_scores(pool, reference), at_once)
 
 

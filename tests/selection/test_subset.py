@@ -59,9 +59,9 @@ def test_the_whole_pool_is_the_only_subset_of_its_size() -> None:
 
 def weighted(problem: Problem, weights_N: np.ndarray) -> Point:
     """Any weights (N,) that sum to 1."""
-    weights = torch.from_numpy(weights_N)
-    second_rr = problem.rows_Nr.T @ (problem.rows_Nr * weights[:, None])
-    return Point(float(problem.distance_N @ weights_N), weights @ problem.rows_Nr, second_rr)
+    weights, rows_Nr = torch.from_numpy(weights_N), torch.from_numpy(problem.rows_Nr[:])
+    second_rr = rows_Nr.T @ (rows_Nr * weights[:, None])
+    return Point(float(problem.distance_N @ weights_N), weights @ rows_Nr, second_rr)
 
 
 def pool_and_reference(seed: int, size: int, dims: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
