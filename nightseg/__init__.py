@@ -26,6 +26,7 @@ Storage
     storage/portable.py  places in a run folder, wherever it lies
     storage/lock.py     one driver at a time
     storage/scratch.py  large files that can be made again, shared by the processes of a machine
+    storage/inputs.py   frames of stores, kept on a disk of the node that reads them
     storage/events.py   curves and pictures as TensorBoard reads them
 
 Cluster: ray, no words of the domain

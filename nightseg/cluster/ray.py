@@ -64,7 +64,10 @@ LOCAL_ENVIRONMENT = WORKER_ENVIRONMENT | {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away, and it costs a process
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # reports and the end wait for the next check; Ray's 2 s are long here
 }
-HANDED_ON = ("NIGHTSEG_ALLOW_DOWNLOAD",)  # what was decided here holds for workers on other machines
+HANDED_ON = (
+    "NIGHTSEG_ALLOW_DOWNLOAD",
+    "NIGHTSEG_INPUT_CACHE_BYTES",
+)  # what was decided here holds for workers on other machines
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # where Ray says what a submitted job asked for
 CLUSTER_ENVIRONMENT = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1800",  # a GPU node needs minutes to come up

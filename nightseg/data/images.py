@@ -21,7 +21,7 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from nightseg.data.intact import PNG_SIGNATURE, check_rows, check_stored
 from nightseg.data.jpeg import Colours, DamagedFile, decode_jpeg
-from nightseg.storage import Location, UserError
+from nightseg.storage import Location, UserError, inputs
 
 UInt8 = NDArray[np.uint8]
 Ids = UInt8 | NDArray[np.uint32]
@@ -271,9 +271,9 @@ def turned(array: Pixels, orientation: int) -> Pixels:
     return across[:: -1 if orientation in (3, 4, 7, 8) else 1, :: -1 if orientation in (2, 3, 6, 7) else 1]
 
 
-def read_image(location: Location) -> UInt8:
+def read_image(location: Location, sha256: str | None = None) -> UInt8:
     """`decode_image` of a file. Raises BadFrame, also with missing and unreadable."""
-    return decode_image(read_bytes(location))
+    return decode_image(read_bytes(location, sha256=sha256))
 
 
 def read_label(location: Location) -> UInt8:
@@ -281,12 +281,15 @@ def read_label(location: Location) -> UInt8:
     return decode_label(read_bytes(location, missing="label_missing"))
 
 
-def read_bytes(location: Location, missing: str = "missing") -> bytes:
-    """The bytes of one file. Faults of the file are a BadFrame; faults of the machine (a dead disk) are not."""
+def read_bytes(location: Location, missing: str = "missing", sha256: str | None = None) -> bytes:
+    """The bytes of one file. Faults of the file are a BadFrame; faults of the machine (a dead disk) are not.
+
+    sha256: of the file, as its table says; with it, what lies in a store may be kept on this node. It is not checked.
+    """
     try:
         if location.is_local and location.local.exists() and not location.local.is_file():
             raise BadFrame("unreadable", f"{location.uri} is no file of bytes")  # reading a pipe would wait for ever
-        return location.read_bytes()
+        return inputs.read(location, sha256)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise BadFrame(missing, f"{location.uri} is not there") from error
     except (PermissionError, IsADirectoryError) as error:

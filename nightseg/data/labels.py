@@ -37,7 +37,7 @@ def stored_label(
     `check_orientation` raises. Each names the label's file, because the uri of a quarantine row is the image.
     """
     with _named(row[frame.LABEL_URI]):
-        data = read_bytes(Location.of(row[frame.LABEL_URI]), missing="label_missing")
+        data = read_bytes(Location.of(row[frame.LABEL_URI]), "label_missing", row.get(frame.LABEL_SHA256))
         sha256 = sha256_of(data)
         if row.get(frame.LABEL_SHA256) not in (None, sha256):
             raise BadFrame("unreadable", "it has changed since it was collected (sha256)")

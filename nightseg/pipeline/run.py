@@ -30,6 +30,7 @@ from nightseg.storage import (
     UserError,
     Workspace,
     check_contents,
+    inputs,
 )
 from nightseg.storage.scratch import temporary_folder
 
@@ -156,7 +157,7 @@ def _from_file(
     recipe = load_recipe(recipe_file, overrides)
     folder = run_folder(recipe.name, run_dir)
     with told_of(recipe_file, overrides):
-        _allow_downloads(recipe)
+        _settle(recipe)
         graph = None
         if (folder / "stages").is_folder():  # the folders have been looked at
             graph = build.build_graph(recipe, only)
@@ -191,7 +192,7 @@ def run(
     failed, if none of the models that were asked for is there in the end.
     """
     began = time.monotonic()
-    _allow_downloads(recipe)
+    _settle(recipe)
     graph = built or build.build_graph(recipe, only)
     part = Graph({node.id: node for node in graph.until(until)}) if until else graph
     workspace = Workspace(folder, borrow)
@@ -265,9 +266,11 @@ def _with_finished(
     return whole.done(commits)
 
 
-def _allow_downloads(recipe: Recipe) -> None:
+def _settle(recipe: Recipe) -> None:
+    """What the recipe says of all processes of its run, before the first of them is started."""
     if recipe.allow_download:
         allow_downloads()
+    inputs.use(int(recipe.compute.input_cache_gib * 2**30))
 
 
 def prepare(
@@ -277,7 +280,7 @@ def prepare(
 
     If there was something to do, the cluster stays connected for what comes next.
     """
-    _allow_downloads(recipe)
+    _settle(recipe)
     graph = build.build_graph(recipe, only)
     workspace = Workspace(folder)
     with workspace.lock():

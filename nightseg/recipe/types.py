@@ -53,6 +53,12 @@ class Compute(Strict):
         description="stages at a time at most, of models that do not need each other; 1 = one after the other, null = "
         "as many as there are CPUs, GPUs and memory for. The results are the same",
     )
+    input_cache_gib: Annotated[float, Field(ge=0)] = Field(
+        default=10.0,
+        description="of frames and labels in stores (s3://, gs://) up to so many GiB are kept on a disk of each node, "
+        "below its temporary folder, so that they are not fetched in every pass and epoch; 0 = none. Files of local "
+        "disks and NFS are read where they are",
+    )
 
 
 Weight = Annotated[float, Field(gt=0)]

@@ -34,7 +34,7 @@ from nightseg.data.prefetch import prefetch
 from nightseg.data.taxonomy import IGNORE, Taxonomy
 from nightseg.segmenter.augment import Wanted, augment, resize_image, resize_label, sample_rng
 from nightseg.segmenter.settings import Augmentation, ClassSampling, Training
-from nightseg.storage import Location, UserError, hash_of, sha256_of
+from nightseg.storage import Location, UserError, hash_of, inputs, sha256_of
 from nightseg.storage.scratch import Scratch
 
 BATCHES_AHEAD: Final = 2
@@ -124,7 +124,7 @@ class LabelledFrames:
 
 def _read(row: dict[str, Any]) -> bytes:
     try:
-        data = Location.of(row[frame.URI]).read_bytes()
+        data = inputs.read(Location.of(row[frame.URI]), row[frame.SHA256])
     except FileNotFoundError as error:
         raise BadFrame("missing", f"there is no file {row[frame.URI]}") from error
     if row[frame.SHA256] is not None and sha256_of(data) != row[frame.SHA256]:

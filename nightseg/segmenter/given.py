@@ -66,7 +66,7 @@ def warn(note: str) -> None:
 
 def read_row(row: dict[str, Any]) -> tuple[dict[str, Any], Image | BadFrame]:
     try:
-        data = read_bytes(Location.of(row[frame.URI]))
+        data = read_bytes(Location.of(row[frame.URI]), sha256=row.get(frame.SHA256))
         if row.get(frame.SHA256) not in (None, sha256_of(data)):
             raise BadFrame("unreadable", "the file has changed since it was collected (sha256)")
         return row, decode_image(data)

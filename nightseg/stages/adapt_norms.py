@@ -75,7 +75,7 @@ def _batches(groups: Iterable[pa.Table], bad: list[dict[str, Any]], name: str) -
         images: list[UInt8] = []
         for row in rows.to_pylist():
             try:
-                images.append(read_image(Location.of(row[frame.URI])))
+                images.append(read_image(Location.of(row[frame.URI]), row.get(frame.SHA256)))
             except BadFrame as fault:
                 bad.append(frame.quarantined(row, fault))
         found += len(images)

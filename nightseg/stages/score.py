@@ -146,7 +146,7 @@ class ScoreFrames:
             images = []
             for row in table[start : start + self.batch]:
                 try:
-                    images.append(read_image(Location.of(row[frame.URI])))
+                    images.append(read_image(Location.of(row[frame.URI]), row.get(frame.SHA256)))
                     good.append(row)
                 except BadFrame as fault:
                     bad.append(frame.quarantined(row, fault))

@@ -146,7 +146,8 @@ def _warn(name: str, plan: Plan, progress: Progress) -> None:
 
 
 def _refs(table: pa.Table) -> tuple[FrameRef, ...]:
-    columns = (table[column].to_pylist() for column in (frame.FRAME_ID, frame.URI, frame.HEIGHT, frame.WIDTH))
+    names = (frame.FRAME_ID, frame.URI, frame.HEIGHT, frame.WIDTH, frame.SHA256)
+    columns = (table[column].to_pylist() for column in names if column in table.column_names)
     return tuple(FrameRef(*values) for values in zip(*columns, strict=True))
 
 

@@ -174,7 +174,7 @@ class TranslateFrames:
 
 
 def _read(row: dict[str, Any]) -> Pixels:
-    image = read_image(Location.of(row[frame.URI]))
+    image = read_image(Location.of(row[frame.URI]), row.get(frame.SHA256))
     if min(image.shape[:2]) < SMALLEST_SIDE:
         raise BadFrame(
             "not_an_image", f"{image.shape[1]} x {image.shape[0]} pixels; UNIT needs {SMALLEST_SIDE} pixels a side"

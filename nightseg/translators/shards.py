@@ -66,7 +66,7 @@ def one_by_one(translate: TranslateFrame, rows: Iterable[Row]) -> Iterator[tuple
     """One frame at a time is in memory."""
     for row in rows:
         try:
-            yield row, translate(read_image(Location.of(row[frame.URI])), row)
+            yield row, translate(read_image(Location.of(row[frame.URI]), row.get(frame.SHA256)), row)
         except BadFrame as fault:
             yield row, fault
 

@@ -47,6 +47,7 @@ class FrameRef(NamedTuple):
     uri: str
     height: int
     width: int
+    sha256: str | None = None  # of the file
 
 
 class FrameReader:
@@ -91,7 +92,7 @@ class FrameReader:
         """uint8 HWC RGB, decoded and resized now. UserError names a frame that cannot be read."""
         frame = self.frames[index]
         try:
-            image = read_image(Location.of(frame.uri))
+            image = read_image(Location.of(frame.uri), frame.sha256)
         except BadFrame as error:
             raise UserError(
                 f"frame {frame.frame_id} ({frame.uri}) cannot be read any more: {error}",

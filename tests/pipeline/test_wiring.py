@@ -182,6 +182,7 @@ NOT_PASSED: Final = {
     "translators.fourier.day": "there is no dataset translated to day",
     "translators.colour.day": "of the way back, which is judged only where it is asked for",
     "compute.concurrent": "of the schedule of a run",
+    "compute.input_cache_gib": "of all processes of a run; the results are the same",
     "datasets.day.keep": "shown by night",
     "datasets.by_fresh.by": "only optics translate anew",
     "datasets.by_fresh.to": "optics make night",
