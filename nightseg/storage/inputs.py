@@ -58,14 +58,12 @@ def _folder() -> Path | None:
 
 
 def _kept(file: Path) -> bytes | None:
-    try:
+    with suppress(OSError):  # not there, or gone meanwhile
         data = file.read_bytes()
         if sha256_of(data) == file.name:
             os.utime(file)  # the least recently used goes first
             return data
         file.unlink()  # damaged
-    except OSError:
-        pass
     return None
 
 
