@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import webbrowser
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,18 @@ def main(debug: bool, allow_download: bool) -> None:
 
 
 _set_option = click.option("--set", "overrides", multiple=True, metavar="a.b=c", help="Override one key; repeatable.")
+_page_option = click.option("--out", metavar="FILE", help="Write the page here  [default: in RUN_DIR].")
+
+
+def _page(write: Callable[[Location | None], Location], out: str | None) -> Location:
+    """The page that was written, where it was asked for."""
+    try:
+        return write(None if out is None else Location.of(out))
+    except UserError as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
+        cure = "give the page another place with --out FILE, such as --out /tmp/page.html"
+        raise UserError(error.what, cure=cure) from error
 
 
 @main.command()
@@ -274,19 +287,22 @@ def verify(run_dir: str) -> Answer:
 @main.command()
 @click.argument("run_dir")
 @click.option("--open", "show", is_flag=True, help="Open it in the browser.")
-def report(run_dir: str, show: bool) -> None:
+@_page_option
+def report(run_dir: str, show: bool, out: str | None) -> None:
     """Write the report of a finished run again.
 
     It is made from RUN_DIR/results.json and the committed stages alone.
 
     \b
     nightseg report runs/demo --open
+    nightseg report /mnt/read-only/demo --out demo.html
     """
     from nightseg.pipeline.results import read_results
     from nightseg.report import write_report
 
     folder = Location.of(run_dir)
-    page = write_report(folder, read_results(folder))
+    results = read_results(folder)
+    page = _page(lambda place: write_report(folder, results, place=place), out)
     click.echo(page.uri)
     if show and page.is_local:
         webbrowser.open(Path(page.uri).as_uri())
@@ -297,8 +313,9 @@ def report(run_dir: str, show: bool) -> None:
 @click.argument("frame", metavar="[FRAME_ID]", required=False)
 @click.option("--model", metavar="MODEL", help="Only what this model has to do with it.")
 @click.option("--open", "show", is_flag=True, help="Write a page with pictures, and open it in the browser.")
+@_page_option
 @answers
-def explain(run_dir: str, frame: str | None, model: str | None, show: bool) -> Answer:
+def explain(run_dir: str, frame: str | None, model: str | None, show: bool, out: str | None) -> Answer:
     """Tell the life of a frame.
 
     Where it came from, how it was split, scored, chosen and labelled, which models learned from it, what they see in
@@ -316,13 +333,15 @@ def explain(run_dir: str, frame: str | None, model: str | None, show: bool) -> A
     folder = _existing_run(run_dir)
     results = results_so_far(folder)
     if frame is None:
-        if model is not None or show:
-            raise UserError("explain: --model and --open are of one frame", cure="give FRAME_ID")
+        if model is not None or show or out is not None:
+            raise UserError("explain: --model, --open and --out are of one frame", cure="give FRAME_ID")
         ids = frame_ids(folder, results)
         return Answer({"run_dir": folder.uri, "frames": ids}, lambda: click.echo("\n".join(map(printable, ids))))
     life = life_of(folder, results, frame, model)
-    page = life_page(folder, results, life) if show else None
-    if page is not None and page.is_local:
+    page = None
+    if show or out is not None:
+        page = _page(lambda place: life_page(folder, results, life, place), out)
+    if show and page is not None and page.is_local:
         webbrowser.open(Path(page.uri).as_uri())
     content = {"run_dir": folder.uri, **life._asdict(), "page": None if page is None else page.uri}
     return Answer(content, partial(print_life, life, page))

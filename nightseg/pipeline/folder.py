@@ -175,6 +175,7 @@ def _quarantined(run: Run) -> Iterator[Sequence[Any]]:
     for node, facts in run.results["commits"].items():
         commit = run.commit(node) if facts["quarantined"] else None
         for row in commit.table("quarantine").to_pylist() if commit is not None else ():
+            row[frame.URI] = row[frame.URI].removeprefix(f"{run.root.uri}/")
             yield (*node.split("/", 1), *(row[column] for column in columns))
 
 

@@ -25,8 +25,9 @@ from nightseg.pipeline.schedule import Failed
 from nightseg.recipe import load_recipe
 from nightseg.recipe.types import Recipe
 from nightseg.report.comparison import claims, differences
-from nightseg.report.run import Run
+from nightseg.report.run import Run, root_of
 from nightseg.storage import Commit, Location, Workspace, hash_of, sha256_of
+from nightseg.storage.portable import absolute_json, portable_json
 
 RESULTS_NAME = "results.json"
 RECIPE_NAME = "recipe.yaml"
@@ -103,19 +104,23 @@ def compared(recipe: Recipe, results: Mapping[str, Any], run: Location) -> dict[
 
 
 def sealed(results: Mapping[str, Any], run: Location) -> dict[str, Any]:
-    """The results with the hash of the recipe they follow from, and with their own: what `read_results` compares."""
-    whole = {**results, "recipe_sha256": sha256_of((run / RECIPE_NAME).read_bytes())}
+    """The results as they are written: places in the run folder as `run:...`, the hash of the recipe they follow from,
+    and their own: what `read_results` compares."""
+    whole: dict[str, Any] = portable_json(
+        {**results, "recipe_sha256": sha256_of((run / RECIPE_NAME).read_bytes())}, run
+    )
     return whole | {"sha256": hash_of(whole)}
 
 
 def read_results(run: Location) -> dict[str, Any]:
-    """The results of a finished run. Raises UserError: there are none, or the file is damaged."""
+    """The results of a finished run, wherever it lies now. Raises UserError: there are none, or the file is damaged."""
     file = run / RESULTS_NAME
     try:
         content = file.read_json()
         if seal_of(content) not in (None, content.get("sha256")):
             raise ValueError("it does not match its own sha256")
-        return {**content, "models": dict(content["models"]), "commits": dict(content["commits"])}
+        found: dict[str, Any] = absolute_json(content, root_of(run))
+        return {**found, "models": dict(found["models"]), "commits": dict(found["commits"])}
     except FileNotFoundError:
         raise UserError(f"{run}: no results.json there", cure="finish the run first (nightseg run RECIPE)") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:

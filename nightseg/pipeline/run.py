@@ -17,7 +17,17 @@ from nightseg.pipeline import build, check, classes, leaks, tracking
 from nightseg.pipeline.execute import execute
 from nightseg.pipeline.folder import keep_earlier, lay_out
 from nightseg.pipeline.graph import Graph, NodeId
-from nightseg.pipeline.results import RECIPE_NAME, RESULTS_NAME, compared, failures, gather, model_folder, sealed, told
+from nightseg.pipeline.results import (
+    RECIPE_NAME,
+    RESULTS_NAME,
+    compared,
+    failures,
+    gather,
+    model_folder,
+    read_results,
+    sealed,
+    told,
+)
 from nightseg.progress import Progress
 from nightseg.recipe import load_recipe, save_recipe, told_of
 from nightseg.recipe.types import Recipe
@@ -226,8 +236,8 @@ def run(
         gathered = gather(recipe, graph, commits, done, found) | {"failed": missing}
         keep_earlier(folder, gathered)
         save_recipe(recipe, folder / RECIPE_NAME)
-        results = sealed(compared(recipe, gathered, folder), folder)
-        (folder / RESULTS_NAME).write_json(results)
+        (folder / RESULTS_NAME).write_json(sealed(compared(recipe, gathered, folder), folder))
+        results = read_results(folder)
         lay_out(Run(folder, results), folder)
     return Outcome(results, len(done), num_skipped, time.monotonic() - began, errors)
 

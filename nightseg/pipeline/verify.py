@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 from nightseg.pipeline.folder import earlier
 from nightseg.pipeline.results import RECIPE_NAME, RESULTS_NAME, seal_of
 from nightseg.progress import Progress
+from nightseg.report.run import root_of
 from nightseg.storage import Commit, Location, Workspace, sha256_of
 from nightseg.storage.commits import COMMIT_NAME, Damage, damages, read_commit, seal_fault
 from nightseg.storage.paths import canonical_json
+from nightseg.storage.portable import absolute_json
 
 
 class Verified(NamedTuple):
@@ -73,7 +75,8 @@ def _results(folder: Location) -> tuple[Mapping[str, Any], list[Damage]]:
     """Node -> what the results say of its commit, and what is wrong with the results and the recipe's copy."""
     try:
         content = (folder / RESULTS_NAME).read_json()
-        commits = {node: facts for node, facts in content["commits"].items() if facts["content"] and facts["folder"]}
+        known = absolute_json(content["commits"], root_of(folder))
+        commits = {node: facts for node, facts in known.items() if facts["content"] and facts["folder"]}
         expected, seen = content.get("sha256"), seal_of(content)
     except (FileNotFoundError, NotADirectoryError):
         return {}, []

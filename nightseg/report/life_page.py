@@ -136,11 +136,13 @@ def _prediction(row: Row, life: Life) -> str:
 # -- as a page --------------------------------------------------------------------------------------------------------
 
 
-def life_page(folder: Location, results: Mapping[str, Any], life: Life) -> Location:
-    """Write the page of a frame into the run folder: its life in words and in pictures. One file, no network."""
+def life_page(folder: Location, results: Mapping[str, Any], life: Life, place: Location | None = None) -> Location:
+    """Write the page of a frame into the run folder, or to `place`: its life in words and pictures, in one file that
+    needs no network. Returns where."""
     run = Run(folder, results)
-    page = template("life.html.j2").render(life=life, lines=lines(life), groups=_pictures(run, life), run=run)
-    place = folder / PAGES / frame.file_name(life.frame_id, ".html")
+    told = [(title, text.replace(f"{run.root.uri}/", "")) for title, text in lines(life)]  # the folder may be moved
+    page = template("life.html.j2").render(life=life, lines=told, groups=_pictures(run, life), run=run)
+    place = place or folder / PAGES / frame.file_name(life.frame_id, ".html")
     place.write_bytes(page.encode())
     return place
 

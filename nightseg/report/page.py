@@ -25,8 +25,10 @@ _NUM_CONFUSIONS = 6
 _LISTED = 20  # quarantined frames shown before the fold
 
 
-def write_report(run_folder: Location, results: Mapping[str, Any], samples: int = 4) -> Location:
-    """Write `report.html` into the run folder: self-contained, opens without a network. Returns its place.
+def write_report(
+    run_folder: Location, results: Mapping[str, Any], samples: int = 4, place: Location | None = None
+) -> Location:
+    """Write `report.html` into the run folder, or to `place`: self-contained, opens without a network. Returns where.
 
     `results` is the content of results.json; pictures come from the commits that it names, `samples` of each kind.
     What a run does not have (no translator, no labels, frames that were deleted) is left out of the page.
@@ -59,7 +61,7 @@ def write_report(run_folder: Location, results: Mapping[str, Any], samples: int 
         quarantine=quarantine(run),
         stages=stages(run),
     )  # fmt: skip
-    place = run_folder / REPORT_NAME
+    place = place or run_folder / REPORT_NAME
     place.write_bytes(page.encode())
     return place
 

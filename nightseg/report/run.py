@@ -22,12 +22,17 @@ EARLIER = "earlier"  # folder of a run folder: results of other recipes that wer
 Row = dict[str, Any]
 
 
+def root_of(folder: Location) -> Location:
+    """Where `stages` lies, of the results in a folder."""
+    return folder.parent.parent if folder.parent.name == EARLIER else folder
+
+
 class Run:
     """Results and commits of one run folder. A commit that is not there any more is no error: its pictures are."""
 
     def __init__(self, folder: Location, results: Mapping[str, Any]) -> None:
         self.folder = folder
-        self.root = folder.parent.parent if folder.parent.name == EARLIER else folder  # where `stages` lies
+        self.root = root_of(folder)
         self.results = results
         self._commits: dict[str, Commit | None] = {}
 

@@ -282,14 +282,15 @@ def test_report_is_written_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
     seen: list[Any] = []
 
-    def write_report(folder: Location, results: dict[str, Any]) -> Location:
+    def write_report(folder: Location, results: dict[str, Any], place: Location | None) -> Location:
         seen.append(results)
-        return folder / "report.html"
+        return place or folder / "report.html"
 
     monkeypatch.setattr(nightseg.report, "write_report", write_report)
     (tmp_path / "results.json").write_text('{"models": {}, "commits": {}, "seed": 3}')
     assert good("report", tmp_path).stdout == f"{tmp_path}/report.html\n"
-    assert seen == [{"models": {}, "commits": {}, "seed": 3}]
+    assert good("report", tmp_path, "--out", tmp_path / "else.html").stdout == f"{tmp_path}/else.html\n"
+    assert seen == 2 * [{"models": {}, "commits": {}, "seed": 3}]
     (tmp_path / "results.json").write_text("{")
     assert "damaged" in refused("report", tmp_path)
 
@@ -320,6 +321,9 @@ def test_explain_tells_of_a_run_that_is_not_finished(monkeypatch: pytest.MonkeyP
     assert opened == [Path(page).as_uri()] and Path(page).read_text().count("src=") == 2
     assert "no such frame, did you mean 'day/000001'" in refused("explain", run, "day/00001")
     assert "give FRAME_ID" in refused("explain", run, "--open")
+    beside = json_of("explain", run, "day/000001", "--out", tmp_path / "here.html")["page"]
+    assert beside == f"{tmp_path}/here.html" and len(opened) == 1
+    assert Path(beside).read_bytes() == Path(page).read_bytes() and str(run) not in Path(page).read_text()
     assert "trained none yet" in refused("explain", run, "day/000001", "--model", "adapted")
 
 

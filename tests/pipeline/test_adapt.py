@@ -9,7 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
+
+from nightseg.pipeline.results import read_results
+from nightseg.storage import Location
 
 RECIPE = """
 name: tiny
@@ -81,7 +85,7 @@ def test_a_recipe_becomes_results_and_a_report_and_is_not_done_twice(tmp_path: P
     assert results["models"]["first"]["learned"]["day_only"] and not second["learned"]["day_only"]
     assert second["consistency"].keys() == {"confidence", "mirrored", "brightened", "diversity"}
     assert [row["reason"] for row in results["quarantine"]] == ["zero_bytes"]
-    assert json.loads((run / "results.json").read_text()) == results
+    assert read_results(Location.of(run)) == results
     assert "taught" not in results["pseudo_labels"]  # a model that teaches itself leaves none
     taught = results["commits"]["train_segmenter/taught"]
     history = json.loads((Path(taught["folder"].removeprefix("file://")) / "history.json").read_text())
@@ -108,3 +112,31 @@ def test_a_recipe_becomes_results_and_a_report_and_is_not_done_twice(tmp_path: P
 
     masks = json_of("predict", f"{run}:second.seed1", pool, "--out", tmp_path / "masks")
     assert (masks["written"], masks["quarantined"]) == (3, 1)
+
+    page = Path(json_of("explain", run, "day/000000", "--open")["page"])
+    assert files_with(run, str(run)) == []
+    whole = report_of(run)
+    pool.rename(tmp_path / "mounted elsewhere")  # frames of the user are found where they were, or not at all
+    without_pool = report_of(run)
+    run.rename(tmp_path / "moved")
+    assert report_of(tmp_path / "moved") == without_pool != whole
+    assert (tmp_path / "moved" / page.relative_to(run)).exists()
+
+
+def report_of(run: Path) -> str:
+    assert nightseg("report", run).returncode == 0
+    return (run / "report.html").read_text()
+
+
+def files_with(folder: Path, text: str) -> list[str]:
+    """Files of a run that hold a text, but for notes of attempts' makers and what only people's tools read."""
+    found = []
+    for file in sorted(folder.rglob("*")):
+        if file.is_dir() or file.is_symlink():
+            continue
+        data = file.read_bytes()
+        if file.suffix == ".parquet":
+            data += str(pq.read_table(file).to_pylist()).encode()
+        if text.encode() in data:
+            found.append(str(file.relative_to(folder)))
+    return found

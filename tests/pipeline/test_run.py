@@ -130,7 +130,7 @@ def test_a_run_works_in_order_and_leaves_recipe_and_results(
     assert made.worked == ["collect/day", "train_segmenter/m", "evaluate/m"]
     assert (outcome.done, outcome.skipped) == (3, 0)
     assert load_recipe(folder / "recipe.yaml") == recipe
-    assert (folder / "results.json").read_json() == outcome.results
+    assert read_results(folder) == outcome.results
     assert outcome.results["models"]["m"]["tests"]["night"]["published_miou"] == 31.5
 
 
