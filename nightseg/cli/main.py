@@ -57,10 +57,10 @@ _set_option = click.option("--set", "overrides", multiple=True, metavar="a.b=c",
 _page_option = click.option("--out", metavar="FILE", help="Write the page here  [default: in RUN_DIR].")
 
 
-def _page(write: Callable[[Location | None], Location], out: str | None) -> Location:
+def _page(write: Callable[..., Location], out: str | None) -> Location:
     """The page that was written, where it was asked for."""
     try:
-        return write(None if out is None else Location.of(out))
+        return write(place=None if out is None else Location.of(out))
     except UserError as error:
         if not isinstance(error.__cause__, OSError):
             raise
@@ -302,7 +302,7 @@ def report(run_dir: str, show: bool, out: str | None) -> None:
 
     folder = Location.of(run_dir)
     results = read_results(folder)
-    page = _page(lambda place: write_report(folder, results, place=place), out)
+    page = _page(partial(write_report, folder, results), out)
     click.echo(page.uri)
     if show and page.is_local:
         webbrowser.open(Path(page.uri).as_uri())
@@ -340,7 +340,7 @@ def explain(run_dir: str, frame: str | None, model: str | None, show: bool, out:
     life = life_of(folder, results, frame, model)
     page = None
     if show or out is not None:
-        page = _page(lambda place: life_page(folder, results, life, place), out)
+        page = _page(partial(life_page, folder, results, life), out)
     if show and page is not None and page.is_local:
         webbrowser.open(Path(page.uri).as_uri())
     content = {"run_dir": folder.uri, **life._asdict(), "page": None if page is None else page.uri}

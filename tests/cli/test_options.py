@@ -46,7 +46,7 @@ VERBS: Final = {
         ("r.yaml",),
         {**PLACES, "--until": "score", "--address": "http://head:8265", "--no-wait": None, "--max-tries": "3"},
     ),
-    "report": Verb("nightseg.report:write_report", ("run1",), {}),
+    "report": Verb("nightseg.report:write_report", ("run1",), {"--out": "page.html"}),
     "explain": Verb("nightseg.report.life:life_of", ("run1", "f"), {"--model": "m"}),
     "status": Verb("nightseg.cli.main:Workspace", ("run1",), {}),
     "verify": Verb("nightseg.pipeline.verify:verify", ("run1",), {}),
@@ -152,6 +152,7 @@ VERBS: Final = {
 OTHERWISE: Final = {  # options that say how a verb answers, and the places where that is tested
     "--json": "test_main.py",
     "--open": "test_main.py",
+    "--out": "of `explain`: test_main.py",
     "--schema": "test_main.py",
     "--page": "tests/pipeline/test_check.py",
     "--dry-run": "a verb of its own here",
