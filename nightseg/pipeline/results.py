@@ -40,6 +40,7 @@ def gather(
 ) -> dict[str, Any]:
     """The content of results.json: metrics are fractions, matrices are integers, times are seconds."""
     models = _models(recipe, graph, commits)
+    order = {node: place for place, node in enumerate(dict.fromkeys([*graph.nodes, *commits]))}
     first = {name: graph.models[next(iter(facts["trainings"]))] for name, facts in models.items()}
     return {
         "nightseg": importlib.metadata.version("nightseg"),
@@ -60,7 +61,10 @@ def gather(
         "translations": _translations(recipe, graph, commits, models),
         "leaks": [leak._asdict() | {"text": str(leak)} for leak in leaks],
         "quarantine": _quarantine(commits),
-        "commits": {str(node): _facts(commit) | {"skipped": node not in done} for node, commit in commits.items()},
+        "commits": {
+            str(node): _facts(commit) | {"skipped": node not in done, "order": order[node]}
+            for node, commit in commits.items()
+        },
         "seconds": {str(node): commit.seconds for node, commit in commits.items()},
     }
 
@@ -143,7 +147,7 @@ def results_so_far(run: Location) -> dict[str, Any]:
         "recipe": recipe.name,
         "taxonomy": _told(taxonomy(recipe.taxonomy)),
         "models": {},
-        "commits": {node: _facts(commit) for node, commit in newest.items()},
+        "commits": {node: _facts(commit) | {"order": place} for place, (node, commit) in enumerate(newest.items())},
     }
 
 

@@ -196,6 +196,6 @@ def stages(run: Run) -> list[dict[str, Any]]:
     commits = run.results["commits"]
     longest = max((facts["seconds"] for facts in commits.values()), default=0.0) or 1.0
     return [
-        {"node": node, "share": facts["seconds"] / longest, "kind": node.partition("/")[0], **facts}
-        for node, facts in sorted(commits.items(), key=lambda item: (item[1].get("created", ""), item[0]))
+        {"node": node, "share": commits[node]["seconds"] / longest, "kind": node.partition("/")[0], **commits[node]}
+        for node in run.order
     ]

@@ -47,8 +47,18 @@ class Run:
         return Taxonomy(part["name"], names, palette, encodings)
 
     @cached_property
+    def order(self) -> list[str]:
+        """`stage/name` of every commit in the order of the work: results.json sorts its keys."""
+        commits = self.results["commits"]
+
+        def place(node: str) -> tuple[int, str, str]:  # no clock decides; earlier versions have nothing else
+            return commits[node].get("order", 0), commits[node].get("created", ""), node
+
+        return sorted(commits, key=place)
+
+    @cached_property
     def models(self) -> list[str]:
-        """Names of the models in the order in which they were trained: results.json sorts its keys."""
+        """Names of the models in the order in which they were trained."""
         return self._by_age(
             self.results["models"],
             lambda name: [self.results["models"][name].get("model") or f"train_segmenter/{name}"],
@@ -64,11 +74,10 @@ class Run:
         return self._by_age(nodes, nodes.__getitem__)
 
     def _by_age(self, names: Iterable[str], nodes: Any) -> list[str]:
-        commits = self.results["commits"]
-        late = "~"  # after every date
+        places = {node: place for place, node in enumerate(self.order)}
 
-        def age(name: str) -> tuple[str, str]:
-            return min((commits.get(node, {}).get("created", late) for node in nodes(name)), default=late), name
+        def age(name: str) -> tuple[int, str]:
+            return min((places.get(node, len(places)) for node in nodes(name)), default=len(places)), name
 
         return sorted(names, key=age)
 
@@ -168,9 +177,7 @@ class Run:
 
     def nodes(self, stage: str) -> list[str]:
         """`stage/name` of every commit of a stage, in the order in which they were made."""
-        commits = self.results["commits"]
-        found = [node for node in commits if node.partition("/")[0] == stage]
-        return sorted(found, key=lambda node: (commits[node].get("created", ""), node))
+        return [node for node in self.order if node.partition("/")[0] == stage]
 
     def commit(self, node: str) -> Commit | None:
         """The commit of `stage/name`: in this run folder, which may have been moved, or where it was borrowed from."""

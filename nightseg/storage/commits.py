@@ -32,7 +32,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -520,7 +520,7 @@ class Attempt:
             summary=json.loads(canonical_json(dict(summary or {}))),  # what a later run will read, already now
             outputs=listed,
             code=code_version(),
-            created=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            created=_after_others(self.stage_folder).isoformat(timespec="milliseconds"),
         )
         if scratch:
             (self.folder / SCRATCH_NAME).write_json(list(map(safe_relative, scratch)))
@@ -584,6 +584,17 @@ class Attempt:
         except (FileNotFoundError, UserError) as error:
             _LOG.warning("%s; the shard is computed again", error)
         return False
+
+
+def _after_others(stage_folder: Location) -> datetime:
+    """Now, or later: after the commits of the stage's other keys, so that the newest is the newest whatever clocks
+    say."""
+    folder, newest = stage_folder.parent, datetime.now(UTC)
+    for entry in folder.list():
+        with suppress(UserError, ValueError):  # not of this nightseg
+            if entry.is_folder and (commit := read_commit(folder / entry.name)) is not None:
+                newest = max(newest, datetime.fromisoformat(commit.created) + timedelta(milliseconds=1))
+    return newest
 
 
 def clear_scratch(attempt: Location) -> None:

@@ -139,7 +139,7 @@ def test_results_say_what_was_done_now_and_how_long_it_took(run: Location) -> No
     assert facts["folder"].startswith(f"{run.uri}/stages/collect/day/") and facts["skipped"] is True
     assert facts.keys() == {
         *("key", "content", "folder", "seconds", "rows_in", "rows_out", "quarantined", "created", "code", "summary"),
-        "skipped",
+        *("skipped", "order"),
     }
 
 

@@ -250,3 +250,16 @@ def test_warnings_of_labels_for_other_seeds_are_shown(made_up_run: Any, tmp_path
     text = Page(write_report(Location.of(tmp_path), results).read_bytes().decode()).text
     assert "self_trained.seed1: no pole is kept" in text
     assert text.count("the teacher never predicts sign and fence on these frames") == 1
+
+
+def test_the_order_is_that_of_the_work_whatever_clocks_said(made_up_run: Any) -> None:
+    results = copy.deepcopy(made_up_run.results)
+    before = Run(made_up_run.folder, results)
+    found = before.models, before.tests, before.main_test
+    for place, node in enumerate(before.order):
+        results["commits"][node] |= {"order": place, "created": f"20{90 - place}-01-01T00:00:00.000+00:00"}
+    after = Run(made_up_run.folder, results)
+    assert (after.models, after.tests, after.main_test) == found and after.order == before.order
+    for facts in results["commits"].values():
+        del facts["order"]  # as earlier versions wrote them
+    assert Run(made_up_run.folder, results).order == before.order[::-1]
