@@ -13,7 +13,7 @@ import shlex
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 from urllib.parse import urlsplit
@@ -91,12 +91,7 @@ def run_job(
     """
     client = _client(address, say)
     for number in range(1, max_tries + 1):
-        id = _same_at_work(client, request)
-        if id is not None:
-            say(f"job {id} does this already, as it was submitted then: no second one is started")
-        else:
-            id = _submit(client, request)
-            say(f"job {id} is submitted to {address}")
+        id = _found_or_submitted(client, request, address, say)
         if not wait:
             return Job(id, address, str(client.get_job_status(id)), tries=number)
         try:
@@ -133,12 +128,16 @@ def _client(address: str, say: Callable[[str], None]) -> Any:
         with _only_address(address):
             return JobSubmissionClient(address)
     except AuthenticationError as error:
-        is_wrong = "Authentication failed" in str(error)
-        what = "its token is another than the one here" if is_wrong else "it wants its token, and there is none here"
-        raise UserError(f"address: the cluster at {address} refuses: {what}", cure=ADMISSION_CURE) from error
+        raise _refused(address, error) from error
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         first_line = str(error).strip().partition("\n")[0]
         raise UserError(f"address: what answers at {address} is no Ray dashboard: {first_line}", cure=cure) from error
+
+
+def _refused(address: str, error: Exception) -> UserError:
+    is_wrong = "Authentication failed" in str(error)
+    what = "its token is another than the one here" if is_wrong else "it wants its token, and there is none here"
+    return UserError(f"address: the cluster at {address} refuses: {what}", cure=ADMISSION_CURE)
 
 
 @contextmanager
@@ -153,6 +152,23 @@ def _only_address(address: str) -> Iterator[None]:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
+
+
+def _found_or_submitted(client: Any, request: Request, address: str, say: Callable[[str], None]) -> str:
+    import requests
+
+    patience = _Patience(address, "the cluster does not answer", "the same command submits it", say)
+    while True:
+        try:
+            id = _same_at_work(client, request)
+            if id is not None:
+                say(f"job {id} does this already, as it was submitted then: no second one is started")
+            else:
+                id = _submit(client, request)
+                say(f"job {id} is submitted to {address}")
+            return id
+        except (requests.ConnectionError, requests.Timeout) as error:  # after a try that ended with its head
+            patience.wait(error)
 
 
 def _same_at_work(client: Any, request: Request) -> str | None:
@@ -191,9 +207,11 @@ def _submit(client: Any, request: Request) -> str:
 
 def _follow(client: Any, id: str, address: str, say: Callable[[str], None], write: Callable[[str], None]) -> Job:
     from aiohttp import ClientError
+    from ray.exceptions import AuthenticationError
 
     shown = _Shown(write)
-    silent_since = 0.0
+    lost = f"job {id}: the connection is lost; it goes on without us, and we look for it"
+    patience = _Patience(address, lost, f"job {id} may go on; the same command follows it, or continues its work", say)
     while True:
         try:
             asyncio.run(shown.tail(client, id))
@@ -202,16 +220,42 @@ def _follow(client: Any, id: str, address: str, say: Callable[[str], None], writ
                 shown.rest(client.get_job_logs(id))
                 code = details.driver_exit_code
                 return Job(id, address, str(details.status), code, (details.message or "").partition("\n")[0])
-            silent_since = 0.0
+            patience.over()
+        except AuthenticationError as error:
+            raise _refused(address, error) from error
         except (OSError, ClientError, RuntimeError, ValueError) as error:  # the tunnel, or the head for a while
-            if not silent_since:
-                silent_since = time.monotonic()
-                say(f"job {id}: the connection is lost ({error}); it goes on without us, and we look for it")
-            if time.monotonic() - silent_since > SECONDS_WITHOUT_ANSWER:
-                raise UserError(
-                    f"address: {address} has not answered for {SECONDS_WITHOUT_ANSWER:g} s; job {id} may go on",
-                    cure="the same command follows it, or continues its work",
-                ) from error
+            if _is_forgotten(client, id):
+                return Job(id, address, "FAILED", None, "its head was lost, and the one that is there does not know it")
+            patience.wait(error)
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+def _is_forgotten(client: Any, id: str) -> bool:
+    """Whether the cluster answers, and has no such job: jobs go with their head."""
+    with suppress(OSError, RuntimeError, ValueError):
+        return id not in {job.submission_id for job in client.list_jobs()}
+    return False
+
+
+class _Patience:
+    """With a cluster that does not answer: it is told once, and given up after a while."""
+
+    def __init__(self, address: str, lost: str, cure: str, say: Callable[[str], None]) -> None:
+        self.address, self.lost, self.cure, self.say = address, lost, cure, say
+        self.over()
+
+    def over(self) -> None:
+        self.since: float | None = None
+
+    def wait(self, error: Exception) -> None:
+        """Raises UserError if it has lasted too long."""
+        if self.since is None:
+            self.since = time.monotonic()
+            self.say(f"{self.lost} ({error})")
+        if time.monotonic() - self.since > SECONDS_WITHOUT_ANSWER:
+            raise UserError(
+                f"address: {self.address} has not answered for {SECONDS_WITHOUT_ANSWER:g} s", cure=self.cure
+            ) from error
         time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 

@@ -11,6 +11,7 @@ from threading import Thread
 from typing import Any
 
 import pytest
+import requests
 from ray.dashboard.modules.job.common import JobStatus
 
 from nightseg.cluster import submit as jobs
@@ -29,16 +30,20 @@ class Details:
 
 
 class Cluster:
-    """Keeps jobs; each ends as `ends` says, one after the other. `cuts`: how often its log breaks off."""
+    """Keeps jobs; each ends as `ends` says, one after the other. `cuts`: how often its log breaks off; `forgets`: its
+    head is lost when it is asked for a job next, and the next head does not answer `away` times."""
 
     def __init__(self) -> None:
         self.jobs: list[Details] = [Details(None, "python somebody.py", None)]
         self.ends: list[tuple[JobStatus, int | None]] = []
-        self.cuts = 0
+        self.cuts, self.away, self.forgets = 0, 0, False
         self.asked: list[dict[str, Any]] = []
         self.interrupted = False
 
     def list_jobs(self) -> list[Details]:
+        if self.away and not self.forgets:
+            self.away -= 1
+            raise requests.ConnectionError("refused")
         return list(self.jobs)
 
     def submit_job(self, **asked: Any) -> str:
@@ -55,6 +60,10 @@ class Cluster:
         return self.job(id).status
 
     def get_job_info(self, id: str) -> Details:
+        if self.forgets:
+            self.forgets, self.jobs, self.ends = False, [], [(JobStatus.SUCCEEDED, 0)]
+        if id not in {job.submission_id for job in self.jobs}:
+            raise RuntimeError(f"Request failed with status code 404: Job {id} does not exist")
         job = self.job(id)
         if self.ends:
             job.status, code = self.ends.pop(0)
@@ -142,8 +151,18 @@ def test_a_cluster_that_stays_away_is_given_up_and_the_job_is_not(
 ) -> None:
     monkeypatch.setattr(jobs, "SECONDS_WITHOUT_ANSWER", -1.0)
     cluster.cuts = 9
-    with pytest.raises(UserError, match="job demo may go on"):
+    with pytest.raises(UserError, match=r"has not answered for .*job demo may go on"):
         run(Told())
+
+
+def test_a_job_that_went_with_its_head_is_tried_again_on_the_next(cluster: Cluster) -> None:
+    told = Told()
+    for max_tries, status in ((1, "FAILED"), (2, "SUCCEEDED")):
+        cluster.forgets, cluster.away, cluster.ends = True, 2, []
+        job = run(told, max_tries=max_tries)
+        assert (job.status, job.tries) == (status, max_tries)
+    assert "its head was lost" in "".join(told.said)
+    assert len(cluster.asked) == 3 and len([line for line in told.said if "it goes on without us" in line]) == 2
 
 
 def test_a_driver_that_dies_is_tried_again(cluster: Cluster) -> None:
