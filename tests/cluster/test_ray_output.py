@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from nightseg.cluster import ray as cluster
 from nightseg.cluster.ray import _stderr_without, wants_logs
 
 
@@ -26,3 +27,23 @@ def test_rays_own_switch_brings_the_logs_back(
     else:
         monkeypatch.setenv("RAY_LOG_TO_DRIVER", value)
     assert wants_logs() is expected
+
+
+def test_statistics_of_ray_data_that_fail_do_not_fill_the_log(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its actor is told each second how a pass goes; on a busy machine, or after a lost node, it does not answer."""
+    from ray.data._internal import stats
+
+    def gone() -> None:
+        calls.append("gone")
+        raise RuntimeError("_StatsActor does not answer")
+
+    calls: list[str] = []
+    monkeypatch.delenv("RAY_LOG_TO_DRIVER", raising=False)
+    monkeypatch.setattr(cluster, "_let_out_actor_notice", lambda: None)
+    monkeypatch.setattr(stats, "get_or_create_stats_actor", gone)
+    cluster.hide_ray_data()
+    stats._StatsManager.update_execution_metrics("pass", [], [], {})
+    assert stats._StatsManager.gen_dataset_id_from_stats_actor()
+    assert len(calls) == 2 and capfd.readouterr() == ("", "")
