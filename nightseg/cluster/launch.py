@@ -90,10 +90,13 @@ def _start_problems(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _address_problems(key: str, command: str, config: Mapping[str, Any]) -> Iterator[str]:
-    """Ray knows the address of the head from the file, and listens where the command says."""
+    """Ray knows the address of the head from the file, and tells others what the command says."""
     address, head = re.search(r"--node-ip-address[= ](\S+)", command), config["provider"].get("head_ip")
     if address is None:
-        yield f"{key}: `ray start` without --node-ip-address: Ray listens on every interface of the machine"
+        yield (
+            f"{key}: `ray start` without --node-ip-address: Ray tells the others the address of the interface that "
+            "leads to the internet, which they may not reach"
+        )
     elif "--head" in command and not {"$", "`"} & set(address[1]) and address[1] != head:
         yield f"{key}: the head listens at {address[1]}, and workers look for it at provider.head_ip, {head}"
 
@@ -196,6 +199,8 @@ def _machine_problems(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _secret_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    if any(str(source).rstrip("/") in (".", "~", "") for source in (config.get("file_mounts") or {}).values()):
+        yield "file_mounts: a whole folder with all that lies in it, such as keys, .venv and data: name what is needed"
     if not any(str(target).endswith(".ray/auth_token") for target in config.get("file_mounts") or {}):
         yield "file_mounts: the auth token is not brought to the nodes (/home/ray/.ray/auth_token: ~/.ray/auth_token)"
     elif "chmod 600" not in " ".join(str(command) for command in config.get("setup_commands") or []):

@@ -49,6 +49,15 @@ def test_our_lint_finds_nothing_but_what_the_user_must_fill_in(file: Path) -> No
     assert {place.rsplit(".", 1)[-1] for place in unfilled(read(file))} == to_fill[file]
 
 
+@pytest.mark.parametrize("file", LAUNCHED, ids=lambda file: file.name)
+def test_what_is_installed_comes_along_and_nothing_else(file: Path) -> None:
+    brought = {target: source for target, source in read(file)["file_mounts"].items() if "auth_token" not in target}
+    of_image = [line.split()[2:-1] for line in (PROJECT / "Dockerfile").read_text().splitlines() if "COPY" in line]
+    assert sorted(brought.values()) == sorted(source for sources in of_image for source in sources)
+    (root,) = {target.removesuffix(source) for target, source in brought.items()}
+    assert any(command.endswith(f"{root}constraints.txt {root[:-1]}") for command in read(file)["setup_commands"])
+
+
 @pytest.mark.parametrize("file", [AWS, GCP, KUBERAY], ids=lambda file: file.name)
 def test_workers_start_from_none_and_stop_after_ten_idle_minutes(file: Path) -> None:
     config = read(file)
@@ -131,6 +140,8 @@ TOKEN = "RAY_AUTH_MODE=token "
         (AWS, change(f"{HEAD}.resources", {}), "the head takes work"),
         (LOCAL, change("head_start_ray_commands.1", replaced("--num-cpus=0 ", "")), "the head takes work"),
         (AWS, change("file_mounts", {}), "auth token is not brought"),
+        (AWS, change("file_mounts.~/nightseg", "."), "a whole folder"),
+        (LOCAL, change("file_mounts", {"~/.ray": "~/"}), "a whole folder"),
         (GCP, change("setup_commands", ["pip install nightseg"]), "readable for all"),
         (AWS, change("head_setup_commands.0", "export AWS_SECRET_ACCESS_KEY=abcdefgh"), "a secret stands"),
         (LOCAL, change("setup_commands.0", "RAY_AUTH_TOKEN=0123456789 chmod 600 x"), "a secret stands"),
@@ -157,7 +168,7 @@ TOKEN = "RAY_AUTH_MODE=token "
         (LOCAL, change("provider.worker_ips", ["b", "b"]), "twice"),
         (LOCAL, change("min_workers", 0), "leave both out"),
         (LOCAL, change("setup_commands.1", "true"), "name the virtual environment"),
-        (LOCAL, change("worker_start_ray_commands.1", replaced("--node-ip-address", "--x")), "every interface"),
+        (LOCAL, change("worker_start_ray_commands.1", replaced("--node-ip-address", "--x")), "may not reach"),
         (LOCAL, change("provider.head_ip", "10.0.0.9"), "workers look for it at provider.head_ip"),
         # Kubernetes
         (KUBERAY, change(f"{SPEC}.authOptions"), "no authOptions"),
