@@ -182,6 +182,7 @@ The report
     report/charts.py        charts as SVG
     report/life.py          what a run knows of a frame
     report/life_page.py     the same in words, and as a page
+    report/search_page.py   the page of a search
     report/check_page.py    the page of `nightseg check`
     report/pictures.py      thumbnails as data URIs
     report/sheets.py        pictures for a README: the strip, the sheet of translations
@@ -205,12 +206,18 @@ Runs
     pipeline/run.py      a recipe from its check over all stages to results and report
     pipeline/submit.py   a recipe as a job of a cluster: what is uploaded, what must lie there
     pipeline/tracking.py a finished run in MLflow or W&B
-    pipeline/search.py   Ray Tune over the rounds: what a search tries, its trials
+    pipeline/search/settings.py   what a search may say: spaces, score, sampler, budgets
+    pipeline/search/proposals.py  values of the next trial: a function of those before (Optuna); importance
+    pipeline/search/records.py    what a search has done, in trials.json
+    pipeline/search/trials.py     one trial as a run that borrows; what trials share
+    pipeline/search/tune.py       Ray Tune's part: side by side, ASHA, TensorBoard
+    pipeline/search/run.py        a search from its check to its best recipe
     pipeline/single.py   single stages without a recipe
 
 The command line
     cli/greeting.py  what is said before anything heavy is imported
     cli/doctor.py    is this machine fit
+    cli/boards.py    TensorBoard beside a search
     cli/output.py    how answers and errors look
     cli/main.py      `nightseg run`, `check`, `recipe`, `status`, `verify`, `report`, `explain`, `search`, `submit`,
                      `doctor`

@@ -257,8 +257,9 @@ class _LiveTask:
 
 
 def format_metrics(metrics: Mapping[str, float | str]) -> str:
-    """`loss 0.31  miou 0.52`; a metric whose name is a rate reads `15.2 frames/s`."""
-    texts = {name: _number(value) if isinstance(value, float | int) else value for name, value in metrics.items()}
+    """`loss 0.31  miou 0.52`; a rate by its name reads `15.2 frames/s`. Others with a slash are for programs."""
+    shown = {name: value for name, value in metrics.items() if "/" not in name or name.endswith("/s")}
+    texts = {name: _number(value) if isinstance(value, float | int) else value for name, value in shown.items()}
     return "  ".join(f"{text} {name}" if name.endswith("/s") else f"{name} {text}" for name, text in texts.items())
 
 

@@ -351,21 +351,32 @@ def explain(run_dir: str, frame: str | None, model: str | None, show: bool, out:
 @click.argument("search_file", metavar="SEARCH")
 @_set_option
 @click.option("--run-dir", metavar="DIR", help="Where the search lies (default: runs/<its name>).")
+@click.option("--log", multiple=True, metavar="TRACKER", help="mlflow or wandb gets the finished search; repeatable.")
+@click.option("--open", "is_open", is_flag=True, help="TensorBoard on this machine meanwhile, and the page at the end.")
 @answers
-def search(search_file: str, overrides: tuple[str, ...], run_dir: str | None) -> Answer:
+def search(
+    search_file: str, overrides: tuple[str, ...], run_dir: str | None, log: tuple[str, ...], is_open: bool
+) -> Answer:
     """Search loss and selection of a recipe (Ray Tune).
 
-    Trials are compared on a validation set; the best recipe is written to best.yaml. Given again, the search continues.
+    Trials are compared on a validation set; the best recipe is written to best.yaml, what was learned to search.html.
+    Given again, the search continues.
 
     \b
-    nightseg search configs/search.yaml --set trials=16
-    tensorboard --logdir runs/search/tune
+    nightseg search configs/search.yaml --set trials=16 --open
+    tensorboard --logdir runs/search/tensorboard
     """
+    from nightseg.cli.boards import boards
     from nightseg.pipeline.search import search as tune
 
-    found = tune(search_file, overrides, run_dir=run_dir, progress=progress_for())
+    with boards(is_open, say) as watched:
+        found = tune(search_file, overrides, run_dir=run_dir, log=log, progress=progress_for(), watched=watched)
+    if is_open and found.page is not None and found.page.is_local:
+        webbrowser.open(Path(found.page.uri).as_uri())
     content = {"best": found.best, "trials": found.trials, "recipe": found.best_recipe.uri}
-    return Answer(content, partial(print_trials, found))
+    numbers = {"trainings": found.trainings, "reused": found.reused}
+    page = {} if found.page is None else {"page": found.page.uri}
+    return Answer(content | numbers | page, partial(print_trials, found))
 
 
 @main.command()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from nightseg.cli.boards import words_of
 from nightseg.cli.greeting import greeting_of
 from nightseg.errors import closest
 from nightseg.networks.downloads import allow_downloads
@@ -385,24 +386,29 @@ def print_folder_scores(scores: Mapping[str, Any]) -> None:
 
 
 def print_trials(found: Found) -> None:
-    keys = list(found.trials[0]["values"])
-    short = [key.rpartition(".")[2] for key in keys]
+    from nightseg.report.formatting import plural, short_names
+
+    short = short_names(found.trials[0]["values"])
+    kind, _, name = found.metric.partition(".")
     rows = [
         [
             trial["trial"],
-            *(_words(trial["values"][key]) for key in keys),
-            _score({"miou": trial["miou"], "std": {"miou": trial.get("std")}}, "miou"),
+            *(_words(trial["values"][key]) for key in short),
+            _score({kind: trial[found.metric], "std": {kind: trial.get("std")}}, kind),
             trial["epochs"],
             trial["end"],
         ]
         for trial in found.trials
     ]
-    columns = short if len(set(short)) == len(keys) else keys
-    print_table(str(found.folder), ["trial", *columns, "validation mIoU", "epochs", "end"], rows)
+    score = f"IoU of {name}" if name else METRICS[kind]
+    print_table(str(found.folder), ["trial", *short.values(), score, "epochs", "end"], rows)
     for trial in found.trials:
         if trial["error"]:
             say(f"trial {trial['trial']} failed: {trial['error']}")
-    click.echo(f"best recipe: {found.best_recipe}\ntrials: tensorboard --logdir {found.folder}/tune")
+    click.echo(f"{plural(found.trainings, 'training')}, {plural(found.reused, 'stage')} re-used")
+    click.echo(f"best recipe: {found.best_recipe}\ntrials: {shlex.join(words_of(found.folder))}")
+    if found.page is not None:
+        click.echo(f"page: {found.page}")
 
 
 def print_export(made: Mapping[str, Any]) -> None:

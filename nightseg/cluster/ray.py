@@ -152,6 +152,13 @@ def is_this_machine() -> bool:
     return _started_here or (not is_connected() and os.environ.get("RAY_ADDRESS", "").strip() in ("", "local"))
 
 
+def dashboard() -> str:
+    """HOST:PORT of Ray's dashboard; empty where there is none."""
+    from ray._private.worker import get_dashboard_url
+
+    return str(get_dashboard_url() or "") if is_connected() else ""
+
+
 def room(resource: str) -> float:
     """The most of a resource that work may take at a time; connects. Memory (bytes) is counted on one machine only."""
     connect()

@@ -18,6 +18,7 @@ import yaml
 from nightseg.errors import UserError, closest
 from nightseg.pipeline.results import RECIPE_NAME, RESULTS_NAME
 from nightseg.report import Run
+from nightseg.report.formatting import short_names
 from nightseg.report.page import REPORT_NAME
 from nightseg.storage import Location
 from nightseg.storage.scratch import temporary_folder
@@ -58,6 +59,35 @@ def track(names: Collection[str], folder: Location, results: dict[str, Any]) -> 
             _to_mlflow(run, recipe, files)
         if "wandb" in names:
             _to_wandb(run, recipe, files)
+
+
+def track_search(names: Collection[str], folder: Location, content: dict[str, Any]) -> None:
+    """Log a finished search (the content of its trials.json) to each of them: a run for each trial, named and described
+    by its values, its score after each epoch."""
+    search = content["search"]
+    short, metric = short_names(search["space"]), search["metric"]
+    rows = [
+        (row["label"], {short[key]: value for key, value in row["values"].items()}, row["curve"])
+        for row in content["trials"]
+        if row["end"] in ("done", "stopped")
+    ]
+    if "mlflow" in names:
+        mlflow = importlib.import_module("mlflow")
+        with mlflow.start_run(run_name=search["name"]):
+            mlflow.set_tag("run_dir", folder.uri)
+            for label, values, curve in rows:
+                with mlflow.start_run(run_name=label, nested=True):
+                    mlflow.log_params(values)
+                    for epoch, score in curve:
+                        mlflow.log_metrics({metric: score}, step=epoch)
+    if "wandb" in names:
+        wandb = importlib.import_module("wandb")
+        project = os.environ.get("WANDB_PROJECT") or "nightseg"
+        for label, values, curve in rows:
+            logged = wandb.init(project=project, group=search["name"], name=label, config=values, reinit=True)
+            for epoch, score in curve:
+                logged.log({metric: score, "epoch": epoch})
+            logged.finish()
 
 
 def _to_mlflow(run: Run, recipe: dict[str, Any], files: list[str]) -> None:

@@ -40,11 +40,12 @@ class Line(NamedTuple):
 
 
 class Dot(NamedTuple):
-    """The middle of a small circle."""
+    """The middle of a small circle; `title` is what it says when touched."""
 
     x: float
     y: float
     kind: str
+    title: str = ""
 
 
 class Tick(NamedTuple):

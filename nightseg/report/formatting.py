@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from nightseg.metrics.bootstrap import LEVEL, FrameSpread
@@ -83,6 +83,16 @@ def sentence(text: str) -> str:
 def short(text: str, letters: int = 12) -> str:
     """The beginning of a hash."""
     return text[:letters]
+
+
+def short_names(keys: Iterable[str]) -> dict[str, str]:
+    """Dotted key -> as few of its last words as tell it from the others."""
+    keys, words = list(keys), 1
+    while True:
+        found = {key: ".".join(key.split(".")[-words:]) for key in keys}
+        if len(set(found.values())) == len(found):
+            return found
+        words += 1
 
 
 def describe(model: Mapping[str, Any]) -> str:

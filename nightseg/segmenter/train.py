@@ -140,10 +140,17 @@ def learn(session: Session, settings: dict[str, Any]) -> None:
                 draw_validation(curves, learner.step, record["validation"], learner.evaluated, watched)
         learner.history.append(record)
         reported = {"epoch": float(epoch), "loss": loss}
-        if record.get("validation", {}).get("miou") is not None:
-            reported["miou"] = record["validation"]["miou"]
+        reported |= _figures(record.get("validation", {}))
         _checkpoint(session, learner, curves, reported)
         session.progress(learner.step, **reported)
+
+
+def _figures(scores: Mapping[str, Any]) -> dict[str, float]:
+    """A validation as a progress carries it: mIoU for the eye, the others by `validation/KEY` for a search."""
+    plain = {key: value for key, value in scores.items() if key != "iou"}
+    by_class = {f"iou.{name}": value for name, value in scores.get("iou", {}).items()}
+    known = {key: value for key, value in (plain | by_class).items() if value is not None}
+    return {key if key == "miou" else f"validation/{key}": value for key, value in known.items()}
 
 
 def _train_epoch(

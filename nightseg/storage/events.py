@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from nightseg.storage.paths import Location
@@ -49,6 +49,27 @@ class Curves:
         """An RGB picture, as PNG."""
         image = {"height": height, "width": width, "colorspace": 3, "encoded_image_string": png}
         self._add(step, [{"tag": tag, "image": image}])
+
+    def begin(self, values: Mapping[str, Any], metrics: Sequence[str]) -> None:
+        """What this folder is a trial of: TensorBoard's table of hyperparameters shows these values beside the last
+        point of these curves."""
+        from tensorboardX.summary import hparams
+
+        for summary in hparams(dict(values), dict.fromkeys(metrics, 0.0))[:2]:
+            self._records.append(_framed({"step": 0, "summary": summary}))
+
+    def end(self, is_success: bool) -> None:
+        """The trial is over. Written at once."""
+        from tensorboardX.proto.api_pb2 import Status
+        from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData, SessionEndInfo
+        from tensorboardX.proto.summary_pb2 import Summary, SummaryMetadata
+
+        ended = SessionEndInfo(status=Status.Value("STATUS_SUCCESS" if is_success else "STATUS_FAILURE"))
+        content = HParamsPluginData(session_end_info=ended, version=0).SerializeToString()
+        plugin = SummaryMetadata.PluginData(plugin_name="hparams", content=content)
+        value = Summary.Value(tag="_hparams_/session_end_info", metadata=SummaryMetadata(plugin_data=plugin))
+        self._records.append(_framed({"step": self._last_step, "summary": Summary(value=[value])}))
+        self.flush()
 
     def flush_if_due(self) -> None:
         """Write what there is if the last time was long ago: for those who watch while it runs."""

@@ -338,9 +338,10 @@ def test_search_shows_the_trials(monkeypatch: pytest.MonkeyPatch) -> None:
         return Found(folder, trial, [trial], folder / "best.yaml")
 
     monkeypatch.setattr(search_module, "search", tune)
-    assert json_of("search", "s.yaml") == {"best": trial, "trials": [trial], "recipe": "/runs/search/best.yaml"}
+    told = {"best": trial, "trials": [trial], "recipe": "/runs/search/best.yaml", "trainings": 0, "reused": 0}
+    assert json_of("search", "s.yaml") == told
     out = good("search", "s.yaml").stdout
-    assert "40.0" in out and "tensorboard --logdir /runs/search/tune" in out
+    assert "40.0" in out and "tensorboard --logdir /runs/search/tensorboard --host=127.0.0.1" in out
 
 
 @pytest.mark.parametrize(("is_good", "code"), [(True, 0), (False, 1)])

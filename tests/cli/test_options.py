@@ -40,7 +40,9 @@ VERBS: Final = {
     "run --dry-run": Verb("nightseg.pipeline.plan:plan", (DEMO,), {**PLACES, "--until": "score"}),
     "check": Verb("nightseg.pipeline.check:check", (DEMO,), {**PLACES, "--frames": "3"}),
     "recipe": Verb("nightseg.recipe.load:as_it_is", (DEMO,), {"--set": "seed=3"}),
-    "search": Verb("nightseg.pipeline.search:search", ("s.yaml",), {"--set": "trials=3", "--run-dir": "other"}),
+    "search": Verb(
+        "nightseg.pipeline.search:search", ("s.yaml",), {"--set": "trials=3", "--run-dir": "other", "--log": "wandb"}
+    ),
     "submit": Verb(
         "nightseg.pipeline.submit:submit",
         ("r.yaml",),

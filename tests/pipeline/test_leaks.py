@@ -15,7 +15,9 @@ from nightseg.data.images import encode_jpeg, encode_png
 from nightseg.pipeline import build, leaks
 from nightseg.pipeline import run as runner
 from nightseg.pipeline.graph import FRAME_STAGES, Graph
-from nightseg.pipeline.search import Dimension, Search, Trials, _examine
+from nightseg.pipeline.search.run import _examine
+from nightseg.pipeline.search.settings import Dimension, Search
+from nightseg.pipeline.search.trials import Trials
 from nightseg.progress import LineProgress, SilentProgress
 from nightseg.recipe import load_recipe, save_recipe
 from nightseg.recipe.types import Recipe
