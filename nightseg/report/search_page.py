@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from statistics import fmean
 from typing import Any, Final, NamedTuple
 
 from nightseg.metrics.seeds import deviation
 from nightseg.report import formatting
-from nightseg.report.charts import SIZE, SMALL, Chart, Dot, Line, Tick, nice_values
+from nightseg.report.charts import SIZE, Chart, Dot, Line, Tick, nice_values
 from nightseg.report.page import METRICS
 from nightseg.report.templates import template
 from nightseg.storage import Location
@@ -18,7 +19,9 @@ PAGE_NAME: Final = "search.html"
 COUNT: Final = ".select.count"  # how a key ends that says how many frames are learned from
 KINDS: Final = {"done": "chosen", "stopped": "pool", "best": "reference"}  # end of a trial -> style of its marks
 _PARALLEL: Final = (900, 300)
+_SLICE: Final = (340, 170)
 _MOST_VALUES: Final = 6  # of a choice that are written at an axis
+_LETTER: Final = 7  # width of one, in the units of the charts
 Row = Mapping[str, Any]
 
 
@@ -60,7 +63,8 @@ class Seen:
         self.best: Row | None = content["best"]
         self.done = [row for row in self.rows if row["end"] == "done"]
         self.stopped = [row for row in self.rows if row["end"] == "stopped" and row["curve"]]
-        self.scored = sorted([*self.stopped, *self.done], key=lambda row: row["end"] == "done")  # later ones on top
+        order = [KINDS["stopped"], KINDS["done"], KINDS["best"]]  # the later ones on top
+        self.scored = sorted([*self.stopped, *self.done], key=lambda row: order.index(self.kind(row)))
 
     def score(self, row: Row) -> float:
         return 100 * float(row[self.metric])
@@ -73,12 +77,17 @@ class Seen:
         how = "" if row["end"] == "done" else f", stopped after {formatting.plural(row['epochs'], 'epoch')}"
         return f"{row['number']}: {row['label']}: {self.score(row):.1f} %{how}"
 
-    @property
+    @cached_property
     def span(self) -> tuple[float, float]:
-        """Of all scores, with their spread over seeds, and a little more."""
-        ends = [self.score(row) + sign * 100 * (row.get("std") or 0.0) for row in self.scored for sign in (-1, 1)]
+        """Of the scores of finished trials (of all where none is), with their spread over seeds, and a little more."""
+        rows = self.done or self.stopped
+        ends = [self.score(row) + sign * 100 * (row.get("std") or 0.0) for row in rows for sign in (-1, 1)]
         room = 0.08 * (max(ends) - min(ends)) or 1.0
         return min(ends) - room, max(ends) + room
+
+    def shown(self, row: Row) -> float:
+        """The score, or the end of the span that it lies beyond: one early epoch is no measure for finished trials."""
+        return min(max(self.score(row), self.span[0]), self.span[1])
 
 
 def tiles(seen: Seen) -> list[tuple[str, str, str]]:
@@ -101,7 +110,7 @@ def table(seen: Seen) -> list[Row]:
     ranked = sorted(seen.scored, key=lambda row: (row["end"] != "done", sign * seen.score(row)))
     low, high = seen.span if seen.scored else (0.0, 1.0)
     return [
-        {**row, "score": row[seen.metric], "share": (seen.score(row) - low) / (high - low), "kind": seen.kind(row)}
+        {**row, "score": row[seen.metric], "share": (seen.shown(row) - low) / (high - low), "kind": seen.kind(row)}
         for row in ranked
     ]
 
@@ -150,6 +159,10 @@ def axis_of(dimension: Mapping[str, Any]) -> Axis:
     return axis._replace(ticks=tuple((axis.place(value), formatting.significant(value)) for value in shown))
 
 
+def _cut(text: str, letters: int) -> str:
+    return text if len(text) <= letters else text[: max(letters - 1, 1)] + "\N{HORIZONTAL ELLIPSIS}"
+
+
 def _value(value: Any) -> str:
     if isinstance(value, bool | str):
         return str(value)
@@ -167,30 +180,37 @@ def parallel(seen: Seen) -> dict[str, Any]:
     low, high = seen.span
     score = Axis(low, high, False, (), tuple(((v - low) / (high - low), f"{v:g}") for v in nice_values(low, high)))
     axes = [*(axis_of(seen.search["space"][key]) for key in seen.short), score]
+    room = int((width - 2 * margin) / (len(axes) - 1) / _LETTER) - 2
     places = [margin + index * (width - 2 * margin) / (len(axes) - 1) for index in range(len(axes))]
 
     def up(share: float) -> float:
         return round(bottom - share * (bottom - top), 2)
 
     lines = []
-    for row in sorted(seen.scored, key=lambda row: seen.kind(row) == KINDS["best"]):
-        values = [*(row["values"][key] for key in seen.short), seen.score(row)]
+    for row in seen.scored:
+        values = [*(row["values"][key] for key in seen.short), seen.shown(row)]
         points = [f"{x:g},{up(axis.place(value))}" for x, axis, value in zip(places, axes, values, strict=True)]
         lines.append((Line(" ".join(points), seen.kind(row)), seen.title(row)))
     drawn = [
-        {"x": x, "name": name, "ticks": [Tick(up(share), text) for share, text in axis.ticks], "last": axis is score}
+        {
+            "x": x,
+            "name": name,
+            "ticks": [Tick(up(share), _cut(text, room)) for share, text in axis.ticks],
+            "last": axis is score,
+        }
         for x, name, axis in zip(places, names, axes, strict=True)
     ]
     return {"width": width, "height": height, "top": top, "bottom": bottom, "axes": drawn, "lines": lines}
 
 
-def slice_of(seen: Seen, key: str, rows: Sequence[Row], size: tuple[int, int] = SMALL) -> Chart:
+def slice_of(seen: Seen, key: str, rows: Sequence[Row], size: tuple[int, int] = _SLICE) -> Chart:
     """The score against one value; lines are the spread over seeds."""
     axis = axis_of(seen.search["space"][key])
     chart = Chart((0.0, 1.0), seen.span, [], f"{seen.score_name} in percent against {key}", size=size)
-    chart.x_ticks = [Tick(chart.x(share), text) for share, text in axis.ticks]
+    room = (chart.right - chart.left) // (_LETTER * max(len(axis.ticks), 1))
+    chart.x_ticks = [Tick(chart.x(share), _cut(text, room)) for share, text in axis.ticks]
     for row in rows:
-        x, score, kind = axis.place(row["values"][key]), seen.score(row), seen.kind(row)
+        x, score, kind = axis.place(row["values"][key]), seen.shown(row), seen.kind(row)
         if row.get("std"):
             chart.add_line([x, x], [score - 100 * row["std"], score + 100 * row["std"]], kind)
         chart.dots.append(Dot(chart.x(x), chart.y(score), kind, seen.title(row)))
@@ -213,7 +233,7 @@ def history(seen: Seen) -> Chart:
         steps = [*best, (last + 0.5, best[-1][1])]
         chart.add_line([x for x, _ in steps], [y for _, y in steps], KINDS["best"])
     chart.dots = [
-        Dot(chart.x(row["number"]), chart.y(seen.score(row)), seen.kind(row), seen.title(row)) for row in seen.scored
+        Dot(chart.x(row["number"]), chart.y(seen.shown(row)), seen.kind(row), seen.title(row)) for row in seen.scored
     ]
     return chart
 
@@ -229,7 +249,7 @@ def learning_curves(seen: Seen) -> Chart | None:
     chart = Chart((min(x for x, _ in points), last), (low - room, high + room), [], "score after each epoch")
     every = math.ceil(last / 12)
     chart.x_ticks = [Tick(chart.x(epoch), str(epoch)) for epoch in range(1, last + 1) if (epoch - 1) % every == 0]
-    for row in sorted(seen.scored, key=lambda row: seen.kind(row) == KINDS["best"]):
+    for row in seen.scored:
         line = lines[row["trial"]]
         chart.add_line([x for x, _ in line], [y for _, y in line], seen.kind(row))
         if row["end"] == "stopped" or len(line) == 1:
