@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from nightseg.errors import UserError
-from nightseg.pipeline.tracking import check_trackers, track
+from nightseg.pipeline.tracking import check_trackers, track, track_search
 from nightseg.report import Run
 from nightseg.storage import Location
 
@@ -97,3 +97,39 @@ def test_a_tracker_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(UserError, match="unknown 'mlfow', did you mean 'mlflow'"):
         check_trackers(["mlfow"])
     check_trackers([])
+
+
+SEARCH = {
+    "search": {"name": "best loss", "space": {"models.m.loss.alpha": {}, "models.m.loss.gamma": {}}, "metric": "miou"},
+    "trials": [
+        {"label": "alpha=0.5, gamma=2", "values": {"models.m.loss.alpha": 0.5, "models.m.loss.gamma": 2.0},
+         "curve": [[1, 0.2], [2, 0.3]], "end": "done"},
+        {"label": "alpha=0.9, gamma=1", "values": {}, "curve": [], "end": "failed"},
+    ],
+}  # fmt: skip
+
+
+def test_a_search_is_a_run_for_each_trial_that_is_named_by_its_values(
+    folder: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Any] = []
+    stand_in = SimpleNamespace(
+        start_run=lambda run_name, nested=False: nullcontext(told.append((run_name, nested))),
+        log_params=told.append,
+        set_tag=lambda key, value: None,
+        log_metrics=lambda values, step: told.append((step, values)),
+    )
+    monkeypatch.setitem(sys.modules, "mlflow", stand_in)
+    track_search(["mlflow"], folder, SEARCH)
+    trial = [("alpha=0.5, gamma=2", True), {"alpha": 0.5, "gamma": 2.0}, (1, {"miou": 0.2}), (2, {"miou": 0.3})]
+    assert told == [("best loss", False), *trial]
+
+    told.clear()
+    logged = SimpleNamespace(log=told.append, finish=lambda: told.append("finished"))
+    stand_in = SimpleNamespace(
+        init=lambda project, group, name, config, reinit: (told.append((group, name, config)), logged)[1]
+    )
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    track_search(["wandb"], folder, SEARCH)
+    points = [{"miou": 0.2, "epoch": 1}, {"miou": 0.3, "epoch": 2}]
+    assert told == [("best loss", "alpha=0.5, gamma=2", {"alpha": 0.5, "gamma": 2.0}), *points, "finished"]

@@ -127,3 +127,29 @@ def test_two_flushes_at_one_step_keep_both_and_so_does_a_restart(tmp_path: Path)
         curves.scalars(10, {"validation/miou": value})
         curves.flush()
     assert names(folder) == [f"events.out.tfevents.0000000010.{part:03d}" for part in range(4)]
+
+
+@pytest.mark.parametrize(("is_success", "status"), [(True, "STATUS_SUCCESS"), (False, "STATUS_FAILURE")])
+def test_tensorboard_knows_what_a_folder_is_a_trial_of(folder: Location, is_success: bool, status: str) -> None:
+    """Values and score of its table of hyperparameters; before the end, too."""
+    metadata = pytest.importorskip("tensorboard.plugins.hparams.metadata")
+    api = pytest.importorskip("tensorboard.plugins.hparams.api_pb2")
+    curves = Curves(folder)
+    curves.begin({"alpha": 0.5, "count": 120, "kind": "focal", "flip": True}, ["miou"])
+    curves.flush()
+
+    def told() -> Any:
+        return read(folder).summary_metadata
+
+    assert "_hparams_/session_end_info" not in told()
+    curves.scalars(1, {"miou": 0.25})
+    curves.end(is_success)
+    contents = {tag: summary.plugin_data.content for tag, summary in told().items()}
+    begun = metadata.parse_session_start_info_plugin_data(contents["_hparams_/session_start_info"]).hparams
+    assert (begun["alpha"].number_value, begun["count"].number_value) == (0.5, 120)
+    assert (begun["kind"].string_value, begun["flip"].bool_value) == ("focal", True)
+    experiment = metadata.parse_experiment_plugin_data(contents["_hparams_/experiment"])
+    assert [one.name.tag for one in experiment.metric_infos] == ["miou"]
+    ended = metadata.parse_session_end_info_plugin_data(contents["_hparams_/session_end_info"])
+    assert ended.status == api.Status.Value(status)
+    assert points(folder, "miou") == [(1, 0.25)]

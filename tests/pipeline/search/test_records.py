@@ -41,6 +41,15 @@ def test_a_trial_is_noted_before_it_begins_and_comes_first_after_a_kill(tmp_path
     assert again.next(propose) is None
 
 
+def test_records_lie_on_any_storage(request: pytest.FixtureRequest) -> None:
+    folder = Location.of(request.getfixturevalue("s3").place("records")) / "search"
+    search = search_of(SPACE, "trials=2")
+    for is_first in (True, False):  # the second finds what the first, killed, had begun
+        records = Records(folder, search, lambda values: hash_of(values))
+        assert len(records.rows) == (0 if is_first else 1)
+        assert records.next(propose)["number"] == 1
+
+
 def test_trials_count_that_were_done_before(tmp_path: Path) -> None:
     begun(tmp_path, 2)
     finished, more = records_of(tmp_path, "trials=2"), records_of(tmp_path, "trials=3")
