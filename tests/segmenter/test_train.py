@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from nightseg.networks.normaliser import Normaliser
+from nightseg.progress import format_metrics
 from nightseg.segmenter.data import Batch
 from nightseg.segmenter.encoders import IMAGENET_MEAN, IMAGENET_STD
 from nightseg.segmenter.loss import segmentation_loss
 from nightseg.segmenter.optimizer import build_optimizer
 from nightseg.segmenter.settings import Loss, Ohem, Training
-from nightseg.segmenter.train import Pace, StepMetrics, step_seed, training_step
+from nightseg.segmenter.train import Pace, StepMetrics, _figures, step_seed, training_step
 from tests.rounding import assert_near, rounding
 
 LOSS = Loss(kind="combined")
@@ -161,3 +162,10 @@ def test_waiting_time_is_counted(batch: Batch) -> None:
     assert 0 <= pace.waiting_seconds <= pace.seconds < 1 and pace.frames == 12
     assert points["pace/images_per_second"] == pytest.approx(12 / pace.seconds)
     assert points["pace/data_wait_share"] == pytest.approx(pace.waiting_seconds / pace.seconds)
+
+
+def test_a_validation_is_told_with_all_its_scores() -> None:
+    """mIoU by its name, the others by names that a display leaves out; nothing that is not defined."""
+    found = _figures({"miou": 0.5, "pa": 0.75, "ca": None, "iou": {"road": 0.25, "rider": None}})
+    assert found == {"miou": 0.5, "validation/pa": 0.75, "validation/iou.road": 0.25}
+    assert format_metrics(found) == "miou 0.5" and _figures({}) == {}
