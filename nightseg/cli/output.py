@@ -23,6 +23,7 @@ from nightseg.networks.downloads import allow_downloads
 from nightseg.progress import printable
 from nightseg.storage import Location, UserError
 from nightseg.storage.credentials import hide_credentials
+from nightseg.storage.stores import fault_of_store
 
 if TYPE_CHECKING:
     from nightseg.cluster.submit import Job
@@ -123,6 +124,8 @@ def explained(error: Exception) -> tuple[int, str]:
     """Exit code and message. What the user may not read, or what is no folder, is as wrong a request as any other."""
     if isinstance(error, UserError):
         return 2, hide_credentials(str(error))
+    if isinstance(error, OSError) and (told := fault_of_store(error)) is not None:
+        return 2, str(told)
     if isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError) and error.filename is not None:
         return 2, f"{error.filename}: {error.strerror}. Cure: another path, or the rights to read it."
     if isinstance(error, ExceptionGroup):

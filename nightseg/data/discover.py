@@ -310,7 +310,9 @@ def _templates(
             except UserError:
                 continue
         hits = sum(
-            one.label_uri is not None and _below(one.label_uri, label_files) and not _below(one.uri, label_files)
+            one.label_uri is not None
+            and _below(one.label_uri, label_files)
+            and not (shared and _below(one.uri, label_files))  # in folders of their own both may have one name
             for one in frames
         )
         tries.append((hits / max(len(frames), 1), settings, frames))

@@ -151,7 +151,8 @@ def _frames(source: str) -> str | Given:
         raise UserError(f"{source}: there is no such frame table", cure="check the path")
     rows = frame.resolve(place.read_table(), place.parent)
     frame.check_frames(rows, f"frame table {source}")
-    whole = frame.frame_table(rows.to_pylist())  # a table made by hand may hold only frame_id and uri
+    known = [name for name in frame.FRAME_SCHEMA.names if name in rows.column_names]  # `split` writes its scores, too
+    whole = frame.frame_table(rows.select(known).to_pylist())  # one made by hand may hold only frame_id and uri
     return Given(whole, hash_of(whole.to_pylist()))
 
 

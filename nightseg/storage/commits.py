@@ -43,6 +43,7 @@ from nightseg.errors import UserError
 from nightseg.progress import printable
 from nightseg.storage.lock import hold, holder
 from nightseg.storage.paths import (
+    Entry,
     Location,
     canonical_json,
     fault_point,
@@ -295,14 +296,22 @@ def _refuse(commit: Commit, found: Sequence[Damage]) -> None:
 
 def _looks(commit: Commit) -> Looks:
     """What lies in the commit's folder."""
-    if not commit.outputs or not commit.folder.is_folder():
+    if not commit.outputs:
         return {}
     # one listing: on a store every look takes a round trip
-    entries = (entry for entry in commit.folder.list(recursive=True) if not entry.is_folder)
+    entries = [entry for entry in _listed(commit.folder, recursive=True) if not entry.is_folder]
     if not commit.folder.is_local:
         return {entry.name: (entry.size, entry.modified_ns, 0) for entry in entries}
     return {entry.name: (entry.size, entry.modified_ns, os.stat(f"{commit.folder.uri}/{entry.name}").st_ino)
             for entry in entries}  # fmt: skip
+
+
+def _listed(folder: Location, recursive: bool = False) -> list[Entry]:
+    """What lies in a folder, nothing where there is none."""
+    try:
+        return folder.list(recursive)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def _stamp(commit: Commit, looks: Looks) -> str:
@@ -737,9 +746,7 @@ class Workspace:
             remove_temporary_files(self.root.uri, lambda path: path not in committed)
 
     def _key_folders(self, place: Location, depth: int) -> list[Location]:
-        if not place.is_folder():
-            return []
-        children = [place / entry.name for entry in place.list() if entry.is_folder]
+        children = [place / entry.name for entry in _listed(place) if entry.is_folder]
         return children if depth == 1 else [deep for child in children for deep in self._key_folders(child, depth - 1)]
 
 
@@ -819,15 +826,14 @@ class Stage:
     def _new_attempt(self) -> Attempt:
         """One that nobody has begun: a folder may be there already, as its maker was killed before it wrote a note."""
         newest = self._attempt(max(self._numbers(), default=1))
-        is_unused = not newest.folder.is_folder() or not newest.folder.list()
-        return newest if is_unused else self._attempt(max(self._numbers()) + 1)
+        return newest if not _listed(newest.folder) else self._attempt(max(self._numbers()) + 1)
 
     def _attempt(self, number: int) -> Attempt:
         return Attempt(self.folder / f"attempt-{number}", self.folder, self.key, self.identity)
 
     def _numbers(self) -> list[int]:
-        entries = self.folder.list() if self.folder.is_folder() else []
-        matches = (re.fullmatch(r"attempt-([1-9]\d*)", entry.name) for entry in entries if entry.is_folder)
+        entries = (entry.name for entry in _listed(self.folder) if entry.is_folder)
+        matches = (re.fullmatch(r"attempt-([1-9]\d*)", name) for name in entries)
         return [int(match[1]) for match in matches if match]
 
 

@@ -32,7 +32,7 @@ import pyarrow.fs as pafs
 
 from nightseg.errors import UserError
 from nightseg.storage.credentials import hide_credentials
-from nightseg.storage.stores import SCHEME, create, file_system, get, put
+from nightseg.storage.stores import SCHEME, create, file_system, get, make_folder, put
 from nightseg.storage.tables import format_table, parse_table
 
 FAULT_VARIABLE = "NIGHTSEG_FAULT"
@@ -254,9 +254,9 @@ class Location:
             _sync(os.path.dirname(self.uri))
 
     def make_folder(self) -> None:
+        """On object stores folders are there once something lies in them, so this does nothing."""
         with write_errors(self):
-            system, path = file_system(self.uri)
-            system.create_dir(path, recursive=True)
+            make_folder(*file_system(self.uri))
 
     def delete(self) -> None:
         """Removes the file or the folder with all it holds; nothing happens when it is not there."""

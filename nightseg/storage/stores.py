@@ -21,6 +21,19 @@ SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
 _LOCAL = pafs.LocalFileSystem()
 _OBJECT_STORES = ("s3", "gcs", "gs", "abfs")  # where folders are but names
 _TRIES = 5
+_FAULTS = (  # in the words of pyarrow, and of botocore
+    ("NO_SUCH_BUCKET|no such bucket", "there is no such bucket", "check its name, and the region (add ?region=NAME)"),
+    (
+        "ACCESS_DENIED|ACCESS_KEY|SIGNATURE|EXPIRED|Permission denied|says (403|AccessDenied)|credentials",
+        "the store refuses access",
+        "check the credentials that the environment gives (variables, profile, role) and what they may do there",
+    ),
+    (
+        "NETWORK_CONNECTION|REQUEST_TIMEOUT|SLOW_DOWN|SERVICE_UNAVAILABLE|[Cc]ould not connect|[Tt]imed? ?out",
+        "the store does not answer",
+        "check the network, the region and the endpoint (AWS_ENDPOINT_URL), then run the same command again",
+    ),
+)
 _LOG = logging.getLogger("nightseg.storage")
 _decides: dict[str, bool] = {}  # scheme://authority?options -> whether it was seen to refuse a second first writer
 
@@ -39,6 +52,12 @@ def file_system(uri: str) -> tuple[pafs.FileSystem, str]:
     return system, f"{root}/{path}".rstrip("/") if path else root
 
 
+def make_folder(system: pafs.FileSystem, path: str) -> None:
+    """Nothing on object stores, which have no folders: it would leave marker objects, or try to make the bucket."""
+    if not any(name in system.type_name for name in _OBJECT_STORES):
+        system.create_dir(path, recursive=True)
+
+
 def get(uri: str, system: pafs.FileSystem, path: str) -> bytes:
     """The whole object, as it was at one moment; raises FileNotFoundError when absent."""
     if system.type_name == "s3":  # one request; pyarrow asks for the size first, and cuts what has grown since
@@ -49,10 +68,8 @@ def get(uri: str, system: pafs.FileSystem, path: str) -> bytes:
 
 def put(system: pafs.FileSystem, path: str, data: bytes | memoryview) -> None:
     """Writes the whole object, as the bytes it has."""
-    parent = path.rpartition("/")[0]
-    # object stores have no folders; creating one would only leave a marker object, or try to make the bucket
-    if parent and not any(name in system.type_name for name in _OBJECT_STORES):
-        system.create_dir(parent, recursive=True)
+    if parent := path.rpartition("/")[0]:
+        make_folder(system, parent)
     with system.open_output_stream(path, compression=None) as stream:  # by default it goes by the suffix of the name
         stream.write(data)
 
@@ -76,6 +93,15 @@ def create(uri: str, system: pafs.FileSystem, path: str, data: bytes | memoryvie
 def decides_first(uri: str) -> bool:
     """Whether the store lets one of two writers create an object, as far as its first `create` has shown."""
     return _decides.get(_store(uri), True)
+
+
+def fault_of_store(error: OSError) -> UserError | None:
+    """What a store said, with its cure; None if it was none, or said something else."""
+    text = str(error).partition("\n")[0]
+    found = next((told for words, *told in _FAULTS if re.search(words, text)), None)
+    return None if found is None or ("s3://" not in text and "bucket" not in text) else UserError(
+        f"storage: {found[0]} ({text})", cure=found[1]
+    )  # fmt: skip
 
 
 def _parts(uri: str) -> tuple[str, str, str, str]:

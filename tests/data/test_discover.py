@@ -114,6 +114,12 @@ def test_whole_drives_are_kept_for_the_test(tmp_path: Path, night: Path) -> None
     assert "whole drives (5 by the names)" in " ".join(seen.assumed)
 
 
+def test_labels_elsewhere_may_have_the_names_of_their_images(tmp_path: Path, night: Path) -> None:
+    frames(tmp_path / "day", "{}.png", "../annotations/{}.png")
+    seen = found(tmp_path / "day", night, labels=Location.of(tmp_path / "annotations"))
+    assert seen.day == {"layout": "pairs", "images": ".", "labels": str(tmp_path / "annotations")}
+
+
 def test_labels_elsewhere_and_the_night_below_the_day(tmp_path: Path) -> None:
     frames(tmp_path / "day", "images/{}.jpg", "../annotations/{}.png")
     for number in range(6):

@@ -39,7 +39,9 @@ def measured(a: Path | str, b: Path | str, tmp_path: Path, **settings: Any) -> d
 
 def test_fid_of_folder_table_and_file_agree(tmp_path: Path) -> None:
     folder_of(tmp_path / "a" / "nested", range(5))
-    Location.of(tmp_path / "b.parquet").write_table(folder_of(tmp_path / "b", range(5, 9)))
+    table = folder_of(tmp_path / "b", range(5, 9))
+    with_scores = table.append_column("margin", pa.array([0.5] * table.num_rows))  # as `split` writes it
+    Location.of(tmp_path / "b.parquet").write_table(with_scores)
     got = measured(tmp_path / "a", tmp_path / "b.parquet", tmp_path)
     assert (got["n_a"], got["n_b"], got["extractor"], got["resize"]) == (5, 4, LITE0, "clean")
     features = [

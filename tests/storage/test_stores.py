@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
 from nightseg.storage import Location, UserError, stores
-from tests.object_store import BUCKET, ObjectStore
+from nightseg.storage.stores import fault_of_store
+from tests.object_store import BUCKET, SECRET, ObjectStore, forget
 
 
 @pytest.fixture
@@ -175,3 +178,39 @@ def test_no_access_to_bytes_by_an_address_with_credentials() -> None:
         with pytest.raises(UserError, match="holds credentials") as caught:
             Location.of(uri).read_bytes()
         assert "geheim" not in str(caught.value) and "AKIA" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"bucket": "no-such-bucket"}, "there is no such bucket .*region=NAME"),
+        ({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}, "refuses access .*environment gives"),
+        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "does not answer .*AWS_ENDPOINT_URL"),
+    ],
+)
+def test_what_a_store_says_is_told_with_its_cure(
+    s3: ObjectStore, monkeypatch: pytest.MonkeyPatch, change: dict[str, str | None], words: str, tmp_path: Path
+) -> None:
+    place = Location.of(f"s3://{change.get('bucket') or BUCKET}/{secrets.token_hex(4)}")
+    monkeypatch.setenv("HOME", str(tmp_path))  # no profile of whoever runs the tests
+    for name, value in change.items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    forget()
+    try:
+        # Without credentials pyarrow asks as nobody, and this server lets it in.
+        asks = [lambda: place.create_bytes(b""), place.read_bytes, place.list][
+            : 2 if "AWS_ACCESS_KEY_ID" in change else 3
+        ]
+        for ask in asks:
+            with pytest.raises(OSError) as caught:
+                ask()
+            told = fault_of_store(caught.value)
+            assert re.search(words, str(told)) and SECRET not in str(told)
+    finally:
+        monkeypatch.undo()
+        forget()
+
+
+def test_other_errors_are_not_those_of_a_store(tmp_path: Path) -> None:
+    assert fault_of_store(FileNotFoundError(2, "no such file", "/a/credentials")) is None
+    assert fault_of_store(PermissionError(13, "Permission denied", "/a")) is None
