@@ -32,6 +32,7 @@ Storage
 Cluster: ray, no words of the domain
     cluster/settings.py        resources of trainings and passes
     cluster/ray.py             join or start Ray; its own output, silenced
+    cluster/places.py          paths that every node must see
     cluster/map.py             passes over shards, on Ray Data or in this process
     cluster/session.py         what a training loop sees of the cluster
     cluster/turn.py            one stage at a time works in the driver's process, while others wait for the cluster

@@ -309,10 +309,9 @@ def _templates(
                 frames += list_frames(dataset, "d")
             except UserError:
                 continue
+        own = label_files if shared else set[str]()  # in folders of their own both may have one name
         hits = sum(
-            one.label_uri is not None
-            and _below(one.label_uri, label_files)
-            and not (shared and _below(one.uri, label_files))  # in folders of their own both may have one name
+            one.label_uri is not None and _below(one.label_uri, label_files) and not _below(one.uri, own)
             for one in frames
         )
         tries.append((hits / max(len(frames), 1), settings, frames))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -73,6 +74,29 @@ class Checked(NamedTuple):
 def refuse(recipe: Recipe, graph: Graph, done: Collection[NodeId] = ()) -> None:
     """Raise UserError with all that stages which are not `done` would refuse: settings, weights, counts."""
     all_of(*_refusals(recipe, graph, done))
+
+
+def places(recipe: Recipe) -> dict[str, str]:
+    """Key -> local file or folder that the recipe names and that is there: what work on other nodes may read."""
+    found: dict[str, str] = {}
+
+    def look(value: Any, path: tuple[str, ...]) -> None:
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                look(item, (*path, str(key)))
+        elif isinstance(value, list):
+            for index, item in enumerate(value):
+                look(item, (*path, str(index)))
+        elif isinstance(value, str) and (
+            value.startswith(("/", "~")) or (path[-1] in ("root", "start") and "/" in value)
+        ):
+            fixed, mark, _ = re.sub(r"[{*?\[]", "\0", value).partition("\0")  # of a template or pattern: the folder
+            place = Location.of(fixed.rpartition("/")[0] or "/" if mark else value)
+            if place.is_local and place.uri != "/" and place.exists():
+                found[".".join(path)] = place.uri
+
+    look(recipe.model_dump(mode="json"), ())
+    return found
 
 
 def done_in(folder: Location) -> set[NodeId]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from nightseg.cluster import ray as cluster
+from nightseg.cluster.places import check_places
 from nightseg.data.class_list import taxonomy
 from nightseg.errors import all_of, together
 from nightseg.networks.downloads import allow_downloads
@@ -42,6 +43,7 @@ from nightseg.storage import (
     check_contents,
     inputs,
 )
+from nightseg.storage.lock import HOLDER_NAME
 from nightseg.storage.scratch import temporary_folder
 
 if TYPE_CHECKING:
@@ -209,6 +211,8 @@ def run(
     with workspace.lock(), cluster.left_as_found():
         if not (folder / RESULTS_NAME).exists():  # else it is the recipe of what is finished, until more is
             save_recipe(recipe, folder / RECIPE_NAME)
+        if recipe.models or recipe.compute.map.actors:  # else all is done in this process
+            check_places(check.places(recipe), _note_in(folder), progress.say)
         found: list[leaks.Leak] = []
 
         def examine(read: Mapping[NodeId, Commit | Shards]) -> None:
@@ -240,6 +244,12 @@ def run(
         results = read_results(folder)
         lay_out(Run(folder, results), folder)
     return Outcome(results, len(done), num_skipped, time.monotonic() - began, errors)
+
+
+def _note_in(folder: Location) -> dict[str, bytes]:
+    """A file that this driver has just written into its run folder, and what is in it; nothing of a store."""
+    note = folder / HOLDER_NAME
+    return {note.uri: note.read_bytes()} if folder.is_local and note.exists() else {}
 
 
 def _has_results(graph: Graph, only: str | None) -> bool:

@@ -12,7 +12,7 @@ import pytest
 
 from nightseg.data.images import encode_png
 from nightseg.pipeline import estimate
-from nightseg.pipeline.check import check
+from nightseg.pipeline.check import check, places
 from nightseg.pipeline.run import adapt
 from nightseg.progress import SilentProgress
 from nightseg.recipe import load_recipe
@@ -372,3 +372,36 @@ def test_what_looks_at_no_features_needs_no_weights_of_them(root: Path, method: 
         wrong = load_recipe(file_of(root, text.replace("count: 2", f"count: 2, {more}")))
         with pytest.raises(UserError, match=r"extractor: .*nothing is downloaded unasked"):
             check(wrong, Location.of(root.parent / "run"), is_measured=False, progress=SilentProgress())
+
+
+def test_places_that_other_nodes_must_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of folders, templates, weights and models; not what is relative to another key, in a store, or not there."""
+    for name in ("day/images", "labels", "weights"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "weights/w.pt").touch()
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(
+        {
+            "name": "placed",
+            "taxonomy": "camvid11",
+            "network": {"encoder_weights": str(tmp_path / "weights/w.pt")},
+            "datasets": {
+                "day": {
+                    "layout": "pairs",
+                    "root": "./day",
+                    "images": "images",
+                    "labels": f"{tmp_path}/labels/{{name}}",
+                },
+                "far": {"layout": "images", "root": "s3://bucket/a", "labelled": False},
+                "gone": {"layout": "images", "root": "/nowhere/a", "labelled": False},
+            },
+            "models": {"m": {"train": ["day"]}},
+            "test_sets": {"day": "day"},
+        },
+        elsewhere=True,
+    )
+    assert places(recipe) == {
+        "datasets.day.root": f"{tmp_path}/day",
+        "datasets.day.labels": f"{tmp_path}/labels",
+        "network.encoder_weights": f"{tmp_path}/weights/w.pt",
+    }
