@@ -14,6 +14,7 @@ import pytest
 from nightseg.storage import Location, stores
 
 BUCKET = "nightseg-tests"
+ACCESS_KEY = "AKIATESTTESTTESTTEST"
 SECRET = "not-for-any-eye/+="  # of the store's account: nothing that nightseg writes or says may hold it
 
 
@@ -62,7 +63,7 @@ def object_store() -> Iterator[ObjectStore]:
         for name in [name for name in os.environ if name.startswith("AWS_")]:
             patch.delenv(name)
         for name, value in {
-            "AWS_ACCESS_KEY_ID": "AKIATESTTESTTESTTEST",
+            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
             "AWS_SECRET_ACCESS_KEY": SECRET,
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_ENDPOINT_URL": endpoint,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -78,9 +79,10 @@ def rows(count: int) -> pa.Table:
     return pa.table({"number": list(range(count)), "text": [f"frame {index}" for index in range(count)]})
 
 
-@pytest.fixture
-def attempt(tmp_path: Path) -> Attempt:
-    return Workspace(tmp_path).stage("double", "x", version=1, recipe={}, inputs={}, seed=0).open()
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.slow)])
+def attempt(request: pytest.FixtureRequest, tmp_path: Path) -> Attempt:
+    root = request.getfixturevalue("s3").place(secrets.token_hex(4)) if request.param == "s3" else tmp_path
+    return Workspace(root).stage("double", "x", version=1, recipe={}, inputs={}, seed=0).open()
 
 
 def run(attempt: Attempt, worker: type[Double] = Double, num_rows: int = 23, **changes: Any) -> Shards:

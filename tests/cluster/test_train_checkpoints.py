@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import secrets
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,12 @@ from nightseg.errors import UserError
 from nightseg.storage import Location, sha256_of
 
 
-@pytest.fixture
-def checkpoints(tmp_path: Path) -> Checkpoints:
-    return Checkpoints(Location.of(tmp_path / "trainer" / "model"))
+@pytest.fixture(params=["local", "s3"])
+def checkpoints(request: pytest.FixtureRequest, tmp_path: Path) -> Checkpoints:
+    place = Location.of(tmp_path)
+    if request.param == "s3":
+        place = request.getfixturevalue("s3").place(secrets.token_hex(4))
+    return Checkpoints(place / "trainer/model")
 
 
 def save(checkpoints: Checkpoints, report: int) -> None:

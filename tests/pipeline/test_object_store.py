@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -16,9 +17,11 @@ import pytest
 from nightseg.data.images import encode_png
 from nightseg.data.scenes.street import scene
 from nightseg.storage import Location, Workspace
+from nightseg.storage.paths import FAULT_VARIABLE
 from tests.command_line import json_of
-from tests.object_store import SECRET, ObjectStore
+from tests.object_store import ACCESS_KEY, SECRET, ObjectStore
 
+ROOT = Path(__file__).resolve().parents[2]
 RECIPE = """
 name: stored
 taxonomy: camvid11
@@ -61,12 +64,13 @@ def recipe(s3: ObjectStore, tmp_path: Path) -> Path:
 
 
 @contextmanager
-def driver(recipe: Path, run: Location | Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    code = "from nightseg.cli import start; start()"
+def driver(words: list[object], log: Path, fault: str = "") -> Iterator[subprocess.Popen[bytes]]:
+    """A process of its own, which ends with the body. `fault`: where it kills itself."""
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment |= {"PYTHONPATH": str(ROOT), FAULT_VARIABLE: fault}
     with log.open("wb") as out:
-        words = [sys.executable, "-c", code, "run", str(recipe), "--run-dir", str(run)]
-        process = subprocess.Popen(words, env=environment, stdout=out, stderr=out, start_new_session=True)
+        command = [sys.executable, *map(str, words)]
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out, start_new_session=True)
     try:
         yield process
     finally:
@@ -75,37 +79,90 @@ def driver(recipe: Path, run: Location | Path, log: Path) -> Iterator[subprocess
             process.wait()
 
 
+def whole(recipe: Path, run: Location | Path) -> list[object]:
+    return ["-c", "from nightseg.cli import start; start()", "run", recipe, "--run-dir", run]
+
+
+def passes(recipe: Path, run: Location | Path) -> list[object]:
+    """Stages without a training, in the driver's process: no Ray is started."""
+    return ["jobs/score.py", recipe, "--run-dir", run]
+
+
+def said(log: Path) -> str:
+    return log.read_text(errors="replace")[-3000:]
+
+
+def race(words: list[object], tmp_path: Path) -> None:
+    """Two drivers at once: one works, the other names it."""
+    logs = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    with driver(words, logs[0]) as first, driver(words, logs[1]) as second:
+        codes = [process.wait(timeout=900) for process in (first, second)]
+    assert sorted(codes) == [0, 2], [said(log) for log in logs]
+    winner = (first, second)[codes.index(0)]
+    assert f"process {winner.pid} on {os.uname().nodename}" in said(logs[codes.index(2)])
+
+
+def check_secrets(run: Location, tmp_path: Path) -> None:
+    """Neither what lies in the run folder nor what was printed holds the store's credentials."""
+    files = [run / entry.name for entry in run.list(recursive=True) if not entry.is_folder]
+    texts = [file.read_bytes() for file in files] + [log.read_bytes() for log in tmp_path.glob("*.txt")]
+    assert len(texts) > 10
+    assert [text for text in texts if SECRET.encode() in text or ACCESS_KEY.encode() in text] == []
+
+
 def contents(run: Location | Path) -> dict[str, str]:
     return {f"{commit.stage}/{commit.name}": commit.content for commit in Workspace(run).commits()}
+
+
+@pytest.mark.slow
+def test_passes_in_a_store_are_those_on_a_disk(s3: ObjectStore, recipe: Path, tmp_path: Path) -> None:
+    """Killed between two shards, continued by one of two drivers at once; what that asks of the store is counted."""
+    with driver(passes(recipe, tmp_path / "local"), tmp_path / "local.txt") as local:
+        assert local.wait(timeout=300) == 0, said(tmp_path / "local.txt")
+    wanted = contents(tmp_path / "local")
+    assert {name.partition("/")[0] for name in wanted} >= {"collect", "translate", "score"}
+
+    run = s3.place(f"runs/{secrets.token_hex(4)}")
+    with driver(passes(recipe, run), tmp_path / "killed.txt", fault="after:shard-00001") as killed:
+        assert killed.wait(timeout=300) == -signal.SIGKILL, said(tmp_path / "killed.txt")
+    s3.requests.clear()
+    race(passes(recipe, run), tmp_path)
+    assert contents(run) == wanted
+    assert [commit.verify() for commit in Workspace(run).commits()] == [[]] * len(wanted)
+    check_secrets(run, tmp_path)
+
+    # Of the frames of the pool: half of them are looked at again before the run, two are collected again at most, and
+    # each is read once to be scored, and kept. A rerun reads none.
+    fetched = s3.count(
+        lambda method, path: path if method == "GET" and "Nacht" in path and "list-type" not in path else None
+    )
+    assert sum(fetched.values()) <= 4 * NUM_FRAMES, fetched
+    s3.requests.clear()
+    with driver(passes(recipe, run), tmp_path / "again.txt") as again:
+        assert again.wait(timeout=300) == 0
+    assert s3.count()["PUT"] < 20, s3.count()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_a_run_in_a_store_is_the_run_on_a_disk(s3: ObjectStore, recipe: Path, tmp_path: Path) -> None:
     """Killed while it trains, continued by one of two drivers at once, of which the other names it."""
-    with driver(recipe, tmp_path / "local", tmp_path / "local.txt") as local:
-        assert local.wait(timeout=600) == 0, (tmp_path / "local.txt").read_text()[-3000:]
+    with driver(whole(recipe, tmp_path / "local"), tmp_path / "local.txt") as local:
+        assert local.wait(timeout=900) == 0, said(tmp_path / "local.txt")
     wanted = contents(tmp_path / "local")
     assert len(wanted) == 14
 
-    run = s3.place("runs/stored")
-    s3.requests.clear()
-    with driver(recipe, run, tmp_path / "killed.txt") as killed:
+    run = s3.place(f"runs/{secrets.token_hex(4)}")
+    with driver(whole(recipe, run), tmp_path / "killed.txt") as killed:
         while not any("score/" in path and "_COMMITTED" in path for _, path in s3.requests):
-            assert killed.poll() is None, (tmp_path / "killed.txt").read_text()[-3000:]
+            assert killed.poll() is None, said(tmp_path / "killed.txt")
             time.sleep(0.1)
         os.killpg(killed.pid, signal.SIGKILL)
         killed.wait()
     done = contents(run)
     assert 0 < len(done) < len(wanted)
 
-    logs = [tmp_path / "a.txt", tmp_path / "b.txt"]
-    with driver(recipe, run, logs[0]) as first, driver(recipe, run, logs[1]) as second:
-        codes = [process.wait(timeout=600) for process in (first, second)]
-    assert sorted(codes) == [0, 2], [log.read_text()[-2000:] for log in logs]
-    winner = (first, second)[codes.index(0)]
-    assert f"process {winner.pid} on {os.uname().nodename}" in logs[codes.index(2)].read_text()
-
+    race(whole(recipe, run), tmp_path)
     assert contents(run) == wanted
     assert {name: content for name, content in contents(run).items() if name in done} == done
     assert json_of("verify", run)["good"]
@@ -113,16 +170,4 @@ def test_a_run_in_a_store_is_the_run_on_a_disk(s3: ObjectStore, recipe: Path, tm
     assert json_of("explain", run, "pool/Nacht 1 ü")["frame_id"] == "pool/Nacht 1 ü"
     for name in ("results.json", "report.html", "recipe.yaml", "models/second/model.safetensors"):
         assert (run / name).exists(), name
-
-    # What is asked for a frame of the pool: by the check before the run (twice), the collection (perhaps twice, as it
-    # was killed), the report (twice), and once by whatever reads it first, which keeps it on this machine.
-    fetched = s3.count(lambda method, path: path if method == "GET" and "data/pool/" in path else None)
-    assert len([path for path in fetched if "Nacht" in path]) == NUM_FRAMES
-    print("requests", s3.count(), "of a frame of the pool", sorted(fetched.values()))
-    assert sum(count for path, count in fetched.items() if "Nacht" in path) <= 9 * NUM_FRAMES
-
-    written = [entry.name for entry in run.list(recursive=True) if not entry.is_folder]
-    for text in ((run / name).read_bytes() for name in written if name.endswith((".json", ".yaml", ".html", ".md"))):
-        assert SECRET.encode() not in text and b"AKIATEST" not in text
-    for log in tmp_path.glob("*.txt"):
-        assert SECRET not in log.read_text() and "AKIATEST" not in log.read_text()
+    check_secrets(run, tmp_path)

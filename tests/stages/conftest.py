@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pickle
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -79,12 +80,20 @@ def shards_done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return done
 
 
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.slow)])
+def run_folder(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
+    """On a disk; in the slow tier also in an object store."""
+    if request.param == "s3":
+        return cast(Location, request.getfixturevalue("s3").place(f"run-{secrets.token_hex(4)}"))
+    return Location.of(tmp_path / "run")
+
+
 @pytest.fixture
-def work(tmp_path: Path) -> Callable[..., Attempt]:
+def work(run_folder: Location) -> Callable[..., Attempt]:
     """The open attempt of a stage; the same one again when it is asked for again."""
 
     def open_attempt(stage: str, name: str = "x") -> Attempt:
-        return Workspace(tmp_path / "run").stage(stage, name, version=1, recipe={}, inputs={}, seed=0).open()
+        return Workspace(run_folder).stage(stage, name, version=1, recipe={}, inputs={}, seed=0).open()
 
     return open_attempt
 

@@ -78,6 +78,34 @@ def test_unregistered_extension_types_are_refused_too() -> None:
         parse_table(parquet(table), "t.parquet")
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "arrow.py_extension_type",  # of old pyarrow: its metadata is a pickle
+        "ray.data.arrow_tensor",
+        "ray.data.arrow_tensor_v2",
+        "ray.data.arrow_variable_shaped_tensor",
+        "ray.data.arrow_pickled_object",
+        "arrow.json",
+        "anything.else",
+    ],
+)
+@pytest.mark.parametrize("depth", ["column", "list", "struct", "map"])
+def test_no_extension_type_is_read_by_any_name_at_any_depth(name: str, depth: str) -> None:
+    metadata = {b"ARROW:extension:name": name.encode(), b"ARROW:extension:metadata": b"\x80\x04cos\nsystem\n."}
+    marked = pa.field("item", pa.int64(), metadata=metadata)
+    kind = {
+        "list": lambda: pa.list_(marked),
+        "struct": lambda: pa.struct([marked]),
+        "map": lambda: pa.map_(pa.string(), marked),
+    }
+    field = marked if depth == "column" else pa.field("a", kind[depth]())
+    data = parquet(pa.Table.from_batches([], pa.schema([pa.field("frame_id", pa.string()), field])))
+    for read in (lambda: parse_table(data, "t.parquet"), lambda: table_rows(pa.BufferReader(data), "t.parquet")):
+        with pytest.raises(UserError, match=r"table t\.parquet: .*extension type"):
+            read()
+
+
 def test_plain_columns_come_back() -> None:
     table = pa.table(
         {
