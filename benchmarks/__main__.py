@@ -56,6 +56,7 @@ BENCHMARKS: dict[str, Callable[[Size], Contest]] = {
     "subset_biased": subset.biased,
     "subset_mixture": subset.mixture,
     "ray_pass": ray_pass.contest,
+    "ray_actors": ray_pass.actors,
     "unit_step": unit_step.contest,
     "unit_workers": unit_workers.contest,
     "translate_pass": translate_pass.contest,

@@ -37,27 +37,8 @@ EXTRACTOR = "efficientnet_lite0"
 
 
 def contest(size: Size) -> Contest:
-    frames = frames_of(FRAMES[size], DISTINCT[size])
-    cores = torch.get_num_threads()
-    runs = Path(tempfile.mkdtemp(prefix="nightseg-benchmark-"))
-    number = itertools.count()
-    cluster.connect(cores)
-
-    def ours() -> npt.NDArray[np.float32]:
-        compute = MapCompute(actors=cores, cpus_per_actor=1, batch=BATCH, shard_rows=max(4, len(frames) // 60))
-        node = Workspace(runs / str(next(number))).stage(
-            "score", "pool", version=stage.VERSION, recipe={}, inputs={}, seed=0
-        )
-        commit = stage.score(
-            frames,
-            Extraction(name=EXTRACTOR),
-            attempt=node.open(),
-            progress=SilentProgress(),
-            compute=compute,
-            max_bad_fraction=0.0,
-        )
-        return vectors(commit.table("features")["features"])
-
+    frames, cores = frames_of(FRAMES[size], DISTINCT[size]), torch.get_num_threads()
+    passes = Passes(frames, cores)
     extractor = build_extractor(Extraction(name=EXTRACTOR))
 
     def bare_loop() -> npt.NDArray[np.float32]:
@@ -71,20 +52,67 @@ def contest(size: Size) -> Contest:
         assert mine.shape == theirs.shape and apart < 1e-4, apart
         return f"features {apart:.1g} apart"
 
-    def close() -> None:
-        ray.shutdown()
-        shutil.rmtree(runs, ignore_errors=True)
-
     return Contest(
         name="ray_pass",
-        work=f"scoring of {len(frames):,} JPEG files {WIDTH} x {HEIGHT} by {EXTRACTOR}, {cores} actors",
+        work=f"{passes.work}, {cores} actors",
         peer=f"bare loop of the same extractor, {cores} threads, kept in memory",
-        run_ours=ours,
+        run_ours=lambda: passes.features(cores),
         run_peer=bare_loop,
         check=check,
         elsewhere=True,
-        close=close,
+        close=passes.close,
     )
+
+
+def actors(size: Size) -> Contest:
+    """What a second actor is worth, where there is a core for it: two cores, starting included."""
+    passes = Passes(frames_of(FRAMES[size], DISTINCT[size]), 2)
+
+    def check(mine: npt.NDArray[np.float32], theirs: npt.NDArray[np.float32]) -> str:
+        assert np.array_equal(mine, theirs)
+        return "features equal"
+
+    return Contest(
+        name="ray_actors",
+        work=f"{passes.work}, 2 actors",
+        peer="the same pass with 1 actor",
+        run_ours=lambda: passes.features(2),
+        run_peer=lambda: passes.features(1),
+        check=check,
+        elsewhere=True,
+        close=passes.close,
+    )
+
+
+class Passes:
+    """Scoring passes over the same frames, each in a run folder of its own."""
+
+    def __init__(self, frames: pa.Table, cores: int) -> None:
+        self.frames = frames
+        self.work = f"scoring of {len(frames):,} JPEG files {WIDTH} x {HEIGHT} by {EXTRACTOR}"
+        self._runs = Path(tempfile.mkdtemp(prefix="nightseg-benchmark-"))
+        self._number = itertools.count()
+        cluster.connect(cores)
+
+    def features(self, num_actors: int) -> npt.NDArray[np.float32]:
+        shard_rows = max(4, len(self.frames) // 60)
+        compute = MapCompute(actors=num_actors, cpus_per_actor=1, batch=BATCH, shard_rows=shard_rows)
+        node = Workspace(self._runs / str(next(self._number))).stage(
+            "score", "pool", version=stage.VERSION, recipe={}, inputs={}, seed=0
+        )
+        commit = stage.score(
+            self.frames,
+            Extraction(name=EXTRACTOR),
+            attempt=node.open(),
+            progress=SilentProgress(),
+            compute=compute,
+            max_bad_fraction=0.0,
+        )
+        return vectors(commit.table("features")["features"])
+
+    def close(self) -> None:
+        ray.shutdown()
+        shutil.rmtree(self._runs, ignore_errors=True)
 
 
 @cache

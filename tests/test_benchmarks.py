@@ -29,7 +29,13 @@ def command(contests: ModuleType) -> ModuleType:
     return importlib.import_module("benchmarks.__main__")
 
 
-SLOW = {"ray_pass", "ray_step", "unit_workers", "translate_pass"}  # start many processes that import PyTorch, and Ray
+SLOW = {
+    "ray_pass",
+    "ray_actors",
+    "ray_step",
+    "unit_workers",
+    "translate_pass",
+}  # start many processes that import PyTorch, and Ray
 PEERS = {  # not installed with nightseg
     "focal": "segmentation_models_pytorch",
     "confusion_torchmetrics": "torchmetrics",

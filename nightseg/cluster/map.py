@@ -5,6 +5,9 @@ at any instant and be repeated: finished shards are skipped, and a shard that is
 writing and answering) has the same name both times. Results are exactly once because their names are, and the same
 however many actors there are, none included.
 
+A pass goes on while one node is left: whenever Ray loses a node, the shards that are not done are given to actors on
+those that are there.
+
 Ray Data's own checkpointing is not used: with blocks from memory it writes rows twice without a word (Ray 2.60).
 """
 
@@ -18,10 +21,11 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Protocol, Required, TypedDict, Unpack
+from typing import Any, Final, Protocol, Required, TypedDict, Unpack
 
 import pyarrow as pa
 
+from nightseg.cluster import nodes
 from nightseg.cluster import ray as cluster
 from nightseg.cluster.settings import MapCompute
 from nightseg.cluster.shortage import Watch, mended, shortage
@@ -33,6 +37,11 @@ from nightseg.storage import Attempt, Location, ShardRecord, Shards
 RETRIES_OF_A_SHARD = 3
 """How often a shard is done again because its process died. Ray's default is forever: a file that crashes a decoder,
 or a batch that does not fit into memory, would keep a cluster busy until someone looks."""
+
+PASSES_IN_VAIN: Final = 3
+"""How often what is left is given to new actors although nothing was done since: each time Ray has lost something."""
+
+SECONDS_UNTIL_KNOWN: Final = 1.5 * nodes.SECONDS_UNTIL_KNOWN
 
 _LESS = "Lower compute.map.batch or compute.map.actors (the batch or the actors of a single command)"
 
@@ -87,13 +96,14 @@ def map_shards(
     attempt, compute, progress = work["attempt"], work["compute"], work["progress"]
     num_shards = attempt.plan(rows.num_rows, compute.shard_rows)
     records = {index: record for index in range(num_shards) if (record := attempt.shard(index)) is not None}
-    todo = [index for index in range(num_shards) if index not in records]
     with progress.task(title, rows.num_rows, "frames") as task:
         task.advance(sum(record.rows_in for record in records.values()))
         shards = _Shards(worker, dict(arguments), attempt)
+        todo = [index for index in range(num_shards) if index not in records]
         if todo and compute.actors:
             compute = compute.model_copy(update={"gpus_per_actor": 0.0}) if on_cpus else compute
-            done = _on_actors(shards, list(blocks(rows, todo, compute.shard_rows)), compute, progress, task, title)
+            shards.threads = max(1, int(compute.cpus_per_actor))
+            done = _on_what_is_left(shards, rows, todo, compute, progress, task, title)
         else:
             done = (_here(shards, index, shard_slice(rows, index, compute.shard_rows), task, title) for index in todo)
         for record in done:
@@ -114,8 +124,11 @@ class _Shards:
         self._worker: Any = None
         self.threads: int | None = None  # of PyTorch, if the worker uses it; None: as many as it has
 
+    def finished(self, index: int) -> ShardRecord | None:
+        return self._attempt.shard(index)
+
     def finish(self, index: int, rows: pa.Table, advance: Callable[[int], None] | None = None) -> ShardRecord:
-        finished = self._attempt.shard(index)  # by an actor that died before it could answer
+        finished = self.finished(index)  # by an actor that died before it could answer
         if finished is not None:
             return finished
         if self._worker is None:
@@ -178,29 +191,83 @@ def shards_of(batch: pa.Table) -> Iterator[tuple[int, pa.Table]]:
 # -- actors ----------------------------------------------------------------------------------------------------------
 
 
+def _on_what_is_left(
+    shards: _Shards,
+    rows: pa.Table,
+    todo: list[int],
+    compute: MapCompute,
+    progress: Progress,
+    task: Task,
+    title: str,
+) -> Iterator[ShardRecord]:
+    """Records as shards finish, in any order, whichever nodes Ray loses meanwhile."""
+    left, in_vain = dict.fromkeys(todo), 0
+    while left:
+        before = len(left)
+        try:
+            tables = list(blocks(rows, left, compute.shard_rows))
+            for record in _on_actors(shards, tables, compute, progress, title):
+                if record.index in left:  # Ray does lost work again, and tells of it again
+                    del left[record.index]
+                    task.advance(record.rows_in)
+                    yield record
+            return
+        except _Lost as error:
+            lost = error
+        for record in filter(None, map(shards.finished, list(left))):  # by actors that died before they could answer
+            del left[record.index]
+            task.advance(record.rows_in)
+            yield record
+        in_vain = 0 if len(left) < before else in_vain + 1
+        if in_vain and lost.otherwise is not None:
+            raise lost.otherwise
+        if in_vain >= PASSES_IN_VAIN:
+            raise RuntimeError(
+                f"{title}: nodes were lost {in_vain} times in a row, and nothing was done in between: {lost.reason}. "
+                "Finished shards are kept; give the same command when the cluster is whole"
+            )
+        if left:
+            progress.say(_goes_on(title, lost, len(left), compute))
+
+
+def _goes_on(title: str, lost: _Lost, num_left: int, compute: MapCompute) -> str:
+    there, known, reason = nodes.alive(), lost.nodes, lost.reason
+    room = nodes.fitting(there.values(), {"CPU": compute.cpus_per_actor, "GPU": compute.gpus_per_actor})
+    actors = f"{room} actor{'s' * (room != 1)}" if room else "actors as soon as there is a node with room for one"
+    goes = f"{num_left} shard{'s' * (num_left != 1)} go on" if num_left != 1 else "1 shard goes on"
+    gone = len(known - there.keys())
+    return f"{title}: {f'{gone} of {len(known)} nodes are gone' if gone else reason}; {goes} with {actors}"
+
+
+class _Lost(Exception):  # noqa: N818 (what is the case)
+    """Ray lost something, and nothing speaks against doing the rest again. `nodes`: those that were there before."""
+
+    def __init__(self, reason: str, known: set[str], otherwise: Exception | None = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.nodes = known
+        self.otherwise = otherwise  # what it is when it happens again, and no node is known to be gone
+
+
 def _on_actors(
-    shards: _Shards, tables: list[pa.Table], compute: MapCompute, progress: Progress, task: Task, title: str
+    shards: _Shards, tables: list[pa.Table], compute: MapCompute, progress: Progress, title: str
 ) -> Iterator[ShardRecord]:
     """Records as shards finish, in any order. Actors end with the iterator, also when it ends with an error."""
-    import ray
-
     cluster.connect()
     compute = compute.model_copy(update={"actors": min(compute.actors, len(tables))})
     cpus, gpus = compute.cpus_per_actor, compute.gpus_per_actor
     cluster.require("actor", compute.actors, cpus=cpus, gpus=gpus, place="compute.map", say=progress.say)
     cluster.hide_ray_data()
-    watch = Watch()
+    watch, known = Watch(), set(nodes.alive())
     results = _pass(shards, tables, compute)
     batches = iter(results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
-    failure = None
+    failure: Exception | None = None
     try:
         while (batch := _next(batches)) is not None:
             for outcome in batch["outcome"].to_pylist():
-                record = _record(title, *pickle.loads(outcome))  # noqa: S301 (made by our own actor)
-                task.advance(record.rows_in)
-                yield record
-    except ray.exceptions.RayError as error:
-        failure = _failure(title, error, watch)
+                yield _record(title, *pickle.loads(outcome))  # noqa: S301 (made by our own actor)
+    except _RayFailed as error:
+        failure = _judged(title, error.__cause__ or error, watch, known)
     finally:
         batches.close()
     if failure is not None:
@@ -211,15 +278,43 @@ def _on_actors(
         raise failure
 
 
+class _RayFailed(Exception):  # noqa: N818 (what is the case)
+    """Not the work: what brings it to the actors and back. The error itself is the cause."""
+
+
 def _next(batches: Iterator[pa.Table]) -> pa.Table | None:
     with waiting():
-        return next(batches, None)
+        try:
+            return next(batches, None)
+        except Exception as error:  # where a node is gone, Ray Data meets states that it does not expect
+            raise _RayFailed(str(error)) from error
+
+
+def _judged(title: str, error: BaseException, watch: Watch, known: set[str]) -> Exception:
+    """What to raise: `_Lost` where the rest may be done again.
+
+    A shard that kills its process looks the same as a lost node, until Ray knows that the node is gone.
+    """
+    if isinstance(error, nodes.NodeLost):
+        return _Lost(str(error), known)
+    is_of_ray = nodes.may_be_a_lost_node(error)
+    if not cluster.is_local() and (is_of_ray or nodes.lost(known)):
+        until = time.monotonic() + SECONDS_UNTIL_KNOWN
+        while not (gone := nodes.lost(known)) and is_of_ray and time.monotonic() < until:
+            with waiting():
+                time.sleep(nodes.SECONDS_BETWEEN_LOOKS)
+        failure = _failure(title, error, watch)
+        return _Lost(str(failure), known, None if gone else failure)
+    return _failure(title, error, watch)
 
 
 def _pass(shards: _Shards, tables: list[pa.Table], compute: MapCompute) -> Any:
     """The pass as a Ray dataset, not yet started: a block in, a row with the pickled outcome out."""
     import ray.data
 
+    callbacks = ray.data.DataContext.get_current().custom_execution_callback_classes
+    if not any(one.__name__ == "WatchNodes" for one in callbacks):
+        callbacks.append(nodes.watching())
     with warnings.catch_warnings():
         # The retries have no other way in (Ray 2.60); pyproject.toml holds Ray below the version that takes this away.
         warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
@@ -254,7 +349,7 @@ class _ShardActor:
 
     def __init__(self, shards: _Shards) -> None:
         self._shards = shards
-        shards.threads = max(1, int(os.environ.get("OMP_NUM_THREADS") or 1))  # where Ray leaves the CPUs reserved
+        os.environ["OMP_NUM_THREADS"] = str(shards.threads)  # of what the worker loads later; a node may say otherwise
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         outcomes: list[tuple[ShardRecord | UserError | str, str]] = []

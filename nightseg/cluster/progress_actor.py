@@ -53,10 +53,14 @@ class ProgressActor:
         if rank == 0:
             status.starts += 1
             if status.starts > 1:
-                reason = f" ({status.failure.message})" if status.failure else ""
+                reason = f" ({_of_one_line(status.failure.message)})" if status.failure else ""
                 status.messages.append(f"a worker failed{reason}; the training goes on after its last checkpoint")
             status.failure = None
         return None
+
+    def resizes(self, key: str) -> None:
+        """The workers are about to start again, and nothing has failed."""
+        self._status(key).starts = 0
 
     def say(self, key: str, message: str) -> None:
         self._status(key).messages.append(message)
@@ -82,6 +86,12 @@ class ProgressActor:
         return self._statuses.setdefault(key, Status())
 
 
+def _of_one_line(message: str) -> str:
+    """What Gloo and NCCL write at length: a worker has lost another one, and its own error is not the reason."""
+    lost = "gloo" in message.lower() or "nccl" in message.lower()
+    return "it lost its connection to another one" if lost else message
+
+
 _actors: dict[tuple[str, str], Any] = {}
 
 
@@ -93,7 +103,9 @@ def progress_actor() -> Any:
     place = (context.get_session_name(), context.get_worker_id())
     if place not in _actors:
         _actors.clear()  # a handle from before a disconnect leads nowhere
-        _actors[place] = ray.remote(num_cpus=0, max_restarts=-1)(ProgressActor).remote()
+        # On the node of the driver: it is there as long as somebody asks.
+        here = {ray._raylet.RAY_NODE_ID_KEY: context.get_node_id()}
+        _actors[place] = ray.remote(num_cpus=0, max_restarts=-1, label_selector=here)(ProgressActor).remote()
     return _actors[place]
 
 

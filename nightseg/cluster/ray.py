@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from nightseg.cluster import nodes
 from nightseg.errors import UserError
 
 OBJECT_STORE_BYTES = 512 * 2**20
@@ -70,7 +71,7 @@ HANDED_ON = (
 )  # what was decided here holds for workers on other machines
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # where Ray says what a submitted job asked for
 CLUSTER_ENVIRONMENT = {
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1800",  # a GPU node needs minutes to come up
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # of workers for whom there is room; nodes.py waits for nodes
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1.0",
 }
 
@@ -190,7 +191,7 @@ def capacity(resource: str) -> float:
     from ray._private.state import state  # the one source of the autoscaler's limits; Ray Train reads it too
 
     now = resources().get(resource, 0.0)
-    if _started_here or state.get_cluster_config() is None:
+    if not may_grow():
         return now
     limits = state.get_max_resources_from_cluster_config()
     return math.inf if limits is None else max(now, float(limits.get(resource, 0.0)))
@@ -199,22 +200,41 @@ def capacity(resource: str) -> float:
 def require(who: str, count: int, *, cpus: float, gpus: float, place: str, say: Callable[[str], None]) -> None:
     """Refuse a request that the cluster can never serve: Ray would wait for it without a word.
 
-    `who`: "actor" or "worker", of which each takes `cpus` and `gpus`; `place`: where the recipe says so. A request that
-    a growing cluster will serve later is announced through `say`.
+    `who`: "actor" or "worker", of which each takes `cpus` and `gpus`; `place`: where the recipe says so. What comes
+    later, with nodes that are started on demand or again, is announced through `say`.
 
     Raises:
-        UserError: names what is asked, what there is, and the recipe keys that ask for it.
+        UserError: names what is asked, what there is and may be, and the recipe keys that ask for it.
     """
-    for resource, each in (("CPU", cpus), ("GPU", gpus)):
-        asked, most, now = count * each, capacity(resource), resources().get(resource, 0.0)
-        if asked > most + 1e-6:
+    each = {"CPU": cpus, "GPU": gpus}
+    cure = f"lower {place}.{who}s or {place}.%s_per_{who}, or add nodes"
+    has_lost = not _started_here and not may_grow() and nodes.has_lost()
+    for resource, amount in each.items():
+        asked, most, now = count * amount, capacity(resource), resources().get(resource, 0.0)
+        if asked > most + 1e-6 and not (has_lost and amount <= most):
             raise UserError(
-                f"{place}: {count} {who}s with {each:g} {resource} each need {asked:g} {resource}, but the cluster has "
-                f"{most:g}",
-                cure=f"lower {place}.{who}s or {place}.{resource.lower()}s_per_{who}, or add nodes",
+                f"{place}: {count} {who}s with {amount:g} {resource} each need {asked:g} {resource}, but the cluster "
+                f"has {now:g}{f' and can grow to {most:g}' if most > now else ''}",
+                cure=cure % f"{resource.lower()}s",
             )
         if asked > now + 1e-6:
-            say(f"{count} {who}s need {asked:g} {resource}, the cluster has {now:g} now: waiting for more nodes")
+            grows = "" if math.isinf(most) else f" and may grow to {most:g}"
+            later = f"{grows}: waiting for more nodes" if most > now else ", as nodes were lost: fewer work at a time"
+            say(f"{count} {who}s need {asked:g} {resource}, the cluster has {now:g} now{later}")
+    fits = nodes.fitting(nodes.alive().values(), each)
+    if fits < count and not has_lost and not may_grow():
+        raise UserError(
+            f"{place}: {count} {who}s with {nodes.words(each)} each do not fit on the nodes of this cluster, {fits} "
+            "do: none reaches over two nodes",
+            cure=cure % "cpus",
+        )
+
+
+def may_grow() -> bool:
+    """Whether the cluster adds nodes on demand."""
+    from ray._private.state import state
+
+    return not _started_here and state.get_cluster_config() is not None
 
 
 def _set_defaults(environment: Mapping[str, str]) -> None:

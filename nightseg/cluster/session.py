@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +14,8 @@ class Session(Protocol):
     """What a training loop sees of the cluster. Every worker has one; all must make the same calls of `report`."""
 
     rank: int
-    world_size: int
+    world_size: int  # workers that are there,
+    workers: int  # of those that the recipe asks for: fewer while nodes are missing
     device: torch.device
 
     def wrap(self, module: nn.Module) -> nn.Module:
@@ -33,3 +35,18 @@ class Session(Protocol):
 
     def progress(self, done: int, **metrics: float) -> None:
         """`done` units of work are finished in all, not since the last call. Cheap; never waits."""
+
+
+def parts_of(session: Session, planned: int) -> int:
+    """In how many parts a worker takes its frames of a step, where it takes them in `planned` parts with all workers.
+
+    With fewer workers each has more frames, and no part is larger than it was planned to be.
+    """
+    return planned * -(-session.workers // session.world_size)
+
+
+def exchange(module: nn.Module, wanted: bool) -> AbstractContextManager[None]:
+    """Within it a wrapped module exchanges gradients, or adds them up for a later exchange (`no_sync`)."""
+    if wanted or not isinstance(module, nn.parallel.DistributedDataParallel):
+        return nullcontext()
+    return module.no_sync()

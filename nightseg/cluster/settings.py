@@ -15,6 +15,9 @@ class TrainCompute(Strict):
     workers: Positive = Field(default=1, description="processes of a training (DDP)")
     cpus_per_worker: Annotated[float, Field(gt=0)] = Field(default=1.0, description="CPUs of each")
     gpus_per_worker: Annotated[float, Field(ge=0)] = Field(default=0.0, description="GPUs of each")
+    min_workers: Positive = Field(
+        default=1, description="a training that has lost nodes goes on with as few; its steps keep their frames"
+    )
     max_failures: Annotated[int, Field(ge=0)] = Field(
         default=2, description="restarts from the last checkpoint before the run fails"
     )

@@ -11,7 +11,8 @@
             session.report({"loss": loss}, {"network": network.state_dict(), "epoch": epoch + 1})
 
 `fit` runs it on workers of the cluster. A worker that dies is replaced and continues after the last report; so does
-the same call after the driver was killed, because the folder is the same.
+the same call after the driver was killed, because the folder is the same. Where its node is gone and no other comes,
+the training goes on with fewer workers (`Session.world_size`), until there is room for all of them again.
 
 Tests need no Ray: `loop(LocalSession(Location.of(tmp_path)), settings)` runs in this process, with real checkpoints;
 a second call with the same folder resumes. `LocalSession.history` holds what was reported, `.done` the progress.
@@ -35,7 +36,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nightseg.cluster import nodes
 from nightseg.cluster import ray as cluster
+from nightseg.cluster.elastic import controller_class, failure_policy, scaling_policy
 from nightseg.cluster.progress_actor import SECONDS_BETWEEN_UPDATES, Failure, progress_actor, shown
 from nightseg.cluster.session import Session
 from nightseg.cluster.settings import TrainCompute
@@ -58,6 +61,7 @@ class LocalSession:
     def __init__(self, folder: Location, device: torch.device | str = "cpu") -> None:
         self.rank = 0
         self.world_size = 1
+        self.workers = 1
         self.device = torch.device(device)
         self.history: list[dict[str, Any]] = []
         self.done = 0
@@ -99,12 +103,13 @@ def exchanging(module: nn.Module, device: torch.device) -> nn.Module:
 class _WorkerSession(LocalSession):
     """One worker of a cluster. Rank 0 keeps the history and the checkpoints, and reports progress."""
 
-    def __init__(self, folder: Location, actor: Any, key: str) -> None:
+    def __init__(self, folder: Location, actor: Any, key: str, workers: int) -> None:
         import ray.train.torch
 
         super().__init__(folder, ray.train.torch.get_device())
         self.rank = ray.train.get_context().get_world_rank()
         self.world_size = ray.train.get_context().get_world_size()
+        self.workers = workers
         self._actor = actor
         self._key = key
         self._told = 0.0
@@ -200,6 +205,7 @@ def fit(
         "settings": settings,
         "checkpoints": Checkpoints(folder / name),
         "threads": max(1, int(cpus)),
+        "workers": compute.workers,
         "actor": progress_actor(),
         "key": uuid.uuid4().hex,
     }
@@ -217,16 +223,18 @@ def _run(job: dict[str, Any], compute: TrainCompute, name: str, title: str, watc
 
     on_gpu = compute.gpus_per_worker > 0
     resources = {"CPU": compute.cpus_per_worker} | ({"GPU": compute.gpus_per_worker} if on_gpu else {})
+    scaling = ScalingConfig(num_workers=compute.workers, use_gpu=on_gpu, resources_per_worker=resources)
+    failures = FailureConfig(max_failures=compute.max_failures)
     with temporary_folder() as storage:
-        trainer = _lean_trainer()(
+        trainer = _lean_trainer(_policies(job, scaling, failures, compute))(
             _work,
             train_loop_config=job,
             torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
-            scaling_config=ScalingConfig(num_workers=compute.workers, use_gpu=on_gpu, resources_per_worker=resources),
+            scaling_config=scaling,
             run_config=RunConfig(
                 name=name,
                 storage_path=str(storage),
-                failure_config=FailureConfig(max_failures=compute.max_failures),
+                failure_config=failures,
                 logging_config=LoggingConfig(log_level="ERROR"),
             ),
         )
@@ -239,7 +247,38 @@ def _run(job: dict[str, Any], compute: TrainCompute, name: str, title: str, watc
     return list(returned)
 
 
-def _lean_trainer() -> type[Any]:
+def _policies(job: dict[str, Any], scaling: Any, failures: Any, compute: TrainCompute) -> dict[str, Any]:
+    """What decides on the number of workers and on restarts, as the controller of Ray Train takes it."""
+    actor, key, checkpoints = job["actor"], job["key"], job["checkpoints"]
+    grows = cluster.may_grow()
+
+    def say(message: str) -> None:
+        actor.say.remote(key, message)
+
+    def gives_up(error: UserError) -> None:
+        import ray
+
+        ray.get(actor.fail.remote(key, Failure(error, str(error), "")))
+
+    staffing = nodes.Staffing(
+        compute.workers,
+        min(compute.min_workers, compute.workers),
+        {"CPU": compute.cpus_per_worker, "GPU": compute.gpus_per_worker},
+        say,
+        nodes.SECONDS_FOR_NODES if grows else nodes.SECONDS_TO_SETTLE,
+        ", and more are started on demand" if grows else "",
+    )
+    scaled = scaling_policy(
+        scaling,
+        staffing,
+        newest=checkpoints.newest_name,
+        resizes=lambda: actor.resizes.remote(key),
+        gives_up=gives_up,
+    )
+    return {"scaling_policy": scaled, "failure_policy": failure_policy(failures)}
+
+
+def _lean_trainer(policies: dict[str, Any]) -> type[Any]:
     """TorchTrainer without helpers that start a process each (2 s of a core) and do nothing here.
 
     We hand over no Ray dataset, and on a local Ray nothing outlives the driver, so nothing is left to clean up behind
@@ -251,7 +290,6 @@ def _lean_trainer() -> type[Any]:
     import ray
     from ray.train.torch import TorchTrainer
     from ray.train.v2._internal.constants import get_env_vars_to_propagate
-    from ray.train.v2._internal.execution.controller import TrainController
 
     idle = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if cluster.is_local() else set())
 
@@ -263,7 +301,7 @@ def _lean_trainer() -> type[Any]:
             here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
             environment = {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0", **get_env_vars_to_propagate()}
             options = {"num_cpus": 0, "label_selector": here, "runtime_env": {"env_vars": environment}}
-            controller = ray.remote(**options)(TrainController).remote(**arguments)
+            controller = ray.remote(**options)(controller_class()).remote(**arguments | policies)
             ending = controller.run.remote()
             with waiting():
                 try:
@@ -284,7 +322,7 @@ def _work(job: dict[str, Any]) -> list[dict[str, Any]] | None:
     import ray
 
     actor, key = job["actor"], job["key"]
-    session = _WorkerSession(job["checkpoints"].folder, actor, key)
+    session = _WorkerSession(job["checkpoints"].folder, actor, key, job["workers"])
     if ray.get(actor.begin.remote(key, session.rank)) is not None:
         return None  # Ray started the workers again, but the mistake is still there
     torch.set_num_threads(job["threads"])
@@ -412,6 +450,10 @@ class Checkpoints:
                 cure="delete this folder to train from the start",
             )
         return None
+
+    def newest_name(self) -> str | None:
+        """Of the newest checkpoint; None without any. It is not looked at."""
+        return next(iter(self._names()[::-1]), None)
 
     def _read(self, name: str, warn: Callable[[str], None]) -> Snapshot | None:
         place = self.folder / name

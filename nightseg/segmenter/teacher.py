@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nightseg.cluster.session import Session
+from nightseg.cluster.session import Session, parts_of
 from nightseg.data import table as frame
 from nightseg.data.stored_labels import NUM_BINS
 from nightseg.data.taxonomy import IGNORE, Taxonomy
@@ -143,7 +143,8 @@ class Teacher:
             images = self._masked(unlabelled.strong, draws.patches_Pyx, online.masked)
             learned.append(Batch(images, kept_PHW, self._weights(kept_PHW, online.weight * online.masked.weight)))
         # Of every part of the batch (accumulate) some are labelled, some are not.
-        parts = [[part.chunk(self._training.accumulate) for part in one if part is not None] for one in learned]
+        count = parts_of(session, self._training.accumulate)
+        parts = [[part.tensor_split(count) for part in one if part is not None] for one in learned]
         return Batch(*(torch.cat([chunk for chunks in zip(*one, strict=True) for chunk in chunks])
                        for one in zip(*parts, strict=True)))  # fmt: skip
 

@@ -13,7 +13,6 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Final, NamedTuple, TypeVar
@@ -24,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nightseg.cluster.session import Session
+from nightseg.cluster.session import Session, exchange, parts_of
 from nightseg.data import table as frame
 from nightseg.data.taxonomy import Taxonomy
 from nightseg.metrics.confusion import Counts, confusion_matrix, scores
@@ -163,7 +162,7 @@ def _train_epoch(
     curves: Curves,
 ) -> None:
     """The rest of the epoch that is under way. `model` is the learner's network as the cluster wraps it."""
-    training, network = plan.training, learner.network
+    training, network, parts = plan.training, learner.network, _parts(plan, session)
     network.train()
     if training.freeze_batch_norm:
         freeze_batch_norm(network.body)
@@ -174,8 +173,7 @@ def _train_epoch(
     learner.pace.restart()
 
     def frames_of(index: int) -> list[str]:
-        samples = order[index * training.batch : (index + 1) * training.batch]
-        return [frames.frame_id(sample.row) for sample in samples]
+        return [frames.frame_id(sample.row) for sample in order[index * training.batch : (index + 1) * training.batch]]
 
     unlabelled = _pool_batches(pool, learner, plan, session)
     for batch, pool_batch in learner.pace.timed(zip(batches, unlabelled, strict=False)):
@@ -188,6 +186,7 @@ def _train_epoch(
             _with_pool(batch.to(session.device), pool_batch, order, learner, plan, session),
             plan.loss,
             training,
+            parts=parts,
             class_weights=plan.class_weights,
             world_size=session.world_size,
             sum_over_workers=session.sum,
@@ -254,6 +253,12 @@ def _with_pool(
     return teacher.extend(batch, pool_batch.to(session.device), learner.step, session, night)
 
 
+def _parts(plan: Plan, session: Session) -> int:
+    """In how many parts each worker takes a step. Norms that are shared exchange in every part: all have as many."""
+    parts = parts_of(session, plan.training.accumulate)
+    return min(parts, plan.training.batch // session.world_size) if plan.network.norm == "sync" else parts
+
+
 def _reading(learner: Learner, session: Session, seed: int, epoch: int) -> Reading:
     red, green, blue = (round(255 * mean) for mean in learner.network.body.mean)  # normalises to zero
     return Reading(
@@ -296,23 +301,25 @@ def training_step(
     loss: Loss,
     training: Training,
     *,
+    parts: int | None = None,
     class_weights: Sequence[float] | None = None,
     world_size: int = 1,
     sum_over_workers: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> StepMetrics:
-    """Learn from a batch on the device, in `training.accumulate` equal parts; nothing here waits for the device.
+    """Learn from a batch on the device, in `parts` as equal as can be; nothing here waits for the device.
 
-    Sums are added up over parts and workers, and divided once, by the weight of all pixels that count: so a step is the
-    same however its frames are split (but for batch norms, whose statistics are those of a part). `model` takes
-    normalised images to logits at a quarter of their size; it may be wrapped for several workers, then
-    `sum_over_workers` adds a tensor up over them.
+    `parts`: null = `training.accumulate`; never more than there are frames. Sums are added up over parts and workers,
+    and divided once, by the weight of all pixels that count: so a step is the same however its frames are split (but
+    for batch norms, whose statistics are those of a part). `model` takes normalised images to logits at a quarter of
+    their size; it may be wrapped for several workers, then `sum_over_workers` adds a tensor up over them.
     """
     optimizer.zero_grad(set_to_none=True)
     sums = []
-    parts = [part.chunk(training.accumulate) for part in batch if part is not None]
-    for number, (images_B3HW, labels_BHW, *weights) in enumerate(zip(*parts, strict=True), 1):
+    count = min(parts or training.accumulate, len(batch.labels))
+    split = [part.tensor_split(count) for part in batch if part is not None]
+    for number, (images_B3HW, labels_BHW, *weights) in enumerate(zip(*split, strict=True), 1):
         # Of several parts only the last one exchanges gradients: all that were added up by then.
-        with nullcontext() if number == training.accumulate else _without_exchange(model):
+        with exchange(model, number == count):
             with _autocast(images_B3HW.device, training):
                 logits_BKhw = model(normalise(images_B3HW))
             total, weight = segmentation_loss(
@@ -330,13 +337,6 @@ def training_step(
     torch._foreach_mul_(gradients, scale)
     optimizer.step()
     return StepMetrics(all_total / divisor(all_weight), norm)
-
-
-def _without_exchange(model: nn.Module) -> AbstractContextManager[None]:
-    """DistributedDataParallel's `no_sync`; nothing where there is one worker."""
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        return model.no_sync()
-    return nullcontext()
 
 
 def _autocast(device: torch.device, training: Training) -> torch.autocast:

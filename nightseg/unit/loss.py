@@ -14,8 +14,9 @@ from typing import Any, Final, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from nightseg.cluster.session import exchange
 from nightseg.networks.ema import ema_of
 from nightseg.unit.data import Stream, mix_seed
 from nightseg.unit.network import Discriminators, Generators, LatentNoise, Translation
@@ -322,3 +323,77 @@ def generator_step(
     networks.generator_optimizer.step()
     networks.discriminators.requires_grad_(True)
     return losses
+
+
+class Part(NamedTuple):
+    """Some of a worker's crops of an iteration, and their noise. `weight` of its mean loss in that of the worker."""
+
+    day_B3HW: Tensor
+    night_B3HW: Tensor
+    noise: LatentNoise
+    weight: float
+
+
+def parts_of_batch(
+    day_B3HW: Tensor, night_B3HW: Tensor, noise: LatentNoise, count: int, workers: int, batch: int
+) -> list[Part]:
+    """At most `count` parts, as equal as can be. The mean over `workers` of the weighted means is that over `batch`."""
+    count = min(count, len(day_B3HW))
+    split = zip(*(tensor.tensor_split(count) for tensor in (day_B3HW, night_B3HW, *noise)), strict=True)
+    return [Part(day, night, LatentNoise(*drawn), len(day) * workers / batch) for day, night, *drawn in split]
+
+
+def step_in_parts(
+    networks: Networks,
+    generators: nn.Module,
+    discriminators: nn.Module,
+    bare_discriminators: Scores,
+    features: Features | None,
+    parts: Sequence[Part],
+    settings: Translator,
+    precision: torch.autocast,
+) -> tuple[DiscriminatorLosses, GeneratorLosses]:
+    """`discriminator_step` and `generator_step` in the memory that one part takes; gradients are exchanged once.
+
+    The discriminators see all parts before the generators improve, so of several parts each is translated twice, the
+    first time without gradients.
+    """
+    if len(parts) == 1 and parts[0].weight == 1:
+        day_B3HW, night_B3HW, noise, _ = parts[0]
+        with precision:
+            translation = generators(day_B3HW, night_B3HW, noise, settings.weights.needs_cycle)
+        given = (day_B3HW, night_B3HW, translation, settings, precision)
+        return discriminator_step(networks, discriminators, *given), generator_step(
+            networks, bare_discriminators, features, *given
+        )
+    adversarial, weights = adversarial_loss(settings.adversarial_loss), settings.weights
+    of_discriminators, of_generators = [], []
+    networks.discriminator_optimizer.zero_grad(set_to_none=True)
+    for number, (day_B3HW, night_B3HW, noise, weight) in enumerate(parts, 1):
+        with exchange(discriminators, number == len(parts)):
+            with precision:
+                with torch.no_grad():
+                    translation = networks.generators(day_B3HW, night_B3HW, noise, False)
+                losses = discriminator_loss(
+                    discriminators, day_B3HW, night_B3HW, translation, adversarial, weights.discriminator
+                )
+            torch.autograd.backward(weight * losses.total)
+        of_discriminators.append(torch.stack([weight * term.detach() for term in losses]))
+    networks.discriminator_optimizer.step()
+    networks.discriminators.requires_grad_(False)
+    networks.generator_optimizer.zero_grad(set_to_none=True)
+    for number, (day_B3HW, night_B3HW, noise, weight) in enumerate(parts, 1):
+        with exchange(generators, number == len(parts)):
+            with precision:
+                translation = generators(day_B3HW, night_B3HW, noise, weights.needs_cycle)
+                terms = generator_loss(
+                    bare_discriminators, features, day_B3HW, night_B3HW, translation, weights, adversarial
+                )
+            torch.autograd.backward(weight * terms.total)
+        of_generators.append(torch.stack([weight * term.detach().float() for term in terms]))
+    networks.generator_optimizer.step()
+    networks.discriminators.requires_grad_(True)
+    return (
+        DiscriminatorLosses(*torch.stack(of_discriminators).sum(dim=0)),
+        GeneratorLosses(*torch.stack(of_generators).sum(dim=0)),
+    )

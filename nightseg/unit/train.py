@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nightseg.cluster.session import Session
+from nightseg.cluster.session import Session, parts_of
 from nightseg.data.images import encode_png
 from nightseg.networks.ema import update_ema, warmed_up_decay
 from nightseg.storage import Location, UserError
@@ -26,10 +26,10 @@ from nightseg.unit.loss import (
     TermMeans,
     build_networks,
     chance_loss,
-    discriminator_step,
-    generator_step,
     latent_noise,
+    parts_of_batch,
     set_learning_rate,
+    step_in_parts,
     stepped_rate,
 )
 from nightseg.unit.network import STRIDE, Generators, to_uint8, to_unit_range
@@ -105,11 +105,9 @@ def learn(session: Session, arguments: dict[str, Any]) -> None:
         set_learning_rate(networks, stepped_rate(settings.learning_rate, iteration, settings.step_every))
         day_B3HW, night_B3HW = (_to_device(crop, device) for crop in batch)
         noise = latent_noise(plan.seed, iteration, crops.slots, latent_Chw, device)
-        with precision:
-            translation = generators(day_B3HW, night_B3HW, noise, settings.weights.needs_cycle)
-        given = (day_B3HW, night_B3HW, translation, settings, precision)
-        of_discriminators = discriminator_step(networks, discriminators, *given)
-        of_generators = generator_step(networks, bare_discriminators, features, *given)
+        parts = parts_of_batch(day_B3HW, night_B3HW, noise, parts_of(session, 1), session.world_size, settings.batch)
+        sides = (networks, generators, discriminators, bare_discriminators)
+        of_discriminators, of_generators = step_in_parts(*sides, features, parts, settings, precision)
         update_ema(networks.ema, networks.generators, warmed_up_decay(settings.ema_decay, iteration))
 
         done = iteration + 1

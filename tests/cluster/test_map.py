@@ -19,6 +19,7 @@ import pytest
 from nightseg.cluster import map as map_module
 from nightseg.cluster.map import map_shards
 from nightseg.cluster.settings import MapCompute
+from nightseg.cluster.shortage import Watch
 from nightseg.errors import UserError
 from nightseg.progress import SilentProgress
 from nightseg.storage import Attempt, Location, Shards, Workspace
@@ -109,6 +110,98 @@ def test_shards_know_how_many_bad_rows_they_may_have(attempt: Attempt) -> None:
     work = {"attempt": attempt, "progress": SilentProgress(), "compute": MapCompute(actors=0)}
     assert map_shards(rows(3), Double, {}, title="double", **work).max_bad_fraction == 1.0
     assert map_shards(rows(3), Double, {}, title="double", max_bad_fraction=0.25, **work).max_bad_fraction == 0.25
+
+
+class Rounds:
+    """In the place of actors: does some shards a round, then ends as it is told."""
+
+    def __init__(self, *rounds: tuple[list[int], Exception | None]) -> None:
+        self.rounds = list(rounds)
+        self.given: list[list[int]] = []
+
+    def __call__(self, shards: Any, tables: list[pa.Table], *rest: Any) -> Iterator[Any]:
+        self.given.append([table[map_module.SHARD][0].as_py() for table in tables])
+        done, error = self.rounds.pop(0)
+        for index, part in (next(map_module.shards_of(table)) for table in tables):
+            if index in done:
+                record = shards.finish(index, part)
+                yield from [record] * done.count(index)
+            if -index in done and index:  # written, but its actor died before it could answer
+                shards.finish(index, part)
+        if error is not None:
+            raise error
+
+
+LOST = map_module._Lost("1 of 3 nodes are gone", {"a", "b", "c"})
+
+
+def play(attempt: Attempt, monkeypatch: pytest.MonkeyPatch, rounds: Rounds) -> tuple[Shards, Counts]:
+    monkeypatch.setattr(map_module, "_on_actors", rounds)
+    monkeypatch.setattr("nightseg.cluster.nodes.alive", lambda: {"a": {"CPU": 2.0}})
+    progress = Counts()
+    return run(attempt, progress=progress), progress
+
+
+def test_what_a_lost_node_leaves_is_done_by_others_once(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = Rounds(([0, 0, 1, -2], LOST), ([3], LOST), ([4], None))
+    shards, progress = play(attempt, monkeypatch, rounds)
+    assert is_complete(shards)
+    assert rounds.given == [[0, 1, 2, 3, 4], [3, 4], [4]]
+    assert sum(progress.counts) == 23
+    assert progress.said == [
+        "double x: 2 of 3 nodes are gone; 2 shards go on with 2 actors",
+        "double x: 2 of 3 nodes are gone; 1 shard goes on with 2 actors",
+    ]
+
+
+def test_nodes_that_are_lost_again_and_again_end_the_pass(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = Rounds(([0], LOST), *[([], LOST)] * 3)
+    with pytest.raises(RuntimeError, match=r"nodes were lost 3 times in a row.*1 of 3 nodes.*Finished shards are kept"):
+        play(attempt, monkeypatch, rounds)
+    assert len(rounds.given) == 4
+
+
+def test_without_a_lost_node_a_shard_is_not_given_to_new_actors_for_ever(
+    attempt: Attempt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    otherwise = map_module._Lost("a worker died", {"a"}, RuntimeError("double x: a worker died 4 times"))
+    rounds = Rounds(([0, 1, 2, 3], otherwise), ([], otherwise))
+    with pytest.raises(RuntimeError, match="died 4 times"):
+        play(attempt, monkeypatch, rounds)
+    assert rounds.given == [[0, 1, 2, 3, 4], [4]]
+
+
+@pytest.mark.parametrize(
+    ("is_local", "gone", "error", "expected"),
+    [
+        (False, {"b"}, "ActorDiedError", "may go on"),
+        (False, {"b"}, "KeyError", "may go on"),  # Ray Data's own confusion
+        (False, set(), "ActorUnavailableError", "may go on once"),
+        (False, set(), "KeyError", "ends"),
+        (False, set(), "OutOfMemoryError", "ends"),
+        (True, set(), "ActorDiedError", "ends"),
+    ],
+)
+def test_whether_a_pass_goes_on(
+    monkeypatch: pytest.MonkeyPatch, is_local: bool, gone: set[str], error: str, expected: str
+) -> None:
+    from ray import exceptions
+
+    monkeypatch.setattr(map_module, "SECONDS_UNTIL_KNOWN", 0.0)
+    monkeypatch.setattr("nightseg.cluster.nodes.lost", lambda known: gone)
+    monkeypatch.setattr("nightseg.cluster.ray.is_local", lambda: is_local)
+    raised = {
+        "ActorDiedError": exceptions.ActorDiedError(),
+        "ActorUnavailableError": exceptions.ActorUnavailableError("restarted", bytes(16)),
+        "OutOfMemoryError": exceptions.OutOfMemoryError("running low on memory"),
+        "KeyError": KeyError("an actor"),
+    }
+    judged = map_module._judged("score", raised[error], Watch(), {"a", "b"})
+    if expected == "ends":
+        assert type(judged) is RuntimeError and str(judged).startswith("score: ")
+    else:
+        assert isinstance(judged, map_module._Lost)
+        assert (judged.otherwise is not None) == (expected == "may go on once")
 
 
 def calls(attempt: Attempt) -> list[str]:
@@ -256,6 +349,7 @@ class Counts:
 
     def __init__(self) -> None:
         self.counts: list[int] = []
+        self.said: list[str] = []
 
     @contextmanager
     def task(self, title: str, total: int | None, unit: str) -> Iterator[Counts]:
@@ -266,7 +360,7 @@ class Counts:
         self.counts.append(count)
 
     def say(self, message: str) -> None:
-        raise AssertionError(message)
+        self.said.append(message)
 
 
 def test_progress_counts_rows_and_those_of_before(actors: int, attempt: Attempt) -> None:
@@ -275,6 +369,7 @@ def test_progress_counts_rows_and_those_of_before(actors: int, attempt: Attempt)
     run(attempt, actors=min(actors, 1), progress=again)
     assert sorted(first.counts) == [0, 3, 5, 5, 5, 5]
     assert again.counts == [23]
+    assert first.said == again.said == []
 
 
 class Talkative(Double):

@@ -43,3 +43,21 @@ def test_a_restart_forgets_failures_and_tells_the_reader_but_not_mistakes() -> N
     actor.fail("a", MISTAKE)
     assert actor.begin("a", 0) == MISTAKE
     assert len(actor.read("a").messages) == 1
+
+
+def test_workers_that_start_again_to_be_more_have_not_failed() -> None:
+    actor = ProgressActor()
+    actor.begin("a", 0)
+    actor.resizes("a")
+    assert actor.begin("a", 0) is None
+    assert actor.read("a").messages == []
+
+
+def test_a_lost_connection_is_told_in_words() -> None:
+    actor = ProgressActor()
+    actor.begin("a", 0)
+    actor.fail("a", Failure(None, "RuntimeError: [/pytorch/third_party/gloo/pair.cc:561] Connection closed", ""))
+    actor.begin("a", 0)
+    assert actor.read("a").messages == [
+        "a worker failed (it lost its connection to another one); the training goes on after its last checkpoint"
+    ]

@@ -66,20 +66,33 @@ def ask(count: int, said: list[str]) -> None:
     cluster.require("actor", count, cpus=0.5, gpus=0.0, place="compute.map", say=said.append)
 
 
+def a_cluster(
+    patch: pytest.MonkeyPatch, *cpus: float, most: float | None = None, is_here: bool = False, has_lost: bool = False
+) -> None:
+    """Nodes with so many CPUs. `most`: that an autoscaler may bring it to."""
+    patch.setattr(cluster, "_started_here", is_here)
+    patch.setattr(cluster, "resources", lambda: {"CPU": sum(cpus)})
+    patch.setattr(cluster, "capacity", lambda resource: {"CPU": most or sum(cpus)}.get(resource, 0.0))
+    patch.setattr(cluster, "may_grow", lambda: most is not None)
+    patch.setattr("nightseg.cluster.nodes.alive", lambda: {str(i): {"CPU": count} for i, count in enumerate(cpus)})
+    patch.setattr("nightseg.cluster.nodes.has_lost", lambda: has_lost)
+
+
 def test_a_request_that_needs_sleeping_nodes_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "resources", lambda: {"CPU": 1.0})
-    monkeypatch.setattr(cluster, "capacity", lambda resource: 64.0)
+    a_cluster(monkeypatch, 1.0, most=64.0)
     said: list[str] = []
     ask(2, said)
     assert said == []
     ask(6, said)
-    assert said == ["6 actors need 3 CPU, the cluster has 1 now: waiting for more nodes"]
+    assert said == ["6 actors need 3 CPU, the cluster has 1 now and may grow to 64: waiting for more nodes"]
+    a_cluster(monkeypatch, 1.0, most=math.inf)
+    ask(6, said)
+    assert said[1] == "6 actors need 3 CPU, the cluster has 1 now: waiting for more nodes"
 
 
 @pytest.mark.parametrize(("count", "fits"), [(4, True), (5, False)])
 def test_requests_beyond_the_cluster_are_refused(monkeypatch: pytest.MonkeyPatch, count: int, fits: bool) -> None:
-    monkeypatch.setattr(cluster, "_started_here", True)
-    monkeypatch.setattr(cluster, "resources", lambda: {"CPU": 2.0})
+    a_cluster(monkeypatch, 2.0, is_here=True)
     if fits:
         ask(count, [])
         return
@@ -89,6 +102,28 @@ def test_requests_beyond_the_cluster_are_refused(monkeypatch: pytest.MonkeyPatch
         "compute.map: 5 actors with 0.5 CPU each need 2.5 CPU, but the cluster has 2. Cure: lower "
         "compute.map.actors or compute.map.cpus_per_actor, or add nodes."
     )
+
+
+def test_requests_beyond_what_a_cluster_can_grow_to_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    a_cluster(monkeypatch, 2.0, most=8.0)
+    with pytest.raises(UserError, match=r"20 actors .* need 10 CPU, but the cluster has 2 and can grow to 8\."):
+        ask(20, [])
+
+
+def test_no_process_reaches_over_two_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    a_cluster(monkeypatch, 0.4, 0.8, 0.8)
+    with pytest.raises(UserError, match=r"^compute.map: 4 actors with 0.5 CPU each do not fit on the nodes .*, 2 do"):
+        ask(4, [])
+
+
+def test_a_cluster_that_has_lost_nodes_works_on_with_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    a_cluster(monkeypatch, 1.0, has_lost=True)
+    said: list[str] = []
+    ask(6, said)
+    assert said == ["6 actors need 3 CPU, the cluster has 1 now, as nodes were lost: fewer work at a time"]
+    a_cluster(monkeypatch, 1.0, is_here=True, has_lost=True)  # one machine loses no nodes
+    with pytest.raises(UserError):
+        ask(6, [])
 
 
 @pytest.mark.parametrize(

@@ -194,7 +194,7 @@ NOT_PASSED: Final = {
 
 # Fields that a stage is given, and its result does not follow from.
 NOT_IN_KEYS: Final = (
-    *("train.cpus_per_worker", "train.gpus_per_worker", "train.max_failures"),
+    *("train.cpus_per_worker", "train.gpus_per_worker", "train.min_workers", "train.max_failures"),
     *("map.actors", "map.cpus_per_actor", "map.gpus_per_actor", "map.batch"),
     *("training.checkpoint_every", "training.preset", "unit.preset", "unit.collapse_after"),
     *("program.timeout_seconds", "translators.program.to"),

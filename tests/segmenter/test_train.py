@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from nightseg.cluster.session import parts_of
 from nightseg.networks.normaliser import Normaliser
 from nightseg.progress import format_metrics
 from nightseg.segmenter.data import Batch
@@ -131,6 +133,39 @@ def test_two_workers_divide_by_the_weight_of_both(batch: Batch) -> None:
     assert [metrics.loss.item() for _, metrics in steps] == [near(mean)] * 2
     both = [moved(network) for network, _ in steps]
     assert_close({name: (both[0][name] + both[1][name]) / 2 for name in gradient}, gradient)
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "workers", "world_size", "parts"),
+    [(1, 3, 2, 2), (2, 3, 1, 6), (1, 4, 3, 2), (2, 4, 4, 2), (1, 1, 1, 1)],
+)
+def test_fewer_workers_take_more_and_no_larger_parts(
+    accumulate: int, workers: int, world_size: int, parts: int
+) -> None:
+    session = SimpleNamespace(workers=workers, world_size=world_size)
+    assert parts_of(session, accumulate) == parts  # type: ignore[arg-type]
+    for of_part in (1, 2, 5):
+        batch = of_part * workers * accumulate
+        shares = [len(range(rank, batch, world_size)) for rank in range(world_size)]
+        assert sum(shares) == batch
+        assert max(-(-share // parts) for share in shares) <= of_part
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_step_is_the_same_however_many_workers_are_left(batch: Batch, world_size: int) -> None:
+    """As DDP does it, by hand: gradients of the shares, even or not, are averaged. Planned were four workers."""
+    shares = [Batch(batch.images[rank::world_size], batch.labels[rank::world_size]) for rank in range(world_size)]
+    sums = []
+    for share in shares:
+        found = segmentation_loss(Tiny()(normalise(share.images)), share.labels, LOSS, WEIGHTS)
+        sums.append(torch.stack([found.total, found.weight]).detach())
+    total = torch.stack(sums).sum(dim=0)
+    parts = parts_of(SimpleNamespace(workers=4, world_size=world_size), 1)  # type: ignore[arg-type]
+    steps = [step(share, world_size=world_size, sum_over_workers=lambda _: total, parts=parts) for share in shares]
+    mean, gradient = gradient_of_mean(batch)
+    assert [metrics.loss.item() for _, metrics in steps] == [near(mean)] * world_size
+    all_moved = [moved(network) for network, _ in steps]
+    assert_close({name: sum(one[name] for one in all_moved) / world_size for name in gradient}, gradient)
 
 
 def test_nothing_valid_moves_nothing(batch: Batch) -> None:

@@ -98,7 +98,7 @@ def test_a_killed_training_ends_with_the_same_bits(
 class Pair:
     """The session of one of two workers, as sums are concerned: the other one has `others`."""
 
-    world_size = 2
+    world_size = workers = 2
 
     def __init__(self, others: SemanticFPN) -> None:
         self._others = others

@@ -18,7 +18,7 @@ from nightseg.data.images import decode_image
 from nightseg.progress import SilentProgress
 from nightseg.stages import train_translator as stage
 from nightseg.storage import Location, Workspace
-from nightseg.unit import train
+from nightseg.unit import loss, train
 from nightseg.unit.network import load_generators
 from nightseg.unit.settings import LossWeights
 from nightseg.unit.train import Plan, sample_sheet
@@ -81,7 +81,7 @@ def test_two_workers_commit_a_model_its_history_and_samples(tmp_path: Path) -> N
 def learn_and_die_once(session: Any, settings: dict[str, Any]) -> None:
     """The loop, in a worker that is killed in the middle of its fifth iteration, the first time."""
     marker = Location.of(settings["plan"].day[0].uri).parent / "died"
-    steps, whole_step = 0, train.generator_step
+    steps, whole_step = 0, loss.generator_step
 
     def step(*arguments: Any) -> Any:
         nonlocal steps
@@ -91,11 +91,11 @@ def learn_and_die_once(session: Any, settings: dict[str, Any]) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return whole_step(*arguments)
 
-    train.generator_step = step
+    loss.generator_step = step
     try:
         train.learn(session, settings)
     finally:
-        train.generator_step = whole_step
+        loss.generator_step = whole_step
 
 
 @pytest.mark.slow

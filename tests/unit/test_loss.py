@@ -24,12 +24,14 @@ from nightseg.unit.loss import (
     generator_step,
     latent_noise,
     least_squares,
+    parts_of_batch,
     set_learning_rate,
+    step_in_parts,
     stepped_rate,
 )
-from nightseg.unit.network import Translation
+from nightseg.unit.network import LatentNoise, Translation
 from nightseg.unit.settings import LossWeights, Translator
-from tests.rounding import rounding
+from tests.rounding import assert_near, rounding
 
 NEAR = rounding(2 * 96)
 """Of sums of a few means, each of no more than 96 elements; all of them positive."""
@@ -306,6 +308,56 @@ def test_a_step_is_adams_on_the_weighted_loss() -> None:
         error = rounding(2000) * gradient.abs().max()
         slack = 2e-3 * (2 * error / (gradient + 0.01 * parameter.detach()).abs().clamp_min(error))
         assert ((parameter.detach() - aim).abs() <= slack + rounding(8)).all()
+
+
+@pytest.mark.parametrize("side", ["generators", "discriminators"])
+@pytest.mark.parametrize(("world_size", "count"), [(1, 1), (1, 3), (2, 2), (3, 1)])
+def test_a_step_in_parts_is_that_of_the_whole_batch(side: str, world_size: int, count: int) -> None:
+    """Three crops, even shares or not. As DDP does it, by hand: what the workers move is averaged; one side stays."""
+    day, night = (torch.cat((one, one[:1] * 0.3)).double() for one in crops())
+    noise = LatentNoise(*(one.double() for one in latent_noise(0, 0, [0, 1, 2], (16, 4, 4), CPU)))
+
+    def fresh() -> Networks:
+        networks = networks_of(SETTINGS)
+        for module in (networks.generators, networks.discriminators):
+            module.double()
+        rates = {name: float(name == side) for name in ("generators", "discriminators")}
+        optimizers = {
+            f"{name[:-1]}_optimizer": torch.optim.SGD(getattr(networks, name).parameters(), lr=rate)
+            for name, rate in rates.items()
+        }
+        return networks._replace(**optimizers)  # type: ignore[arg-type]
+
+    whole = fresh()
+    before = copies(getattr(whole, side))
+    made = whole.generators(day, night, noise)
+    expected = (
+        discriminator_step(whole, whole.discriminators, day, night, made, SETTINGS, FLOAT32),
+        generator_step(whole, whole.discriminators, None, day, night, made, SETTINGS, FLOAT32),
+    )
+    terms, weights = [], []
+    for rank in range(world_size):
+        mine = slice(rank, None, world_size)
+        share = (day[mine], night[mine], LatentNoise(*(one[mine] for one in noise)))
+        networks = fresh()
+        bare = networks.discriminators
+        parts = parts_of_batch(*share, count, world_size, 3)
+        assert [len(part.day_B3HW) for part in parts] == [1] * len(share[0]) if count > 1 else len(parts) == 1
+        found = step_in_parts(networks, networks.generators, bare, bare, None, parts, SETTINGS, FLOAT32)
+        terms.append(
+            torch.stack([*found[0], *(found[1] if side == "generators" else ())])
+        )  # else each has moved its own
+        weights.append(copies(getattr(networks, side)))
+    # Losses are float32 means of some 800 values; the rest is float64.
+    assert_near(
+        torch.stack(terms).mean(0), torch.stack([term for one in expected for term in one])[: len(terms[0])], 800
+    )
+    moves = torch.stack([vector(one) for one in weights]).mean(0) - vector(before)
+    assert_near(moves, vector(copies(getattr(whole, side))) - vector(before), 800)
+
+
+def vector(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def test_the_rate_is_that_of_steplr() -> None:

@@ -24,7 +24,7 @@ from nightseg.cluster.train import LocalSession
 from nightseg.data.images import decode_image, encode_png
 from nightseg.data.table import frame_table
 from nightseg.storage import Location, UserError, sha256_of
-from nightseg.unit import train
+from nightseg.unit import loss, train
 from nightseg.unit.data import FrameRef
 from nightseg.unit.loss import TERMS
 from nightseg.unit.network import Generators, build_generators
@@ -64,7 +64,7 @@ class Killed(Exception):  # noqa: N818 not an error of the program
 class FakeSession:
     """One worker without a cluster. `saved` survives a death; dies when `dies_after` checkpoints were saved."""
 
-    rank, world_size, device = 0, 1, torch.device("cpu")
+    rank, world_size, workers, device = 0, 1, 1, torch.device("cpu")
 
     def __init__(self, saved: list[bytes], dies_after: int = 1000) -> None:
         self.saved = saved
@@ -194,7 +194,7 @@ def test_history_holds_every_term_and_the_learning_rate_is_halved(tmp_path: Path
 def test_the_ema_is_warmed_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """EMA of step 0, 1, ... with decay min(ema_decay, (1 + step) / (10 + step)), computed here from the weights."""
     seen: list[Tensor] = []
-    step = train.generator_step
+    step = loss.generator_step
 
     def remembers(networks: Any, *arguments: Any) -> Any:
         if not seen:
@@ -203,7 +203,7 @@ def test_the_ema_is_warmed_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         seen.append(next(networks.generators.parameters()).detach().clone())
         return losses
 
-    monkeypatch.setattr(train, "generator_step", remembers)
+    monkeypatch.setattr(loss, "generator_step", remembers)
     state = run(plan_for(tmp_path, TINY.model_copy(update={"ema_decay": 0.9}))).state()
     expected = seen[0].double()
     for index, weights in enumerate(seen[1:]):
@@ -220,7 +220,7 @@ def first_losses(plan: Plan, world_size: int) -> list[dict[str, float]]:
     reports = []
     for rank in range(world_size):
         session = FakeSession([])
-        session.rank, session.world_size = rank, world_size
+        session.rank, session.world_size, session.workers = rank, world_size, world_size
         learn(session, {"plan": once})  # type: ignore[arg-type]
         reports.append(session.reports[-1])
     return reports
@@ -265,13 +265,13 @@ import os, signal, sys
 import torch
 from nightseg.cluster.train import LocalSession
 from nightseg.storage import Location
-from nightseg.unit import train
+from nightseg.unit import loss, train
 sys.path.insert(0, {tests!r})
 from tests.unit.test_train import plan_for, TINY
 from pathlib import Path
 
 torch.set_num_threads(1)
-steps, begun = 0, train.generator_step
+steps, begun = 0, loss.generator_step
 
 def step(*arguments):
     global steps
@@ -280,7 +280,7 @@ def step(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)  # the discriminators of this iteration have learnt, the generators not
     return begun(*arguments)
 
-train.generator_step = step
+loss.generator_step = step
 settings = TINY.model_copy(update={{"ema_decay": 0.9}})
 train.learn(LocalSession(Location.of({folder!r})), plan_for(Path({data!r}), settings))
 """

@@ -1,0 +1,207 @@
+"""Nodes that come and go: what fits on those that are there, and with how many workers a training goes on.
+
+What is decided here is decided from plain numbers, by the clock that is given: nothing in it needs a cluster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+from nightseg.errors import UserError
+
+SECONDS_TO_SETTLE: Final = 5.0  # that a cluster takes to give back what a dead worker held: nothing is said before
+SECONDS_UNTIL_KNOWN: Final = 20.0  # that Ray takes to know that a node is gone, whose processes are gone already
+SECONDS_FOR_REPLACEMENT: Final = 30.0  # that a training waits for another node before it goes on with fewer workers
+SECONDS_FOR_NODES: Final = 1800.0  # that nodes which are started on demand may take, and that work may wait for any
+SECONDS_BETWEEN_NOTES: Final = 60.0
+
+Amounts = Mapping[str, float]  # of "CPU", "GPU", ...
+
+
+def alive() -> dict[str, dict[str, float]]:
+    """What each node that is there has in all, busy or not, by the id of the node."""
+    import ray
+
+    return {node["NodeID"]: dict(node["Resources"]) for node in ray.nodes() if node["Alive"]}
+
+
+def free() -> dict[str, dict[str, float]]:
+    """What each node that is there has to give now."""
+    from ray._private.state import available_resources_per_node
+
+    return {node: dict(amounts) for node, amounts in available_resources_per_node().items()}
+
+
+def lost(known: Iterable[str]) -> set[str]:
+    """Which of these nodes are known to be gone."""
+    return set(known) - alive().keys()
+
+
+def has_lost() -> bool:
+    """Whether this cluster was larger once."""
+    import ray
+
+    return any(not node["Alive"] for node in ray.nodes())
+
+
+def fitting(nodes: Iterable[Amounts], each: Amounts) -> int:
+    """How many processes that take `each` fit on the nodes; one does not reach over two of them."""
+    return sum(
+        int(min(node.get(name, 0.0) / amount for name, amount in each.items() if amount) + 1e-6) for node in nodes
+    )
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, and those that it was made from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def may_be_a_lost_node(error: BaseException) -> bool:
+    """Whether Ray lost a process, an object or a connection, rather than that the work itself failed.
+
+    What the work raised is never that, nor is an actor that cannot be made: both would happen again anywhere.
+    """
+    from ray import exceptions
+
+    of_work = (exceptions.UserCodeException, exceptions.RuntimeEnvSetupError, exceptions.AuthenticationError)
+    used_up = (exceptions.ObjectStoreFullError, exceptions.OutOfDiskError, exceptions.OutOfMemoryError)
+    found = list(chain(error))
+    if any(isinstance(one, of_work + used_up) or getattr(one, "actor_init_failed", False) for one in found):
+        return False
+    gone = (
+        exceptions.RayActorError,  # ActorDiedError, ActorUnavailableError
+        exceptions.NodeDiedError,
+        exceptions.WorkerCrashedError,
+        exceptions.ObjectLostError,  # OwnerDiedError, ObjectFetchTimedOutError, ObjectReconstructionFailedError, ...
+        exceptions.PlasmaObjectNotAvailable,
+        exceptions.RaySystemError,
+        exceptions.RpcError,
+        exceptions.ActorUnschedulableError,
+        exceptions.TaskUnschedulableError,
+        exceptions.ActorPlacementGroupRemoved,
+        exceptions.TaskPlacementGroupRemoved,
+        exceptions.GetTimeoutError,
+        NodeLost,
+    )
+    return any(isinstance(one, gone) for one in found)
+
+
+class NodeLost(Exception):  # noqa: N818 (what is the case)
+    """Nodes of the cluster are gone while work was on them."""
+
+
+class Sizes(NamedTuple):
+    """Workers of a training that fit now: on nodes as they are (`whole`), and on what nobody else holds (`free`)."""
+
+    whole: int
+    free: int
+
+
+@dataclass
+class Staffing:
+    """With how many workers a training starts, and when a smaller one grows again.
+
+    A training waits while others hold what it needs. It goes on with fewer workers only where nodes are missing, and
+    only after it has waited for others in their place: so a short gap costs one start and not two.
+    """
+
+    asked: int
+    least: int
+    each: Amounts
+    say: Callable[[str], None]
+    patience: float = SECONDS_FOR_REPLACEMENT
+    growth: str = ""  # of the cluster, as words
+    most_seconds: float = SECONDS_FOR_NODES
+    _since: float | None = None  # since when it has waited
+    _told: float | None = None
+
+    def start(self, sizes: Sizes, now: float) -> int | None:
+        """The number of workers to start with; None: wait. Raises UserError once that has taken too long."""
+        self._since = now if self._since is None else self._since
+        waited = now - self._since
+        if sizes.free >= self.asked:
+            return self._started(self.asked)
+        if sizes.whole < self.asked and waited >= self.patience and sizes.free >= self.least:
+            workers = min(sizes.free, sizes.whole)
+            self.say(f"goes on with {workers} of {self.asked} workers, and the same frames in every step")
+            return self._started(workers)
+        if sizes.whole < self.least and waited >= self.most_seconds:
+            raise UserError(
+                f"compute.train: no node with room for {_workers(self.least)} ({words(self.each)} each) came within "
+                f"{self.most_seconds / 60:.0f} minutes",
+                cure="add nodes and run the same command: it goes on after the last checkpoint",
+            )
+        quiet = SECONDS_TO_SETTLE if sizes.whole < self.asked else SECONDS_UNTIL_KNOWN
+        if waited >= quiet and (self._told is None or now - self._told >= SECONDS_BETWEEN_NOTES):
+            self._told = now
+            self.say(self._waiting(sizes, waited))
+        return None
+
+    def lost(self, now: float) -> None:
+        """A worker died: the time that is waited begins."""
+        self._since, self._told = now, None
+
+    def larger(self, sizes: Sizes, workers: int) -> int | None:
+        """To how many workers a training of `workers` may grow; None: it stays as it is."""
+        most = min(self.asked, workers + sizes.free)
+        return most if most > workers else None
+
+    def _started(self, workers: int) -> int:
+        self._since = self._told = None
+        self.patience = SECONDS_FOR_REPLACEMENT  # from now on
+        return workers
+
+    def _waiting(self, sizes: Sizes, waited: float) -> str:
+        room = f"{_workers(self.asked)} ({words(self.each)} each)"
+        if sizes.whole >= self.asked:
+            return f"waits until other work gives back what {room} take: {sizes.free} fit now"
+        has = f"waits for nodes: {room} are asked for, {sizes.whole} fit on the nodes that are there{self.growth}"
+        if sizes.whole < self.least:
+            return f"{has}. It gives up in {_minutes(self.most_seconds - waited)}"
+        left = max(0.0, self.patience - waited)
+        if left > 0:
+            return f"{has}. In {_minutes(left)} it goes on with {sizes.whole}"
+        return f"{has}, and other work holds some of that: it goes on with {sizes.whole} as soon as that ends"
+
+
+def _workers(count: int) -> str:
+    return f"{count} worker{'s' * (count != 1)}"
+
+
+def words(each: Amounts) -> str:
+    return ", ".join(f"{amount:g} {name}" for name, amount in each.items() if amount)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} minutes"
+
+
+def watching() -> type[Any]:
+    """A callback of Ray Data that ends a pass when a node is lost.
+
+    Ray Data starts the actors of that node again somewhere else, and has their work wait for them: for ever, where no
+    other node has room. Whoever made the pass starts another one with what is not done.
+    """
+    import time
+
+    from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+    class WatchNodes(ExecutionCallback):  # type: ignore[misc]
+        def before_execution_starts(self, executor: Any) -> None:
+            self.known, self.looked = set(alive()), time.monotonic()
+
+        def on_execution_step(self, executor: Any) -> None:
+            if time.monotonic() - self.looked < SECONDS_BETWEEN_LOOKS:
+                return
+            self.looked = time.monotonic()
+            if gone := lost(self.known):
+                raise NodeLost(f"{len(gone)} of {len(self.known)} nodes are gone")
+
+    return WatchNodes
+
+
+SECONDS_BETWEEN_LOOKS: Final = 1.0
