@@ -98,7 +98,6 @@ def run(
     nightseg run configs/demo.yaml --until score   features of frames, and what they need
     nightseg run configs/translators.yaml     ways from day to night, measured side by side
     """
-    from nightseg.pipeline.build import build_graph
     from nightseg.pipeline.check import check
     from nightseg.pipeline.plan import plan
     from nightseg.pipeline.results import planned_rows
@@ -109,10 +108,9 @@ def run(
         loaded = load_recipe(recipe, overrides)
         folder = run_folder(loaded.name, run_dir)
         with told_of(recipe, overrides):
-            warnings = check(loaded, folder, only=only, is_measured=False, progress=progress_for()).warnings
-            graph = build_graph(loaded, only)
-            lines = plan(loaded, folder, only=only, until=until, built=graph)
-            rows = [] if until else planned_rows(loaded, graph)
+            found = check(loaded, folder, only=only, is_measured=False, progress=progress_for())
+            lines, warnings = plan(loaded, folder, only=only, until=until, built=found.graph), found.warnings
+            rows = [] if until else planned_rows(loaded, found.graph)
         stages = [line._asdict() | {"node": str(line.node)} for line in lines]
         content = {"run_dir": folder.uri, "stages": stages, "rows": rows, "warnings": warnings}
         return Answer(content, partial(print_plan, folder, lines, warnings, rows))
@@ -156,7 +154,8 @@ def check_recipe(
     if page is not None:
         shown = (found.sentences(), found.warnings, found.overlays, taxonomy(loaded.taxonomy))
         Location.of(page).write_bytes(check_page(f"Check of {recipe}", *shown).encode())
-    content = {key: value for key, value in found._asdict().items() if key != "overlays"} | {"page": page}
+    content = found._asdict() | {"page": page}
+    del content["overlays"], content["graph"]
     return Answer(content, partial(print_check, found, page))
 
 

@@ -58,6 +58,7 @@ class Checked(NamedTuple):
     costs: dict[str, Any]
     warnings: list[str]
     overlays: list[Picture]  # frames in the colours of their labels
+    graph: Graph  # of the recipe: making it lists all folders
 
     def sentences(self) -> list[str]:
         """What was found, for people; warnings are told apart."""
@@ -262,7 +263,7 @@ def check(
         if is_measured:
             progress.say("measure a step of the networks")
             costs = estimate.costs(recipe, graph[0], looks, folder, warnings, done_in(folder))
-        return Checked(datasets, models, costs, list(dict.fromkeys(warnings)), _overlays(looks, classes))
+        return Checked(datasets, models, costs, list(dict.fromkeys(warnings)), _overlays(looks, classes), graph[0])
 
 
 def _overlays(looks: Mapping[str, Look], classes: Taxonomy) -> list[Picture]:

@@ -19,7 +19,9 @@ from torch import Tensor
 from nightseg.data import table as frame
 from nightseg.data.class_list import taxonomy
 from nightseg.data.settings import ScenesDataset
+from nightseg.pipeline.execute import expected_room
 from nightseg.pipeline.graph import Graph, Node, NodeId, frames_at_most
+from nightseg.pipeline.schedule import seconds_of
 from nightseg.recipe.types import Recipe
 from nightseg.segmenter.network import build_semantic_fpn
 from nightseg.segmenter.settings import Network, Training
@@ -99,7 +101,8 @@ def costs(
     warnings: list[str],
     done: Collection[NodeId] = (),
 ) -> dict[str, Any]:
-    """Seconds (None: nothing could be measured), bytes on disk and in memory, and what is there of both."""
+    """Seconds (None: nothing could be measured), bytes on disk and in memory, and what is there of both. Stages that
+    will run side by side take the time of the slowest line of them."""
     nodes = [node for node in graph.nodes.values() if node.id not in done]
     rows, pixels = frames_at_most(graph), _pixels(recipe, graph, looks)
     found = _seconds(recipe, nodes, graph, rows, pixels)
@@ -161,7 +164,8 @@ def _seconds(
 ) -> dict[str, Any]:
     known: dict[Network, Measured | None] = {}
     networks: dict[NodeId, Network] = {}
-    seconds, memory, disk, without = 0.0, 0.0, 0.0, dict[str, None]()
+    seconds = dict.fromkeys((node.id for node in nodes), 0.0)
+    memory, disk, without = 0.0, 0.0, dict[str, None]()
     for node in nodes:
         if node.id.stage == "train_segmenter":
             network, training = node.settings["network"], node.settings["training"]
@@ -175,7 +179,8 @@ def _seconds(
             crop = training.crop[0] * training.crop[1]
             taught = node.settings["teaching"].online.frames(training) if "teaching" in node.settings else 0
             share = (training.batch + taught) / recipe.compute.train.workers
-            seconds += steps * crop * (share * found.step + taught * found.forward / recipe.compute.train.workers)
+            each = share * found.step + taught * found.forward / recipe.compute.train.workers
+            seconds[node.id] = steps * crop * each
             held = found.weights * _copies(training) + found.saved * crop * share / training.accumulate
             memory, disk = max(memory, held * recipe.compute.train.workers), disk + 4 * found.weights
         elif node.id.stage in PASSES:
@@ -187,12 +192,15 @@ def _seconds(
             area = network.input_size[0] * network.input_size[1] if network.input_size else pixels.get(node.id, 0.0)
             inference = node.settings.get("inference")
             turns = sum(scale**2 for scale in inference.scales) * (2 if inference.flip else 1) if inference else 1
-            seconds += (rows[node.id] or 0) * area * found.forward * turns / max(1, recipe.compute.map.actors)
+            work = (rows[node.id] or 0) * area * found.forward * turns
+            seconds[node.id] = work / max(1, recipe.compute.map.actors)
         elif node.id.stage not in READING:
             without[node.id.stage] = None
     is_measured = any(found is not None for found in known.values())
+    needs = {node.id: node.needs for node in nodes}
+    together = seconds_of(seconds, needs, expected_room(graph, recipe.compute.concurrent))
     return {
-        "seconds": round(seconds, 1) if is_measured else None,
+        "seconds": round(together, 1) if is_measured else None,
         "without": [*without, *(["reading the frames"] if is_measured else [])],
         "memory": round(memory),
         "disk": disk,

@@ -45,7 +45,7 @@ def execute(
     where it was too bad to commit. What is wrong with any of them is one error, so that all of it can be mended at
     once. Of the others, `to_the_end`: what does not need one that failed goes on; else its error ends all.
     """
-    room = schedule.Room(lambda name: _taken(graph.nodes[name]), _most, concurrent or math.inf)
+    room = expected_room(graph, concurrent)._replace(most=_most)
     stages = _Stages(workspace, graph, progress, room, to_the_end)
     commits, needs = stages.commits, stages.needs
     problems: list[UserError] = []
@@ -66,6 +66,11 @@ def execute(
     return Worked({name: commits[name] for name in needs if name in commits}, stages.made, missing)
 
 
+def expected_room(graph: Graph, concurrent: int | None) -> schedule.Room:
+    """What the stages of a graph may take at a time, as far as that is known without a connection to a cluster."""
+    return schedule.Room(lambda name: _taken(graph.nodes[name]), _expected, concurrent or math.inf)
+
+
 class _Stages:
     """The nodes of a graph as steps that a schedule runs."""
 
@@ -73,7 +78,7 @@ class _Stages:
         self, workspace: Workspace, graph: Graph, progress: Progress, room: schedule.Room, to_the_end: bool
     ) -> None:
         self.workspace, self.nodes, self.progress = workspace, graph.nodes, progress
-        self.expected_room = room._replace(most=lambda of: 1.0 if of == "driver" else cluster.expected_room(of))
+        self.expected_room = room._replace(most=_expected)
         self.to_the_end = to_the_end
         self.needs = {name: node.needs for name, node in graph.nodes.items()}
         self.commits: dict[NodeId, Commit] = {}
@@ -151,6 +156,10 @@ def _taken(node: Node) -> dict[str, float]:
     else:
         count, cpus, gpus = compute.actors, compute.cpus_per_actor, compute.gpus_per_actor
     return {"CPU": count * cpus, "GPU": count * gpus, "memory": float(count * PROCESS_BYTES)}
+
+
+def _expected(resource: str) -> float:
+    return 1.0 if resource == "driver" else cluster.expected_room(resource)
 
 
 def _most(resource: str) -> float:

@@ -170,12 +170,14 @@ def _from_file(
     folder = run_folder(recipe.name, run_dir)
     with told_of(recipe_file, overrides):
         _settle(recipe)
-        graph = None
         if (folder / "stages").is_folder():  # the folders have been looked at
             graph = build.build_graph(recipe, only)
             check.refuse(recipe, graph, check.done_in(folder))
         else:
-            check.check(recipe, folder, only=only, most=FRAMES_BEFORE, is_measured=False, progress=progress)
+            found = check.check(
+                recipe, folder, only=only, most=FRAMES_BEFORE, is_measured=False, progress=progress
+            )  # fmt: skip
+            graph = found.graph
         return folder, run(recipe, folder, only=only, until=until, built=graph, progress=progress)
 
 

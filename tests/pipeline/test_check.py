@@ -12,10 +12,13 @@ import pytest
 
 from nightseg.data.images import encode_png
 from nightseg.pipeline import estimate
+from nightseg.pipeline.build import build_graph
 from nightseg.pipeline.check import check, places
-from nightseg.pipeline.run import adapt
+from nightseg.pipeline.graph import Graph
+from nightseg.pipeline.run import adapt, work_until
 from nightseg.progress import SilentProgress
 from nightseg.recipe import load_recipe
+from nightseg.recipe.types import Recipe
 from nightseg.segmenter.settings import Network
 from nightseg.storage import Location, UserError
 from tests.command_line import forbid_ray, good, json_of, refused
@@ -328,6 +331,43 @@ def test_classes_that_the_nights_by_optics_do_not_know_are_told(root: Path) -> N
     assert "set `translators.optics.classes.sky: [NAME]`" in told(own)[0]
     said = "{kind: photometric, classes: {sky: [firmament], facade: [], lamp: []}}"
     assert told(own.replace("{kind: photometric}", said)) == [], "many lists have no traffic lights"
+
+
+def test_the_graph_is_made_once(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
+    """By a dry run and by a first run alike: making it lists all folders."""
+    made: list[Graph] = []
+
+    def counted(recipe: Recipe, only: str | None = None) -> Graph:
+        made.append(build_graph(recipe, only))
+        return made[-1]
+
+    seen: list[Graph] = []
+
+    def run(*_: object, built: Graph, **__: object) -> None:
+        seen.append(built)
+
+    for module in ("check", "build"):
+        monkeypatch.setattr(f"nightseg.pipeline.{module}.build_graph", counted)
+    monkeypatch.setattr("nightseg.pipeline.run.run", run)
+    good("run", file_of(root), "--dry-run")
+    assert len(made) == 1
+    work_until(file_of(root), stage="score", run_dir=str(root.parent / "run"), progress=SilentProgress())
+    assert seen == made[1:]
+
+
+def test_the_time_of_a_run_follows_its_schedule(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
+    """A training that nobody needs, of 3 steps of 2 crops at a second a pixel, beside another of 6 where it fits."""
+    monkeypatch.setattr(estimate, "measure", lambda *_: estimate.Measured(1.0, 0.0, 0.0, 1))
+    monkeypatch.setattr("nightseg.cluster.ray.expected_room", lambda resource: 2.0 if resource == "CPU" else 1e12)
+    text = RECIPE.replace("test_sets:", "  alone: {train: [day], start: scratch, training: {epochs: 1}}\ntest_sets:")
+
+    def seconds(cpus: int, at_a_time: str) -> float:
+        settings = [f"compute.train.cpus_per_worker={cpus}", f"compute.concurrent={at_a_time}"]
+        recipe = load_recipe(file_of(root, text), settings)
+        return float(check(recipe, Location.of(root / "run"), progress=SilentProgress()).costs["seconds"])
+
+    assert seconds(1, "null") == seconds(1, "2") == seconds(1, "1") - 3 * 2 * 32 * 64
+    assert seconds(2, "null") == seconds(1, "1"), "each wants all CPUs"
 
 
 def test_the_page_stands_alone(root: Path) -> None:
