@@ -8,6 +8,7 @@ import math
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -253,7 +254,8 @@ def test_a_model_without_its_scores_is_there_and_named(made: MadeUpGraph, recipe
 def test_the_command_line_says_what_failed_and_ends_with_1(
     made: MadeUpGraph, recipe: Recipe, folder: Location, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner.check, "check", lambda *words, **more: None)
+    checked = SimpleNamespace(graph=made.build(recipe))
+    monkeypatch.setattr(runner.check, "check", lambda *words, **more: checked)
     monkeypatch.setattr(runner.check, "refuse", lambda *words, **more: None)
     made.act[train("right")] = fails(RuntimeError("a worker died"))
     made.act[evaluation("left")] = fails(UserError("left: too many bad frames", cure="mend them"))
