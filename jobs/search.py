@@ -3,7 +3,7 @@
     nightseg submit configs/search.yaml --run-dir s3://bucket/runs/search
     ray job submit --working-dir . -- python jobs/search.py configs/search.yaml --run-dir s3://bucket/runs/search
 
-TensorBoard shows the trials: tensorboard --logdir <run-dir>/tune. Submitted again, the job continues.
+TensorBoard shows the trials: tensorboard --logdir <run-dir>/tensorboard. Submitted again, the job continues.
 """
 
 import argparse
@@ -16,7 +16,9 @@ from nightseg.progress import progress_for
 
 def work(asked: argparse.Namespace) -> str:
     found = search(asked.recipe, asked.overrides, run_dir=asked.run_dir, progress=progress_for())
-    return f"best of {len(found.trials)}: {found.best}; recipe: {found.best_recipe}"
+    best = f"{found.best['label']}, {found.metric} {found.best[found.metric]:.4f}"
+    done = f"{found.trainings} trainings, {found.reused} stages re-used"
+    return f"best of {len(found.trials)}: {best}; {done}; recipe: {found.best_recipe}; page: {found.page}"
 
 
 def main() -> int:

@@ -199,7 +199,7 @@ def test_a_command_of_ray_parses_and_the_job_takes_its_options(
     place = Location.of("/r")
     adapted = run_module.Adapted(place, Outcome({}, 1, 0, 1.0), place / "report.html")
     monkeypatch.setattr(run_module, "adapt", lambda *_, **__: adapted)
-    monkeypatch.setattr(search_module, "search", lambda *_, **__: Found(place, {}, [], place))
+    monkeypatch.setattr(search_module, "search", lambda *_, **__: Found(place, {"label": "", "miou": 0.5}, [], place))
     monkeypatch.setenv("NIGHTSEG_RUNS", "/r")
     program, job, *rest = given["entrypoint"]
     assert program == "python" and (PROJECT / rest[0]).is_file()

@@ -149,8 +149,11 @@ def test_work_that_fails_is_no_wrong_request(monkeypatch: pytest.MonkeyPatch) ->
 def test_search_tells_the_best_recipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def search(file: str, overrides: list[str], **_: Any) -> Found:
         assert (file, overrides) == ("s.yaml", ["trials=2"])
-        return Found(Location.of("/s"), {"miou": 0.5}, [{}, {}], Location.of("/s/best.yaml"))
+        best, place = {"label": "alpha=0.5", "miou": 0.5}, Location.of("/s")
+        return Found(place, best, [{}, {}], place / "best.yaml", place / "search.html", trainings=2, reused=8)
 
     monkeypatch.setattr(search_module, "search", search)
     assert run_job(monkeypatch, "search", "s.yaml", "--set", "trials=2") == 0
-    assert capsys.readouterr().out == "best of 2: {'miou': 0.5}; recipe: /s/best.yaml\n"
+    assert capsys.readouterr().out == (
+        "best of 2: alpha=0.5, miou 0.5000; 2 trainings, 8 stages re-used; recipe: /s/best.yaml; page: /s/search.html\n"
+    )

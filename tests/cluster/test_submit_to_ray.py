@@ -40,6 +40,16 @@ training: {optimizer: adamw, batch: 2, epochs: 1, steps_per_epoch: 1, warmup_ste
 """
 
 
+SEARCH = """
+name: tiny_search
+recipe: tiny.yaml
+model: day_only
+set: ["datasets.val={layout: scenes, count: 2, first: 90, size: [32, 64]}", "models.day_only.validate_on=[val]"]
+space: {training.learning_rate: {log_uniform: [1.0e-4, 1.0e-3]}}
+trials: 2
+"""
+
+
 class Head(NamedTuple):
     """A head node: where jobs are submitted, and the folder of its user."""
 
@@ -136,6 +146,28 @@ def test_a_recipe_is_submitted_to_its_report_and_not_done_twice(head: Head, tmp_
 
     wrong = submit(head, tmp_path, "tiny.yaml", "--run-dir", run, "--set", "datasets.day={layout: pairs, root: /gone}")
     assert wrong.returncode == 2 and "there is no folder '/gone'" in wrong.stderr, wrong.stderr
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_search_is_submitted_and_continued_for_more_trials(head: Head, tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below/base.yaml").write_text(BASE)
+    shutil.copyfile(PROJECT / "nightseg/data/taxonomies/camvid11.yaml", tmp_path / "classes.yaml")
+    (tmp_path / "tiny.yaml").write_text(RECIPE)
+    (tmp_path / "search.yaml").write_text(SEARCH)
+    folder = tmp_path / "shared/search"
+    trials: list[set[str]] = []
+    for words in ([], ["--set", "trials=3"]):
+        done = submit(head, tmp_path, "search.yaml", "--run-dir", folder, *words)
+        assert done.returncode == 0, done.stderr
+        rows = json.loads((folder / "trials.json").read_text())["trials"]
+        assert all(row["end"] in ("done", "stopped") for row in rows)
+        trials.append({row["trial"] for row in rows})
+        assert f"best of {len(rows)}: learning_rate=" in done.stderr and f"page: {folder}/search.html" in done.stderr
+    assert len(trials[0]) == 2 and len(trials[1]) == 3 and trials[0] < trials[1]
+    assert "learning_rate: " in (folder / "best.yaml").read_text()
 
 
 @pytest.mark.ray
