@@ -24,6 +24,7 @@ from nightseg.progress import Progress, SilentProgress
 from nightseg.recipe import load_recipe
 from nightseg.recipe.types import Recipe
 from nightseg.storage import Location, UserError, Workspace
+from tests.command_line import json_of
 from tests.small_search import ALPHA, CONFIGS, COUNT, search_of, trials_of
 
 
@@ -318,16 +319,21 @@ def test_a_search_shares_its_base_compares_its_trials_and_continues(tmp_path: Pa
         assert ("train_segmenter/adapted" in own) == (end == "done")
         assert (folder / "trials" / trial / "results.json").exists() == (end == "done")
 
-    events = list((folder / "tune").rglob("events.out.tfevents.*"))
-    assert len(events) == 2 and all(file.stat().st_size > 0 for file in events)
+    assert answer["trainings"] == 2 and answer["reused"] > 2 * 8
+    boards = [path.parent.name for path in (folder / "tensorboard").rglob("events.out.tfevents.*")]
+    assert {name[4:] for name in boards} == {trial["label"] for trial in answer["trials"]}
+    assert "<svg" in (folder / "search.html").read_text() and not (folder / "tune").exists()
 
     best = load_recipe(folder / "best.yaml")
     loss = best.models["adapted"].loss
     assert loss is not None and loss.alpha == answer["best"]["values"][ALPHA]
     assert best.test_sets == {"night": "night_test", "day": "day_test"}
 
+    plan = json_of("run", folder / "best.yaml", "--run-dir", folder / "best", "--dry-run")
+    assert {"train_segmenter/adapted", "evaluate/adapted"} <= {stage["node"] for stage in plan["stages"]}
+
     made = {path: path.stat().st_mtime_ns for path in folder.rglob("_COMMITTED.json")}
     assert run_search(folder, "trials=2") == answer
-    more = run_search(folder, "trials=3")  # the first two come again and find what they have done
+    more = run_search(folder, "trials=3")  # the first two count and are not done again
     assert {trial["trial"] for trial in more["trials"]} > set(ends)
     assert {path: path.stat().st_mtime_ns for path in made} == made
