@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import fmean
@@ -18,6 +19,7 @@ from nightseg.recipe import load_recipe
 from nightseg.recipe.types import Recipe, TestRow
 from nightseg.segmenter.settings import Training
 from nightseg.storage import Location, Workspace, hash_of
+from nightseg.storage.lock import LEASE_SECONDS
 
 EPOCH: Final = "epoch"
 TRAINING: Final = "train_segmenter"
@@ -174,6 +176,7 @@ def run_trial(trials: Trials, values: Mapping[str, Any], borrow: Sequence[Locati
     recipe = trials.recipe(values)
     alone = recipe.compute.model_copy(update={"concurrent": 1})  # trials already run side by side
     recipe = recipe.model_copy(update={"compute": alone})
+    _wait_for_the_dead(place)
     done = run.run(recipe, place, only=search.model, borrow=borrow, progress=progress).results
     facts = done["models"][search.model]
     trained = facts.get("trainings") or {search.model: facts | {"seed": 0}}
@@ -189,6 +192,13 @@ def run_trial(trials: Trials, values: Mapping[str, Any], borrow: Sequence[Locati
         measured = seen.get(kept[EPOCH], {}) if search.test is None else one["tests"][search.test]
         reached[str(one["seed"])] = score_in(measured, search.metric)
     return Outcome(fmean(reached.values()), reached, training.epochs)
+
+
+def _wait_for_the_dead(place: Location) -> None:
+    """A lease on a store outlives a try that died; nobody else works here while the search has its own folder."""
+    last = time.monotonic() + 1.5 * LEASE_SECONDS
+    while not place.is_local and Workspace(place).holder() is not None and time.monotonic() < last:
+        time.sleep(1.0)
 
 
 def score_in(scores: Mapping[str, Any], metric: str) -> float:

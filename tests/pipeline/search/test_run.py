@@ -157,7 +157,7 @@ def searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., t
     from nightseg.cluster import ray as cluster
     from nightseg.pipeline.search import tune as tune_module
 
-    def whole(*overrides: str) -> tuple[Found, dict[str, Any]]:
+    def whole(*overrides: str, place: str = str(tmp_path / "search")) -> tuple[Found, dict[str, Any]]:
         asked: dict[str, Any] = {"connected": [], "prepared": {}, "tuned": [], "watched": []}
 
         def prepare(recipe: Recipe, folder: Location, nodes: set[NodeId], **more: Any) -> dict[NodeId, Any]:
@@ -185,7 +185,7 @@ def searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., t
         monkeypatch.setattr(leaks, "find", find)
         monkeypatch.setattr(tune_module, "tune", tune)
         space = f"space={{{ALPHA}: {{uniform: [0.1, 0.9]}}, {COUNT}: {{choice: [60, 120]}}}}"
-        place, words = str(tmp_path / "search"), ["trials=4", space, *overrides]
+        words = ["trials=4", space, *overrides]
         found = search(
             str(CONFIGS / "search.yaml"),
             words,
@@ -234,6 +234,17 @@ def test_a_search_that_is_finished_is_not_done_again_but_one_that_asks_for_more_
     changes = ["datasets.dark={layout: scenes, count: 4, first: 7000}", "models.adapted.validate_on=[dark]"]
     other, _ = searched("trials=6", f"set={json.dumps(changes)}")
     assert {row["trial"] for row in other.trials}.isdisjoint({row["trial"] for row in more.trials})
+
+
+def test_a_search_lies_on_any_storage(
+    searched: Callable[..., tuple[Found, dict[str, Any]]], request: pytest.FixtureRequest
+) -> None:
+    place = request.getfixturevalue("s3").place("search").uri
+    found, _ = searched(place=place)
+    assert found.folder.uri == place and len(found.trials) == 4
+    assert load_recipe(found.best_recipe).models["adapted"].validate_on == ["night_val"]
+    assert found.page is not None and found.page.exists()
+    assert searched(place=place)[0] == found
 
 
 @pytest.mark.parametrize(("asked_for", "made"), [("concurrent=1", 1), ("concurrent=9", 2), ("cpus=2", 1)])

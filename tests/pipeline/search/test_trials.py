@@ -23,9 +23,9 @@ from nightseg.pipeline.search.trials import (
     shared_nodes,
 )
 from nightseg.progress import Progress
-from nightseg.recipe import load_recipe
+from nightseg.recipe import load_recipe, save_recipe
 from nightseg.recipe.types import Recipe
-from nightseg.storage import Location
+from nightseg.storage import Location, Workspace
 from tests.small_search import ALPHA, CONFIGS, COUNT, GAMMA, VALUES, changed, row, trials_of
 
 
@@ -244,6 +244,21 @@ def test_weights_of_the_best_epoch_are_compared_by_that_epoch(monkeypatch: pytes
 
     monkeypatch.setattr(run, "run", kept)
     assert run_trial(trials_of(tmp_path), VALUES, [], lambda *told: None).score == 0.4
+
+
+def test_a_lease_of_a_try_that_died_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """On a store nothing frees the lock of a process that was killed."""
+    trials = trials_of(tmp_path)._replace(folder=Location.of(request.getfixturevalue("s3").place("dead")) / "search")
+    save_recipe(load_recipe(trials_of(tmp_path).recipe_file), trials.recipe_file)
+    holders = iter(["a dead process", "a dead process", None])
+    monkeypatch.setattr(Workspace, "holder", lambda self: next(holders))
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    made = MadeUpRun([], [0.1, 0.2, 0.3])
+    monkeypatch.setattr(run, "run", made)
+    assert run_trial(trials, VALUES, [], lambda *told: None).score == 0.3
+    assert list(holders) == []
 
 
 def test_a_score_that_is_not_defined_is_not_a_number() -> None:
