@@ -97,9 +97,9 @@ def tiles(seen: Seen) -> list[tuple[str, str, str]]:
     told = ", ".join(f"{number} {words[end]}" for end, number in ends.items() if number)
     trainings, reused = (sum(row.get(key, 0) for row in seen.rows) for key in ("trainings", "reused"))
     return [
-        (formatting.count(len(seen.rows)), "trials", told or "none yet"),
-        (formatting.count(trainings), "trainings", "what the values change"),
-        (formatting.count(reused), "stages re-used", "what they do not"),
+        (formatting.count(len(seen.rows)), "trial" if len(seen.rows) == 1 else "trials", told or "none yet"),
+        (formatting.count(trainings), "training" if trainings == 1 else "trainings", "what the values change"),
+        (formatting.count(reused), "stage re-used" if reused == 1 else "stages re-used", "what they do not"),
         (formatting.duration(seen.seconds), "of search", "in all its starts"),
     ]
 
