@@ -33,12 +33,14 @@ Cluster: ray, no words of the domain
     cluster/settings.py        resources of trainings and passes
     cluster/ray.py             join or start Ray; its own output, silenced
     cluster/places.py          paths that every node must see
+    cluster/local.py           a Ray of this machine alone: on loopback, in a private folder
     cluster/map.py             passes over shards, on Ray Data or in this process
     cluster/session.py         what a training loop sees of the cluster
     cluster/nodes.py           what fits on the nodes that are there, with how many workers a training goes on
     cluster/elastic.py         Ray Train's decisions on sizes and restarts, replaced by those
     cluster/turn.py            one stage at a time works in the driver's process, while others wait for the cluster
     cluster/train.py           training loops on Ray Train, and their checkpoints
+    cluster/rendezvous.py      how the workers of a training find each other
     cluster/shortage.py        what a worker ran out of, in words
     cluster/progress_actor.py  from training workers to the driver: how far, and why it failed
     cluster/submit.py          jobs of a cluster: uploaded, started, followed, tried again

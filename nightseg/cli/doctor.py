@@ -90,8 +90,9 @@ def _token() -> Finding:
     file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     if not file.exists():
         return Finding("ray token", True, "none yet; before a cluster: ray get-auth-token --generate")
-    open_to_others = stat.S_IMODE(file.stat().st_mode) & 0o077
-    return Finding("ray token", not open_to_others, f"{file}" + (f"; cure: chmod 600 {file}" if open_to_others else ""))
+    wanted = ((file.parent, 0o700, 0o022), (file, 0o600, 0o077))
+    cures = [f"chmod {mode:o} {place}" for place, mode, others in wanted if stat.S_IMODE(place.stat().st_mode) & others]
+    return Finding("ray token", not cures, f"{file}" + (f"; cure: {' && '.join(cures)}" if cures else ""))
 
 
 def _cluster(file: str) -> list[Finding]:

@@ -1,8 +1,7 @@
 """The Ray cluster this process works on: joined where there is one, started here where there is none.
 
-`connect` is the only place that calls `ray.init`. A local Ray is meant to be unnoticed: no dashboard, no usage
-statistics, no worker output in the terminal, a small object store (only rows of paths and small results pass through
-it), and token authentication with a token that never touches the disk.
+A local Ray is meant to be unnoticed: no dashboard, no usage statistics, no worker output in the terminal, nobody else
+who reaches it (`cluster.local`), and token authentication with a token that never touches the disk.
 """
 
 from __future__ import annotations
@@ -23,24 +22,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nightseg.cluster import nodes
+from nightseg.cluster import local, nodes
 from nightseg.errors import UserError
 
-OBJECT_STORE_BYTES = 512 * 2**20
-"""Object store of a local Ray: decoded frames never enter it, so half a gibibyte is plenty."""
-
-SMALLEST_OBJECT_STORE_BYTES = 80 * 2**20
-"""Ray refuses less than 75 MiB."""
-
 REACHABLE_SECONDS = 20.0
-
-TOO_SLOW = (
-    "timed out during startup",
-    "Failed to start the GCS",
-    "Timed out waiting for file",
-    "Failed to connect to GCS",
-)
-"""How Ray says that its own processes of a local cluster took too long to start."""
 
 ADDRESS_CURE = "unset RAY_ADDRESS to work on this machine"
 ADMISSION_CURE = "set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to what `ray get-auth-token` prints on its head node"
@@ -64,6 +49,8 @@ WORKER_ENVIRONMENT = {
 LOCAL_ENVIRONMENT = WORKER_ENVIRONMENT | {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away, and it costs a process
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # reports and the end wait for the next check; Ray's 2 s are long here
+    "GLOO_SOCKET_IFNAME": "lo",  # else the workers of a training listen where the name of this machine leads
+    "NCCL_SOCKET_IFNAME": "lo",
 }
 HANDED_ON = (
     "NIGHTSEG_ALLOW_DOWNLOAD",
@@ -90,6 +77,7 @@ def connect(num_cpus: int | None = None, *, dashboard: bool = False) -> None:
     Raises:
         UserError: RAY_ADDRESS is not the address of a cluster, the cluster does not answer, or it wants a token.
     """
+    global _started_here
     import ray
 
     _set_defaults(ENVIRONMENT)
@@ -100,7 +88,10 @@ def connect(num_cpus: int | None = None, *, dashboard: bool = False) -> None:
         if address and address != "local":
             _join(address)
         else:
-            _start(num_cpus, dashboard)
+            _set_defaults(LOCAL_ENVIRONMENT)
+            prepare_token(may_create=True)
+            local.start(num_cpus, dashboard=dashboard, logs=wants_logs())
+            _started_here = True
     hide_daemons()
 
 
@@ -120,7 +111,10 @@ def disconnect() -> None:
     global _started_here
     import ray
 
-    ray.shutdown()
+    if _started_here:
+        local.end()
+    else:
+        ray.shutdown()
     _started_here = False
 
 
@@ -242,39 +236,6 @@ def _set_defaults(environment: Mapping[str, str]) -> None:
         os.environ.setdefault(name, value)
 
 
-def _start(num_cpus: int | None, dashboard: bool) -> None:
-    global _started_here
-    import ray
-
-    _set_defaults(LOCAL_ENVIRONMENT)
-    prepare_token(may_create=True)
-    for is_last in (False, True):
-        try:
-            ray.init(
-                address="local",
-                num_cpus=num_cpus or len(os.sched_getaffinity(0)),
-                include_dashboard=dashboard,
-                object_store_memory=_object_store_bytes(),
-                log_to_driver=wants_logs(),
-                logging_level="ERROR",
-            )
-            break
-        except Exception as error:  # Ray raises bare ones here
-            if not any(words in str(error) for words in TOO_SLOW):
-                raise
-            ray.shutdown()
-            if is_last:
-                busy, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
-                raise UserError(
-                    f"Ray: its processes did not come up in time on this machine, twice (load {busy:.1f} on {cores} "
-                    f"cores, {_free_memory()} of memory free): {str(error).strip().partition('. ')[0]}",
-                    cure="wait until the machine is less busy, or end what is busy there, and give the same command; "
-                    "work with 0 actors, and what a run has committed, need no Ray",
-                ) from error
-            logging.getLogger(__name__).warning("Ray did not come up in time: the machine is busy; tried once more")
-    _started_here = True
-
-
 def _join(address: str) -> None:
     global _started_here
     import ray
@@ -345,18 +306,20 @@ def prepare_token(may_create: bool) -> None:
 
 
 def _protect_token_file() -> bool:
-    """Whether Ray's default token file exists; one that others may read is closed to them."""
+    """Whether Ray's default token file exists; where others may read it or change its folder, both are closed."""
     try:
         file = Path.home() / ".ray" / "auth_token"
-        status = file.stat()
+        size = file.stat().st_size
+        for place, mode in ((file.parent, 0o700), (file, 0o600)):
+            status = place.stat()
+            if status.st_mode & 0o077 and status.st_uid == os.getuid():
+                try:
+                    place.chmod(mode)
+                except OSError as error:  # a read-only home directory: usable, but say so
+                    logging.getLogger(__name__).warning("%s is open to others: %s", place, error)
     except (OSError, RuntimeError):  # no file, no home, or not ours to look at
         return False
-    if status.st_mode & 0o077 and status.st_uid == os.getuid():
-        try:
-            file.chmod(0o600)
-        except OSError as error:  # a read-only home directory: usable, but say so
-            logging.getLogger(__name__).warning("%s can be read by others: %s", file, error)
-    return status.st_size > 0
+    return size > 0
 
 
 def _reload_ray_config() -> None:
@@ -366,20 +329,6 @@ def _reload_ray_config() -> None:
     core: Any = _raylet
     core.Config.initialize("")
     core.AuthenticationTokenLoader.instance().reset_cache()
-
-
-def _free_memory() -> str:
-    return f"{os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
-
-
-def _object_store_bytes() -> int:
-    """Half a gibibyte, or what fits into shared memory: containers often have 64 MiB there, and Ray warns then."""
-    try:
-        status: Any = os.statvfs("/dev/shm")  # noqa: S108
-    except OSError:
-        return OBJECT_STORE_BYTES
-    free = int(status.f_bsize * status.f_bavail * 0.8)
-    return OBJECT_STORE_BYTES if free < SMALLEST_OBJECT_STORE_BYTES else min(OBJECT_STORE_BYTES, free)
 
 
 # -- Ray's own output ------------------------------------------------------------------------------------------------

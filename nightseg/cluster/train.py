@@ -219,7 +219,8 @@ def _run(job: dict[str, Any], compute: TrainCompute, name: str, title: str, watc
     """The history, from rank 0. Ray's own storage holds nothing and goes away: checkpoints are ours."""
     import ray
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchConfig
+
+    from nightseg.cluster.rendezvous import torch_config
 
     on_gpu = compute.gpus_per_worker > 0
     resources = {"CPU": compute.cpus_per_worker} | ({"GPU": compute.gpus_per_worker} if on_gpu else {})
@@ -229,7 +230,7 @@ def _run(job: dict[str, Any], compute: TrainCompute, name: str, title: str, watc
         trainer = _lean_trainer(_policies(job, scaling, failures, compute))(
             _work,
             train_loop_config=job,
-            torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+            torch_config=torch_config("nccl" if on_gpu else "gloo", folder=storage, is_local=cluster.is_local()),
             scaling_config=scaling,
             run_config=RunConfig(
                 name=name,

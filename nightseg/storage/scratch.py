@@ -135,7 +135,7 @@ def remove_abandoned(below: Path | None = None) -> None:
 
 def _shelf(below: Path | None, create: bool = True) -> Path | None:
     """Where the folders lie, without those that are abandoned; None if others can write there."""
-    shelf = (below or Path(tempfile.gettempdir())) / f"nightseg-scratch-{os.getuid()}"
+    shelf = (below or Path(tempfile.gettempdir())) / f"nightseg-{os.getuid()}"
     if create:
         shelf.mkdir(mode=0o700, exist_ok=True)
     found = shelf.lstat()

@@ -92,6 +92,8 @@ def test_a_token_that_others_may_read_is_a_finding(home: Path) -> None:
     assert not found.good and f"chmod 600 {file}" in found.detail and "secret" not in found.detail
     file.chmod(0o600)
     assert findings()["ray token"].good
+    file.parent.chmod(0o770)  # who can write there puts another one in its place
+    assert f"chmod 700 {file.parent}" in findings()["ray token"].detail
 
 
 @pytest.mark.parametrize("name", ["cluster.yaml", *(f"configs/cluster/{n}.yaml" for n in ("gcp", "local", "kuberay"))])

@@ -273,7 +273,7 @@ def test_work_without_a_place_lies_in_a_temporary_folder_and_goes_with_it(
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with runner.finished(made.build(recipe), None, SilentProgress()) as commits:
-        (place,) = tmp_path.glob("nightseg-scratch-*/*")
+        (place,) = tmp_path.glob("nightseg-*/*")
         assert all(commit.folder.uri.startswith(str(place)) for commit in commits.values())
     assert not list(tmp_path.glob("nightseg-*/*"))
 

@@ -149,7 +149,7 @@ def test_without_a_boot_to_tell_nothing_is_shared_with_later_processes(
 
 
 def test_a_place_that_others_can_write_is_refused(tmp_path: Path) -> None:
-    shelf = tmp_path / f"nightseg-scratch-{os.getuid()}"
+    shelf = tmp_path / f"nightseg-{os.getuid()}"
     shelf.mkdir()
     shelf.chmod(0o777)
     assert Scratch.open("a", tmp_path) is None
@@ -181,7 +181,7 @@ with temporary_folder(Path(sys.argv[1])) as folder:
 
 
 def shelf(below: Path) -> Path:
-    return below / f"nightseg-scratch-{os.getuid()}"
+    return below / f"nightseg-{os.getuid()}"
 
 
 def test_a_temporary_folder_goes_with_its_user(tmp_path: Path) -> None:
