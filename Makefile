@@ -1,6 +1,6 @@
 # Every target sets itself up in .venv inside the checkout. Needed: Python 3.11 or newer, make, gcc.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-all check bench clean
+.PHONY: help setup demo test test-slow test-ssh test-all check bench clean
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
@@ -29,9 +29,12 @@ test: .venv/ready-to-test ## the default tests (a few minutes on 2 cores)
 	wait $$!; ray=$$?; echo "On Ray:"; cat $$log; rm $$log; exit $$((rest || ray))
 
 test-slow: .venv/ready-to-test ## whole chains, kills and restarts; START_WITHIN=MINUTES names those that did not start by then
-	$(BIN)/python -m pytest -m slow -vv $(if $(START_WITHIN),--start-within $(START_WITHIN))
+	$(BIN)/python -m pytest -m "slow and not ssh" -vv $(if $(START_WITHIN),--start-within $(START_WITHIN))
 
-test-all: test test-slow ## all tests
+test-ssh: .venv/ready-to-test ## a cluster by `ray up` over SSH; skipped without root, sshd, rsync and iproute2
+	$(BIN)/python -m pytest -m ssh -vv -rs
+
+test-all: test test-slow test-ssh ## all tests
 
 check: setup ## formatting, lint and types
 	$(BIN)/ruff format --check .
