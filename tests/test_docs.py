@@ -246,6 +246,36 @@ def test_what_docker_is_told_of_is_in_the_dockerfile(words: list[str]) -> None:
     assert "ARG BASE=" in (PROJECT / "Dockerfile").read_text()
 
 
+@pytest.mark.parametrize("words", of("aws"))
+def test_what_aws_is_told_to_make_is_what_the_cluster_file_names(words: list[str]) -> None:
+    file, page = (PROJECT / "cluster.yaml").read_text(), (PROJECT / "docs/cluster.md").read_text()
+    if words[0] == "s3":
+        assert words[1:] in (["mb", "s3://BUCKET"],)
+        return
+    assert words[0] in ("ec2", "iam")
+    options = dict(zip(words[2::2], words[3::2], strict=True))
+    assert all(option.startswith("--") and not value.startswith("--") for option, value in options.items())
+    for option in ("--role-name", "--instance-profile-name"):
+        assert option not in options or f"instance-profile/{options[option]}" in file
+    assert options.get("--cidr") != "0.0.0.0/0"
+    for value in options.values():
+        assert not value.startswith("file://") or f"\n{value.removeprefix('file://')}: " in page
+
+
+@pytest.mark.parametrize("words", of("helm"))
+def test_what_helm_installs_is_the_operator_that_the_cluster_file_needs(words: list[str]) -> None:
+    if words[0] == "install":
+        least = re.search(r"KubeRay ([\d.]+) or newer", (CONFIGS / "cluster/kuberay.yaml").read_text())
+        assert least is not None and words[1:] == [
+            "kuberay-operator",
+            "kuberay/kuberay-operator",
+            "--version",
+            least[1],
+        ]
+    else:
+        assert words == ["repo", "add", "kuberay", "https://ray-project.github.io/kuberay-helm/"]
+
+
 @pytest.mark.parametrize("block", blocks("json"), ids=str)
 def test_a_policy_of_a_role_parses(block: Block) -> None:
     policy = json.loads(block.text)
@@ -255,7 +285,7 @@ def test_a_policy_of_a_role_parses(block: Block) -> None:
 
 
 def test_there_is_no_command_that_nothing_checks() -> None:
-    checked = {"nightseg", "make", "ray", "pip", "kubectl", "docker"}
+    checked = {"nightseg", "make", "ray", "pip", "kubectl", "docker", "aws", "helm"}
     plain = {"git", "cd", "source", "export", "tensorboard"}  # tensorboard --logdir FOLDER
     unchecked = [(where, words) for where, words in COMMANDS if words[0].removeprefix(".venv/bin/") not in checked]
     assert not [found for found in unchecked if found[1][0] not in plain]
