@@ -97,7 +97,9 @@ def _address_problems(key: str, command: str, config: Mapping[str, Any]) -> Iter
             f"{key}: `ray start` without --node-ip-address: Ray tells the others the address of the interface that "
             "leads to the internet, which they may not reach"
         )
-    elif "--head" in command and not {"$", "`"} & set(address[1]) and address[1] != head:
+    if "--head" in command and "RAY_enable_autoscaler_v2=0" not in command:
+        yield f"{key}: `ray start --head` without RAY_enable_autoscaler_v2=0: no machine of worker_ips is ever started"
+    if address and "--head" in command and not {"$", "`"} & set(address[1]) and address[1] != head:
         yield f"{key}: the head listens at {address[1]}, and workers look for it at provider.head_ip, {head}"
 
 

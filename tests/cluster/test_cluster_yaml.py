@@ -169,6 +169,7 @@ TOKEN = "RAY_AUTH_MODE=token "
         (LOCAL, change("min_workers", 0), "leave both out"),
         (LOCAL, change("setup_commands.1", "true"), "name the virtual environment"),
         (LOCAL, change("worker_start_ray_commands.1", replaced("--node-ip-address", "--x")), "may not reach"),
+        (LOCAL, change("head_start_ray_commands.1", replaced("RAY_enable_autoscaler_v2=0", "")), "ever started"),
         (LOCAL, change("provider.head_ip", "10.0.0.9"), "workers look for it at provider.head_ip"),
         # Kubernetes
         (KUBERAY, change(f"{SPEC}.authOptions"), "no authOptions"),

@@ -129,7 +129,7 @@ def done_for_strangers(found: set[Listener]) -> list[str]:
 def test_all_of_it_listens_on_loopback_and_its_folder_is_closed(ray_cluster: None) -> None:
     import ray
 
-    ray.get(ray.remote(num_cpus=0)(os.getpid).remote())  # one worker at least
+    ray.get(ray.remote(num_cpus=0)(lambda: None).remote())  # one worker at least
     found = listeners(os.getpid())
     assert {"gcs_server", "raylet"} <= {one.process for one in found}
     assert beyond_loopback(found) == []

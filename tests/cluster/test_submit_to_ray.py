@@ -10,10 +10,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -168,6 +170,40 @@ def test_a_search_is_submitted_and_continued_for_more_trials(head: Head, tmp_pat
         assert f"best of {len(rows)}: learning_rate=" in done.stderr and f"page: {folder}/search.html" in done.stderr
     assert len(trials[0]) == 2 and len(trials[1]) == 3 and trials[0] < trials[1]
     assert "learning_rate: " in (folder / "best.yaml").read_text()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_driver_that_is_killed_is_submitted_again_and_goes_on(head: Head, tmp_path: Path) -> None:
+    (tmp_path / "killed.yaml").write_text(
+        f"{BASE}taxonomy: camvid11\nmodels: {{m: {{train: [day], start: scratch}}}}\ntest_sets: {{night: test}}\n"
+    )
+    run = tmp_path / "shared/run"
+    killed = threading.Event()
+
+    def kill_once() -> None:
+        while not killed.is_set():
+            if any(run.rglob("_COMMITTED.json")):
+                for place in Path("/proc").glob("[0-9]*"):
+                    with suppress(OSError):
+                        words = (place / "cmdline").read_bytes().split(b"\0")
+                        if b"jobs/self_train.py" in words and str(run).encode() in words:
+                            os.kill(int(place.name), signal.SIGKILL)
+                            killed.set()
+            time.sleep(0.05)
+
+    killer = threading.Thread(target=kill_once, daemon=True)
+    killer.start()
+    try:
+        done = submit(head, tmp_path, "killed.yaml", "--run-dir", run, "--max-tries", 2, "--json")
+    finally:
+        killed.set()
+        killer.join()
+    assert done.returncode == 0, done.stderr
+    job = json.loads(done.stdout)
+    assert (job["id"], job["status"]) == ("base-2", "SUCCEEDED") and "try 2 of 2 goes on" in done.stderr
+    assert "0 already committed" not in done.stderr and (run / "report.html").exists()
 
 
 @pytest.mark.ray
