@@ -43,7 +43,7 @@ def split(pool: pa.Table, *, margin: float, **work: Unpack[Work]) -> Commit:
     if pool.num_rows == 0:
         cure = "see the counts of the pool's dataset: how many frames were quarantined, and why"
         raise UserError("split: there is no frame to split into day and night", cure=cure)
-    named = pool.select([frame.FRAME_ID, frame.URI])
+    named = pool.select([name for name in (frame.FRAME_ID, frame.URI, frame.SHA256) if name in pool.column_names])
     shards = map_shards(named, HistogramFrames, {}, title="split", on_cpus=True, **work)
     seen = shards.table("histograms")
     bands_NBH = vectors(seen[BANDS]).reshape(-1, NUM_BANDS, NUM_BINS)
@@ -70,7 +70,8 @@ class HistogramFrames:
     def __call__(self, rows: pa.Table, folder: Location) -> Mapping[str, pa.Table]:
         tones: list[tuple[str, Tone]]
         tones, bad = frame.sort_out(
-            rows, lambda row: (row[frame.FRAME_ID], tone_of(read_image(Location.of(row[frame.URI]))))
+            rows,
+            lambda row: (row[frame.FRAME_ID], tone_of(read_image(Location.of(row[frame.URI]), row.get(frame.SHA256)))),
         )
         bands = np.array([tone.bands for _, tone in tones], dtype=np.float32).reshape(-1, NUM_BANDS * NUM_BINS)
         seen = {
