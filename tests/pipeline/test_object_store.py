@@ -154,7 +154,11 @@ def test_a_run_in_a_store_is_the_run_on_a_disk(s3: ObjectStore, recipe: Path, tm
 
     run = s3.place(f"runs/{secrets.token_hex(4)}")
     with driver(whole(recipe, run), tmp_path / "killed.txt") as killed:
-        while not any("score/" in path and "_COMMITTED" in path for _, path in s3.requests):
+        scored = f"{run.uri.removeprefix('s3:/')}/stages/score/"
+        while not any(
+            (method, path[: len(scored)], path[-15:]) == ("PUT", scored, "_COMMITTED.json")
+            for method, path in s3.requests
+        ):
             assert killed.poll() is None, said(tmp_path / "killed.txt")
             time.sleep(0.1)
         os.killpg(killed.pid, signal.SIGKILL)
