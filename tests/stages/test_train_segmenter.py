@@ -161,6 +161,20 @@ def test_parts_of_a_batch_learn_what_the_batch_learns(rows: pa.Table, tmp_path: 
         torch.testing.assert_close(found["network"][name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_who_has_lost_the_other_worker_takes_its_parts_as_well(rows: pa.Table, tmp_path: Path) -> None:
+    """Frames, order and parts of a step are those of two parts: killed with both, goes on alone, to the same bits."""
+    one, two = TRAINING, TRAINING.model_copy(update={"accumulate": 2})
+    expected = train(Session(tmp_path / "parts"), plan_for(rows, tmp_path, two))
+    left = Session(tmp_path / "left")
+    left.workers = 2
+    assert_same(train(left, plan_for(rows, tmp_path, one)), expected)
+    with pytest.raises(Killed):
+        train(Session(tmp_path / "killed", die_after=1), plan_for(rows, tmp_path, two))
+    after = Session(tmp_path / "killed")
+    after.workers = 2
+    assert_same(train(after, plan_for(rows, tmp_path, one)), expected)
+
+
 def test_the_ema_is_what_is_validated_and_kept(rows: pa.Table, tmp_path: Path) -> None:
     training = TRAINING.model_copy(update={"epochs": 1, "ema_decay": 0.5})
     plan = plan_for(rows, tmp_path, training, rows.slice(0, 3))

@@ -214,13 +214,13 @@ def test_the_ema_is_warmed_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert not torch.equal(found, seen[-1])
 
 
-def first_losses(plan: Plan, world_size: int) -> list[dict[str, float]]:
-    """The report of every worker after one iteration; each shows its own share of the mean."""
+def first_losses(plan: Plan, world_size: int, workers: int | None = None) -> list[dict[str, float]]:
+    """The report of every worker after one iteration; each shows its own share of the mean. Asked were `workers`."""
     once = replace(plan, settings=plan.settings.model_copy(update={"iterations": 1}))
     reports = []
     for rank in range(world_size):
         session = FakeSession([])
-        session.rank, session.world_size, session.workers = rank, world_size, world_size
+        session.rank, session.world_size, session.workers = rank, world_size, workers or world_size
         learn(session, {"plan": once})  # type: ignore[arg-type]
         reports.append(session.reports[-1])
     return reports
@@ -233,6 +233,14 @@ def test_two_workers_share_the_global_batch(tmp_path: Path) -> None:
     near = rounding(2000 + 2000)
     for term in TERMS:
         assert alone[term] == pytest.approx(sum(report[term] for report in shared), rel=near, abs=near)
+
+
+def test_who_has_lost_the_other_worker_takes_the_global_batch_in_two_parts(tmp_path: Path) -> None:
+    plan = plan_for(tmp_path)["plan"]
+    (alone,), (left,) = first_losses(plan, 1), first_losses(plan, 1, workers=2)
+    near = rounding(2000 + 2000)  # as above
+    for term in TERMS:
+        assert left[term] == pytest.approx(alone[term], rel=near, abs=near)
 
 
 def test_samples_and_terms_can_be_looked_at_while_it_trains(tmp_path: Path) -> None:
