@@ -266,7 +266,7 @@ def _policies(job: dict[str, Any], scaling: Any, failures: Any, compute: TrainCo
         min(compute.min_workers, compute.workers),
         {"CPU": compute.cpus_per_worker, "GPU": compute.gpus_per_worker},
         say,
-        nodes.SECONDS_FOR_NODES if grows else nodes.SECONDS_TO_SETTLE,
+        _patience(grows),
         ", and more are started on demand" if grows else "",
     )
     scaled = scaling_policy(
@@ -277,6 +277,13 @@ def _policies(job: dict[str, Any], scaling: Any, failures: Any, compute: TrainCo
         gives_up=gives_up,
     )
     return {"scaling_policy": scaled, "failure_policy": failure_policy(failures)}
+
+
+def _patience(grows: bool) -> float:
+    """Seconds that a training waits for the workers that it cannot have yet, the first time that it starts."""
+    if grows and not nodes.has_lost():
+        return nodes.SECONDS_FOR_NODES
+    return nodes.SECONDS_FOR_REPLACEMENT if grows else nodes.SECONDS_TO_SETTLE
 
 
 def _lean_trainer(policies: dict[str, Any]) -> type[Any]:

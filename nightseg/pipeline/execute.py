@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from itertools import takewhile
 from typing import Final, NamedTuple
 
 from nightseg.cluster import ray as cluster
-from nightseg.cluster.settings import TrainCompute
+from nightseg.cluster.settings import MapCompute, TrainCompute
 from nightseg.cluster.turn import turn
 from nightseg.errors import UserError, kept, together
 from nightseg.pipeline import schedule
@@ -69,6 +69,28 @@ def execute(
 def expected_room(graph: Graph, concurrent: int | None) -> schedule.Room:
     """What the stages of a graph may take at a time, as far as that is known without a connection to a cluster."""
     return schedule.Room(lambda name: _taken(graph.nodes[name]), _expected, concurrent or math.inf)
+
+
+def check_room(graph: Graph, done: Collection[NodeId], say: Callable[[str], None]) -> None:
+    """Refuse before anything starts what a stage that is not in `done` asks for and the cluster can never give.
+
+    A pass starts no more actors than it has shards, so only one of them is asked for here. Of this machine nothing but
+    its cores is known before Ray starts.
+    """
+    coming = (node for name, node in graph.nodes.items() if name not in done and not node.is_in_driver)
+    for compute in dict.fromkeys(node.resources for node in coming):
+        who, place = ("worker", "compute.train") if isinstance(compute, TrainCompute) else ("actor", "compute.map")
+        count, cpus, gpus = _processes(compute)
+        count = count if isinstance(compute, TrainCompute) else 1
+        if not cluster.is_this_machine():
+            cluster.connect()
+            cluster.require(who, count, cpus=cpus, gpus=gpus, place=place, say=say)
+        elif count * cpus > (cores := cluster.expected_room("CPU")):
+            raise UserError(
+                f"{place}: {count} {who}s with {cpus:g} CPU each need {count * cpus:g} CPU, and this machine has "
+                f"{cores:g}",
+                cure=f"lower {place}.{who}s or {place}.cpus_per_{who}, or run it on a cluster",
+            )
 
 
 class _Stages:
@@ -151,15 +173,19 @@ def _taken(node: Node) -> dict[str, float]:
     if node.is_in_driver:
         cpus = 1.0 if node.id.stage in TABLE_STAGES else math.inf
         return {"driver": 1.0, "CPU": cpus if cluster.is_this_machine() else 0.0}
-    if isinstance(compute, TrainCompute):
-        count, cpus, gpus = compute.workers, compute.cpus_per_worker, compute.gpus_per_worker
-    else:
-        count, cpus, gpus = compute.actors, compute.cpus_per_actor, compute.gpus_per_actor
+    count, cpus, gpus = _processes(compute)
     return {"CPU": count * cpus, "GPU": count * gpus, "memory": float(count * PROCESS_BYTES)}
 
 
 def _expected(resource: str) -> float:
     return 1.0 if resource == "driver" else cluster.expected_room(resource)
+
+
+def _processes(compute: MapCompute | TrainCompute) -> tuple[int, float, float]:
+    """How many, and CPUs and GPUs of each."""
+    if isinstance(compute, TrainCompute):
+        return compute.workers, compute.cpus_per_worker, compute.gpus_per_worker
+    return compute.actors, compute.cpus_per_actor, compute.gpus_per_actor
 
 
 def _most(resource: str) -> float:

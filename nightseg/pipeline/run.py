@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -15,7 +15,7 @@ from nightseg.data.class_list import taxonomy
 from nightseg.errors import all_of, together
 from nightseg.networks.downloads import allow_downloads
 from nightseg.pipeline import build, check, classes, leaks, tracking
-from nightseg.pipeline.execute import execute
+from nightseg.pipeline.execute import check_room, execute
 from nightseg.pipeline.folder import keep_earlier, lay_out
 from nightseg.pipeline.graph import Graph, NodeId
 from nightseg.pipeline.results import (
@@ -213,8 +213,7 @@ def run(
     with workspace.lock(), cluster.left_as_found():
         if not (folder / RESULTS_NAME).exists():  # else it is the recipe of what is finished, until more is
             save_recipe(recipe, folder / RECIPE_NAME)
-        if recipe.models or recipe.compute.map.actors:  # else all is done in this process
-            check_places(check.places(recipe), _note_in(folder), progress.say)
+        _check_cluster(recipe, part, folder, progress.say)
         found: list[leaks.Leak] = []
 
         def examine(read: Mapping[NodeId, Commit | Shards]) -> None:
@@ -246,6 +245,13 @@ def run(
         results = read_results(folder)
         lay_out(Run(folder, results), folder)
     return Outcome(results, len(done), num_skipped, time.monotonic() - began, errors)
+
+
+def _check_cluster(recipe: Recipe, graph: Graph, folder: Location, say: Callable[[str], None]) -> None:
+    """Refuse before anything starts what its nodes do not see or can never give."""
+    if recipe.models or recipe.compute.map.actors:  # else all is done in this process
+        check_places(check.places(recipe), _note_in(folder), say)
+    check_room(graph, check.done_in(folder), say)
 
 
 def _note_in(folder: Location) -> dict[str, bytes]:

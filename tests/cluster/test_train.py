@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from nightseg.cluster import train as training_module
 from nightseg.cluster.session import Session
 from nightseg.cluster.settings import TrainCompute
 from nightseg.cluster.train import FitResult, LocalSession, fit
@@ -122,6 +123,17 @@ def same(result: FitResult, expected: LocalSession) -> bool:
     mine = result.load()["line"]
     assert result.history == expected.history
     return all(torch.equal(mine[name], value) for name, value in state["line"].items())
+
+
+@pytest.mark.parametrize(
+    ("grows", "has_lost", "seconds"),
+    [(True, False, 1800.0), (True, True, 30.0), (False, True, 5.0), (False, False, 5.0)],
+)
+def test_how_long_a_first_start_waits(
+    monkeypatch: pytest.MonkeyPatch, grows: bool, has_lost: bool, seconds: float
+) -> None:
+    monkeypatch.setattr("nightseg.cluster.nodes.has_lost", lambda: has_lost)
+    assert training_module._patience(grows) == seconds
 
 
 @pytest.mark.ray

@@ -213,6 +213,44 @@ def test_what_a_stage_takes_of_a_machine(
     assert execute._taken(node) == ({"driver": 1, "CPU": 0} if "driver" in takes else takes)
 
 
+@pytest.mark.parametrize(
+    ("compute", "refused"),
+    [
+        (
+            TrainCompute(workers=2, cpus_per_worker=1.5),
+            "compute.train: 2 workers with 1.5 CPU each need 3 CPU, and this",
+        ),
+        (TrainCompute(workers=2), None),
+        (MapCompute(actors=3), None),  # no more start than there are shards
+        (MapCompute(cpus_per_actor=4), "compute.map: 1 actors with 4 CPU each need 4 CPU, and this machine has 2"),
+        (MapCompute(actors=0, cpus_per_actor=4), None),
+    ],
+)
+def test_what_can_never_be_is_refused_before_anything_starts(
+    compute: MapCompute | TrainCompute, refused: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = NodeId("train_segmenter" if isinstance(compute, TrainCompute) else "score", "x")
+    graph = Graph({name: Node(name, 1, lambda: None, compute, {}, {})})  # type: ignore[arg-type,return-value]
+    monkeypatch.setattr(cluster, "is_this_machine", lambda: True)
+    monkeypatch.setattr(cluster, "expected_room", lambda resource: 2.0)
+    execute.check_room(graph, {name}, print)  # it is done
+    if refused is None:
+        execute.check_room(graph, (), print)
+    else:
+        with pytest.raises(UserError, match=refused):
+            execute.check_room(graph, (), print)
+
+
+def test_a_cluster_is_asked_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    name, asked = NodeId("train_segmenter", "x"), []
+    graph = Graph({name: Node(name, 1, lambda: None, TrainCompute(workers=8, gpus_per_worker=1), {}, {})})  # type: ignore[arg-type,return-value]
+    monkeypatch.setattr(cluster, "is_this_machine", lambda: False)
+    monkeypatch.setattr(cluster, "connect", lambda: None)
+    monkeypatch.setattr(cluster, "require", lambda who, count, **more: asked.append((who, count, more["gpus"])))
+    execute.check_room(graph, (), print)
+    assert asked == [("worker", 8, 1.0)]
+
+
 # -- failures ---------------------------------------------------------------------------------------------------------
 
 
