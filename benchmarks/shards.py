@@ -30,6 +30,7 @@ from nightseg.data import table as frame
 from nightseg.progress import SilentProgress
 from nightseg.storage import Location, Workspace
 
+PART = 1_000_000
 CPU_SECONDS_OF_A_FRAME = 0.02
 """Of features by EfficientNet-Lite0 on one core, roughly: what the cost of the shards is a share of."""
 
@@ -43,8 +44,12 @@ class TwoNumbers:
 
 
 def frames(count: int) -> pa.Table:
-    """As a pool is listed: ids, uris, hashes, sizes."""
-    numbers = pa.array(np.arange(count))
+    """As a pool is listed: ids, uris, hashes, sizes. In parts, because Arrow's strings end at 2 GB."""
+    return pa.concat_tables([_listed(range(first, min(count, first + PART))) for first in range(0, count, PART)])
+
+
+def _listed(some: range) -> pa.Table:
+    count, numbers = len(some), pa.array(np.arange(some.start, some.stop))
     text = numbers.cast(pa.string())
     columns = {
         frame.FRAME_ID: pa.compute.binary_join_element_wise("pool/drive/", text, ""),
