@@ -45,7 +45,7 @@ from nightseg.recipe.types import (
 )
 from nightseg.segmenter.settings import AdaptNorms, Guard, Inference, Online, Teaching
 from nightseg.segmenter.start import start_identity, weights_identity
-from nightseg.selection.settings import Extraction, Selection
+from nightseg.selection.settings import METHODS, Extraction, Selection
 from nightseg.stages import (
     adapt_norms,
     collect,
@@ -322,7 +322,7 @@ class Builder:
         online: dict[str, Any] = {}
         told = self._named(name) | ({"start": model.start} if ready else {})
         if learning is not None and learning.mode == "online":
-            chosen, pool = self._pool(of, model, learning)
+            chosen, pool = self._pool(name, model, learning)
             inputs["pool"], online["teaching"] = Frames(pool), _teaching(learning)
             train_segmenter.check_online(name, online["teaching"].online, training, workers)
             told["warnings"] = self._warnings_of_teacher(name)
@@ -403,13 +403,16 @@ class Builder:
                 found[name] = translator
         return found
 
-    def _pool(self, of: str, model: Model, learning: SelfTraining) -> tuple[NodeId | None, Views]:
-        """The unlabelled frames to learn from, and the node that chose them, once for all seeds."""
+    def _pool(self, name: str, model: Model, learning: SelfTraining) -> tuple[NodeId | None, Views]:
+        """The unlabelled frames to learn from, and the node that chose them: once for all seeds, where no chance is in
+        the choice."""
         if learning.select is None:
             return None, self.dataset(learning.pool)
         translated = [name for name in model.train_sets if isinstance(self.recipe.datasets[name], TranslatedDataset)]
         near = [learning.select.reference] if learning.select.reference else translated
-        chosen = self.select(of, learning.select, learning.pool, near)
+        _, of, seed = self.trained[name]
+        by_seed = (name, seed) if METHODS[learning.select.method].is_drawn else (of, 0)
+        chosen = self.select(by_seed[0], learning.select, learning.pool, near, by_seed[1])
         return chosen, (View(chosen),)
 
     def _warnings_of_teacher(self, name: str) -> tuple[str, ...]:
@@ -441,21 +444,23 @@ class Builder:
     def _pseudo_label(
         self, name: str, of: str, model: Model, learning: SelfTraining
     ) -> tuple[NodeId | None, NodeId, NodeId]:
-        """The selection, the labels of the teacher, and what of them is kept. The frames are chosen once for all seeds;
-        those with one teacher share its labels, too."""
+        """The selection, the labels of the teacher, and what of them is kept. Seeds that have the same frames and one
+        teacher share its labels, too."""
         by = learning.teacher or model.start
         first = self.models[of].self_training
         assert first is not None, of
         teacher = self.model(by)
-        chosen, frames = self._pool(of, model, learning)
-        labels = self.label(teacher, frames, f"{learning.pool}.{of}" if chosen else learning.pool, learning.inference)
+        chosen, frames = self._pool(name, model, learning)
+        of_pool = f"{learning.pool}.{chosen.name}" if chosen else learning.pool
+        labels = self.label(teacher, frames, of_pool, learning.inference)
         inputs: dict[str, Source] = {"labels": labels}
         settings = {"threshold": learning.threshold, "never_below": learning.never_below}
         if learning.never_below:
             inputs["labelled"] = Frames(tuple(view for name in model.train_sets for view in self._trained_on(name)))
         if (round_before := self._first_round(by, learning.pool)) is not None:
             inputs["first_round"], settings["guard"] = round_before, learning.guard or Guard(act="warn")
-        kept = of if by == (first.teacher or self.models[of].start) else name
+        is_shared = by == (first.teacher or self.models[of].start) and (chosen is None or chosen.name == of)
+        kept = of if is_shared else name
         told = {**self._named(kept), "known_warnings": self._warnings_of_teacher(by)}
         return chosen, labels, self._add(pseudo_label, kept, inputs, settings, unhashed=told, facts=self.classes)
 
@@ -484,8 +489,8 @@ class Builder:
 
     # -- selections --------------------------------------------------------------------------------------------------
 
-    def select(self, name: str, selection: Selection, pool: str, near: list[str]) -> NodeId:
-        """Frames of a pool that are close to those of the datasets `near`."""
+    def select(self, name: str, selection: Selection, pool: str, near: list[str], seed: int = 0) -> NodeId:
+        """Frames of a pool that are close to those of the datasets `near`; `seed` of the training that they are for."""
         extraction, spatial = selection.extractor, selection.needs_positions and bool(near)
         reference = self.score(near, extraction, positions=spatial) if near else None
         return self._add(
@@ -497,8 +502,8 @@ class Builder:
                 "reference_scores": reference,
             },
             {"selection": selection},
-            unhashed={"seed": self.recipe.seed},
-            seed=self.recipe.seed,
+            unhashed={"seed": self.recipe.seed + seed},
+            seed=self.recipe.seed + seed,
             most_rows=selection.count,
         )
 

@@ -170,9 +170,10 @@ class _Reader:
         """A model is all of its seeds."""
         return self.model is None or name == self.model or name.startswith(f"{self.model}.seed")
 
-    def _is_of_asked(self, name: str) -> bool:
-        """Seeds share the selection, and often the pseudo-labels, of their model."""
-        return self._is_asked(name) or name == str(self.model).partition(".seed")[0]
+    def _is_of_asked(self, name: str, stage: str) -> bool:
+        """Seeds often share the selection and the pseudo-labels of their model."""
+        is_shared = f"{stage}/{self.model}" not in self.run.results["commits"]
+        return self._is_asked(name) or (is_shared and name == str(self.model).partition(".seed")[0])
 
     def _nodes(self, *stages: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
         """(node, its name, its part of the recipe) of the commits that are there."""
@@ -229,7 +230,7 @@ class _Reader:
     def selections(self) -> list[Row]:
         found = []
         for node, model, recipe in self._nodes("select"):
-            if not self._is_of_asked(model):
+            if not self._is_of_asked(model, "select"):
                 continue
             selection, commit = recipe.get("selection", {}), self.run.commit(node)
             asked = {"node": node, "model": model, "method": selection.get("method"), "count": selection.get("count")}
@@ -309,7 +310,7 @@ class _Reader:
         for node, model, recipe in self._nodes("pseudo_label"):
             rows = self.run.rows_of(node, "labels", self.family)
             commit = self.run.commit(node)
-            if not rows or commit is None or not self._is_of_asked(model):
+            if not rows or commit is None or not self._is_of_asked(model, "pseudo_label"):
                 continue
             evidence, names = commit.json("evidence.json"), _classes(self.run, recipe)
             for name, row in rows.items():
@@ -368,7 +369,8 @@ class _Reader:
         found = [
             entry
             for entry in found
-            if self._is_asked(entry["model"]) or (entry["how"] == _REFERENCE and self._is_of_asked(entry["model"]))
+            if self._is_asked(entry["model"])
+            or (entry["how"] == _REFERENCE and self._is_of_asked(entry["model"], "select"))
         ]
         return found + self._heirs({entry["node"] for entry in found if entry["how"] != "validation"})
 

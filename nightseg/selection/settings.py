@@ -29,6 +29,7 @@ class Method(NamedTuple):
     is_ranking: bool = (
         True  # by a score of each frame, so that ranks follow from scores; else a set is chosen, or chance
     )
+    is_drawn: bool = False  # by chance: each seed of a model draws its own, so that their spread has it
     needs_features: bool = True  # else those of the extractor only tell what the choice is worth
 
 
@@ -39,7 +40,13 @@ METHODS: Final[Mapping[str, Method]] = {
     "mahalanobis": Method("frame by frame, by density"),
     "histogram": Method("frame by frame, by brightness", needs_features=False),
     "herding": Method("by kernel herding", is_ranking=False),
-    "random": Method("the control", needs_reference=False, is_ranking=False, needs_features=False),
+    "random": Method(
+        "the control, drawn anew for each seed of a model",
+        needs_reference=False,
+        is_ranking=False,
+        is_drawn=True,
+        needs_features=False,
+    ),
 }
 """All methods there are, and the only list of them: recipes, command line and tests read it. The function of each lies
 in selection/methods.py under its name (fid-subset: fid_subset)."""
