@@ -36,8 +36,12 @@ printf 'Host *\\n  Port 2222\\n' > LAB/$1/home/.ssh/config
 chmod 700 LAB/$1/home/.ssh; chmod 600 LAB/$1/home/.ssh/*
 ln -s VENV LAB/$1/home/nightseg-env
 for kept in KEPT; do
-  mkdir -p "LAB/$1/home/${kept#HOME/}"
-  mount --rbind "$kept" "LAB/$1/home/${kept#HOME/}"
+  case "$kept" in
+    /tmp/*) there="LAB/$1/tmp/${kept#/tmp/}" ;;
+    *) there="LAB/$1/home/${kept#HOME/}" ;;
+  esac
+  mkdir -p "$there"
+  mount --rbind "$kept" "$there"
 done
 mount --rbind LAB/$1/home HOME
 mount --rbind LAB/$1/tmp /tmp
@@ -152,7 +156,8 @@ def lab() -> Iterator[Path]:
 def written(lab: Path, text: str) -> str:
     home = Path.home()
     kept = {Path(place).resolve() for place in (sys.base_prefix, sys.prefix, PROJECT)}
-    below = " ".join(str(place) for place in sorted(kept) if place.is_relative_to(home))
+    hidden = (home, Path("/tmp"))
+    below = " ".join(str(place) for place in sorted(kept) if any(map(place.is_relative_to, hidden)))
     for word, value in {
         "LAPTOP": LAPTOP, "LAB": lab, "HEAD": HEAD, "WORKER": WORKER, "PROJECT": PROJECT, "SSHD": SSHD, "KEPT": below,
         "VENV": sys.prefix, "HOME": home,
