@@ -58,6 +58,12 @@ def ray_cluster() -> Iterator[None]:
         cluster.disconnect()
 
 
+@pytest.fixture(autouse=True)
+def no_cache_of_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run in this process leaves it on for all that come after."""
+    monkeypatch.delenv("NIGHTSEG_INPUT_CACHE_BYTES", raising=False)
+
+
 @pytest.fixture(scope="session")
 def s3() -> Iterator[ObjectStore]:
     """An object store on loopback, for all tests that ask for it; each takes places of its own in it."""

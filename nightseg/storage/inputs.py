@@ -37,6 +37,9 @@ def read(place: Location, sha256: str | None) -> bytes:
     if place.is_local or limit <= 0 or sha256 is None or not re.fullmatch("[0-9a-f]{64}", sha256):
         return place.read_bytes()
     folder = _folder()
+    if folder is not None and not folder.is_dir():  # temporary folders are swept on some systems
+        _folder.cache_clear()
+        folder = _folder()
     if folder is None:
         return place.read_bytes()
     num_parts = min(max(limit // _LEAST_PART, 1), _MOST_PARTS)

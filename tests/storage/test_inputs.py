@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ def folder(s3: ObjectStore) -> Location:
 
 
 def kept(tmp_path: Path) -> dict[str, bytes]:
-    files = tmp_path.glob("nightseg-scratch-*/*/001-000/*")
+    files = tmp_path.glob("nightseg-*/*/001-000/*")
     return {file.name: file.read_bytes() for file in files}
 
 
@@ -78,11 +79,21 @@ def test_a_damaged_file_is_fetched_again(folder: Location, limit: int, tmp_path:
     place, data = folder / "a.png", b"pixels"
     place.write_bytes(data)
     inputs.read(place, sha256_of(data))
-    (file,) = tmp_path.glob("nightseg-scratch-*/*/001-000/*")
+    (file,) = tmp_path.glob("nightseg-*/*/001-000/*")
     for damaged in (b"", data[:3], b"pixelz"):
         file.write_bytes(damaged)
         assert inputs.read(place, sha256_of(data)) == data
         assert kept(tmp_path) == {sha256_of(data): data}
+
+
+def test_a_folder_that_was_swept_away_is_made_again(folder: Location, limit: int, tmp_path: Path) -> None:
+    place, data = folder / "a.png", b"pixels"
+    place.write_bytes(data)
+    inputs.read(place, sha256_of(data))
+    for shelf in tmp_path.glob("nightseg-*"):
+        shutil.rmtree(shelf)
+    assert inputs.read(place, sha256_of(data)) == data
+    assert kept(tmp_path) == {sha256_of(data): data}
 
 
 def test_the_least_recently_used_go_first(folder: Location, limit: int, tmp_path: Path) -> None:
@@ -119,7 +130,7 @@ def test_processes_of_a_node_share_it_and_its_limit(
         "        assert inputs.read(Location.of(sys.argv[1]) / f'{number}.png', sha256_of(data)) == data\n"
     )
     first = inputs.read(folder / "0.png", sha256_of(bytes([0]) * 300))
-    part = next(tmp_path.glob("nightseg-scratch-*/*/001-000"))
+    part = next(tmp_path.glob("nightseg-*/*/001-000"))
     (part / ".killed").write_bytes(first[:100])
     workers = [subprocess.Popen([sys.executable, "-c", code, folder.uri]) for _ in range(3)]
     while any(worker.poll() is None for worker in workers):
