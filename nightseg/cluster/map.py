@@ -313,7 +313,7 @@ def _pass(shards: _Shards, tables: list[pa.Table], compute: MapCompute) -> Any:
     import ray.data
 
     callbacks = ray.data.DataContext.get_current().custom_execution_callback_classes
-    if not any(one.__name__ == "WatchNodes" for one in callbacks):
+    if nodes.watching() not in callbacks:
         callbacks.append(nodes.watching())
     with warnings.catch_warnings():
         # The retries have no other way in (Ray 2.60); pyproject.toml holds Ray below the version that takes this away.

@@ -5,6 +5,8 @@ What is decided here is decided from plain numbers, by the clock that is given: 
 
 from __future__ import annotations
 
+import functools
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
@@ -16,6 +18,7 @@ SECONDS_UNTIL_KNOWN: Final = 20.0  # that Ray takes to know that a node is gone,
 SECONDS_FOR_REPLACEMENT: Final = 30.0  # that a training waits for another node before it goes on with fewer workers
 SECONDS_FOR_NODES: Final = 1800.0  # that nodes which are started on demand may take, and that work may wait for any
 SECONDS_BETWEEN_NOTES: Final = 60.0
+SECONDS_BETWEEN_LOOKS: Final = 1.0  # for nodes that are gone
 
 Amounts = Mapping[str, float]  # of "CPU", "GPU", ...
 
@@ -180,14 +183,13 @@ def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} minutes"
 
 
+@functools.cache
 def watching() -> type[Any]:
-    """A callback of Ray Data that ends a pass when a node is lost.
+    """The callback of Ray Data that ends a pass when a node is lost.
 
     Ray Data starts the actors of that node again somewhere else, and has their work wait for them: for ever, where no
     other node has room. Whoever made the pass starts another one with what is not done.
     """
-    import time
-
     from ray.data._internal.execution.execution_callback import ExecutionCallback
 
     class WatchNodes(ExecutionCallback):  # type: ignore[misc]
@@ -202,6 +204,3 @@ def watching() -> type[Any]:
                 raise NodeLost(f"{len(gone)} of {len(self.known)} nodes are gone")
 
     return WatchNodes
-
-
-SECONDS_BETWEEN_LOOKS: Final = 1.0

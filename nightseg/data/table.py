@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from nightseg.data.images import BadFrame
+from nightseg.data.images import BadFrame, UInt8, read_image
 from nightseg.errors import UserError
 from nightseg.storage import Location
 from nightseg.storage.credentials import refuse_credentials
@@ -65,6 +65,11 @@ def frame_table(rows: Iterable[Mapping[str, Any]], extra: Mapping[str, pa.DataTy
 def quarantine_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
     """Rows as a table of QUARANTINE_SCHEMA."""
     return _table(rows, QUARANTINE_SCHEMA)
+
+
+def image_of(row: Mapping[str, Any]) -> UInt8:
+    """The image of a row with an absolute uri: HWC RGB, upright. Raises BadFrame."""
+    return read_image(Location.of(row[URI]), row.get(SHA256))
 
 
 def quarantined(row: Mapping[str, Any], fault: BadFrame) -> dict[str, Any]:

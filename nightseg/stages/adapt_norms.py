@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from nightseg.cluster.settings import MapCompute
 from nightseg.data import table as frame
-from nightseg.data.images import BadFrame, UInt8, read_image
+from nightseg.data.images import BadFrame, UInt8
 from nightseg.networks.model_folder import load_card, save_model
 from nightseg.progress import Progress
 from nightseg.segmenter.norms import has_norms, statistics_of
@@ -75,7 +75,7 @@ def _batches(groups: Iterable[pa.Table], bad: list[dict[str, Any]], name: str) -
         images: list[UInt8] = []
         for row in rows.to_pylist():
             try:
-                images.append(read_image(Location.of(row[frame.URI]), row.get(frame.SHA256)))
+                images.append(frame.image_of(row))
             except BadFrame as fault:
                 bad.append(frame.quarantined(row, fault))
         found += len(images)

@@ -13,7 +13,7 @@ import pyarrow as pa
 from nightseg.cluster.map import Work, map_shards
 from nightseg.data import table as frame
 from nightseg.data.day_night import NUM_BINS, luminance_histogram
-from nightseg.data.images import BadFrame, read_image
+from nightseg.data.images import BadFrame
 from nightseg.data.table import vector_column, vectors
 from nightseg.networks.devices import usable_device
 from nightseg.selection import frechet
@@ -146,7 +146,7 @@ class ScoreFrames:
             images = []
             for row in table[start : start + self.batch]:
                 try:
-                    images.append(read_image(Location.of(row[frame.URI]), row.get(frame.SHA256)))
+                    images.append(frame.image_of(row))
                     good.append(row)
                 except BadFrame as fault:
                     bad.append(frame.quarantined(row, fault))

@@ -16,7 +16,6 @@ import pyarrow as pa
 from nightseg.cluster.map import Work, map_shards
 from nightseg.data import table as frame
 from nightseg.data.day_night import NUM_BANDS, NUM_BINS, Separation, Tone, by_parts, separate, tone_of, whole
-from nightseg.data.images import read_image
 from nightseg.data.table import vector_column, vectors
 from nightseg.storage import Commit, Location, UserError
 
@@ -71,7 +70,7 @@ class HistogramFrames:
         tones: list[tuple[str, Tone]]
         tones, bad = frame.sort_out(
             rows,
-            lambda row: (row[frame.FRAME_ID], tone_of(read_image(Location.of(row[frame.URI]), row.get(frame.SHA256)))),
+            lambda row: (row[frame.FRAME_ID], tone_of(frame.image_of(row))),
         )
         bands = np.array([tone.bands for _, tone in tones], dtype=np.float32).reshape(-1, NUM_BANDS * NUM_BINS)
         seen = {

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from nightseg.cluster.map import ShardWorker, Work, map_shards
 from nightseg.data import table as frame
 from nightseg.data.class_list import taxonomy as load_taxonomy
-from nightseg.data.images import BadFrame, read_image
+from nightseg.data.images import BadFrame
 from nightseg.data.settings import AnyTaxonomy
 from nightseg.data.taxonomy import Taxonomy
 from nightseg.networks.devices import usable_device
@@ -174,7 +174,7 @@ class TranslateFrames:
 
 
 def _read(row: dict[str, Any]) -> Pixels:
-    image = read_image(Location.of(row[frame.URI]), row.get(frame.SHA256))
+    image = frame.image_of(row)
     if min(image.shape[:2]) < SMALLEST_SIDE:
         raise BadFrame(
             "not_an_image", f"{image.shape[1]} x {image.shape[0]} pixels; UNIT needs {SMALLEST_SIDE} pixels a side"

@@ -19,12 +19,12 @@ import numpy as np
 import numpy.typing as npt
 
 from nightseg.data import table as frame
-from nightseg.data.images import BadFrame, decode_image, encode_png, image_size, read_image
+from nightseg.data.images import BadFrame, decode_image, encode_png, image_size
 from nightseg.data.labels import train_ids_of
 from nightseg.data.taxonomy import Taxonomy
 from nightseg.errors import UserError
 from nightseg.progress import printable
-from nightseg.storage import Location, sha256_of
+from nightseg.storage import sha256_of
 from nightseg.storage.scratch import temporary_folder
 
 Pixels = npt.NDArray[np.uint8]
@@ -87,7 +87,7 @@ def _hand_over(row: Row, program: Program, folders: Mapping[str, Path], classes:
     """Write the frame where the program finds it; its name, or why it could not be read."""
     name = plain_name(row[frame.FRAME_ID])
     try:
-        image = read_image(Location.of(row[frame.URI]))
+        image = frame.image_of(row)
         label = train_ids_of(row, classes, image.shape[:2]) if program.wants_labels else None
     except BadFrame as fault:
         return fault

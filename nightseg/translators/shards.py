@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from nightseg.data import table as frame
-from nightseg.data.images import BadFrame, encode_png, read_image
+from nightseg.data.images import BadFrame, encode_png
 from nightseg.data.labels import train_ids_of
 from nightseg.data.taxonomy import Taxonomy
 from nightseg.storage import Location, sha256_of
@@ -66,7 +66,7 @@ def one_by_one(translate: TranslateFrame, rows: Iterable[Row]) -> Iterator[tuple
     """One frame at a time is in memory."""
     for row in rows:
         try:
-            yield row, translate(read_image(Location.of(row[frame.URI]), row.get(frame.SHA256)), row)
+            yield row, translate(frame.image_of(row), row)
         except BadFrame as fault:
             yield row, fault
 

@@ -119,14 +119,19 @@ def submit(head: Head, cwd: Path, *words: object, token: str | None = TOKEN) -> 
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600, check=False)
 
 
+def write_recipe(folder: Path) -> None:
+    """tiny.yaml, and what it reads beside and below it."""
+    (folder / "below").mkdir()
+    (folder / "below/base.yaml").write_text(BASE)
+    shutil.copyfile(PROJECT / "nightseg/data/taxonomies/camvid11.yaml", folder / "classes.yaml")
+    (folder / "tiny.yaml").write_text(RECIPE)
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_recipe_is_submitted_to_its_report_and_not_done_twice(head: Head, tmp_path: Path) -> None:
-    (tmp_path / "below").mkdir()
-    (tmp_path / "below/base.yaml").write_text(BASE)
-    shutil.copyfile(PROJECT / "nightseg/data/taxonomies/camvid11.yaml", tmp_path / "classes.yaml")
-    (tmp_path / "tiny.yaml").write_text(RECIPE)
+    write_recipe(tmp_path)
     run = tmp_path / "shared/run"
 
     scored = submit(head, tmp_path, "tiny.yaml", "--run-dir", run, "--until", "train_segmenter", "--json")
@@ -154,10 +159,7 @@ def test_a_recipe_is_submitted_to_its_report_and_not_done_twice(head: Head, tmp_
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_search_is_submitted_and_continued_for_more_trials(head: Head, tmp_path: Path) -> None:
-    (tmp_path / "below").mkdir()
-    (tmp_path / "below/base.yaml").write_text(BASE)
-    shutil.copyfile(PROJECT / "nightseg/data/taxonomies/camvid11.yaml", tmp_path / "classes.yaml")
-    (tmp_path / "tiny.yaml").write_text(RECIPE)
+    write_recipe(tmp_path)
     (tmp_path / "search.yaml").write_text(SEARCH)
     folder = tmp_path / "shared/search"
     trials: list[set[str]] = []

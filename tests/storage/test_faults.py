@@ -107,9 +107,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return contents
 
 
-@pytest.mark.parametrize("point", POINTS)
-def test_a_rerun_after_a_kill_ends_the_same(tmp_path: Path, undisturbed: list[str], point: str) -> None:
-    root = tmp_path / "lauf 1 ü"
+def dies_and_ends_the_same(root: Path | Location, point: str, undisturbed: list[str]) -> None:
     assert is_killed(root, point)
     for commit in Workspace(root).commits():
         assert commit.verify() == []
@@ -117,6 +115,12 @@ def test_a_rerun_after_a_kill_ends_the_same(tmp_path: Path, undisturbed: list[st
     assert drive(root)[1] == undisturbed
     assert [commit.verify() for commit in Workspace(root).commits()] == [[], []]
     assert drive(root) == (0, undisturbed)
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_rerun_after_a_kill_ends_the_same(tmp_path: Path, undisturbed: list[str], point: str) -> None:
+    root = tmp_path / "lauf 1 ü"
+    dies_and_ends_the_same(root, point, undisturbed)
     assert len(list(root.rglob("attempt-*"))) == 2
     assert leftovers(root) == []
 
@@ -129,13 +133,7 @@ def test_a_rerun_after_a_kill_ends_the_same_on_an_object_store(
     s3: ObjectStore, undisturbed: list[str], point: str
 ) -> None:
     root = s3.place(secrets.token_hex(4)) / "lauf 1 ü"
-    assert is_killed(root, point)
-    for commit in Workspace(root).commits():
-        assert commit.verify() == []
-        assert commit.content in undisturbed
-    assert drive(root)[1] == undisturbed
-    assert [commit.verify() for commit in Workspace(root).commits()] == [[], []]
-    assert drive(root) == (0, undisturbed)
+    dies_and_ends_the_same(root, point, undisturbed)
     left = [entry.name for entry in root.list(recursive=True)]
     assert [name for name in left if SCRATCH_NAME in name or "drafts/deep" in name] == []
     assert len([name for name in left if name.rpartition("/")[2].startswith("attempt-")]) == 2
