@@ -13,9 +13,9 @@ import math
 import os
 import re
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
 
@@ -240,10 +240,10 @@ class Watch(ray.tune.Callback):  # type: ignore[misc]
         self._end(trial.config["trial"], error=None)
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-        error = trial.get_error()
-        trace = "".join(traceback.format_exception(error)) if isinstance(error, BaseException) else str(error)
+        # Of the folder that Tune writes it to: trial.get_error() reads a copy, which may not be there yet.
+        trace = Path(trial.error_file).read_text(encoding="utf-8", errors="replace")
         (self.trials.place(trial.config["trial"]) / "error.txt").write_bytes(trace.encode())
-        self._end(trial.config["trial"], error=reason(str(error)))
+        self._end(trial.config["trial"], error=reason(trace))
 
     def _end(self, name: str, error: str | None) -> None:
         row = self.at_work.pop(name, None)

@@ -15,6 +15,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pyarrow.fs import LocalFileSystem
+from ray.tune.experiment import Trial
 
 from nightseg.errors import UserError
 from nightseg.pipeline.search.records import Records
@@ -162,13 +164,42 @@ def test_a_poor_trial_is_stopped_at_its_grace_and_not_before(mode: str, is_stopp
     assert [decision == "STOP" for decision in decisions] == expected
 
 
+def failing(folder: Path, config: Mapping[str, Any], *errors: Exception) -> Trial:
+    """A trial of Tune that failed with `errors`, before Tune copied anything of it from the driver's own folder."""
+    places = SimpleNamespace(
+        storage_filesystem=LocalFileSystem(),
+        trial_fs_path=str(folder / "copies"),
+        trial_driver_staging_path=str(folder / "staging"),
+    )
+    trial = Trial("made up", config=config, stub=True)
+    trial.storage = places
+    (folder / "staging").mkdir(exist_ok=True)
+    for error in errors:
+        trial.handle_error(error)
+    return trial
+
+
+def test_the_error_of_a_trial_is_told_before_tune_has_copied_it(tmp_path: Path) -> None:
+    trials: Any = Bare(tmp_path, "trials=1")
+    records = Records(trials.folder, trials.settings, trials.name)
+    watch = Watch(trials, records, 1, [], lambda: None)
+    watch.task = SilentProgress()
+    trial = failing(tmp_path, watch.next(), ValueError("first"), ValueError("second"))
+    assert trial.get_error() is None
+    watch.on_trial_error(0, [], trial)
+    (row,) = records.rows
+    assert (row["end"], row["error"]) == ("failed", "second")
+    text = (trials.place(row["trial"]) / "error.txt").read_bytes().decode()
+    assert "first" in text and "second" in text
+
+
 def test_a_trial_that_reports_again_after_a_failure_has_one_curve(tmp_path: Path) -> None:
     trials: Any = Bare(tmp_path, "trials=1")
     records = Records(trials.folder, trials.settings, trials.name)
     watch = Watch(trials, records, 1, [], lambda: None)
     watch.task = SilentProgress()
     config = watch.next()
-    trial = SimpleNamespace(config=config, get_error=lambda: ValueError("gone"))
+    trial = failing(tmp_path, config, ValueError("gone"))
     assert watch.next() is None  # one at a time
     for epoch, score in ((1, 0.1), (2, 0.2), (1, 0.1), (2, 0.2), (3, 0.3)):
         watch.on_trial_result(0, [], trial, {"epoch": epoch, "miou": score})
@@ -176,7 +207,7 @@ def test_a_trial_that_reports_again_after_a_failure_has_one_curve(tmp_path: Path
     watch.on_trial_error(0, [], trial)
     (row,) = Records(trials.folder, trials.settings, trials.name).others or records.rows
     assert (row["error"], row["miou"], row["curve"]) == ("gone", None, [])
-    assert "ValueError: gone" in (trials.place(row["trial"]) / "error.txt").read_bytes().decode()
+    assert "gone" in (trials.place(row["trial"]) / "error.txt").read_bytes().decode()
     assert watch.next() == "FINISHED"
 
 
