@@ -22,11 +22,14 @@ setup: .venv/ready ## install everything into .venv
 demo: setup ## the whole chain on made-up street scenes, to a report, in minutes
 	$(BIN)/nightseg run configs/demo.yaml
 
-test: .venv/ready-to-test ## the default tests (a few minutes on 2 cores)
-	@# Side by side: tests on Ray wait half of their time for it. Their output comes last.
-	@log=$$(mktemp); $(BIN)/python -m pytest -m "ray and not slow" >$$log 2>&1 & \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not ray and not slow"; rest=$$?; \
-	wait $$!; ray=$$?; echo "On Ray:"; cat $$log; rm $$log; exit $$((rest || ray))
+test: .venv/ready-to-test ## the default tests (some ten minutes on 2 cores)
+	@# Two halves side by side: tests on Ray, which wait half of their time, with those of stages; all others. The output
+	@# of the first comes last.
+	@log=$$(mktemp); export OMP_NUM_THREADS=1; \
+	{ env -u OMP_NUM_THREADS $(BIN)/python -m pytest -m "ray and not slow"; ray=$$?; \
+	  $(BIN)/python -m pytest -m "not ray and not slow" tests/stages; exit $$((ray || $$?)); } >$$log 2>&1 & \
+	$(BIN)/python -m pytest -m "not ray and not slow" --ignore=tests/stages; rest=$$?; \
+	wait $$!; half=$$?; echo "On Ray, and stages:"; cat $$log; rm $$log; exit $$((rest || half))
 
 test-slow: .venv/ready-to-test ## whole chains, kills and restarts; START_WITHIN=MINUTES names those that did not start by then
 	$(BIN)/python -m pytest -m "slow and not ssh" -vv $(if $(START_WITHIN),--start-within $(START_WITHIN))

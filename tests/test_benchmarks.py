@@ -29,7 +29,7 @@ def command(contests: ModuleType) -> ModuleType:
     return importlib.import_module("benchmarks.__main__")
 
 
-SLOW = {
+ON_RAY = {
     "ray_pass",
     "ray_actors",
     "ray_step",
@@ -43,12 +43,13 @@ PEERS = {  # not installed with nightseg
 }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("on_ray", [False, True], ids=["alone", "on Ray"])
 def test_every_benchmark_runs_at_a_tiny_size_and_leaves_its_measurements(
-    command: ModuleType, tmp_path: Path, slow: bool
+    command: ModuleType, tmp_path: Path, on_ray: bool
 ) -> None:
-    names = [name for name in command.BENCHMARKS if (name in SLOW) == slow]
+    names = [name for name in command.BENCHMARKS if (name in ON_RAY) == on_ray]
     expected = {name for name in names if name not in PEERS or find_spec(PEERS[name]) is not None}
     # Ray 2.60 warns about its own settings, as in pyproject.toml.
     warnings = ["-W", "error", "-W", "ignore::DeprecationWarning:ray.data.context"]
@@ -83,6 +84,7 @@ def contest(contests: ModuleType, log: list[str], ours: Any = 1, peer: Any = 1) 
     return contests.Contest("c", "work", "peer", lambda: run("ours", ours), lambda: run("peer", peer), check)
 
 
+@pytest.mark.slow
 def test_what_is_run_on_a_gpu_runs_at_a_tiny_size_on_a_cpu(tmp_path: Path) -> None:
     words = [sys.executable, "-W", "error", "-m", "benchmarks.gpu", "--tiny", "--no-compile", "--out", str(tmp_path)]
     ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)

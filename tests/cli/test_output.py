@@ -22,6 +22,7 @@ from nightseg.pipeline.plan import Planned
 from nightseg.pipeline.search import Found
 from nightseg.storage import Location
 from tests.command_line import refused
+from tests.programs import started
 
 
 def fail_with(error: BaseException, *words: str) -> Result:
@@ -87,7 +88,7 @@ def test_a_reader_that_went_away_is_no_error_to_report() -> None:
         "    for number in range(100000): click.echo('line of text')\n"
         "group(['work'])"
     )
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with started([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.readline()
         process.stdout.close()
@@ -201,7 +202,7 @@ def test_control_c_again_and_again_shows_no_traceback(sent: signal.Signals) -> N
         "sys.argv[1:] = ['work']; group()"
     )
     words = [sys.executable, "-c", script]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with started(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stderr is not None
         told = ""
         for heard, where in ((process.stdout, "working"), (process.stdout, "clearing"), (process.stderr, "stopped")):

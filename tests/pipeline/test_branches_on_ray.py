@@ -21,6 +21,7 @@ from nightseg.pipeline import run as runner
 from nightseg.progress import SilentProgress, Task
 from nightseg.recipe import load_recipe
 from nightseg.storage import Location
+from tests.programs import started
 
 RECIPE = """
 name: two
@@ -144,7 +145,7 @@ def test_control_c_stops_all_branches_and_leaves_nothing_but_what_is_committed(t
     )
     words = [sys.executable, "-c", program, "run", str(tmp_path / "two.yaml"), "--run-dir", str(tmp_path / "r")]
     endless = ["--set", "training.epochs=100000"]
-    with subprocess.Popen([*words, *endless], env=environment, stderr=subprocess.PIPE, text=True) as driver:
+    with started([*words, *endless], env=environment, stderr=subprocess.PIPE, text=True) as driver:
         assert driver.stderr is not None
         said, begun = "", set[str]()
         while len(begun) < 2:  # both are at their first steps

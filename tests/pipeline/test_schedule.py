@@ -14,6 +14,7 @@ import pytest
 
 from nightseg.pipeline import schedule
 from nightseg.pipeline.schedule import Room, seconds_of
+from tests.programs import started
 
 DIAMOND: Mapping[str, Collection[str]] = {"base": (), "a": ["base"], "b": ["base"], "end": ["a", "b"]}
 SOON = 20.0  # seconds that a thread of a busy machine may need
@@ -175,7 +176,7 @@ def test_a_step_that_hears_no_interrupt_is_left_behind(monkeypatch: pytest.Monke
 
 
 COMMAND = """
-import signal, sys, time, click
+import os, signal, sys, time, click
 from nightseg.cli import output
 from nightseg.pipeline import schedule
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored in the background
@@ -185,10 +186,10 @@ class Sleepers:
     def failed(self, step, error): raise error
     def work(self, step, beside):
         try:
-            print(step, flush=True)
+            os.write(1, f"{step}\\n".encode())  # in one piece, as two threads write
             while True: time.sleep(0.01)
         finally:
-            print("clears up", flush=True)
+            os.write(1, b"clears up\\n")
             time.sleep(float(sys.argv[2]))
 
 @click.group(cls=output.Failures)
@@ -206,7 +207,7 @@ group()
 @pytest.mark.parametrize(("seconds", "interrupts"), [(0.2, 1), (60.0, 2)])
 def test_control_c_stops_a_command_at_its_branches_and_again_at_once(seconds: float, interrupts: int) -> None:
     words = [sys.executable, "-c", COMMAND, "work", str(seconds)]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with started(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stderr is not None
         assert {process.stdout.readline(), process.stdout.readline()} == {"a\n", "b\n"}
         began = time.monotonic()

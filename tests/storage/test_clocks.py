@@ -17,6 +17,7 @@ import pytest
 from nightseg.storage import Attempt, Commit, Stage, Workspace, check_contents
 from nightseg.storage import commits as storage_commits
 from nightseg.storage.lock import HOLDER_NAME, LOCK_NAME, WorkspaceBusy
+from tests.programs import started
 
 HOURS = [-7, 7]
 
@@ -128,9 +129,7 @@ with Workspace(sys.argv[1]).lock():
 @pytest.mark.parametrize("hours", HOURS)
 def test_a_lock_is_as_old_as_its_holder_lives(tmp_path: Path, clock: Any, host: str, hours: float) -> None:
     """Whatever the note beside it says of host, process and time: a living holder is respected, a dead one is not."""
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path), host], stdout=subprocess.PIPE, text=True
-    ) as holding:
+    with started([sys.executable, "-c", HOLDER, str(tmp_path), host], stdout=subprocess.PIPE, text=True) as holding:
         try:
             assert holding.stdout is not None and holding.stdout.readline() == "held\n"
             clock(hours)

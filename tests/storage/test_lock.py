@@ -18,6 +18,7 @@ import pytest
 from nightseg.storage import Location, UserError, Workspace, lock, stores
 from nightseg.storage.lock import HOLDER_NAME, LEASE_NAME, WorkspaceBusy, hold
 from tests.object_store import ObjectStore
+from tests.programs import started
 
 HOLDER = """
 import sys, time
@@ -31,7 +32,7 @@ with Workspace(sys.argv[1]).lock():
 def test_the_second_driver_is_told_who_works_here(tmp_path: Path) -> None:
     root = tmp_path / "lauf 1 ü"
     command = [sys.executable, "-c", HOLDER, str(root), "--set", "s3://key:geheim@bucket"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+    with started(command, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(WorkspaceBusy) as caught, Workspace(root).lock():
@@ -151,7 +152,7 @@ def test_a_fresh_lease_of_a_driver_elsewhere_is_respected(store: Location) -> No
 def test_a_driver_killed_on_this_machine_holds_nothing(s3: ObjectStore) -> None:
     """However fresh its lease is: the same command again goes on at once."""
     root = s3.place(secrets.token_hex(4))
-    with subprocess.Popen([sys.executable, "-c", HOLDER, root.uri], stdout=subprocess.PIPE, text=True) as holder:
+    with started([sys.executable, "-c", HOLDER, root.uri], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         with pytest.raises(WorkspaceBusy, match=f"process {holder.pid} on"), Workspace(root).lock():
             pytest.fail("two drivers in one run folder")

@@ -18,6 +18,7 @@ import pytest
 from nightseg.storage import Workspace, scratch
 from nightseg.storage.paths import FAULT_VARIABLE
 from nightseg.storage.scratch import Scratch, temporary_folder
+from tests.programs import started
 
 
 @pytest.fixture(autouse=True)
@@ -197,7 +198,7 @@ def test_a_temporary_folder_goes_with_its_user(tmp_path: Path) -> None:
 
 def test_what_a_killed_process_left_goes_with_the_next_one_at_once(tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLED, str(tmp_path)]
-    with subprocess.Popen([*command, "waits"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as alive:
+    with started([*command, "waits"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as alive:
         assert alive.stdin is not None and alive.stdout is not None
         used = Path(alive.stdout.readline().strip())
         assert subprocess.run([*command, "dies"], check=False).returncode == -9

@@ -25,6 +25,7 @@ from nightseg.pipeline.search.tune import IS_LAST, Proposals, Watch, asha, board
 from nightseg.progress import SilentProgress
 from nightseg.recipe.types import Compute
 from nightseg.storage import Location, hash_of
+from tests.programs import started
 from tests.small_search import ALPHA, COUNT, GAMMA, ROOT, search_of, trials_of
 
 EPOCHS = 4
@@ -335,7 +336,7 @@ def test_a_search_that_is_killed_ends_with_all_of_its_trials(tmp_path: Path, con
     folder = tmp_path / "search"
     command = [sys.executable, str(script), str(folder), str(concurrent)]
     killed_at = random.Random(concurrent).choice([3, 5, 8])
-    with subprocess.Popen(command) as running:
+    with started(command) as running:
         while running.poll() is None and ended_in(folder) < killed_at:
             time.sleep(0.05)
         running.kill()
