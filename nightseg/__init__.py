@@ -22,7 +22,9 @@ Storage
     storage/paths.py    a file or folder, local or behind a URI: all reading and writing
     storage/tables.py   tables to bytes and back
     storage/yaml.py     YAML of settings, read strictly
-    storage/commits.py  the run folder: stages and their keys, attempts and shards, commits
+    storage/commits.py  what makes files the result of a stage, and whether they still are it
+    storage/attempts.py  where a stage works, shard by shard
+    storage/workspace.py  the run folder: its stages and their keys
     storage/portable.py  places in a run folder, wherever it lies
     storage/lock.py     one driver at a time
     storage/scratch.py  large files that can be made again, shared by the processes of a machine

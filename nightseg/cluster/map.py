@@ -236,7 +236,7 @@ def _goes_on(title: str, lost: _Lost, num_left: int, compute: MapCompute) -> str
     actors = f"{room} actor{'s' * (room != 1)}" if room else "actors as soon as there is a node with room for one"
     goes = f"{num_left} shard{'s' * (num_left != 1)} go on" if num_left != 1 else "1 shard goes on"
     gone = len(known - there.keys())
-    return f"{title}: {f'{gone} of {len(known)} nodes are gone' if gone else reason}; {goes} with {actors}"
+    return f"{title}: {nodes.gone_words(gone, len(known)) if gone else reason}; {goes} with {actors}"
 
 
 class _Lost(Exception):  # noqa: N818 (what is the case)

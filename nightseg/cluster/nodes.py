@@ -171,6 +171,10 @@ class Staffing:
         return f"{has}, and other work holds some of that: it goes on with {sizes.whole} as soon as that ends"
 
 
+def gone_words(gone: int, known: int) -> str:
+    return f"{gone} of {known} nodes {'is' if gone == 1 else 'are'} gone"
+
+
 def _workers(count: int) -> str:
     return f"{count} worker{'s' * (count != 1)}"
 
@@ -201,6 +205,6 @@ def watching() -> type[Any]:
                 return
             self.looked = time.monotonic()
             if gone := lost(self.known):
-                raise NodeLost(f"{len(gone)} of {len(self.known)} nodes are gone")
+                raise NodeLost(gone_words(len(gone), len(self.known)))
 
     return WatchNodes

@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 
 from nightseg.errors import first_of
 from nightseg.storage import Entry, Location
-from nightseg.storage.commits import ATTEMPT_NAME
+from nightseg.storage.workspace import ATTEMPT_NAME
 
 PREDICTION_CARD = "prediction.json"
 """What `predict` writes into its folder last: by its `save` the folders are known that hold pictures for people."""

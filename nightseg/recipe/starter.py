@@ -172,15 +172,15 @@ def _text(found: Found, roots: Mapping[str, Location], place: PurePosixPath) -> 
         nights = f"  pool: {_flow(night)} # {found.num['night']} frames, day and night\n"
         nights += "  night: {split: pool, keep: night} # by luminance histograms: look with `nightseg split`\n"
     height, width = _input_size(found.size, _SHORT_SIDE[has_gpu])
+    workers, batch = _workers_and_batch(1 if has_gpu else min(cores, 4), found.num["day"])
     compute = (
         f"  train: {{workers: 1, cpus_per_worker: {max(1, cores - 1)}, gpus_per_worker: 1}}\n"
         f"  map: {{actors: 1, cpus_per_actor: {max(1, cores - 1)}, gpus_per_actor: 1, batch: 8, shard_rows: 64}}\n"
         if has_gpu
-        else f"  train: {{workers: {max(1, min(cores, 4))}, cpus_per_worker: 1}} # of {cores} cores; "
+        else f"  train: {{workers: {workers}, cpus_per_worker: 1}} # of {cores} cores; "
         "with a GPU: {workers: 1, cpus_per_worker: 8, gpus_per_worker: 1}\n"
         "  map: {actors: 0, batch: 8, shard_rows: 64} # with a GPU: {actors: 1, gpus_per_actor: 1, cpus_per_actor: 8}\n"
     )
-    workers = 1 if has_gpu else max(1, min(cores, 4))
     day, test = ({"layout": one["layout"], "root": "{day}", **one, "domain": "day"} for one in (found.day, found.test))
     return _TEXT.substitute(
         day_folder=roots["day"],
@@ -205,10 +205,17 @@ def _text(found: Found, roots: Mapping[str, Location], place: PurePosixPath) -> 
         width=width,
         encoder_hint="resnet50 is better and needs its weights" if has_gpu else "more pixels are better and slower",
         training_hint="short: more epochs are worth it" if has_gpu else "of a few cores; more epochs are worth it",
-        batch=max(workers, min(8, found.num["day"]) // workers * workers),
+        batch=batch,
         steps=200 if has_gpu else 50,
         crop=[max(32, int(0.8 * side) // 32 * 32) for side in (height, width)],
     )
+
+
+def _workers_and_batch(most_workers: int, num_day: int) -> tuple[int, int]:
+    """Each worker has as many frames of a step as the others, and so has half the batch, the pool's part of it."""
+    most = min(8, num_day)
+    workers = max(1, min(most_workers, most // 2))
+    return workers, max(1, most // (2 * workers) * 2 * workers)
 
 
 def _lines(sentences: Sequence[str]) -> str:

@@ -4,18 +4,8 @@ A crash at any instant costs at most the open shards, and a commit never changes
 """
 
 from nightseg.errors import UserError
-from nightseg.storage.commits import (
-    Attempt,
-    Commit,
-    DamagedCommit,
-    Output,
-    ShardRecord,
-    Shards,
-    Stage,
-    TooManyBad,
-    Workspace,
-    check_contents,
-)
+from nightseg.storage.attempts import Attempt, ShardRecord, Shards, TooManyBad
+from nightseg.storage.commits import Commit, DamagedCommit, Output, check_contents
 from nightseg.storage.lock import WorkspaceBusy
 from nightseg.storage.paths import (
     Entry,
@@ -25,6 +15,7 @@ from nightseg.storage.paths import (
     safe_relative,
     sha256_of,
 )
+from nightseg.storage.workspace import Stage, Workspace
 
 __all__ = [
     "Attempt",

@@ -132,7 +132,7 @@ class Rounds:
             raise error
 
 
-LOST = map_module._Lost("1 of 3 nodes are gone", {"a", "b", "c"})
+LOST = map_module._Lost("1 of 3 nodes is gone", {"a", "b", "c"})
 
 
 def play(attempt: Attempt, monkeypatch: pytest.MonkeyPatch, rounds: Rounds) -> tuple[Shards, Counts]:

@@ -136,7 +136,7 @@ LOST = [
     exceptions.RpcError("unavailable"),
     exceptions.ActorUnschedulableError("its node is gone"),
     exceptions.GetTimeoutError("late"),
-    NodeLost("1 of 3 nodes are gone"),
+    NodeLost("1 of 3 nodes is gone"),
     raised(RuntimeError("Ray Data"), exceptions.ActorDiedError()),
 ]
 OTHERS = [
@@ -178,5 +178,5 @@ def test_a_pass_is_ended_when_a_node_is_gone(monkeypatch: pytest.MonkeyPatch) ->
     del there["b"]
     watch.on_execution_step(executor)  # it looks once a second
     clock[0] = 2.0
-    with pytest.raises(NodeLost, match="1 of 2 nodes are gone"):
+    with pytest.raises(NodeLost, match="1 of 2 nodes is gone"):
         watch.on_execution_step(executor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import yaml
 
 from nightseg.recipe import load_recipe
 from nightseg.recipe.starter import write_starter
+from nightseg.segmenter.settings import Online, Training
+from nightseg.stages.train_segmenter import check_online
 from nightseg.storage import UserError
 from tests.command_line import json_of, nightseg, refused
 from tests.data.test_discover import frames, in_colours, label, photograph, put
@@ -107,6 +110,16 @@ def test_the_command(tmp_path: Path, folders: tuple[str, str], monkeypatch: pyte
     with pytest.raises(UserError, match="unknown taxonomy 'camvid12', did you mean 'camvid11'"):
         write_starter(*folders, "other.yaml", classes="camvid12")
     assert not Path("other.yaml").exists()
+
+
+def test_however_few_frames_there_are_every_worker_has_its_part_of_a_step() -> None:
+    from nightseg.recipe.starter import _workers_and_batch
+
+    for cores, num_day in itertools.product(range(1, 5), range(1, 12)):
+        workers, batch = _workers_and_batch(cores, num_day)
+        assert 1 <= workers <= cores and 1 <= batch <= min(8, num_day) and batch % workers == 0
+        check_online("adapted", Online(), Training(batch=batch, epochs=4, steps_per_epoch=500, ema_decay=0.99), workers)
+    assert _workers_and_batch(4, 100) == (4, 8) and _workers_and_batch(2, 3) == (1, 2)
 
 
 @pytest.mark.parametrize("size", [(360, 480), (1024, 2048), (60, 80), (719, 1283)])

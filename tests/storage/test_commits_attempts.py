@@ -13,7 +13,7 @@ import pytest
 
 from nightseg import storage
 from nightseg.storage import Location, Stage, UserError, Workspace, paths
-from nightseg.storage.commits import Attempt
+from nightseg.storage.attempts import Attempt
 from nightseg.storage.paths import TEMPORARY_PREFIX
 
 
@@ -257,7 +257,7 @@ def test_scratch_of_a_driver_that_was_killed_after_its_commit_goes_with_the_next
     attempt = collect(workspace).open()
     (attempt.folder / "trainer/state.pt").write_bytes(b"state")
     with monkeypatch.context() as patch:
-        patch.setattr("nightseg.storage.commits.clear_scratch", lambda attempt: None)  # it is killed before
+        patch.setattr("nightseg.storage.attempts.clear_scratch", lambda attempt: None)  # it is killed before
         attempt.finish(rows_in=0, rows_out=0, scratch=["trainer"])
     other = workspace.stage("collect", "night", version=1, recipe={}, inputs={}, seed=0).open()
     (other.folder / "trainer/state.pt").write_bytes(b"needed")

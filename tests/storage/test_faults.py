@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from nightseg.storage import Commit, Location, Stage, UserError, Workspace
-from nightseg.storage.commits import SCRATCH_NAME, Attempt, DamagedCommit
+from nightseg.storage.attempts import SCRATCH_NAME, Attempt
+from nightseg.storage.commits import DamagedCommit
 from nightseg.storage.lock import HOLDER_NAME
 from nightseg.storage.paths import TEMPORARY_PREFIX
 from tests.crashing_disk import Crash, CrashingDisk, How
@@ -314,7 +315,8 @@ class CommitProtocol(RuleBasedStateMachine):
 @pytest.mark.parametrize("examples", [8, pytest.param(150, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
 def test_the_commit_protocol_survives_everything(monkeypatch: pytest.MonkeyPatch, examples: int) -> None:
     monkeypatch.setattr("os.fsync", do_not_sync)
-    monkeypatch.setattr("nightseg.storage.commits._LOG", logging.Logger("nobody listens", logging.CRITICAL))
+    for module in ("commits", "attempts", "workspace"):
+        monkeypatch.setattr(f"nightseg.storage.{module}._LOG", logging.Logger("nobody listens", logging.CRITICAL))
     run_state_machine_as_test(
         CommitProtocol,
         settings=settings(
