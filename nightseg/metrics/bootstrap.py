@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 DRAWS: Final = 1000
 LEVEL: Final = 0.95
+_TIMES_AT_ONCE: Final = 1 << 22  # how often each frame is drawn, for so many frames and draws together: 64 MB
 
 Counts = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -41,10 +42,18 @@ def drawn_miou(counts_NKC: Counts, absent_class: str = "cityscapes", *, draws: i
     2^53 are exact in float64, so the result depends on no library or thread count.
     """
     num_frames, num_classes = counts_NKC.shape[:2]
-    times_DN = np.random.default_rng(seed).multinomial(num_frames, np.full(num_frames, 1 / num_frames), size=draws)
     square_NKK = counts_NKC[:, :, :num_classes]
     parts = (np.diagonal(square_NKK, axis1=1, axis2=2), counts_NKC.sum(axis=2), square_NKK.sum(axis=1))
-    hits_DK, labelled_DK, predicted_DK = (times_DN.astype(np.float64) @ part.astype(np.float64) for part in parts)
+    parts_N3K = np.concatenate(parts, axis=1).astype(np.float64)
+    rng, share_N = np.random.default_rng(seed), np.full(num_frames, 1 / num_frames)
+    step = max(1, _TIMES_AT_ONCE // num_frames)
+    sums_D3K = np.concatenate(
+        [
+            rng.multinomial(num_frames, share_N, size=min(step, draws - first)).astype(np.float64) @ parts_N3K
+            for first in range(0, draws, step)
+        ]
+    )
+    hits_DK, labelled_DK, predicted_DK = np.split(sums_D3K, 3, axis=1)
     union_DK = labelled_DK + predicted_DK - hits_DK
     defined_DK = union_DK > 0 if absent_class == "cityscapes" else labelled_DK > 0
     iou_DK = np.divide(hits_DK, union_DK, out=np.zeros_like(hits_DK), where=defined_DK)

@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 import pytest
 
+from nightseg.metrics import bootstrap
 from nightseg.metrics.bootstrap import Interval, drawn_miou, interval, summed_by
 from nightseg.metrics.confusion import scores
 
@@ -35,6 +36,13 @@ def test_frames_that_are_all_alike_have_no_spread_and_models_are_drawn_in_pairs(
     counts = matrices(30)
     assert np.ptp(drawn_miou(counts) - drawn_miou(10 * counts)) < 1e-12  # the same frames, at another size
     assert np.ptp(drawn_miou(counts)) > 0.01
+
+
+@pytest.mark.parametrize("at_once", [1, 20, 7 * 33])
+def test_draws_are_the_same_however_many_are_made_at_once(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    expected = drawn_miou(matrices(), draws=100)
+    monkeypatch.setattr(bootstrap, "_TIMES_AT_ONCE", at_once)
+    assert np.array_equal(drawn_miou(matrices(), draws=100), expected)
 
 
 def test_draws_without_a_class_have_no_value() -> None:
