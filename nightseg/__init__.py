@@ -214,7 +214,8 @@ Runs
     pipeline/submit.py   a recipe as a job of a cluster: what is uploaded, what must lie there
     pipeline/tracking.py a finished run in MLflow or W&B
     pipeline/search/settings.py   what a search may say: spaces, score, sampler, budgets
-    pipeline/search/proposals.py  values of the next trial: a function of those before (Optuna); importance
+    pipeline/search/proposals.py  values of the next trial: a function of those before (Optuna)
+    pipeline/search/importance.py  how much each value explains of the scores
     pipeline/search/records.py    what a search has done, in trials.json
     pipeline/search/trials.py     one trial as a run that borrows; what trials share
     pipeline/search/tune.py       Ray Tune's part: side by side, ASHA, TensorBoard

@@ -53,6 +53,7 @@ NUM_KEPT = 2  # checkpoints
 SECONDS_TO_ABORT = 8.0  # that workers of an interrupted training are given to end
 _LESS = "Lower training.batch or training.crop, or raise training.accumulate (of a translator: its own batch or crop)"
 _LOG = logging.getLogger(__name__)
+_owner = ""
 
 
 class LocalSession:
@@ -172,6 +173,12 @@ class FitResult:
         return snapshot.state
 
 
+def name_trainings(owner: str) -> None:
+    """What stands before the names of the trainings of this process in Ray's dashboard."""
+    global _owner
+    _owner = owner
+
+
 def fit(
     loop: Callable[[Session, dict[str, Any]], None],
     settings: dict[str, Any],
@@ -233,7 +240,7 @@ def _run(job: dict[str, Any], compute: TrainCompute, name: str, title: str, watc
             torch_config=torch_config("nccl" if on_gpu else "gloo", folder=storage, is_local=cluster.is_local()),
             scaling_config=scaling,
             run_config=RunConfig(
-                name=name,
+                name=f"{_owner} {name}".strip(),
                 storage_path=str(storage),
                 failure_config=failures,
                 logging_config=LoggingConfig(log_level="ERROR"),

@@ -87,18 +87,3 @@ def distributions(search: Search) -> dict[str, Any]:
         return (IntDistribution if one.is_whole else FloatDistribution)(*one.range, log=one.is_log)
 
     return {key: distribution(one) for key, one in search.space.items()}
-
-
-def importance(search: Search, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Key -> its share of what the values decide (PED-ANOVA of Optuna), largest first; empty where too little is known.
-
-    It asks how the best quarter of the finished trials differs from all of them.
-    """
-    import optuna
-
-    done = [row for row in rows if row["end"] == "done"]
-    if len(done) < 4 or len(search.space) < 2 or len({row[search.metric] for row in done}) < 2:
-        return {}
-    evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.25)
-    shares = optuna.importance.get_param_importances(study(search, done), evaluator=evaluator)
-    return {key: float(share) for key, share in shares.items() if math.isfinite(share)}

@@ -16,7 +16,7 @@ from nightseg.data.class_list import taxonomy
 from nightseg.errors import UserError, all_of, closest
 from nightseg.pipeline import build, check, classes, leaks, run, tracking
 from nightseg.pipeline.graph import Graph, NodeId
-from nightseg.pipeline.search.proposals import importance
+from nightseg.pipeline.search.importance import importance
 from nightseg.pipeline.search.records import FAILED, RECORDS_NAME, Records
 from nightseg.pipeline.search.settings import Search
 from nightseg.pipeline.search.trials import Trials, assignments, preparing_keys, run_trial, shared_nodes

@@ -26,6 +26,7 @@ from ray.tune.trainable import wrap_function
 
 from nightseg.cluster import ray as cluster
 from nightseg.cluster.ray import wants_logs
+from nightseg.cluster.train import name_trainings
 from nightseg.errors import UserError
 from nightseg.metrics.seeds import deviation
 from nightseg.pipeline.search.proposals import propose
@@ -82,7 +83,7 @@ def tune(
         watch.task = task
         task.advance(sum(row["end"] is not None for row in records.rows))
         tuner = ray.tune.Tuner(
-            ray.tune.with_resources(_trainable(trials, work), DRIVER),
+            _trainable(trials, work),
             tune_config=ray.tune.TuneConfig(
                 num_samples=search.trials,
                 search_alg=Proposals(watch),
@@ -153,6 +154,7 @@ def _trainable(trials: Trials, work: Work) -> type[Any]:
         def report(epoch: int, score: float) -> None:
             ray.tune.report({search.metric: _finite(score, f"after epoch {epoch}"), EPOCH: epoch})
 
+        name_trainings(config["label"])
         borrow = [Location.of(uri) for uri in config["borrow"]]
         ended = work(trials, config["values"], borrow, report)
         score = _finite(ended.score, "in the end")
@@ -164,9 +166,14 @@ def _trainable(trials: Trials, work: Work) -> type[Any]:
         return score
 
     class Trial(wrap_function(trial)):  # type: ignore[misc]
+        @classmethod
+        def default_resource_request(cls, config: Mapping[str, Any]) -> ray.tune.PlacementGroupFactory:
+            return ray.tune.PlacementGroupFactory([DRIVER])
+
         def __repr__(self) -> str:
             return str(self.config["label"])
 
+    Trial.__qualname__ = "Trial"  # as the dashboard calls it
     return Trial
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nightseg.pipeline.search.proposals import importance, propose, study
+from nightseg.pipeline.search.proposals import propose, study
 from nightseg.pipeline.search.settings import Search
 from tests.small_search import ALPHA, COUNT, GAMMA, row, search_of
 
@@ -103,12 +103,3 @@ def test_optuna_is_told_how_each_trial_ended() -> None:
     assert known[0].value == 0.3 and known[1].intermediate_values == {1: 0.1, 3: 0.2}
     assert study(search_of("mode=min"), rows).direction.name == "MINIMIZE"
     assert study(search_of(), rows).direction.name == "MAXIMIZE"
-
-
-def test_the_value_that_decides_is_the_most_important() -> None:
-    search = search_of("sampler=random")
-    shares = importance(search, rows_of(search, lambda values: values[GAMMA], 40))
-    assert next(iter(shares)) == GAMMA and shares[GAMMA] > 0.8
-    assert sum(shares.values()) == pytest.approx(1, rel=1e-6)  # shares; rounding is far below
-    assert importance(search, rows_of(search, bowl, 3)) == {}
-    assert importance(search, rows_of(search, lambda _: 0.5, 9)) == {}
