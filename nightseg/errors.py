@@ -41,6 +41,7 @@ def together(problems: Sequence[UserError]) -> UserError:
     """
     single = [one for problem in problems for one in problem.problems or [problem]]
     single = list({str(one): one for one in single}.values())
+    single = [one for one in single if not any(_says_where(other, one) for other in single)]
     if len(single) == 1:
         return single[0]
     kinds: dict[str, list[UserError]] = {}
@@ -75,6 +76,11 @@ def kept(problems: list[UserError]) -> Iterator[None]:
         yield
     except UserError as error:
         problems.append(error)
+
+
+def _says_where(other: UserError, one: UserError) -> bool:
+    """Whether `other` is the same problem with the place of it before it."""
+    return other.cure == one.cure and other.what.endswith(f": {one.what}")
 
 
 def _of_kind(cure: str, alike: Sequence[UserError]) -> str:

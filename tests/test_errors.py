@@ -48,3 +48,14 @@ def test_all_steps_are_tried_and_all_that_fail_are_told() -> None:
     with pytest.raises(UserError) as refused:
         all_of(lambda: fails("a"), lambda: 1, lambda: fails("b"), lambda: fails("a"))
     assert [problem.what for problem in refused.value.problems] == ["a: wrong", "b: wrong"]
+
+
+def test_a_problem_that_is_told_with_its_place_is_not_told_again_without() -> None:
+    bare, placed = (
+        UserError("no image in /a", cure="check it"),
+        UserError("r.yaml: line 3: no image in /a", cure="check it"),
+    )
+    assert together([bare, placed]) is placed
+    assert together([placed, bare]) is placed
+    other = UserError("r.yaml: line 9: no image in /a", cure="another")
+    assert together([bare, other]).problems == [bare, other]
