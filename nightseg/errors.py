@@ -41,7 +41,8 @@ def together(problems: Sequence[UserError]) -> UserError:
     """
     single = [one for problem in problems for one in problem.problems or [problem]]
     single = list({str(one): one for one in single}.values())
-    single = [one for one in single if not any(_says_where(other, one) for other in single)]
+    placed = {(rest, one.cure) for one in single for rest in _after_its_place(one)}
+    single = [one for one in single if (one.what.rstrip("."), one.cure) not in placed]
     if len(single) == 1:
         return single[0]
     kinds: dict[str, list[UserError]] = {}
@@ -78,9 +79,10 @@ def kept(problems: list[UserError]) -> Iterator[None]:
         problems.append(error)
 
 
-def _says_where(other: UserError, one: UserError) -> bool:
-    """Whether `other` is the same problem with the place of it before it."""
-    return other.cure == one.cure and other.what.endswith(f": {one.what}")
+def _after_its_place(one: UserError) -> Iterator[str]:
+    """What the problem says without the places before it: somebody who did not know them may have told it, too."""
+    parts = one.what.rstrip(".").split(": ")
+    return (": ".join(parts[first:]) for first in range(1, len(parts)))
 
 
 def _of_kind(cure: str, alike: Sequence[UserError]) -> str:

@@ -24,7 +24,7 @@ def in_a_process(function: Callable[..., None], *words: object) -> str:
     environment |= {"PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
     code = f"import sys; from {function.__module__} import {function.__name__} as it; it(*sys.argv[1:])"
     command = [sys.executable, "-c", code, *map(str, words)]
-    ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
+    ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=580, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return ended.stdout
 

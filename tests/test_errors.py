@@ -57,5 +57,6 @@ def test_a_problem_that_is_told_with_its_place_is_not_told_again_without() -> No
     )
     assert together([bare, placed]) is placed
     assert together([placed, bare]) is placed
+    assert together([UserError("no image in /a.", cure="check it"), placed]) is placed
     other = UserError("r.yaml: line 9: no image in /a", cure="another")
     assert together([bare, other]).problems == [bare, other]

@@ -25,6 +25,7 @@ from __future__ import annotations
 import io
 import logging
 import pickle
+import re
 import time
 import traceback
 import uuid
@@ -53,6 +54,7 @@ NUM_KEPT = 2  # checkpoints
 SECONDS_TO_ABORT = 8.0  # that workers of an interrupted training are given to end
 _LESS = "Lower training.batch or training.crop, or raise training.accumulate (of a translator: its own batch or crop)"
 _LOG = logging.getLogger(__name__)
+_MOST_BYTES = 180  # of a name that becomes a folder
 _owner = ""
 
 
@@ -174,9 +176,14 @@ class FitResult:
 
 
 def name_trainings(owner: str) -> None:
-    """What stands before the names of the trainings of this process in Ray's dashboard."""
+    """What stands before the names of the trainings of this process in Ray's dashboard; "" ends that."""
     global _owner
     _owner = owner
+
+
+def _shown(name: str) -> str:
+    """The name of a training in Ray's dashboard. Ray makes a folder of it: no slash, and no more than it may have."""
+    return re.sub(r"[^\w.=, +-]", "_", f"{_owner} {name}".strip()).encode()[-_MOST_BYTES:].decode(errors="ignore")
 
 
 def fit(
@@ -240,7 +247,7 @@ def _run(job: dict[str, Any], compute: TrainCompute, name: str, title: str, watc
             torch_config=torch_config("nccl" if on_gpu else "gloo", folder=storage, is_local=cluster.is_local()),
             scaling_config=scaling,
             run_config=RunConfig(
-                name=f"{_owner} {name}".strip(),
+                name=_shown(name),
                 storage_path=str(storage),
                 failure_config=failures,
                 logging_config=LoggingConfig(log_level="ERROR"),

@@ -292,3 +292,18 @@ def test_an_interrupt_is_not_a_success(tmp_path: Path) -> None:
     _, said = driver.communicate(timeout=60)
     assert driver.returncode != 0
     assert said.endswith(b"KeyboardInterrupt\n")
+
+
+@pytest.mark.parametrize(
+    "owner", ["model=../../../x", "encoder=a/b", 300 * "a", 120 * "\N{LATIN SMALL LETTER U WITH DIAERESIS}"]
+)
+def test_the_name_of_a_training_is_one_folder_whatever_a_search_calls_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, owner: str
+) -> None:
+    monkeypatch.setattr(training_module, "_owner", "")
+    training_module.name_trainings(owner)
+    name = training_module._shown("adapted")
+    (tmp_path / name).mkdir()
+    assert [path.name for path in tmp_path.iterdir()] == [name] and name.endswith(" adapted")
+    training_module.name_trainings("")
+    assert training_module._shown("adapted") == "adapted"

@@ -2,7 +2,8 @@
 
 Optuna's measures need more trials than a search of a training has: with a dozen, PED-ANOVA names another value for
 each share of best trials that it is asked about, and fANOVA needs scikit-learn for a forest that has nothing to learn
-from. An analysis of variance with three groups is defined for few, and says zero where it sees no more than chance.
+from. An analysis of variance with three groups is defined for few. Chance remains: of twelve trials, a value that
+decides nothing is said to explain more than 27 % in one search of ten.
 """
 
 from __future__ import annotations
@@ -16,14 +17,13 @@ import numpy.typing as npt
 from nightseg.pipeline.search.settings import Search
 
 _LEAST: Final = 6  # trials
-_GROUPS: Final = 3
 
 
 def importance(search: Search, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Key -> the share (0 to 1) of the spread of the scores that its value explains, largest first.
 
     Of the finished trials; empty where there are too few, or all have the same score. Shares need not add up to 1:
-    values act together, and what the seed of a training does is explained by none.
+    values act together and within a group, and what the seed of a training does is explained by none.
     """
     done = [row for row in rows if row["end"] == "done"]
     scores = np.array([row[search.metric] for row in done], dtype=np.float64)
@@ -34,13 +34,19 @@ def importance(search: Search, rows: Sequence[Mapping[str, Any]]) -> dict[str, f
 
 
 def groups(values: Sequence[Any]) -> npt.NDArray[np.int64]:
-    """(N,) the group of each value: a group a value where there are few, else as many of the low, middle and high."""
-    distinct, places = np.unique([str(value) for value in values], return_inverse=True)
+    """(N,) the group of each value: a group a value where there are few, else low, middle and high by their mean rank.
+
+    Equal values are in one group, whatever the others are, and the groups of a list are those of its mirror.
+    """
+    distinct, places = np.unique([repr(value) for value in values], return_inverse=True)
     is_number = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-    if len(distinct) <= _GROUPS or not is_number:
+    if len(distinct) <= 3 or not is_number:
         return places.astype(np.int64)
     numbers = np.array(values, dtype=np.float64)
-    return np.searchsorted(np.quantile(numbers, np.arange(1, _GROUPS) / _GROUPS), numbers).astype(np.int64)
+    below_N = (numbers[:, None] > numbers).sum(axis=1)
+    rank_N = below_N + (numbers[:, None] == numbers).sum(axis=1) / 2  # from 0 to N, in the middle of equal ones
+    found: npt.NDArray[np.int64] = (3 * rank_N >= len(numbers)).astype(np.int64) + (3 * rank_N > 2 * len(numbers))
+    return found
 
 
 def explained(groups_N: npt.NDArray[np.int64], scores_N: npt.NDArray[np.float64]) -> float:

@@ -297,6 +297,7 @@ def board_name(row: Mapping[str, Any]) -> str:
 
 
 def reason(trace: str) -> str:
-    """The message of a trial's error, of the traceback that Ray hands over."""
+    """The message of a trial's last error, of the tracebacks that Ray hands over."""
+    trace = re.split(r"^Failure # \d+ \(occurred at .*\)$", trace, flags=re.MULTILINE)[-1]
     message = trace.rpartition(f"{UserError.__module__}.{UserError.__name__}: ")[2]
     return message.strip() if message != trace else trace.strip().rpartition("\n")[2]

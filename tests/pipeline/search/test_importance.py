@@ -58,8 +58,23 @@ def _signed(scores: Any) -> float:
 def test_groups_keep_equal_values_together() -> None:
     assert groups(["a", "b", "a", "c", "d"]).tolist() == [0, 1, 0, 2, 3]
     assert groups([True, False, True]).tolist() == [1, 0, 1]
-    found = groups([1, 2, 2, 2, 2, 3, 4, 5, 9])
-    assert len(set(found[1:5].tolist())) == 1 and found.tolist() == sorted(found.tolist())
+    assert len(set(groups([1, "1", True, "True"]))) == 4
+    for values in (
+        [1, 2, 2, 2, 2, 3, 4, 5, 9],
+        [1, 2, 3, 4] + 10 * [9],
+        [8, 16, 32, 64, 64, 64, 8, 16, 64, 64, 32, 64],
+    ):
+        found, mirrored = groups(values), groups([-value for value in values])
+        assert [len({*found[np.array(values) == value]}) for value in set(values)] == [1] * len(set(values))
+        assert (found == 2 - mirrored).all() and len(set(found)) > 1
+
+
+def test_a_value_that_decides_alone_is_seen_however_often_it_was_tried() -> None:
+    """As a sampler leaves it: most trials at the best value, which is the highest."""
+    values = [1, 2, 3, 4] + 10 * [9]
+    assert explained(groups(values), np.array([0.4] * 4 + [0.6] * 10)) == pytest.approx(1.0)
+    tried = [8, 16, 32, 64, 64, 64, 8, 16, 64, 64, 32, 64]
+    assert explained(groups(tried), np.array([0.5 if one == 64 else 0.3 for one in tried])) == pytest.approx(1.0)
 
 
 def test_too_few_trials_and_trials_that_are_alike_have_none() -> None:

@@ -241,6 +241,8 @@ def test_the_reason_of_a_failure_is_the_message_of_its_error() -> None:
     trace = f"Traceback ...\n  in work\n{UserError.__module__}.UserError: 3 frames are bad\n  first: a.png"
     assert reason(trace) == "3 frames are bad\n  first: a.png"
     assert reason("Traceback ...\nRuntimeError: a worker died\n") == "RuntimeError: a worker died"
+    first, last = (f"Failure # {n} (occurred at 2026-11-29_16-00-0{n})\n" for n in (1, 2))
+    assert reason(f"{first}{trace}\n{last}Traceback ...\nValueError: another\n") == "ValueError: another"
 
 
 @pytest.mark.parametrize(
