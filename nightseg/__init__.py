@@ -39,6 +39,7 @@ Cluster: ray, no words of the domain
     cluster/map.py             passes over shards, on Ray Data or in this process
     cluster/session.py         what a training loop sees of the cluster
     cluster/nodes.py           what fits on the nodes that are there, with how many workers a training goes on
+    cluster/ahead.py           nodes asked of an autoscaler before the next stage needs them
     cluster/elastic.py         Ray Train's decisions on sizes and restarts, replaced by those
     cluster/turn.py            one stage at a time works in the driver's process, while others wait for the cluster
     cluster/train.py           training loops on Ray Train, and their checkpoints

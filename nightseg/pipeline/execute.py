@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from itertools import takewhile
 from typing import Final, NamedTuple
 
+from nightseg.cluster import ahead
 from nightseg.cluster import ray as cluster
+from nightseg.cluster.nodes import words
 from nightseg.cluster.settings import MapCompute, TrainCompute
 from nightseg.cluster.turn import turn
 from nightseg.errors import UserError, kept, together
@@ -129,6 +133,8 @@ class _Stages:
                 if name.stage.startswith("train_"):
                     show_curves(self.workspace.root, name, attempt.folder)
                 progress = Named(self.progress, str(name), name.name) if beside else self.progress
+                if not cluster.is_this_machine() and cluster.may_grow():
+                    progress = ahead.EndInSight(progress, partial(self._ask_ahead, name))
                 commit = self.nodes[name].work(self.commits, attempt, progress)
             except UserError as error:
                 if (damage := self._damaged.get(name)) is None:
@@ -136,6 +142,24 @@ class _Stages:
                 raise UserError(f"{damage.what}; and it cannot be made again: {error}", cure=damage.cure) from error
             self.made.add(name)
             return commit
+
+    def _ask_ahead(self, name: NodeId) -> None:
+        """`name` ends soon: nodes for the stages that can begin then, where those that are there do not do."""
+        asked = Counter[tuple[float, float]]()
+        for other, needs in self.needs.items():
+            node = self.nodes[other]
+            can_begin = other not in self.commits and all(need == name or need in self.commits for need in needs)
+            if name in needs and can_begin and not node.is_in_driver:
+                count, *each = _processes(node.resources)
+                asked[(each[0], each[1])] += count
+        for (cpus, gpus), count in asked.items():
+            amounts = {"CPU": cpus, "GPU": gpus}
+            if lacking := ahead.missing(count, amounts):
+                self.progress.say(
+                    f"what follows needs room for {lacking} more process{'es' * (lacking != 1)} "
+                    f"({words(amounts)} each): asks for nodes now"
+                )
+                ahead.ask(lacking, amounts)
 
     def failed(self, name: NodeId, error: Exception) -> None:
         if not self.to_the_end:

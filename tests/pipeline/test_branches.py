@@ -29,7 +29,7 @@ from nightseg.progress import LineProgress, SilentProgress
 from nightseg.recipe import load_recipe, types
 from nightseg.recipe.types import Recipe
 from nightseg.report import write_report
-from nightseg.storage import Commit, Location, UserError
+from nightseg.storage import Commit, Location, UserError, Workspace
 
 RECIPE = """
 name: made
@@ -363,3 +363,33 @@ def test_the_time_left_is_that_of_branches_side_by_side(
         1: "at least 3 min 0 s, and what is not known yet: evaluate",
         None: "at least 2 min 0 s, and what is not known yet: evaluate",
     }
+
+
+def test_nodes_for_what_follows_are_asked_for_before_it_begins(
+    made: MadeUpGraph, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a cluster that grows: when the base is nearly trained, for both branches; not for what needs more than it."""
+    asked: list[tuple[str, int, Mapping[str, float]]] = []
+    now = [""]
+    monkeypatch.setattr(cluster, "is_this_machine", lambda: False)
+    monkeypatch.setattr(cluster, "may_grow", lambda: True)
+    monkeypatch.setattr(cluster, "connect", lambda: None)
+    monkeypatch.setattr(execute.ahead, "missing", lambda count, each: count)
+    monkeypatch.setattr(execute.ahead, "ask", lambda count, each: asked.append((now[0], count, each)))
+
+    class Nearly(execute.ahead.EndInSight):
+        def task(self, title: str, total: int | None, unit: str) -> Any:
+            now[0] = title
+            self.tell(0.0)
+            return super().task(title, total, unit)
+
+    monkeypatch.setattr(execute.ahead, "EndInSight", Nearly)
+    graph = made.build(recipe)
+    execute.execute(Workspace(tmp_path / "run"), graph, SilentProgress())
+    one = {"CPU": TrainCompute().cpus_per_worker, "GPU": 0.0}
+    # base after day, left and right after base, last after right; evaluations are the driver's
+    assert [(count, dict(each)) for _, count, each in asked] == [(1, one), (2, one), (1, one)]
+    asked.clear()
+    monkeypatch.setattr(cluster, "may_grow", lambda: False)
+    execute.execute(Workspace(tmp_path / "fixed"), graph, SilentProgress())
+    assert asked == []

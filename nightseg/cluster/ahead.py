@@ -1,0 +1,93 @@
+"""Nodes that the next stage needs, asked of an autoscaler while the stage before it still works.
+
+A machine takes minutes to start, and one that is idle costs; so it is asked for when a stage has a few minutes left.
+What asks is a placement group that is given up as soon as it is there: new nodes stay for the idle time of the cluster,
+work is kept from nothing, and a driver that dies leaves no demand behind. (`ray.autoscaler.sdk.request_resources` has
+one until somebody takes it back.)
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Final
+
+from nightseg.cluster import nodes
+from nightseg.cluster.nodes import Amounts
+from nightseg.progress import SECONDS_OF_SKIPPING, Progress, Task
+
+SECONDS_AHEAD: Final = 300.0  # before the end of a stage: less than clusters let a node idle
+SECONDS_OF_ASKING: Final = nodes.SECONDS_FOR_NODES
+
+
+class EndInSight:
+    """A progress that calls `near` once, as soon as one of its tasks is expected to end within SECONDS_AHEAD.
+
+    `clock` is monotonic seconds. The rate is that of the whole task, but for what an earlier run had finished.
+    """
+
+    def __init__(
+        self, progress: Progress, near: Callable[[], None], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._progress, self._near, self._clock = progress, near, clock
+        self._is_told, self._lock = False, threading.Lock()
+
+    @contextmanager
+    def task(self, title: str, total: int | None, unit: str) -> Iterator[Task]:
+        with self._progress.task(title, total, unit) as task:
+            yield task if total is None else _Timed(self, task, total)
+
+    def say(self, message: str) -> None:
+        self._progress.say(message)
+
+    def seconds(self) -> float:
+        return self._clock()
+
+    def tell(self, seconds_left: float) -> None:
+        with self._lock:
+            is_new = not self._is_told and seconds_left <= SECONDS_AHEAD
+            self._is_told |= is_new
+        if is_new:
+            self._near()
+
+
+class _Timed:
+    """A task that tells how long it will still take."""
+
+    def __init__(self, end: EndInSight, task: Task, total: int) -> None:
+        self._end, self._task, self._total = end, task, total
+        self._began, self._done, self._skipped = end.seconds(), 0, 0
+
+    def advance(self, count: int = 1, **metrics: float | str) -> None:
+        self._task.advance(count, **metrics)
+        self._done += count
+        took = self._end.seconds() - self._began
+        if took < SECONDS_OF_SKIPPING:
+            self._skipped = self._done
+        elif (done := self._done - self._skipped) > 0:
+            self._end.tell((self._total - self._done) * took / done)
+
+
+def missing(count: int, each: Amounts) -> int:
+    """How many of `count` processes have no room on the nodes that are there, whoever uses them now."""
+    return max(0, count - nodes.fitting(nodes.alive().values(), each))
+
+
+def ask(count: int, each: Amounts) -> None:
+    """Have the autoscaler start nodes with room for so many processes more; returns at once."""
+    import ray.util
+
+    bundle = {name: amount for name, amount in each.items() if amount}
+    group = ray.util.placement_group([bundle] * count)
+    threading.Thread(target=_until_there, args=(group,), name="nodes asked for ahead", daemon=True).start()
+
+
+def _until_there(group: Any) -> None:
+    import ray.exceptions
+    import ray.util
+
+    with suppress(ray.exceptions.RayError, ConnectionError):  # the run ends before they come
+        group.wait(timeout_seconds=SECONDS_OF_ASKING)
+        ray.util.remove_placement_group(group)
