@@ -80,7 +80,8 @@ def ask(count: int, each: Amounts) -> None:
     import ray.util
 
     bundle = {name: amount for name, amount in each.items() if amount}
-    group = ray.util.placement_group([bundle] * count)
+    idle = nodes.fitting(nodes.free().values(), each)  # is asked for, too, or would be what is given
+    group = ray.util.placement_group([bundle] * (count + idle))
     threading.Thread(target=_until_there, args=(group,), name="nodes asked for ahead", daemon=True).start()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from typing import Any
@@ -208,3 +209,19 @@ def _secret_problems(config: Mapping[str, Any]) -> Iterator[str]:
     elif "chmod 600" not in " ".join(str(command) for command in config.get("setup_commands") or []):
         yield "setup_commands: the token is readable for all of a node: chmod 600 .ray/auth_token"
     yield from secret_in(config)
+
+
+def most_resources(config: Any) -> dict[str, float] | None:
+    """What all nodes of a parsed cluster.yaml would have together, head and workers from 0 to their most; None where it
+    does not say it, as of machines that tell by themselves what they have."""
+    kinds = config.get("available_node_types") if isinstance(config, Mapping) else None
+    if not kinds:
+        return None
+    most: Counter[str] = Counter()
+    for name, kind in kinds.items():
+        count = 1 if name == config.get("head_node_type") else kind.get("max_workers", config.get("max_workers", 0))
+        if count and not kind.get("resources"):
+            return None
+        for resource, amount in (kind.get("resources") or {}).items():
+            most[resource] += count * amount
+    return {resource: float(amount) for resource, amount in most.items()}

@@ -49,6 +49,13 @@ def has_lost() -> bool:
     return any(not node["Alive"] for node in ray.nodes())
 
 
+def are_launched() -> bool:
+    """Whether a launcher with an autoscaler started the nodes (`ray up`, KubeRay), rather than somebody by hand."""
+    import ray
+
+    return any("ray.io/node-group" in node["Labels"] for node in ray.nodes() if node["Alive"])
+
+
 def fitting(nodes: Iterable[Amounts], each: Amounts) -> int:
     """How many processes that take `each` fit on the nodes; one does not reach over two of them."""
     return sum(

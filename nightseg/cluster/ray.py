@@ -18,11 +18,14 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from nightseg.cluster import local, nodes
+from nightseg.cluster.launch import most_resources
 from nightseg.errors import UserError
 
 REACHABLE_SECONDS = 20.0
@@ -56,6 +59,7 @@ HANDED_ON = (
     "NIGHTSEG_ALLOW_DOWNLOAD",
     "NIGHTSEG_INPUT_CACHE_BYTES",
 )  # what was decided here holds for workers on other machines
+BOOTSTRAP_CONFIG = "~/ray_bootstrap_config.yaml"  # the cluster.yaml of `ray up`, with all that its provider fills in
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # where Ray says what a submitted job asked for
 CLUSTER_ENVIRONMENT = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # of workers for whom there is room; nodes.py waits for nodes
@@ -180,15 +184,27 @@ def capacity(resource: str) -> float:
     """The most of a resource ("CPU", "GPU") that this cluster can ever offer.
 
     A cluster that adds nodes on demand has little now and much later: its limit is that of its node types, and
-    infinity when they state none, so that a request is never refused because the nodes still sleep.
+    infinity where nobody states it, so that a request is never refused because the nodes still sleep.
     """
-    from ray._private.state import state  # the one source of the autoscaler's limits; Ray Train reads it too
-
     now = resources().get(resource, 0.0)
     if not may_grow():
         return now
-    limits = state.get_max_resources_from_cluster_config()
+    limits = _limits()
     return math.inf if limits is None else max(now, float(limits.get(resource, 0.0)))
+
+
+def _limits() -> Mapping[str, float] | None:
+    """What all nodes that the cluster may have would have together; None where nobody says it.
+
+    Ray's global state has it only of clusters whose autoscaler tells it, which Ray 2.60's own two do not. `ray up`
+    leaves what it was given on the head, where jobs run.
+    """
+    from ray._private.state import state
+
+    told: Mapping[str, float] | None = state.get_max_resources_from_cluster_config()
+    with suppress(OSError, yaml.YAMLError):
+        told = told or most_resources(yaml.safe_load(Path(BOOTSTRAP_CONFIG).expanduser().read_bytes()))
+    return told
 
 
 def require(who: str, count: int, *, cpus: float, gpus: float, place: str, say: Callable[[str], None]) -> None:
@@ -225,10 +241,11 @@ def require(who: str, count: int, *, cpus: float, gpus: float, place: str, say: 
 
 
 def may_grow() -> bool:
-    """Whether the cluster adds nodes on demand."""
+    """Whether the cluster adds nodes on demand: an autoscaler says so, or a launcher that has one (`ray up`, KubeRay)
+    started its nodes."""
     from ray._private.state import state
 
-    return not _started_here and state.get_cluster_config() is not None
+    return not _started_here and (state.get_cluster_config() is not None or nodes.are_launched())
 
 
 def _set_defaults(environment: Mapping[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 from nightseg.cluster import ray as cluster
+from nightseg.cluster.launch import most_resources
 from nightseg.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -126,23 +128,52 @@ def test_a_cluster_that_has_lost_nodes_works_on_with_what_is_left(monkeypatch: p
         ask(6, [])
 
 
+CLUSTER = {
+    "head_node_type": "head",
+    "max_workers": 6,
+    "available_node_types": {
+        "head": {"resources": {"CPU": 0}},
+        "cpus": {"resources": {"CPU": 16}, "max_workers": 3},
+        "gpus": {"resources": {"CPU": 8, "GPU": 4}, "max_workers": 2},
+    },
+}
+
+
 @pytest.mark.parametrize(
-    ("config", "limits", "expected"),
+    ("config", "launched", "limits", "left", "expected"),
     [
-        (None, None, 2.0),
-        ("autoscaling", None, math.inf),
-        ("autoscaling", {"CPU": 64, "GPU": 8}, 64.0),
-        ("autoscaling", {"GPU": 8}, 2.0),
+        (None, False, None, CLUSTER, 2.0),  # by hand: what is there
+        (None, True, None, None, math.inf),
+        (None, True, None, CLUSTER, 64.0),
+        (None, True, None, "{a: [", math.inf),
+        ("autoscaling", False, None, None, math.inf),
+        ("autoscaling", False, {"CPU": 32, "GPU": 8}, CLUSTER, 32.0),
+        ("autoscaling", False, {"GPU": 8}, None, 2.0),
     ],
 )
 def test_sleeping_nodes_count(
-    monkeypatch: pytest.MonkeyPatch, config: str | None, limits: dict[str, int] | None, expected: float
-) -> None:
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: str | None, launched: bool, limits: dict[str, int] | None,
+    left: Any, expected: float,
+) -> None:  # fmt: skip
+    """`left`: what `ray up` left on the head."""
     state = SimpleNamespace(get_cluster_config=lambda: config, get_max_resources_from_cluster_config=lambda: limits)
     monkeypatch.setattr("ray._private.state.state", state)
+    monkeypatch.setattr("nightseg.cluster.nodes.are_launched", lambda: launched)
     monkeypatch.setattr(cluster, "_started_here", False)
     monkeypatch.setattr(cluster, "resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(cluster, "BOOTSTRAP_CONFIG", str(tmp_path / "left.yaml"))
+    if left is not None:
+        (tmp_path / "left.yaml").write_text(left if isinstance(left, str) else json.dumps(left))
     assert cluster.capacity("CPU") == expected
+
+
+def test_what_a_cluster_file_allows_together() -> None:
+    assert most_resources(CLUSTER) == {"CPU": 64.0, "GPU": 8.0}
+    workers = {"head": {}, "any": {"resources": {"CPU": 2}}}
+    assert most_resources(CLUSTER | {"available_node_types": workers}) is None, "the head tells by itself what it has"
+    workers["head"] = {"resources": {"CPU": 1}}
+    assert most_resources(CLUSTER | {"available_node_types": workers}) == {"CPU": 13.0}, "max_workers of all"
+    assert most_resources(None) is None and most_resources({}) is None
 
 
 @pytest.mark.parametrize(("is_here", "memory"), [(True, 8e9), (False, math.inf)])
