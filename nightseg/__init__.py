@@ -47,7 +47,7 @@ Cluster: ray, no words of the domain
     cluster/shortage.py        what a worker ran out of, in words
     cluster/progress_actor.py  from training workers to the driver: how far, and why it failed
     cluster/submit.py          jobs of a cluster: uploaded, started, followed, tried again
-    cluster/launch.py          what is wrong with a cluster.yaml
+    cluster/launch.py          what is wrong with a cluster.yaml, and the most that it allows
     cluster/kuberay.py         what is wrong with a file for KubeRay
 
 Frames: no torch, no ray

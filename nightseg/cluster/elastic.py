@@ -118,6 +118,4 @@ def failure_policy(config: Any) -> Any:
 
 def sizes(staffing: Staffing) -> Sizes:
     """Workers that fit now."""
-    there = nodes.alive()
-    unused = [amounts for node, amounts in nodes.free().items() if node in there]
-    return Sizes(nodes.fitting(there.values(), staffing.each), nodes.fitting(unused, staffing.each))
+    return Sizes(*(nodes.fitting(there.values(), staffing.each) for there in (nodes.alive(), nodes.free())))

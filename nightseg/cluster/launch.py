@@ -1,4 +1,5 @@
-"""What Ray's validation of a cluster.yaml does not see: open doors, missing tokens, another Ray, idle cost."""
+"""What Ray's validation of a cluster.yaml does not see: open doors, missing tokens, another Ray, idle cost; and the
+most that a cluster of that file can have."""
 
 from __future__ import annotations
 

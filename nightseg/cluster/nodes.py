@@ -34,7 +34,8 @@ def free() -> dict[str, dict[str, float]]:
     """What each node that is there has to give now."""
     from ray._private.state import available_resources_per_node
 
-    return {node: dict(amounts) for node, amounts in available_resources_per_node().items()}
+    there = alive()  # Ray may still list what a node that is gone had
+    return {node: dict(amounts) for node, amounts in available_resources_per_node().items() if node in there}
 
 
 def lost(known: Iterable[str]) -> set[str]:

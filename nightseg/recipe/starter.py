@@ -212,7 +212,7 @@ def _text(found: Found, roots: Mapping[str, Location], place: PurePosixPath) -> 
 
 
 def _workers_and_batch(most_workers: int, num_day: int) -> tuple[int, int]:
-    """Each worker has as many frames of a step as the others, and so has half the batch, the pool's part of it."""
+    """A batch that the workers share evenly, and so is half of it: what online self-training takes from the pool."""
     most = min(8, num_day)
     workers = max(1, min(most_workers, most // 2))
     return workers, max(1, most // (2 * workers) * 2 * workers)
