@@ -3,6 +3,7 @@ most that a cluster of that file can have."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -226,3 +227,14 @@ def most_resources(config: Any) -> dict[str, float] | None:
         for resource, amount in (kind.get("resources") or {}).items():
             most[resource] += count * amount
     return {resource: float(amount) for resource, amount in most.items()}
+
+
+def most_nodes(config: Any) -> float:
+    """How many nodes a parsed cluster.yaml allows, the head among them; infinity where it does not say it."""
+    if not isinstance(config, Mapping) or "max_workers" not in config:
+        return math.inf
+    kinds = config.get("available_node_types") or {}
+    workers = [
+        kind.get("max_workers", math.inf) for name, kind in kinds.items() if name != config.get("head_node_type")
+    ]
+    return 1 + min(float(config["max_workers"]), float(sum(workers)) if workers else math.inf)

@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 
 from nightseg.cluster import local, nodes
-from nightseg.cluster.launch import most_resources
+from nightseg.cluster.launch import most_nodes, most_resources
 from nightseg.errors import UserError
 
 REACHABLE_SECONDS = 20.0
@@ -202,9 +202,13 @@ def _limits() -> Mapping[str, float] | None:
     from ray._private.state import state
 
     told: Mapping[str, float] | None = state.get_max_resources_from_cluster_config()
+    return told or most_resources(_left_by_ray_up())
+
+
+def _left_by_ray_up() -> Any:
     with suppress(OSError, yaml.YAMLError):
-        told = told or most_resources(yaml.safe_load(Path(BOOTSTRAP_CONFIG).expanduser().read_bytes()))
-    return told
+        return yaml.safe_load(Path(BOOTSTRAP_CONFIG).expanduser().read_bytes())
+    return None
 
 
 def require(who: str, count: int, *, cpus: float, gpus: float, place: str, say: Callable[[str], None]) -> None:
@@ -242,10 +246,14 @@ def require(who: str, count: int, *, cpus: float, gpus: float, place: str, say: 
 
 def may_grow() -> bool:
     """Whether the cluster adds nodes on demand: an autoscaler says so, or a launcher that has one (`ray up`, KubeRay)
-    started its nodes."""
+    started its nodes, and they are not all that it may start."""
     from ray._private.state import state
 
-    return not _started_here and (state.get_cluster_config() is not None or nodes.are_launched())
+    if _started_here:
+        return False
+    if state.get_cluster_config() is not None:
+        return True
+    return nodes.are_launched() and len(nodes.alive()) < most_nodes(_left_by_ray_up())
 
 
 def _set_defaults(environment: Mapping[str, str]) -> None:

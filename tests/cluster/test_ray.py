@@ -138,27 +138,33 @@ CLUSTER = {
     },
 }
 
+LOCAL = {"head_node_type": "head", "max_workers": 3, "available_node_types": {"head": {}, "any": {"resources": {}}}}
+
 
 @pytest.mark.parametrize(
     ("config", "launched", "limits", "left", "expected"),
     [
-        (None, False, None, CLUSTER, 2.0),  # by hand: what is there
-        (None, True, None, None, math.inf),
-        (None, True, None, CLUSTER, 64.0),
-        (None, True, None, "{a: [", math.inf),
-        ("autoscaling", False, None, None, math.inf),
-        ("autoscaling", False, {"CPU": 32, "GPU": 8}, CLUSTER, 32.0),
-        ("autoscaling", False, {"GPU": 8}, None, 2.0),
+        (None, 0, None, CLUSTER, 2.0),  # by hand: what is there
+        (None, 3, None, None, math.inf),
+        (None, 3, None, CLUSTER, 64.0),
+        (None, 6, None, CLUSTER, 2.0),  # all that it may start are there
+        (None, 3, None, LOCAL, math.inf),
+        (None, 4, None, LOCAL, 2.0),
+        (None, 3, None, "{a: [", math.inf),
+        ("autoscaling", 0, None, None, math.inf),
+        ("autoscaling", 0, {"CPU": 32, "GPU": 8}, CLUSTER, 32.0),
+        ("autoscaling", 0, {"GPU": 8}, None, 2.0),
     ],
 )
 def test_sleeping_nodes_count(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: str | None, launched: bool, limits: dict[str, int] | None,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: str | None, launched: int, limits: dict[str, int] | None,
     left: Any, expected: float,
 ) -> None:  # fmt: skip
-    """`left`: what `ray up` left on the head."""
+    """`launched`: nodes that a launcher started; `left`: what `ray up` left on the head."""
     state = SimpleNamespace(get_cluster_config=lambda: config, get_max_resources_from_cluster_config=lambda: limits)
     monkeypatch.setattr("ray._private.state.state", state)
-    monkeypatch.setattr("nightseg.cluster.nodes.are_launched", lambda: launched)
+    monkeypatch.setattr("nightseg.cluster.nodes.are_launched", lambda: launched > 0)
+    monkeypatch.setattr("nightseg.cluster.nodes.alive", lambda: dict.fromkeys(range(launched)))
     monkeypatch.setattr(cluster, "_started_here", False)
     monkeypatch.setattr(cluster, "resources", lambda: {"CPU": 2.0})
     monkeypatch.setattr(cluster, "BOOTSTRAP_CONFIG", str(tmp_path / "left.yaml"))
