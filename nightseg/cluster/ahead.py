@@ -58,16 +58,18 @@ class _Timed:
 
     def __init__(self, end: EndInSight, task: Task, total: int) -> None:
         self._end, self._task, self._total = end, task, total
-        self._began, self._done, self._skipped = end.seconds(), 0, 0
+        self._began, self._done, self._skipped, self._lock = end.seconds(), 0, 0, threading.Lock()
 
     def advance(self, count: int = 1, **metrics: float | str) -> None:
         self._task.advance(count, **metrics)
-        self._done += count
         took = self._end.seconds() - self._began
-        if took < SECONDS_OF_SKIPPING:
-            self._skipped = self._done
-        elif (done := self._done - self._skipped) > 0:
-            self._end.tell((self._total - self._done) * took / done)
+        with self._lock:
+            self._done += count
+            if took < SECONDS_OF_SKIPPING:
+                self._skipped = self._done
+            left, done = self._total - self._done, self._done - self._skipped
+        if done > 0:
+            self._end.tell(left * took / done)
 
 
 def missing(count: int, each: Amounts) -> int:
