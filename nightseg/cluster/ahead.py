@@ -1,9 +1,9 @@
 """Nodes that the next stage needs, asked of an autoscaler while the stage before it still works.
 
 A machine takes minutes to start, and one that is idle costs; so it is asked for when a stage has a few minutes left.
-What asks is a placement group that is given up as soon as it is there: new nodes stay for the idle time of the cluster,
-work is kept from nothing, and a driver that dies leaves no demand behind. (`ray.autoscaler.sdk.request_resources` has
-one until somebody takes it back.)
+What asks is a placement group that is given up as soon as they are there: new nodes stay for the idle time of the
+cluster, work is kept from nothing, and a driver that dies leaves no demand behind. (That of
+`ray.autoscaler.sdk.request_resources` stays until somebody takes it back.)
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, Final
+from typing import Final
 
 from nightseg.cluster import nodes
 from nightseg.cluster.nodes import Amounts
@@ -20,6 +20,7 @@ from nightseg.progress import SECONDS_OF_SKIPPING, Progress, Task
 
 SECONDS_AHEAD: Final = 300.0  # before the end of a stage: less than clusters let a node idle
 SECONDS_OF_ASKING: Final = nodes.SECONDS_FOR_NODES
+SECONDS_BETWEEN_LOOKS: Final = nodes.SECONDS_BETWEEN_LOOKS
 
 
 class EndInSight:
@@ -78,19 +79,33 @@ def missing(count: int, each: Amounts) -> int:
 
 
 def ask(count: int, each: Amounts) -> None:
-    """Have the autoscaler start nodes with room for so many processes more; returns at once."""
-    import ray.util
-
-    bundle = {name: amount for name, amount in each.items() if amount}
-    idle = nodes.fitting(nodes.free().values(), each)  # is asked for, too, or would be what is given
-    group = ray.util.placement_group([bundle] * (count + idle))
-    threading.Thread(target=_until_there, args=(group,), name="nodes asked for ahead", daemon=True).start()
+    """Have the autoscaler start nodes until so many processes have room on all that are there; returns at once."""
+    words = (count, each, time.monotonic() + SECONDS_OF_ASKING)
+    threading.Thread(target=_until_there, args=words, name="nodes asked for ahead", daemon=True).start()
 
 
-def _until_there(group: Any) -> None:
+def _until_there(count: int, each: Amounts, deadline: float) -> None:
+    """Asks, and asks anew as soon as the request no longer fits.
+
+    A request is placed as a whole or not at all. So what is idle is asked for, too, or would be what is given; and Ray
+    tells a moment late what has become idle, and nodes become busy while others start.
+    """
     import ray.exceptions
     import ray.util
 
+    bundle = {name: amount for name, amount in each.items() if amount}
+    group, size = None, 0
     with suppress(ray.exceptions.RayError, ConnectionError):  # the run ends before they come
-        group.wait(timeout_seconds=SECONDS_OF_ASKING)
-        ray.util.remove_placement_group(group)
+        while (lacking := missing(count, each)) and time.monotonic() < deadline:
+            wanted = lacking + nodes.fitting(nodes.free().values(), each)
+            if group is not None and wanted != size:
+                ray.util.remove_placement_group(group)
+                group = None
+            if group is None:
+                group, size = ray.util.placement_group([bundle] * wanted), wanted
+            if group.wait(timeout_seconds=SECONDS_BETWEEN_LOOKS):
+                ray.util.remove_placement_group(group)
+                group = None
+                time.sleep(SECONDS_BETWEEN_LOOKS)  # or what it held would not be seen to be idle
+        if group is not None:
+            ray.util.remove_placement_group(group)

@@ -159,7 +159,7 @@ class _Stages:
                     f"what follows needs room for {lacking} more process{'es' * (lacking != 1)} "
                     f"({words(amounts)} each): asks for nodes now"
                 )
-                ahead.ask(lacking, amounts)
+                ahead.ask(count, amounts)
 
     def failed(self, name: NodeId, error: Exception) -> None:
         if not self.to_the_end:
