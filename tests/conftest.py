@@ -25,6 +25,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--start-within", type=float, metavar="MINUTES", help="start no test later; name those left out")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where the time may be over before all have run, those come first that may take least: more of them are run."""
+    if config.getoption("--start-within") is not None:
+        items.sort(key=_seconds_allowed)
+
+
+def _seconds_allowed(item: pytest.Item) -> float:
+    own = item.get_closest_marker("timeout")
+    return float(own.args[0] if own is not None else item.config.getini("timeout"))
+
+
 @pytest.hookimpl(tryfirst=True)  # before fixtures
 def pytest_runtest_setup(item: pytest.Item) -> None:
     minutes = item.config.getoption("--start-within")
