@@ -22,7 +22,11 @@ def check_places(needed: Mapping[str, str], shared: Mapping[str, bytes], say: Ca
         return
     cluster.connect()
     nodes = working_nodes()
-    if len(nodes) < 2:  # that is where we are, or it will see what we see once there are others
+    if not nodes and cluster.may_grow():
+        on_disk = [*needed.items(), *(("run folder", os.path.dirname(path)) for path in shared)]
+        told = first_of([f"{key} ({path})" for key, path in on_disk])
+        say(f"no node that works is there yet; those that are started must see what lies on a disk here: {told}")
+    if not nodes.keys() - {this_node()}:
         return
     answers, silent = ask(nodes, sorted(set(needed.values())), dict(shared))
     if silent:
@@ -41,6 +45,12 @@ def working_nodes() -> dict[str, str]:
         for node in ray.nodes()
         if node["Alive"] and any(node["Resources"].get(name, 0) > 0 for name in ("CPU", "GPU"))
     }
+
+
+def this_node() -> str:
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())
 
 
 def ask(

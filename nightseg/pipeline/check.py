@@ -77,6 +77,9 @@ def refuse(recipe: Recipe, graph: Graph, done: Collection[NodeId] = ()) -> None:
     all_of(*_refusals(recipe, graph, done))
 
 
+_FILES: Final = ("root", "weights", "encoder_weights", "perceptual_weights")  # are paths, whatever they look like
+
+
 def places(recipe: Recipe) -> dict[str, str]:
     """Key -> local file or folder that the recipe names and that is there: what work on other nodes may read."""
     found: dict[str, str] = {}
@@ -89,7 +92,7 @@ def places(recipe: Recipe) -> dict[str, str]:
             for index, item in enumerate(value):
                 look(item, (*path, str(index)))
         elif isinstance(value, str) and (
-            value.startswith(("/", "~")) or (path[-1] in ("root", "start") and "/" in value)
+            value.startswith(("/", "~")) or path[-1] in _FILES or (path[-1] == "start" and "/" in value)
         ):
             fixed, mark, _ = re.sub(r"[{*?\[]", "\0", value).partition("\0")  # of a template or pattern: the folder
             place = Location.of(fixed.rpartition("/")[0] or "/" if mark else value)

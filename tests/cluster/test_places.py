@@ -41,6 +41,7 @@ def test_key_path_and_nodes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(places.cluster, "is_this_machine", lambda: False)
     monkeypatch.setattr(places.cluster, "connect", lambda: None)
     monkeypatch.setattr(places, "working_nodes", lambda: {"aa": "10.0.0.1", "bb": "10.0.0.2"})
+    monkeypatch.setattr(places, "this_node", lambda: "aa")
     monkeypatch.setattr(places, "ask", lambda *_: (answers, ["10.0.0.4 (dd)"]))
     with pytest.raises(UserError) as caught:
         places.check_places(needed, {"/runs/x/.note": b""}, said.append)
@@ -58,10 +59,31 @@ def test_one_machine_is_asked_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     places.check_places({"datasets.day.root": "/nowhere"}, {}, print)
 
 
+@pytest.mark.parametrize(
+    ("working", "is_asked"),
+    [((), False), (("here",), False), (("there",), True), (("here", "there"), True)],
+    ids=["none yet", "only where we are", "one, and a head without work", "two"],
+)
+def test_nodes_are_asked_as_soon_as_one_is_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, working: tuple[str, ...], is_asked: bool
+) -> None:
+    asked, said = list[object](), list[str]()
+    monkeypatch.setattr(places.cluster, "is_this_machine", lambda: False)
+    monkeypatch.setattr(places.cluster, "connect", lambda: None)
+    monkeypatch.setattr(places.cluster, "may_grow", lambda: True)
+    monkeypatch.setattr(places, "working_nodes", lambda: dict.fromkeys(working, "10.0.0.2"))
+    monkeypatch.setattr(places, "this_node", lambda: "here")
+    monkeypatch.setattr(places, "ask", lambda *words: (asked.append(words), ({}, []))[1])
+    places.check_places({"datasets.day.root": "/data"}, {}, said.append)
+    assert bool(asked) == is_asked
+    assert bool(said) == (not working) and all("datasets.day.root (/data)" in words for words in said)
+
+
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_path_of_the_driver_alone_is_found_by_a_task_on_each_node(only_here: str, tmp_path: Path) -> None:
     (tmp_path / "note").write_bytes(b"mine")
     assert places.looked_at([only_here], {}) == {}
     answers, silent = places.ask(places.working_nodes(), [only_here, "/"], {str(tmp_path / "note"): b"mine"})
+    assert places.this_node() in places.working_nodes()
     assert silent == [] and list(answers.values()) == [{only_here: "is not there"}]

@@ -418,8 +418,11 @@ def test_places_that_other_nodes_must_see(tmp_path: Path, monkeypatch: pytest.Mo
     """Of folders, templates, weights and models; not what is relative to another key, in a store, or not there."""
     for name in ("day/images", "labels", "weights"):
         (tmp_path / name).mkdir(parents=True)
-    (tmp_path / "weights/w.pt").touch()
+    for name in ("w.pt", "features.pth"):
+        (tmp_path / "weights" / name).touch()
     monkeypatch.chdir(tmp_path)
+    extractor = {"name": "inception", "weights": "weights/features.pth"}
+    learning = {"pool": "near", "teacher": "m", "select": {"count": 4, "extractor": extractor, "reference": "near"}}
     recipe = load_recipe(
         {
             "name": "placed",
@@ -434,8 +437,9 @@ def test_places_that_other_nodes_must_see(tmp_path: Path, monkeypatch: pytest.Mo
                 },
                 "far": {"layout": "images", "root": "s3://bucket/a", "labelled": False},
                 "gone": {"layout": "images", "root": "/nowhere/a", "labelled": False},
+                "near": {"layout": "images", "root": "day", "labelled": False},
             },
-            "models": {"m": {"train": ["day"]}},
+            "models": {"m": {"train": ["day"]}, "n": {"train": ["day"], "self_training": learning}},
             "test_sets": {"day": "day"},
         },
         elsewhere=True,
@@ -443,5 +447,7 @@ def test_places_that_other_nodes_must_see(tmp_path: Path, monkeypatch: pytest.Mo
     assert places(recipe) == {
         "datasets.day.root": f"{tmp_path}/day",
         "datasets.day.labels": f"{tmp_path}/labels",
+        "datasets.near.root": f"{tmp_path}/day",
         "network.encoder_weights": f"{tmp_path}/weights/w.pt",
+        "models.n.self_training.select.extractor.weights": f"{tmp_path}/weights/features.pth",
     }
