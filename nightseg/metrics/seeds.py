@@ -47,6 +47,16 @@ class Difference(NamedTuple):
     is_paired: bool  # seed by seed: the spread is that of the differences, else the root of the sum of squares
 
 
+def least_gain(ours: Mapping[str, float], theirs: Mapping[str, float]) -> float | None:
+    """What a difference must exceed to be more than another draw of the seeds would bring: its standard deviation.
+
+    A model with one seed is taken to spread as the other does; None where both have one: nothing is known of others.
+    """
+    found = difference(ours, theirs).std
+    known = [spread for values in (ours, theirs) if (spread := deviation([*values.values()])) is not None]
+    return math.sqrt(2) * known[0] if found is None and known else found
+
+
 def difference(ours: Mapping[str, float], theirs: Mapping[str, float]) -> Difference:
     """Values by seed of two models; over the same seeds they are paired, since these share starts and sample orders."""
     if ours.keys() == theirs.keys():

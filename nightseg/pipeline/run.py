@@ -232,7 +232,7 @@ def run(
         if errors:
             missing, graph = failures(graph, failed), graph.done(commits)
             if until or not _has_results(graph, only):
-                raise _as_one(errors)
+                raise as_one(errors)
         if until:
             return Outcome({}, len(done), num_skipped, time.monotonic() - began)
         if only is not None and not borrow:
@@ -267,7 +267,8 @@ def _has_results(graph: Graph, only: str | None) -> bool:
     return bool(graph.models or graph.translations or graph.predictions)
 
 
-def _as_one(errors: Sequence[Exception]) -> Exception:
+def as_one(errors: Sequence[Exception]) -> Exception:
+    """Of an outcome, to raise where a part is not enough."""
     if len(errors) == 1:
         return errors[0]
     of_the_user = [error for error in errors if isinstance(error, UserError)]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from nightseg.metrics.bootstrap import FrameSpread
-from nightseg.metrics.seeds import Difference, difference
+from nightseg.metrics.seeds import Difference, difference, least_gain
 from nightseg.report import formatting
 from nightseg.report.frame_spread import gain_spread, miou_spread
 from nightseg.report.run import Run
@@ -74,20 +74,21 @@ def differences(run: Run) -> list[dict[str, Any]]:
 
 def measured(run: Run, model: str, other: str, test: str) -> dict[str, Any]:
     """The difference of two models: over the seeds mean, standard deviation and number of pairs, and the interval over
-    the frames of the test set, or over its drives (null: too few)."""
+    the frames of the test set, or over its drives (null: too few). `least`: what it must exceed, by the seeds."""
     found, spread = gain(run, model, other, test), gain_spread(run, model, other, test)
-    seeds = min(len(run.by_seed(name, test)) for name in (model, other))
+    ours, theirs = run.by_seed(model, test), run.by_seed(other, test)
     inside = None if spread is None else {**spread.interval._asdict(), "units": spread.units, "of": spread.of}
-    return {**found._asdict(), "seeds": seeds, "interval": inside}
+    seeds = {"seeds": min(len(ours), len(theirs)), "least": least_gain(ours, theirs)}
+    return {**found._asdict(), **seeds, "interval": inside}
 
 
 def verdict(found: Mapping[str, Any] | None) -> str:
     """Whether the first of two models is the better one, by `measured`: "holds" where its whole interval over the
-    frames is above 0 and, as far as both models have several seeds, the mean is larger than its standard deviation;
-    "does not hold" where the same is true the other way round; else "not decided"."""
+    frames is above 0 and the mean is larger than `least`, as far as that is known; "does not hold" where the same is
+    true the other way round; else "not decided"."""
     if found is None or found["interval"] is None:
         return "not decided"
-    least = found["std"] or 0.0
+    least = found["least"] or 0.0
     if found["interval"]["low"] > 0 and found["mean"] > least:
         return "holds"
     if found["interval"]["high"] < 0 and -found["mean"] > least:

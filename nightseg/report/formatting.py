@@ -133,7 +133,10 @@ def threshold(rule: Mapping[str, Any]) -> str:
         case "fixed":
             return f"pixels with confidence {rule['confidence']:g} or more are kept"
         case _:
+            floor, precision = rule.get("floor"), rule.get("precision")
             return (
                 f"the surest {percent(rule['share'], 0)} % of every class are kept, "
                 f"and all pixels with confidence {rule['confidence']:g} or more"
+                + (f", but none with less than {floor:g}" if floor else "")
+                + (f"; raised until {percent(precision, 0)} % are right on labelled frames" if precision else "")
             )

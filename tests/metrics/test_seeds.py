@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nightseg.metrics.seeds import deviation, difference, mean, over_seeds
+from nightseg.metrics.seeds import deviation, difference, least_gain, mean, over_seeds
 
 
 def test_mean_and_sample_deviation_of_each_metric_and_class() -> None:
@@ -31,3 +31,12 @@ def test_differences_are_paired_by_seed_where_the_seeds_are_the_same() -> None:
     assert apart == (0.5, pytest.approx(0.125**0.5, rel=1e-12), False)  # sqrt(2 x 0.25^2), and none of the other
     assert difference({"0": 0.5}, {"0": 0.25}) == (0.25, None, True)
     assert difference({"0": 0.5, "1": 0.5}, {"0": 0.25}) == (0.25, None, False)
+
+
+def test_a_gain_must_be_larger_than_what_another_draw_of_the_seeds_brings() -> None:
+    apart = {"0": 0.60, "1": 0.50, "2": 0.40}  # deviation 0.1
+    assert least_gain(apart, {"0": 0.47}) == pytest.approx(0.02**0.5, rel=1e-12)  # as far apart as that, too
+    assert least_gain({"0": 0.47}, apart) == pytest.approx(0.02**0.5, rel=1e-12)
+    assert least_gain(apart, {"3": 0.5, "4": 0.5}) == pytest.approx(0.1, rel=1e-12)
+    assert least_gain({"0": 0.5, "1": 0.75}, {"0": 0.25, "1": 0.5}) == 0.0  # pair by pair
+    assert least_gain({"0": 0.5}, {"0": 0.25}) is None

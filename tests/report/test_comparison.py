@@ -141,13 +141,14 @@ def test_every_model_has_its_difference_over_start_teacher_and_control_with_an_i
     # Over the seeds both gain 0.04 and 0.01 in the second: half of the difference of these is between the means.
     first = models["self_trained"]["tests"]["night"]["miou"] - models["day_only"]["tests"]["night"]["miou"]
     assert one["mean"] == pytest.approx(first + 0.015, abs=1e-12) and one["is_paired"] and one["seeds"] == 2
+    assert one["least"] == one["std"] > 0
     spread = gain_spread(run, "self_trained", "day_only", "night")
     assert spread is not None and one["interval"] == {**spread.interval._asdict(), "units": 5, "of": "frame"}
     assert one["interval"]["low"] <= first <= one["interval"]["high"]
 
 
 @pytest.mark.parametrize(
-    ("mean", "std", "low", "high", "expected"),
+    ("mean", "least", "low", "high", "expected"),
     [
         (0.05, None, 0.01, 0.09, "holds"),  # one seed
         (0.05, 0.04, 0.01, 0.09, "holds"),
@@ -159,8 +160,8 @@ def test_every_model_has_its_difference_over_start_teacher_and_control_with_an_i
         (0.0, 0.0, 0.0, 0.0, "not decided"),
     ],
 )
-def test_what_a_difference_decides(mean: float, std: float | None, low: float, high: float, expected: str) -> None:
-    found = {"mean": mean, "std": std, "interval": {"low": low, "high": high}}
+def test_what_a_difference_decides(mean: float, least: float | None, low: float, high: float, expected: str) -> None:
+    found = {"mean": mean, "least": least, "interval": {"low": low, "high": high}}
     assert verdict(found) == expected
 
 

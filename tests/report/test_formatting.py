@@ -49,4 +49,10 @@ def test_models_and_rules() -> None:
     assert formatting.describe(plain) == "on day + day_at_night · from imagenet · cross-entropy"
     assert formatting.threshold({"kind": "none"}) == "every pixel is kept"
     assert "0.9 or more" in formatting.threshold({"kind": "fixed", "confidence": 0.9})
-    assert "surest 60 %" in formatting.threshold({"kind": "class_balanced", "confidence": 0.9, "share": 0.6})
+    balanced = {"kind": "class_balanced", "confidence": 0.9, "share": 0.6, "floor": 0.0, "precision": None}
+    assert formatting.threshold(balanced) == (
+        "the surest 60 % of every class are kept, and all pixels with confidence 0.9 or more"
+    )
+    assert formatting.threshold(balanced | {"floor": 0.8, "precision": 0.95}).endswith(
+        "confidence 0.9 or more, but none with less than 0.8; raised until 95 % are right on labelled frames"
+    )

@@ -263,3 +263,12 @@ def test_the_order_is_that_of_the_work_whatever_clocks_said(made_up_run: Any) ->
     for facts in results["commits"].values():
         del facts["order"]  # as earlier versions wrote them
     assert Run(made_up_run.folder, results).order == before.order[::-1]
+
+
+def test_a_class_that_the_guard_shuts_out_is_shown_so(made_up_run: Any, tmp_path: Path) -> None:
+    shutil.copytree(str(made_up_run.folder), tmp_path / "run")
+    results = copy.deepcopy(made_up_run.results)
+    by_class = results["pseudo_labels"]["self_trained"]["evidence"]["by_class"]
+    by_class["sky"] |= {"threshold": None, "kept": 0, "kept_share": 0.0}
+    text = Page(write_report(Location.of(tmp_path / "run"), results).read_bytes().decode()).text
+    assert "not learned: its share left the guard's range" in text

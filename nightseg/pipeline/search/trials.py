@@ -156,7 +156,8 @@ def run_trial(trials: Trials, values: Mapping[str, Any], borrow: Sequence[Locati
 
     Of several seeds the first is watched; a trial that was not stopped then trains the others. A trial that comes again
     first reports what it had reported: it is stopped where it was stopped, or goes on. The last epoch is the outcome,
-    told when its model is committed: Tune ends the process of a trial that has reported it.
+    told when its model is committed: Tune ends the process of a trial that has reported it. Raises what made any stage
+    fail, also that of one seed.
     """
     search = trials.settings
     place, training = trials.place(trials.name(values)), trials.training(values)
@@ -177,7 +178,10 @@ def run_trial(trials: Trials, values: Mapping[str, Any], borrow: Sequence[Locati
     alone = recipe.compute.model_copy(update={"concurrent": 1})  # trials already run side by side
     recipe = recipe.model_copy(update={"compute": alone})
     _wait_for_the_dead(place)
-    done = run.run(recipe, place, only=search.model, borrow=borrow, progress=progress).results
+    outcome = run.run(recipe, place, only=search.model, borrow=borrow, progress=progress)
+    if outcome.errors:  # the mean over the seeds that did not fail would be that of the lucky ones
+        raise run.as_one(outcome.errors)
+    done = outcome.results
     facts = done["models"][search.model]
     trained = facts.get("trainings") or {search.model: facts | {"seed": 0}}
     reached: dict[str, float] = {}

@@ -214,6 +214,17 @@ def test_a_trial_of_several_seeds_ends_with_their_mean(monkeypatch: pytest.Monke
     assert ended == (0.375, {"4": 0.25, "5": 0.5}, 3)
 
 
+def test_a_seed_that_fails_fails_its_trial_with_its_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = MadeUpRun([], [0.1, 0.2, 0.9])
+
+    def without_the_other_seed(recipe: Recipe, folder: Location, **more: Any) -> Outcome:
+        return made(recipe, folder, **more)._replace(errors=(FloatingPointError("seed 5: the loss is nan"),))
+
+    monkeypatch.setattr(run, "run", without_the_other_seed)
+    with pytest.raises(FloatingPointError, match="seed 5: the loss is nan"):
+        run_trial(trials_of(tmp_path), VALUES, [], lambda *told: None)
+
+
 def test_a_trial_is_compared_by_the_test_set_that_the_search_names(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
