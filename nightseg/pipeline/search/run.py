@@ -17,6 +17,7 @@ from nightseg.errors import UserError, all_of, closest
 from nightseg.pipeline import build, check, classes, leaks, run, tracking
 from nightseg.pipeline.graph import Graph, NodeId
 from nightseg.pipeline.search.importance import importance
+from nightseg.pipeline.search.keys import check_keys
 from nightseg.pipeline.search.records import FAILED, RECORDS_NAME, Records
 from nightseg.pipeline.search.settings import Search
 from nightseg.pipeline.search.trials import Trials, assignments, preparing_keys, run_trial, shared_nodes
@@ -68,6 +69,7 @@ def search(
         save_recipe(load_recipe(recipe_file, settings.overrides), trials.recipe_file)
         with told_of(recipe_file, settings.overrides):
             graphs = [(values, trials.graph(values)) for values in trials.edges()]
+            check_keys(trials, graphs, progress)
             _refuse(trials, graphs, progress)
         if not (folder / RECORDS_NAME).exists():
             cluster.connect(dashboard=True)  # before a stage of the base starts a Ray without one
