@@ -247,11 +247,10 @@ def _models(recipe: Recipe, graph: Graph, commits: Mapping[NodeId, Commit]) -> d
     models = {}
     for of, found in trainings.items():
         name, first = next(iter(found.items()))
-        tests = {
-            test: scores
-            | over_seeds({one["seed"]: one["tests"][test] for one in found.values() if test in one["tests"]})
-            for test, scores in first["tests"].items()
-        }
+        tests = {}
+        for test in dict.fromkeys(test for one in found.values() for test in one["tests"]):  # some may have failed
+            scored = {one["seed"]: one["tests"][test] for one in found.values() if test in one["tests"]}
+            tests[test] = next(iter(scored.values())) | over_seeds(scored)
         line = list(_line(graph, name))
         models[of] = {
             **graph.models[name].facts,

@@ -187,6 +187,21 @@ translators: {optics: {kind: photometric}}
     }
 
 
+def test_scores_of_the_other_seeds_stay_where_the_evaluation_of_the_first_failed(run: Location, tmp_path: Path) -> None:
+    again, tested = NodeId("train_segmenter", "m.seed4"), NodeId("evaluate", "m.seed4")
+    commits = {
+        TRAIN: commit(run, TRAIN),
+        again: commit(run, again),
+        tested: commit(run, tested, scores={"night": SCORES}),
+    }
+    graph = Graph()
+    graph.models["m"] = ModelNodes(TRAIN, None, None, FACTS, "m", 0)
+    graph.models["m.seed4"] = ModelNodes(again, None, None, FACTS, "m", 4, tested, {"night": types.TestRow()})
+    (model,) = gather(load_recipe(tmp_path / "recipe.yaml"), graph, commits, set())["models"].values()
+    assert model["tests"]["night"]["miou"] == SCORES["miou"]
+    assert model["tests"]["night"]["seeds"] == {"4": SCORES["miou"]}
+
+
 def test_seeds_stand_beside_each_other_with_mean_and_spread(run: Location, tmp_path: Path) -> None:
     again, tested = NodeId("train_segmenter", "m.seed4"), NodeId("evaluate", "m.seed4")
     scores = SCORES | {"miou": 0.75, "pa": 0.5, "iou": {"sky": 0.25, "car": None}}
