@@ -141,7 +141,7 @@ def histc(label: torch.Tensor, guess: torch.Tensor) -> Areas:
 
 def _ours(frames: list[tuple[Map, Map]]) -> Counts:
     matrices = [confusion_matrix(label, guess, NUM_CLASSES) for label, guess in frames]
-    return np.sum(matrices, axis=0, dtype=np.int64)
+    return np.asarray(np.sum(matrices, axis=0, dtype=np.int64))
 
 
 def _torchmetrics() -> Any:

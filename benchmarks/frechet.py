@@ -80,7 +80,7 @@ def _features(size: Size, seed: int, count: int, smallest: float) -> np.ndarray:
     dims = DIMS[size]
     random = np.random.default_rng(seed)
     rotation = np.linalg.qr(random.normal(size=(dims, dims)))[0]
-    return random.normal(0.1 * seed, 1.0, (count, dims)) * np.geomspace(1.0, smallest, dims) @ rotation
+    return np.asarray(random.normal(0.1 * seed, 1.0, (count, dims)) * np.geomspace(1.0, smallest, dims) @ rotation)
 
 
 def _moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

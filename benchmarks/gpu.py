@@ -32,7 +32,6 @@ from torch import Tensor, nn
 
 from benchmarks.unit_step import Naive
 from nightseg.cluster.train import exchanging
-from nightseg.data.images import Image
 from nightseg.segmenter.data import Batch
 from nightseg.segmenter.network import build_semantic_fpn
 from nightseg.segmenter.optimizer import build_optimizer
@@ -86,26 +85,28 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sizes, compiles = TINY if options.tiny else FULL, not options.no_compile
     faults, rows = dict[str, str](), list[dict[str, Any]]()
-    for name, ways in (
-        ("step of the segmenter", lambda: segmenter_steps(sizes, device, compiles)),
-        ("step of UNIT", lambda: unit_steps(sizes, device, compiles)),
-        ("predictions", lambda: predictions(sizes, device)),
-        ("features", lambda: features(sizes, device)),
-    ):
+    races: dict[str, Callable[[], list[Way]]] = {
+        "step of the segmenter": lambda: segmenter_steps(sizes, device, compiles),
+        "step of UNIT": lambda: unit_steps(sizes, device, compiles),
+        "predictions": lambda: predictions(sizes, device),
+        "features": lambda: features(sizes, device),
+    }
+    checks: dict[str, Callable[[], Any]] = {
+        "gradients through the process group": lambda: exchanged(sizes, device),
+        "pinned batches arrive faster": lambda: pinned(sizes, device),
+    }
+    for name, ways in races.items():
         print(f"{name} ...", file=sys.stderr, flush=True)
         try:
             rows += raced(name, ways(), sizes, device)
         except Exception as error:  # the other figures are not lost
             faults[name] = f"{type(error).__name__}: {error}"
-    for name, check in (
-        ("gradients through the process group", lambda: exchanged(sizes, device)),
-        ("pinned batches arrive faster", lambda: pinned(sizes, device)),
-    ):
+    for name, check in checks.items():
         try:
             rows.append({"work": name, "told": check()})
         except Exception as error:
             faults[name] = f"{type(error).__name__}: {error}"
-    content = {"created": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine(device)}
+    content: dict[str, Any] = {"created": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine(device)}
     content |= {"sizes": sizes._asdict(), "rows": rows, "faults": faults}
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / f"gpu-{datetime.now(UTC):%Y%m%dT%H%M%S%f}.json"
@@ -186,7 +187,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device)
         told |= {"gpu": found.name, "memory_gib": found.total_memory / 2**30, "cuda": torch.version.cuda}
-        told |= {"cudnn": torch.backends.cudnn.version(), "nccl": list(torch.cuda.nccl.version())}
+        told |= {"cudnn": torch.backends.cudnn.version(), "nccl": list(torch.cuda.nccl.version())}  # type: ignore[no-untyped-call]
     return told
 
 
@@ -205,7 +206,7 @@ def segmenter_steps(sizes: Sizes, device: torch.device, compiles: bool) -> list[
     def ours(compiled: bool) -> Step:
         training = Training(precision="bfloat16", clip_norm=1.0)
         network = build_semantic_fpn(Network(encoder=sizes.encoder), CLASSES).to(device)
-        network.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        network.to(memory_format=torch.channels_last).train()
         optimizer = build_optimizer(network, training, encoder=network.body)
         model: Any = torch.compile(network, dynamic=False) if compiled else network
         return lambda: training_step(model, optimizer, network.normalise, batch, loss, training)
@@ -219,7 +220,7 @@ def segmenter_steps(sizes: Sizes, device: torch.device, compiles: bool) -> list[
         nll = F.cross_entropy(logits, batch.labels.long(), ignore_index=255, reduction="none")
         total = (nll * (0.5 + 0.5 * (1 - torch.exp(-nll)) ** 2)).mean()
         optimizer.zero_grad()
-        total.backward()
+        torch.autograd.backward(total)
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
 
@@ -259,7 +260,7 @@ def unit_steps(sizes: Sizes, device: torch.device, compiles: bool) -> list[Way]:
     naive = Naive(build_networks(settings, 0, device), None)
     noise = latent_noise(0, 0, [0], latent_Chw, device)
     ways = [
-        Way("naive float32 formulation", 2, lambda: naive.learn(*crops, noise, settings.weights)),
+        Way("naive float32 formulation", 2, lambda: naive.learn(crops[0], crops[1], noise, settings.weights)),
         Way("ours", 2, ours(False)),
     ]
     return [*ways, Way("ours, compiled", 2, ours(True))] if compiles else ways
@@ -272,7 +273,7 @@ def predictions(sizes: Sizes, device: torch.device) -> list[Way]:
 
     def way(name: str, precision: Any, memory: torch.memory_format) -> Way:
         network = build_semantic_fpn(Network(encoder=sizes.encoder), CLASSES).to(device).eval()
-        network.to(memory_format=memory)  # type: ignore[call-overload]
+        network.to(memory_format=memory)
         inference = Inference(precision=precision)
 
         @torch.inference_mode()
@@ -294,7 +295,7 @@ def predictions(sizes: Sizes, device: torch.device) -> list[Way]:
 
 def features(sizes: Sizes, device: torch.device) -> list[Way]:
     """From decoded frames in memory to features in memory."""
-    frames: list[Image] = [
+    frames = [
         np.random.default_rng(index).integers(0, 256, (*sizes.frame, 3), dtype=np.uint8)
         for index in range(sizes.frames)
     ]
@@ -323,7 +324,7 @@ def exchanged(sizes: Sizes, device: torch.device) -> str:
             for is_wrapped in (False, True):
                 torch.manual_seed(0)
                 network = build_semantic_fpn(Network(encoder="resnet18"), CLASSES).to(device)
-                network.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+                network.to(memory_format=torch.channels_last).train()
                 optimizer = build_optimizer(network, training, encoder=network.body)
                 model = exchanging(network, device) if is_wrapped else network
                 training_step(model, optimizer, network.normalise, batch, Loss(), training)

@@ -159,7 +159,7 @@ def _timed_learn(session: Session, settings: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     timed = _Timed(session)
     plan = pickle.loads((Path(settings["folder"]) / "plan.pickle").read_bytes())
-    learn(timed, {"plan": plan})  # type: ignore[arg-type]
+    learn(timed, {"plan": plan})
     if session.rank == 0:
         Path(settings["course"]).write_text(json.dumps(timed.course._asdict()))
 

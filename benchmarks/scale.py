@@ -81,7 +81,10 @@ class Pool:
 
     def __init__(self, folder: Path, count: int) -> None:
         self.folder, self.count, self.space = folder, count, Workspace(folder / "run")
-        self.work = {"compute": MapCompute(actors=0, batch=16, shard_rows=64), "progress": SilentProgress()}
+        self.work: dict[str, Any] = {
+            "compute": MapCompute(actors=0, batch=16, shard_rows=64),
+            "progress": SilentProgress(),
+        }
 
     def done(self, name: str) -> Commit:
         commit = self.space.stage(name, "pool", version=1, recipe={}, inputs={}, seed=0).commit()

@@ -80,7 +80,7 @@ def _start(size: Size, batches: list[Batch]) -> dict[str, Tensor]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = build_semantic_fpn(Network(encoder=ENCODER[size]), CLASSES)
-    network.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    network.to(memory_format=torch.channels_last).train()
     training = Training(optimizer="adamw", learning_rate=1e-3, weight_decay=0.0, precision=_precision())
     optimizer = build_optimizer(network, training)
     for batch in itertools.islice(itertools.cycle(batches), FIRST_STEPS[size]):
@@ -106,7 +106,7 @@ def _batches(size: Size) -> list[Batch]:
 
 
 def _ours(size: Size, batches: list[Batch], start: dict[str, Tensor]) -> Callable[[], float]:
-    network = _network(size, start).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = _network(size, start).to(memory_format=torch.channels_last)
     training = Training(learning_rate=RATE, momentum=MOMENTUM, weight_decay=0.0, precision=_precision())
     optimizer = build_optimizer(network, training)
     stream, rates = itertools.cycle(batches), _rates()
@@ -131,7 +131,7 @@ def _peer(size: Size, batches: list[Batch], start: dict[str, Tensor]) -> Callabl
         logits = F.interpolate(network(inputs), scale_factor=4, mode="bilinear", align_corners=False)
         loss = F.cross_entropy(logits, labels.long(), ignore_index=255)
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         return float(loss.detach())
 

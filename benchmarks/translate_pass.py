@@ -55,7 +55,7 @@ def contest(size: Size) -> Contest:
     generators = load_generators(translator.folder / "model")
 
     def bare_loop() -> list[str]:
-        folder, made = Location.of(runs / str(next(number))), []
+        folder, made = Location.of(runs / str(next(number))), list[str]()
         for row in frames.to_pylist():
             image = torch.from_numpy(read_image(Location.of(row["uri"]))).permute(2, 0, 1)[None]
             with torch.inference_mode():

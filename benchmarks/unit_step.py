@@ -55,7 +55,7 @@ def contest(size: Size) -> Contest:
     features = build_perceptual("efficientnet_lite0") if size == "full" else None
     naive = Naive(networks, copy.deepcopy(features))
     if features is not None:
-        features.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        features.to(memory_format=torch.channels_last)
     random = torch.Generator().manual_seed(SEED)
     day_B3HW, night_B3HW = (torch.rand(1, 3, side, side, generator=random) * 2 - 1 for _ in range(2))
     last = [images.to(memory_format=torch.channels_last) for images in (day_B3HW, night_B3HW)]
@@ -118,7 +118,7 @@ class Naive:
         self.optimizers[1].zero_grad()
         loss_day = discriminator_loss(discriminators.day, day_made.detach(), day)
         loss_night = discriminator_loss(discriminators.night, night_made.detach(), night)
-        (loss_day + loss_night).backward()
+        torch.autograd.backward(loss_day + loss_night)
         self.optimizers[1].step()
 
         self.optimizers[0].zero_grad()
@@ -146,7 +146,7 @@ class Naive:
             terms["perceptual_day"] = self.perceptual(day_made, night)
             terms["perceptual_night"] = self.perceptual(night_made, day)
         total = sum(getattr(weights, name.rsplit("_", 1)[0]) * term for name, term in terms.items())
-        total.backward()
+        torch.autograd.backward(total)
         self.optimizers[0].step()
         terms |= {"discriminator_day": loss_day, "discriminator_night": loss_night, "total": total}
         return {name: term.detach() for name, term in terms.items()}
@@ -154,12 +154,12 @@ class Naive:
     def perceptual(self, translated: Tensor, source: Tensor) -> Tensor:
         assert self.features is not None
         pairs = list(zip(self.features(translated), self.features(source), strict=True))
-        return sum(F.mse_loss(map_BChw, aim_BChw) for map_BChw, aim_BChw in pairs) / len(pairs)
+        return torch.stack([F.mse_loss(map_BChw, aim_BChw) for map_BChw, aim_BChw in pairs]).mean()
 
 
 def discriminator_loss(discriminator: Callable[[Tensor], list[Tensor]], translated: Tensor, real: Tensor) -> Tensor:
     pairs = zip(discriminator(translated), discriminator(real), strict=True)
-    return sum(score.square().mean() + (other - 1).square().mean() for score, other in pairs)
+    return torch.stack([score.square().mean() + (other - 1).square().mean() for score, other in pairs]).sum()
 
 
 class PlainInstanceNorm(nn.Module):
@@ -189,7 +189,7 @@ def plain(module: nn.Module) -> Any:
     for parent in list(made.modules()):
         for name, layer in list(parent.named_children()):
             setattr(parent, name, _plain_layer(layer))
-    return made.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    return made.to(memory_format=torch.contiguous_format)
 
 
 def _plain_layer(layer: nn.Module) -> nn.Module:
@@ -204,9 +204,9 @@ def _plain_layer(layer: nn.Module) -> nn.Module:
             return layer
 
 
-def _reflecting(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Conv2d:
+def _reflecting(weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
     channels_out, channels_in, kernel, _ = weight.shape
     with torch.device("meta"):
         convolution = nn.Conv2d(channels_in, channels_out, kernel, padding=kernel // 2, padding_mode="reflect")
-    convolution.weight, convolution.bias = weight, bias
+    convolution.weight, convolution.bias = nn.Parameter(weight), None if bias is None else nn.Parameter(bias)
     return convolution

@@ -9,6 +9,7 @@ import multiprocessing
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def _plan(folder: Path, size: Size) -> Plan:
     side = SIDES[size]
     for domain, number in ((domain, number) for domain in ("day", "night") for number in range(FRAMES)):
         file = folder / f"{domain}-{number}.png"
-        file.write_bytes(encode_png(np.asarray(scene(0, number, domain, side, 2 * side)[0])))  # type: ignore[arg-type]
+        file.write_bytes(encode_png(np.asarray(scene(0, number, domain, side, 2 * side)[0])))
         refs[domain].append(FrameRef(f"{domain}/{number}", str(file), side, 2 * side))
     settings = Translator(
         day="day",
@@ -88,7 +89,7 @@ class GlooSession:
     device = torch.device("cpu")
 
     def __init__(self, rank: int, world_size: int) -> None:
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.workers = rank, world_size, world_size
         self.history: History = []
 
     def wrap(self, module: nn.Module) -> nn.Module:
@@ -106,7 +107,10 @@ class GlooSession:
         if state is not None:
             self.history = state["history"]
 
-    def progress(self, done: int, **figures: float) -> None:
+    def say(self, message: str) -> None:
+        pass
+
+    def progress(self, done: int, **metrics: float) -> None:
         self.done = done
 
 
@@ -135,7 +139,8 @@ class Pool:
 
     def close(self) -> None:
         for line in self.lines:
-            line.send("end")
+            with suppress(OSError):  # it died, and its error is told
+                line.send("end")
         for process in self.processes:
             process.join()
 
