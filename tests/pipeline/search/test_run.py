@@ -348,3 +348,10 @@ def test_a_search_shares_its_base_compares_its_trials_and_continues(tmp_path: Pa
     more = run_search(folder, "trials=3")  # the first two count and are not done again
     assert {trial["trial"] for trial in more["trials"]} > set(ends)
     assert {path: path.stat().st_mtime_ns for path in made} == made
+
+    moved = folder.rename(tmp_path / "moved")
+    trial = moved / "trials" / more["best"]["trial"]
+    assert json_of("verify", moved)["damaged"] == json_of("verify", trial)["damaged"] == []
+    frames = json_of("explain", trial)["frames"]
+    assert {frame.partition("/")[0] for frame in frames} >= {"day", "pool"}
+    assert json_of("explain", trial, frames[0])["frame_id"] == frames[0]
