@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 
 from nightseg.metrics.seeds import deviation
 from nightseg.report import formatting
-from nightseg.report.charts import SIZE, Chart, Dot, Line, Tick, nice_values
+from nightseg.report.charts import SIZE, Chart, Dot, Line, Tick, tick_values
 from nightseg.report.page import METRICS
 from nightseg.report.templates import template
 from nightseg.storage import Location
@@ -142,7 +142,7 @@ def axis_of(dimension: Mapping[str, Any]) -> Axis:
         values = tuple(sorted(choice) if are_numbers else choice)
         axis = Axis(0.0, 1.0, False, values, ())
         every = math.ceil(len(values) / _MOST_VALUES)
-        written = [_value(value) for value in values]
+        written = [formatting.exact(value) for value in values]
         return axis._replace(
             ticks=tuple((axis.place(value), written[index]) for index, value in enumerate(values) if index % every == 0)
         )
@@ -150,23 +150,15 @@ def axis_of(dimension: Mapping[str, Any]) -> Axis:
     low, high = dimension["uniform"] or dimension["log_uniform"] or dimension["integer"] or dimension["log_integer"]
     if not is_log:
         axis = Axis(float(low), float(high), False, (), ())
-        return axis._replace(
-            ticks=tuple((axis.place(value), formatting.significant(value)) for value in nice_values(low, high))
-        )
+        return axis._replace(ticks=tuple((axis.place(value), text) for value, text in tick_values(low, high)))
     axis = Axis(math.log10(low), math.log10(high), True, (), ())
     powers = [10.0**power for power in range(math.ceil(axis.low - 1e-9), math.floor(axis.high + 1e-9) + 1)]
     shown = powers if len(powers) > 1 else [low, high]
-    return axis._replace(ticks=tuple((axis.place(value), formatting.significant(value)) for value in shown))
+    return axis._replace(ticks=tuple((axis.place(value), formatting.exact(value)) for value in shown))
 
 
 def _cut(text: str, letters: int) -> str:
     return text if len(text) <= letters else text[: max(letters - 1, 1)] + "\N{HORIZONTAL ELLIPSIS}"
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, bool | str):
-        return str(value)
-    return formatting.significant(value)
 
 
 # -- charts -----------------------------------------------------------------------------------------------------------
@@ -178,7 +170,7 @@ def parallel(seen: Seen) -> dict[str, Any]:
     top, bottom, margin = 34, height - 14, 60
     names = [*seen.short.values(), seen.score_name]
     low, high = seen.span
-    score = Axis(low, high, False, (), tuple(((v - low) / (high - low), f"{v:g}") for v in nice_values(low, high)))
+    score = Axis(low, high, False, (), tuple(((v - low) / (high - low), text) for v, text in tick_values(low, high)))
     axes = [*(axis_of(seen.search["space"][key]) for key in seen.short), score]
     room = int((width - 2 * margin) / (len(axes) - 1) / _LETTER) - 2
     places = [margin + index * (width - 2 * margin) / (len(axes) - 1) for index in range(len(axes))]
@@ -207,8 +199,11 @@ def slice_of(seen: Seen, key: str, rows: Sequence[Row], size: tuple[int, int] = 
     """The score against one value; lines are the spread over seeds."""
     axis = axis_of(seen.search["space"][key])
     chart = Chart((0.0, 1.0), seen.span, [], f"{seen.score_name} in percent against {key}", size=size)
-    room = (chart.right - chart.left) // (_LETTER * max(len(axis.ticks), 1))
-    chart.x_ticks = [Tick(chart.x(share), _cut(text, room)) for share, text in axis.ticks]
+    width = chart.right - chart.left
+    longest = _LETTER * max(len(text) for _, text in axis.ticks)
+    are_words = any(isinstance(value, str) for value in axis.choice)
+    ticks = axis.ticks[:: 1 if are_words else math.ceil(len(axis.ticks) * longest / width)]  # a number is never cut
+    chart.x_ticks = [Tick(chart.x(share), _cut(text, width // (_LETTER * len(ticks)))) for share, text in ticks]
     for row in rows:
         x, score, kind = axis.place(row["values"][key]), seen.shown(row), seen.kind(row)
         if row.get("std"):

@@ -12,7 +12,16 @@ import pytest
 
 from nightseg.pipeline.search.records import Records
 from nightseg.pipeline.search.settings import Search
-from nightseg.report.search_page import Seen, axis_of, by_size, history, learning_curves, parallel, write_search_page
+from nightseg.report.search_page import (
+    Seen,
+    axis_of,
+    by_size,
+    history,
+    learning_curves,
+    parallel,
+    slice_of,
+    write_search_page,
+)
 from nightseg.storage import Location, hash_of
 from tests.small_search import ALPHA, COUNT, GAMMA, row, search_of
 
@@ -122,6 +131,23 @@ def test_values_lie_where_their_axis_says(dimension: str, value: Any, place: flo
     axis = axis_of(search.model_dump(mode="json")["space"]["a.b"])
     assert axis.place(value) == pytest.approx(place, abs=1e-12)  # of logarithms of powers of ten
     assert axis.ticks and all(-1e-9 <= share <= 1 + 1e-9 for share, _ in axis.ticks)
+
+
+@pytest.mark.parametrize(
+    ("dimension", "value", "text"),
+    [
+        ("{choice: [0.99995, 0.99999]}", 0.99995, "0.99995"),
+        ("{uniform: [0.999, 0.9999]}", 0.9991234, "0.9991234"),
+        ("{log_uniform: [100000, 100050]}", 100012.34, "100 012.34"),
+    ],
+)
+def test_values_have_the_digits_that_tell_them_apart(tmp_path: Path, dimension: str, value: float, text: str) -> None:
+    """In the table, and at the axes, where a number that has no room is left out rather than cut."""
+    made = [row(1, {"a.b": value}, 0.4, trainings=1, reused=9)]
+    content = content_of(tmp_path, made, f"space={{a.b: {dimension}}}")
+    assert text in text_of(page_of(tmp_path, content)).replace("\u202f", " ")
+    ticks = [tick.text for tick in slice_of(Seen(content), "a.b", made).x_ticks]
+    assert 2 <= len(ticks) == len(set(ticks)) and not any("\N{HORIZONTAL ELLIPSIS}" in tick for tick in ticks)
 
 
 def test_the_page_of_many_trials_is_small(tmp_path: Path) -> None:

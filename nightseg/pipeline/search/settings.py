@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Field, model_validator
 
 from nightseg.recipe.types import Seeds
-from nightseg.report.formatting import short_names
+from nightseg.report.formatting import plain, short_names
 from nightseg.settings import Name, Positive, Strict
 
 MOST_OF_A_GRID: Final = 10_000
@@ -33,7 +33,7 @@ class Dimension(Strict):
             raise ValueError(f"give exactly one of {', '.join(type(self).model_fields)}")
         if self.range is not None and not self.range[0] < self.range[1]:
             low, high = self.range
-            raise ValueError(f"the range begins at {low:g} and ends at {high:g}; the end must be larger")
+            raise ValueError(f"the range begins at {plain(low)} and ends at {plain(high)}; the end must be larger")
         if self.choice is not None and len({_typed(value) for value in self.choice}) < len(self.choice):
             raise ValueError("a value of choice stands there twice")
         return self
@@ -151,8 +151,4 @@ class Search(Strict):
 
     def label(self, values: Mapping[str, Any]) -> str:
         """How a trial is called wherever people see it: alpha=0.55, gamma=2.9, count=120."""
-        return ", ".join(f"{self.short[key]}={_text(values[key])}" for key in self.space)
-
-
-def _text(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+        return ", ".join(f"{self.short[key]}={plain(values[key])}" for key in self.space)
