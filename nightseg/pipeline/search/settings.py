@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from nightseg.errors import closest
 from nightseg.recipe.types import Seeds
 from nightseg.report.formatting import plain, short_names
 from nightseg.settings import Name, Positive, Strict
@@ -80,6 +81,18 @@ def _typed(value: Any) -> tuple[type, Any]:
     return type(value), value
 
 
+METRICS: Final = ("miou", "pa", "ca", "fwiou")
+
+
+def _metric(given: str) -> str:
+    kind, point, name = given.partition(".")
+    if given in METRICS or (kind == "iou" and name):
+        return given
+    of_class = f"iou.{name or 'CLASS'}"
+    hint = closest(given, [of_class] if point else METRICS)
+    raise ValueError(f"{given!r} is not allowed{hint}; allowed: {', '.join(METRICS)}, iou.CLASS")
+
+
 class Search(Strict):
     """What to search, over which recipe, for how long."""
 
@@ -87,8 +100,8 @@ class Search(Strict):
     recipe: str = Field(description="recipe file, relative to this file")
     set: list[str] = Field(default=[], description="overrides of the recipe, a.b=c")
     model: Name = Field(description="the model that is compared; by its validation, so it must have validate_on")
-    metric: Annotated[str, Field(pattern=r"^(miou|pa|ca|fwiou|iou\..+)$")] = Field(
-        default="miou", description="miou, pa, ca, fwiou, or iou.CLASS"
+    metric: Annotated[str, AfterValidator(_metric)] = Field(
+        default="miou", description=f"{', '.join(METRICS)}, or iou.CLASS"
     )
     mode: Literal["max", "min"] = Field(default="max", description="whether the largest is the best")
     test: Name | None = Field(

@@ -72,7 +72,11 @@ def test_what_is_no_dimension_is_refused(given: str, message: str) -> None:
     [
         ("sampler=grid", f"give {ALPHA}, models.adapted.loss.gamma as choice or integer"),
         ("sampler=best", "sampler"),
-        ("metric=mIoU", "metric"),
+        ("metric=mIoU", "'mIoU' is not allowed, did you mean 'miou'\\?; allowed: miou, pa, ca, fwiou, iou.CLASS"),
+        ("metric=iou.", "'iou.' is not allowed, did you mean 'iou.CLASS'\\?; allowed: miou, "),
+        ("metric=IoU.road", "'IoU.road' is not allowed, did you mean 'iou.road'\\?"),
+        ("metric=zebra", "metric: 'zebra' is not allowed; allowed: miou, pa"),
+        ("sampler=TPE", "did you mean 'tpe'"),
         ("hours=0", "greater than 0"),
         ("seeds=[1, 1]", "the seeds must differ"),
         ("mode=high", "mode"),
