@@ -23,7 +23,7 @@ from nightseg.storage.lock import LEASE_SECONDS
 
 EPOCH: Final = "epoch"
 TRAINING: Final = "train_segmenter"
-NOTE: Final = "validation.json"  # what a trial has reported, in its run folder
+NOTE: Final = "validation.json"  # what a trial has reported, by metric, in its run folder
 
 Report = Callable[[int, float], None]
 
@@ -161,16 +161,17 @@ def run_trial(trials: Trials, values: Mapping[str, Any], borrow: Sequence[Locati
     search = trials.settings
     place, training = trials.place(trials.name(values)), trials.training(values)
     note = place / NOTE
+    noted: dict[str, list[list[Any]]] = note.read_json() if note.exists() else {}
     reported: dict[int, float] = {}
 
     def on_epoch(epoch: int, score: float) -> None:
         if epoch % training.validate_every == 0 and max(reported, default=0) < epoch < training.epochs:
             reported[epoch] = score
             if math.isfinite(score):  # else the report ends the trial
-                note.write_json([list(pair) for pair in reported.items()])
+                note.write_json(noted | {search.metric: [list(pair) for pair in reported.items()]})
             report(epoch, score)
 
-    for epoch, score in note.read_json() if note.exists() else []:
+    for epoch, score in noted.get(search.metric, []):
         on_epoch(epoch, score)
     progress = _TrialProgress(f"train {search.model}", search.metric, on_epoch)
     recipe = trials.recipe(values)

@@ -281,5 +281,9 @@ def test_a_trial_that_comes_again_first_tells_what_it_had_told(monkeypatch: pyte
     monkeypatch.setattr(run, "run", MadeUpRun([{"epoch": 1.0, "miou": 0.1}, {"epoch": 2.0, "miou": 0.2}], []))
     with pytest.raises(StoppedError):
         run_trial(trials, VALUES, [], stop)
-    resumed = MadeUpRun([{"epoch": 3.0, "miou": 0.3}], [0.1, 0.2, 0.3])
+    figures = [{"epoch": 3.0, "miou": 0.3, "validation/pa": 0.9}]
+    other = trials._replace(settings=trials.settings.model_copy(update={"metric": "pa"}))
+    of_another = told(monkeypatch, other, MadeUpRun(figures, [0.1, 0.2, 0.3]))  # of a history without it
+    assert all(math.isnan(score) for _, score, _ in of_another)
+    resumed = MadeUpRun(figures, [0.1, 0.2, 0.3])
     assert told(monkeypatch, trials, resumed) == [(1, 0.1, False), (2, 0.2, False), (3, 0.3, True)]
