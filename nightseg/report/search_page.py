@@ -93,7 +93,7 @@ class Seen:
 def tiles(seen: Seen) -> list[tuple[str, str, str]]:
     """(figure, what it counts, detail)."""
     ends = {end: sum(row["end"] == end for row in seen.rows) for end in ("done", "stopped", "failed", None)}
-    words = {"done": "finished", "stopped": "stopped early", "failed": "failed", None: "at work"}
+    words = {"done": "finished", "stopped": "stopped early", "failed": "failed", None: "unfinished"}
     told = ", ".join(f"{number} {words[end]}" for end, number in ends.items() if number)
     trainings, reused = (sum(row.get(key, 0) for row in seen.rows) for key in ("trainings", "reused"))
     return [

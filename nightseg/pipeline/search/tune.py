@@ -81,11 +81,11 @@ def tune(
     watch = Watch(trials, records, concurrent, keys, on_end)
     with progress.task("search", search.trials, "trials") as task:
         watch.task = task
-        task.advance(sum(row["end"] is not None for row in records.rows))
+        task.advance(sum(row["end"] in (DONE, STOPPED) for row in records.rows))
         tuner = ray.tune.Tuner(
             _trainable(trials, work),
             tune_config=ray.tune.TuneConfig(
-                num_samples=search.trials,
+                num_samples=max(search.trials, len(records.again)),
                 search_alg=Proposals(watch),
                 scheduler=told(asha(search.metric, search.mode, search.grace_epochs, epochs), search.metric, records),
                 trial_name_creator=lambda trial: trial.config["label"],
@@ -221,7 +221,6 @@ class Watch(ray.tune.Callback):  # type: ignore[misc]
         row = self.records.next(propose)
         if row is None:
             return Searcher.FINISHED
-        row["curve"] = []
         self.at_work[row["trial"]], self._begun[row["trial"]] = row, time.monotonic()
         self._curves[row["trial"]] = self._new_curves(row)
         borrow = [place.uri for place in lenders(self.keys, row, self.records.rows, self.trials)]

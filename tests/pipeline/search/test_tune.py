@@ -225,6 +225,21 @@ def test_seeds_of_a_trial_are_recorded_with_their_spread(tmp_path: Path) -> None
     assert (records.rows[0]["end"], records.rows[0]["seeds"]) == ("done", {"4": 0.25, "5": 0.5})
 
 
+def test_tune_may_begin_all_that_are_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where fewer trials are asked for than there were."""
+    Machine(tmp_path, "trials=3").start(1, random.Random(0))
+    most: list[int] = []
+
+    def tuner(*_: Any, tune_config: Any, **__: Any) -> Any:
+        return SimpleNamespace(fit=lambda: most.append(tune_config.num_samples))
+
+    monkeypatch.setattr("ray.tune.Tuner", tuner)
+    for trials, override in ((1, "mode=min"), (1, "mode=max"), (9, "mode=min")):
+        bare: Any = Bare(tmp_path, f"trials={trials}", override)
+        tune(bare, Records(bare.folder, bare.settings, bare.name), made_up, SilentProgress(), concurrent=1, epochs=4)
+    assert most == [3, 1, 9]
+
+
 def test_tune_may_pickle_what_stays_here(tmp_path: Path) -> None:
     watch = Watch(Bare(tmp_path), None, 1, [], lambda: None)  # type: ignore[arg-type]
     for one in (watch, Proposals(watch)):
