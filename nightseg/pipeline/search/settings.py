@@ -117,7 +117,7 @@ class Search(Strict):
     seeds: Seeds | None = Field(default=None, description="each trial is trained with each; null = the recipe's")
     trials: Positive = Field(default=16, description="in all, those of an interrupted search included")
     hours: Above | None = Field(
-        default=None, description="no trial begins later, those of an interrupted search included; null = no limit"
+        default=None, description="no training begins later, those of an interrupted search included; null = no limit"
     )
     concurrent: Positive | None = Field(
         default=None, description="trials at a time at most; null = as many as there are CPUs and GPUs for"
@@ -125,7 +125,9 @@ class Search(Strict):
     cpus: Above | None = Field(default=None, description="of the cluster, for all trials together; null = all")
     gpus: Annotated[float, Field(ge=0)] | None = Field(default=None, description="the same")
     grace_epochs: Positive = Field(default=1, description="epochs before ASHA may stop a trial")
-    tries: Positive = Field(default=2, description="how often a trial that fails is begun")
+    tries: Positive = Field(
+        default=2, description="how often a trial that fails is begun, each time that the search is"
+    )
     seed: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
