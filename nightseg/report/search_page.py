@@ -105,12 +105,22 @@ def tiles(seen: Seen) -> list[tuple[str, str, str]]:
 
 
 def table(seen: Seen) -> list[Row]:
-    """Trials best first, with the share of the best score that a bar shows."""
+    """Trials best first, with the share of the best score that a bar shows, and which score it is if there are two."""
+    test = seen.search["test"]
+    ends = {"done": "finished", "stopped": "stopped early"}
+    if test is not None:
+        ends = {"done": f"finished: {test}", "stopped": "stopped early: validation"}
     sign = -1 if seen.is_max else 1
     ranked = sorted(seen.scored, key=lambda row: (row["end"] != "done", sign * seen.score(row)))
     low, high = seen.span if seen.scored else (0.0, 1.0)
     return [
-        {**row, "score": row[seen.metric], "share": (seen.shown(row) - low) / (high - low), "kind": seen.kind(row)}
+        {
+            **row,
+            "score": row[seen.metric],
+            "share": (seen.shown(row) - low) / (high - low),
+            "kind": seen.kind(row),
+            "how": ends[row["end"]],
+        }
         for row in ranked
     ]
 
@@ -234,21 +244,24 @@ def history(seen: Seen) -> Chart:
 
 
 def learning_curves(seen: Seen) -> Chart | None:
-    """The score after each epoch that was validated; a dot is where a trial was stopped."""
+    """The validation after each epoch that had one; a dot is where a trial was stopped, a ring the score that one which
+    finished is compared by: over its seeds, of the epoch whose weights are kept, or of a test set."""
     lines = {row["trial"]: [(epoch, 100 * score) for epoch, score in row["curve"]] for row in seen.scored}
     points = [point for line in lines.values() for point in line]
+    points += [(row["epochs"], seen.score(row)) for row in seen.done]
     if not points:
         return None
     low, high = min(y for _, y in points), max(y for _, y in points)
     room, last = 0.08 * (high - low) or 1.0, max(x for x, _ in points)
-    chart = Chart((min(x for x, _ in points), last), (low - room, high + room), [], "score after each epoch")
+    chart = Chart((min(x for x, _ in points), last), (low - room, high + room), [], "validation after each epoch")
     every = math.ceil(last / 12)
     chart.x_ticks = [Tick(chart.x(epoch), str(epoch)) for epoch in range(1, last + 1) if (epoch - 1) % every == 0]
     for row in seen.scored:
         line = lines[row["trial"]]
         chart.add_line([x for x, _ in line], [y for _, y in line], seen.kind(row))
-        if row["end"] == "stopped" or len(line) == 1:
-            chart.dots.append(Dot(chart.x(line[-1][0]), chart.y(line[-1][1]), seen.kind(row), seen.title(row)))
+        ring = " outcome" if row["end"] == "done" else ""
+        x, y = chart.x(row["epochs"]), chart.y(seen.score(row))
+        chart.dots.append(Dot(x, y, seen.kind(row) + ring, seen.title(row)))
     return chart
 
 

@@ -95,8 +95,29 @@ def test_the_course_is_that_of_the_best_so_far(tmp_path: Path) -> None:
 def test_a_trial_that_was_stopped_is_marked(tmp_path: Path) -> None:
     chart = learning_curves(Seen(content_of(tmp_path, rows())))
     assert chart is not None and len(chart.lines) == 4
-    (dot,) = chart.dots
+    (dot,) = (dot for dot in chart.dots if "outcome" not in dot.kind)
     assert dot.kind == "pool" and (dot.x, dot.y) == (chart.x(3), chart.y(10)) and "stopped after 3 epochs" in dot.title
+
+
+def test_what_a_trial_is_compared_by_stands_beside_its_curve(tmp_path: Path) -> None:
+    """Of another epoch, of several seeds or of a test set, it is no point of the line."""
+    made = rows()
+    made[1]["curve"] = [[1, 0.2], [3, 0.3]]
+    chart = learning_curves(Seen(content_of(tmp_path, made)))
+    assert chart is not None
+    ring = next(dot for dot in chart.dots if dot.kind == "reference outcome")
+    assert (ring.x, ring.y) == (chart.x(3), chart.y(46)) and "46.0 %" in ring.title
+    assert chart.lines[-1].points.endswith(f"{chart.x(3)},{chart.y(30)}")
+    assert [dot.kind for dot in chart.dots] == ["pool", "chosen outcome", "chosen outcome", "reference outcome"]
+    assert learning_curves(Seen(content_of(tmp_path, [made[1] | {"curve": []}]))) is not None
+
+
+def test_scores_of_a_test_set_and_of_validation_are_told_apart(tmp_path: Path) -> None:
+    text = text_of(page_of(tmp_path, content_of(tmp_path, rows(), "test=night", "spoil_test=true")))
+    assert text.count("finished: night") == 3 and text.count("stopped early: validation") == 1
+    assert "compared by: test set night, mean over its seeds" in text and "the two do not compare" in text
+    text = text_of(page_of(tmp_path, content_of(tmp_path, rows())))
+    assert "stopped early: validation" not in text and "compared by: validation of what it keeps" in text
 
 
 def test_early_scores_do_not_squeeze_those_of_finished_trials(tmp_path: Path) -> None:

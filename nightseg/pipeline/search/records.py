@@ -21,9 +21,9 @@ class Records:
     """The trials of a search; `rows` in the order in which they were proposed.
 
     A row: its `number`, `trial` (name of its run folder), `label`, `values`, the hash of the `judgement` that it was
-    asked by, `end` (null while it is at work), score under the name of the metric, `curve` of [epoch, score], `epochs`,
-    `seconds`, `error`, `std` and `seeds` if it was trained with several, `trainings` that it ran, stages that it
-    `reused`, and `is_trained` if it is asked again and had come to its end.
+    asked by, `end` (null while it is at work), score under the name of the metric, `curve` of [epoch, validation],
+    `epochs`, `seconds`, `error`, `std` and `seeds` if it was trained with several, `trainings` that it ran, stages that
+    it `reused`, and `is_trained` if it is asked again and had come to its end.
     """
 
     def __init__(self, folder: Location, search: Search, name_of: Callable[[Mapping[str, Any]], str]) -> None:

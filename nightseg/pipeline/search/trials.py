@@ -144,11 +144,16 @@ def lenders(
 
 
 class Outcome(NamedTuple):
-    """How a trial ended: its score (a fraction, the mean over the seeds), that of each seed, epochs trained."""
+    """How a trial ended: its score (a fraction, the mean over the seeds), that of each seed, epochs trained.
+
+    `validation` of the last epoch, of the seed that is watched, is the last point of its learning curve. The score may
+    be another: of several seeds, of the epoch whose weights are kept, of a test set.
+    """
 
     score: float
     seeds: dict[str, float]
     epochs: int
+    validation: float = math.nan
 
 
 def run_trial(trials: Trials, values: Mapping[str, Any], borrow: Sequence[Location], report: Report) -> Outcome:
@@ -181,7 +186,7 @@ def run_trial(trials: Trials, values: Mapping[str, Any], borrow: Sequence[Locati
     done = run.run(recipe, place, only=search.model, borrow=borrow, progress=progress).results
     facts = done["models"][search.model]
     trained = facts.get("trainings") or {search.model: facts | {"seed": 0}}
-    reached: dict[str, float] = {}
+    reached, validation = dict[str, float](), math.nan
     for one in trained.values():
         commit = done["commits"][one["model"]]
         history = (Location.of(commit["folder"]) / "history.json").read_json()
@@ -189,10 +194,11 @@ def run_trial(trials: Trials, values: Mapping[str, Any], borrow: Sequence[Locati
         if not reached:  # also epochs of a training that was too quick to be watched
             for epoch, scores in seen.items():
                 on_epoch(epoch, score_in(scores, search.metric))
+            validation = score_in(seen.get(training.epochs, {}), search.metric)
         kept = commit.get("summary", {}).get("kept") or {EPOCH: training.epochs}
         measured = seen.get(kept[EPOCH], {}) if search.test is None else one["tests"][search.test]
         reached[str(one["seed"])] = score_in(measured, search.metric)
-    return Outcome(fmean(reached.values()), reached, training.epochs)
+    return Outcome(fmean(reached.values()), reached, training.epochs, validation)
 
 
 def _wait_for_the_dead(place: Location) -> None:

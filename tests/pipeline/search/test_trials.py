@@ -211,7 +211,7 @@ def test_a_trial_of_several_seeds_ends_with_their_mean(monkeypatch: pytest.Monke
     found: list[tuple[Any, ...]] = []
     ended = run_trial(trials_of(tmp_path), VALUES, [], lambda *told: found.append(told))
     assert found == [(1, 0.1), (2, 0.2)]
-    assert ended == (0.375, {"4": 0.25, "5": 0.5}, 3)
+    assert ended == (0.375, {"4": 0.25, "5": 0.5}, 3, 0.25)  # the curve ends with the first seed's own
 
 
 def test_a_trial_is_compared_by_the_test_set_that_the_search_names(
@@ -231,7 +231,7 @@ def test_a_trial_is_compared_by_the_test_set_that_the_search_names(
     monkeypatch.setattr(run, "run", tested)
     found: list[tuple[Any, ...]] = []
     ended = run_trial(trials, VALUES, [], lambda *told: found.append(told))
-    assert found[0] == (1, 0.7) and ended == (0.6, {"0": 0.6}, 3)
+    assert found[0] == (1, 0.7) and ended[:3] == (0.6, {"0": 0.6}, 3)
 
 
 def test_weights_of_the_best_epoch_are_compared_by_that_epoch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -243,7 +243,8 @@ def test_weights_of_the_best_epoch_are_compared_by_that_epoch(monkeypatch: pytes
         return outcome
 
     monkeypatch.setattr(run, "run", kept)
-    assert run_trial(trials_of(tmp_path), VALUES, [], lambda *told: None).score == 0.4
+    ended = run_trial(trials_of(tmp_path), VALUES, [], lambda *told: None)
+    assert (ended.score, ended.validation) == (0.4, 0.3)
 
 
 def test_a_lease_of_a_try_that_died_is_waited_for(
