@@ -166,7 +166,8 @@ def run_trial(trials: Trials, values: Mapping[str, Any], borrow: Sequence[Locati
     search = trials.settings
     place, training = trials.place(trials.name(values)), trials.training(values)
     note = place / NOTE
-    noted: dict[str, list[list[Any]]] = note.read_json() if note.exists() else {}
+    found = note.read_json() if note.exists() else {}
+    noted: dict[str, list[list[Any]]] = found if isinstance(found, dict) else {}  # once it did not say of which metric
     reported: dict[int, float] = {}
 
     def on_epoch(epoch: int, score: float) -> None:

@@ -269,6 +269,12 @@ def test_a_score_that_is_not_defined_is_not_a_number() -> None:
     assert math.isnan(score_in({}, "iou.road"))
 
 
+def test_a_note_of_an_earlier_version_is_passed_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    trials = trials_of(tmp_path)
+    (trials.place(trials.name(VALUES)) / "validation.json").write_json([[1, 0.9]])
+    assert told(monkeypatch, trials, MadeUpRun([], [0.1, 0.2, 0.3]))[0] == (1, 0.1, True)
+
+
 def test_a_trial_that_comes_again_first_tells_what_it_had_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     trials = trials_of(tmp_path)
 
