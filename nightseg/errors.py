@@ -24,8 +24,9 @@ class UserError(ValueError):
 
 def closest(word: str, known: Iterable[str]) -> str:
     """`, did you mean 'x'?` to put behind a word that is not known, if a known one resembles it; else nothing."""
-    matches = difflib.get_close_matches(word, list(known), n=1)
-    return f", did you mean {matches[0]!r}?" if matches else ""
+    by_lower = {one.lower(): one for one in known}  # what differs in case alone is the closest of all
+    matches = difflib.get_close_matches(word.lower(), by_lower, n=1)
+    return f", did you mean {by_lower[matches[0]]!r}?" if matches else ""
 
 
 def first_of(names: Sequence[str]) -> str:

@@ -9,6 +9,8 @@ from nightseg.errors import UserError, all_of, closest, first_of, together
 
 def test_the_closest_known_word_is_offered_and_only_if_it_is_close() -> None:
     assert closest("cityscape19", ("cityscapes19", "camvid11")) == ", did you mean 'cityscapes19'?"
+    assert closest("mIoU", ("pa", "miou")) == ", did you mean 'miou'?"
+    assert closest("rood", ("Road", "Sky")) == ", did you mean 'Road'?"
     assert closest("zebra", ("cityscapes19", "camvid11")) == ""
     assert closest("a", {}) == ""
 

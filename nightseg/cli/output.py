@@ -389,14 +389,14 @@ def print_folder_scores(scores: Mapping[str, Any]) -> None:
 
 
 def print_trials(found: Found) -> None:
-    from nightseg.report.formatting import plural, short_names
+    from nightseg.report.formatting import plain, plural, short_names
 
     short = short_names(found.trials[0]["values"])
     kind, _, name = found.metric.partition(".")
     rows = [
         [
             trial["trial"],
-            *(_words(trial["values"][key]) for key in short),
+            *(plain(trial["values"][key]) for key in short),
             _score({kind: trial[found.metric], "std": {kind: trial.get("std")}}, kind),
             trial["epochs"],
             trial["end"],

@@ -63,11 +63,18 @@ def track(names: Collection[str], folder: Location, results: dict[str, Any]) -> 
 
 def track_search(names: Collection[str], folder: Location, content: dict[str, Any]) -> None:
     """Log a finished search (the content of its trials.json) to each of them: a run for each trial, named and described
-    by its values, its score after each epoch."""
+    by its values: its validation after each epoch, then the score that it is compared by."""
     search = content["search"]
     short, metric = short_names(search["space"]), search["metric"]
     rows = [
-        (row["label"], {short[key]: value for key, value in row["values"].items()}, row["curve"])
+        (
+            row["label"],
+            {short[key]: value for key, value in row["values"].items()},
+            [
+                *((epoch, f"validation/{metric}", score) for epoch, score in row["curve"]),
+                (row["epochs"], metric, row[metric]),
+            ],
+        )
         for row in content["trials"]
         if row["end"] in ("done", "stopped")
     ]
@@ -75,18 +82,18 @@ def track_search(names: Collection[str], folder: Location, content: dict[str, An
         mlflow = importlib.import_module("mlflow")
         with mlflow.start_run(run_name=search["name"]):
             mlflow.set_tag("run_dir", folder.uri)
-            for label, values, curve in rows:
+            for label, values, points in rows:
                 with mlflow.start_run(run_name=label, nested=True):
                     mlflow.log_params(values)
-                    for epoch, score in curve:
-                        mlflow.log_metrics({metric: score}, step=epoch)
+                    for epoch, name, score in points:
+                        mlflow.log_metrics({name: score}, step=epoch)
     if "wandb" in names:
         wandb = importlib.import_module("wandb")
         project = os.environ.get("WANDB_PROJECT") or "nightseg"
-        for label, values, curve in rows:
+        for label, values, points in rows:
             logged = wandb.init(project=project, group=search["name"], name=label, config=values, reinit=True)
-            for epoch, score in curve:
-                logged.log({metric: score, "epoch": epoch})
+            for epoch, name, score in points:
+                logged.log({name: score, "epoch": epoch})
             logged.finish()
 
 

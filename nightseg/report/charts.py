@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from nightseg.report.formatting import significant
+from nightseg.report.formatting import exact, significant
 
 SIZE = (480, 200)  # of the drawing, in its own units; the page scales it
 SMALL = (240, 130)  # of which many stand side by side
@@ -78,8 +78,8 @@ class Chart:
         self.lines: list[Line] = []
         self.dots: list[Dot] = []
         self.marks = [Tick(self.x(value), name) for name, value in (marks or {}).items()]
-        self.x_ticks = [Tick(self.x(value), significant(value)) for value in nice_values(*x)]
-        self.y_ticks = [Tick(self.y(value), significant(value)) for value in nice_values(*y)]
+        self.x_ticks = [Tick(self.x(value), text) for value, text in tick_values(*x)]
+        self.y_ticks = [Tick(self.y(value), text) for value, text in tick_values(*y)]
 
     def x(self, value: float) -> float:
         return _place(value, self._ranges[0], self.left, self.right)
@@ -192,7 +192,7 @@ class DotAxis:
     def __init__(self, values: Sequence[float]) -> None:
         room = 0.06 * (max(values) - min(values)) or 1.0
         self._range = min(values) - room, max(values) + room
-        self.ticks = [Tick(self.place(value), significant(value)) for value in nice_values(*self._range)]
+        self.ticks = [Tick(self.place(value), text) for value, text in tick_values(*self._range)]
 
     def place(self, value: float) -> float:
         return _place(value, self._range, DOTS_MARGIN, DOTS_WIDTH - DOTS_MARGIN)
@@ -202,14 +202,21 @@ class DotAxis:
         return Dots(places, self.place(sum(values) / len(values)), None if line is None else self.place(line))
 
 
+def tick_values(low: float, high: float) -> list[tuple[float, str]]:
+    """`nice_values`, and how each is written: with all of its digits, so that no two ticks say the same."""
+    write = exact if high > low else significant
+    return [(value, write(value)) for value in nice_values(low, high)]
+
+
 def nice_values(low: float, high: float) -> list[float]:
-    """At most five round values between two bounds, steps of 1, 2 or 5 times a power of ten."""
+    """Five round values or so between two bounds, steps of 1, 2 or 5 times a power of ten; no digit is chance."""
     span = high - low
     if not span > 0 or not math.isfinite(span):
         return [low]
-    step = 10.0 ** math.floor(math.log10(span / _MAX_TICKS))
+    power = math.floor(math.log10(span / _MAX_TICKS))
+    step = 10.0**power
     factor = next(f for f in (1, 2, 5, 10, 20) if span / (f * step) <= _MAX_TICKS)
     step *= factor
     first = math.ceil(round(low / step, 9))
     last = math.floor(round(high / step, 9))
-    return [index * step for index in range(first, last + 1)]
+    return [round(index * step, -power) for index in range(first, last + 1)]

@@ -27,6 +27,18 @@ def significant(value: float) -> str:
     return (count(round(value)) if abs(value) >= 1000 else f"{value:.3g}").replace("-", _MINUS)
 
 
+def plain(value: bool | float | str) -> str:
+    """A value as one would write it, with all of its digits, so that others look otherwise: 0.99995, 12345, focal."""
+    return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
+
+
+def exact(value: bool | float | str) -> str:
+    """The same on a page, thousands apart: 0.99995, 12 345, focal."""
+    if isinstance(value, bool | str):
+        return plain(value)
+    return f"{value:,}".removesuffix(".0").replace(",", _THIN).replace("-", _MINUS)
+
+
 def points(value: float | None) -> str:
     """A difference in percentage points with its sign: +1.2."""
     if value is None:

@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 
 from nightseg.metrics.seeds import deviation
 from nightseg.report import formatting
-from nightseg.report.charts import SIZE, Chart, Dot, Line, Tick, nice_values
+from nightseg.report.charts import SIZE, Chart, Dot, Line, Tick, tick_values
 from nightseg.report.page import METRICS
 from nightseg.report.templates import template
 from nightseg.storage import Location
@@ -93,7 +93,7 @@ class Seen:
 def tiles(seen: Seen) -> list[tuple[str, str, str]]:
     """(figure, what it counts, detail)."""
     ends = {end: sum(row["end"] == end for row in seen.rows) for end in ("done", "stopped", "failed", None)}
-    words = {"done": "finished", "stopped": "stopped early", "failed": "failed", None: "at work"}
+    words = {"done": "finished", "stopped": "stopped early", "failed": "failed", None: "unfinished"}
     told = ", ".join(f"{number} {words[end]}" for end, number in ends.items() if number)
     trainings, reused = (sum(row.get(key, 0) for row in seen.rows) for key in ("trainings", "reused"))
     return [
@@ -105,12 +105,22 @@ def tiles(seen: Seen) -> list[tuple[str, str, str]]:
 
 
 def table(seen: Seen) -> list[Row]:
-    """Trials best first, with the share of the best score that a bar shows."""
+    """Trials best first, with the share of the best score that a bar shows, and which score it is if there are two."""
+    test = seen.search["test"]
+    ends = {"done": "finished", "stopped": "stopped early"}
+    if test is not None:
+        ends = {"done": f"finished: {test}", "stopped": "stopped early: validation"}
     sign = -1 if seen.is_max else 1
     ranked = sorted(seen.scored, key=lambda row: (row["end"] != "done", sign * seen.score(row)))
     low, high = seen.span if seen.scored else (0.0, 1.0)
     return [
-        {**row, "score": row[seen.metric], "share": (seen.shown(row) - low) / (high - low), "kind": seen.kind(row)}
+        {
+            **row,
+            "score": row[seen.metric],
+            "share": (seen.shown(row) - low) / (high - low),
+            "kind": seen.kind(row),
+            "how": ends[row["end"]],
+        }
         for row in ranked
     ]
 
@@ -142,7 +152,7 @@ def axis_of(dimension: Mapping[str, Any]) -> Axis:
         values = tuple(sorted(choice) if are_numbers else choice)
         axis = Axis(0.0, 1.0, False, values, ())
         every = math.ceil(len(values) / _MOST_VALUES)
-        written = [_value(value) for value in values]
+        written = [formatting.exact(value) for value in values]
         return axis._replace(
             ticks=tuple((axis.place(value), written[index]) for index, value in enumerate(values) if index % every == 0)
         )
@@ -150,23 +160,15 @@ def axis_of(dimension: Mapping[str, Any]) -> Axis:
     low, high = dimension["uniform"] or dimension["log_uniform"] or dimension["integer"] or dimension["log_integer"]
     if not is_log:
         axis = Axis(float(low), float(high), False, (), ())
-        return axis._replace(
-            ticks=tuple((axis.place(value), formatting.significant(value)) for value in nice_values(low, high))
-        )
+        return axis._replace(ticks=tuple((axis.place(value), text) for value, text in tick_values(low, high)))
     axis = Axis(math.log10(low), math.log10(high), True, (), ())
     powers = [10.0**power for power in range(math.ceil(axis.low - 1e-9), math.floor(axis.high + 1e-9) + 1)]
     shown = powers if len(powers) > 1 else [low, high]
-    return axis._replace(ticks=tuple((axis.place(value), formatting.significant(value)) for value in shown))
+    return axis._replace(ticks=tuple((axis.place(value), formatting.exact(value)) for value in shown))
 
 
 def _cut(text: str, letters: int) -> str:
     return text if len(text) <= letters else text[: max(letters - 1, 1)] + "\N{HORIZONTAL ELLIPSIS}"
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, bool | str):
-        return str(value)
-    return formatting.significant(value)
 
 
 # -- charts -----------------------------------------------------------------------------------------------------------
@@ -178,7 +180,7 @@ def parallel(seen: Seen) -> dict[str, Any]:
     top, bottom, margin = 34, height - 14, 60
     names = [*seen.short.values(), seen.score_name]
     low, high = seen.span
-    score = Axis(low, high, False, (), tuple(((v - low) / (high - low), f"{v:g}") for v in nice_values(low, high)))
+    score = Axis(low, high, False, (), tuple(((v - low) / (high - low), text) for v, text in tick_values(low, high)))
     axes = [*(axis_of(seen.search["space"][key]) for key in seen.short), score]
     room = int((width - 2 * margin) / (len(axes) - 1) / _LETTER) - 2
     places = [margin + index * (width - 2 * margin) / (len(axes) - 1) for index in range(len(axes))]
@@ -207,8 +209,11 @@ def slice_of(seen: Seen, key: str, rows: Sequence[Row], size: tuple[int, int] = 
     """The score against one value; lines are the spread over seeds."""
     axis = axis_of(seen.search["space"][key])
     chart = Chart((0.0, 1.0), seen.span, [], f"{seen.score_name} in percent against {key}", size=size)
-    room = (chart.right - chart.left) // (_LETTER * max(len(axis.ticks), 1))
-    chart.x_ticks = [Tick(chart.x(share), _cut(text, room)) for share, text in axis.ticks]
+    width = chart.right - chart.left
+    longest = _LETTER * max(len(text) for _, text in axis.ticks)
+    are_words = any(isinstance(value, str) for value in axis.choice)
+    ticks = axis.ticks[:: 1 if are_words else math.ceil(len(axis.ticks) * longest / width)]  # a number is never cut
+    chart.x_ticks = [Tick(chart.x(share), _cut(text, width // (_LETTER * len(ticks)))) for share, text in ticks]
     for row in rows:
         x, score, kind = axis.place(row["values"][key]), seen.shown(row), seen.kind(row)
         if row.get("std"):
@@ -239,21 +244,24 @@ def history(seen: Seen) -> Chart:
 
 
 def learning_curves(seen: Seen) -> Chart | None:
-    """The score after each epoch that was validated; a dot is where a trial was stopped."""
+    """The validation after each epoch that had one; a dot is where a trial was stopped, a ring the score that one which
+    finished is compared by: over its seeds, of the epoch whose weights are kept, or of a test set."""
     lines = {row["trial"]: [(epoch, 100 * score) for epoch, score in row["curve"]] for row in seen.scored}
     points = [point for line in lines.values() for point in line]
+    points += [(row["epochs"], seen.score(row)) for row in seen.done]
     if not points:
         return None
     low, high = min(y for _, y in points), max(y for _, y in points)
     room, last = 0.08 * (high - low) or 1.0, max(x for x, _ in points)
-    chart = Chart((min(x for x, _ in points), last), (low - room, high + room), [], "score after each epoch")
+    chart = Chart((min(x for x, _ in points), last), (low - room, high + room), [], "validation after each epoch")
     every = math.ceil(last / 12)
     chart.x_ticks = [Tick(chart.x(epoch), str(epoch)) for epoch in range(1, last + 1) if (epoch - 1) % every == 0]
     for row in seen.scored:
         line = lines[row["trial"]]
         chart.add_line([x for x, _ in line], [y for _, y in line], seen.kind(row))
-        if row["end"] == "stopped" or len(line) == 1:
-            chart.dots.append(Dot(chart.x(line[-1][0]), chart.y(line[-1][1]), seen.kind(row), seen.title(row)))
+        ring = " outcome" if row["end"] == "done" else ""
+        x, y = chart.x(row["epochs"]), chart.y(seen.score(row))
+        chart.dots.append(Dot(x, y, seen.kind(row) + ring, seen.title(row)))
     return chart
 
 

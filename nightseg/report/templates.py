@@ -10,7 +10,7 @@ from markupsafe import Markup
 from nightseg.report import formatting
 
 FILTERS = ("percent", "points", "with_spread", "gain", "decimals", "count", "duration", "short", "sentence", "interval",
-           "significant", "plural")  # fmt: skip
+           "significant", "exact", "plural")  # fmt: skip
 
 
 def template(name: str, *, is_page: bool = True) -> jinja2.Template:

@@ -181,7 +181,7 @@ def test_trials_are_named_by_the_last_word_of_their_keys(capsys: pytest.CaptureF
     output.print_trials(Found(Location.of("/s"), trial, [trial, seeds, failed], Location.of("/s/best.yaml")))
     captured = capsys.readouterr()
     assert "50.0 ± 1.2" in captured.out
-    assert "alpha" in captured.out and "models.m" not in captured.out and "0.123457" in captured.out
+    assert "alpha" in captured.out and "models.m" not in captured.out and "0.123456789" in captured.out
     assert "best recipe: /s/best.yaml\n" in captured.out
     assert captured.err == "trial cd failed: too few frames\n"
 

@@ -103,7 +103,7 @@ SEARCH = {
     "search": {"name": "best loss", "space": {"models.m.loss.alpha": {}, "models.m.loss.gamma": {}}, "metric": "miou"},
     "trials": [
         {"label": "alpha=0.5, gamma=2", "values": {"models.m.loss.alpha": 0.5, "models.m.loss.gamma": 2.0},
-         "curve": [[1, 0.2], [2, 0.3]], "end": "done"},
+         "curve": [[1, 0.2], [2, 0.3]], "end": "done", "miou": 0.4, "epochs": 2},
         {"label": "alpha=0.9, gamma=1", "values": {}, "curve": [], "end": "failed"},
     ],
 }  # fmt: skip
@@ -121,7 +121,8 @@ def test_a_search_is_a_run_for_each_trial_that_is_named_by_its_values(
     )
     monkeypatch.setitem(sys.modules, "mlflow", stand_in)
     track_search(["mlflow"], folder, SEARCH)
-    trial = [("alpha=0.5, gamma=2", True), {"alpha": 0.5, "gamma": 2.0}, (1, {"miou": 0.2}), (2, {"miou": 0.3})]
+    points = [(1, {"validation/miou": 0.2}), (2, {"validation/miou": 0.3}), (2, {"miou": 0.4})]
+    trial = [("alpha=0.5, gamma=2", True), {"alpha": 0.5, "gamma": 2.0}, *points]
     assert told == [("best loss", False), *trial]
 
     told.clear()
@@ -131,5 +132,5 @@ def test_a_search_is_a_run_for_each_trial_that_is_named_by_its_values(
     )
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
     track_search(["wandb"], folder, SEARCH)
-    points = [{"miou": 0.2, "epoch": 1}, {"miou": 0.3, "epoch": 2}]
+    points = [{name: score, "epoch": epoch} for epoch, values in points for name, score in values.items()]
     assert told == [("best loss", "alpha=0.5, gamma=2", {"alpha": 0.5, "gamma": 2.0}), *points, "finished"]

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nightseg.report.charts import DotAxis, curves, line, nice_values, scatter, share_curve, stacked_histogram
+from nightseg.report.charts import Chart, DotAxis, curves, line, nice_values, scatter, share_curve, stacked_histogram
 
 
 def test_ticks_are_round_and_inside() -> None:
@@ -12,6 +12,22 @@ def test_ticks_are_round_and_inside() -> None:
     assert nice_values(-1, 1) == pytest.approx([-1, -0.5, 0, 0.5, 1])
     assert nice_values(0, 255) == [0, 100, 200]
     assert nice_values(3, 3) == [3]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "texts"),
+    [
+        (99.905, 99.945, ["99.91", "99.92", "99.93", "99.94"]),
+        (0.9995, 0.9999, ["0.9995", "0.9996", "0.9997", "0.9998", "0.9999"]),
+        (1000, 1000.4, ["1 000", "1 000.1", "1 000.2", "1 000.3", "1 000.4"]),
+        (-0.3, 0.1, ["\u22120.3", "\u22120.2", "\u22120.1", "0", "0.1"]),
+        (46.123456, 46.123456, ["46.1"]),
+    ],
+)
+def test_no_two_ticks_say_the_same(low: float, high: float, texts: list[str]) -> None:
+    chart = Chart((low, high), (low, high), [], "x")
+    for ticks in (chart.x_ticks, chart.y_ticks):
+        assert [tick.text.replace("\u202f", " ") for tick in ticks] == texts
 
 
 @given(low=st.floats(-1e6, 1e6), span=st.floats(1e-3, 1e6))

@@ -22,6 +22,10 @@ def test_numbers() -> None:
         "0.0512",
         f"12{NARROW}345",
     ]
+    values = (0.99995, 2.0, 1e-5, 12345, 100000.25, True, "v1.0")
+    assert [*map(formatting.plain, values)] == ["0.99995", "2", "1e-05", "12345", "100000.25", "True", "v1.0"]
+    pretty = ["0.99995", "2", "1e\u221205", f"12{NARROW}345", f"100{NARROW}000.25", "True", "v1.0"]
+    assert [*map(formatting.exact, values)] == pretty
     assert formatting.count(14937) == f"14{NARROW}937" and formatting.plural(1, "stage") == "1 stage"
     assert formatting.plural(2, "stage") == "2 stages"
     assert formatting.short("abcdefghijklmnop") == "abcdefghijkl"

@@ -12,7 +12,16 @@ import pytest
 
 from nightseg.pipeline.search.records import Records
 from nightseg.pipeline.search.settings import Search
-from nightseg.report.search_page import Seen, axis_of, by_size, history, learning_curves, parallel, write_search_page
+from nightseg.report.search_page import (
+    Seen,
+    axis_of,
+    by_size,
+    history,
+    learning_curves,
+    parallel,
+    slice_of,
+    write_search_page,
+)
 from nightseg.storage import Location, hash_of
 from tests.small_search import ALPHA, COUNT, GAMMA, row, search_of
 
@@ -86,8 +95,29 @@ def test_the_course_is_that_of_the_best_so_far(tmp_path: Path) -> None:
 def test_a_trial_that_was_stopped_is_marked(tmp_path: Path) -> None:
     chart = learning_curves(Seen(content_of(tmp_path, rows())))
     assert chart is not None and len(chart.lines) == 4
-    (dot,) = chart.dots
+    (dot,) = (dot for dot in chart.dots if "outcome" not in dot.kind)
     assert dot.kind == "pool" and (dot.x, dot.y) == (chart.x(3), chart.y(10)) and "stopped after 3 epochs" in dot.title
+
+
+def test_what_a_trial_is_compared_by_stands_beside_its_curve(tmp_path: Path) -> None:
+    """Of another epoch, of several seeds or of a test set, it is no point of the line."""
+    made = rows()
+    made[1]["curve"] = [[1, 0.2], [3, 0.3]]
+    chart = learning_curves(Seen(content_of(tmp_path, made)))
+    assert chart is not None
+    ring = next(dot for dot in chart.dots if dot.kind == "reference outcome")
+    assert (ring.x, ring.y) == (chart.x(3), chart.y(46)) and "46.0 %" in ring.title
+    assert chart.lines[-1].points.endswith(f"{chart.x(3)},{chart.y(30)}")
+    assert [dot.kind for dot in chart.dots] == ["pool", "chosen outcome", "chosen outcome", "reference outcome"]
+    assert learning_curves(Seen(content_of(tmp_path, [made[1] | {"curve": []}]))) is not None
+
+
+def test_scores_of_a_test_set_and_of_validation_are_told_apart(tmp_path: Path) -> None:
+    text = text_of(page_of(tmp_path, content_of(tmp_path, rows(), "test=night", "spoil_test=true")))
+    assert text.count("finished: night") == 3 and text.count("stopped early: validation") == 1
+    assert "compared by: test set night, mean over its seeds" in text and "the two do not compare" in text
+    text = text_of(page_of(tmp_path, content_of(tmp_path, rows())))
+    assert "stopped early: validation" not in text and "compared by: validation of what it keeps" in text
 
 
 def test_early_scores_do_not_squeeze_those_of_finished_trials(tmp_path: Path) -> None:
@@ -122,6 +152,23 @@ def test_values_lie_where_their_axis_says(dimension: str, value: Any, place: flo
     axis = axis_of(search.model_dump(mode="json")["space"]["a.b"])
     assert axis.place(value) == pytest.approx(place, abs=1e-12)  # of logarithms of powers of ten
     assert axis.ticks and all(-1e-9 <= share <= 1 + 1e-9 for share, _ in axis.ticks)
+
+
+@pytest.mark.parametrize(
+    ("dimension", "value", "text"),
+    [
+        ("{choice: [0.99995, 0.99999]}", 0.99995, "0.99995"),
+        ("{uniform: [0.999, 0.9999]}", 0.9991234, "0.9991234"),
+        ("{log_uniform: [100000, 100050]}", 100012.34, "100 012.34"),
+    ],
+)
+def test_values_have_the_digits_that_tell_them_apart(tmp_path: Path, dimension: str, value: float, text: str) -> None:
+    """In the table, and at the axes, where a number that has no room is left out rather than cut."""
+    made = [row(1, {"a.b": value}, 0.4, trainings=1, reused=9)]
+    content = content_of(tmp_path, made, f"space={{a.b: {dimension}}}")
+    assert text in text_of(page_of(tmp_path, content)).replace("\u202f", " ")
+    ticks = [tick.text for tick in slice_of(Seen(content), "a.b", made).x_ticks]
+    assert 2 <= len(ticks) == len(set(ticks)) and not any("\N{HORIZONTAL ELLIPSIS}" in tick for tick in ticks)
 
 
 def test_the_page_of_many_trials_is_small(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from nightseg.pipeline.search.settings import Dimension, Search
 from nightseg.storage import hash_of
 
 _ATTEMPTS: Final = 50  # at values that no trial has had yet, before one of those that are left is taken
-_DIGITS: Final = 4  # of a real number: what is shown is what is run
+_DIGITS: Final = 4  # of a real number, at least: what is shown is what is run
+_STEPS: Final = 1000  # of a range, at least: where it is narrow, numbers have more digits
 
 
 def propose(search: Search, number: int, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -52,10 +53,13 @@ def _asked(search: Search, seed: int, rows: Sequence[Mapping[str, Any]]) -> dict
 
 
 def _rounded(dimension: Dimension, value: Any) -> Any:
-    if not isinstance(value, float) or dimension.choice is not None:
+    """A real number in so few digits that 0.2345 is one, and in so many that any range has many values."""
+    if dimension.range is None or not isinstance(value, float) or value == 0:
         return value
-    low, high = dimension.range or (value, value)
-    return min(max(float(f"{value:.{_DIGITS}g}"), low), high)
+    low, high = dimension.range
+    step = (abs(value) * math.log(high / low) if dimension.is_log else high - low) / _STEPS
+    decimals = max(_DIGITS - 1 - math.floor(math.log10(abs(value))), -math.floor(math.log10(step) + 1e-9))
+    return min(max(round(value, decimals), low), high)
 
 
 def study(search: Search, rows: Sequence[Mapping[str, Any]], sampler: Any = None) -> Any:

@@ -78,6 +78,8 @@ def search(
         records = Records(folder, settings, trials.name)
         if not records.is_finished:
             _all(trials, records, graphs, work, progress, watched)
+        if records.shortfall:
+            progress.say(records.shortfall)
         found = _found(trials, records)
         tracking.track_search(log, folder, records.content())
     return found
@@ -94,7 +96,7 @@ def _all(
     """The trials that are left."""
     from nightseg.pipeline.search.tune import places, tune
 
-    if cluster.is_local() and len(records.rows):
+    if cluster.is_local() and (records.rows or records.others):
         cluster.disconnect()  # a stage of the base may have started a Ray without a dashboard
     cluster.connect(dashboard=True)
     search, recipes = trials.settings, [trials.recipe(values) for values, _ in graphs]

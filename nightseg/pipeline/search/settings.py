@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from nightseg.errors import closest
 from nightseg.recipe.types import Seeds
-from nightseg.report.formatting import short_names
+from nightseg.report.formatting import plain, short_names
 from nightseg.settings import Name, Positive, Strict
 
 MOST_OF_A_GRID: Final = 10_000
@@ -33,7 +34,7 @@ class Dimension(Strict):
             raise ValueError(f"give exactly one of {', '.join(type(self).model_fields)}")
         if self.range is not None and not self.range[0] < self.range[1]:
             low, high = self.range
-            raise ValueError(f"the range begins at {low:g} and ends at {high:g}; the end must be larger")
+            raise ValueError(f"the range begins at {plain(low)} and ends at {plain(high)}; the end must be larger")
         if self.choice is not None and len({_typed(value) for value in self.choice}) < len(self.choice):
             raise ValueError("a value of choice stands there twice")
         return self
@@ -80,6 +81,18 @@ def _typed(value: Any) -> tuple[type, Any]:
     return type(value), value
 
 
+METRICS: Final = ("miou", "pa", "ca", "fwiou")
+
+
+def _metric(given: str) -> str:
+    kind, point, name = given.partition(".")
+    if given in METRICS or (kind == "iou" and name):
+        return given
+    of_class = f"iou.{name or 'CLASS'}"
+    hint = closest(given, [of_class] if point else METRICS)
+    raise ValueError(f"{given!r} is not allowed{hint}; allowed: {', '.join(METRICS)}, iou.CLASS")
+
+
 class Search(Strict):
     """What to search, over which recipe, for how long."""
 
@@ -87,8 +100,8 @@ class Search(Strict):
     recipe: str = Field(description="recipe file, relative to this file")
     set: list[str] = Field(default=[], description="overrides of the recipe, a.b=c")
     model: Name = Field(description="the model that is compared; by its validation, so it must have validate_on")
-    metric: Annotated[str, Field(pattern=r"^(miou|pa|ca|fwiou|iou\..+)$")] = Field(
-        default="miou", description="miou, pa, ca, fwiou, or iou.CLASS"
+    metric: Annotated[str, AfterValidator(_metric)] = Field(
+        default="miou", description=f"{', '.join(METRICS)}, or iou.CLASS"
     )
     mode: Literal["max", "min"] = Field(default="max", description="whether the largest is the best")
     test: Name | None = Field(
@@ -104,7 +117,7 @@ class Search(Strict):
     seeds: Seeds | None = Field(default=None, description="each trial is trained with each; null = the recipe's")
     trials: Positive = Field(default=16, description="in all, those of an interrupted search included")
     hours: Above | None = Field(
-        default=None, description="no trial begins later, those of an interrupted search included; null = no limit"
+        default=None, description="no training begins later, those of an interrupted search included; null = no limit"
     )
     concurrent: Positive | None = Field(
         default=None, description="trials at a time at most; null = as many as there are CPUs and GPUs for"
@@ -112,7 +125,9 @@ class Search(Strict):
     cpus: Above | None = Field(default=None, description="of the cluster, for all trials together; null = all")
     gpus: Annotated[float, Field(ge=0)] | None = Field(default=None, description="the same")
     grace_epochs: Positive = Field(default=1, description="epochs before ASHA may stop a trial")
-    tries: Positive = Field(default=2, description="how often a trial that fails is begun")
+    tries: Positive = Field(
+        default=2, description="how often a trial that fails is begun, each time that the search is"
+    )
     seed: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
@@ -151,8 +166,4 @@ class Search(Strict):
 
     def label(self, values: Mapping[str, Any]) -> str:
         """How a trial is called wherever people see it: alpha=0.55, gamma=2.9, count=120."""
-        return ", ".join(f"{self.short[key]}={_text(values[key])}" for key in self.space)
-
-
-def _text(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+        return ", ".join(f"{self.short[key]}={plain(values[key])}" for key in self.space)

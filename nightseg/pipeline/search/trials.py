@@ -23,7 +23,7 @@ from nightseg.storage.lock import LEASE_SECONDS
 
 EPOCH: Final = "epoch"
 TRAINING: Final = "train_segmenter"
-NOTE: Final = "validation.json"  # what a trial has reported, in its run folder
+NOTE: Final = "validation.json"  # what a trial has reported, by metric, in its run folder
 
 Report = Callable[[int, float], None]
 
@@ -144,11 +144,16 @@ def lenders(
 
 
 class Outcome(NamedTuple):
-    """How a trial ended: its score (a fraction, the mean over the seeds), that of each seed, epochs trained."""
+    """How a trial ended: its score (a fraction, the mean over the seeds), that of each seed, epochs trained.
+
+    `validation` of the last epoch, of the seed that is watched, is the last point of its learning curve. The score may
+    be another: of several seeds, of the epoch whose weights are kept, of a test set.
+    """
 
     score: float
     seeds: dict[str, float]
     epochs: int
+    validation: float = math.nan
 
 
 def run_trial(trials: Trials, values: Mapping[str, Any], borrow: Sequence[Location], report: Report) -> Outcome:
@@ -162,16 +167,18 @@ def run_trial(trials: Trials, values: Mapping[str, Any], borrow: Sequence[Locati
     search = trials.settings
     place, training = trials.place(trials.name(values)), trials.training(values)
     note = place / NOTE
+    found = note.read_json() if note.exists() else {}
+    noted: dict[str, list[list[Any]]] = found if isinstance(found, dict) else {}  # once it did not say of which metric
     reported: dict[int, float] = {}
 
     def on_epoch(epoch: int, score: float) -> None:
         if epoch % training.validate_every == 0 and max(reported, default=0) < epoch < training.epochs:
             reported[epoch] = score
             if math.isfinite(score):  # else the report ends the trial
-                note.write_json([list(pair) for pair in reported.items()])
+                note.write_json(noted | {search.metric: [list(pair) for pair in reported.items()]})
             report(epoch, score)
 
-    for epoch, score in note.read_json() if note.exists() else []:
+    for epoch, score in noted.get(search.metric, []):
         on_epoch(epoch, score)
     progress = _TrialProgress(f"train {search.model}", search.metric, on_epoch)
     recipe = trials.recipe(values)
@@ -184,7 +191,7 @@ def run_trial(trials: Trials, values: Mapping[str, Any], borrow: Sequence[Locati
     done = outcome.results
     facts = done["models"][search.model]
     trained = facts.get("trainings") or {search.model: facts | {"seed": 0}}
-    reached: dict[str, float] = {}
+    reached, validation = dict[str, float](), math.nan
     for one in trained.values():
         commit = done["commits"][one["model"]]
         history = (Location.of(commit["folder"]) / "history.json").read_json()
@@ -192,10 +199,11 @@ def run_trial(trials: Trials, values: Mapping[str, Any], borrow: Sequence[Locati
         if not reached:  # also epochs of a training that was too quick to be watched
             for epoch, scores in seen.items():
                 on_epoch(epoch, score_in(scores, search.metric))
+            validation = score_in(seen.get(training.epochs, {}), search.metric)
         kept = commit.get("summary", {}).get("kept") or {EPOCH: training.epochs}
         measured = seen.get(kept[EPOCH], {}) if search.test is None else one["tests"][search.test]
         reached[str(one["seed"])] = score_in(measured, search.metric)
-    return Outcome(fmean(reached.values()), reached, training.epochs)
+    return Outcome(fmean(reached.values()), reached, training.epochs, validation)
 
 
 def _wait_for_the_dead(place: Location) -> None:

@@ -39,6 +39,7 @@ from nightseg.storage.events import Curves
 
 IS_LAST: Final = "is_last"
 SEEDS: Final = "seeds"
+VALIDATION: Final = "validation"
 BOARD: Final = "tensorboard"  # folder of the event files
 
 # What Tune reserves for the driver of a trial. Its training and its passes ask for their own CPUs, and on a small
@@ -81,11 +82,11 @@ def tune(
     watch = Watch(trials, records, concurrent, keys, on_end)
     with progress.task("search", search.trials, "trials") as task:
         watch.task = task
-        task.advance(sum(row["end"] is not None for row in records.rows))
+        task.advance(sum(row["end"] in (DONE, STOPPED) for row in records.rows))
         tuner = ray.tune.Tuner(
             _trainable(trials, work),
             tune_config=ray.tune.TuneConfig(
-                num_samples=search.trials,
+                num_samples=max(search.trials, len(records.again)),
                 search_alg=Proposals(watch),
                 scheduler=told(asha(search.metric, search.mode, search.grace_epochs, epochs), search.metric, records),
                 trial_name_creator=lambda trial: trial.config["label"],
@@ -135,7 +136,8 @@ def told(scheduler: ASHAScheduler, metric: str, records: Records) -> ASHASchedul
         if row["end"] in (DONE, STOPPED):
             trial = SimpleNamespace(trial_id=row["trial"])
             scheduler.on_trial_add(None, trial)
-            for epoch, score in row["curve"]:
+            before = [point for point in row["curve"] if point[0] < row["epochs"]]
+            for epoch, score in [*before, (row["epochs"], row[metric])]:
                 scheduler.on_trial_result(None, trial, {EPOCH: epoch, metric: score})
             scheduler.on_trial_remove(None, trial)
     return scheduler
@@ -158,7 +160,8 @@ def _trainable(trials: Trials, work: Work) -> type[Any]:
         borrow = [Location.of(uri) for uri in config["borrow"]]
         ended = work(trials, config["values"], borrow, report)
         score = _finite(ended.score, "in the end")
-        ray.tune.report({search.metric: score, EPOCH: ended.epochs, IS_LAST: True, SEEDS: ended.seeds})
+        last = {IS_LAST: True, SEEDS: ended.seeds, VALIDATION: ended.validation}
+        ray.tune.report({search.metric: score, EPOCH: ended.epochs, **last})
 
     def _finite(score: float, when: str) -> float:
         if not math.isfinite(score):
@@ -221,7 +224,6 @@ class Watch(ray.tune.Callback):  # type: ignore[misc]
         row = self.records.next(propose)
         if row is None:
             return Searcher.FINISHED
-        row["curve"] = []
         self.at_work[row["trial"]], self._begun[row["trial"]] = row, time.monotonic()
         self._curves[row["trial"]] = self._new_curves(row)
         borrow = [place.uri for place in lenders(self.keys, row, self.records.rows, self.trials)]
@@ -232,14 +234,17 @@ class Watch(ray.tune.Callback):  # type: ignore[misc]
         if metric not in result or name not in self.at_work:
             return
         row, epoch, score = self.at_work[name], int(result[EPOCH]), float(result[metric])
-        row["curve"] = [*(point for point in row["curve"] if point[0] < epoch), [epoch, score]]
+        validation = float(result.get(VALIDATION, score))
+        row["curve"] = [point for point in row["curve"] if point[0] < epoch]
+        if math.isfinite(validation):
+            row["curve"].append([epoch, validation])
+            self._curves[name].scalars(epoch, {f"{VALIDATION}/{metric}": validation})
         row[metric], row["epochs"] = score, epoch
         if result.get(IS_LAST):
             seeds = dict(result[SEEDS])
             row["end"] = DONE
             if len(seeds) > 1:
                 row |= {"std": deviation([*seeds.values()]), SEEDS: seeds}
-        self._curves[name].scalars(epoch, {metric: score})
         self._curves[name].flush()
         self.task.advance(0, **self._best_so_far(score))
 
@@ -256,9 +261,11 @@ class Watch(ray.tune.Callback):  # type: ignore[misc]
         row = self.at_work.pop(name, None)
         if row is None:
             return
-        end = FAILED if error else row["end"] or STOPPED
+        end, metric = FAILED if error else row["end"] or STOPPED, self.trials.settings.metric
         if end == FAILED:
-            row |= {self.trials.settings.metric: None, "epochs": 0, "curve": []}
+            row |= {metric: None, "epochs": 0, "curve": []}
+        else:
+            self._curves[name].scalars(row["epochs"], {metric: row[metric]})
         seconds = round(time.monotonic() - self._begun.pop(name), 3)
         self.records.end(row, end=end, error=error, seconds=seconds, **self._work_of(row, end))
         self._curves.pop(name).end(end == DONE)

@@ -56,6 +56,32 @@ def test_values_lie_in_the_space_as_they_are_shown() -> None:
     assert 5 <= low <= 25  # half of a logarithmic range, where a uniform one would hold a tenth: 3 of 30
 
 
+@pytest.mark.parametrize(
+    "range",
+    [
+        "uniform: [0.999, 0.9999]",
+        "uniform: [0.9995, 0.99999]",
+        "uniform: [-0.9999, -0.999]",
+        "uniform: [100000, 100050]",
+        "log_uniform: [100000, 100050]",
+        "log_uniform: [0.9995, 0.99999]",
+    ],
+)
+def test_a_narrow_range_has_as_many_values_as_a_wide_one(range: str) -> None:
+    search = search_of("sampler=random", f"space={{{ALPHA}: {{{range}}}}}", "trials=200")
+    rows = rows_of(search, lambda values: values[ALPHA], 200)
+    assert len(rows) == 200 and all(search.holds(one["values"]) for one in rows)
+    assert len({search.label(one["values"]) for one in rows}) == 200
+    assert max(len(repr(one["values"][ALPHA])) for one in rows) <= 10  # short decimals all the same
+
+
+@pytest.mark.parametrize("range", ["uniform: [0, 1]", "uniform: [0.2, 0.3]", "uniform: [0, 10]", "uniform: [-1, 1]"])
+def test_a_wide_range_has_four_digits(range: str) -> None:
+    rows = rows_of(search_of("sampler=random", f"space={{{ALPHA}: {{{range}}}}}"), lambda values: 0.0, 100)
+    values = [one["values"][ALPHA] for one in rows]
+    assert [float(f"{value:.4g}") for value in values] == values and len(values) == 100
+
+
 @pytest.mark.parametrize("mode", ["max", "min"])
 def test_tpe_goes_where_the_score_is_best(mode: str) -> None:
     """Trials after those at random lie in the best quarter of alpha, by their mean; by chance it would be the half."""

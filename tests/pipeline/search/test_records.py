@@ -65,6 +65,21 @@ def test_a_space_without_values_left_is_finished(tmp_path: Path) -> None:
     assert records.is_finished and records.next(propose) is None
 
 
+def test_a_search_that_has_too_few_values_says_so_when_it_has_ended(tmp_path: Path) -> None:
+    space = f"space={{{COUNT}: {{choice: [60, 120]}}}}"
+    records = Records(Location.of(tmp_path), search_of(space, "trials=9"), lambda values: hash_of(values))
+    first, last = records.next(propose), records.next(propose)
+    records.end(first, end="done", miou=0.1)
+    assert records.shortfall is None  # one is at work
+    records.end(last, end="done", miou=0.1)
+    told = json.loads((tmp_path / "trials.json").read_text())["shortfall"]
+    assert told == records.shortfall == "only 2 different values: ended after 2 of 9 trials"
+    wide = records_of(tmp_path / "wide", "trials=9")  # a range of real numbers: known when it is asked
+    assert wide.shortfall is None and wide.next(lambda *_: None) is None
+    assert wide.shortfall == "only 0 different values: ended after 0 of 9 trials"
+    assert begun(tmp_path / "enough", 2).shortfall is None
+
+
 def test_failed_trials_are_asked_again_and_others_are_not(tmp_path: Path) -> None:
     records = begun(tmp_path, 3)
     records.end(records.rows[1], end="failed", error="no room", miou=None)
@@ -83,6 +98,77 @@ def test_trials_that_are_compared_otherwise_are_asked_again(tmp_path: Path, over
     assert not same.is_finished  # the kill came before they had ended
 
 
+def scored(records: Records, score: float, **more: Any) -> None:
+    """The next trial, done."""
+    records.end(records.next(propose), **{"end": "done", records.search.metric: score, "curve": [], **more})
+
+
+def test_trials_that_come_back_are_asked_again_if_they_were_compared_otherwise(tmp_path: Path) -> None:
+    """Both ways out of the space and back: while they are away, the metric and the grace change."""
+    for metric, grace in (("miou", 2), ("pa", 1)):
+        folder = tmp_path / metric
+        first = begun(folder, 3)
+        beside = f"space.{ALPHA}={{uniform: [{max(row['values'][ALPHA] for row in first.rows) + 1e-3}, 1.0]}}"
+        changes = [f"metric={metric}", f"grace_epochs={grace}"]
+        away = records_of(folder, "trials=1", beside, *changes)
+        assert away.rows == [] and len(away.others) == 3
+        scored(away, 0.5)
+        back = records_of(folder, "trials=4", *changes)
+        assert [row["number"] for row in back.rows] == [4] and back.best == back.rows[0] == back.ranked[0]
+        asked = []
+        for score in (0.7, 0.8, 0.6):
+            asked.append(back.next(propose))
+            assert asked[-1].keys().isdisjoint({"miou", "pa", "epochs", "seconds"})  # nothing of what was
+            back.end(asked[-1], end="done", **{metric: score})
+        assert [row["number"] for row in asked] == [1, 2, 3] and back.others == [] and back.is_finished
+        assert [row["number"] for row in back.rows] == [1, 2, 3, 4]
+        assert back.best is not None and back.best["number"] == 2
+
+
+def test_trials_that_were_not_asked_again_keep_what_they_are(tmp_path: Path) -> None:
+    """A change of the metric and back, with a kill in between: two trials of three were asked by then."""
+    begun(tmp_path, 3)
+    other = records_of(tmp_path, "trials=3", "metric=pa")
+    assert other.rows == [] and [row["end"] for row in other.others] == ["done"] * 3
+    scored(other, 0.9)
+    other.next(propose)
+    same = records_of(tmp_path, "trials=3")
+    assert [(row["number"], row["miou"]) for row in same.rows] == [(3, 0.3)]
+    assert [same.next(propose)["number"] for _ in range(2)] == [1, 2] and same.next(propose) is None
+
+
+@pytest.mark.parametrize("override", ["grace_epochs=2", "metric=pa", "mode=min"])
+def test_trials_that_are_trained_are_asked_again_when_the_time_is_over(tmp_path: Path, override: str) -> None:
+    """Also after a kill of that; those that would have to train are not, and stay as they are."""
+    records = begun(tmp_path, 4)
+    for row, end in zip(records.rows, ("done", "stopped", "done", "failed"), strict=True):
+        records.end(row, end=end)
+    content = json.loads((tmp_path / "trials.json").read_text())
+    (tmp_path / "trials.json").write_text(json.dumps(content | {"seconds": 3601.0}))
+    late = ["trials=5", "hours=1"]
+    unchanged = records_of(tmp_path, *late)
+    assert unchanged.is_finished and [row["end"] for row in unchanged.rows] == ["done", "stopped", "done", "failed"]
+    changed = records_of(tmp_path, *late, override)
+    assert not changed.is_finished and len(changed.again) == 2
+    assert changed.next(propose)["number"] == 1
+    changed = records_of(tmp_path, *late, override)  # after a kill
+    scored(changed, 0.2)
+    scored(changed, 0.4)
+    assert changed.next(propose) is None and changed.is_finished and changed.best is not None
+    assert [row["number"] for row in changed.rows] == [1, 3]
+    assert [(row["number"], row["end"]) for row in changed.others] == [(2, "stopped"), (4, "failed")]
+    assert changed.shortfall == "the time was over: ended after 2 of 5 trials"
+
+
+def test_all_are_asked_again_though_fewer_trials_are_asked_for(tmp_path: Path) -> None:
+    begun(tmp_path, 3)
+    fewer = records_of(tmp_path, "trials=1", "mode=min")
+    assert len(fewer.again) == 3
+    for _ in range(3):
+        scored(fewer, 0.5)
+    assert fewer.next(propose) is None and all(row["end"] == "done" for row in fewer.rows)
+
+
 def test_trials_outside_of_the_space_or_of_another_recipe_are_kept_and_do_not_count(tmp_path: Path) -> None:
     values = [one["values"] for one in begun(tmp_path, 3).rows]
     narrow = records_of(tmp_path, f"space.{ALPHA}={{uniform: [0.0, {sorted(one[ALPHA] for one in values)[0]}]}}")
@@ -96,11 +182,11 @@ def test_trials_outside_of_the_space_or_of_another_recipe_are_kept_and_do_not_co
 
 @pytest.mark.parametrize(("mode", "order"), [("max", [3, 1, 2]), ("min", [1, 3, 2])])
 def test_the_best_is_a_trial_that_came_to_its_end(tmp_path: Path, mode: str, order: list[int]) -> None:
-    records = records_of(tmp_path, f"mode={mode}", "trials=4")
-    for end, score in (("done", 0.3), ("stopped", 0.9 if mode == "max" else 0.1), ("done", 0.4)):
+    records = records_of(tmp_path, f"mode={mode}", "trials=5")
+    for end, score in (("done", 0.3), ("stopped", 0.9 if mode == "max" else 0.1), ("done", 0.4), ("failed", None)):
         records.end(records.next(propose), end=end, miou=score)
     records.next(propose)  # is at work
-    assert [one["number"] for one in records.ranked] == order
+    assert [one["number"] for one in records.ranked] == [*order, 4]
     assert records.best is not None and records.best["number"] == order[0]
 
 

@@ -171,7 +171,8 @@ def searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., t
                 score = 0.3 + row["values"][ALPHA] / 10
                 curve = [[1, score / 2], [3, score]]
                 counts = {"trainings": 1, "reused": 9}
-                records.end(row, end="done", miou=score, epochs=3, curve=curve, seconds=60.0, **counts)
+                scores = {trials.settings.metric: score}
+                records.end(row, end="done", **scores, epochs=3, curve=curve, seconds=60.0, **counts)
                 more["on_end"]()
 
         monkeypatch.setattr(cluster, "connect", lambda **more: asked["connected"].append(more))
@@ -234,6 +235,29 @@ def test_a_search_that_is_finished_is_not_done_again_but_one_that_asks_for_more_
     changes = ["datasets.dark={layout: scenes, count: 4, first: 7000}", "models.adapted.validate_on=[dark]"]
     other, _ = searched("trials=6", f"set={json.dumps(changes)}")
     assert {row["trial"] for row in other.trials}.isdisjoint({row["trial"] for row in more.trials})
+
+
+def test_another_metric_is_asked_for_when_the_time_is_over(
+    searched: Callable[..., tuple[Found, dict[str, Any]]], tmp_path: Path
+) -> None:
+    first, _ = searched("hours=1")
+    place = tmp_path / "search/trials.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"seconds": 3601.0}))
+    again, asked = searched("hours=1", "metric=pa")
+    assert len(asked["tuned"]) == 1 and again.metric == "pa"
+    assert {row["trial"] for row in again.trials} == {row["trial"] for row in first.trials}
+    assert again.best["end"] == "done" and again.best["pa"] == max(row["pa"] for row in again.trials)
+
+
+def test_a_search_whose_values_run_out_says_so(
+    searched: Callable[..., tuple[Found, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(SilentProgress, "say", lambda self, line: said.append(line))
+    found, _ = searched("trials=9", f"space={{{COUNT}: {{choice: [60, 120]}}, {ALPHA}: {{choice: [0.1, 0.9]}}}}")
+    line = "only 4 different values: ended after 4 of 9 trials"
+    assert len(found.trials) == 4 and said[-1] == line
+    assert found.page is not None and f"O{line[1:]}." in found.page.read_bytes().decode()
 
 
 def test_a_search_lies_on_any_storage(

@@ -53,6 +53,7 @@ def test_what_a_dimension_does_not_hold(given: dict[str, Any], others: list[Any]
         ('{"uniform": [0, 1], "choice": [1, 2]}', "exactly one of"),
         ('{"uniform": [1, 0]}', "begins at 1 and ends at 0; the end must be larger"),
         ('{"integer": [3, 3]}', "begins at 3 and ends at 3"),
+        ('{"uniform": [0.9999999, 0.9999998]}', "begins at 0.9999999 and ends at 0.9999998"),
         ('{"integer": [0.5, 3]}', "valid integer"),
         ('{"log_uniform": [0, 1]}', "greater than 0"),
         ('{"log_integer": [0, 9]}', "greater than or equal to 1"),
@@ -71,7 +72,11 @@ def test_what_is_no_dimension_is_refused(given: str, message: str) -> None:
     [
         ("sampler=grid", f"give {ALPHA}, models.adapted.loss.gamma as choice or integer"),
         ("sampler=best", "sampler"),
-        ("metric=mIoU", "metric"),
+        ("metric=mIoU", "'mIoU' is not allowed, did you mean 'miou'\\?; allowed: miou, pa, ca, fwiou, iou.CLASS"),
+        ("metric=iou.", "'iou.' is not allowed, did you mean 'iou.CLASS'\\?; allowed: miou, "),
+        ("metric=IoU.road", "'IoU.road' is not allowed, did you mean 'iou.road'\\?"),
+        ("metric=zebra", "metric: 'zebra' is not allowed; allowed: miou, pa"),
+        ("sampler=TPE", "did you mean 'tpe'"),
         ("hours=0", "greater than 0"),
         ("seeds=[1, 1]", "the seeds must differ"),
         ("mode=high", "mode"),
@@ -90,7 +95,10 @@ def test_an_endless_grid_is_refused() -> None:
 def test_trials_are_called_by_what_was_searched() -> None:
     search = search_of()
     values = {ALPHA: 0.123456, "models.adapted.loss.gamma": 2.0, COUNT: 120}
-    assert search.label(values) == "alpha=0.1235, gamma=2, count=120"
+    assert search.label(values) == "alpha=0.123456, gamma=2, count=120"
+    assert search.label(values | {ALPHA: 1e-5}) == "alpha=1e-05, gamma=2, count=120"
+    near = search_of("space={a.b: {choice: [0.99995, 0.99999]}}")
+    assert [near.label({"a.b": value}) for value in (0.99995, 0.99999)] == ["b=0.99995", "b=0.99999"]
     both = search_of("space={models.a.loss.alpha: {uniform: [0, 1]}, models.b.loss.alpha: {uniform: [0, 1]}}")
     assert list(both.short.values()) == ["a.loss.alpha", "b.loss.alpha"]
 

@@ -211,7 +211,7 @@ def test_a_trial_of_several_seeds_ends_with_their_mean(monkeypatch: pytest.Monke
     found: list[tuple[Any, ...]] = []
     ended = run_trial(trials_of(tmp_path), VALUES, [], lambda *told: found.append(told))
     assert found == [(1, 0.1), (2, 0.2)]
-    assert ended == (0.375, {"4": 0.25, "5": 0.5}, 3)
+    assert ended == (0.375, {"4": 0.25, "5": 0.5}, 3, 0.25)  # the curve ends with the first seed's own
 
 
 def test_a_seed_that_fails_fails_its_trial_with_its_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_a_trial_is_compared_by_the_test_set_that_the_search_names(
     monkeypatch.setattr(run, "run", tested)
     found: list[tuple[Any, ...]] = []
     ended = run_trial(trials, VALUES, [], lambda *told: found.append(told))
-    assert found[0] == (1, 0.7) and ended == (0.6, {"0": 0.6}, 3)
+    assert found[0] == (1, 0.7) and ended[:3] == (0.6, {"0": 0.6}, 3)
 
 
 def test_weights_of_the_best_epoch_are_compared_by_that_epoch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -254,7 +254,8 @@ def test_weights_of_the_best_epoch_are_compared_by_that_epoch(monkeypatch: pytes
         return outcome
 
     monkeypatch.setattr(run, "run", kept)
-    assert run_trial(trials_of(tmp_path), VALUES, [], lambda *told: None).score == 0.4
+    ended = run_trial(trials_of(tmp_path), VALUES, [], lambda *told: None)
+    assert (ended.score, ended.validation) == (0.4, 0.3)
 
 
 def test_a_lease_of_a_try_that_died_is_waited_for(
@@ -279,6 +280,12 @@ def test_a_score_that_is_not_defined_is_not_a_number() -> None:
     assert math.isnan(score_in({}, "iou.road"))
 
 
+def test_a_note_of_an_earlier_version_is_passed_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    trials = trials_of(tmp_path)
+    (trials.place(trials.name(VALUES)) / "validation.json").write_json([[1, 0.9]])
+    assert told(monkeypatch, trials, MadeUpRun([], [0.1, 0.2, 0.3]))[0] == (1, 0.1, True)
+
+
 def test_a_trial_that_comes_again_first_tells_what_it_had_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     trials = trials_of(tmp_path)
 
@@ -292,5 +299,9 @@ def test_a_trial_that_comes_again_first_tells_what_it_had_told(monkeypatch: pyte
     monkeypatch.setattr(run, "run", MadeUpRun([{"epoch": 1.0, "miou": 0.1}, {"epoch": 2.0, "miou": 0.2}], []))
     with pytest.raises(StoppedError):
         run_trial(trials, VALUES, [], stop)
-    resumed = MadeUpRun([{"epoch": 3.0, "miou": 0.3}], [0.1, 0.2, 0.3])
+    figures = [{"epoch": 3.0, "miou": 0.3, "validation/pa": 0.9}]
+    other = trials._replace(settings=trials.settings.model_copy(update={"metric": "pa"}))
+    of_another = told(monkeypatch, other, MadeUpRun(figures, [0.1, 0.2, 0.3]))  # of a history without it
+    assert all(math.isnan(score) for _, score, _ in of_another)
+    resumed = MadeUpRun(figures, [0.1, 0.2, 0.3])
     assert told(monkeypatch, trials, resumed) == [(1, 0.1, False), (2, 0.2, False), (3, 0.3, True)]

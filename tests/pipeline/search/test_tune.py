@@ -25,6 +25,7 @@ from nightseg.pipeline.search.tune import IS_LAST, Proposals, Watch, asha, board
 from nightseg.progress import SilentProgress
 from nightseg.recipe.types import Compute
 from nightseg.storage import Location, hash_of
+from nightseg.storage.events import Curves
 from tests.programs import started
 from tests.small_search import ALPHA, COUNT, GAMMA, ROOT, search_of, trials_of
 
@@ -223,6 +224,65 @@ def test_seeds_of_a_trial_are_recorded_with_their_spread(tmp_path: Path) -> None
     # Of two values the sample standard deviation is their difference by the root of two.
     assert records.rows[0]["std"] == pytest.approx(0.25 / 2**0.5, rel=1e-12)
     assert (records.rows[0]["end"], records.rows[0]["seeds"]) == ("done", {"4": 0.25, "5": 0.5})
+
+
+def test_the_outcome_of_a_trial_is_no_point_of_its_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be of a test set, of the epoch that is kept, or a mean; ASHA, which compares by it, is told of it."""
+    drawn: list[tuple[int, dict[str, float]]] = []
+    monkeypatch.setattr(Curves, "scalars", lambda self, step, values: drawn.append((step, values)))
+    trials: Any = Bare(tmp_path, "trials=2")
+    records = Records(trials.folder, trials.settings, trials.name)
+    watch = Watch(trials, records, 2, [], lambda: None)
+    watch.task = SilentProgress()
+    done, stopped = (SimpleNamespace(config=watch.next()) for _ in range(2))
+    for epoch in (1, 2):
+        watch.on_trial_result(0, [], done, {"epoch": epoch, "miou": epoch / 8})
+    last = {IS_LAST: True, "seeds": {"0": 0.75}}
+    watch.on_trial_result(0, [], done, {"epoch": 4, "miou": 0.75, "validation": 0.5, **last})
+    watch.on_trial_complete(0, [], done)
+    watch.on_trial_result(0, [], stopped, {"epoch": 1, "miou": 0.25})
+    watch.on_trial_complete(0, [], stopped)
+    rows = records.rows
+    assert [row["curve"] for row in rows] == [[[1, 0.125], [2, 0.25], [4, 0.5]], [[1, 0.25]]]
+    assert [(row["miou"], row["epochs"]) for row in rows] == [(0.75, 4), (0.25, 1)]
+    seen: list[tuple[str, int, float]] = []
+    scheduler: Any = SimpleNamespace(
+        on_trial_add=lambda *_: None,
+        on_trial_result=lambda _, trial, result: seen.append((trial.trial_id, result["epoch"], result["miou"])),
+        on_trial_remove=lambda *_: None,
+    )
+    told(scheduler, "miou", records)
+    first, second = (row["trial"] for row in rows)
+    assert seen == [(first, 1, 0.125), (first, 2, 0.25), (first, 4, 0.75), (second, 1, 0.25)]
+    curves = [[(epoch, {"validation/miou": score}) for epoch, score in row["curve"]] for row in rows]
+    assert drawn == [*curves[0], (4, {"miou": 0.75}), *curves[1], (1, {"miou": 0.25})]
+
+
+def test_a_last_epoch_without_a_defined_validation_is_left_out_of_the_curve(tmp_path: Path) -> None:
+    trials: Any = Bare(tmp_path, "trials=1")
+    records = Records(trials.folder, trials.settings, trials.name)
+    watch = Watch(trials, records, 1, [], lambda: None)
+    watch.task = SilentProgress()
+    trial = SimpleNamespace(config=watch.next())
+    last = {IS_LAST: True, "seeds": {"0": 0.75}, "validation": float("nan")}
+    watch.on_trial_result(0, [], trial, {"epoch": 4, "miou": 0.75, **last})
+    watch.on_trial_complete(0, [], trial)
+    assert (records.rows[0]["curve"], records.rows[0]["miou"]) == ([], 0.75)
+
+
+def test_tune_may_begin_all_that_are_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where fewer trials are asked for than there were."""
+    Machine(tmp_path, "trials=3").start(1, random.Random(0))
+    most: list[int] = []
+
+    def tuner(*_: Any, tune_config: Any, **__: Any) -> Any:
+        return SimpleNamespace(fit=lambda: most.append(tune_config.num_samples))
+
+    monkeypatch.setattr("ray.tune.Tuner", tuner)
+    for trials, override in ((1, "mode=min"), (1, "mode=max"), (9, "mode=min")):
+        bare: Any = Bare(tmp_path, f"trials={trials}", override)
+        tune(bare, Records(bare.folder, bare.settings, bare.name), made_up, SilentProgress(), concurrent=1, epochs=4)
+    assert most == [3, 1, 9]
 
 
 def test_tune_may_pickle_what_stays_here(tmp_path: Path) -> None:
