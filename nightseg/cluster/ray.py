@@ -10,7 +10,6 @@ import json
 import logging
 import math
 import os
-import re
 import secrets
 import signal
 import socket
@@ -266,7 +265,8 @@ def _join(address: str) -> None:
     import ray
     from ray.exceptions import AuthenticationError
 
-    shown = re.sub(r"//[^/@]*@", "//", address)  # never repeat a password of an address in a message
+    scheme, slashes, rest = address.rpartition("://")
+    shown = scheme + slashes + rest.rpartition("@")[2]  # never repeat a password of an address in a message
     if "://" in address:
         raise UserError(
             f"RAY_ADDRESS: {shown!r} is not the address of a cluster's control store (HOST:PORT)",

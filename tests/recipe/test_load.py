@@ -263,7 +263,15 @@ def test_faults_of_translators_are_named(tmp_path: Path, keys: str, expected: st
 
 
 @pytest.mark.parametrize("key", ["datasets.day.root", "models.m.start", "roots.data", "name"])
-@pytest.mark.parametrize("address", ["s3://AKIA:geheim@bucket/a", "https://host/a?X-Amz-Signature=geheim"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "s3://AKIA:geheim@bucket/a",
+        "s3://AKIA:7/geheim@bucket/a",
+        "s3:/AKIA:geheim@bucket/a",
+        "https://host/a?X-Amz-Signature=geheim",
+    ],
+)
 def test_credentials_in_a_recipe_are_refused_and_not_repeated(tmp_path: Path, key: str, address: str) -> None:
     """Wherever they stand: a recipe is stored with its run and shown in its report."""
     file = tmp_path / "r.yaml"
