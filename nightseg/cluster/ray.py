@@ -26,6 +26,7 @@ import yaml
 from nightseg.cluster import local, nodes
 from nightseg.cluster.launch import most_nodes, most_resources
 from nightseg.errors import UserError
+from nightseg.storage.yaml import parse_value
 
 REACHABLE_SECONDS = 20.0
 
@@ -206,7 +207,7 @@ def _limits() -> Mapping[str, float] | None:
 
 def _left_by_ray_up() -> Any:
     with suppress(OSError, yaml.YAMLError):
-        return yaml.safe_load(Path(BOOTSTRAP_CONFIG).expanduser().read_bytes())
+        return parse_value(Path(BOOTSTRAP_CONFIG).expanduser().read_bytes())
     return None
 
 
