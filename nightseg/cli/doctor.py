@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import stat
 import sys
@@ -13,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
+from nightseg.cluster import token
 from nightseg.cluster.kuberay import is_for_kubernetes, kubernetes_problems
 from nightseg.cluster.launch import cluster_problems, unfilled
 from nightseg.storage import Location, UserError
@@ -87,12 +89,30 @@ def _space() -> Finding:
 
 def _token() -> Finding:
     """A token file that others may read is a key under the mat; none at all is fine until a cluster is used."""
-    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    if not file.exists():
+    if os.environ.get(token.VARIABLE):
+        return Finding("ray token", True, f"that of {token.VARIABLE}")
+    given = os.environ.get(token.FILE_VARIABLE)
+    file = Path(given) if given else token.default_file()
+    if not given and not os.path.lexists(file):
         return Finding("ray token", True, "none yet; before a cluster: ray get-auth-token --generate")
-    wanted = ((file.parent, 0o700, 0o022), (file, 0o600, 0o077))
-    cures = [f"chmod {mode:o} {place}" for place, mode, others in wanted if stat.S_IMODE(place.stat().st_mode) & others]
-    return Finding("ray token", not cures, f"{file}" + (f"; cure: {' && '.join(cures)}" if cures else ""))
+    found = "; ".join(f"{problem.what}, cure: {problem.cure}" for problem in _token_problems(file))
+    where = f"{token.FILE_VARIABLE}: {file}" if given else str(file)
+    return Finding("ray token", not found, f"{where}: {found}" if found else where)
+
+
+def _token_problems(file: Path) -> Iterator[token.Problem]:
+    if problem := token.problem_of_file(file):
+        yield problem
+    if not os.path.isfile(file):
+        return
+    if file.stat().st_uid not in (os.getuid(), 0):
+        yield token.Problem("it is another user's, who may change it", "copy it to a file of yours (chmod 600)")
+    folder = file.parent.stat()
+    if folder.st_mode & 0o022:
+        is_ours = folder.st_uid == os.getuid() and not folder.st_mode & stat.S_ISVTX
+        move = f"move it to a folder of yours that is closed to others (chmod 700), named in {token.FILE_VARIABLE}"
+        cure = f"chmod 700 {shlex.quote(str(file.parent))}" if is_ours else move
+        yield token.Problem("others may write in its folder", cure)
 
 
 def _cluster(file: str) -> list[Finding]:

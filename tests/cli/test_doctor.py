@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import builtins
+import os
 import shutil
 import sys
 from collections import namedtuple
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A home of its own: no token, no weights."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
     monkeypatch.delenv("TORCH_HOME", raising=False)
     return tmp_path
 
@@ -94,6 +97,61 @@ def test_a_token_that_others_may_read_is_a_finding(home: Path) -> None:
     assert findings()["ray token"].good
     file.parent.chmod(0o770)  # who can write there puts another one in its place
     assert f"chmod 700 {file.parent}" in findings()["ray token"].detail
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (lambda file: None, "there is no such file"),
+        (lambda file: file.touch(0o600), "it is empty"),
+        (lambda file: file.mkdir(), "it is a folder"),
+    ],
+)
+def test_a_token_file_that_holds_none_is_a_finding(
+    home: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], object], what: str
+) -> None:
+    make(file := home / "tok")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(file))
+    found = findings()["ray token"]
+    assert not found.good and f"RAY_AUTH_TOKEN_PATH: {file}: {what}, cure: write there what" in found.detail
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")  # Ray takes it first
+    assert findings()["ray token"] == ("ray token", True, "that of RAY_AUTH_TOKEN")
+
+
+@pytest.mark.parametrize("what", ["it is empty", "it is a folder"])
+def test_a_default_token_file_that_holds_none_is_a_finding(home: Path, what: str) -> None:
+    file = home / ".ray/auth_token"
+    file.parent.mkdir(0o700)
+    file.touch(0o600) if "empty" in what else file.mkdir()
+    found = findings()["ray token"]
+    assert not found.good and found.detail.startswith(f"{file}: {what}, cure: ")
+
+
+def test_a_folder_of_all_is_not_closed_for_a_token(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = home / "shared/tok"
+    file.parent.mkdir()
+    file.write_text("secret")
+    file.chmod(0o600)
+    file.parent.chmod(0o1777)  # as /tmp
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(file))
+    found = findings()["ray token"]
+    assert not found.good and "chmod 700 /" not in found.detail
+    assert "others may write in its folder, cure: move it to a folder of yours" in found.detail
+    file.parent.chmod(0o777)
+    assert f"cure: chmod 700 {file.parent}" in findings()["ray token"].detail
+
+
+def test_a_token_file_of_another_user_is_a_finding(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = home / ".ray/auth_token"
+    file.parent.mkdir(0o700)
+    file.write_text("secret")
+    file.chmod(0o600)
+    if os.getuid() == 0:
+        os.chown(file, 12345, -1)
+    else:
+        monkeypatch.setattr(os, "getuid", lambda: 12345)
+    found = findings()["ray token"]
+    assert not found.good and "it is another user's, who may change it, cure: copy it" in found.detail
 
 
 @pytest.mark.parametrize("name", ["cluster.yaml", *(f"configs/cluster/{n}.yaml" for n in ("gcp", "local", "kuberay"))])
