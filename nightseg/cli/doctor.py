@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nightseg.cluster import token
-from nightseg.cluster.kuberay import is_for_kubernetes, kubernetes_problems
+from nightseg.cluster.kuberay import by_place, is_for_kubernetes, kubernetes_problems
 from nightseg.cluster.launch import cluster_problems, unfilled
 from nightseg.storage import Location, UserError
-from nightseg.storage.yaml import read_yaml
+from nightseg.storage.yaml import read_documents
 
 # Oldest releases without a known way to run a stranger's code (CVE-2026-24747; CVE-2026-41486; CVE-2023-47248).
 FLOORS = {"torch": (2, 10), "ray": (2, 55), "pyarrow": (17, 0), "pillow": (12, 0), "pydantic": (2, 5)}
@@ -116,12 +116,24 @@ def _token_problems(file: Path) -> Iterator[token.Problem]:
 
 
 def _cluster(file: str) -> list[Finding]:
-    config = read_yaml(Location.of(file), f"--cluster {file}", "cluster").data
+    shown = f"--cluster {file}"
+    parsed = read_documents(Location.of(file), shown, "cluster")
+    documents = [document.data for document in parsed] or [{}]
+    bad = [
+        Finding("cluster", False, f"line {line}: {'.'.join(path)}: this key stands twice in the same mapping")
+        for document in parsed
+        for path, line in document.twice
+    ]
+    is_of_kubernetes = any(map(is_for_kubernetes, documents))
+    if len(documents) > 1 and not is_of_kubernetes:
+        found = f"{shown}: it has {len(documents)} documents, and none is an object of Kubernetes"
+        raise UserError(found, cure="a cluster.yaml of Ray is one document: remove the lines `---` between them")
     try:
-        problems = kubernetes_problems if is_for_kubernetes(config) else cluster_problems
-        bad = [Finding("cluster", False, problem) for problem in problems(config)]
-        bad += [Finding("cluster", False, f"{place} still says CHANGE-ME") for place in unfilled(config)]
+        problems = kubernetes_problems(*documents) if is_of_kubernetes else cluster_problems(documents[0])
+        bad += [Finding("cluster", False, problem) for problem in problems]
+        unsaid = unfilled(by_place(documents))
+        bad += [Finding("cluster", False, f"{place} still says CHANGE-ME") for place in unsaid]
     except (AttributeError, IndexError, KeyError, TypeError) as error:
-        what = f"--cluster {file}: not shaped like a cluster file of Ray ({type(error).__name__}: {error})"
+        what = f"{shown}: not shaped like a cluster file of Ray ({type(error).__name__}: {error})"
         raise UserError(what, cure="see cluster.yaml and configs/cluster of this project") from error
     return bad or [Finding("cluster", True, f"{file}: no open door found")]

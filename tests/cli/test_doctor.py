@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from nightseg.cli import doctor
 from nightseg.storage import UserError
@@ -167,6 +168,38 @@ def test_a_cluster_file_without_a_token_is_a_finding(tmp_path: Path) -> None:
     (tmp_path / "open.yaml").write_text(text.replace("RAY_AUTH_MODE=token", ""))
     bad = [finding.detail for finding in doctor.examine(str(tmp_path / "open.yaml")) if not finding.good]
     assert bad and "without RAY_AUTH_MODE=token" in bad[0]
+
+
+def test_keys_that_stand_twice_are_findings(tmp_path: Path) -> None:
+    text = CLUSTER.read_text().replace("CHANGE-ME", "filled-in")
+    (tmp_path / "twice.yaml").write_text(f"{text}\nmax_workers: 100\nmax_workers: 200\n")
+    lines = text.count("\n") + 2
+    bad = [finding.detail for finding in doctor.examine(str(tmp_path / "twice.yaml")) if finding.what == "cluster"]
+    assert bad == [
+        f"line {line}: max_workers: this key stands twice in the same mapping" for line in (lines, lines + 1)
+    ]
+
+
+def in_documents(*more: dict[str, Any]) -> str:
+    """The objects of our file for Kubernetes as documents, filled in."""
+    items = yaml.safe_load((CLUSTER.parent / "configs/cluster/kuberay.yaml").read_text().replace("CHANGE-ME", "x"))
+    return "---\n" + "---\n".join(yaml.safe_dump(one) for one in (*items["items"], *more)) + "---\n# the end\n"
+
+
+def test_kubernetes_objects_may_be_documents(tmp_path: Path) -> None:
+    file = tmp_path / "ray.yaml"
+    file.write_text(in_documents({"replicas": 3}, {"apiVersion": "v1", "kind": "ConfigMap", "data": {"a": "b"}}))
+    assert findings(str(file))["cluster"].good
+    file.write_text(in_documents().replace("mode: token", "mode: disabled") + "kind: Service\nname: CHANGE-ME\n")
+    bad = [finding.detail for finding in doctor.examine(str(file)) if finding.what == "cluster"]
+    assert "no authOptions: {mode: token}" in bad[0] and bad[-1].endswith(".name still says CHANGE-ME")
+    assert bad[-1].startswith("document ")
+
+
+def test_several_clusters_of_ray_are_no_file(tmp_path: Path) -> None:
+    (tmp_path / "cluster.yaml").write_text(f"{CLUSTER.read_text()}\n---\n{CLUSTER.read_text()}")
+    with pytest.raises(UserError, match="it has 2 documents, and none is an object of Kubernetes"):
+        doctor.examine(str(tmp_path / "cluster.yaml"))
 
 
 @pytest.mark.parametrize(
