@@ -37,7 +37,7 @@ def _patterns(end: str, rest: str) -> _Patterns:
     """
     ported = rf"(?<![\w.+-])(?:{_WITH_PORT}):/+"
     other = rf"(?:(?<![\w.+-])(?:{_STORES}):/+|(?<![\w+.-])(?!(?:{_WITH_PORT}):)[a-z][a-z0-9+.-]*://)"
-    name = rf"[^{end}/@:?#]*?"
+    name = rf"(?:(?!%3A)[^{end}/@:?#])*+"  # to the first ":", without going back: a long text takes linear time
     not_port = r"(?!\d+(?:[/?#\s]|$))"
     return _Patterns(
         re.compile(rf"(?i)({ported}(?={name}{_COLON}{not_port})|{other}){name}{_COLON}{rest}"),
