@@ -34,6 +34,7 @@ Storage
 Cluster: ray, no words of the domain
     cluster/settings.py        resources of trainings and passes
     cluster/ray.py             join or start Ray; its own output, silenced
+    cluster/token.py           the token of a cluster: where it comes from, whether others may read it
     cluster/places.py          paths that every node must see
     cluster/local.py           a Ray of this machine alone: on loopback, in a private folder
     cluster/map.py             passes over shards, on Ray Data or in this process

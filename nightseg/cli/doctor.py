@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import stat
 import sys
@@ -13,10 +14,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
-from nightseg.cluster.kuberay import is_for_kubernetes, kubernetes_problems
+from nightseg.cluster import token
+from nightseg.cluster.kuberay import by_place, is_for_kubernetes, kubernetes_problems
 from nightseg.cluster.launch import cluster_problems, unfilled
 from nightseg.storage import Location, UserError
-from nightseg.storage.yaml import read_yaml
+from nightseg.storage.yaml import read_documents
 
 # Oldest releases without a known way to run a stranger's code (CVE-2026-24747; CVE-2026-41486; CVE-2023-47248).
 FLOORS = {"torch": (2, 10), "ray": (2, 55), "pyarrow": (17, 0), "pillow": (12, 0), "pydantic": (2, 5)}
@@ -87,21 +89,51 @@ def _space() -> Finding:
 
 def _token() -> Finding:
     """A token file that others may read is a key under the mat; none at all is fine until a cluster is used."""
-    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    if not file.exists():
+    if os.environ.get(token.VARIABLE):
+        return Finding("ray token", True, f"that of {token.VARIABLE}")
+    given = os.environ.get(token.FILE_VARIABLE)
+    file = Path(given) if given else token.default_file()
+    if not given and not os.path.lexists(file):
         return Finding("ray token", True, "none yet; before a cluster: ray get-auth-token --generate")
-    wanted = ((file.parent, 0o700, 0o022), (file, 0o600, 0o077))
-    cures = [f"chmod {mode:o} {place}" for place, mode, others in wanted if stat.S_IMODE(place.stat().st_mode) & others]
-    return Finding("ray token", not cures, f"{file}" + (f"; cure: {' && '.join(cures)}" if cures else ""))
+    found = "; ".join(f"{problem.what}, cure: {problem.cure}" for problem in _token_problems(file))
+    where = f"{token.FILE_VARIABLE}: {file}" if given else str(file)
+    return Finding("ray token", not found, f"{where}: {found}" if found else where)
+
+
+def _token_problems(file: Path) -> Iterator[token.Problem]:
+    if problem := token.problem_of_file(file):
+        yield problem
+    if not os.path.isfile(file):
+        return
+    if file.stat().st_uid not in (os.getuid(), 0):
+        yield token.Problem("it is another user's, who may change it", "copy it to a file of yours (chmod 600)")
+    folder = file.parent.stat()
+    if folder.st_mode & 0o022:
+        is_ours = folder.st_uid == os.getuid() and not folder.st_mode & stat.S_ISVTX
+        move = f"move it to a folder of yours that is closed to others (chmod 700), named in {token.FILE_VARIABLE}"
+        cure = f"chmod 700 {shlex.quote(str(file.parent))}" if is_ours else move
+        yield token.Problem("others may write in its folder", cure)
 
 
 def _cluster(file: str) -> list[Finding]:
-    config = read_yaml(Location.of(file), f"--cluster {file}", "cluster").data
+    shown = f"--cluster {file}"
+    parsed = read_documents(Location.of(file), shown, "cluster")
+    documents = [document.data for document in parsed] or [{}]
+    bad = [
+        Finding("cluster", False, f"line {line}: {'.'.join(path)}: this key stands twice in the same mapping")
+        for document in parsed
+        for path, line in document.twice
+    ]
+    is_of_kubernetes = any(map(is_for_kubernetes, documents))
+    if len(documents) > 1 and not is_of_kubernetes:
+        found = f"{shown}: it has {len(documents)} documents, and none is an object of Kubernetes"
+        raise UserError(found, cure="a cluster.yaml of Ray is one document: remove the lines `---` between them")
     try:
-        problems = kubernetes_problems if is_for_kubernetes(config) else cluster_problems
-        bad = [Finding("cluster", False, problem) for problem in problems(config)]
-        bad += [Finding("cluster", False, f"{place} still says CHANGE-ME") for place in unfilled(config)]
+        problems = kubernetes_problems(*documents) if is_of_kubernetes else cluster_problems(documents[0])
+        bad += [Finding("cluster", False, problem) for problem in problems]
+        unsaid = unfilled(by_place(documents))
+        bad += [Finding("cluster", False, f"{place} still says CHANGE-ME") for place in unsaid]
     except (AttributeError, IndexError, KeyError, TypeError) as error:
-        what = f"--cluster {file}: not shaped like a cluster file of Ray ({type(error).__name__}: {error})"
+        what = f"{shown}: not shaped like a cluster file of Ray ({type(error).__name__}: {error})"
         raise UserError(what, cure="see cluster.yaml and configs/cluster of this project") from error
     return bad or [Finding("cluster", True, f"{file}: no open door found")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -16,15 +16,26 @@ def is_for_kubernetes(config: Mapping[str, Any]) -> bool:
     return "apiVersion" in config and "kind" in config
 
 
-def kubernetes_problems(config: Mapping[str, Any]) -> list[str]:
-    """Every weakness of a parsed file (one object, or a List of them), in words; an empty list: none was found."""
-    objects = config["items"] if config["kind"] == "List" else [config]
-    found = [problem for one in objects if one["kind"] in KINDS for problem in _object_problems(one)]
-    if not any(one["kind"] in KINDS for one in objects):
+def kubernetes_problems(*documents: Mapping[str, Any]) -> list[str]:
+    """Every weakness of a parsed file, in words; an empty list: none was found.
+
+    A document is one object, or a List of them. Of objects that are not KubeRay's only secrets are looked for.
+    """
+    objects = [one for each in documents for one in (each["items"] if each.get("kind") == "List" else [each])]
+    kinds = {one.get("kind") for one in objects}
+    found = [problem for one in objects if one.get("kind") in KINDS for problem in _object_problems(one)]
+    if not kinds & set(KINDS):
         found.append(f"there is none of {', '.join(KINDS)} in it")
-    elif not any(one["kind"] == "NetworkPolicy" for one in objects):
+    elif "NetworkPolicy" not in kinds:
         found.append("no NetworkPolicy: every pod of the Kubernetes cluster reaches dashboard and GCS")
-    return found + list(secret_in(config))
+    return found + list(secret_in(by_place(documents)))
+
+
+def by_place(documents: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Several documents as one mapping, by the name that their keys begin with in messages; a single one as it is."""
+    if len(documents) == 1:
+        return documents[0]
+    return {f"document {number}": document for number, document in enumerate(documents, 1)}
 
 
 def _object_problems(one: Mapping[str, Any]) -> Iterator[str]:

@@ -10,8 +10,6 @@ import json
 import logging
 import math
 import os
-import re
-import secrets
 import signal
 import socket
 import sys
@@ -26,7 +24,9 @@ import yaml
 
 from nightseg.cluster import local, nodes
 from nightseg.cluster.launch import most_nodes, most_resources
+from nightseg.cluster.token import prepare_token
 from nightseg.errors import UserError
+from nightseg.storage.yaml import parse_value
 
 REACHABLE_SECONDS = 20.0
 
@@ -207,7 +207,7 @@ def _limits() -> Mapping[str, float] | None:
 
 def _left_by_ray_up() -> Any:
     with suppress(OSError, yaml.YAMLError):
-        return yaml.safe_load(Path(BOOTSTRAP_CONFIG).expanduser().read_bytes())
+        return parse_value(Path(BOOTSTRAP_CONFIG).expanduser().read_bytes())
     return None
 
 
@@ -266,7 +266,8 @@ def _join(address: str) -> None:
     import ray
     from ray.exceptions import AuthenticationError
 
-    shown = re.sub(r"//[^/@]*@", "//", address)  # never repeat a password of an address in a message
+    scheme, slashes, rest = address.rpartition("://")
+    shown = scheme + slashes + rest.rpartition("@")[2]  # never repeat a password of an address in a message
     if "://" in address:
         raise UserError(
             f"RAY_ADDRESS: {shown!r} is not the address of a cluster's control store (HOST:PORT)",
@@ -307,53 +308,6 @@ def _check_reachable(address: str, shown: str) -> None:
             f"RAY_ADDRESS: no cluster answers at {shown}: {error}",
             cure=f"start it, correct the address, or {ADDRESS_CURE}",
         ) from error
-
-
-def prepare_token(may_create: bool) -> None:
-    """Settle token authentication before Ray looks: Ray's own way writes a world-readable file and prints a warning.
-
-    A mode that the user set is kept. Otherwise a token that exists is used; a local Ray without one gets a fresh token
-    in the environment of this process, which its children inherit: nothing to protect on disk, and a read-only home
-    directory does not matter.
-    """
-    mode = os.environ.get("RAY_AUTH_MODE", "").lower()
-    if mode not in ("", "token"):
-        return
-    has_token = bool(os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"))
-    if not has_token:
-        has_token = _protect_token_file()
-    if not has_token and may_create:
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-        has_token = True
-    if has_token and not mode:
-        os.environ["RAY_AUTH_MODE"] = "token"
-    _reload_ray_config()
-
-
-def _protect_token_file() -> bool:
-    """Whether Ray's default token file exists; where others may read it or change its folder, both are closed."""
-    try:
-        file = Path.home() / ".ray" / "auth_token"
-        size = file.stat().st_size
-        for place, mode in ((file.parent, 0o700), (file, 0o600)):
-            status = place.stat()
-            if status.st_mode & 0o077 and status.st_uid == os.getuid():
-                try:
-                    place.chmod(mode)
-                except OSError as error:  # a read-only home directory: usable, but say so
-                    logging.getLogger(__name__).warning("%s is open to others: %s", place, error)
-    except (OSError, RuntimeError):  # no file, no home, or not ours to look at
-        return False
-    return size > 0
-
-
-def _reload_ray_config() -> None:
-    """Ray caches the authentication mode and token when it is imported, which may be long before `connect`."""
-    from ray import _raylet
-
-    core: Any = _raylet
-    core.Config.initialize("")
-    core.AuthenticationTokenLoader.instance().reset_cache()
 
 
 # -- Ray's own output ------------------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 from urllib.parse import urlsplit
 
-from nightseg.cluster.ray import ADMISSION_CURE, HANDED_ON, REACHABLE_SECONDS, prepare_token
+from nightseg.cluster.ray import ADMISSION_CURE, HANDED_ON, REACHABLE_SECONDS
+from nightseg.cluster.token import prepare_token
 from nightseg.errors import UserError
 
 LOCAL_DASHBOARD: Final = "http://127.0.0.1:8265"  # where `ray dashboard` and a port-forward bring it

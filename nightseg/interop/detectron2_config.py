@@ -17,6 +17,7 @@ from nightseg.errors import closest
 from nightseg.segmenter.detectron2 import NORMS, RGB_MEAN, RGB_STD
 from nightseg.segmenter.encoders import Norm
 from nightseg.storage import Location, UserError
+from nightseg.storage.yaml import parse_value
 
 _MAX_BYTES: Final = 1_000_000
 _MAX_BASES: Final = 10
@@ -248,8 +249,8 @@ def _read(file: Location, depth: int = 0) -> dict[str, Any]:
     if len(data) > _MAX_BYTES:
         raise UserError(f"{file}: has {len(data)} bytes, a config has a few thousand", cure=_YACS)
     try:
-        config = yaml.safe_load(data)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        config = parse_value(data)
+    except yaml.YAMLError as error:
         raise UserError(f"{file}: not plain YAML: {error}", cure=_YACS) from error
     if not isinstance(config, dict):
         raise UserError(f"{file}: not a detectron2 config, which is a mapping with MODEL and INPUT", cure=_YACS)

@@ -43,6 +43,7 @@ from nightseg.storage import (
     check_contents,
     inputs,
 )
+from nightseg.storage.attempts import cure_of_bad, told_reasons
 from nightseg.storage.lock import HOLDER_NAME
 from nightseg.storage.scratch import temporary_folder
 
@@ -323,10 +324,27 @@ def finished(graph: Graph, folder: Location | None, progress: Progress) -> Itera
 
     The folder is removed then; work that is interrupted continues there when the same is asked again. Without a folder
     it begins anew, in a temporary one of this machine.
+
+    Raises UserError: what a stage refuses; if it is for want of frames, which of them are bad and why.
     """
     with temporary_folder() if folder is None else nullcontext(folder) as place:
         workspace = Workspace(place)
         with workspace.lock(), cluster.left_as_found():
-            yield execute(workspace, graph, progress).commits
+            try:
+                commits = execute(workspace, graph, progress).commits
+            except UserError as error:
+                raise _all_are_bad(workspace) or error from error
+            yield commits
     if folder is not None:
         folder.delete()
+
+
+def _all_are_bad(workspace: Workspace) -> UserError | None:
+    """That no frame of a stage can be used, which later ones only know as a want of frames; None if it is not so."""
+    newest = {(commit.stage, commit.name): commit for commit in workspace.commits()}
+    for commit in newest.values():
+        if commit.quarantined and not commit.rows_out:
+            reasons = told_reasons(commit.table("quarantine").to_pylist())
+            what = f"{commit.stage}/{commit.name}: none of the {commit.rows_in} frames can be used {reasons}"
+            return UserError(what, cure=f"{cure_of_bad(1.0)}; then run the same command again")
+    return None

@@ -28,7 +28,7 @@ from nightseg.recipe.types import Recipe, is_name
 from nightseg.recipe.unions import fitting, in_words
 from nightseg.storage import Location, UserError
 from nightseg.storage.credentials import hide_credentials, refuse_credentials
-from nightseg.storage.yaml import Loader, kind_of, read_yaml
+from nightseg.storage.yaml import kind_of, parse_value, read_yaml
 
 Settings = TypeVar("Settings", bound=BaseModel)
 Lines = dict[tuple[str, ...], str]
@@ -273,9 +273,10 @@ def _set(source: Source, text: str) -> None:
         source.problems.append(Problem((), f"set {text}: a base is read before anything is set: write it in a recipe"))
         return
     try:
-        parsed = yaml.load(value, Loader=Loader)  # noqa: S506 - Loader is a SafeLoader
+        parsed = parse_value(value)
     except yaml.YAMLError as error:
-        source.problems.append(Problem(path, f"set {text}: the value is not valid YAML ({error})"))
+        why = getattr(error, "problem", None) or error
+        source.problems.append(Problem(path, f"set {text}: the value is not valid YAML ({why})"))
         return
     path = _steps(source.data, path)
     target: Any = source.data

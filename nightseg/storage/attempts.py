@@ -209,13 +209,7 @@ class Attempt:
     ) -> NoReturn:
         """Too many bad rows: says why, and opens the shards that have some, so that mended files are read again."""
         paths = table_paths(outputs, QUARANTINE)
-        reasons = [row for path in paths for row in (self.folder / path).read_table().to_pylist()]
-        counts = Counter(str(row.get("reason")) for row in reasons)
-        by_reason = printable(", ".join(f"{count} {reason}" for reason, count in counts.most_common()))
-        one_each = list({row.get("reason"): row for row in reversed(reasons)}.values())[::-1]
-        shown = [*one_each, *(row for row in reasons if row not in one_each)][: max(5, len(one_each))]
-        texts = (f"{row.get('uri')}: {row.get('reason')} {row.get('detail') or ''}" for row in shown)
-        first = "".join(f"\n  {printable(text).strip()}" for text in texts)
+        reasons = told_reasons([row for path in paths for row in (self.folder / path).read_table().to_pylist()])
         for record in shards:
             if record.rows(QUARANTINE):
                 self._marker(record.index).delete()
@@ -223,8 +217,8 @@ class Attempt:
         stage, name = self.identity["stage"], self.identity["name"]
         raise TooManyBad(
             f"{stage}/{name}: {quarantined} of {rows_in} frames ({share:.1%}) are bad, "
-            f"max_bad_fraction allows {limit:.1%} ({by_reason or 'no reasons were noted'}){first}",
-            cure=f"{_cure_of_bad(share)}; then run the same command again",
+            f"max_bad_fraction allows {limit:.1%} {reasons}",
+            cure=f"{cure_of_bad(share)}; then run the same command again",
             shards=Shards(self, tuple(shards)),
         )
 
@@ -306,7 +300,18 @@ class Shards:
         )
 
 
-def _cure_of_bad(share: float) -> str:
+def told_reasons(bad: Sequence[Mapping[str, Any]]) -> str:
+    """Of rows of a quarantine table: how many there are of each reason, and the first files, a line each."""
+    counts = Counter(str(row.get("reason")) for row in bad)
+    by_reason = printable(", ".join(f"{count} {reason}" for reason, count in counts.most_common()))
+    one_each = list({row.get("reason"): row for row in reversed(bad)}.values())[::-1]
+    shown = [*one_each, *(row for row in bad if row not in one_each)][: max(5, len(one_each))]
+    texts = (f"{row.get('uri')}: {row.get('reason')} {row.get('detail') or ''}" for row in shown)
+    return f"({by_reason or 'no reasons were noted'})" + "".join(f"\n  {printable(text).strip()}" for text in texts)
+
+
+def cure_of_bad(share: float) -> str:
+    """What to do about this fraction of bad rows."""
     if share > _MOST_ACCIDENTS:
         return "mend what these lines say, so many are no accident"
     return f"repair or remove these files, or set max_bad_fraction to {math.ceil(share * 1000) / 1000} or more"

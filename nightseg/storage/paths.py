@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from nightseg.errors import UserError
-from nightseg.storage.credentials import hide_credentials
+from nightseg.storage.credentials import hide_in_address, refuse_credentials
 from nightseg.storage.stores import SCHEME, create, file_system, get, make_folder, put
 from nightseg.storage.tables import format_table, parse_table
 
@@ -74,7 +74,10 @@ class Location:
 
     @classmethod
     def of(cls, path: str | Path | Location) -> Location:
-        """Local paths (also `~/x` and `file://` URIs) become absolute; other schemes are kept as they are."""
+        """Local paths (also `~/x` and `file://` URIs) become absolute; other schemes are kept as they are.
+
+        Raises UserError: no path, another host, or an address that lacks a slash (s3:/...) and holds credentials.
+        """
         if isinstance(path, Location):
             return path
         text = os.fspath(path)
@@ -90,6 +93,8 @@ class Location:
                 raise UserError(
                     f"{os.fspath(path)!r}: it names another host", cure="give three slashes, like file:///data"
                 )
+        if ":/" in text and not text.startswith("/"):
+            refuse_credentials(text)
         return cls(_absolute(os.path.expanduser(text)))
 
     def __truediv__(self, relative: str) -> Location:
@@ -104,7 +109,7 @@ class Location:
 
     def __str__(self) -> str:
         """The URI as it may be shown: without credentials."""
-        return hide_credentials(self.uri)
+        return hide_in_address(self.uri)
 
     @property
     def name(self) -> str:

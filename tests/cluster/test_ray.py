@@ -41,6 +41,7 @@ def not_connected(monkeypatch: pytest.MonkeyPatch) -> None:
         ("http://127.0.0.1:8265", "'http://127.0.0.1:8265'"),
         ("ray://head:10001", "'ray://head:10001'"),
         ("http://someone:secret@head:8265", "'http://head:8265'"),
+        ("http://someone:sec/ret@head:8265", "'http://head:8265'"),
     ],
 )
 def test_an_address_of_another_kind_is_refused(

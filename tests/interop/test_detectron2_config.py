@@ -153,6 +153,7 @@ def test_frames_keep_their_size_where_the_shorter_side_is_0(tmp_path: Path) -> N
         ("model: {_target_: x}", "LazyConfigs are not read"),
         ("[1]", "a mapping with MODEL"),
         ("MODEL: [", "not plain YAML"),
+        ("MODEL: !!bool 7", "not plain YAML"),
         ("_BASE_: config.yaml", "refer to each other"),
         ("_BASE_: https://host/Base.yaml", "only files"),
         ("_BASE_: missing.yaml", "no config file"),

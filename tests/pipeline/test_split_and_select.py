@@ -94,6 +94,30 @@ def test_what_was_done_is_kept_for_the_next_try(pool: Path, tmp_path: Path) -> N
     assert (tmp_path / "chosen/.work/stages/score").is_dir()  # the frames need not be looked at again
 
 
+def test_of_frames_that_are_all_bad_the_first_are_told_with_their_reasons(pool: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    for name in "ab":
+        (bad / f"{name}.png").write_text("hello")
+    (bad / "c.png").write_bytes((pool / "broken.png").read_bytes())
+    out = str(tmp_path / "frames.parquet")
+
+    def split() -> object:
+        return single.split_folder(str(bad), out, margin=0.1, compute=COMPUTE, progress=SilentProgress())
+
+    for work in (split, lambda: choose(bad, tmp_path / "chosen", method="random")):
+        with pytest.raises(UserError) as caught:
+            work()
+        lines = str(caught.value).split("\n")
+        assert lines[0] == "collect/pool: none of the 3 frames can be used (2 not_an_image, 1 truncated)"
+        assert {line.split(": ")[0].strip() for line in lines[1:]} == {str(bad / f"{name}.png") for name in "abc"}
+        assert "Cure: mend what these lines say" in lines[-1] and "quarantine" not in str(caught.value)
+    (bad / "a.png").write_bytes(next(pool.glob("day*.png")).read_bytes())
+    split()
+    with pytest.raises(UserError, match="the pool has 1 frames, 3 were asked for"):  # not that of before
+        choose(bad, tmp_path / "chosen", method="random")
+
+
 # -- before Ray starts ------------------------------------------------------------------------------------------------
 
 

@@ -173,6 +173,20 @@ def test_duplicate_keys_are_refused_at_every_depth(tmp_path: Path) -> None:
     assert "models.first: this key stands twice" in message
 
 
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        ("!!int abc", "'abc' is no int"),
+        ("0x_", "'0x_' is no int"),
+        ("[" * 3000, "nested too deeply"),
+        ("[", "expected"),
+    ],
+)
+def test_an_override_that_is_no_yaml(tmp_path: Path, value: str, why: str) -> None:
+    text = errors_of(tmp_path, "name: x\ndatasets: {d: {layout: scenes, count: 1}}", f"seed={value}")
+    assert f"seed={value}: the value is not valid YAML (" in text and why in text
+
+
 def test_an_error_in_an_override_names_the_override(tmp_path: Path) -> None:
     message = errors_of(tmp_path, GOOD, "training.epoch=3", "nonsense", "seed.deep.er=1", "models.first.train.7=x")
     assert "set training.epoch=3: training.epoch: unknown key, did you mean 'epochs'?" in message
@@ -207,6 +221,8 @@ datasets:
         ("name: [", "not valid YAML"),
         ("- a\n- b", "a recipe is a mapping"),
         ("name: !!python/object/apply:os.system [echo]", "not valid YAML"),
+        ("name: x\nseed: !!int abc", "line 2: not valid YAML: 'abc' is no int"),
+        ("name: x\nseed: 2026-02-30", "line 2: seed: "),
         ("name: x\ndatasets: {d: {layout: scenes, count: 1, mix: {day: 0.5}}}", "must add up to 1"),
         ("name: x y\ndatasets: {d: {layout: scenes, count: 1}}", "is not a name"),
         ("name: x\ndatasets: {d: {layout: scenes, count: 1}}\nmodels: {m: {train: [d], rounds: 2}}", "has none"),
@@ -263,7 +279,15 @@ def test_faults_of_translators_are_named(tmp_path: Path, keys: str, expected: st
 
 
 @pytest.mark.parametrize("key", ["datasets.day.root", "models.m.start", "roots.data", "name"])
-@pytest.mark.parametrize("address", ["s3://AKIA:geheim@bucket/a", "https://host/a?X-Amz-Signature=geheim"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "s3://AKIA:geheim@bucket/a",
+        "s3://AKIA:7/geheim@bucket/a",
+        "s3:/AKIA:geheim@bucket/a",
+        "https://host/a?X-Amz-Signature=geheim",
+    ],
+)
 def test_credentials_in_a_recipe_are_refused_and_not_repeated(tmp_path: Path, key: str, address: str) -> None:
     """Wherever they stand: a recipe is stored with its run and shown in its report."""
     file = tmp_path / "r.yaml"
