@@ -79,6 +79,8 @@ class Failures(Verbs):
             greeting.start()
         if args is None:
             signal.signal(signal.SIGTERM, _interrupt)  # as Ctrl-C: batch systems and `timeout` stop programs so
+            if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # `nohup` has it ignored
+                signal.signal(signal.SIGHUP, _hang_up)
         debug = "--debug" in words
         if "--allow-download" in words:
             allow_downloads()
@@ -111,6 +113,12 @@ def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
+def _hang_up(*_: Any) -> None:
+    """The terminal is gone. A shell passes that on to its jobs, which the system has told already: once is enough."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def _end_at_once_when_asked_again() -> None:
     """The work has stopped, what is left is to clear up: another Ctrl-C ends that, too, and prints nothing.
 
@@ -118,6 +126,7 @@ def _end_at_once_when_asked_again() -> None:
     """
     for one in (signal.SIGINT, signal.SIGTERM):
         signal.signal(one, lambda *_: os._exit(1))
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nobody asks: only the terminal is gone
 
 
 def explained(error: Exception) -> tuple[int, str]:

@@ -246,11 +246,11 @@ def require(who: str, count: int, *, cpus: float, gpus: float, place: str, say: 
 
 def may_grow() -> bool:
     """Whether the cluster adds nodes on demand: an autoscaler says so, or a launcher that has one (`ray up`, KubeRay)
-    started its nodes, and they are not all that it may start."""
+    started its nodes, and they are not all that it may start. Without a connection nothing asks for nodes: False."""
+    if _started_here or not is_connected():
+        return False
     from ray._private.state import state
 
-    if _started_here:
-        return False
     if state.get_cluster_config() is not None:
         return True
     return nodes.are_launched() and len(nodes.alive()) < most_nodes(_left_by_ray_up())

@@ -1,4 +1,4 @@
-"""Jobs of a cluster: a folder and a command are uploaded to its head node, started there, followed, and tried again.
+"""Jobs of a cluster: a package and a command are uploaded to its head node, started there, followed, and tried again.
 
 The driver of a job asks for no resources: then Ray runs it on the head, which no spot price takes away, and workers
 keep their CPUs. All that is said to the cluster goes to the dashboard of its head by HTTP, with the token.
@@ -7,20 +7,24 @@ keep their CPUs. All that is said to the cluster goes to the dashboard of its he
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import os
+import re
 import shlex
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from nightseg.cluster.ray import ADMISSION_CURE, HANDED_ON, REACHABLE_SECONDS
 from nightseg.cluster.token import prepare_token
 from nightseg.errors import UserError
+from nightseg.storage.scratch import temporary_folder
 
 LOCAL_DASHBOARD: Final = "http://127.0.0.1:8265"  # where `ray dashboard` and a port-forward bring it
 ADDRESS_VARIABLE: Final = "RAY_API_SERVER_ADDRESS"
@@ -29,15 +33,27 @@ SECONDS_BETWEEN_TRIES: Final = 10.0
 SECONDS_WITHOUT_ANSWER: Final = 600.0
 _SECONDS_BETWEEN_LOOKS: Final = 1.0
 _LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
+_STATUS: Final = re.compile(r"^Request failed with status code (\d{3})|^(\d{3}) Server Error")  # of Ray, of requests
+_TOO_LARGE: Final = 413
+_SERVER_ERROR: Final = 500
+
+Answered = TypeVar("Answered")
 
 
 class Request(NamedTuple):
-    """What a job does: `command` in a copy of `folder`. `work` says where its work lies: one driver at a time there."""
+    """What a job does: `command` in a folder that holds what is in `package`, a ZIP archive.
+
+    `work` says where its work lies: one driver at a time there.
+    """
 
     name: str
-    folder: Path
+    package: bytes
     command: Sequence[str]
     work: str
+
+    def metadata(self) -> dict[str, str]:
+        """What the cluster is told of the job, by which it is known again."""
+        return {"work": self.work, "content": hashlib.sha256(self.package).hexdigest()}
 
 
 class Job(NamedTuple):
@@ -68,10 +84,10 @@ def dashboard_at(given: str | None) -> str:
     return address.rstrip("/")
 
 
-def runtime_env(folder: Path) -> dict[str, Any]:
-    """What a job runs in: a copy of the folder; what is installed, and the token, are the cluster's own."""
+def runtime_env(package: Path) -> dict[str, Any]:
+    """What a job runs in: what is in the package; what is installed, and the token, are the cluster's own."""
     handed_on = {name: os.environ[name] for name in HANDED_ON if name in os.environ}
-    return {"working_dir": str(folder), "env_vars": {"PYTHONUNBUFFERED": "1", **handed_on}}
+    return {"working_dir": str(package), "env_vars": {"PYTHONUNBUFFERED": "1", **handed_on}}
 
 
 def run_job(
@@ -88,13 +104,16 @@ def run_job(
     A job that does the same on the same work is followed instead of a second one that would find it locked.
 
     Raises:
-        UserError: nobody answers, the token is missing or wrong, another job is at this work.
+        UserError: nobody answers, or only with errors; the token is missing or wrong; another job is at this work, or
+            the same with another recipe, code or files; the package is too large.
     """
     client = _client(address, say)
     for number in range(1, max_tries + 1):
         id = _found_or_submitted(client, request, address, say)
         if not wait:
-            return Job(id, address, str(client.get_job_status(id)), tries=number)
+            cure = f"job {id} may go on; the same command follows it"
+            status = _patiently(partial(client.get_job_status, id), address, cure, say)
+            return Job(id, address, str(status), tries=number)
         try:
             job = _follow(client, id, address, say, write)._replace(tries=number)
             if job.status != "FAILED" or job.exit_code == WRONG_REQUEST or number == max_tries:
@@ -120,16 +139,15 @@ def _client(address: str, say: Callable[[str], None]) -> Any:
         raise UserError(f"address: no cluster answers at {address}: {error}", cure=cure) from error
     if address.startswith("http:") and host not in _LOOPBACK:
         say(f"the token goes to {host} unencrypted: a tunnel (`ray dashboard`) or https would hide it")
-    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    for part in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
-        logging.getLogger(f"ray.{part}").setLevel(logging.WARNING)
+    for part in ("dashboard_sdk", "job.sdk"):
+        logging.getLogger(f"ray.dashboard.modules.{part}").setLevel(logging.WARNING)
     try:
         with _only_address(address):
-            return JobSubmissionClient(address)
-    except AuthenticationError as error:
-        raise _refused(address, error) from error
+            return _patiently(partial(JobSubmissionClient, address), address, "the same command tries again", say)
+    except UserError:
+        raise
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         first_line = str(error).strip().partition("\n")[0]
         raise UserError(f"address: what answers at {address} is no Ray dashboard: {first_line}", cure=cure) from error
@@ -156,54 +174,100 @@ def _only_address(address: str) -> Iterator[None]:
 
 
 def _found_or_submitted(client: Any, request: Request, address: str, say: Callable[[str], None]) -> str:
-    import requests
+    def once() -> str:
+        id = _same_at_work(client, request, address)
+        if id is not None:
+            say(f"job {id} does this already, as it was submitted then: no second one is started")
+            return id
+        id = _submit(client, request)
+        say(f"job {id} is submitted to {address}")
+        return id
 
-    patience = _Patience(address, "the cluster does not answer", "the same command submits it", say)
+    return _patiently(once, address, "the same command submits it", say)
+
+
+def _patiently(ask: Callable[[], Answered], address: str, cure: str, say: Callable[[str], None]) -> Answered:
+    """What the cluster answers, after a while if need be: its head may have been lost, or only just be coming up.
+
+    Raises UserError: it does not answer in time, or wants another token.
+    """
+    from ray.exceptions import AuthenticationError
+
+    patience = _Patience(address, "the cluster does not answer", cure, say)
     while True:
         try:
-            id = _same_at_work(client, request)
-            if id is not None:
-                say(f"job {id} does this already, as it was submitted then: no second one is started")
-            else:
-                id = _submit(client, request)
-                say(f"job {id} is submitted to {address}")
-            return id
-        except (requests.ConnectionError, requests.Timeout) as error:  # after a try that ended with its head
+            return ask()
+        except AuthenticationError as error:
+            raise _refused(address, error) from error
+        except (OSError, RuntimeError) as error:
+            if not _may_pass(error):
+                raise
             patience.wait(error)
 
 
-def _same_at_work(client: Any, request: Request) -> str | None:
+def _may_pass(error: OSError | RuntimeError) -> bool:
+    """Whether it is the connection's fault, or the server's and not that of the request."""
+    import requests
+
+    passing = requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError
+    return isinstance(error, passing) or (_status(error) or 0) >= _SERVER_ERROR
+
+
+def _status(error: OSError | RuntimeError) -> int | None:
+    """The HTTP status for which Ray or requests raised it; None if it was not for one."""
+    found = _STATUS.search(str(error))
+    return int(found[1] or found[2]) if found else None
+
+
+def _same_at_work(client: Any, request: Request, address: str) -> str | None:
     """The job that does the same already. Raises UserError if another one is at this work."""
+    asked = request.metadata()
     for job in client.list_jobs():
-        if job.submission_id and not job.status.is_terminal() and (job.metadata or {}).get("work") == request.work:
-            if job.entrypoint == shlex.join(request.command):
-                return str(job.submission_id)
-            raise UserError(
-                f"job {job.submission_id} is at work on {request.work} and does something else: {job.entrypoint}",
-                cure=f"wait for it, or stop it: ray job stop {job.submission_id}",
-            )
+        told = job.metadata or {}
+        if not job.submission_id or job.status.is_terminal() or told.get("work") != request.work:
+            continue
+        if job.entrypoint != shlex.join(request.command):
+            what = f"does something else: {job.entrypoint}"
+        elif told.get("content") != asked["content"]:
+            what = "does the same with another recipe, code or files, as they were when it was submitted"
+        else:
+            return str(job.submission_id)
+        raise UserError(
+            f"job {job.submission_id} is at work on {request.work} and {what}",
+            cure=f"wait for it, or stop it: ray job stop {job.submission_id} (at {address})",
+        )
     return None
 
 
 def _submit(client: Any, request: Request) -> str:
-    """A cluster takes every id once: the name, then the name with a number."""
+    """A cluster takes every id once: the name, then the name with a number. Raises UserError: too large a package."""
     taken = {job.submission_id for job in client.list_jobs()}
-    number = 1
-    while True:
-        id = request.name if number == 1 else f"{request.name}-{number}"
-        number += 1
-        if id in taken:
-            continue
-        try:
-            client.submit_job(
-                entrypoint=shlex.join(request.command), submission_id=id, runtime_env=runtime_env(request.folder),
-                metadata={"work": request.work},
-            )  # fmt: skip
-            return id
-        except RuntimeError as error:
-            if "already exists" not in str(error):
-                raise
-            taken.add(id)
+    with temporary_folder() as folder:
+        package = folder / "job.zip"
+        package.write_bytes(request.package)
+        number = 1
+        while True:
+            id = request.name if number == 1 else f"{request.name}-{number}"
+            number += 1
+            if id in taken:
+                continue
+            try:
+                client.submit_job(
+                    entrypoint=shlex.join(request.command), submission_id=id, runtime_env=runtime_env(package),
+                    metadata=request.metadata(),
+                )  # fmt: skip
+                return id
+            except RuntimeError as error:
+                if _status(error) == _TOO_LARGE:
+                    raise UserError(
+                        f"{request.name}: the {len(request.package) / 2**20:.1f} MiB that go along with the job are "
+                        "more than the cluster, or a proxy before it, takes at once",
+                        cure="lay the large files that the recipe names on shared storage and name them there, or let "
+                        "the proxy pass 100 MiB",
+                    ) from error
+                if "already exists" not in str(error):
+                    raise
+                taken.add(id)
 
 
 def _follow(client: Any, id: str, address: str, say: Callable[[str], None], write: Callable[[str], None]) -> Job:
@@ -252,12 +316,20 @@ class _Patience:
         """Raises UserError if it has lasted too long."""
         if self.since is None:
             self.since = time.monotonic()
-            self.say(f"{self.lost} ({error})")
+            self.say(f"{self.lost} ({_in_one_line(error)})")
         if time.monotonic() - self.since > SECONDS_WITHOUT_ANSWER:
             raise UserError(
-                f"address: {self.address} has not answered for {SECONDS_WITHOUT_ANSWER:g} s", cure=self.cure
+                f"address: {self.address} has not answered for {SECONDS_WITHOUT_ANSWER:g} s, or only so: "
+                f"{_in_one_line(error)}",
+                cure=self.cure,
             ) from error
         time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+def _in_one_line(error: Exception) -> str:
+    """The first line, and of a traceback that a head answers with, the last."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ... ".join(lines if len(lines) < 2 else (lines[0], lines[-1]))
 
 
 class _Shown:

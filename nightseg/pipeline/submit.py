@@ -6,11 +6,13 @@ lists of frames, weights): nothing else of this machine. Folders of frames are n
 
 from __future__ import annotations
 
-import shutil
+import io
+import os
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Final, NamedTuple
+from zipfile import ZipFile, ZipInfo
 
 import nightseg
 from nightseg.cluster.submit import Job, Request, dashboard_at, run_job
@@ -22,7 +24,7 @@ from nightseg.storage import Location
 from nightseg.storage.credentials import refuse_credentials
 from nightseg.storage.yaml import read_yaml
 
-MOST_BYTES: Final = 100 * 2**20  # of all files that come along; Ray takes a few hundred MiB
+MOST_BYTES: Final = 90 * 2**20  # of all that is uploaded: a head refuses requests of more than 100 MiB
 WHOLE: Final = ("self_train", "search")  # the jobs that are not of one stage
 RUNS_OF_JOBS: Final = "~/nightseg-runs"
 _FILES: Final = "files"  # folder of the job that holds what the recipe names
@@ -72,24 +74,59 @@ def submit(
             f"run folder {run_dir!r}: a relative one would vanish with the job",
             cure="a URI such as s3://bucket/runs/x, or a path that all nodes see, such as /nfs/runs/x",
         )
-    with TemporaryDirectory(prefix="nightseg-submit-") as temporary:
-        folder = Path(temporary)
-        name, job = _stage(recipe_file, overrides, only, until, folder, say)
-        work = run_dir or f"{RUNS_OF_JOBS}/{name}"
-        if run_dir is None:
-            say(
-                f"the run will lie on the head node, in {work}: where there are other nodes, which do not see it, name "
-                "a run folder on shared storage"
-            )
-        command = ["python", f"jobs/{job}.py", f"{name}.yaml", *words(run_dir=run_dir, only=only)]
-        request = Request(name, folder, command, work)
-        return run_job(request, place, wait=wait, max_tries=max_tries, say=say, write=write), work
+    if run_dir is not None:
+        run_dir = _in_one_way(run_dir)
+    name, job, package = _packed(recipe_file, overrides, only, until, say)
+    work = run_dir or f"{RUNS_OF_JOBS}/{name}"
+    if run_dir is None:
+        say(
+            f"the run will lie on the head node, in {work}: where there are other nodes, which do not see it, name "
+            "a run folder on shared storage"
+        )
+    command = ["python", f"jobs/{job}.py", f"{name}.yaml", *words(run_dir=run_dir, only=only)]
+    request = Request(name, package, command, work)
+    return run_job(request, place, wait=wait, max_tries=max_tries, say=say, write=write), work
 
 
-def _stage(
-    file: str, overrides: Sequence[str], only: str | None, until: str | None, folder: Path, say: Callable[[str], None]
-) -> tuple[str, str]:
-    """Puts all that a job needs into the folder. Returns the name of the recipe or search, and of the job."""
+def _in_one_way(run_dir: str) -> str:
+    """The same words for the same folder, by which a job at work there is found. `~` is a folder of the head."""
+    if not run_dir.startswith("~"):
+        return Location.of(run_dir).uri
+    return "/".join(part for part in run_dir.split("/") if part not in ("", "."))
+
+
+class Package:
+    """What a job needs, in memory: nothing of it is left anywhere, and each try uploads the same bytes."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, tuple[bytes, int]] = {}
+
+    @property
+    def size(self) -> int:
+        return sum(len(content) for content, _ in self._files.values())
+
+    def add(self, name: str, content: bytes, *, is_program: bool = False) -> None:
+        self._files[name] = content, 0o755 if is_program else 0o644
+
+    def add_file(self, name: str, file: Path) -> None:
+        self.add(name, file.read_bytes(), is_program=os.access(file, os.X_OK))
+
+    def archive(self) -> bytes:
+        """All of it as a ZIP archive. The same files make the same bytes, whenever they were written."""
+        archive = io.BytesIO()
+        with ZipFile(archive, "w") as opened:
+            for name, (content, mode) in self._files.items():
+                entry = ZipInfo(name)
+                entry.external_attr = (stat.S_IFREG | mode) << 16
+                opened.writestr(entry, content)
+        return archive.getvalue()
+
+
+def _packed(
+    file: str, overrides: Sequence[str], only: str | None, until: str | None, say: Callable[[str], None]
+) -> tuple[str, str, bytes]:
+    """The name of the recipe or search, and of the job, and an archive of all that it needs."""
+    package = Package()
     recipe_file, recipe_overrides = file, list(overrides)
     if "space" in read_yaml(Location.of(file), file, "recipe").data:
         search = load_settings(Search, file, overrides)
@@ -97,7 +134,7 @@ def _stage(
             raise UserError(f"{file}: a search has one model and all stages", cure="name neither model nor stage")
         recipe_file, recipe_overrides, job = str(Location.of(file).beside(search.recipe)), search.set, "search"
         uploaded = search.model_copy(update={"recipe": _OF_SEARCH, "set": []}).model_dump(mode="json")
-        (folder / f"{search.name}.yaml").write_text(as_yaml(uploaded))
+        package.add(f"{search.name}.yaml", as_yaml(uploaded).encode())
         name, recipe_name = search.name, _OF_SEARCH
     else:
         if until in WHOLE:
@@ -110,17 +147,17 @@ def _stage(
             raise UserError(
                 f"{file}: the recipe has no such model: {only!r}{closest(only, recipe.models)}", cure=f"one of: {known}"
             )
-    _add_code(job, folder)
+    _add_code(job, package)
     load_recipe(recipe_file, recipe_overrides, elsewhere=True)
     data = written(recipe_file, recipe_overrides)
-    _add_files(recipe_file, data, folder, say)
-    (folder / recipe_name).write_text(as_yaml(data))
-    return name, job
+    _add_files(recipe_file, data, package, say)
+    package.add(recipe_name, as_yaml(data).encode())
+    return name, job, package.archive()
 
 
-def _add_code(job: str, folder: Path) -> None:
-    package = Path(nightseg.__file__).parent
-    jobs = package.parent / "jobs"
+def _add_code(job: str, package: Package) -> None:
+    code = Path(nightseg.__file__).parent
+    jobs = code.parent / "jobs"
     known = sorted(path.stem for path in jobs.glob("*.py"))
     if not known:
         raise UserError(
@@ -132,22 +169,28 @@ def _add_code(job: str, folder: Path) -> None:
         raise UserError(
             f"there is no job for the stage {job!r}{closest(job, stages)}", cure=f"one of {', '.join(stages)}"
         )
-    without = shutil.ignore_patterns("__pycache__", "*.pyc")
-    shutil.copytree(package, folder / "nightseg", ignore=without)
-    shutil.copytree(jobs, folder / "jobs", ignore=without)
+    for part in (code, jobs):
+        for path in sorted(part.rglob("*")):
+            if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".pyc":
+                package.add_file(f"{part.name}/{path.relative_to(part)}", path)
 
 
-def _add_files(recipe_file: str, data: dict[str, Any], folder: Path, say: Callable[[str], None]) -> None:
+def _add_files(recipe_file: str, data: dict[str, Any], package: Package, say: Callable[[str], None]) -> None:
     """Files that the recipe names come along; folders are told of, or refused where no other machine can have them."""
-    problems, uploaded, here, left = list[UserError](), dict[str, str](), list[str](), MOST_BYTES
+    problems, uploaded, here = list[UserError](), dict[str, str](), list[str]()
     for owner, key, path, text in _named(data):
         place = Location.of(text)
-        if place.exists() and not place.is_folder() and (place.uri in uploaded or place.local.stat().st_size <= left):
+        if place.exists() and not place.is_folder() and not place.local.is_file():
+            problems.append(
+                UserError(
+                    f"{recipe_file}: {path}: {place} is a pipe, socket or device, which cannot come along",
+                    cure="name a regular file",
+                )
+            )
+        elif place.uri in uploaded or (place.local.is_file() and _fits(place.local, package)):
             if place.uri not in uploaded:
-                left -= place.local.stat().st_size
                 uploaded[place.uri] = f"{_FILES}/{len(uploaded)}/{place.name}"
-                (folder / uploaded[place.uri]).parent.mkdir(parents=True)
-                shutil.copyfile(place.local, folder / uploaded[place.uri])
+                package.add_file(uploaded[place.uri], place.local)
             owner[key] = f"{_OF_JOB}/{uploaded[place.uri]}" if key in _BELOW_ROOT else uploaded[place.uri]
         elif place.exists():
             owner[key] = shown = text if text.startswith("~") else place.uri
@@ -168,6 +211,10 @@ def _add_files(recipe_file: str, data: dict[str, Any], folder: Path, say: Callab
             f"on this machine; the job fails unless all nodes of the cluster see the same under that path (NFS), so "
             f"else copy it to shared storage and set it to its URI: {first_of(here)}"
         )
+
+
+def _fits(file: Path, package: Package) -> bool:
+    return package.size + file.stat().st_size <= MOST_BYTES
 
 
 def _named(data: Any, path: Path_ = ()) -> Iterator[Named]:

@@ -213,6 +213,36 @@ def test_control_c_again_and_again_shows_no_traceback(sent: signal.Signals) -> N
         assert process.wait(timeout=20) == 1 and told.split("\n\n")[1].count("\n") == 1, told
 
 
+HUNG_UP = (
+    "import signal, sys, time; from nightseg.cli import output; import click\n"
+    "@click.group(cls=output.Failures)\ndef group(): pass\n"
+    "@group.command()\ndef work():\n"
+    "    try:\n        print('working', flush=True); time.sleep(SECONDS)\n"
+    "    finally:\n        print('clearing up', flush=True); time.sleep(1); print('cleared up', flush=True)\n"
+    "sys.argv[1:] = ['work']; group()"
+)
+
+
+def test_a_terminal_that_is_closed_leaves_time_to_clear_up() -> None:
+    """The system tells the program, and then the shell does, too."""
+    words = [sys.executable, "-c", HUNG_UP.replace("SECONDS", "30")]
+    with started(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        for heard in ("working\n", "clearing up\n"):
+            assert process.stdout.readline() == heard
+            process.send_signal(signal.SIGHUP)
+        assert process.stdout.read() == "cleared up\n"
+        assert process.wait(timeout=20) == 1 and "Traceback" not in process.stderr.read()
+
+
+def test_a_command_under_nohup_goes_on_without_its_terminal() -> None:
+    words = ["nohup", sys.executable, "-c", HUNG_UP.replace("SECONDS", "1")]
+    with started(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "working\n"
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(timeout=20) == 0
+
+
 def test_a_split_says_what_its_numbers_mean(capsys: pytest.CaptureFixture[str]) -> None:
     done = {"domains": {"day": 3, "night": 1}, "frames": "/a/f.parquet", "quarantined": 2}
     output.print_split(done, 0.2)

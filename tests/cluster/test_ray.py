@@ -81,6 +81,13 @@ def a_cluster(
     patch.setattr("nightseg.cluster.nodes.has_lost", lambda: has_lost)
 
 
+@pytest.mark.usefixtures("not_connected")
+def test_work_that_needs_no_ray_asks_no_cluster_whether_it_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a job whose stages are all done in its driver."""
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    assert not cluster.is_this_machine() and not cluster.may_grow()
+
+
 def test_a_request_that_needs_sleeping_nodes_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
     a_cluster(monkeypatch, 1.0, most=64.0)
     said: list[str] = []
@@ -167,6 +174,7 @@ def test_sleeping_nodes_count(
     monkeypatch.setattr("nightseg.cluster.nodes.are_launched", lambda: launched > 0)
     monkeypatch.setattr("nightseg.cluster.nodes.alive", lambda: dict.fromkeys(range(launched)))
     monkeypatch.setattr(cluster, "_started_here", False)
+    monkeypatch.setattr(cluster, "is_connected", lambda: True)
     monkeypatch.setattr(cluster, "resources", lambda: {"CPU": 2.0})
     monkeypatch.setattr(cluster, "BOOTSTRAP_CONFIG", str(tmp_path / "left.yaml"))
     if left is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shlex
 from collections.abc import AsyncIterator
@@ -31,12 +33,14 @@ class Details:
 
 class Cluster:
     """Keeps jobs; each ends as `ends` says, one after the other. `cuts`: how often its log breaks off; `forgets`: its
-    head is lost when it is asked for a job next, and the next head does not answer `away` times."""
+    head is lost when it is asked for a job next, and the next head does not answer `away` times; `refuses`: what it
+    answers first to those who submit, and to those who ask for a job's status."""
 
     def __init__(self) -> None:
         self.jobs: list[Details] = [Details(None, "python somebody.py", None)]
         self.ends: list[tuple[JobStatus, int | None]] = []
         self.cuts, self.away, self.forgets = 0, 0, False
+        self.refuses: list[str] = []
         self.asked: list[dict[str, Any]] = []
         self.interrupted = False
 
@@ -49,6 +53,9 @@ class Cluster:
     def submit_job(self, **asked: Any) -> str:
         if asked["submission_id"] in {job.submission_id for job in self.jobs}:
             raise RuntimeError("Request failed with status code 500: Job with submission_id x already exists.")
+        self.refuse()
+        self.package = Path(asked["runtime_env"]["working_dir"])
+        assert self.package.suffix == ".zip" and self.package.read_bytes() == REQUEST.package
         self.asked.append(asked)
         self.jobs.append(Details(asked["submission_id"], asked["entrypoint"], asked["metadata"]))
         return str(asked["submission_id"])
@@ -56,7 +63,12 @@ class Cluster:
     def job(self, id: str) -> Details:
         return next(job for job in self.jobs if job.submission_id == id)
 
+    def refuse(self) -> None:
+        if self.refuses:
+            raise RuntimeError(f"Request failed with status code {self.refuses.pop(0)}.")
+
     def get_job_status(self, id: str) -> JobStatus:
+        self.refuse()
         return self.job(id).status
 
     def get_job_info(self, id: str) -> Details:
@@ -75,6 +87,7 @@ class Cluster:
         return f"first of {id}\nsecond\nlast\n"
 
     async def tail_job_logs(self, id: str) -> AsyncIterator[str]:
+        assert not self.package.exists(), "it is removed when it is uploaded"
         if self.interrupted:
             raise KeyboardInterrupt
         yield f"first of {id}\n"
@@ -104,7 +117,7 @@ class Told:
         self.log += text
 
 
-REQUEST = Request("demo", Path("/code"), ["python", "jobs/x.py", "my recipe.yaml", "--only", "$(rm -rf ~)"], "s3://b/r")
+REQUEST = Request("demo", b"package", ["python", "jobs/x.py", "my recipe.yaml", "--only", "$(rm -rf ~)"], "s3://b/r")
 
 
 def run(told: Told, request: Request = REQUEST, wait: bool = True, max_tries: int = 1) -> Job:
@@ -119,9 +132,9 @@ def test_a_job_is_asked_for_as_words_and_without_resources(cluster: Cluster, mon
     assert run(told) == Job("demo", ADDRESS, "SUCCEEDED", 0, "it died")
     (asked,) = cluster.asked
     assert shlex.split(asked["entrypoint"]) == REQUEST.command and "'$(rm -rf ~)'" in asked["entrypoint"]
-    assert asked["metadata"] == {"work": "s3://b/r"}
+    assert asked["metadata"] == {"work": "s3://b/r", "content": hashlib.sha256(b"package").hexdigest()}
     variables = {"PYTHONUNBUFFERED": "1", "NIGHTSEG_ALLOW_DOWNLOAD": "1"}
-    assert asked["runtime_env"] == {"working_dir": "/code", "env_vars": variables}
+    assert asked["runtime_env"] == {"working_dir": str(cluster.package), "env_vars": variables}
     assert asked.keys() == {"entrypoint", "submission_id", "runtime_env", "metadata"}, "Ray puts it on the head then"
     assert told.log == "first of demo\nsecond\nlast\n"
 
@@ -200,6 +213,50 @@ def test_other_work_in_the_same_place_is_refused_and_elsewhere_it_starts(cluster
     assert run(Told(), REQUEST._replace(work="s3://b/other"), wait=False).id == "demo-2"
 
 
+def test_the_same_command_with_another_recipe_is_refused_while_the_first_is_at_work(cluster: Cluster) -> None:
+    run(Told(), wait=False)
+    with pytest.raises(UserError, match=r"demo is at work on s3://b/r .*another recipe, code or files.*ray job stop"):
+        run(Told(), REQUEST._replace(package=b"changed"), wait=False)
+    assert len(cluster.asked) == 1
+
+
+NO_AGENT = "500: No available agent to submit job, please try again later."
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_a_head_that_is_coming_up_is_waited_for(cluster: Cluster, wait: bool) -> None:
+    cluster.refuses, cluster.ends = [NO_AGENT, "503: <html>", NO_AGENT], [(JobStatus.SUCCEEDED, 0)]
+    told = Told()
+    assert run(told, wait=wait).id == "demo" and len(cluster.asked) == 1
+    assert len([line for line in told.said if "No available agent" in line]) == 1
+
+
+def test_a_status_that_is_not_told_at_first_is_asked_for_again(cluster: Cluster) -> None:
+    run(Told(), wait=False)
+    cluster.refuses = ["502: Bad Gateway"]
+    assert run(Told(), wait=False).status == "RUNNING" and not cluster.refuses
+
+
+def test_a_head_that_only_answers_with_errors_is_given_up(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "SECONDS_WITHOUT_ANSWER", -1.0)
+    cluster.refuses = ["500: Traceback (most recent call last):\n  File x\nOSError: no space left"]
+    with pytest.raises(UserError, match=r"status code 500: Traceback.* OSError: no space left.*submits it"):
+        run(Told())
+
+
+def test_a_package_that_is_too_large_is_said_with_a_cure(cluster: Cluster) -> None:
+    cluster.refuses = ["413: "] * 2
+    with pytest.raises(UserError, match=r"demo: the 0.0 MiB .* are more than the cluster.*shared storage"):
+        run(Told())
+    assert len(cluster.refuses) == 1, "tried once"
+
+
+def test_what_the_cluster_does_not_understand_is_not_tried_again(cluster: Cluster) -> None:
+    cluster.refuses = ["400: TypeError"]
+    with pytest.raises(RuntimeError, match="400"):
+        run(Told())
+
+
 @pytest.mark.parametrize(
     ("given", "variables", "address"),
     [
@@ -234,6 +291,21 @@ def test_nobody_who_answers_is_said_with_what_to_keep_running() -> None:
         run(Told())
 
 
+def answering(statuses: list[int], content: bytes = b"Forbidden") -> HTTPServer:
+    """What answers with one status after the other, the last one for good."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(statuses.pop(0) if len(statuses) > 1 else statuses[0])
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: Any) -> None:
+            """Nothing: pytest shows what a test prints."""
+
+    return HTTPServer(("127.0.0.1", 0), Answer)
+
+
 @pytest.mark.parametrize(
     ("status", "words"),
     [
@@ -245,22 +317,24 @@ def test_nobody_who_answers_is_said_with_what_to_keep_running() -> None:
 )
 def test_what_answers_and_does_not_let_in_is_said(monkeypatch: pytest.MonkeyPatch, status: int, words: str) -> None:
     """As Ray's dashboard answers without a token (401) and with another one (403), and as anything else does."""
-
-    class Answer(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(b"Forbidden")
-
-        def log_message(self, *_: Any) -> None:
-            """Nothing: pytest shows what a test prints."""
-
     monkeypatch.setattr(jobs, "prepare_token", lambda may_create: None)
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")  # Ray alone would go there
-    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+    with answering([status]) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
         with pytest.raises(UserError, match=words) as error:
             run_job(REQUEST, address, wait=False, max_tries=1, say=print, write=print)
         server.shutdown()
     assert address in str(error.value) and os.environ["RAY_ADDRESS"] == "http://127.0.0.1:1"
+
+
+def test_a_dashboard_that_is_coming_up_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "prepare_token", lambda may_create: None)
+    monkeypatch.setattr(jobs, "_SECONDS_BETWEEN_LOOKS", 0.0)
+    told = Told()
+    with answering([503, 500, 200], json.dumps({"ray_version": "2.60.0"}).encode()) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        assert jobs._client(f"http://127.0.0.1:{server.server_port}", told.said.append).get_version() is None
+        server.shutdown()
+    (said,) = told.said
+    assert said.startswith("the cluster does not answer (503 Server Error")

@@ -14,7 +14,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -111,11 +111,16 @@ def wait_for(url: str, running: subprocess.Popen[bytes], log: Path) -> None:
     raise AssertionError(log.read_text())
 
 
-def submit(head: Head, cwd: Path, *words: object, token: str | None = TOKEN) -> subprocess.CompletedProcess[str]:
+COMMAND = ("-m", "nightseg.cli.main")
+
+
+def submit(
+    head: Head, cwd: Path, *words: object, token: str | None = TOKEN, program: Sequence[str] = COMMAND
+) -> subprocess.CompletedProcess[str]:
     laptop = cwd / "home"
     laptop.mkdir(exist_ok=True)
     environment = outside(laptop) | ({"RAY_AUTH_TOKEN": token} if token else {}) | {"PYTHONPATH": str(PROJECT)}
-    command = [sys.executable, "-m", "nightseg.cli.main", "submit", *map(str, words), "--address", head.address]
+    command = [sys.executable, *program, "submit", *map(str, words), "--address", head.address]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600, check=False)
 
 
@@ -206,6 +211,30 @@ def test_a_driver_that_is_killed_is_submitted_again_and_goes_on(head: Head, tmp_
     job = json.loads(done.stdout)
     assert (job["id"], job["status"]) == ("base-2", "SUCCEEDED") and "try 2 of 2 goes on" in done.stderr
     assert "0 already committed" not in done.stderr and (run / "report.html").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_head_takes_all_that_goes_along_and_more_is_refused_with_a_cure(head: Head, tmp_path: Path) -> None:
+    (tmp_path / "large.yaml").write_text(f"{BASE}taxonomy: camvid11\n")
+    night = "datasets.night={split: test, keep: night}"
+    set_words = ("--set", night, "--set", "network.encoder_weights=large.pth")
+    words = ("large.yaml", *set_words, "--until", "split", "--run-dir", tmp_path / "run")
+    large = tmp_path / "large.pth"
+    large.write_bytes(os.urandom(84 * 2**20))
+    done = submit(head, tmp_path, *words)
+    assert "goes along: " in done.stderr and f"{large}" in done.stderr and done.returncode == 0, done.stderr
+    assert "excludes" not in done.stderr and not list(tmp_path.glob("home/**/job.zip"))
+
+    large.write_bytes(os.urandom(105 * 10**6))
+    without_limit = (
+        "from nightseg.pipeline import submit; submit.MOST_BYTES = 2**40; import nightseg.cli.main as m; m.main()"
+    )
+    done = submit(head, tmp_path, *words, program=("-c", without_limit))
+    assert done.returncode == 2 and "MiB that go along with the job are more than the cluster" in done.stderr, (
+        done.stderr
+    )
 
 
 @pytest.mark.ray

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
 import yaml
@@ -34,17 +37,19 @@ training: {epochs: 3}
 
 
 class Sent:
-    """The last job as it would have been sent, its folder read; what was said."""
+    """The last job as it would have been sent, its package read; what was said."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
         self.files: dict[str, bytes] = {}
+        self.modes: dict[str, int] = {}
         self.request: Request | None = None
         self.more: dict[str, Any] = {}
 
     def run_job(self, request: Request, address: str, **more: Any) -> Job:
-        folder = request.folder
-        self.files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        with ZipFile(io.BytesIO(request.package)) as package:
+            self.files = {name: package.read(name) for name in package.namelist()}
+            self.modes = {entry.filename: entry.external_attr >> 16 & 0o777 for entry in package.infolist()}
         self.request, self.more = request, more | {"address": address}
         return Job("mine", address, "SUCCEEDED", 0)
 
@@ -111,6 +116,7 @@ def test_files_that_a_recipe_names_come_along(sent: Sent, tmp_path: Path) -> Non
     (tmp_path / "frames.txt").write_text("a\nb\n")
     (tmp_path / "vgg.pth").write_bytes(b"weights")
     (tmp_path / "night.py").write_text("print()")
+    (tmp_path / "night.py").chmod(0o700)
     submit(
         sent,
         "taxonomy=classes.yaml",
@@ -121,7 +127,9 @@ def test_files_that_a_recipe_names_come_along(sent: Sent, tmp_path: Path) -> Non
     recipe = sent.recipe()
     assert sent.files[recipe["taxonomy"]] == classes
     assert sent.files[recipe["network"]["encoder_weights"]] == b"weights"
-    assert sent.files[recipe["translators"]["own"]["argv"][1]] == b"print()"
+    program = recipe["translators"]["own"]["argv"][1]
+    assert sent.files[program] == b"print()" and sent.modes[program] == 0o755
+    assert sent.modes[recipe["taxonomy"]] == 0o644
     listed = recipe["datasets"]["day"]["split_list"]  # a relative one would be looked for below root
     assert listed.startswith("/proc/self/cwd/") and sent.files[listed.removeprefix("/proc/self/cwd/")] == b"a\nb\n"
     (told,) = sent.said
@@ -141,11 +149,80 @@ def test_folders_of_this_machine_are_named_before_anything_goes(sent: Sent, tmp_
 
 
 def test_files_too_large_to_go_are_named(sent: Sent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MOST_BYTES", 3)
+    """The code counts: all that is uploaded together stays below what a head takes."""
     (tmp_path / "vgg.pth").write_bytes(b"weights")
-    submit(sent, "network.encoder_weights=vgg.pth")
+    submit(sent)
+    code = sum(len(content) for name, content in sent.files.items() if name != "mine.yaml")
+    for left, goes in ((7, True), (6, False)):
+        sent.said.clear()
+        monkeypatch.setattr(module, "MOST_BYTES", code + left)
+        submit(sent, "network.encoder_weights=vgg.pth")
+        assert (b"weights" in sent.files.values()) is goes
     assert f"network.encoder_weights ({tmp_path / 'vgg.pth'})" in sent.said[0]
     assert sent.recipe()["network"]["encoder_weights"] == str(tmp_path / "vgg.pth")
+
+
+def test_what_is_uploaded_stays_below_what_a_head_takes() -> None:
+    from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
+
+    assert module.MOST_BYTES < DASHBOARD_CLIENT_MAX_SIZE - 5 * 2**20  # the recipe, and what the archive says of files
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
+@pytest.mark.parametrize("key", ["network.encoder_weights", "datasets.day.split_list"])
+def test_what_is_no_file_does_not_come_along(sent: Sent, tmp_path: Path, kind: str, key: str) -> None:
+    place = Path("/dev/zero") if kind == "device" else tmp_path / kind
+    if kind == "pipe":
+        os.mkfifo(place)
+    with socket.socket(socket.AF_UNIX) as listening:
+        if kind == "socket":
+            listening.bind("socket")
+        with pytest.raises(UserError, match=f"mine.yaml: {key}: {place} is a pipe, socket or device"):
+            submit(sent, f"{key}={place}")
+    assert sent.request is None
+
+
+def test_the_same_request_makes_the_same_package_and_another_one_does_not(sent: Sent, tmp_path: Path) -> None:
+    (tmp_path / "vgg.pth").write_bytes(b"weights")
+    packages = list[bytes]()
+    for content, epochs in ((b"weights", 5), (b"weights", 5), (b"weights", 6), (b"Weights", 5)):
+        (tmp_path / "vgg.pth").write_bytes(content)
+        submit(sent, f"training.epochs={epochs}", "network.encoder_weights=vgg.pth")
+        assert sent.request is not None
+        packages.append(sent.request.package)
+    assert packages[0] == packages[1] and len(set(packages)) == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "work"),
+    [
+        ("/nfs/runs/mine/", "/nfs/runs/mine"),
+        ("/nfs//runs/./mine", "/nfs/runs/mine"),
+        ("file:///nfs/runs/mine", "/nfs/runs/mine"),
+        ("s3://b/mine/", "s3://b/mine"),
+        ("~/runs//./mine/", "~/runs/mine"),
+        ("~/../mine", "~/../mine"),
+    ],
+)
+def test_a_run_folder_is_the_same_work_however_it_is_written(sent: Sent, given: str, work: str) -> None:
+    assert submit(sent, run_dir=given)[1] == work
+    assert sent.request is not None and sent.request.work == work and sent.request.command[-1] == work
+
+
+def test_nothing_is_left_on_disk(sent: Sent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even while the job is followed, for hours."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    found = list[Path]()
+
+    def run_job(*_: Any, **__: Any) -> Job:
+        found.extend(temporary.rglob("*"))
+        return Job("mine", "", "SUCCEEDED", 0)
+
+    monkeypatch.setattr(module, "run_job", run_job)
+    submit(sent)
+    assert not found
 
 
 @pytest.mark.parametrize(
