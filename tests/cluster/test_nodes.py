@@ -23,6 +23,13 @@ from nightseg.errors import UserError
         ([{}, {"CPU": 8.0, "GPU": 1.0}], {"CPU": 1.0, "GPU": 0.25}, 4),
         ([{"CPU": 8.0}], {"CPU": 1.0, "GPU": 1.0}, 0),
         ([{"CPU": 1.0}], {"CPU": 0.1}, 10),  # 1 / 0.1 and the like are whole numbers
+        ([{"CPU": 8.0, "GPU": 2.0}], {"CPU": 1.0, "GPU": 0.6}, 2),  # nor does a share reach over two GPUs
+        ([{"CPU": 8.0, "GPU": 2.0}], {"CPU": 1.0, "GPU": 0.4}, 4),
+        ([{"CPU": 8.0, "GPU": 2.0}], {"CPU": 1.0, "GPU": 0.1}, 8),
+        ([{"CPU": 8.0, "GPU": 8.0}], {"CPU": 1.0, "GPU": 3.0}, 2),
+        ([{"CPU": 8.0, "GPU": 1.2}], {"CPU": 1.0, "GPU": 0.6}, 1),  # what is free of two, used in part
+        ([{"CPU": 8.0, "GPU": 1.5}], {"CPU": 1.0, "GPU": 0.5}, 3),
+        ([{"CPU": 8.0, "GPU": 1.5}], {"CPU": 1.0, "GPU": 1.0}, 1),
     ],
 )
 def test_processes_fit_on_nodes(there: list[dict[str, float]], each: dict[str, float], count: int) -> None:
@@ -56,6 +63,7 @@ def test_where_all_fit_all_start_at_once() -> None:
 def test_with_a_node_less_it_waits_says_so_and_goes_on_with_fewer() -> None:
     plan, said = staffing()
     assert plan.start(Sizes(3, 3), 0.0) == 3
+    plan.runs()
     plan.lost(100.0)
     assert [plan.start(Sizes(2, 2), now) for now in (100.0, 104.0)] == [None, None]
     assert said == []  # what a dead worker held may come back in a moment
@@ -108,13 +116,40 @@ def test_the_first_start_waits_longer_where_nodes_are_started_on_demand() -> Non
     plan, _ = staffing(patience=1800.0)
     assert [plan.start(Sizes(1, 1), now) for now in (0.0, 1799.0)] == [None, None]
     assert plan.start(Sizes(1, 1), 1800.0) == 1
+    plan.runs()
     plan.lost(2000.0)
     assert plan.start(Sizes(2, 2), 2030.0) == 2
+
+
+def test_workers_that_nothing_keeps_from_starting_are_given_up() -> None:
+    plan, said = staffing()
+    assert [plan.start(Sizes(3, 3), now) for now in (0.0, 20.0, 1799.0)] == [3] * 3
+    with pytest.raises(UserError, match=r"compute.train: 3 workers \(1 CPU each\) have not started within 30 minutes"):
+        plan.start(Sizes(3, 3), 1800.0)
+    assert plan.start(Sizes(4, 3), 1800.0) == 3, "others hold something: shares of GPUs may lie unluckily"
+    assert len(said) == 2 and said[0].endswith(
+        "have not started for 20 s, although there seems to be room: tries again"
+    )
+
+
+def test_a_smaller_start_that_comes_to_nothing_is_announced_once() -> None:
+    plan, said = staffing()
+    plan.start(Sizes(2, 2), 0.0)
+    assert [plan.start(Sizes(2, 2), now) for now in (30.0, 51.0, 72.0)] == [2] * 3
+    assert said == [
+        "goes on with 2 of 3 workers, and the same frames in every step",
+        "2 workers (1 CPU each) have not started for 51 s, although there seems to be room: tries again",
+    ]
 
 
 @pytest.mark.parametrize(("free", "workers", "larger"), [(0, 1, None), (1, 1, 2), (7, 1, 3), (1, 3, None)])
 def test_a_smaller_training_grows_into_what_is_free(free: int, workers: int, larger: int | None) -> None:
     assert staffing()[0].larger(Sizes(9, free), workers) == larger
+
+
+def test_it_does_not_grow_beyond_what_the_nodes_have_room_for() -> None:
+    """Two workers of 0.6 on two GPUs leave 0.8 of them, 0.4 on each."""
+    assert staffing()[0].larger(Sizes(2, 1), 2) is None
 
 
 def raised(error: BaseException, cause: BaseException | None = None) -> BaseException:
