@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from nightseg.cluster import local, nodes
+from nightseg.cluster import ahead, local, nodes
 from nightseg.cluster.launch import most_nodes, most_resources
 from nightseg.errors import UserError
 
@@ -115,6 +115,7 @@ def disconnect() -> None:
     global _started_here
     import ray
 
+    ahead.stop()
     if _started_here:
         local.end()
     else:
