@@ -75,7 +75,6 @@ def map_shards(
     arguments: Mapping[str, Any],
     *,
     title: str,
-    on_cpus: bool = False,
     **work: Unpack[Work],
 ) -> Shards:
     """Does every shard of `rows` that the attempt has not finished, and returns all of them.
@@ -83,7 +82,6 @@ def map_shards(
     Args:
         rows: plain columns of paths and small values; cut into shards of `compute.shard_rows` in row order.
         worker, arguments: `worker(**arguments)` is built once in every actor, when its first shard arrives.
-        on_cpus: it has no use for a GPU.
         work: `actors` 0 of its `compute` does everything in this process, without Ray. Otherwise the most actors at a
             time; fewer start when there are fewer open shards. PyTorch gets int(cpus_per_actor) threads in an actor, at
             least one.
@@ -101,7 +99,6 @@ def map_shards(
         shards = _Shards(worker, dict(arguments), attempt)
         todo = [index for index in range(num_shards) if index not in records]
         if todo and compute.actors:
-            compute = compute.model_copy(update={"gpus_per_actor": 0.0}) if on_cpus else compute
             shards.threads = max(1, int(compute.cpus_per_actor))
             done = _on_what_is_left(shards, rows, todo, compute, progress, task, title)
         else:

@@ -56,6 +56,11 @@ class MapCompute(Strict):
     shard_rows: Positive = Field(default=64, description="frames of a shard, the unit that is repeated after a failure")
 
     @property
+    def on_cpus(self) -> MapCompute:
+        """That of a pass that has no use for a GPU: it holds none while others wait for it."""
+        return self.model_copy(update={"gpus_per_actor": 0.0})
+
+    @property
     def device(self) -> str:
         """Where the networks of a pass run: on a GPU that it has reserved, never on one that it merely can see."""
         return "cuda" if self.gpus_per_actor else "cpu"

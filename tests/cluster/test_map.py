@@ -94,18 +94,6 @@ def run(attempt: Attempt, worker: type[Double] = Double, num_rows: int = 23, **c
     )
 
 
-@pytest.mark.parametrize("on_cpus", [False, True])
-def test_a_pass_without_use_for_a_gpu_asks_for_none(
-    attempt: Attempt, monkeypatch: pytest.MonkeyPatch, on_cpus: bool
-) -> None:
-    asked = []
-    monkeypatch.setattr(map_module, "_on_actors", lambda shards, tables, compute, *rest: asked.append(compute) or ())
-    compute, work = MapCompute(actors=2, gpus_per_actor=0.5), {"attempt": attempt, "progress": SilentProgress()}
-    with pytest.raises(AssertionError, match="without shards"):
-        map_shards(rows(3), Double, {}, title="double", on_cpus=on_cpus, compute=compute, **work)
-    assert asked == [compute.model_copy(update={"gpus_per_actor": 0.0}) if on_cpus else compute]
-
-
 def test_shards_know_how_many_bad_rows_they_may_have(attempt: Attempt) -> None:
     work = {"attempt": attempt, "progress": SilentProgress(), "compute": MapCompute(actors=0)}
     assert map_shards(rows(3), Double, {}, title="double", **work).max_bad_fraction == 1.0
