@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import uuid
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -219,6 +221,45 @@ class Staffing:
         return f"{has}, and other work holds some of that: it goes on with {sizes.whole} as soon as that ends"
 
 
+@dataclass
+class Idle:
+    """A pass of which no actor lives. It says every minute what it waits for, and gives up where no node comes."""
+
+    each: Amounts
+    say: Callable[[str], None]
+    growth: str = ""  # of the cluster, as words
+    most_seconds: float = SECONDS_FOR_NODES
+    _since: float | None = None
+    _told: float | None = None
+
+    def works(self) -> None:
+        """An actor lives."""
+        self._since = self._told = None
+
+    def waits(self, sizes: Sizes, now: float) -> None:
+        """None lives. Raises UserError once there has been no room for one for too long."""
+        self._since = now if self._since is None else self._since
+        waited = now - self._since
+        if not sizes.whole and waited >= self.most_seconds:
+            raise UserError(
+                f"compute.map: {_none_came('an actor', self.each, self.most_seconds)}",
+                cure="add nodes and run the same command: finished shards are kept",
+            )
+        if waited >= SECONDS_UNTIL_KNOWN and (self._told is None or now - self._told >= SECONDS_BETWEEN_NOTES):
+            self._told = now
+            self.say(self._waiting(sizes, waited))
+
+    def _waiting(self, sizes: Sizes, waited: float) -> str:
+        if not sizes.whole:
+            return (
+                f"waits for nodes: none that is there has room for an actor ({words(self.each)} each){self.growth}. It "
+                f"gives up in {_minutes(self.most_seconds - waited)}"
+            )
+        if not sizes.free:
+            return f"waits until other work gives back what an actor takes ({words(self.each)})"
+        return f"no actor ({words(self.each)} each) has started for {_minutes(waited)}, although there seems to be room"
+
+
 def gone_words(gone: int, known: int) -> str:
     return f"{gone} of {known} nodes {'is' if gone == 1 else 'are'} gone"
 
@@ -239,11 +280,22 @@ def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} minutes"
 
 
+IDLE_KEY: Final = "nightseg_idle"
+_idle: MutableMapping[str, Idle] = weakref.WeakValueDictionary()  # as long as their passes hold them
+
+
+def tell(idle: Idle, context: Any) -> None:
+    """Have it told whether actors of a pass live. `context`: of its dataset; it travels to them, `idle` cannot."""
+    name = uuid.uuid4().hex
+    context.set_config(IDLE_KEY, name)
+    _idle[name] = idle
+
+
 @functools.cache
 def watching() -> type[Any]:
-    """The callback of Ray Data that ends a pass when a node is lost.
+    """The callback of Ray Data that ends a pass when a node is lost, or when none of its actors can ever be.
 
-    Ray Data starts the actors of that node again somewhere else, and has their work wait for them: for ever, where no
+    Ray Data starts the actors of a lost node again somewhere else, and has their work wait for them: for ever, where no
     other node has room. Whoever made the pass starts another one with what is not done.
     """
     from ray.data._internal.execution.execution_callback import ExecutionCallback
@@ -251,6 +303,7 @@ def watching() -> type[Any]:
     class WatchNodes(ExecutionCallback):  # type: ignore[misc]
         def before_execution_starts(self, executor: Any) -> None:
             self.known, self.looked = set(alive()), time.monotonic()
+            self.idle = _idle_of(executor)
 
         def on_execution_step(self, executor: Any) -> None:
             if time.monotonic() - self.looked < SECONDS_BETWEEN_LOOKS:
@@ -258,5 +311,23 @@ def watching() -> type[Any]:
             self.looked = time.monotonic()
             if gone := lost(self.known):
                 raise NodeLost(gone_words(len(gone), len(self.known)))
+            if self.idle is None:
+                return
+            if _lives(executor):
+                self.idle.works()
+            else:
+                self.idle.waits(sizes(self.idle.each), self.looked)
 
     return WatchNodes
+
+
+def _idle_of(executor: Any) -> Idle | None:
+    """By a function, as Ray pickles the callback with all globals that its own methods name."""
+    return _idle.get(executor._data_context.get_config(IDLE_KEY))
+
+
+def _lives(executor: Any) -> bool:
+    """Whether an actor of a pass lives, or none is needed any more."""
+    at_work = [operator for operator in executor._topology if not operator.has_completed()]
+    pools = [pool for operator in at_work for pool in operator.get_autoscaling_actor_pools()]
+    return not pools or any(pool.num_running_actors() > pool.num_restarting_actors() for pool in pools)

@@ -10,7 +10,7 @@ import ray
 from ray import exceptions
 
 from nightseg.cluster import nodes
-from nightseg.cluster.nodes import NodeLost, Sizes, Staffing, fitting, may_be_a_lost_node
+from nightseg.cluster.nodes import Idle, NodeLost, Sizes, Staffing, fitting, may_be_a_lost_node
 from nightseg.errors import UserError
 
 
@@ -203,15 +203,92 @@ def test_an_actor_that_cannot_be_made_is_no_lost_node() -> None:
     assert not may_be_a_lost_node(CannotStartError())
 
 
+def executor_of(config: str | None, *pools: tuple[int, int], has_completed: bool = False) -> SimpleNamespace:
+    """An executor of Ray Data with pools of so many actors that run, and that start again."""
+    made = [
+        SimpleNamespace(num_running_actors=lambda n=n: n, num_restarting_actors=lambda n=again: n) for n, again in pools
+    ]
+    operator = SimpleNamespace(has_completed=lambda: has_completed, get_autoscaling_actor_pools=lambda: made)
+    return SimpleNamespace(_data_context=SimpleNamespace(get_config=lambda key: config), _topology=[operator])
+
+
 def test_a_pass_is_ended_when_a_node_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     there = {"a": {"CPU": 1.0}, "b": {"CPU": 1.0}}
     clock = [0.0]
     monkeypatch.setattr(nodes, "alive", lambda: there)
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
-    watch, executor = nodes.watching()(), SimpleNamespace()
+    watch, executor = nodes.watching()(), executor_of(None)
     watch.before_execution_starts(executor)
     del there["b"]
     watch.on_execution_step(executor)  # it looks once a second
     clock[0] = 2.0
     with pytest.raises(NodeLost, match="1 of 2 nodes is gone"):
         watch.on_execution_step(executor)
+
+
+# -- passes without an actor -------------------------------------------------------------------------------------------
+
+
+def idle(growth: str = "") -> tuple[Idle, list[str]]:
+    said: list[str] = []
+    return Idle({"CPU": 2.0, "GPU": 1.0}, said.append, growth), said
+
+
+def test_a_pass_without_an_actor_says_every_minute_what_it_waits_for_and_gives_up() -> None:
+    waiting, said = idle(", and more are started on demand")
+    for second in range(1800):
+        waiting.waits(Sizes(0, 0), float(second))
+    assert said[0] == (
+        "waits for nodes: none that is there has room for an actor (2 CPU, 1 GPU each), and more are started on "
+        "demand. It gives up in 30 minutes"
+    )
+    assert len(said) == 30
+    with pytest.raises(UserError) as caught:
+        waiting.waits(Sizes(0, 0), 1800.0)
+    assert str(caught.value) == (
+        "compute.map: no node with room for an actor (2 CPU, 1 GPU each) came within 30 minutes. Cure: add nodes and "
+        "run the same command: finished shards are kept."
+    )
+
+
+def test_a_pass_waits_for_others_as_long_as_they_work() -> None:
+    waiting, said = idle()
+    for now in (0.0, 20.0, 5000.0):
+        waiting.waits(Sizes(1, 0), now)
+    assert said == ["waits until other work gives back what an actor takes (2 CPU, 1 GPU)"] * 2
+    waiting.waits(Sizes(1, 1), 5100.0)
+    assert said[2] == "no actor (2 CPU, 1 GPU each) has started for 85 minutes, although there seems to be room"
+
+
+def test_as_long_as_an_actor_lives_nothing_is_given_up() -> None:
+    waiting, said = idle()
+    waiting.waits(Sizes(0, 0), 0.0)
+    waiting.works()
+    waiting.waits(Sizes(0, 0), 3000.0)
+    assert said == []
+
+
+@pytest.mark.parametrize(
+    ("pools", "has_completed", "is_told"),
+    [
+        ([(0, 0)], False, True),
+        ([(1, 1)], False, True),
+        ([(2, 1)], False, False),
+        ([(0, 0)], True, False),
+        ([], False, False),
+    ],
+)
+def test_whether_an_actor_lives_is_asked_of_its_pool(
+    monkeypatch: pytest.MonkeyPatch, pools: list[tuple[int, int]], has_completed: bool, is_told: bool
+) -> None:
+    clock, configs = [0.0], {}
+    monkeypatch.setattr(nodes, "alive", lambda: {"a": {"CPU": 1.0}})
+    monkeypatch.setattr(nodes, "free", dict)
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    waiting, said = idle()
+    nodes.tell(waiting, SimpleNamespace(set_config=configs.__setitem__))
+    watch, executor = nodes.watching()(), executor_of(configs[nodes.IDLE_KEY], *pools, has_completed=has_completed)
+    watch.before_execution_starts(executor)
+    for clock[0] in (1.0, 21.0):
+        watch.on_execution_step(executor)
+    assert bool(said) == is_told
