@@ -192,7 +192,8 @@ class Staffing:
         """Ray may not find the room that there seems to be: shares of GPUs that others hold can be spread unluckily."""
         waited = now - (now if self._since is None else self._since)
         if self._tried is not None:
-            started = f"{_count(workers, 'worker')} ({words(self.each)} each) have not started"
+            has = "has" if workers == 1 else "have"
+            started = f"{_count(workers, 'worker')} ({words(self.each)} each) {has} not started"
             if sizes.free >= sizes.whole and waited >= self.most_seconds:
                 raise UserError(
                     f"compute.train: {started} within {self.most_seconds / 60:.0f} minutes, although nothing else "

@@ -58,7 +58,7 @@ class MapCompute(Strict):
     @property
     def on_cpus(self) -> MapCompute:
         """That of a pass that has no use for a GPU: it holds none while others wait for it."""
-        return self.model_copy(update={"gpus_per_actor": 0.0})
+        return self.model_copy(update={"gpus_per_actor": 0.0}) if self.gpus_per_actor else self
 
     @property
     def device(self) -> str:
