@@ -21,6 +21,9 @@ from nightseg.progress import SECONDS_OF_SKIPPING, Progress, Task
 SECONDS_AHEAD: Final = 300.0  # before the end of a stage: less than clusters let a node idle
 SECONDS_OF_ASKING: Final = nodes.SECONDS_FOR_NODES
 SECONDS_BETWEEN_LOOKS: Final = nodes.SECONDS_BETWEEN_LOOKS
+SECONDS_TO_STOP: Final = 10.0  # that a call of Ray is given to return
+
+_asking: dict[threading.Thread, threading.Event] = {}  # who asks, and what ends it
 
 
 class EndInSight:
@@ -80,11 +83,27 @@ def missing(count: int, each: Amounts) -> int:
 
 def ask(count: int, each: Amounts) -> None:
     """Have the autoscaler start nodes until so many processes have room on all that are there; returns at once."""
-    words = (count, each, time.monotonic() + SECONDS_OF_ASKING)
-    threading.Thread(target=_until_there, args=words, name="nodes asked for ahead", daemon=True).start()
+    for thread in list(_asking):
+        if not thread.is_alive():
+            _asking.pop(thread, None)
+    stopped = threading.Event()
+    words = (count, each, time.monotonic() + SECONDS_OF_ASKING, stopped)
+    thread = threading.Thread(target=_until_there, args=words, name="nodes asked for ahead", daemon=True)
+    _asking[thread] = stopped
+    thread.start()
 
 
-def _until_there(count: int, each: Amounts, deadline: float) -> None:
+def stop() -> None:
+    """Nobody asks any more: before the cluster is left, as Ray would connect anew, or start, for whoever asks then."""
+    asking = dict(_asking)
+    for stopped in asking.values():
+        stopped.set()
+    for thread in asking:
+        thread.join(SECONDS_TO_STOP)
+        _asking.pop(thread, None)
+
+
+def _until_there(count: int, each: Amounts, deadline: float, stopped: threading.Event) -> None:
     """Asks, and asks anew as soon as the request no longer fits.
 
     A request is placed as a whole or not at all. So what is idle is asked for, too, or would be what is given; and Ray
@@ -96,7 +115,7 @@ def _until_there(count: int, each: Amounts, deadline: float) -> None:
     bundle = {name: amount for name, amount in each.items() if amount}
     group, size = None, 0
     with suppress(ray.exceptions.RayError, ConnectionError):  # the run ends before they come
-        while (lacking := missing(count, each)) and time.monotonic() < deadline:
+        while not stopped.is_set() and (lacking := missing(count, each)) and time.monotonic() < deadline:
             wanted = lacking + nodes.fitting(nodes.free().values(), each)
             if group is not None and wanted != size:
                 ray.util.remove_placement_group(group)
@@ -106,6 +125,6 @@ def _until_there(count: int, each: Amounts, deadline: float) -> None:
             if group.wait(timeout_seconds=SECONDS_BETWEEN_LOOKS):
                 ray.util.remove_placement_group(group)
                 group = None
-                time.sleep(SECONDS_BETWEEN_LOOKS)  # or what it held would not be seen to be idle
+                stopped.wait(SECONDS_BETWEEN_LOOKS)  # or what it held would not be seen to be idle
         if group is not None:
             ray.util.remove_placement_group(group)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nightseg.cluster import nodes
-from nightseg.cluster.nodes import Sizes, Staffing
+from nightseg.cluster.nodes import Staffing
 from nightseg.errors import UserError
 
 SECONDS_BETWEEN_TRIES = 0.5  # of a start, while there is no room
@@ -64,7 +64,7 @@ def scaling_policy(
         def make_decision_for_non_running_worker_group(self) -> Any:
             self._maybe_send_resource_request()
             try:
-                workers = staffing.start(sizes(staffing), time.monotonic())
+                workers = staffing.start(nodes.sizes(staffing.each), time.monotonic())
             except UserError as error:
                 gives_up(error)
                 raise
@@ -72,11 +72,12 @@ def scaling_policy(
 
         def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
             self._maybe_send_resource_request()
+            staffing.runs()
             workers, now = worker_group_state.num_workers, time.monotonic()
             if workers >= staffing.asked or now - self.looked < SECONDS_BETWEEN_LOOKS:
                 return NoopDecision()
             self.looked = now
-            larger = staffing.larger(sizes(staffing), workers)
+            larger = staffing.larger(nodes.sizes(staffing.each), workers)
             if larger is None:
                 self.waits_after = None
                 return NoopDecision()
@@ -114,8 +115,3 @@ def failure_policy(config: Any) -> Any:
             return super().make_decision(training_failed_error)
 
     return NodesAreNoFailures(config)
-
-
-def sizes(staffing: Staffing) -> Sizes:
-    """Workers that fit now."""
-    return Sizes(*(nodes.fitting(there.values(), staffing.each) for there in (nodes.alive(), nodes.free())))

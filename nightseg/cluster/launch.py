@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 
 COMMANDS = ("head_start_ray_commands", "worker_start_ray_commands")
 CLOUDS = ("aws", "gcp")
@@ -216,17 +215,33 @@ def _secret_problems(config: Mapping[str, Any]) -> Iterator[str]:
 def most_resources(config: Any) -> dict[str, float] | None:
     """What all nodes of a parsed cluster.yaml would have together, head and workers from 0 to their most; None where it
     does not say it, as of machines that tell by themselves what they have."""
+    kinds = node_types(config)
+    if kinds is None:
+        return None
+    names = {resource for kind in kinds for resource in kind.resources}
+    return {name: sum(kind.most * kind.resources.get(name, 0.0) for kind in kinds) for name in names}
+
+
+class NodeType(NamedTuple):
+    """What a node of a type has, and how many of them there may be."""
+
+    resources: dict[str, float]
+    most: int
+
+
+def node_types(config: Any) -> list[NodeType] | None:
+    """Those of a parsed cluster.yaml, of which there may be any; None where it does not say what they have."""
     kinds = config.get("available_node_types") if isinstance(config, Mapping) else None
     if not kinds:
         return None
-    most: Counter[str] = Counter()
+    found = []
     for name, kind in kinds.items():
         count = 1 if name == config.get("head_node_type") else kind.get("max_workers", config.get("max_workers", 0))
         if count and not kind.get("resources"):
             return None
-        for resource, amount in (kind.get("resources") or {}).items():
-            most[resource] += count * amount
-    return {resource: float(amount) for resource, amount in most.items()}
+        if count:
+            found.append(NodeType({key: float(amount) for key, amount in kind["resources"].items()}, count))
+    return found
 
 
 def most_nodes(config: Any) -> float:

@@ -75,7 +75,6 @@ def map_shards(
     arguments: Mapping[str, Any],
     *,
     title: str,
-    on_cpus: bool = False,
     **work: Unpack[Work],
 ) -> Shards:
     """Does every shard of `rows` that the attempt has not finished, and returns all of them.
@@ -83,13 +82,13 @@ def map_shards(
     Args:
         rows: plain columns of paths and small values; cut into shards of `compute.shard_rows` in row order.
         worker, arguments: `worker(**arguments)` is built once in every actor, when its first shard arrives.
-        on_cpus: it has no use for a GPU.
         work: `actors` 0 of its `compute` does everything in this process, without Ray. Otherwise the most actors at a
             time; fewer start when there are fewer open shards. PyTorch gets int(cpus_per_actor) threads in an actor, at
             least one.
 
     Raises:
-        UserError: raised by a worker, or the cluster is too small for the actors (Ray would wait forever).
+        UserError: raised by a worker, or the cluster is too small for the actors (Ray would wait forever), or no node
+            with room for one of them has come for half an hour.
         RuntimeError: any other error of an actor's worker, with its message; its traceback is attached as a note. In
             this process it is what the worker raised.
     """
@@ -101,7 +100,6 @@ def map_shards(
         shards = _Shards(worker, dict(arguments), attempt)
         todo = [index for index in range(num_shards) if index not in records]
         if todo and compute.actors:
-            compute = compute.model_copy(update={"gpus_per_actor": 0.0}) if on_cpus else compute
             shards.threads = max(1, int(compute.cpus_per_actor))
             done = _on_what_is_left(shards, rows, todo, compute, progress, task, title)
         else:
@@ -259,7 +257,10 @@ def _on_actors(
     cluster.require("actor", compute.actors, cpus=cpus, gpus=gpus, place="compute.map", say=progress.say)
     cluster.hide_ray_data()
     watch, known = Watch(), set(nodes.alive())
+    growth = ", and more are started on demand" if cluster.may_grow() else ""
+    idle = nodes.Idle({"CPU": cpus, "GPU": gpus}, lambda message: progress.say(f"{title}: {message}"), growth)
     results = _pass(shards, tables, compute)
+    nodes.tell(idle, results.context)
     batches = iter(results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
     failure: Exception | None = None
     try:
@@ -291,10 +292,12 @@ def _next(batches: Iterator[pa.Table]) -> pa.Table | None:
 
 
 def _judged(title: str, error: BaseException, watch: Watch, known: set[str]) -> Exception:
-    """What to raise: `_Lost` where the rest may be done again.
+    """What to raise: `_Lost` where the rest may be done again, UserError where no node has come for it.
 
     A shard that kills its process looks the same as a lost node, until Ray knows that the node is gone.
     """
+    if isinstance(error, UserError):
+        return UserError(error.what, cure=error.cure)  # without the frames of Ray's
     if isinstance(error, nodes.NodeLost):
         return _Lost(str(error), known)
     is_of_ray = nodes.may_be_a_lost_node(error)

@@ -22,8 +22,8 @@ from typing import Any
 
 import yaml
 
-from nightseg.cluster import local, nodes
-from nightseg.cluster.launch import most_nodes, most_resources
+from nightseg.cluster import ahead, local, nodes
+from nightseg.cluster.launch import most_nodes, most_resources, node_types
 from nightseg.cluster.token import prepare_token
 from nightseg.errors import UserError
 from nightseg.storage.yaml import parse_value
@@ -115,6 +115,7 @@ def disconnect() -> None:
     global _started_here
     import ray
 
+    ahead.stop()
     if _started_here:
         local.end()
     else:
@@ -235,13 +236,21 @@ def require(who: str, count: int, *, cpus: float, gpus: float, place: str, say: 
             grows = "" if math.isinf(most) else f" and may grow to {most:g}"
             later = f"{grows}: waiting for more nodes" if most > now else ", as nodes were lost: fewer work at a time"
             say(f"{count} {who}s need {asked:g} {resource}, the cluster has {now:g} now{later}")
-    fits = nodes.fitting(nodes.alive().values(), each)
-    if fits < count and not has_lost and not may_grow():
+    is_growing = may_grow()
+    fits = max(nodes.fitting(nodes.alive().values(), each), _fitting_later(each) if is_growing else 0.0)
+    if fits < count and not has_lost:
+        of = "that this cluster has or may start" if is_growing else "of this cluster"
         raise UserError(
-            f"{place}: {count} {who}s with {nodes.words(each)} each do not fit on the nodes of this cluster, {fits} "
-            "do: none reaches over two nodes",
-            cure=cure % "cpus",
+            f"{place}: {count} {who}s with {nodes.words(each)} each do not fit on the nodes {of}, {fits:g} do: none "
+            f"reaches over two nodes{', nor a share of a GPU over two GPUs' if 0 < gpus < 1 else ''}",
+            cure=cure % ("gpus" if gpus else "cpus"),
         )
+
+
+def _fitting_later(each: nodes.Amounts) -> float:
+    """How many processes fit on all nodes that the cluster may start; infinity where nobody says what those have."""
+    kinds = node_types(_left_by_ray_up())
+    return math.inf if kinds is None else sum(kind.most * nodes.fitting([kind.resources], each) for kind in kinds)
 
 
 def may_grow() -> bool:

@@ -18,6 +18,7 @@ from nightseg.data.sources import Video
 from nightseg.data.taxonomy import Taxonomy
 from nightseg.errors import UserError, closest
 from nightseg.pipeline.graph import (
+    CPU_STAGES,
     TABLE_STAGES,
     Frames,
     Given,
@@ -211,8 +212,9 @@ def evaluation_graph(
         "max_bad_fraction": max_bad_fraction,
     }
     call, facts = evaluate.evaluate_folders, {"shard_rows": compute.shard_rows}
-    inputs, unhashed = {"pairs": Frames((pairs,))}, {"compute": compute}
-    return Graph({node: Node(node, evaluate.VERSION, call, compute, inputs, settings, unhashed, facts)})
+    inputs, resources = {"pairs": Frames((pairs,))}, compute.on_cpus
+    unhashed = {"compute": resources}
+    return Graph({node: Node(node, evaluate.VERSION, call, resources, inputs, settings, unhashed, facts)})
 
 
 # -- of a recipe ------------------------------------------------------------------------------------------------------
@@ -299,6 +301,7 @@ class Builder:
             unhashed={**unhashed, "style_dataset": style},
             facts=self.classes if isinstance(settings, PhotometricTranslator | CommandTranslator) else {},
             seed=self.recipe.seed,
+            on_cpus=not isinstance(settings, CommandTranslator),  # a program of the user may have use for a GPU
         )
 
     # -- models ------------------------------------------------------------------------------------------------------
@@ -689,11 +692,16 @@ class Builder:
         unhashed: Mapping[str, Any] = NOTHING,
         facts: Mapping[str, Any] = NOTHING,
         counted: tuple[str, ...] | None = None,
+        on_cpus: bool = False,
         **more: Any,
     ) -> NodeId:
-        """The node of a stage, made if there is none of that name: a training, what reads tables, or else a pass."""
+        """The node of a stage, made if there is none of that name: a training, what reads tables, or else a pass.
+
+        `on_cpus`: the pass has no use for a GPU, also where other calls of its stage have.
+        """
         kind, recipe = stage.__name__.rpartition(".")[2], self.recipe
         node, train, pass_ = NodeId(kind, name), recipe.compute.train, recipe.compute.map
+        pass_ = pass_.on_cpus if on_cpus or kind in CPU_STAGES else pass_
         if node in self.graph.nodes:
             return node
         resources: MapCompute | TrainCompute = pass_

@@ -151,7 +151,7 @@ class _Stages:
             can_begin = other not in self.commits and all(need == name or need in self.commits for need in needs)
             if name in needs and can_begin and not node.is_in_driver:
                 count, *each = _processes(node.resources)
-                asked[(each[0], each[1])] += count
+                asked[(each[0], each[1])] += self._starting(node, count)
         for (cpus, gpus), count in asked.items():
             amounts = {"CPU": cpus, "GPU": gpus}
             if lacking := ahead.missing(count, amounts):
@@ -160,6 +160,13 @@ class _Stages:
                     f"({words(amounts)} each): asks for nodes now"
                 )
                 ahead.ask(count, amounts)
+
+    def _starting(self, node: Node, most: int) -> int:
+        """How many of its processes start: no more actors than there are shards."""
+        rows = self._rows[node.id]
+        if rows is None or isinstance(node.resources, TrainCompute):
+            return most
+        return min(most, math.ceil(rows / node.resources.shard_rows))
 
     def failed(self, name: NodeId, error: Exception) -> None:
         if not self.to_the_end:

@@ -62,6 +62,7 @@ class Frames(NamedTuple):
 
 
 FRAME_STAGES: Final = ("collect", "split")  # they only read and sort what the user has
+CPU_STAGES: Final = (*FRAME_STAGES, "evaluate_translation")  # passes without a network
 TABLE_STAGES: Final = ("select", "pseudo_label")  # they choose by what tables say
 DRIVER_STAGES: Final = (*TABLE_STAGES, "adapt_norms")  # they work in the driver's process, with any actors
 
@@ -76,7 +77,7 @@ class Node:
     id: NodeId
     version: int
     stage: Callable[..., Commit]
-    resources: MapCompute | TrainCompute
+    resources: MapCompute | TrainCompute  # what it is given, too: no GPU where it has no use for one
     inputs: Mapping[str, Source]  # argument -> where it comes from
     settings: Mapping[str, Any]  # argument -> value
     unhashed: Mapping[str, Any] = field(default_factory=dict)  # arguments without which the result would be the same

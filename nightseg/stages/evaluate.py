@@ -176,7 +176,7 @@ def evaluate_folders(
     threads = 1 if work["compute"].actors else len(os.sched_getaffinity(0))
     arguments = {"classes": classes, "encodings": encodings, "evaluation": evaluation, "threads": threads}
     arguments["skips_bad"] = work.get("max_bad_fraction", 1.0) > 0
-    shards = map_shards(pairs, PairCounter, arguments, title="evaluate", on_cpus=True, **work)
+    shards = map_shards(pairs, PairCounter, arguments, title="evaluate", **work)
     bad, num_pairs = shards.table("quarantine"), pairs.num_rows
     finish = partial(
         shards.attempt.finish, rows_in=num_pairs, rows_out=num_pairs - bad.num_rows, quarantined=bad.num_rows,

@@ -87,7 +87,7 @@ def evaluate_translation(
     classes, has_back = load_taxonomy(taxonomy), "back" in masks
     distances = _distances(features)
     rows, arguments = _rows(translated, source, masks), {"classes": classes, "has_back": has_back}
-    shards = map_shards(rows, MeasureFrames, arguments, title=f"evaluate {name}", on_cpus=True, **work)
+    shards = map_shards(rows, MeasureFrames, arguments, title=f"evaluate {name}", **work)
     found = _summed(shards.parts("frame_scores"), classes, has_back)
     if found["frames"]:
         (shards.attempt.folder / SCORES_NAME).write_json({**distances, **found})

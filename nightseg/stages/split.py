@@ -43,7 +43,7 @@ def split(pool: pa.Table, *, margin: float, **work: Unpack[Work]) -> Commit:
         cure = "see the counts of the pool's dataset: how many frames were quarantined, and why"
         raise UserError("split: there is no frame to split into day and night", cure=cure)
     named = pool.select([name for name in (frame.FRAME_ID, frame.URI, frame.SHA256) if name in pool.column_names])
-    shards = map_shards(named, HistogramFrames, {}, title="split", on_cpus=True, **work)
+    shards = map_shards(named, HistogramFrames, {}, title="split", **work)
     seen = shards.table("histograms")
     bands_NBH = vectors(seen[BANDS]).reshape(-1, NUM_BANDS, NUM_BINS)
     separation = separate(bands_NBH, seen[CHROMA].to_numpy(), margin=margin)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 from nightseg.cluster import ahead, nodes
+from nightseg.cluster import ray as cluster
 from nightseg.cluster.ahead import SECONDS_AHEAD, EndInSight
 from nightseg.progress import SilentProgress
 
@@ -54,3 +57,41 @@ def test_what_is_missing_is_what_no_node_has_room_for(monkeypatch: pytest.Monkey
     assert ahead.missing(6, {"CPU": 2.0, "GPU": 0.0}) == 2  # two on each
     assert ahead.missing(3, {"CPU": 2.0, "GPU": 0.0}) == 0
     assert ahead.missing(2, {"CPU": 1.0, "GPU": 1.0}) == 1
+
+
+class Group:
+    """A placement group that is never placed."""
+
+    def __init__(self, bundles: list[dict[str, float]]) -> None:
+        self.asked, self.is_removed = threading.Event(), False
+
+    def wait(self, timeout_seconds: float) -> bool:
+        self.asked.set()
+        threading.Event().wait(timeout_seconds)
+        return False
+
+
+def test_nobody_asks_after_the_cluster_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray connects anew whoever asks then."""
+    groups, left = list[Group](), list[bool]()
+
+    def made(bundles: list[dict[str, float]]) -> Group:
+        groups.append(Group(bundles))
+        return groups[-1]
+
+    def is_asked() -> bool:
+        return any(thread.name == "nodes asked for ahead" for thread in threading.enumerate())
+
+    monkeypatch.setattr(ahead, "SECONDS_BETWEEN_LOOKS", 0.01)
+    monkeypatch.setattr(nodes, "alive", dict)
+    monkeypatch.setattr(nodes, "free", dict)
+    monkeypatch.setattr("ray.util.placement_group", made)
+    monkeypatch.setattr("ray.util.remove_placement_group", lambda group: setattr(group, "is_removed", True))
+    monkeypatch.setattr("ray.shutdown", lambda: left.append(is_asked()))
+    monkeypatch.setattr(cluster, "_started_here", False)
+    ahead.ask(2, {"CPU": 1.0, "GPU": 0.0})
+    while not groups:
+        pass
+    assert groups[0].asked.wait(10) and is_asked()
+    cluster.disconnect()
+    assert left == [False] and all(group.is_removed for group in groups)

@@ -23,7 +23,7 @@ class Course:
         self.said: list[str] = []
         self.resized, self.given_up = 0, list[UserError]()
         patch.setattr("time.monotonic", lambda: self.now)
-        patch.setattr(elastic, "sizes", lambda staffing: self.sizes)
+        patch.setattr(elastic.nodes, "sizes", lambda each: self.sizes)
         patch.setattr(FixedScalingPolicy, "_maybe_send_resource_request", lambda policy: None)
         self.policy = elastic.scaling_policy(
             ScalingConfig(num_workers=3, resources_per_worker={"CPU": 1}),
@@ -57,6 +57,22 @@ def test_it_starts_waits_and_shrinks(course: Course) -> None:
     course.now += 31
     assert course.start() == ResizeDecision(2, {"CPU": 1})
     assert course.resized == 0
+
+
+def test_a_start_that_comes_to_nothing_is_told_until_one_does(course: Course) -> None:
+    """Ray gives up on it after 20 seconds, and counts no failure."""
+    for _ in range(8):
+        assert course.start() == ResizeDecision(3, {"CPU": 1})
+        course.now += 20
+        course.policy.before_controller_execute_failure_decision(FailureDecision.RETRY)
+    assert course.said == [
+        f"3 workers (1 CPU each) have not started for {waited}, although there seems to be room: tries again"
+        for waited in ("20 s", "80 s", "2 minutes")
+    ]
+    course.start()
+    course.goes_on(3)
+    course.start()
+    assert len(course.said) == 3
 
 
 def test_it_grows_right_after_a_checkpoint(course: Course) -> None:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pyarrow as pa
 import pytest
 
 from nightseg.cluster import map as map_module
+from nightseg.cluster import nodes
 from nightseg.cluster.map import map_shards
 from nightseg.cluster.settings import MapCompute
 from nightseg.cluster.shortage import Watch
@@ -92,18 +94,6 @@ def run(attempt: Attempt, worker: type[Double] = Double, num_rows: int = 23, **c
     return map_shards(
         rows(num_rows), worker, arguments, attempt=attempt, compute=compute, progress=progress, title="double x"
     )
-
-
-@pytest.mark.parametrize("on_cpus", [False, True])
-def test_a_pass_without_use_for_a_gpu_asks_for_none(
-    attempt: Attempt, monkeypatch: pytest.MonkeyPatch, on_cpus: bool
-) -> None:
-    asked = []
-    monkeypatch.setattr(map_module, "_on_actors", lambda shards, tables, compute, *rest: asked.append(compute) or ())
-    compute, work = MapCompute(actors=2, gpus_per_actor=0.5), {"attempt": attempt, "progress": SilentProgress()}
-    with pytest.raises(AssertionError, match="without shards"):
-        map_shards(rows(3), Double, {}, title="double", on_cpus=on_cpus, compute=compute, **work)
-    assert asked == [compute.model_copy(update={"gpus_per_actor": 0.0}) if on_cpus else compute]
 
 
 def test_shards_know_how_many_bad_rows_they_may_have(attempt: Attempt) -> None:
@@ -336,6 +326,43 @@ def test_actors_that_never_fit_are_refused(
     message = f"^compute.map: 2 actors with .* but the cluster has .*lower compute.map.actors or compute.map.{key}"
     with pytest.raises(UserError, match=message):
         run(attempt, cpus_per_actor=cpus, gpus_per_actor=gpus)
+
+
+@pytest.mark.ray
+def test_a_pass_says_that_it_waits_for_other_work(
+    ray_cluster: None, attempt: Attempt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    monkeypatch.setattr(nodes, "SECONDS_UNTIL_KNOWN", 0.0)
+    monkeypatch.setattr(nodes, "SECONDS_BETWEEN_LOOKS", 0.1)
+    held = ray.util.placement_group([{"CPU": ray.cluster_resources()["CPU"]}])
+    assert held.wait(20)
+
+    class Ends(Counts):
+        def say(self, message: str) -> None:
+            super().say(message)
+            ray.util.remove_placement_group(held)
+
+    progress = Ends()
+    assert is_complete(run(attempt, actors=1, progress=progress))
+    assert progress.said == ["double x: waits until other work gives back what an actor takes (1 CPU)"]
+
+
+@pytest.mark.ray
+def test_a_pass_gives_up_where_no_node_comes(
+    ray_cluster: None, attempt: Attempt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nodes, "SECONDS_UNTIL_KNOWN", 0.0)
+    monkeypatch.setattr(nodes, "SECONDS_BETWEEN_LOOKS", 0.1)
+    monkeypatch.setattr(nodes, "Idle", partial(nodes.Idle, most_seconds=1.0))
+    monkeypatch.setattr("nightseg.cluster.ray.require", lambda *asked, **more: None)  # as where nodes may start
+    progress = Counts()
+    with pytest.raises(UserError, match=r"compute.map: no node with room for an actor \(64 CPU each\) came within"):
+        run(attempt, actors=1, cpus_per_actor=64.0, progress=progress)
+    assert progress.said == [
+        "double x: waits for nodes: none that is there has room for an actor (64 CPU each). It gives up in 1 s"
+    ]
 
 
 @pytest.mark.ray

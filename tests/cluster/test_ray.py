@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from nightseg.cluster import ray as cluster
-from nightseg.cluster.launch import most_resources
+from nightseg.cluster.launch import most_resources, node_types
 from nightseg.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -146,6 +146,36 @@ CLUSTER = {
     },
 }
 
+
+@pytest.mark.parametrize(
+    ("count", "cpus", "gpus", "fit"),
+    [
+        (1, 16.0, 0.0, None),
+        (1, 20.0, 0.0, 0),  # of 64 that all nodes have together
+        (3, 9.0, 0.0, None),
+        (4, 9.0, 0.0, 3),
+        (2, 8.0, 4.0, None),
+        (1, 10.0, 1.0, 0),  # one type has the CPUs, another one the GPUs
+        (8, 1.0, 0.6, None),
+        (9, 1.0, 0.6, 8),  # of 13 that the sum of GPUs would be enough for
+    ],
+)
+def test_a_growing_cluster_refuses_what_fits_on_no_node_that_it_may_start(
+    monkeypatch: pytest.MonkeyPatch, count: int, cpus: float, gpus: float, fit: int | None
+) -> None:
+    a_cluster(monkeypatch, 0.0, most=64.0)
+    monkeypatch.setattr(cluster, "capacity", {"CPU": 64.0, "GPU": 8.0}.__getitem__)
+    wants = {"cpus": cpus, "gpus": gpus, "place": "compute.map", "say": lambda message: None}
+    monkeypatch.setattr(cluster, "_left_by_ray_up", lambda: CLUSTER)
+    if fit is None:
+        cluster.require("actor", count, **wants)
+    else:
+        with pytest.raises(UserError, match=rf"do not fit on the nodes that this cluster has or may start, {fit} do:"):
+            cluster.require("actor", count, **wants)
+    monkeypatch.setattr(cluster, "_left_by_ray_up", lambda: None)  # KubeRay says nothing of its types
+    cluster.require("actor", count, **wants)
+
+
 LOCAL = {"head_node_type": "head", "max_workers": 3, "available_node_types": {"head": {}, "any": {"resources": {}}}}
 
 
@@ -183,6 +213,8 @@ def test_sleeping_nodes_count(
 
 
 def test_what_a_cluster_file_allows_together() -> None:
+    kinds = node_types(CLUSTER)
+    assert kinds == [({"CPU": 0.0}, 1), ({"CPU": 16.0}, 3), ({"CPU": 8.0, "GPU": 4.0}, 2)]
     assert most_resources(CLUSTER) == {"CPU": 64.0, "GPU": 8.0}
     workers = {"head": {}, "any": {"resources": {"CPU": 2}}}
     assert most_resources(CLUSTER | {"available_node_types": workers}) is None, "the head tells by itself what it has"

@@ -7,6 +7,7 @@ import json
 import math
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -393,3 +394,19 @@ def test_nodes_for_what_follows_are_asked_for_before_it_begins(
     monkeypatch.setattr(cluster, "may_grow", lambda: False)
     execute.execute(Workspace(tmp_path / "fixed"), graph, SilentProgress())
     assert asked == []
+
+
+@pytest.mark.parametrize(("rows", "count"), [(10, 3), (100, 8), (None, 8), (0, 0)])
+def test_no_more_actors_are_asked_for_than_there_will_be_shards(
+    made: MadeUpGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int | None, count: int
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(execute.ahead, "missing", lambda count, each: count)
+    monkeypatch.setattr(execute.ahead, "ask", lambda count, each: asked.append(count))
+    graph, score = Graph(), NodeId("score", "day")
+    made.add(graph, DAY, (), MapCompute())
+    made.add(graph, score, (DAY,), MapCompute(actors=8, shard_rows=4))
+    graph.nodes[DAY] = replace(graph.nodes[DAY], expected_rows=rows)
+    room = execute.expected_room(graph, 1)
+    execute._Stages(Workspace(tmp_path / "run"), graph, SilentProgress(), room, False)._ask_ahead(DAY)
+    assert asked == ([count] if count else [])

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nightseg.cluster.settings import MapCompute
 from nightseg.data.images import encode_png
 from nightseg.data.settings import TranslatedDataset
 from nightseg.pipeline.build import build_graph
@@ -70,6 +71,27 @@ def test_only_unit_is_trained(tmp_path: Path) -> None:
     assert names(made, "train_translator") == ["unit"]
     for name in ("by_optics", "by_colour", "by_program"):
         assert not any(need.stage == "train_translator" for need in made.nodes[NodeId("translate", name)].needs)
+
+
+def test_passes_without_a_network_are_given_no_gpu(tmp_path: Path) -> None:
+    """Neither asked for before they begin, nor held while they work. A program of the user may have use for one."""
+    made = graph(tmp_path, "compute.map.gpus_per_actor=0.5", "compute.map.actors=2", "compute.train.gpus_per_worker=1")
+    passes = {name: node for name, node in made.nodes.items() if isinstance(node.resources, MapCompute)}
+    assert all(node.unhashed["compute"] == node.resources for node in passes.values())
+    found: dict[float, set[str]] = {0.0: set(), 0.5: set()}
+    for (stage, name), node in passes.items():
+        found[node.resources.gpus_per_actor].add(f"{stage} {name}" if stage == "translate" else stage)
+    assert found == {
+        0.0: {
+            "collect",
+            "split",
+            "translate by_optics",
+            "translate by_colour",
+            "translate by_colour.back",
+            "evaluate_translation",
+        },
+        0.5: {"translate by_unit", "translate by_unit.back", "translate by_program", "predict", "score", "evaluate"},
+    }
 
 
 def test_the_frames_that_lend_their_light_are_inputs(tmp_path: Path) -> None:

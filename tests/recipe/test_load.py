@@ -238,6 +238,14 @@ datasets:
                 ("network: {encoder: timm/resnet50d, freeze_at: 2}", "freeze_at counts the stages of resnet18"),
                 ("network: {encoder: efficientnet_lite0, backend: detectron2}", "backend detectron2 computes resnet18"),
                 ("network: {norm: frosen}", "did you mean 'frozen'?"),
+                (
+                    "compute: {train: {gpus_per_worker: 1.5}}",
+                    "compute.train.gpus_per_worker: a share of one GPU, or whole",
+                ),
+                ("compute: {map: {gpus_per_actor: 2.5}}", "compute.map.gpus_per_actor: a share of one GPU, or whole"),
+                ("compute: {map: {gpus_per_actor: 0.00005}}", "Ray does not lend less than 0.0001, got 5e-05"),
+                ("compute: {map: {cpus_per_actor: 0.00005}}", "Ray does not lend less than 0.0001, got 5e-05"),
+                ("compute: {train: {cpus_per_worker: 0.00005}}", "Ray does not lend less than 0.0001, got 5e-05"),
                 ("models: {m: {train: [d], start: ./nowhere}}", "there is no model folder './nowhere'"),
                 ("models: {m: {train: [d], start: ./m, self_training: {pool: d}}}", "needs a teacher"),
             )
@@ -246,6 +254,13 @@ datasets:
 )
 def test_other_faults_are_named(tmp_path: Path, text: str, expected: str) -> None:
     assert expected in errors_of(tmp_path, text)
+
+
+@pytest.mark.parametrize("gpus", [0, 0.0001, 0.6, 1, 2.0])
+def test_gpus_come_in_shares_of_one_or_whole(tmp_path: Path, gpus: float) -> None:
+    compute = f"compute: {{train: {{gpus_per_worker: {gpus}, cpus_per_worker: 1.5}}, map: {{gpus_per_actor: {gpus}}}}}"
+    recipe = load_recipe(write(tmp_path, f"{GOOD}{compute}"))
+    assert recipe.compute.train.gpus_per_worker == recipe.compute.map.gpus_per_actor == gpus
 
 
 def test_an_alias_bomb_is_refused(tmp_path: Path) -> None:

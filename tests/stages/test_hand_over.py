@@ -70,7 +70,6 @@ class Pass(NamedTuple):
     worker: str
     arguments: dict[str, Any]
     title: str
-    on_cpus: bool = False  # has no use for a GPU
 
 
 @pytest.fixture
@@ -92,7 +91,7 @@ def passes(model_commit: Callable[..., Commit]) -> Callable[[MapCompute], dict[s
                 {"dataset": "x", "scene_seed": 4, "height": 8, "width": 16, "palette": CLASSES.palette},
                 "collect x",
             ),
-            "split": Pass(split.split, (FRAMES,), {"margin": 0.2}, "HistogramFrames", {}, "split", on_cpus=True),
+            "split": Pass(split.split, (FRAMES,), {"margin": 0.2}, "HistogramFrames", {}, "split"),
             "translate": Pass(
                 translate.translate,
                 (FRAMES, OPTICS),
@@ -146,7 +145,6 @@ def passes(model_commit: Callable[..., Commit]) -> Callable[[MapCompute], dict[s
                     "skips_bad": True,
                 },
                 "evaluate",
-                on_cpus=True,
             ),
             "predict": Pass(
                 predict.predict,
@@ -211,7 +209,7 @@ def test_a_pass_is_given_what_its_stage_is_given(
     with pytest.raises(Handed):
         wanted.stage(*wanted.inputs, **wanted.settings, **given, **limit)
     expected = given | limit | {"worker": wanted.worker, "arguments": wanted.arguments, "title": wanted.title}
-    assert found == expected | ({"on_cpus": True} if wanted.on_cpus else {})
+    assert found == expected
 
 
 # -- trainings --------------------------------------------------------------------------------------------------------
