@@ -290,7 +290,8 @@ class Watch(ray.tune.Callback):  # type: ignore[misc]
         folder = self.trials.folder / BOARD / board_name(row)
         folder.delete()
         curves = Curves(folder)
-        curves.begin({search.short[key]: value for key, value in row["values"].items()}, [search.metric])
+        shown = [search.metric, f"{VALIDATION}/{search.metric}"]  # the latter also of trials at work
+        curves.begin({search.short[key]: value for key, value in row["values"].items()}, shown)
         curves.flush()
         return curves
 

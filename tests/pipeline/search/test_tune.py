@@ -228,8 +228,9 @@ def test_seeds_of_a_trial_are_recorded_with_their_spread(tmp_path: Path) -> None
 
 def test_the_outcome_of_a_trial_is_no_point_of_its_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It may be of a test set, of the epoch that is kept, or a mean; ASHA, which compares by it, is told of it."""
-    drawn: list[tuple[int, dict[str, float]]] = []
+    drawn, tabled = list[tuple[int, dict[str, float]]](), list[list[str]]()
     monkeypatch.setattr(Curves, "scalars", lambda self, step, values: drawn.append((step, values)))
+    monkeypatch.setattr(Curves, "begin", lambda self, values, metrics: tabled.append(metrics))
     trials: Any = Bare(tmp_path, "trials=2")
     records = Records(trials.folder, trials.settings, trials.name)
     watch = Watch(trials, records, 2, [], lambda: None)
@@ -256,6 +257,7 @@ def test_the_outcome_of_a_trial_is_no_point_of_its_curve(tmp_path: Path, monkeyp
     assert seen == [(first, 1, 0.125), (first, 2, 0.25), (first, 4, 0.75), (second, 1, 0.25)]
     curves = [[(epoch, {"validation/miou": score}) for epoch, score in row["curve"]] for row in rows]
     assert drawn == [*curves[0], (4, {"miou": 0.75}), *curves[1], (1, {"miou": 0.25})]
+    assert tabled == [["miou", "validation/miou"]] * 2, "HParams shows a score of trials at work, too"
 
 
 def test_a_last_epoch_without_a_defined_validation_is_left_out_of_the_curve(tmp_path: Path) -> None:
