@@ -162,17 +162,24 @@ def test_what_two_workers_keep_as_best_is_what_was_validated(ray_cluster: None, 
 
 @pytest.mark.ray
 def test_two_workers_draw_the_loss_curve_of_one(ray_cluster: None, tmp_path: Path) -> None:
-    """Frozen batch norms: trainable ones know only their worker's frames. Differences are those of rounding."""
+    """Frozen batch norms: trainable ones know only their worker's frames. Differences are those of rounding, which grow
+    with every step as on no other processor: small beside what was learned, where a mistake would be as large as that.
+    """
     plan = prepare(tmp_path, freeze_batch_norm=True, optimizer="sgd", batch=4, accumulate=2)
     alone = LocalSession(Location.of(tmp_path / "alone"))
     learn(alone, {"plan": dataclasses.replace(plan, curves=None)})
     expected = alone.restore()
     found = run(tmp_path, learn, count=2)
     assert expected is not None
-    assert [row["loss"] for row in found.history] == pytest.approx([row["loss"] for row in alone.history], rel=1e-4)
-    state = found.load()
+    first, *later = zip(found.history, alone.history, strict=True)
+    assert first[0]["loss"] == pytest.approx(first[1]["loss"], rel=1e-5)
+    assert [one["loss"] for one, _ in later] == pytest.approx([other["loss"] for _, other in later], rel=1e-3)
+    state, start = found.load(), start_learner(plan, LocalSession(Location.of(tmp_path / "start"))).network.state_dict()
     for name, value in expected["ema"].items():
-        torch.testing.assert_close(state["ema"][name], value, rtol=1e-3, atol=1e-5, msg=name)
+        learned, apart = (
+            torch.linalg.vector_norm((value - other).float()) for other in (start[name], state["ema"][name])
+        )
+        assert apart <= 0.05 * learned, name
     assert state["history"][-1]["validation"]["pa"] == pytest.approx(
         expected["history"][-1]["validation"]["pa"], abs=0.01
     )
