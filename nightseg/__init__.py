@@ -220,7 +220,7 @@ Runs
     pipeline/search/importance.py  how much each value explains of the scores
     pipeline/search/records.py    what a search has done, in trials.json
     pipeline/search/trials.py     one trial as a run that borrows; what trials share
-    pipeline/search/keys.py       what the searched keys reach, and which are refused
+    pipeline/search/keys.py       what the searched keys reach: those refused, those that make other frames
     pipeline/search/tune.py       Ray Tune's part: side by side, ASHA, TensorBoard
     pipeline/search/run.py        a search from its check to its best recipe
     pipeline/single.py   single stages without a recipe

@@ -28,7 +28,7 @@ from nightseg.pipeline import estimate
 from nightseg.pipeline.build import build_graph
 from nightseg.pipeline.graph import Frames, Graph, Node, NodeId, Use, View, frames_at_most
 from nightseg.progress import Progress, duration
-from nightseg.recipe.types import Recipe
+from nightseg.recipe.types import PATH_KEYS, Recipe
 from nightseg.report.check_page import overlay
 from nightseg.report.pictures import Picture
 from nightseg.segmenter.network import network_of
@@ -77,9 +77,6 @@ def refuse(recipe: Recipe, graph: Graph, done: Collection[NodeId] = ()) -> None:
     all_of(*_refusals(recipe, graph, done))
 
 
-_FILES: Final = ("root", "weights", "encoder_weights", "perceptual_weights")  # are paths, whatever they look like
-
-
 def places(recipe: Recipe) -> dict[str, str]:
     """Key -> local file or folder that the recipe names and that is there: what work on other nodes may read."""
     found: dict[str, str] = {}
@@ -92,7 +89,7 @@ def places(recipe: Recipe) -> dict[str, str]:
             for index, item in enumerate(value):
                 look(item, (*path, str(index)))
         elif isinstance(value, str) and (
-            value.startswith(("/", "~")) or path[-1] in _FILES or (path[-1] == "start" and "/" in value)
+            value.startswith(("/", "~")) or path[-1] in PATH_KEYS or (path[-1] == "start" and "/" in value)
         ):
             fixed, mark, _ = re.sub(r"[{*?\[]", "\0", value).partition("\0")  # of a template or pattern: the folder
             place = Location.of(fixed.rpartition("/")[0] or "/" if mark else value)

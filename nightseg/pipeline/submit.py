@@ -20,6 +20,7 @@ from nightseg.errors import UserError, closest, first_of, together
 from nightseg.pipeline.search import Search
 from nightseg.recipe import load_recipe, load_settings, written
 from nightseg.recipe.load import as_yaml
+from nightseg.recipe.types import PATH_KEYS
 from nightseg.storage import Location
 from nightseg.storage.credentials import refuse_credentials
 from nightseg.storage.yaml import read_yaml
@@ -31,7 +32,7 @@ _FILES: Final = "files"  # folder of the job that holds what the recipe names
 _OF_JOB: Final = "/proc/self/cwd"  # the job's folder, where a relative path would mean another one
 _OF_SEARCH: Final = "recipe_of_search.yaml"
 _BELOW_ROOT: Final = ("images", "labels", "split_list")  # relative to the folder of the dataset
-_PLACES: Final = ("root", "start", "taxonomy", "encoder_weights", "weights", "perceptual_weights", *_BELOW_ROOT)
+_PLACES: Final = (*PATH_KEYS, "start", "taxonomy", *_BELOW_ROOT)
 
 Path_ = tuple[str | int, ...]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Final, Literal, NamedTuple
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
@@ -271,6 +271,9 @@ class Recipe(Strict):
 
     def seeds_of(self, model: Model) -> Seeds:
         return model.seeds or self.seeds
+
+
+PATH_KEYS: Final = ("root", "weights", "encoder_weights", "perceptual_weights")  # hold paths, whatever these look like
 
 
 def is_name(text: str) -> bool:

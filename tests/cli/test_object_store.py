@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from click.testing import CliRunner
 from PIL import Image
 
-from nightseg.cli.main import main
 from nightseg.data.class_list import taxonomy
 from nightseg.networks.model_folder import CARD, load_tensors
 from nightseg.segmenter.detectron2 import their_name
 from nightseg.segmenter.network import build_semantic_fpn
 from nightseg.segmenter.settings import Network
 from nightseg.storage import Location
+from tests.command_line import json_of
 from tests.object_store import ObjectStore
 
 pytestmark = pytest.mark.slow
@@ -35,14 +32,6 @@ CONFIG = {
     },
     "INPUT": {"MIN_SIZE_TEST": 64},
 }
-
-
-def json_of(*words: object) -> dict[str, Any]:
-    result = CliRunner().invoke(main, [*map(str, words), "--json"])
-    assert result.exit_code == 0, result.output
-    answer = json.loads(result.stdout)
-    assert isinstance(answer, dict)
-    return answer
 
 
 def png(pixels: np.ndarray) -> bytes:

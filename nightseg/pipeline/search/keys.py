@@ -31,6 +31,21 @@ def check_keys(trials: Trials, edges: Edges, progress: Progress) -> None:
         raise together(problems)
 
 
+def preparing_keys(trials: Trials, edges: Edges) -> list[str]:
+    """The searched keys that reach more than the training of the searched model: the frames that it learns from.
+
+    Trials that agree in them select and label the same frames, and the first of them does it for all.
+    """
+    found = []
+    for key in trials.settings.space:
+        some = _varying(key, edges)
+        trained = _trained(trials, some)
+        tested = {node.id for _, graph in some for node in graph.nodes.values() if trained.intersection(node.needs)}
+        if _touched(some) - trained - tested:
+            found.append(key)
+    return found
+
+
 def _varying(key: str, edges: Edges) -> Edges:
     """The edges that differ in this key alone."""
     first = edges[0][0]

@@ -17,10 +17,10 @@ from nightseg.errors import UserError, all_of, closest
 from nightseg.pipeline import build, check, classes, leaks, run, tracking
 from nightseg.pipeline.graph import Graph, NodeId
 from nightseg.pipeline.search.importance import importance
-from nightseg.pipeline.search.keys import check_keys
+from nightseg.pipeline.search.keys import check_keys, preparing_keys
 from nightseg.pipeline.search.records import FAILED, RECORDS_NAME, Records
 from nightseg.pipeline.search.settings import Search
-from nightseg.pipeline.search.trials import Trials, assignments, preparing_keys, run_trial, shared_nodes
+from nightseg.pipeline.search.trials import Trials, assignments, run_trial, shared_nodes
 from nightseg.progress import Progress
 from nightseg.recipe import RecipeError, load_recipe, load_settings, save_recipe, told_of
 from nightseg.recipe.types import Recipe
@@ -115,7 +115,7 @@ def _all(
         progress,
         concurrent=concurrent,
         epochs=epochs,
-        keys=preparing_keys(search, graphs),
+        keys=preparing_keys(trials, graphs),
         on_end=partial(_show, trials, records),
     )
 

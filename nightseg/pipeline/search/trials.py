@@ -108,26 +108,6 @@ def shared_nodes(graphs: Iterable[Graph]) -> set[NodeId]:
     return seen.keys() - touched
 
 
-def preparing_keys(search: Search, graphs: Sequence[tuple[Mapping[str, Any], Graph]]) -> list[str]:
-    """The searched keys that reach more than the training of the searched model: the frames that it learns from.
-
-    Trials that agree in them select and label the same frames, and the first of them does it for all. `graphs`: those
-    of `Trials.edges`.
-    """
-    found = []
-    first = graphs[0][0]
-    for key in search.space:
-        some = [
-            graph for values, graph in graphs if all(values[other] == first[other] for other in first if other != key)
-        ]
-        touched = {node for graph in some for node in graph.nodes} - shared_nodes(some)
-        trained = {nodes.train for graph in some for nodes in graph.models.values() if nodes.of == search.model}
-        tested = {node.id for graph in some for node in graph.nodes.values() if trained.intersection(node.needs)}
-        if touched - trained - tested:
-            found.append(key)
-    return found
-
-
 def lenders(
     keys: Sequence[str], row: Mapping[str, Any], rows: Iterable[Mapping[str, Any]], trials: Trials
 ) -> list[Location]:

@@ -13,11 +13,11 @@ import pytest
 from nightseg.pipeline import run
 from nightseg.pipeline.graph import NodeId
 from nightseg.pipeline.run import Outcome
+from nightseg.pipeline.search.keys import preparing_keys
 from nightseg.pipeline.search.trials import (
     Trials,
     assignments,
     lenders,
-    preparing_keys,
     run_trial,
     score_in,
     shared_nodes,
@@ -57,7 +57,7 @@ def test_a_loss_alone_shares_the_pseudo_labels_too(tmp_path: Path) -> None:
 
 def test_trials_that_learn_from_the_same_frames_borrow_them(tmp_path: Path) -> None:
     trials = trials_of(tmp_path)
-    keys = preparing_keys(trials.settings, [(values, trials.graph(values)) for values in trials.edges()])
+    keys = preparing_keys(trials, [(values, trials.graph(values)) for values in trials.edges()])
     assert keys == [COUNT]  # alpha and gamma reach the training alone
     rows = [row(n, {ALPHA: 0.1 * n, GAMMA: 1.0, COUNT: count}, 0.3) for n, count in enumerate((60, 120, 60, 60), 1)]
     asked = {n: [place.name for place in lenders(keys, rows[n - 1], rows, trials)] for n in (1, 2, 3, 4)}
@@ -68,7 +68,7 @@ def test_trials_that_learn_from_the_same_frames_borrow_them(tmp_path: Path) -> N
 def test_a_base_that_is_searched_is_more_than_a_training(tmp_path: Path) -> None:
     trials = trials_of(tmp_path, "space={models.day_and_night.training.learning_rate: {uniform: [1e-4, 1e-3]}}")
     graphs = [(values, trials.graph(values)) for values in trials.edges()]
-    assert preparing_keys(trials.settings, graphs) == ["models.day_and_night.training.learning_rate"]
+    assert preparing_keys(trials, graphs) == ["models.day_and_night.training.learning_rate"]
 
 
 def test_a_key_that_moves_what_a_model_starts_from_reaches_its_teacher(tmp_path: Path) -> None:
